@@ -1,0 +1,1 @@
+"""OccGen Hub: recordings in, 4D occupancy datasets out."""

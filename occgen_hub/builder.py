@@ -1,0 +1,287 @@
+"""One episode, from its source to the files of its trajectory; what every source shares."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from occgen_hub.config import Config
+from occgen_hub.engines import load_engine
+from occgen_hub.episode import Episode, Note, Reconstruction
+from occgen_hub.errors import SourceError, UsageError
+from occgen_hub.files import read_json, sha256
+from occgen_hub.lerobot.writer import Media, Provenance, TrajectoryWriter
+from occgen_hub.occupancy.bricks import into_bricks
+from occgen_hub.occupancy.grid import Grid
+from occgen_hub.occupancy.visibility import FrameOccupancy, observe
+from occgen_hub.schema import Schema, load_schema
+
+Progress = Callable[[int], None]
+"""Called with the number of frames finished since the last call."""
+
+
+@dataclass(frozen=True)
+class EpisodeRef:
+    """An episode before it is read. id: "<group>/<scene>/<trajectory>", also its place in the
+    output; path: the folder that holds it; index: its number where a folder holds several.
+    """
+
+    id: str
+    path: Path
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to build: the engine's name (None: the builder's own), the configuration, the media."""
+
+    config: Config = field(default_factory=Config)
+    engine: str | None = None
+    media: Media = "copy"
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Built:
+    """What became of an episode. seconds: time spent in each stage."""
+
+    id: str
+    status: Literal["built", "present"]
+    frames: int
+    notes: tuple[Note, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class DatasetBuilder(ABC):
+    """A source of episodes. A subclass names its engine and schema, lists episodes, reads one."""
+
+    name: ClassVar[str]
+    schema: ClassVar[str] = "trajectory"
+    engine: ClassVar[str]
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @abstractmethod
+    def episodes(self) -> Iterator[EpisodeRef]:
+        """Every episode below `root`, sorted by id, nothing decoded."""
+
+    @abstractmethod
+    def sources(self, ref: EpisodeRef) -> list[Path]:
+        """The files that `read` makes the episode from; raises SourceError when one is missing."""
+
+    @abstractmethod
+    def read(self, ref: EpisodeRef) -> Episode:
+        """The episode; raises SourceError when its files cannot be used."""
+
+    def provenance(self, settings: Settings) -> Provenance:
+        """What is recorded of how an episode was built."""
+        engine = settings.engine or self.engine
+        return Provenance(self.name, engine, settings.config, settings.media)
+
+    def build(
+        self, ref: EpisodeRef, out: Path, settings: Settings, progress: Progress = lambda _: None
+    ) -> Built:
+        """Build one episode into `out / ref.id`, unless what it would build is there already.
+
+        The trajectory is written aside and moved into place when whole. Raises OccGenError; then
+        nothing is left under the final name that was not there before.
+        """
+        place = out / ref.id
+        clear_leftovers(place)
+        schema = load_schema(self.schema)
+        provenance = self.provenance(settings)
+        if not settings.overwrite and self._is_current(ref, place, schema, provenance):
+            return Built(ref.id, "present", 0)
+
+        clock = Stopwatch()
+        sources = self.sources(ref)
+        before = _stamps(sources)
+        with clock("read"):
+            episode = self.read(ref)
+        with clock("reconstruct"):
+            scene = load_engine(provenance.engine)(episode, settings.config)
+        with staged(place) as folder:
+            _write(folder, schema, episode, scene, provenance, clock, progress)
+            if _stamps(sources) != before:
+                raise SourceError(ref.path, "changed while it was read", "run the build again")
+        return Built(
+            ref.id, "built", episode.length, (*episode.notes, *scene.notes), clock.seconds
+        )
+
+    def fingerprint(self, sources: Iterable[Path]) -> str:
+        """SHA-256 over the names (below `root`) and contents of files, in their order."""
+        digest = hashlib.sha256()
+        for path in sources:
+            try:
+                content = sha256(path)
+            except OSError as error:
+                raise SourceError(
+                    path, f"cannot be read ({error.strerror})", "restore it from the source"
+                ) from error
+            digest.update(f"{path.relative_to(self.root).as_posix()}\0{content}\n".encode())
+        return digest.hexdigest()
+
+    def _is_current(
+        self, ref: EpisodeRef, place: Path, schema: Schema, provenance: Provenance
+    ) -> bool:
+        """Whether `place` holds what building would give, as far as its record tells."""
+        mark = place / schema.path("record")
+        if not mark.is_file():
+            return False
+        try:
+            record = read_json(mark)
+            recorded = str(record["source"]["fingerprint"])
+            files = list(record["files"])
+        except (SourceError, KeyError, TypeError):
+            return False
+        expected = provenance.record(schema, ref.id, recorded)
+        if any(record.get(key) != value for key, value in expected.items()):
+            return False
+        if not all((place / name).is_file() for name in files):
+            return False
+        sources = self.sources(ref)
+        # A file's change time cannot be set back, so sources older than the record are unchanged.
+        if _newest(sources) < mark.stat().st_mtime_ns:
+            return True
+        return self.fingerprint(sources) == recorded
+
+
+class Stopwatch:
+    """Adds up the seconds spent in named stages."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Time a block."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - start
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + elapsed
+
+
+def _write(
+    folder: Path,
+    schema: Schema,
+    episode: Episode,
+    scene: Reconstruction,
+    provenance: Provenance,
+    clock: Stopwatch,
+    progress: Progress,
+) -> None:
+    grid = Grid.of(provenance.config)
+    writer = TrajectoryWriter(folder, schema, episode, grid)
+    with clock("occupancy and writing it"):
+        writer.write_occupancy(frames_occupancy(episode, scene, grid, clock, progress))
+    clock.seconds["occupancy and writing it"] -= clock.seconds["occupancy"]
+    clock.seconds["write occupancy"] = clock.seconds.pop("occupancy and writing it")
+    with clock("write scene"):
+        writer.write_scene(scene, provenance.config)
+        writer.write_tables(scene)
+    with clock("write media"):
+        writer.write_media(provenance.media)
+    with clock("checksums"):
+        writer.finish(provenance, scene)
+
+
+def frames_occupancy(
+    episode: Episode,
+    scene: Reconstruction,
+    grid: Grid,
+    clock: Stopwatch,
+    progress: Progress = lambda _: None,
+) -> Iterator[FrameOccupancy]:
+    """Occupancy and visibility of each frame of an episode, in order."""
+    with clock("occupancy"):
+        cloud = into_bricks(scene.cloud.points)
+        state = np.empty(grid.cells, np.uint8)
+    for t in range(episode.length):
+        with clock("occupancy"):
+            frame = observe(
+                grid,
+                cloud,
+                scene.world_from_camera[t],
+                scene.intrinsics[t],
+                episode.image_size,
+                scene.own_points(t),
+                state,
+            )
+        yield frame
+        progress(1)
+
+
+def clear_leftovers(place: Path) -> None:
+    """Remove what an interrupted build left beside `place`."""
+    for suffix in ("partial", "old"):
+        shutil.rmtree(place.with_name(f".{place.name}.{suffix}"), ignore_errors=True)
+
+
+@contextmanager
+def staged(place: Path) -> Iterator[Path]:
+    """An empty folder beside `place` that takes its place when the block ends well."""
+    partial, old = (place.with_name(f".{place.name}.{suffix}") for suffix in ("partial", "old"))
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if place.exists():
+            place.rename(old)
+        partial.rename(place)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # Folders made for this trajectory alone go with it.
+            place.parent.rmdir()
+            place.parent.parent.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _stamps(paths: Iterable[Path]) -> list[tuple[int, int]]:
+    with _named_errors():
+        return [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in paths)]
+
+
+def _newest(paths: Iterable[Path]) -> int:
+    """The latest change, in nanoseconds, of the files and of the folders that hold them."""
+    files = list(paths)
+    with _named_errors():
+        stats = [path.stat() for path in (*files, *{path.parent for path in files})]
+    return max(max(stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats)
+
+
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(
+            error.filename or "a source file", f"cannot be read ({error.strerror})", "restore it"
+        ) from error
+
+
+def builder_names() -> list[str]:
+    """The sources that are installed."""
+    return sorted({point.name for point in entry_points(group="occgen_hub.builders")})
+
+
+def load_builder(name: str, root: Path) -> DatasetBuilder:
+    """The builder of that name for the tree at `root`; raises UsageError when none is installed."""
+    for point in entry_points(group="occgen_hub.builders"):
+        if point.name == name:
+            builder: DatasetBuilder = point.load()(root)
+            return builder
+    known = ", ".join(builder_names()) or "none"
+    raise UsageError(f"--source {name}: no such source; installed are {known}.")

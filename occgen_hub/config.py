@@ -1,0 +1,134 @@
+"""What can be tuned, under the seed's names, with defaults that need no tuning."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from occgen_hub.errors import UsageError
+
+MAX_CONFIG_BYTES = 1 << 20
+MAX_CELLS = 1 << 29
+"""Half a gigabyte of cells, a byte each while a frame is worked on."""
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Config(BaseModel):
+    """The parameters of a build; two builds with equal ones give equal bytes.
+
+    Lengths are metres. Everything has a default, so `Config()` is the seed's setting.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    voxel_size: Positive = Field(0.02, description="edge of an occupancy cell")
+    pc_range: tuple[Finite, Finite, Finite, Finite, Finite, Finite] = Field(
+        (-2.0, -1.5, -0.5, 2.0, 1.0, 3.5),
+        description="camera grid: x_min y_min z_min x_max y_max z_max, OpenCV axes",
+    )
+    interval: Annotated[int, Field(ge=1)] = Field(
+        1, description="reconstruct from every interval-th frame"
+    )
+    depth_range: tuple[Positive, Positive] = Field(
+        (0.1, 6.5), description="nearest and farthest depth to use"
+    )
+    depth_edge: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        0.03, description="drop pixels that float between two surfaces, relative; 0 keeps all"
+    )
+    fusion_voxel_size: Positive | None = Field(
+        None, description="resolution of the fused cloud; a quarter of voxel_size if not set"
+    )
+    voxel_size_scale: Positive | None = Field(
+        None,
+        description="the seed's dynamic size: origin_pcd.ply is thinned to "
+        "cbrt(scene volume) / voxel_size_scale where that is coarser than voxel_size",
+    )
+
+    @model_validator(mode="after")
+    def _check_ranges(self) -> Config:
+        if self.depth_range[0] >= self.depth_range[1]:
+            raise ValueError("depth_range must be (nearest, farthest), nearest first")
+        if any(low >= high for low, high in zip(self.pc_range, self.pc_range[3:], strict=False)):
+            raise ValueError("pc_range must have each minimum under its maximum")
+        if math.prod(self.grid_shape) > MAX_CELLS:
+            raise ValueError(
+                f"pc_range / voxel_size gives a grid of {self.grid_shape} cells, over the limit of "
+                f"{MAX_CELLS} cells; use a larger voxel_size or a smaller pc_range"
+            )
+        return self
+
+    @property
+    def grid_shape(self) -> tuple[int, int, int]:
+        """(nx, ny, nz): the fewest whole cells that cover `pc_range`."""
+        size = decimal(self.voxel_size)
+        nx, ny, nz = (
+            math.ceil((decimal(high) - decimal(low)) / size)
+            for low, high in zip(self.pc_range, self.pc_range[3:], strict=False)
+        )
+        return nx, ny, nz
+
+    @property
+    def fusion_size(self) -> float:
+        """Metres: edge of the voxels in which the fused cloud keeps one point."""
+        return self.fusion_voxel_size or self.voxel_size / 4
+
+
+def decimal(value: float) -> Fraction:
+    """The number as it was written: 0.02 is 1/50 here, not its nearest binary fraction."""
+    return Fraction(repr(float(value)))
+
+
+def load_config(path: Path | None = None, settings: tuple[str, ...] = ()) -> Config:
+    """Defaults, overridden by a YAML file, overridden by `key=value` settings.
+
+    Raises UsageError when the file cannot be read or a value does not fit.
+    """
+    values: dict[str, Any] = {} if path is None else _read_yaml(path)
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key:
+            raise UsageError(
+                f"--set {setting}: expected key=value, for example --set voxel_size=0.05."
+            )
+        try:
+            values[key.strip()] = yaml.safe_load(text)
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
+            raise UsageError(f"--set {setting}: the value is not valid YAML.") from error
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(_explain(error, path)) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise UsageError(f"{path}: larger than 1 MB, so not a configuration; check the path.")
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); check --config.") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise UsageError(f"{path}: not valid YAML; correct it or leave --config out.") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UsageError(f"{path}: expected lines of 'key: value', such as 'voxel_size: 0.05'.")
+    return values
+
+
+def _explain(error: ValidationError, path: Path | None) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"][:3])[:80]
+    known = ", ".join(Config.model_fields)
+    reason = first["msg"].removeprefix("Value error, ")[:300]
+    if first["type"] == "extra_forbidden":
+        reason = f"there is no such setting; the settings are {known}"
+    place = f"{path}: " if path is not None else ""
+    return f"{place}{where + ': ' if where else ''}{reason}."

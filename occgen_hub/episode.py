@@ -1,0 +1,94 @@
+"""The values that flow: an episode as it was recorded, and what was reconstructed from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from occgen_hub.geometry.cloud import Cloud
+from occgen_hub.schema import Feature
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something about a source that a user should know. `code` names its kind, for counting."""
+
+    code: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """An instruction in words, and what the source says of it besides."""
+
+    text: str
+    source: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the source: what it is, and (T, *shape) values, (T,) for plain numbers."""
+
+    feature: Feature
+    values: Any
+
+
+@dataclass(frozen=True)
+class MediaFile:
+    """A file that goes with the episode; `file` is its key in the schema."""
+
+    file: str
+    path: Path
+    frame: int | None = None
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One recording of T frames. Frames are decoded when asked for, by number from 0.
+
+    id: "<group>/<scene>/<trajectory>"; image_size: (width, height) in pixels, the same for all
+    frames; read_rgb(t): (H, W, 3) uint8; read_depth(t): (H, W) float64, metres along the optical
+    axis, 0 for none; world_from_camera: (T, 4, 4) float64, OpenCV axes, metres, in the source's
+    world; intrinsics: (T, 3, 3) float64, pixels; task_index: (T,) int64 into `tasks`;
+    fingerprint: SHA-256 over the names and contents of the source's files.
+    """
+
+    id: str
+    length: int
+    fps: float
+    robot_type: str
+    image_size: tuple[int, int]
+    read_rgb: Callable[[int], NDArray[np.uint8]]
+    tasks: tuple[Task, ...]
+    task_index: NDArray[np.int64]
+    columns: dict[str, Column]
+    media: tuple[MediaFile, ...]
+    fingerprint: str
+    read_depth: Callable[[int], NDArray[np.float64]] | None = None
+    world_from_camera: NDArray[np.float64] | None = None
+    intrinsics: NDArray[np.float64] | None = None
+    notes: tuple[Note, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What an engine makes of an episode, in the source's world and in metres.
+
+    cloud: the fused scene; world_from_camera: (T, 4, 4) float64, OpenCV axes; intrinsics:
+    (T, 3, 3) float64, pixels of the episode's images; own_points(t): (n, 3) float64, what frame t
+    itself measured, in its camera's frame, or None where the engine did not use that frame;
+    scale: what the engine's lengths were multiplied by to become metres.
+    """
+
+    engine: str
+    cloud: Cloud
+    world_from_camera: NDArray[np.float64]
+    intrinsics: NDArray[np.float64]
+    own_points: Callable[[int], NDArray[np.float64] | None]
+    scale: float = 1.0
+    notes: tuple[Note, ...] = ()

@@ -1,0 +1,36 @@
+"""What can go wrong, said so that a user can act on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class OccGenError(Exception):
+    """A failure that a user can act on; its text is one sentence naming the file and the remedy.
+
+    `exit_code` is what the command line ends with when nothing catches it.
+    """
+
+    exit_code = 1
+
+
+class UsageError(OccGenError):
+    """The command, an option or a configuration is wrong; nothing was done."""
+
+    exit_code = 2
+
+
+class SourceError(OccGenError):
+    """A file of the source cannot be used: says which, what is wrong and what to do."""
+
+    def __init__(self, path: Path | str, problem: str, remedy: str) -> None:
+        super().__init__(f"{path}: {problem}; {remedy}.")
+        self.path, self.problem, self.remedy = str(path), problem, remedy
+
+    def __reduce__(self) -> tuple[type[SourceError], tuple[str, str, str]]:
+        """Pickled by its parts, so that it crosses from a worker process whole."""
+        return type(self), (self.path, self.problem, self.remedy)
+
+
+class DatasetError(SourceError):
+    """A file of a built dataset cannot be used."""

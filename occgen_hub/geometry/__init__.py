@@ -1,0 +1,1 @@
+"""Poses, cameras and clouds; arrays in, arrays out."""

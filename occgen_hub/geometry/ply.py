@@ -1,0 +1,83 @@
+"""Point clouds as binary PLY: a header in words, then fixed-size records.
+
+Written here because loading Open3D takes longer than building a short trajectory, and read here
+because a header has to be checked against the file's size before it is believed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from occgen_hub.errors import SourceError
+from occgen_hub.geometry.cloud import Cloud
+
+MAX_HEADER = 1 << 16
+_TYPES = {
+    "char": "i1", "uchar": "u1", "short": "<i2", "ushort": "<u2", "int": "<i4", "uint": "<u4",
+    "float": "<f4", "double": "<f8", "int8": "i1", "uint8": "u1", "int16": "<i2", "uint16": "<u2",
+    "int32": "<i4", "uint32": "<u4", "float32": "<f4", "float64": "<f8",
+}  # fmt: skip
+
+
+def write_ply(path: Path, cloud: Cloud) -> None:
+    """Write a cloud as float x, y, z and uchar red, green, blue."""
+    record = np.dtype([("p", "<f4", 3), ("c", "u1", 3)])
+    vertices = np.empty(len(cloud), record)
+    vertices["p"], vertices["c"] = cloud.points, cloud.colors
+    properties = [f"property float {name}" for name in "xyz"]
+    properties += [f"property uchar {name}" for name in ("red", "green", "blue")]
+    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(cloud)}"]
+    text = "\n".join([*header, *properties, "end_header", ""])
+    with path.open("wb") as file:
+        file.write(text.encode("ascii"))
+        file.write(vertices.tobytes())
+
+
+def read_ply(path: Path) -> Cloud:
+    """The vertices of a binary PLY; black where it has no colours.
+
+    Raises SourceError when it is not such a file or is shorter than its header says.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(MAX_HEADER)
+            end = head.find(b"end_header\n")
+            if not head.startswith(b"ply") or end < 0:
+                raise SourceError(path, "is not a PLY file", "restore it")
+            count, record = _vertex_record(head[:end].decode("ascii", "replace"), path)
+            start = end + len(b"end_header\n")
+            if path.stat().st_size < start + count * record.itemsize:
+                raise SourceError(path, f"is shorter than its {count} vertices", "restore it")
+            file.seek(start)
+            vertices = np.fromfile(file, record, count)
+    except OSError as error:
+        raise SourceError(path, f"cannot be read ({error.strerror})", "check the path") from error
+    points = np.stack([vertices[name] for name in "xyz"], axis=-1).astype(np.float32)
+    colors: NDArray[np.uint8] = np.zeros((count, 3), np.uint8)
+    if "red" in (record.names or ()):
+        colors = np.stack([vertices[n] for n in ("red", "green", "blue")], axis=-1).astype(np.uint8)
+    return Cloud(points, colors)
+
+
+def _vertex_record(header: str, path: Path) -> tuple[int, np.dtype[np.void]]:
+    count, fields, element = -1, [], ""
+    for words in (line.split() for line in header.splitlines()):
+        if words[:1] == ["format"] and words[1:2] != ["binary_little_endian"]:
+            raise SourceError(path, "is not a binary little-endian PLY", "save it as binary")
+        if words[:1] == ["element"] and len(words) == 3:
+            element = words[1]
+            if element == "vertex" and words[2].isdigit() and not fields:
+                count = int(words[2][:18])
+            elif count < 0:
+                raise SourceError(path, "does not begin with its vertices", "save it anew")
+        if words[:1] == ["property"] and element == "vertex":
+            if len(words) != 3 or words[1] not in _TYPES:
+                raise SourceError(path, "has vertices of an unknown form", "save it anew")
+            fields.append((words[2], _TYPES[words[1]]))
+    names = [name for name, _ in fields]
+    if count < 0 or not {"x", "y", "z"} <= set(names) or len(set(names)) < len(names):
+        raise SourceError(path, "has no vertices with x, y and z", "save it anew")
+    return count, np.dtype(fields)

@@ -1,0 +1,42 @@
+"""Rigid transforms: world_from_camera, OpenCV axes (x right, y down, z forward), metres, float64."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+OPENGL_FROM_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
+"""OpenGL's camera looks along -z with y up; the matrix is its own inverse."""
+
+
+def from_opengl(world_from_camera: NDArray[np.floating]) -> NDArray[np.float64]:
+    """(..., 4, 4) poses of OpenGL cameras (x right, y up, z backward) to those of OpenCV ones."""
+    return world_from_camera.astype(np.float64) @ OPENGL_FROM_OPENCV
+
+
+def to_opengl(world_from_camera: NDArray[np.floating]) -> NDArray[np.float64]:
+    """The inverse of `from_opengl`."""
+    return world_from_camera.astype(np.float64) @ OPENGL_FROM_OPENCV
+
+
+def rigidity_error(poses: NDArray[np.floating]) -> NDArray[np.float64]:
+    """(T, 4, 4) to (T,): how far each is from a rigid transform, 0 for a perfect one.
+
+    The largest of |R R^T - I|, of |det R - 1| and of the last row's distance from (0, 0, 0, 1);
+    infinite where a number is not finite.
+    """
+    poses = poses.astype(np.float64)
+    finite = np.isfinite(poses).all(axis=(1, 2))
+    safe = np.where(finite[:, None, None], poses, np.eye(4))
+    R = safe[:, :3, :3]
+    with np.errstate(over="ignore", invalid="ignore"):
+        unit = np.abs(R @ R.transpose(0, 2, 1) - np.eye(3)).max(axis=(1, 2))
+        handed = np.abs(np.linalg.det(R) - 1.0)
+        row = np.abs(safe[:, 3] - [0.0, 0.0, 0.0, 1.0]).max(axis=1)
+        error = np.nan_to_num(np.max([unit, handed, row], axis=0), nan=np.inf)
+    return np.where(finite, error, np.inf)
+
+
+def transform(pose: NDArray[np.float64], points: NDArray[np.floating]) -> NDArray[np.float64]:
+    """(n, 3) points moved by a (4, 4) pose: R p + t."""
+    return points.astype(np.float64) @ pose[:3, :3].T + pose[:3, 3]

@@ -1,0 +1,210 @@
+"""Writing one trajectory: every file that its schema lists, in a folder of its own."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow.parquet as pq
+from pyarrow import Table
+
+from occgen_hub.config import Config
+from occgen_hub.episode import Column, Episode, Reconstruction
+from occgen_hub.errors import SourceError
+from occgen_hub.files import dump_json, files_under, sha256
+from occgen_hub.geometry.cloud import voxel_downsample
+from occgen_hub.geometry.ply import write_ply
+from occgen_hub.lerobot.stats import episode_stats
+from occgen_hub.media import RESTORE, write_video
+from occgen_hub.occupancy.codec import NpzWriter, ObservedWriter, VisibleWriter
+from occgen_hub.occupancy.grid import Grid, scene_grid
+from occgen_hub.occupancy.visibility import FrameOccupancy
+from occgen_hub.schema import Schema
+
+Media = Literal["copy", "link", "none"]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a trajectory comes from: the builder's name, the engine's, and the configuration."""
+
+    builder: str
+    engine: str
+    config: Config
+    media: Media
+
+    def record(self, schema: Schema, episode: str, fingerprint: str) -> dict[str, Any]:
+        """What a later run compares to tell whether the trajectory is still what it would build."""
+        return {
+            "schema": {"name": schema.name, "version": schema.version},
+            "source": {"builder": self.builder, "episode": episode, "fingerprint": fingerprint},
+            "engine": self.engine,
+            "config": self.config.model_dump(mode="json"),
+            "media": "none" if self.media == "none" else "kept",
+        }
+
+
+class TrajectoryWriter:
+    """Writes a trajectory into an empty folder: occupancy first, `finish` last."""
+
+    def __init__(self, folder: Path, schema: Schema, episode: Episode, grid: Grid) -> None:
+        self.folder, self.schema, self.episode, self.grid = folder, schema, episode, grid
+
+    def path(self, file: str, frame: int | None = None) -> Path:
+        """Where a file of the schema goes; its folder is made."""
+        path = self.folder / self.schema.path(file, frame)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def write_occupancy(self, frames: Iterable[FrameOccupancy]) -> None:
+        """The visible cells and the observed ones, frame after frame."""
+        visible = VisibleWriter(self.path("visible"), self.grid.cells)
+        observed = ObservedWriter(self.path("observed"), self.episode.length, self.grid.shape)
+        for frame in frames:
+            visible.append(frame.visible)
+            observed.append(frame.observed)
+        visible.close()
+        observed.close()
+
+    def write_scene(self, scene: Reconstruction, config: Config) -> None:
+        """The scene's occupied cells and its cloud."""
+        cells = scene_grid(scene.cloud.points, config.voxel_size)
+        with NpzWriter(self.path("scene_occupancy")) as out:
+            out.add("data", cells.centres)
+            out.add("voxel_size", np.asarray(cells.voxel_size, np.float64))
+            out.add("origin", cells.origin)
+            out.add("shape", np.asarray(cells.shape, np.int64))
+        thinned = voxel_downsample(scene.cloud, cloud_voxel_size(cells.shape, config))
+        write_ply(self.path("scene_cloud"), thinned)
+
+    def write_media(self, media: Media) -> None:
+        """The source's own files, and the RGB video, made from the images where there is none."""
+        if media == "none":
+            return
+        for item in self.episode.media:
+            place = self.path(item.file, item.frame)
+            _take(item.path, place, link=media == "link")
+        if not any(item.file == "video" for item in self.episode.media):
+            frames = (self.episode.read_rgb(t) for t in range(self.episode.length))
+            write_video(self.path("video"), frames, self.episode.fps)
+
+    def write_tables(self, scene: Reconstruction) -> None:
+        """The parquet and the meta files that describe it."""
+        columns = self.columns(scene)
+        features = {name: column.feature for name, column in columns.items()}
+        arrays = [column.feature.to_arrow(column.values) for column in columns.values()]
+        table = Table.from_arrays(arrays, schema=self.schema.arrow_schema(features))
+        pq.write_table(table, self.path("frames"), compression="zstd")
+
+        episode = self.episode
+        words = list(dict.fromkeys(task.text for task in episode.tasks))
+        self._write("info", [self._info(columns)], indent=4)
+        self._write(
+            "episodes",
+            [{"episode_index": 0, "tasks": words, "length": episode.length, "scale": scene.scale}],
+        )
+        self._write("stats", [{"episode_index": 0, "stats": episode_stats(columns)}])
+        tasks = enumerate(episode.tasks)
+        self._write("tasks", [{"task_index": i, "task": t.text, **_said(t.source)} for i, t in tasks])
+
+    def columns(self, scene: Reconstruction) -> dict[str, Column]:
+        """Every column of the parquet: the source's, then what was computed, then LeRobot's."""
+        frames = np.arange(self.episode.length)
+        features = self.schema.features
+        ours = {
+            self.schema.poses: scene.world_from_camera,
+            self.schema.intrinsics: scene.intrinsics,
+            "timestamp": frames / self.episode.fps,
+            "frame_index": frames,
+            "episode_index": np.full(len(frames), self.schema.episode_index),
+            "index": frames,
+            "task_index": self.episode.task_index,
+        }
+        columns = {name: c for name, c in self.episode.columns.items() if name not in ours}
+        for name, values in ours.items():
+            columns[name] = Column(features[name], values.astype(features[name].dtype))
+        return columns
+
+    def finish(self, provenance: Provenance, scene: Reconstruction) -> None:
+        """`meta/occgen.json`, last: what the trajectory is made of and a SHA-256 of every file."""
+        config = provenance.config
+        files = {
+            path.relative_to(self.folder).as_posix(): sha256(path)
+            for path in files_under(self.folder)
+        }
+        record = {
+            "version": version("occgen-hub"),
+            **provenance.record(self.schema, self.episode.id, self.episode.fingerprint),
+            "grid": {
+                "voxel_size": self.grid.voxel_size,
+                "pc_range": list(config.pc_range),
+                "shape": list(self.grid.shape),
+            },
+            "scene": {
+                "image_size": list(self.episode.image_size),
+                "points": len(scene.cloud),
+                "scale": scene.scale,
+            },
+            "notes": [note.text for note in (*self.episode.notes, *scene.notes)],
+            "files": files,
+        }
+        self._write("record", [record], indent=1)
+
+    def _info(self, columns: dict[str, Column]) -> dict[str, Any]:
+        return {
+            "codebase_version": self.schema.codebase_version,
+            "robot_type": self.episode.robot_type,
+            "total_episodes": 1,
+            "total_frames": self.episode.length,
+            "total_tasks": len(self.episode.tasks),
+            "total_videos": 0,
+            "total_chunks": 1,
+            "chunks_size": self.schema.chunks_size,
+            "fps": int(self.episode.fps) if self.episode.fps.is_integer() else self.episode.fps,
+            "splits": {"train": "0:1"},
+            "data_path": self.schema.data_path,
+            "video_path": self.schema.video_path,
+            "features": {name: column.feature.info() for name, column in columns.items()},
+        }
+
+    def _write(self, file: str, rows: list[dict[str, Any]], indent: int | None = None) -> None:
+        text = "".join(dump_json(row, indent=indent) + "\n" for row in rows)
+        self.path(file).write_text(text, encoding="utf-8")
+
+
+def cloud_voxel_size(shape: tuple[int, int, int], config: Config) -> float:
+    """Metres: how coarse origin_pcd.ply is, for a scene of `shape` cells of `config.voxel_size`.
+
+    The base size, or the seed's dynamic one, the cube root of the scene's volume over
+    `voxel_size_scale`, where that is set and coarser.
+    """
+    if config.voxel_size_scale is None:
+        return config.voxel_size
+    volume = float(np.prod(shape, dtype=np.float64)) * config.voxel_size**3
+    return max(config.voxel_size, float(np.cbrt(volume)) / config.voxel_size_scale)
+
+
+def _said(source: dict[str, Any]) -> dict[str, Any]:
+    return {"source": source} if source else {}
+
+
+def _take(source: Path, place: Path, *, link: bool) -> None:
+    try:
+        if link:
+            try:
+                place.hardlink_to(source)
+                return
+            except OSError:
+                pass  # Another file system, or one without hard links: a copy serves as well.
+        shutil.copyfile(source, place)
+    except OSError as error:
+        if error.filename2 or error.filename == str(place):
+            raise
+        raise SourceError(source, f"cannot be copied ({error.strerror})", RESTORE) from error
+
+

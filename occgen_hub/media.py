@@ -1,0 +1,189 @@
+"""Images and videos, decoded at a bounded cost and with errors that name the file."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from occgen_hub.errors import SourceError
+
+if TYPE_CHECKING:
+    import av
+
+MAX_PIXELS = 1 << 26
+"""64 megapixels: over any camera's frame, under what would fill a machine's memory."""
+
+RESTORE = "restore it from the source or leave this trajectory out"
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) from an image's header, nothing decoded."""
+    with _opened(path) as image:
+        return image.size
+
+
+def read_rgb(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 RGB of an image that has to be of `size` (width, height)."""
+    with _opened(path, size) as image:
+        return np.asarray(_decoded(path, image.convert, "RGB"))
+
+
+def read_depth(path: Path, size: tuple[int, int]) -> NDArray[np.uint16]:
+    """(H, W) uint16 of a 16-bit grey image that has to be of `size` (width, height)."""
+    with _opened(path, size) as image:
+        if image.mode not in ("I;16", "I;16B", "I"):
+            raise SourceError(
+                path,
+                f"is not a 16-bit grey image (its mode is {image.mode})",
+                "save depth as 16-bit PNG, 10,000 units a metre",
+            )
+        _decoded(path, image.load)
+        values = np.asarray(image)
+    if values.dtype != np.uint16:
+        if values.min() < 0 or values.max() > 65535:
+            raise SourceError(path, "has values beyond 16 bits", RESTORE)
+        values = values.astype(np.uint16)
+    return values
+
+
+def _opened(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
+    try:
+        image = Image.open(path)
+    except FileNotFoundError:
+        raise SourceError(path, "is missing", RESTORE) from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise SourceError(path, f"is not an image that can be read ({_brief(error)})", RESTORE) from None
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise SourceError(path, f"claims {image.width} x {image.height} pixels", RESTORE)
+    if size is not None and image.size != size:
+        image.close()
+        raise SourceError(
+            path,
+            f"is {image.width} x {image.height} pixels where {size[0]} x {size[1]} are expected",
+            RESTORE,
+        )
+    return image
+
+
+def _decoded(path: Path, decode, *arguments):  # type: ignore[no-untyped-def]  # returns what `decode` does
+    try:
+        return decode(*arguments)
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise SourceError(path, f"is damaged ({_brief(error)})", RESTORE) from None
+
+
+def _brief(error: BaseException) -> str:
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return text.split(": '/")[0].rstrip(".")[:120]
+
+
+@dataclass(frozen=True)
+class VideoFacts:
+    """size: (width, height); fps: frames a second; frames: how many there are."""
+
+    size: tuple[int, int]
+    fps: float
+    frames: int
+
+
+def video_facts(path: Path) -> VideoFacts:
+    """Size, rate and number of frames, the frames counted by their packets, not by the header."""
+    with _video(path) as container:
+        stream = container.streams.video[0]
+        try:
+            frames = sum(1 for packet in container.demux(stream) if packet.size)
+        except OSError as error:
+            raise SourceError(path, f"is damaged ({_brief(error)})", RESTORE) from None
+        rate = stream.average_rate or stream.guessed_rate
+        return VideoFacts((stream.width, stream.height), float(rate) if rate else 0.0, frames)
+
+
+def video_frames(path: Path) -> Iterator[NDArray[np.uint8]]:
+    """(H, W, 3) uint8 RGB frames in order, one in memory at a time."""
+    with _video(path) as container:
+        container.streams.video[0].thread_type = "AUTO"
+        try:
+            for frame in container.decode(video=0):
+                yield frame.to_ndarray(format="rgb24")
+        except OSError as error:
+            raise SourceError(path, f"is damaged ({_brief(error)})", RESTORE) from None
+
+
+class VideoReader:
+    """Frames of a video by number; reading forward is cheap, going back starts over."""
+
+    def __init__(self, path: Path, size: tuple[int, int]) -> None:
+        self._path, self._size = path, size
+        self._next = 0
+        self._frames = video_frames(path)
+        self._lock = threading.Lock()
+
+    def __call__(self, number: int) -> NDArray[np.uint8]:
+        """(H, W, 3) uint8 RGB, resized to the size asked for."""
+        with self._lock:
+            if number < self._next:
+                self._next, self._frames = 0, video_frames(self._path)
+            for frame in self._frames:
+                self._next += 1
+                if self._next > number:
+                    image = Image.fromarray(frame)
+                    if image.size != self._size:
+                        image = image.resize(self._size, Image.Resampling.BILINEAR)
+                    return np.asarray(image)
+        raise SourceError(self._path, f"ends before frame {number}", RESTORE)
+
+
+def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], fps: float) -> None:
+    """H.264 that plays in a browser, from (H, W, 3) uint8 RGB frames; odd sizes lose a row or column.
+
+    One encoder thread, so that equal frames give equal bytes.
+    """
+    import av
+
+    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
+        stream = None
+        for image in frames:
+            height, width = image.shape[0] // 2 * 2, image.shape[1] // 2 * 2
+            if stream is None:
+                rate = _rational(fps)
+                stream = container.add_stream(
+                    "libx264", rate=rate, options={"crf": "18", "threads": "1"}
+                )
+                stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            picture = np.ascontiguousarray(image[:height, :width])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        if stream is not None:
+            container.mux(stream.encode())
+
+
+def _rational(fps: float):  # type: ignore[no-untyped-def]  # fractions.Fraction, imported late
+    from fractions import Fraction
+
+    return Fraction(fps).limit_denominator(1001)
+
+
+def _video(path: Path) -> av.container.InputContainer:
+    import av
+
+    if not path.is_file():
+        raise SourceError(path, "is missing", RESTORE)
+    try:
+        container = av.open(str(path))
+    except (OSError, ValueError) as error:
+        raise SourceError(path, f"is not a video that can be read ({_brief(error)})", RESTORE) from None
+    if not container.streams.video:
+        container.close()
+        raise SourceError(path, "holds no video", RESTORE)
+    stream = container.streams.video[0]
+    if not 0 < stream.width * stream.height <= MAX_PIXELS:
+        container.close()
+        raise SourceError(path, f"claims {stream.width} x {stream.height} pixels", RESTORE)
+    return container

@@ -1,0 +1,1 @@
+"""The camera grid, voxelisation, visibility, and how they are stored."""

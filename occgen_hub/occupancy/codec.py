@@ -1,0 +1,112 @@
+"""Occupancy on disk: the seed's CSR and packed-mask npz files, written a frame at a time.
+
+The files are what `scipy.sparse.save_npz` and `numpy.savez_compressed` write, so that scipy and
+numpy read them; a trajectory of any length goes through without being held in memory.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+_CHUNK = 1 << 20
+
+
+class NpzWriter:
+    """A compressed npz whose arrays may be streamed. Equal content gives equal bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self._zip = zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, allowZip64=True)
+
+    def add(self, name: str, array: NDArray[Any]) -> None:
+        """Write a whole array."""
+        with self.stream(name, array.dtype, array.shape) as file:
+            file.write(np.ascontiguousarray(array).tobytes())
+
+    @contextmanager
+    def stream(self, name: str, dtype: Any, shape: tuple[int, ...]) -> Iterator[IO[bytes]]:
+        """A file to write an array's elements to, in C order."""
+        with self._zip.open(f"{name}.npy", "w", force_zip64=True) as file:
+            header = {"descr": npy.dtype_to_descr(np.dtype(dtype)), "fortran_order": False}
+            npy.write_array_header_1_0(file, {**header, "shape": shape})
+            yield file
+
+    def __enter__(self) -> Self:
+        """For `with`; the file is complete when the block ends."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Finish the archive."""
+        self._zip.close()
+
+
+class VisibleWriter:
+    """The CSR matrix (frames, cells) of the visible occupied cells, a row for each `append`."""
+
+    def __init__(self, path: Path, cells: int) -> None:
+        self._path, self._cells = path, cells
+        self._ends = [0]
+        self._columns = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115  # closed by close()
+
+    def append(self, visible: NDArray[np.int32]) -> None:
+        """visible: (n,) int32, sorted columns of one frame."""
+        self._columns.write(visible.tobytes())
+        self._ends.append(self._ends[-1] + len(visible))
+
+    def close(self) -> None:
+        """Write the file; the columns wait on disk until their number is known."""
+        frames, count = len(self._ends) - 1, self._ends[-1]
+        # scipy wants one type for both index arrays, wide enough for the number of entries.
+        index = np.dtype(np.int32 if count < 2**31 else np.int64)
+        with self._columns, NpzWriter(self._path) as out:
+            self._columns.seek(0)
+            with out.stream("indices", index, (count,)) as file:
+                while chunk := self._columns.read(_CHUNK):
+                    file.write(np.frombuffer(chunk, np.int32).astype(index, copy=False).tobytes())
+            out.add("indptr", np.asarray(self._ends, index))
+            out.add("format", np.array(b"csr"))
+            out.add("shape", np.array([frames, self._cells], np.int64))
+            with out.stream("data", np.uint8, (count,)) as file:
+                for start in range(0, count, _CHUNK):
+                    file.write(b"\x01" * min(_CHUNK, count - start))
+
+
+class ObservedWriter:
+    """The packed masks (frames, ceil(cells / 8)) of the observed cells, a row for each `append`."""
+
+    def __init__(self, path: Path, frames: int, shape: tuple[int, int, int]) -> None:
+        self._npz = NpzWriter(path)
+        self._shape = shape
+        width = -(-int(np.prod(shape)) // 8)
+        self._stream = self._npz.stream("data", np.uint8, (frames, width))
+        self._file = self._stream.__enter__()
+
+    def append(self, observed: NDArray[np.uint8]) -> None:
+        """observed: (ceil(cells / 8),) uint8, `np.packbits` of one frame's observed cells."""
+        self._file.write(observed.tobytes())
+
+    def close(self) -> None:
+        """Finish the file."""
+        self._stream.__exit__(None, None, None)
+        self._npz.add("shape", np.asarray(self._shape, np.int64))
+        self._npz.add("mode", np.array("packed"))
+        self._npz.__exit__(None, None, None)
+
+
+def unpack(observed: NDArray[np.uint8], cells: int) -> NDArray[np.bool_]:
+    """(..., ceil(cells / 8)) packed masks to (..., cells) bool."""
+    return np.unpackbits(observed, axis=-1, count=cells).astype(bool)

@@ -1,0 +1,82 @@
+"""The grid that stands in a camera's frame, and the grid of a whole scene."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from occgen_hub.config import Config, decimal
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Cubic cells in a camera's frame (OpenCV axes, metres).
+
+    Cell (i, j, k) is the half-open box that starts at `lower + voxel_size * (i, j, k)`; its
+    column in stored matrices is `i * (ny * nz) + j * nz + k`.
+    """
+
+    lower: tuple[float, float, float]
+    voxel_size: float
+    shape: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, config: Config) -> Grid:
+        """The grid that a configuration asks for."""
+        x, y, z = config.pc_range[:3]
+        return cls((x, y, z), config.voxel_size, config.grid_shape)
+
+    @property
+    def cells(self) -> int:
+        """How many cells there are."""
+        return prod(self.shape)
+
+    @property
+    def camera_in_cells(self) -> NDArray[np.float64]:
+        """(3,) the camera centre, counted in cells from the grid's lower corner.
+
+        Worked out from the decimal numbers of the configuration, so that 2 / 0.02 is 100.
+        """
+        size = decimal(self.voxel_size)
+        return np.array([float(-decimal(low) / size) for low in self.lower])
+
+    def centres(self, columns: NDArray[np.integer]) -> NDArray[np.float32]:
+        """(n,) columns to the (n, 3) centres of their cells, metres, camera frame."""
+        index = np.stack(np.unravel_index(columns, self.shape), axis=-1)
+        return (np.asarray(self.lower) + (index + 0.5) * self.voxel_size).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class SceneGrid:
+    """The occupied cells of a scene in world coordinates, aligned to multiples of voxel_size.
+
+    centres: (M, 3) float32, metres, in the order of their cells; origin: (3,) float64, the lower
+    corner of cell (0, 0, 0); shape: cells along x, y, z.
+    """
+
+    centres: NDArray[np.float32]
+    origin: NDArray[np.float64]
+    shape: tuple[int, int, int]
+    voxel_size: float
+
+
+def scene_grid(points: NDArray[np.float32], voxel_size: float) -> SceneGrid:
+    """The cells of edge `voxel_size` in which a point of (n, 3) world coordinates lies.
+
+    Works on sorted cell numbers, never on a dense array: a building of any size fits. The points
+    are finite and within 2^20 cells of the world's origin.
+    """
+    cells = np.floor(points.astype(np.float64) / voxel_size).astype(np.int64)
+    if not len(cells):
+        return SceneGrid(np.zeros((0, 3), np.float32), np.zeros(3), (0, 0, 0), voxel_size)
+    low = cells.min(axis=0)
+    nx, ny, nz = (cells.max(axis=0) - low + 1).tolist()
+    i, j, k = (cells - low).T
+    columns = np.unique((i * ny + j) * nz + k)
+    index = np.stack([columns // (ny * nz), columns // nz % ny, columns % nz], axis=-1)
+    origin = low * voxel_size
+    centres = (origin + (index + 0.5) * voxel_size).astype(np.float32)
+    return SceneGrid(centres, origin, (nx, ny, nz), voxel_size)

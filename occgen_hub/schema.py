@@ -1,0 +1,191 @@
+"""A schema file, read: the features, files and meta documents that a dataset of a kind has."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from math import prod
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from occgen_hub.errors import UsageError
+
+ARROW = {
+    "bool": pa.bool_(),
+    "int8": pa.int8(),
+    "int16": pa.int16(),
+    "int32": pa.int32(),
+    "int64": pa.int64(),
+    "uint8": pa.uint8(),
+    "uint16": pa.uint16(),
+    "uint32": pa.uint32(),
+    "uint64": pa.uint64(),
+    "float32": pa.float32(),
+    "float64": pa.float64(),
+    "string": pa.string(),
+}
+"""A feature's dtype, as info.json says it, to the Arrow type of one of its elements."""
+
+
+class Feature(BaseModel):
+    """A column: what `features` in info.json says of it, and whether every dataset has it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dtype: str
+    shape: tuple[Annotated[int, Field(ge=1)], ...]
+    names: list[str] | None = None
+    required: bool = True
+
+    @property
+    def scalar(self) -> bool:
+        """LeRobot writes shape [1] for a plain number."""
+        return self.shape == (1,)
+
+    def info(self) -> dict[str, Any]:
+        """The object that info.json carries."""
+        return {"dtype": self.dtype, "shape": list(self.shape), "names": self.names}
+
+    def arrow_type(self) -> pa.DataType:
+        """Nested lists of the shape's depth, as `datasets` stores arrays."""
+        arrow = ARROW[self.dtype]
+        for _ in () if self.scalar else self.shape:
+            arrow = pa.list_(arrow)
+        return arrow
+
+    def datasets_type(self) -> dict[str, Any]:
+        """The feature as `datasets` describes it in the parquet's metadata."""
+        if self.scalar:
+            return {"dtype": self.dtype, "_type": "Value"}
+        if len(self.shape) == 1:
+            element = {"dtype": self.dtype, "_type": "Value"}
+            return {"feature": element, "length": self.shape[0], "_type": "List"}
+        return {
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+            "_type": f"Array{len(self.shape)}D",
+        }
+
+    def to_arrow(self, values: np.ndarray[Any, Any] | list[str]) -> pa.Array:
+        """(T, *shape) values, or (T,) of a scalar, to a column of `arrow_type`."""
+        if self.dtype == "string":
+            return pa.array(values, pa.string())
+        array = np.ascontiguousarray(np.asarray(values).astype(self.dtype))
+        column = pa.array(array.reshape(-1), ARROW[self.dtype])
+        if self.scalar:
+            return column
+        for width in reversed(self.shape):
+            offsets = np.arange(0, len(column) + 1, width, dtype=np.int32)
+            column = pa.ListArray.from_arrays(offsets, column)
+        return column
+
+    def to_numpy(self, column: pa.ChunkedArray | pa.Array) -> np.ndarray[Any, Any]:
+        """A column of `arrow_type` to (T, *shape), or (T,) for a scalar.
+
+        Raises ValueError when a value is missing or has another shape.
+        """
+        length = len(column)
+        flat = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+        for width in () if self.scalar else self.shape:
+            if flat.null_count:
+                raise ValueError("a value is missing")
+            counts = np.diff(np.asarray(flat.offsets))
+            if not (counts == width).all():
+                raise ValueError(f"expected arrays of shape {list(self.shape)}")
+            flat = flat.flatten()
+        if flat.null_count:
+            raise ValueError("a value is missing")
+        values = flat.to_numpy(zero_copy_only=False)
+        return values if self.scalar else values.reshape(length, *self.shape)
+
+
+class ArraySpec(BaseModel):
+    """An array in a file; a size is a number or a name that stands for one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class FileSpec(BaseModel):
+    """A file of a dataset: where it is, how it is read, what it holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    kind: Literal["parquet", "npz", "csr", "mask", "ply", "video", "image", "json", "jsonl"]
+    required: bool = True
+    media: bool = Field(False, description="comes from the source; left out by --media none")
+    arrays: dict[str, ArraySpec] = Field(default_factory=dict)
+    modes: list[str] = Field(default_factory=list)
+    json_schema: str | None = None
+
+
+class Schema(BaseModel):
+    """What a dataset of a kind is, from which it is written and by which it is checked."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    version: str
+    codebase_version: str
+    chunk: int
+    chunks_size: int
+    episode_index: int
+    features: dict[str, Feature]
+    poses: str
+    intrinsics: str
+    files: dict[str, FileSpec]
+    data_path: str
+    video_path: str
+    json_schemas: dict[str, dict[str, Any]]
+
+    def path(self, file: str, frame: int | None = None) -> str:
+        """The path of a file inside a trajectory, with forward slashes."""
+        return self.files[file].path.format(
+            chunk=self.chunk, episode_index=self.episode_index, frame=frame
+        )
+
+    def arrow_schema(self, features: Mapping[str, Feature]) -> pa.Schema:
+        """The parquet's schema for these columns, with the types `datasets` gives them."""
+        described = {name: feature.datasets_type() for name, feature in features.items()}
+        metadata = {"huggingface": json.dumps({"info": {"features": described}})}
+        fields = [pa.field(name, feature.arrow_type()) for name, feature in features.items()]
+        return pa.schema(fields, metadata)
+
+
+def feature_of(field: pa.Field, sample: Any) -> Feature | None:
+    """The feature that describes a source's column, from its type and one value; None if none can.
+
+    Numbers, strings and rectangular arrays of numbers of up to five dimensions can be described.
+    """
+    shape: list[int] = []
+    kind = field.type
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        if not isinstance(sample, list) or not sample:
+            return None
+        shape.append(len(sample))
+        kind, sample = kind.value_type, sample[0]
+    dtype = next((name for name, arrow in ARROW.items() if arrow == kind), None)
+    if dtype is None or len(shape) > 5 or (dtype == "string" and shape) or prod(shape) > 1 << 20:
+        return None
+    return Feature(dtype=dtype, shape=tuple(shape) or (1,), required=False)
+
+
+@cache
+def load_schema(name: str) -> Schema:
+    """The schema of that name among those installed in `occgen_hub.schemas`.
+
+    Raises UsageError when there is none.
+    """
+    file = resources.files("occgen_hub.schemas") / f"{name}.yaml"
+    if not file.is_file():
+        raise UsageError(f"{name}: there is no such schema; see the folder schemas/.")
+    return Schema.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))

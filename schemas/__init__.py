@@ -1,0 +1,1 @@
+"""The contracts, as data; read by `occgen_hub.schema`."""
