@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,9 +163,7 @@ def _parquets(folder: Path) -> dict[int, Path]:
 
 def _is_scene(folder: Path, parquets: dict[int, Path]) -> bool:
     """Whether the folder is in the newer layout, of many episodes that share an image folder."""
-    if len(parquets) > 1 or (folder / "meta" / "pointcloud.ply").is_file():
-        return True
-    return False
+    return len(parquets) > 1 or (folder / "meta" / "pointcloud.ply").is_file()
 
 
 def _locate(ref: EpisodeRef) -> Files:
@@ -250,22 +249,15 @@ def _rows(parquet: Path) -> int:
         return int(pq.read_metadata(parquet).num_rows)
 
 
-class _parquet_errors:  # noqa: N801  # used as a function in `with`
+@contextmanager
+def _parquet_errors(path: Path) -> Iterator[None]:
     """Turns Arrow's errors into one sentence about the file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, SourceError):
-            return
-        if isinstance(error, pa.ArrowException | OSError | ValueError | MemoryError):
-            text = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-            problem = f"is not a parquet file that can be read ({text.rstrip('.')})"
-            raise SourceError(self.path, problem, RESTORE) from None
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        text = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        problem = f"is not a parquet file that can be read ({text.rstrip('.')})"
+        raise SourceError(path, problem, RESTORE) from None
 
 
 def _read_table(path: Path) -> pa.Table:
@@ -299,7 +291,9 @@ def _columns(table: pa.Table, path: Path) -> tuple[dict[str, Column], list[Note]
         columns[field.name] = Column(feature, values)
     notes = []
     if left_out:
-        text = f"{path.name}: columns {', '.join(left_out)} are of no type that LeRobot has: left out"
+        text = (
+            f"{path.name}: columns {', '.join(left_out)} are of no type that LeRobot has: left out"
+        )
         notes.append(Note("left out", text))
     return columns, notes
 
@@ -310,7 +304,9 @@ def _matrices(columns: dict[str, Column], name: str, n: int, path: Path) -> NDAr
         raise SourceError(path, f"has no column {name}", RESTORE)
     if column.feature.shape != (n, n) or column.feature.dtype not in ("float32", "float64"):
         raise SourceError(
-            path, f"column {name} does not hold {n} x {n} matrices of floating-point numbers", RESTORE
+            path,
+            f"column {name} does not hold {n} x {n} matrices of floating-point numbers",
+            RESTORE,
         )
     return np.asarray(column.values, np.float64)
 
@@ -328,7 +324,9 @@ def _intrinsics(columns: dict[str, Column], path: Path) -> NDArray[np.float64]:
     intrinsics = _matrices(columns, INTRINSIC, 3, path)
     for frame, K in enumerate(intrinsics):
         if problem := intrinsics_problem(K):
-            raise SourceError(path, f"the matrix of frame {frame} in column {INTRINSIC} {problem}", RESTORE)
+            raise SourceError(
+                path, f"the matrix of frame {frame} in column {INTRINSIC} {problem}", RESTORE
+            )
     return intrinsics
 
 
@@ -440,7 +438,9 @@ def _count_notes(
         worked_out = [name for name in absent if name in LEROBOT]
         lost = [name for name in absent if name not in LEROBOT]
         text = f"info.json declares {', '.join(absent)}, which the parquet lacks:"
-        text += " worked out anew" if worked_out and not lost else " not declared in what is written"
+        text += (
+            " worked out anew" if worked_out and not lost else " not declared in what is written"
+        )
         notes.append(Note("declared columns", text))
     return notes
 
@@ -488,9 +488,13 @@ def _tasks(
         notes.append(Note("no task", "there is no instruction: the task is called 'navigate'"))
     index = np.zeros(length, np.int64)
     given = columns.get("task_index")
-    if given is not None and given.feature.scalar and given.feature.dtype.startswith(("int", "uint")):
+    if (
+        given is not None
+        and given.feature.scalar
+        and given.feature.dtype.startswith(("int", "uint"))
+    ):
         values = np.asarray(given.values, np.int64)
-        if len(values) and 0 <= values.min() and values.max() < len(tasks):
+        if len(values) and values.min() >= 0 and values.max() < len(tasks):
             return tuple(tasks), values, notes
     for number in reversed(range(len(tasks))):
         first, last = _span(tasks[number].source, length)
@@ -522,7 +526,9 @@ def _inner_object(text: str) -> dict[str, Any]:
 
 def _words(source: dict[str, Any]) -> str | None:
     """The instruction in an object: the value whose key ends in `instruction`, revised ones last."""
-    keys = sorted((key for key in source if key.endswith("instruction")), key=lambda k: ("revised" in k, k))
+    keys = sorted(
+        (key for key in source if key.endswith("instruction")), key=lambda k: ("revised" in k, k)
+    )
     words = (source[key] for key in keys)
     return next((text for text in words if isinstance(text, str) and text.strip()), None)
 
@@ -535,5 +541,3 @@ def _span(source: dict[str, Any], length: int) -> tuple[int, int]:
             if first is not None and last is not None and 0 <= first <= last:
                 return min(first, length), min(last, length - 1)
     return 0, length - 1
-
-

@@ -24,6 +24,7 @@ from occgen_hub.lerobot.writer import Media, Provenance, TrajectoryWriter
 from occgen_hub.occupancy.bricks import into_bricks
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.visibility import FrameOccupancy, observe
+from occgen_hub.prefetch import ahead
 from occgen_hub.schema import Schema, load_schema
 
 Progress = Callable[[int], None]
@@ -45,7 +46,7 @@ class EpisodeRef:
 class Settings:
     """How to build: the engine's name (None: the builder's own), the configuration, the media."""
 
-    config: Config = field(default_factory=Config)
+    config: Config = field(default_factory=lambda: Config())
     engine: str | None = None
     media: Media = "copy"
     overwrite: bool = False
@@ -101,7 +102,7 @@ class DatasetBuilder(ABC):
         clear_leftovers(place)
         schema = load_schema(self.schema)
         provenance = self.provenance(settings)
-        if not settings.overwrite and self._is_current(ref, place, schema, provenance):
+        if not settings.overwrite and self.is_current(ref, out, settings):
             return Built(ref.id, "present", 0)
 
         clock = Stopwatch()
@@ -115,9 +116,7 @@ class DatasetBuilder(ABC):
             _write(folder, schema, episode, scene, provenance, clock, progress)
             if _stamps(sources) != before:
                 raise SourceError(ref.path, "changed while it was read", "run the build again")
-        return Built(
-            ref.id, "built", episode.length, (*episode.notes, *scene.notes), clock.seconds
-        )
+        return Built(ref.id, "built", episode.length, (*episode.notes, *scene.notes), clock.seconds)
 
     def fingerprint(self, sources: Iterable[Path]) -> str:
         """SHA-256 over the names (below `root`) and contents of files, in their order."""
@@ -132,10 +131,9 @@ class DatasetBuilder(ABC):
             digest.update(f"{path.relative_to(self.root).as_posix()}\0{content}\n".encode())
         return digest.hexdigest()
 
-    def _is_current(
-        self, ref: EpisodeRef, place: Path, schema: Schema, provenance: Provenance
-    ) -> bool:
-        """Whether `place` holds what building would give, as far as its record tells."""
+    def is_current(self, ref: EpisodeRef, out: Path, settings: Settings) -> bool:
+        """Whether `out / ref.id` holds what building would give, as far as its record tells."""
+        place, schema = out / ref.id, load_schema(self.schema)
         mark = place / schema.path("record")
         if not mark.is_file():
             return False
@@ -145,7 +143,7 @@ class DatasetBuilder(ABC):
             files = list(record["files"])
         except (SourceError, KeyError, TypeError):
             return False
-        expected = provenance.record(schema, ref.id, recorded)
+        expected = self.provenance(settings).record(schema, ref.id, recorded)
         if any(record.get(key) != value for key, value in expected.items()):
             return False
         if not all((place / name).is_file() for name in files):
@@ -209,15 +207,16 @@ def frames_occupancy(
     with clock("occupancy"):
         cloud = into_bricks(scene.cloud.points)
         state = np.empty(grid.cells, np.uint8)
-    for t in range(episode.length):
+    for t, own_points in enumerate(ahead(scene.own_points, range(episode.length))):
         with clock("occupancy"):
             frame = observe(
                 grid,
                 cloud,
                 scene.world_from_camera[t],
-                scene.intrinsics[t],
+                # As they will be written, so that a reader who traces the same rays sees the same.
+                scene.intrinsics[t].astype(np.float32).astype(np.float64),
                 episode.image_size,
-                scene.own_points(t),
+                own_points,
                 state,
             )
         yield frame

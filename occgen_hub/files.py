@@ -28,7 +28,9 @@ def read_bytes(path: Path, limit: int = MAX_DOCUMENT_BYTES) -> bytes:
             path, f"cannot be read ({error.strerror})", "check the path and its permissions"
         ) from error
     if len(data) > limit:
-        raise SourceError(path, f"is larger than {limit >> 20} MB", "check that it is the right file")
+        raise SourceError(
+            path, f"is larger than {limit >> 20} MB", "check that it is the right file"
+        )
     return data
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +34,9 @@ def image_size(path: Path) -> tuple[int, int]:
 def read_rgb(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
     """(H, W, 3) uint8 RGB of an image that has to be of `size` (width, height)."""
     with _opened(path, size) as image:
-        return np.asarray(_decoded(path, image.convert, "RGB"))
+        with _damage(path):
+            rgb = np.asarray(image.convert("RGB"))
+        return rgb
 
 
 def read_depth(path: Path, size: tuple[int, int]) -> NDArray[np.uint16]:
@@ -44,8 +48,8 @@ def read_depth(path: Path, size: tuple[int, int]) -> NDArray[np.uint16]:
                 f"is not a 16-bit grey image (its mode is {image.mode})",
                 "save depth as 16-bit PNG, 10,000 units a metre",
             )
-        _decoded(path, image.load)
-        values = np.asarray(image)
+        with _damage(path):
+            values = np.asarray(image)
     if values.dtype != np.uint16:
         if values.min() < 0 or values.max() > 65535:
             raise SourceError(path, "has values beyond 16 bits", RESTORE)
@@ -59,7 +63,9 @@ def _opened(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
     except FileNotFoundError:
         raise SourceError(path, "is missing", RESTORE) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise SourceError(path, f"is not an image that can be read ({_brief(error)})", RESTORE) from None
+        raise SourceError(
+            path, f"is not an image that can be read ({_brief(error)})", RESTORE
+        ) from None
     if image.width * image.height > MAX_PIXELS:
         image.close()
         raise SourceError(path, f"claims {image.width} x {image.height} pixels", RESTORE)
@@ -73,9 +79,11 @@ def _opened(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
     return image
 
 
-def _decoded(path: Path, decode, *arguments):  # type: ignore[no-untyped-def]  # returns what `decode` does
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Turns the errors of decoding into one sentence about the file."""
     try:
-        return decode(*arguments)
+        yield
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise SourceError(path, f"is damaged ({_brief(error)})", RESTORE) from None
 
@@ -98,10 +106,8 @@ def video_facts(path: Path) -> VideoFacts:
     """Size, rate and number of frames, the frames counted by their packets, not by the header."""
     with _video(path) as container:
         stream = container.streams.video[0]
-        try:
+        with _damage(path):
             frames = sum(1 for packet in container.demux(stream) if packet.size)
-        except OSError as error:
-            raise SourceError(path, f"is damaged ({_brief(error)})", RESTORE) from None
         rate = stream.average_rate or stream.guessed_rate
         return VideoFacts((stream.width, stream.height), float(rate) if rate else 0.0, frames)
 
@@ -110,11 +116,9 @@ def video_frames(path: Path) -> Iterator[NDArray[np.uint8]]:
     """(H, W, 3) uint8 RGB frames in order, one in memory at a time."""
     with _video(path) as container:
         container.streams.video[0].thread_type = "AUTO"
-        try:
+        with _damage(path):
             for frame in container.decode(video=0):
-                yield frame.to_ndarray(format="rgb24")
-        except OSError as error:
-            raise SourceError(path, f"is damaged ({_brief(error)})", RESTORE) from None
+                yield np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
 
 
 class VideoReader:
@@ -142,9 +146,9 @@ class VideoReader:
 
 
 def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], fps: float) -> None:
-    """H.264 that plays in a browser, from (H, W, 3) uint8 RGB frames; odd sizes lose a row or column.
+    """H.264 that plays in a browser, from (H, W, 3) uint8 RGB frames.
 
-    One encoder thread, so that equal frames give equal bytes.
+    Odd sizes lose a row or a column, which yuv420p cannot have. One encoder thread, so that equal frames give equal bytes.
     """
     import av
 
@@ -153,7 +157,7 @@ def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], fps: float) -> 
         for image in frames:
             height, width = image.shape[0] // 2 * 2, image.shape[1] // 2 * 2
             if stream is None:
-                rate = _rational(fps)
+                rate = Fraction(fps).limit_denominator(1001)
                 stream = container.add_stream(
                     "libx264", rate=rate, options={"crf": "18", "threads": "1"}
                 )
@@ -164,12 +168,6 @@ def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], fps: float) -> 
             container.mux(stream.encode())
 
 
-def _rational(fps: float):  # type: ignore[no-untyped-def]  # fractions.Fraction, imported late
-    from fractions import Fraction
-
-    return Fraction(fps).limit_denominator(1001)
-
-
 def _video(path: Path) -> av.container.InputContainer:
     import av
 
@@ -178,7 +176,9 @@ def _video(path: Path) -> av.container.InputContainer:
     try:
         container = av.open(str(path))
     except (OSError, ValueError) as error:
-        raise SourceError(path, f"is not a video that can be read ({_brief(error)})", RESTORE) from None
+        raise SourceError(
+            path, f"is not a video that can be read ({_brief(error)})", RESTORE
+        ) from None
     if not container.streams.video:
         container.close()
         raise SourceError(path, "holds no video", RESTORE)

@@ -101,7 +101,7 @@ class Feature(BaseModel):
             flat = flat.flatten()
         if flat.null_count:
             raise ValueError("a value is missing")
-        values = flat.to_numpy(zero_copy_only=False)
+        values: np.ndarray[Any, Any] = flat.to_numpy(zero_copy_only=False)
         return values if self.scalar else values.reshape(length, *self.shape)
 
 
@@ -168,7 +168,9 @@ def feature_of(field: pa.Field, sample: Any) -> Feature | None:
     """
     shape: list[int] = []
     kind = field.type
-    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+    while (
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    ):
         if not isinstance(sample, list) or not sample:
             return None
         shape.append(len(sample))

@@ -46,7 +46,9 @@ def crossed_cells(grid: Grid, direction: list[Fraction]) -> list[tuple[int, int,
     return cells
 
 
-def brute_force(grid: Grid, K: np.ndarray, size: tuple[int, int], occupied: np.ndarray) -> np.ndarray:
+def brute_force(
+    grid: Grid, K: np.ndarray, size: tuple[int, int], occupied: np.ndarray
+) -> np.ndarray:
     """(nx, ny, nz) bool: the cells that a ray reaches before or at its first occupied cell."""
     fx, fy, cx, cy = (Fraction(float(x)) for x in (K[0, 0], K[1, 1], K[0, 2], K[1, 2]))
     observed = np.zeros(grid.shape, bool)
@@ -114,7 +116,9 @@ def test_kernel_equals_brute_force_on_the_seeds_grid(fill):
     assert grid.camera_in_cells.tolist() == [100.0, 75.0, 25.0]
     K = intrinsics(7.1, 6.3, 6.0, 4.0)
     occupied = np.random.default_rng(1).random(grid.shape) < fill
-    assert np.array_equal(kernel(grid, K, (12, 8), occupied), brute_force(grid, K, (12, 8), occupied))
+    assert np.array_equal(
+        kernel(grid, K, (12, 8), occupied), brute_force(grid, K, (12, 8), occupied)
+    )
 
 
 def test_square_pixels_meet_many_corners_of_the_seeds_grid():
@@ -191,7 +195,11 @@ def test_occupied_cells_are_those_that_hold_a_point(seed, scale):
 def test_cells_left_over_in_the_last_byte_are_not_observed():
     grid = Grid((-0.5, -0.5, 0.0), 1.0, (1, 1, 3))
     frame = observe(
-        grid, into_bricks(np.zeros((0, 3), np.float32)), np.eye(4), intrinsics(1, 1, 0.5, 0.5), (1, 1)
+        grid,
+        into_bricks(np.zeros((0, 3), np.float32)),
+        np.eye(4),
+        intrinsics(1, 1, 0.5, 0.5),
+        (1, 1),
     )
     assert frame.observed.tolist() == [0b11100000]
     assert frame.visible.tolist() == []

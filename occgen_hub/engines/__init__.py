@@ -1,4 +1,4 @@
-"""Engines: functions that reconstruct an episode, found through `occgen_hub.engines` entry points."""
+"""Engines: functions that reconstruct an episode, found through entry points."""
 
 from __future__ import annotations
 

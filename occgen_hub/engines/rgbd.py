@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,6 +11,7 @@ from occgen_hub.errors import OccGenError
 from occgen_hub.geometry.camera import unproject
 from occgen_hub.geometry.cloud import VoxelDownsample
 from occgen_hub.geometry.poses import transform
+from occgen_hub.prefetch import ahead
 
 
 def reconstruct(episode: Episode, config: Config) -> Reconstruction:
@@ -25,12 +21,20 @@ def reconstruct(episode: Episode, config: Config) -> Reconstruction:
     `config.fusion_size`. Raises OccGenError when the episode has no depth or no poses, and
     SourceError for a frame that cannot be read.
     """
-    if episode.read_depth is None or episode.world_from_camera is None or episode.intrinsics is None:
+    if (
+        episode.read_depth is None
+        or episode.world_from_camera is None
+        or episode.intrinsics is None
+    ):
         raise OccGenError(
             f"{episode.id}: the engine rgbd needs depth, poses and intrinsics, which this source "
             "does not have; choose another with --engine."
         )
-    read_depth, poses, intrinsics = episode.read_depth, episode.world_from_camera, episode.intrinsics
+    read_depth, poses, intrinsics = (
+        episode.read_depth,
+        episode.world_from_camera,
+        episode.intrinsics,
+    )
     fused = VoxelDownsample(config.fusion_size)
     if np.abs(poses[:, :3, 3]).max() + config.depth_range[1] * 4 > fused.reach:
         raise OccGenError(
@@ -49,19 +53,6 @@ def reconstruct(episode: Episode, config: Config) -> Reconstruction:
         )
         return transform(poses[t], points), episode.read_rgb(t).reshape(-1, 3)[pixels]
 
-    for points, colors in _ahead(measured, range(0, episode.length, config.interval)):
+    for points, colors in ahead(measured, range(0, episode.length, config.interval)):
         fused.add(points, colors)
     return Reconstruction("rgbd", fused.cloud(), poses, intrinsics, own_points)
-
-
-def _ahead(work, items: range) -> Iterator[tuple[NDArray[np.float64], NDArray[np.uint8]]]:  # type: ignore[no-untyped-def]  # a generic map
-    """`map(work, items)` in order, a few items ahead in threads (decoding releases the GIL)."""
-    threads = int(os.environ.get("NUMBA_NUM_THREADS", os.cpu_count() or 1))
-    with ThreadPoolExecutor(threads) as pool:
-        pending: deque[Future[tuple[NDArray[np.float64], NDArray[np.uint8]]]] = deque()
-        for item in items:
-            pending.append(pool.submit(work, item))
-            if len(pending) > threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()

@@ -47,7 +47,7 @@ def unproject(
 
 
 @njit(cache=True, nogil=True)
-def continues(depth, tolerance):  # type: ignore[no-untyped-def]  # numba infers the types
+def continues(depth, tolerance):
     """(H, W) float64 depth to (H, W) bool: where the surface goes on to both sides on some line.
 
     Along the row, the column and the two diagonals, the inverse depth of a plane is linear in

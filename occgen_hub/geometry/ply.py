@@ -63,7 +63,8 @@ def read_ply(path: Path) -> Cloud:
 
 
 def _vertex_record(header: str, path: Path) -> tuple[int, np.dtype[np.void]]:
-    count, fields, element = -1, [], ""
+    count, element = -1, ""
+    fields: list[tuple[str, str]] = []
     for words in (line.split() for line in header.splitlines()):
         if words[:1] == ["format"] and words[1:2] != ["binary_little_endian"]:
             raise SourceError(path, "is not a binary little-endian PLY", "save it as binary")

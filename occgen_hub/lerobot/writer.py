@@ -110,7 +110,9 @@ class TrajectoryWriter:
         )
         self._write("stats", [{"episode_index": 0, "stats": episode_stats(columns)}])
         tasks = enumerate(episode.tasks)
-        self._write("tasks", [{"task_index": i, "task": t.text, **_said(t.source)} for i, t in tasks])
+        self._write(
+            "tasks", [{"task_index": i, "task": t.text, **_said(t.source)} for i, t in tasks]
+        )
 
     def columns(self, scene: Reconstruction) -> dict[str, Column]:
         """Every column of the parquet: the source's, then what was computed, then LeRobot's."""
@@ -126,8 +128,9 @@ class TrajectoryWriter:
             "task_index": self.episode.task_index,
         }
         columns = {name: c for name, c in self.episode.columns.items() if name not in ours}
-        for name, values in ours.items():
-            columns[name] = Column(features[name], values.astype(features[name].dtype))
+        known = {name: c.values for name, c in columns.items() if name in features} | ours
+        for name, values in known.items():
+            columns[name] = Column(features[name], np.asarray(values).astype(features[name].dtype))
         return columns
 
     def finish(self, provenance: Provenance, scene: Reconstruction) -> None:
@@ -206,5 +209,3 @@ def _take(source: Path, place: Path, *, link: bool) -> None:
         if error.filename2 or error.filename == str(place):
             raise
         raise SourceError(source, f"cannot be copied ({error.strerror})", RESTORE) from error
-
-

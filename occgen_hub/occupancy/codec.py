@@ -36,8 +36,8 @@ class NpzWriter:
     def stream(self, name: str, dtype: Any, shape: tuple[int, ...]) -> Iterator[IO[bytes]]:
         """A file to write an array's elements to, in C order."""
         with self._zip.open(f"{name}.npy", "w", force_zip64=True) as file:
-            header = {"descr": npy.dtype_to_descr(np.dtype(dtype)), "fortran_order": False}
-            npy.write_array_header_1_0(file, {**header, "shape": shape})
+            header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+            npy.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]  # numpy's own
             yield file
 
     def __enter__(self) -> Self:

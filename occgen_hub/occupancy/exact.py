@@ -15,14 +15,14 @@ _SPLIT = 134217729.0  # 2^27 + 1: halves a 53-bit significand
 
 
 @njit(cache=True, inline="always")
-def _two_sum(a, b):  # type: ignore[no-untyped-def]  # numba infers the types
+def _two_sum(a, b):
     total = a + b
     part = total - a
     return total, (a - (total - part)) + (b - part)
 
 
 @njit(cache=True)
-def _two_product(a, b):  # type: ignore[no-untyped-def]  # numba infers the types
+def _two_product(a, b):
     product = a * b
     c = _SPLIT * a
     a_high = c - (c - a)
@@ -35,7 +35,7 @@ def _two_product(a, b):  # type: ignore[no-untyped-def]  # numba infers the type
 
 
 @njit(cache=True)
-def compare_crossings(plane_a, origin_a, slope_a, plane_b, origin_b, slope_b):  # type: ignore[no-untyped-def]  # numba infers the types
+def compare_crossings(plane_a, origin_a, slope_a, plane_b, origin_b, slope_b):
     """The sign of (plane_a - origin_a) / slope_a - (plane_b - origin_b) / slope_b, exactly.
 
     All are float64; slopes are not zero and neither quotient is negative. Returns -1, 0 or 1.

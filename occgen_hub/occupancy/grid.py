@@ -46,7 +46,10 @@ class Grid:
     def centres(self, columns: NDArray[np.integer]) -> NDArray[np.float32]:
         """(n,) columns to the (n, 3) centres of their cells, metres, camera frame."""
         index = np.stack(np.unravel_index(columns, self.shape), axis=-1)
-        return (np.asarray(self.lower) + (index + 0.5) * self.voxel_size).astype(np.float32)
+        centres: NDArray[np.float32] = (
+            np.asarray(self.lower) + (index + 0.5) * self.voxel_size
+        ).astype(np.float32)
+        return centres
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
-from occgen_hub.occupancy.bricks import BrickedCloud
+from occgen_hub.occupancy.bricks import BrickedCloud, into_bricks
 from occgen_hub.occupancy.exact import compare_crossings
 from occgen_hub.occupancy.grid import Grid
 
@@ -48,7 +48,7 @@ def observe(
     world_from_camera: NDArray[np.float64],
     intrinsics: NDArray[np.float64],
     size: tuple[int, int],
-    own_points: NDArray[np.float32] | None = None,
+    own_points: NDArray[np.float64] | None = None,
     state: NDArray[np.uint8] | None = None,
 ) -> FrameOccupancy:
     """Occupancy and visibility of one frame.
@@ -93,6 +93,13 @@ def trace(
     )  # fmt: skip
 
 
+def warm_up() -> None:
+    """Compile the kernels, or load them from the cache, before anything is timed."""
+    grid = Grid((0.0, 0.0, 0.0), 1.0, (1, 1, 1))
+    points = np.zeros((1, 3))
+    observe(grid, into_bricks(points.astype(np.float32)), np.eye(4), np.eye(3), (1, 1), points)
+
+
 def _column_order(width: int, threads: int) -> NDArray[np.int64]:
     """(tasks, _COLUMNS_A_TASK) image columns, -1 for none, dealt out so that threads get like work.
 
@@ -106,7 +113,7 @@ def _column_order(width: int, threads: int) -> NDArray[np.int64]:
 
 
 @njit(cache=True, parallel=True)
-def _mark_cloud(points, starts, low, high, camera_from_world, lower, voxel_size, shape, state):  # type: ignore[no-untyped-def]  # numba infers the types
+def _mark_cloud(points, starts, low, high, camera_from_world, lower, voxel_size, shape, state):
     R = camera_from_world[:3, :3]
     t = camera_from_world[:3, 3]
     nx, ny, nz = shape[0], shape[1], shape[2]
@@ -135,7 +142,7 @@ def _mark_cloud(points, starts, low, high, camera_from_world, lower, voxel_size,
 
 
 @njit(cache=True, parallel=True)
-def _mark_points(points, lower, voxel_size, shape, state):  # type: ignore[no-untyped-def]  # numba infers the types
+def _mark_points(points, lower, voxel_size, shape, state):
     nx, ny, nz = shape[0], shape[1], shape[2]
     for n in prange(len(points)):
         i = np.floor((np.float64(points[n, 0]) - lower[0]) / voxel_size)
@@ -146,16 +153,18 @@ def _mark_points(points, lower, voxel_size, shape, state):  # type: ignore[no-un
 
 
 @njit(cache=True, parallel=True)
-def _trace_columns(fx, fy, cx, cy, columns, height, origin, shape, state):  # type: ignore[no-untyped-def]  # numba infers the types
+def _trace_columns(fx, fy, cx, cy, columns, height, origin, shape, state):
     for task in prange(len(columns)):
         for u in columns[task]:
             if u >= 0:
                 for v in range(height):
-                    _trace_ray((u + 0.5 - cx) * fy, (v + 0.5 - cy) * fx, fx * fy, origin, shape, state)
+                    _trace_ray(
+                        (u + 0.5 - cx) * fy, (v + 0.5 - cy) * fx, fx * fy, origin, shape, state
+                    )
 
 
 @njit(cache=True)
-def _first(plane_a, plane_b, a, b, origin, slope):  # type: ignore[no-untyped-def]  # numba infers the types
+def _first(plane_a, plane_b, a, b, origin, slope):
     """Whether the ray crosses plane_a of axis a before plane_b of axis b (ties: lower axis)."""
     if slope[a] == 0.0 or slope[b] == 0.0:
         return slope[a] != 0.0
@@ -166,7 +175,7 @@ def _first(plane_a, plane_b, a, b, origin, slope):  # type: ignore[no-untyped-de
 
 
 @njit(cache=True)
-def _enter(origin, slope, shape, cell):  # type: ignore[no-untyped-def]  # numba infers the types
+def _enter(origin, slope, shape, cell):
     """Move `cell` (the camera's, outside the grid) to where the ray enters; False if it does not.
 
     The cell of entry is the one after the last crossing that brings the ray inside on each axis:
@@ -206,7 +215,7 @@ def _enter(origin, slope, shape, cell):  # type: ignore[no-untyped-def]  # numba
 
 
 @njit(cache=True)
-def _settle(tx, ty, tz, i, j, k, origin, slope):  # type: ignore[no-untyped-def]  # numba infers the types
+def _settle(tx, ty, tz, i, j, k, origin, slope):
     """The axis that the ray leaves cell (i, j, k) by, when rounding cannot tell."""
     px = i + 1 if slope[0] > 0.0 else i
     py = j + 1 if slope[1] > 0.0 else j
@@ -217,7 +226,7 @@ def _settle(tx, ty, tz, i, j, k, origin, slope):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _trace_ray(dx, dy, dz, origin, shape, state):  # type: ignore[no-untyped-def]  # numba infers the types
+def _trace_ray(dx, dy, dz, origin, shape, state):
     """Follow one ray of direction (dx, dy, dz), in cells, from `origin`; dz > 0."""
     nx, ny, nz = shape[0], shape[1], shape[2]
     i = np.int64(np.floor(origin[0]))
@@ -278,7 +287,7 @@ def _trace_ray(dx, dy, dz, origin, shape, state):  # type: ignore[no-untyped-def
 
 
 @njit(cache=True, parallel=True)
-def _collect(state):  # type: ignore[no-untyped-def]  # numba infers the types
+def _collect(state):
     """The visible columns and the packed observed cells of a finished frame."""
     cells = len(state)
     packed = np.zeros((cells + 7) // 8, np.uint8)

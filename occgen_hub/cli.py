@@ -1,0 +1,284 @@
+"""The command line: parse, call, print. Heavy imports are left to the command that needs them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from occgen_hub.errors import OccGenError
+
+if TYPE_CHECKING:
+    from occgen_hub.builder import DatasetBuilder, EpisodeRef, Settings
+    from occgen_hub.runtime.loop import Result, Summary
+
+FOLDER = click.Path(file_okay=True, dir_okay=True, path_type=Path)
+
+
+class Examples(click.Command):
+    """A command whose help ends with an example, printed as it stands."""
+
+    def __init__(self, *args: Any, example: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.example = example
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Print the example."""
+        with formatter.section("Example"):
+            for line in self.example.splitlines():
+                formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="occgen-hub")
+def cli() -> None:
+    """Turn recordings into 4D occupancy datasets for LeRobot and the Hugging Face Hub.
+
+    Begin with a made-up source: occgen-hub sample rooms, then build, validate and inspect it.
+    Progress bars are turned off by TQDM_DISABLE=1.
+    """
+
+
+@cli.command(cls=Examples, example="occgen-hub sample rooms --trajectories 4 --frames 30")
+@click.argument("out", type=FOLDER)
+@click.option("--trajectories", default=3, show_default=True, help="How many to make.")
+@click.option("--frames", default=24, show_default=True, help="Frames of the first; others differ.")
+@click.option("--seed", default=0, show_default=True, help="The same seed gives the same bytes.")
+@click.option(
+    "--layout",
+    type=click.Choice(["trajectories", "scenes"]),
+    default="trajectories",
+    show_default=True,
+    help="A folder a trajectory, or the newer one of many episodes in a scene's folder.",
+)
+@click.option("--faults", is_flag=True, help="With the mistakes in meta files that real data has.")
+def sample(out: Path, trajectories: int, frames: int, seed: int, layout: Any, faults: bool) -> None:
+    """Make a source tree like InternData-N1's, of ray-traced rooms, with the true mesh."""
+    from tqdm import tqdm
+
+    from occgen_hub.sample import make_sample
+
+    with tqdm(unit="frame", desc="sample", leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        made = make_sample(
+            out, trajectories=trajectories, frames=frames, seed=seed, layout=layout, faults=faults,
+            progress=progress,
+        )  # fmt: skip
+    for path in made:
+        click.echo(path)
+    click.echo(f"Next: occgen-hub build --source internnav --input {out} --output {out}_occ")
+
+
+@cli.command(
+    cls=Examples,
+    example="occgen-hub build --source internnav --input traj_data --output out --workers 8",
+)
+@click.option("--source", default="internnav", show_default=True, help="What kind of source it is.")
+@click.option("--input", "root", type=FOLDER, required=True, help="The root of the source tree.")
+@click.option("--output", "out", type=FOLDER, required=True, help="Where the dataset goes.")
+@click.option("--engine", help="How to reconstruct; the source's own engine if not given.")
+@click.option("--config", type=FOLDER, help="A YAML file of settings.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="One setting; repeatable."
+)
+@click.option(
+    "--media",
+    type=click.Choice(["copy", "link", "none"]),
+    default="copy",
+    show_default=True,
+    help="What to do with the source's images and videos: link makes hard links.",
+)
+@click.option(
+    "--workers", type=click.IntRange(1), default=1, show_default=True,
+    help="Processes; they share the cores.",
+)  # fmt: skip
+@click.option("--limit", type=click.IntRange(1), help="Build only the first so many episodes.")
+@click.option("--overwrite", is_flag=True, help="Build also what is there already.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be built.")
+def build(
+    source: str,
+    root: Path,
+    out: Path,
+    engine: str | None,
+    config: Path | None,
+    settings: tuple[str, ...],
+    media: Any,
+    workers: int,
+    limit: int | None,
+    overwrite: bool,
+    dry_run: bool,
+) -> int:
+    """Build an occupancy dataset from a source.
+
+    What is there already and up to date is left alone, so an interrupted build goes on when it is
+    started again. Ends with 0 when all was built, 1 when some episodes failed, 2 when used wrongly.
+    """
+    from occgen_hub.builder import Settings, load_builder
+    from occgen_hub.config import load_config
+    from occgen_hub.engines import load_engine
+    from occgen_hub.runtime.loop import check_places, list_episodes
+
+    chosen = Settings(load_config(config, settings), engine, media, overwrite)
+    check_places(root, out)
+    builder = load_builder(source, root)
+    load_engine(engine or builder.engine)
+    refs = list_episodes(builder, limit)
+    if dry_run:
+        return _plan(builder, refs, out, chosen)
+    return _build(builder, refs, out, chosen, workers)
+
+
+def _plan(builder: DatasetBuilder, refs: list[EpisodeRef], out: Path, settings: Settings) -> int:
+    missing = 0
+    for ref in refs:
+        try:
+            present = not settings.overwrite and builder.is_current(ref, out, settings)
+            state = "present" if present else "to build"
+        except OccGenError as error:
+            present, state = False, f"would fail: {error}"
+        missing += not present
+        click.echo(f"{ref.id}  {state}")
+    click.echo(f"{missing} of {len(refs)} episodes would be built into {out}; nothing was done.")
+    return 0
+
+
+def _build(
+    builder: DatasetBuilder, refs: list[EpisodeRef], out: Path, settings: Settings, workers: int
+) -> int:
+    from tqdm import tqdm
+
+    from occgen_hub.occupancy.visibility import warm_up
+    from occgen_hub.runtime.loop import Listener, run
+
+    warm_up()
+    seen: set[str] = set()
+    frames = 0
+    with tqdm(total=len(refs), unit="episode", desc="build", dynamic_ncols=True) as bar:
+
+        def finished(result: Result) -> None:
+            for line in _news(result, seen):
+                bar.write(line, file=sys.stderr)
+            bar.update()
+
+        def count(done: int) -> None:
+            nonlocal frames
+            frames += done
+            elapsed = max(bar.format_dict["elapsed"], 1e-9)
+            bar.set_postfix_str(f"{frames / elapsed:.1f} frames/s", refresh=False)
+            bar.update(0)
+
+        summary = run(builder, refs, out, settings, workers, Listener(finished, count))
+    _print_summary(summary, out, refs)
+    return 1 if summary.failures else 0
+
+
+def _news(result: Result, seen: set[str]) -> list[str]:
+    """Lines to print about an episode: its failure, or those of its notes that are new in kind."""
+    from occgen_hub.runtime.loop import Failure
+
+    if isinstance(result, Failure):
+        return [f"failed  {result.id}: {result.reason}"]
+    new = [note for note in result.notes if note.code not in seen]
+    seen.update(note.code for note in new)
+    return [f"note    {result.id}: {note.text}" for note in new]
+
+
+def _print_summary(summary: Summary, out: Path, refs: list[EpisodeRef]) -> None:
+    from occgen_hub.runtime.loop import FAILURES
+
+    rate = f", {summary.frames / summary.seconds:.1f} frames/s" if summary.frames else ""
+    click.echo(
+        f"{summary.built} built, {summary.present} already there, {len(summary.failures)} failed "
+        f"of {len(refs)} episodes; {summary.frames} frames in {summary.seconds:.1f} s{rate}."
+    )
+    if total := sum(summary.stages.values()):
+        shares = ", ".join(f"{k} {v / total:.0%}" for k, v in summary.stages.most_common())
+        click.echo(f"Time spent: {shares}.")
+    repeated = [f"{code} ({n})" for code, n in sorted(summary.notes.items()) if n > 1]
+    if repeated:
+        click.echo(f"Notes on several episodes: {', '.join(repeated)}.")
+    if summary.failures:
+        click.echo(f"The failures are listed in {out / FAILURES}:")
+        for failure in summary.failures[:20]:
+            click.echo(f"  {failure.id}: {failure.reason}")
+        if len(summary.failures) > 20:
+            click.echo(f"  and {len(summary.failures) - 20} more.")
+    click.echo(f"Next: occgen-hub validate {out}" if summary.built else f"Dataset: {out}")
+
+
+@cli.command(cls=Examples, example="occgen-hub validate out")
+@click.argument("folder", metavar="DIR", type=FOLDER)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def validate(folder: Path, as_json: bool) -> int:
+    """Check a dataset against its schema and against itself.
+
+    Ends with 0 when it is valid and with 1 when it is not.
+    """
+    from tqdm import tqdm
+
+    from occgen_hub.files import dump_json
+    from occgen_hub.validation import validate as check
+
+    with tqdm(unit="trajectory", desc="validate", leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        report = check(folder, progress)
+    if as_json:
+        click.echo(dump_json(report.as_dict(), indent=1))
+    else:
+        for finding in report.findings:
+            click.echo(str(finding))
+        verdict = "valid" if report.valid else f"{len(report.findings)} findings"
+        click.echo(f"{report.trajectories} trajectories, {report.frames} frames: {verdict}.")
+    return 0 if report.valid else 1
+
+
+@cli.command(cls=Examples, example="occgen-hub inspect out --preview out.png")
+@click.argument("folder", metavar="DIR", type=FOLDER)
+@click.option("--trajectory", help="Which trajectory to picture; the first if not given.")
+@click.option(
+    "--frame", type=click.IntRange(0), help="Which frame to picture; the middle one if not given."
+)
+@click.option(
+    "--preview", type=FOLDER, help="Where the picture goes; DIR_preview.png if not given."
+)
+def inspect(folder: Path, trajectory: str | None, frame: int | None, preview: Path | None) -> None:
+    """Say what is in a dataset, and make a picture of one of its frames."""
+    from occgen_hub.visual.inspection import describe, picture
+
+    for line in describe(folder):
+        click.echo(line)
+    place = preview or Path(f"{folder.resolve().name}_preview.png")
+    picture(folder, place, trajectory, frame)
+    click.echo(f"Picture: {place}")
+
+
+def main() -> None:
+    """Run the command line; errors become one sentence and an exit code."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except OccGenError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo(
+            "Stopped. What was finished stays; the same command goes on from there.", err=True
+        )
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,1 @@
+"""Running episodes: which to build, where, what is done already."""

@@ -1,0 +1,340 @@
+"""Many episodes: build each that is not there yet, in this process or in several."""
+
+from __future__ import annotations
+
+import fcntl
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait as wait_for
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
+
+from occgen_hub.builder import Built, DatasetBuilder, EpisodeRef, Settings
+from occgen_hub.errors import OccGenError, UsageError
+from occgen_hub.files import dump_json, written_whole
+
+FAILURES = "failures.jsonl"
+_THREAD_LIMITS = (
+    "NUMBA_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An episode that could not be built, and why; trace: only for what nobody foresaw."""
+
+    id: str
+    reason: str
+    trace: str = ""
+
+
+Result = Built | Failure
+
+
+@dataclass
+class Summary:
+    """What a run did. seconds: of the whole run; stages: added up over episodes."""
+
+    built: int = 0
+    present: int = 0
+    frames: int = 0
+    seconds: float = 0.0
+    failures: list[Failure] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+    stages: Counter[str] = field(default_factory=Counter)
+
+    def add(self, result: Result) -> None:
+        """Count one episode."""
+        if isinstance(result, Failure):
+            self.failures.append(result)
+            return
+        self.built += result.status == "built"
+        self.present += result.status == "present"
+        self.frames += result.frames
+        self.notes.update(note.code for note in result.notes)
+        for stage, seconds in result.seconds.items():
+            self.stages[stage] += seconds  # type: ignore[assignment]  # a Counter adds up floats as well
+
+
+@dataclass(frozen=True)
+class Listener:
+    """What is told of a run as it goes: each finished episode, and frames as they are done."""
+
+    finished: Callable[[Result], None] = lambda _: None
+    frames: Callable[[int], None] = lambda _: None
+
+
+def check_places(root: Path, out: Path) -> None:
+    """Raise UsageError where reading from `root` and writing to `out` would go wrong."""
+    if not root.is_dir():
+        raise UsageError(f"{root}: is not a folder; give the root of the source tree as --input.")
+    source, target = root.resolve(), out.resolve()
+    if target == source or source in target.parents:
+        raise UsageError(
+            f"{out}: the output lies inside the input {root}; choose an --output outside it."
+        )
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: is a file; give a folder as --output.")
+
+
+def list_episodes(builder: DatasetBuilder, limit: int | None = None) -> list[EpisodeRef]:
+    """The episodes to build, at most `limit`; raises UsageError when there are none."""
+    refs: list[EpisodeRef] = []
+    for ref in builder.episodes():
+        if limit is not None and len(refs) >= limit:
+            break
+        refs.append(ref)
+    if not refs:
+        raise UsageError(
+            f"{builder.root}: holds no episode that the source {builder.name} knows; give the root "
+            "of the tree, above its groups and scenes."
+        )
+    seen = Counter(ref.id for ref in refs)
+    if twice := [name for name, count in seen.items() if count > 1]:
+        raise UsageError(f"{builder.root}: holds the episode {twice[0]} twice; rename one of them.")
+    return refs
+
+
+def run(
+    builder: DatasetBuilder,
+    refs: Sequence[EpisodeRef],
+    out: Path,
+    settings: Settings,
+    workers: int = 1,
+    listener: Listener | None = None,
+) -> Summary:
+    """Build episodes into `out`, with `workers` processes. A failed one does not stop the others.
+
+    Failures are listed in `out`/failures.jsonl, which is absent when there are none. The result
+    does not depend on the number of workers, nor on an earlier run having been interrupted.
+    """
+    listener = listener or Listener()
+    start = time.perf_counter()
+    summary = Summary()
+    with _sole_use(out):
+        results = (
+            _here(builder, refs, out, settings, listener)
+            if workers <= 1 or len(refs) == 1
+            else _in_processes(builder, refs, out, settings, min(workers, len(refs)), listener)
+        )
+        for result in results:
+            summary.add(result)
+            listener.finished(result)
+        summary.failures.sort(key=lambda failure: failure.id)
+        _write_failures(out, summary.failures)
+    summary.seconds = time.perf_counter() - start
+    return summary
+
+
+def build_one(
+    builder: DatasetBuilder,
+    ref: EpisodeRef,
+    out: Path,
+    settings: Settings,
+    progress: Callable[[int], None],
+) -> Result:
+    """One episode, whatever happens to it: built, present or failed, with the reason."""
+    try:
+        return builder.build(ref, out, settings, progress)
+    except OccGenError as error:
+        return Failure(ref.id, str(error))
+    except MemoryError:
+        return Failure(ref.id, f"{ref.path}: needs more memory than there is; use fewer --workers.")
+    except OSError as error:
+        place = error.filename or out / ref.id
+        reason = error.strerror or str(error)
+        return Failure(
+            ref.id, f"{place}: cannot be read or written ({reason}); mend that and run again."
+        )
+    except Exception as error:
+        kind = type(error).__name__
+        return Failure(
+            ref.id,
+            f"{ref.path}: failed for a reason that was not foreseen ({kind}: {error}); please "
+            f"report it with its trace in {FAILURES}.",
+            traceback.format_exc(),
+        )
+
+
+def _here(
+    builder: DatasetBuilder,
+    refs: Sequence[EpisodeRef],
+    out: Path,
+    settings: Settings,
+    listener: Listener,
+) -> Iterator[Result]:
+    for ref in refs:
+        yield build_one(builder, ref, out, settings, listener.frames)
+
+
+# Several processes
+
+_frames_done: SimpleQueue[int] | None = None
+
+
+def _in_processes(
+    builder: DatasetBuilder,
+    refs: Sequence[EpisodeRef],
+    out: Path,
+    settings: Settings,
+    workers: int,
+    listener: Listener,
+) -> Iterator[Result]:
+    """Episodes in a pool of processes; those that a dying process takes along are tried alone."""
+    context = multiprocessing.get_context("spawn")
+    done: SimpleQueue[int] = context.SimpleQueue()
+    reader = threading.Thread(target=_drain, args=(done, listener), daemon=True)
+    reader.start()
+    waiting, suspects = deque(refs), list[EpisodeRef]()
+    try:
+        with _threads_shared(workers):
+            while waiting:
+                with _pool(workers, context, done) as pool:
+                    yield from _feed(pool, waiting, suspects, builder, out, settings, workers)
+            for ref in suspects:
+                with _pool(1, context, done) as pool:
+                    try:
+                        yield pool.submit(_task, builder, ref, out, settings).result()
+                    except BrokenProcessPool:
+                        reason = "its process was killed, perhaps for want of memory"
+                        yield Failure(ref.id, f"{ref.path}: {reason}; use fewer --workers.")
+    finally:
+        done.put(-1)
+        reader.join(timeout=5)
+
+
+def _feed(
+    pool: ProcessPoolExecutor,
+    waiting: deque[EpisodeRef],
+    suspects: list[EpisodeRef],
+    builder: DatasetBuilder,
+    out: Path,
+    settings: Settings,
+    workers: int,
+) -> Iterator[Result]:
+    """Keep the pool busy until nothing waits or it breaks; then what it held becomes suspect."""
+    running: dict[Future[Result], EpisodeRef] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers + 1:
+                ref = waiting.popleft()
+                running[pool.submit(_task, builder, ref, out, settings)] = ref
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                result = future.result()
+                del running[future]
+                yield result
+    except BrokenProcessPool:
+        for future, ref in running.items():
+            if future.done() and not future.cancelled() and future.exception() is None:
+                yield future.result()
+            else:
+                suspects.append(ref)
+
+
+@contextmanager
+def _pool(workers: int, context, done) -> Iterator[ProcessPoolExecutor]:  # type: ignore[no-untyped-def]  # multiprocessing's own
+    pool = ProcessPoolExecutor(workers, context, _start, (done,))
+    try:
+        yield pool
+        pool.shutdown()
+    except BaseException:
+        # Ctrl-C: do not wait for episodes under way; the next run clears what they leave.
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+
+def _start(done: SimpleQueue[int]) -> None:
+    """In each worker: leave Ctrl-C to the parent, and end when the parent does."""
+    global _frames_done
+    _frames_done = done
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    wait_for([sentinel])
+    os._exit(1)
+
+
+def _task(builder: DatasetBuilder, ref: EpisodeRef, out: Path, settings: Settings) -> Result:
+    assert _frames_done is not None
+    return build_one(builder, ref, out, settings, _frames_done.put)
+
+
+def _drain(done: SimpleQueue[int], listener: Listener) -> None:
+    while (count := done.get()) >= 0:
+        listener.frames(count)
+
+
+@contextmanager
+def _threads_shared(workers: int) -> Iterator[None]:
+    """Give each process its share of the cores: set where the libraries look as they load."""
+    share = str(max(1, len(os.sched_getaffinity(0)) // workers))
+    before = {name: os.environ.get(name) for name in _THREAD_LIMITS}
+    os.environ.update(dict.fromkeys(_THREAD_LIMITS, share))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+# The output folder
+
+
+@contextmanager
+def _sole_use(out: Path) -> Iterator[None]:
+    """Hold the output folder, so that two builds do not write the same trajectory at once."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        handle = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise UsageError(
+            f"{out}: cannot be made or opened ({error.strerror}); choose another --output."
+        ) from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UsageError(
+            f"{out}: another build is writing here; wait for it or choose another --output."
+        ) from None
+    except OSError:
+        pass  # A file system without locks: go on without.
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _write_failures(out: Path, failures: list[Failure]) -> None:
+    path = out / FAILURES
+    if not failures:
+        path.unlink(missing_ok=True)
+        return
+    rows = [
+        {"episode": f.id, "reason": f.reason, **({"trace": f.trace} if f.trace else {})}
+        for f in failures
+    ]
+    with written_whole(path) as partial:
+        partial.write_text("".join(dump_json(row) + "\n" for row in rows), encoding="utf-8")

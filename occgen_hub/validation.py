@@ -1,0 +1,418 @@
+"""A built dataset against its schema, and against itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jsonschema import Draft202012Validator
+from numpy.typing import NDArray
+
+from occgen_hub.errors import SourceError
+from occgen_hub.files import files_under, read_json, read_jsonl, sha256
+from occgen_hub.geometry.camera import intrinsics_problem
+from occgen_hub.geometry.ply import read_ply
+from occgen_hub.geometry.poses import rigidity_error
+from occgen_hub.loading import REBUILD, NpzArray, Trajectory, npz_array, trajectories
+from occgen_hub.media import image_size, read_depth, read_rgb, video_facts
+from occgen_hub.occupancy.codec import unpack
+from occgen_hub.occupancy.visibility import OBSERVED, OCCUPIED, trace
+from occgen_hub.schema import ArraySpec, Feature, FileSpec
+
+RIGID = 1e-3
+RESTORE = "restore it from a copy or build this trajectory again"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong with a dataset: the file, what is wrong with it, what to do."""
+
+    file: str
+    problem: str
+    remedy: str
+
+    def __str__(self) -> str:
+        """One sentence."""
+        return f"{self.file}: {self.problem}; {self.remedy}."
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `validate` found. trajectories, frames: how many were looked at."""
+
+    root: str
+    trajectories: int
+    frames: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def valid(self) -> bool:
+        """Whether there is a dataset and nothing is wrong with it."""
+        return not self.findings
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "valid": self.valid}
+
+
+def validate(root: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
+    """Check every trajectory below `root`. Never raises for what is wrong in the dataset.
+
+    Files and folders, checksums, meta files against their JSON Schemas, columns and arrays against
+    the schema and each other, poses, intrinsics, and that the visible cells of each frame are
+    those that its rays, stopped by those cells, reach: what `occ.mask` says was observed.
+    """
+    found = trajectories(root)
+    findings: list[Finding] = []
+    frames = 0
+    if not found:
+        problem = "holds no trajectory" if root.is_dir() else "is not a folder"
+        findings.append(Finding(str(root), problem, "give the folder that occgen-hub build wrote"))
+    for number, path in enumerate(found):
+        length, problems = check_trajectory(path)
+        frames += length
+        findings += problems
+        progress(number + 1, len(found))
+    findings += _leftovers(root)
+    return Report(str(root), len(found), frames, tuple(findings))
+
+
+def check_trajectory(path: Path) -> tuple[int, list[Finding]]:
+    """The number of frames of a trajectory and everything that is wrong with it."""
+    try:
+        trajectory = Trajectory.open(path)
+        check = _Check(trajectory)
+        check.run()
+    except SourceError as error:
+        return 0, [Finding(error.path, error.problem, RESTORE)]
+    return check.frames, check.findings
+
+
+def _leftovers(root: Path) -> Iterator[Finding]:
+    for pattern in (".*.partial", ".*.old"):
+        for path in sorted(root.rglob(pattern)) if root.is_dir() else ():
+            yield Finding(str(path), "was left by an interrupted build", "run the build again")
+
+
+class _Check:
+    """The checks of one trajectory; each step notes what it finds and the others go on."""
+
+    def __init__(self, trajectory: Trajectory) -> None:
+        self.trajectory = trajectory
+        self.schema = trajectory.schema
+        self.findings: list[Finding] = []
+        self.frames = 0
+
+    def run(self) -> None:
+        """All checks, the cheap and telling ones first."""
+        self._step(self._record)
+        self._step(self._documents)
+        self._step(self._table)
+        for key, spec in self.schema.files.items():
+            self._step(lambda key=key, spec=spec: self._file(key, spec))  # type: ignore[misc]  # bound now
+        if not self.findings:  # What follows needs files that can be trusted.
+            self._step(self._counts)
+            self._step(self._geometry)
+            self._step(self._visibility)
+        self._step(self._checksums)
+
+    def say(self, path: Path, problem: str, remedy: str = REBUILD) -> None:
+        self.findings.append(Finding(str(path), problem, remedy))
+
+    def _step(self, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except SourceError as error:
+            self.findings.append(Finding(error.path, error.problem, RESTORE))
+        except OSError as error:
+            self.say(
+                Path(error.filename or self.trajectory.path), f"cannot be read ({error.strerror})"
+            )
+
+    # Meta files
+
+    def _record(self) -> None:
+        self._against("record", self.trajectory.record, self.trajectory.file("record"), "")
+
+    def _documents(self) -> None:
+        for key, spec in self.schema.files.items():
+            path = self.trajectory.file(key)
+            if spec.json_schema is None or key == "record":
+                continue
+            if spec.kind == "json":
+                self._against(spec.json_schema, read_json(path), path, "")
+            else:
+                for number, row in enumerate(read_jsonl(path), 1):
+                    self._against(spec.json_schema, row, path, f"line {number}: ")
+
+    def _against(self, name: str, value: Any, path: Path, where: str) -> None:
+        validator = Draft202012Validator(self.schema.json_schemas[name])
+        for error in sorted(validator.iter_errors(value), key=lambda e: list(map(str, e.path)))[:5]:
+            place = ".".join(str(part) for part in error.absolute_path)
+            message = error.message if len(error.message) < 160 else error.message[:157] + "..."
+            self.say(path, f"{where}{place + ': ' if place else ''}{message}")
+
+    # The parquet
+
+    def _table(self) -> None:
+        path = self.trajectory.file("frames")
+        table = self.trajectory.table()
+        self.frames = table.num_rows
+        declared = self._declared()
+        for name in sorted(set(declared) - set(table.column_names)):
+            self.say(path, f"lacks the column {name} that info.json declares")
+        for name in sorted(set(table.column_names) - set(declared)):
+            self.say(path, f"holds the column {name} that info.json does not declare")
+        for name, feature in self.schema.features.items():
+            if feature.required and name not in declared:
+                self.say(self.trajectory.file("info"), f"does not declare the feature {name}")
+            elif name in declared and declared[name].info() != feature.info():
+                self.say(
+                    self.trajectory.file("info"), f"declares {name} otherwise than the schema does"
+                )
+        if self.frames == 0:
+            self.say(path, "holds no frames")
+        for name, feature in declared.items():
+            if name not in table.column_names:
+                continue
+            if table.schema.field(name).type != feature.arrow_type():
+                kind = table.schema.field(name).type
+                self.say(path, f"column {name} is {kind}, info.json says {feature.info()}")
+                continue
+            try:
+                feature.to_numpy(table[name])
+            except ValueError as error:
+                self.say(path, f"column {name}: {error}")
+
+    def _declared(self) -> dict[str, Feature]:
+        declared: dict[str, Feature] = {}
+        features = self.trajectory.info().get("features")
+        for name, value in features.items() if isinstance(features, dict) else ():
+            try:
+                declared[name] = Feature.model_validate(value)
+                declared[name].arrow_type()
+            except (ValueError, KeyError):
+                self.say(
+                    self.trajectory.file("info"), f"feature {name} is not one that can be read"
+                )
+        return declared
+
+    # Files
+
+    def _file(self, key: str, spec: FileSpec) -> None:
+        if spec.media and self.trajectory.record.get("media") == "none":
+            return
+        if spec.kind == "image":
+            self._images(key, spec)
+            return
+        path = self.trajectory.file(key)
+        if not path.is_file():
+            if spec.required:
+                self.say(path, "is missing")
+            return
+        if spec.kind in ("npz", "mask"):
+            self._arrays(path, {name: npz_array(path, name) for name in spec.arrays}, spec.arrays)
+        elif spec.kind == "csr":
+            self._csr(path, spec.arrays["data"])
+        elif spec.kind == "ply":
+            if not np.isfinite(read_ply(path).points).all():
+                self.say(path, "has points that are not finite")
+        elif spec.kind == "video":
+            facts = video_facts(path)
+            if facts.frames != self.frames:
+                self.say(path, f"has {facts.frames} frames, the parquet {self.frames}")
+
+    def _images(self, key: str, spec: FileSpec) -> None:
+        """All frames or none; sizes by their headers, the first and last decoded whole."""
+        paths = [self.trajectory.file(key, frame) for frame in range(self.frames)]
+        there = [path.is_file() for path in paths]
+        if not any(there) and not spec.required:
+            return
+        for path, exists in zip(paths, there, strict=True):
+            if not exists:
+                self.say(path, "is missing")
+            elif image_size(path) != self.trajectory.image_size:
+                width, height = image_size(path)
+                self.say(
+                    path, f"is {width} x {height}, the record says {self.trajectory.image_size}"
+                )
+        for path in {paths[0], paths[-1]} if all(there) else ():
+            (read_rgb if "RGB" in spec.modes else read_depth)(path, self.trajectory.image_size)
+
+    def _sizes(self) -> dict[str, int]:
+        cells = self.trajectory.grid.cells
+        return {"frames": self.frames, "cells": cells, "packed": -(-cells // 8)}
+
+    def _arrays(self, path: Path, arrays: dict[str, NpzArray], specs: dict[str, ArraySpec]) -> None:
+        names = self._sizes()
+        for name, spec in specs.items():
+            array = arrays[name]
+            kind = "str" if array.dtype.kind == "U" else array.dtype.name
+            if kind != spec.dtype:
+                self.say(path, f"array {name} is {kind}, the schema says {spec.dtype}")
+            expected = tuple(names.get(n, -1) if isinstance(n, str) else n for n in spec.shape)
+            fits = len(array.shape) == len(expected) and all(
+                a == b or b == -1 for a, b in zip(array.shape, expected, strict=True)
+            )
+            if not fits:
+                self.say(
+                    path, f"array {name} has shape {array.shape}, expected {spec.shape} {names}"
+                )
+
+    def _csr(self, path: Path, spec: ArraySpec) -> None:
+        shape = tuple(npz_array(path, "shape").load().tolist())
+        data = npz_array(path, "data")
+        expected = tuple(self._sizes()[str(n)] for n in spec.shape)
+        if shape != expected:
+            self.say(path, f"is a matrix of {shape}, expected {expected}")
+        if data.dtype != np.dtype(spec.dtype):
+            self.say(path, f"is {data.dtype.name}, the schema says {spec.dtype}")
+        ends, columns = self.trajectory.visible()
+        if len(ends) != self.frames + 1 or data.shape != columns.shape:
+            self.say(
+                path, f"has {len(ends) - 1} rows and {data.shape} values for {self.frames} frames"
+            )
+        if len(columns) and not (columns.min() >= 0 and columns.max() < expected[1]):
+            self.say(path, "has columns outside the grid")
+        if not (data.load() == 1).all():
+            self.say(path, "has values other than 1")
+
+    # What has to agree
+
+    def _counts(self) -> None:
+        info = self.trajectory.info()
+        if info["total_frames"] != self.frames:
+            self.say(
+                self.trajectory.file("info"),
+                f"says {info['total_frames']} frames, the parquet holds {self.frames}",
+            )
+        episodes = self.trajectory.file("episodes")
+        rows = read_jsonl(episodes)
+        if len(rows) != 1 or rows[0]["length"] != self.frames:
+            self.say(episodes, f"does not describe one episode of {self.frames} frames")
+        tasks = read_jsonl(self.trajectory.file("tasks"))
+        if [row["task_index"] for row in tasks] != list(range(info["total_tasks"])):
+            self.say(self.trajectory.file("tasks"), f"does not number {info['total_tasks']} tasks")
+        index = self.trajectory.column("task_index")
+        if index.min() < 0 or index.max() >= len(tasks):
+            self.say(self.trajectory.file("frames"), "has a task_index that tasks.jsonl lacks")
+        for name in ("frame_index", "index"):
+            if not np.array_equal(self.trajectory.column(name), np.arange(self.frames)):
+                self.say(self.trajectory.file("frames"), f"column {name} does not count the frames")
+        time = self.trajectory.column("timestamp")
+        if np.abs(time - np.arange(self.frames) / info["fps"]).max() > 1e-3:
+            self.say(self.trajectory.file("frames"), "column timestamp does not follow from fps")
+        self._stats()
+
+    def _stats(self) -> None:
+        path = self.trajectory.file("stats")
+        rows = read_jsonl(path)
+        if len(rows) != 1:
+            self.say(path, "does not describe one episode")
+            return
+        table = self.trajectory.table()
+        for name, feature in self._declared().items():
+            if feature.dtype in ("string", "bool"):
+                continue
+            stats = rows[0]["stats"].get(name)
+            if stats is None:
+                self.say(path, f"lacks the feature {name}")
+                continue
+            values = feature.to_numpy(table[name]).reshape(self.frames, *feature.shape)
+            wide = values.astype(np.float64)
+            expected = {
+                "min": wide.min(0),
+                "max": wide.max(0),
+                "mean": wide.mean(0),
+                "std": wide.std(0),
+            }
+            for key, value in expected.items():
+                if not _close(stats[key], value):
+                    self.say(path, f"{key} of {name} is not that of the column")
+            if stats["count"] != [self.frames]:
+                self.say(path, f"count of {name} is {stats['count']}, expected [{self.frames}]")
+
+    def _geometry(self) -> None:
+        path = self.trajectory.file("frames")
+        error = rigidity_error(self.trajectory.world_from_camera())
+        for frame in np.flatnonzero(~(error <= RIGID))[:5]:
+            what = "is not finite" if np.isinf(error[frame]) else "is not rigid"
+            self.say(path, f"the pose of frame {frame} {what}")
+        for frame, K in enumerate(self.trajectory.intrinsics()):
+            if problem := intrinsics_problem(K):
+                self.say(path, f"the intrinsics of frame {frame}: the matrix {problem}")
+                break
+        cells = self.trajectory.scene_cells()
+        if not np.isfinite(cells).all():
+            self.say(self.trajectory.file("scene_occupancy"), "has centres that are not finite")
+
+    def _visibility(self) -> None:
+        """Each frame's rays, stopped by its visible cells, must see just what the mask says."""
+        grid, size = self.trajectory.grid, self.trajectory.image_size
+        intrinsics = self.trajectory.intrinsics()
+        shape = npz_array(self.trajectory.file("observed"), "shape").load()
+        if tuple(shape.tolist()) != grid.shape:
+            self.say(
+                self.trajectory.file("observed"), f"says the grid is {shape}, not {grid.shape}"
+            )
+            return
+        ends, columns = self.trajectory.visible()
+        state: NDArray[np.uint8] = np.zeros(grid.cells, np.uint8)
+        rows = zip(pairwise(ends.tolist()), self._masks(grid.cells), intrinsics, strict=True)
+        for frame, ((start, end), observed, K) in enumerate(rows):
+            visible = columns[start:end]
+            if len(visible) > 1 and not (np.diff(visible) > 0).all():
+                self.say(self.trajectory.file("visible"), f"frame {frame}: columns are not sorted")
+            if not observed[visible].all():
+                self.say(
+                    self.trajectory.file("visible"),
+                    f"frame {frame}: visible cells that occ.mask does not hold as observed",
+                )
+                continue
+            state[:] = 0
+            state[visible] = OCCUPIED
+            trace(grid, K, size, state)
+            if not np.array_equal((state & OBSERVED) > 0, observed):
+                self.say(
+                    self.trajectory.file("observed"),
+                    f"frame {frame}: is not what the rays of its camera see past its visible cells",
+                )
+                return
+
+    def _masks(self, cells: int) -> Iterator[NDArray[np.bool_]]:
+        for row in npz_array(self.trajectory.file("observed"), "data").rows():
+            yield unpack(row, cells)
+
+    def _checksums(self) -> None:
+        files = self.trajectory.record.get("files")
+        if not isinstance(files, dict):
+            return
+        mark = self.trajectory.file("record")
+        held = {
+            p.relative_to(self.trajectory.path).as_posix()
+            for p in files_under(self.trajectory.path)
+        }
+        for name in sorted(held - set(files) - {mark.relative_to(self.trajectory.path).as_posix()}):
+            self.say(
+                self.trajectory.path / name, "is not in the record", "remove it or build again"
+            )
+        for name, digest in files.items():
+            if name not in held:
+                path = self.trajectory.path / name
+                if str(path) not in {finding.file for finding in self.findings}:
+                    self.say(path, "is in the record but missing", RESTORE)
+            elif sha256(self.trajectory.path / name) != digest:
+                self.say(self.trajectory.path / name, "is not what was built", RESTORE)
+
+
+def _close(stated: Any, expected: NDArray[np.float64]) -> bool:
+    try:
+        array = np.asarray(stated, np.float64)
+    except (TypeError, ValueError):
+        return False
+    scale = max(1.0, float(np.abs(expected).max()))
+    return array.shape == expected.shape and bool(np.allclose(array, expected, atol=1e-5 * scale))

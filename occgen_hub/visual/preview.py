@@ -1,0 +1,178 @@
+"""One picture of one frame: what the camera saw, how far it was, and what became of it."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from occgen_hub.loading import Trajectory
+from occgen_hub.occupancy.grid import Grid
+
+PANEL = (640, 360)
+INK = (235, 235, 235)
+PAPER = (24, 26, 30)
+PATH = (255, 92, 74)
+# A ramp from near to far or low to high that reads in grey as well: dark blue, teal, yellow.
+RAMP = np.array([(48, 25, 95), (45, 90, 150), (35, 150, 140), (120, 200, 90), (250, 230, 60)])
+
+
+def preview(trajectory: Trajectory, frame: int | None = None) -> Image.Image:
+    """RGB, depth or cloud, occupancy from the camera, and the scene from above.
+
+    frame: which to show; the middle one if None.
+    """
+    poses, intrinsics = trajectory.world_from_camera(), trajectory.intrinsics()
+    frame = len(poses) // 2 if frame is None else frame
+    ends, columns = trajectory.visible()
+    visible = columns[ends[frame] : ends[frame + 1]]
+    observed = next(m for n, m in enumerate(trajectory.observed()) if n == frame)
+    K, size, grid = intrinsics[frame], trajectory.image_size, trajectory.grid
+    centres = grid.centres(visible)
+
+    rgb, depth = trajectory.rgb(frame), trajectory.depth(frame)
+    if depth is None:
+        cloud = trajectory.cloud()
+        local = (cloud.points - poses[frame, :3, 3]) @ poses[frame, :3, :3]
+        second = _panel(_splat(local, cloud.colors, 0.01, K, size), "reconstructed cloud")
+    else:
+        second = _panel(_shade_depth(depth), "depth")
+    first = (
+        _panel(rgb, f"frame {frame} of {len(poses)}")
+        if rgb is not None
+        else _panel(np.zeros((*size[::-1], 3), np.uint8), "images were left out")
+    )
+    cells = _splat(centres, _by_height(centres[:, 1], flip=True), grid.voxel_size, K, size)
+    third = _panel(cells, f"{len(visible):,} visible occupied cells, by height")
+    fourth = _above(trajectory, poses, frame, grid, observed)
+
+    width, height = PANEL
+    sheet = Image.new("RGB", (2 * width, 2 * height), PAPER)
+    for n, panel in enumerate((first, second, third, fourth)):
+        sheet.paste(panel, (n % 2 * width, n // 2 * height))
+    return sheet
+
+
+def _panel(picture: NDArray[np.uint8] | Image.Image, title: str) -> Image.Image:
+    """A picture fitted into a panel, its title on it."""
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    scale = min(PANEL[0] / image.width, PANEL[1] / image.height)
+    fitted = image.resize(
+        (max(1, round(image.width * scale)), max(1, round(image.height * scale))),
+        Image.Resampling.BILINEAR if scale < 1 else Image.Resampling.NEAREST,
+    )
+    panel = Image.new("RGB", PANEL, PAPER)
+    panel.paste(fitted, ((PANEL[0] - fitted.width) // 2, (PANEL[1] - fitted.height) // 2))
+    draw = ImageDraw.Draw(panel)
+    draw.rectangle((0, 0, 12 + int(draw.textlength(title)), 18), fill=PAPER)
+    draw.text((6, 3), title, fill=INK)
+    return panel
+
+
+def _ramp(values: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """(...) values from 0 to 1 to (..., 3) colours."""
+    place = np.clip(values, 0, 1) * (len(RAMP) - 1)
+    low = np.minimum(place.astype(int), len(RAMP) - 2)
+    part = (place - low)[..., None]
+    colors: NDArray[np.uint8] = np.rint(RAMP[low] * (1 - part) + RAMP[low + 1] * part).astype(
+        np.uint8
+    )
+    return colors
+
+
+def _by_height(values: NDArray[np.floating], *, flip: bool) -> NDArray[np.uint8]:
+    if not len(values):
+        return np.zeros((0, 3), np.uint8)
+    low, high = np.percentile(values, [1, 99])
+    part = (values - low) / max(high - low, 1e-6)
+    return _ramp(1 - part if flip else part)
+
+
+def _shade_depth(depth: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Near is bright, none is black; in inverse depth, where near differences show."""
+    some = depth > 0
+    if not some.any():
+        return np.zeros((*depth.shape, 3), np.uint8)
+    inverse = np.divide(1.0, depth, out=np.zeros_like(depth), where=some)
+    low, high = np.percentile(inverse[some], [1, 99])
+    picture = _ramp((inverse - low) / max(high - low, 1e-9))
+    picture[~some] = 0
+    return picture
+
+
+def _splat(
+    points: NDArray[np.floating],
+    colors: NDArray[np.uint8],
+    edge: float,
+    K: NDArray[np.float64],
+    size: tuple[int, int],
+) -> NDArray[np.uint8]:
+    """Points of the camera's frame drawn as squares of `edge` metres, far ones first."""
+    width, height = size
+    picture = np.full((height, width, 3), PAPER, np.uint8)
+    front = points[:, 2] > 0.05
+    points, colors = points[front], colors[front]
+    order = np.argsort(-points[:, 2])
+    x, y, z = points[order].T
+    light = np.clip(1.15 - z / 6, 0.35, 1.0)
+    shaded = (colors[order] * light[:, None]).astype(np.uint8)
+    reach = np.maximum(0.5 * edge / z, 0.5 / K[0, 0])
+    left = np.clip(np.floor(K[0, 0] * (x / z - reach) + K[0, 2]), 0, width).astype(int)
+    right = np.clip(np.ceil(K[0, 0] * (x / z + reach) + K[0, 2]), 0, width).astype(int)
+    top = np.clip(np.floor(K[1, 1] * (y / z - reach) + K[1, 2]), 0, height).astype(int)
+    foot = np.clip(np.ceil(K[1, 1] * (y / z + reach) + K[1, 2]), 0, height).astype(int)
+    for a, b, c, d, color in zip(top, foot, left, right, shaded, strict=True):
+        picture[a:b, c:d] = color
+    return picture
+
+
+def _above(
+    trajectory: Trajectory,
+    poses: NDArray[np.float64],
+    frame: int,
+    grid: Grid,
+    observed: NDArray[np.bool_],
+) -> Image.Image:
+    """The scene's occupied cells from above, what this frame observed, the path, the camera."""
+    cells = trajectory.scene_cells().astype(np.float64)
+    # Up is the world axis that the cameras' up (minus their y) agrees with best.
+    mean_up = -poses[:, :3, 1].mean(axis=0)
+    axis = int(np.abs(mean_up).argmax())
+    sign = 1.0 if mean_up[axis] >= 0 else -1.0
+    across, along = ((1, 2), (2, 0), (0, 1))[axis]
+    seen = grid.centres(np.flatnonzero(observed)[::7])
+    seen_world = seen.astype(np.float64) @ poses[frame, :3, :3].T + poses[frame, :3, 3]
+    everything = np.concatenate([cells, seen_world, poses[:, :3, 3]])
+    low, high = everything.min(axis=0), everything.max(axis=0)
+    scale = min(
+        (PANEL[0] - 20) / max(high[across] - low[across], 0.1),
+        (PANEL[1] - 40) / max(high[along] - low[along], 0.1),
+    )
+    canvas = np.full((PANEL[1], PANEL[0], 3), PAPER, np.uint8)
+
+    def place(points: NDArray[np.float64]) -> NDArray[np.intp]:
+        a = (points[..., across] - (low[across] + high[across]) / 2) * scale * sign + PANEL[0] / 2
+        b = PANEL[1] / 2 + 10 - (points[..., along] - (low[along] + high[along]) / 2) * scale
+        return np.stack([a, b], axis=-1).round().astype(int)
+
+    spots = np.clip(place(seen_world), 0, (PANEL[0] - 1, PANEL[1] - 1))
+    canvas[spots[:, 1], spots[:, 0]] = (58, 66, 82)
+    height = cells[:, axis] * sign
+    # Ceilings would hide the room: show what is below the camera's head height.
+    shown = height < (poses[:, axis, 3] * sign).max() + 0.6
+    order = np.argsort(height[shown])
+    spots = np.clip(place(cells[shown][order]), 1, (PANEL[0] - 2, PANEL[1] - 2))
+    colors = _by_height(height[shown][order], flip=False)
+    edge = max(1, int(np.ceil(grid.voxel_size * scale)))
+    for dx, dy in np.ndindex(edge, edge):
+        x, y = spots[:, 0] + dx - edge // 2, spots[:, 1] + dy - edge // 2
+        canvas[np.clip(y, 0, PANEL[1] - 1), np.clip(x, 0, PANEL[0] - 1)] = colors
+    image = Image.fromarray(canvas)
+    draw = ImageDraw.Draw(image)
+    track = [tuple(p) for p in place(poses[:, :3, 3]).tolist()]
+    if len(track) > 1:
+        draw.line(track, fill=PATH, width=2)
+    eye = poses[frame, :3, 3]
+    corners = [eye + poses[frame, :3, :3] @ np.array([x, 0, 0.5]) for x in (-0.5, 0.5)]
+    draw.polygon([tuple(p) for p in place(np.stack([eye, *corners])).tolist()], outline=INK)
+    return _panel(image, "scene from above by height; path in red; observed in grey")
