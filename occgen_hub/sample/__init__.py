@@ -1,0 +1,45 @@
+"""A synthetic InternData-N1 tree, ray-traced from houses made here, with its ground truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+__all__ = ["make_sample"]
+
+
+def make_sample(
+    out: Path,
+    *,
+    trajectories: int = 3,
+    frames: int = 24,
+    seed: int = 0,
+    layout: Literal["trajectories", "scenes"] = "trajectories",
+    faults: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Path]:
+    """Write a recording of furnished houses under `out` as InternData-N1 lays one out.
+
+    `out/ground_truth/mesh.ply` is the one true mesh of every scene, in world coordinates (metres,
+    z up). The same arguments give the same bytes, and trajectory k is the same however many follow.
+
+    Args:
+        out: a folder that does not exist yet, or is empty.
+        trajectories: how many; a scene holds two.
+        frames: about how many each has: in turn `frames`, 3/4 and 5/4 of it.
+        seed: another seed gives other houses and other paths.
+        layout: "trajectories" has a folder for each; in "scenes", the newer release's way, a scene
+            folder holds its episodes together. Its path.ply is meta/pointcloud.ply there.
+        faults: the metadata is wrong in the ways that the real release's is.
+        progress: called after each frame with the frames done and the frames in all.
+
+    Returns:
+        The folders written: one a trajectory, or one a scene.
+
+    Raises:
+        UsageError: an argument is out of range, or `out` is not empty.
+    """
+    from occgen_hub.sample.tree import write_tree
+
+    return write_tree(Path(out), trajectories, frames, seed, layout, faults, progress)
