@@ -129,7 +129,7 @@ class InternNavBuilder(DatasetBuilder):
             columns={name: c for name, c in columns.items() if name not in LEROBOT},
             media=tuple(_media(files, rgb, depth, with_video=usable)),
             fingerprint=self.fingerprint(files.all()),
-            notes=tuple([*notes, *frame_notes, *rate_notes, *task_notes]),
+            notes=(*notes, *frame_notes, *rate_notes, *task_notes),
         )
 
 
@@ -525,7 +525,7 @@ def _inner_object(text: str) -> dict[str, Any]:
 
 
 def _words(source: dict[str, Any]) -> str | None:
-    """The instruction in an object: the value whose key ends in `instruction`, revised ones last."""
+    """The value whose key ends in `instruction`, a revised one only where there is no other."""
     keys = sorted(
         (key for key in source if key.endswith("instruction")), key=lambda k: ("revised" in k, k)
     )

@@ -24,7 +24,6 @@ from occgen_hub.lerobot.writer import Media, Provenance, TrajectoryWriter
 from occgen_hub.occupancy.bricks import into_bricks
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.visibility import FrameOccupancy, observe
-from occgen_hub.prefetch import ahead
 from occgen_hub.schema import Schema, load_schema
 
 Progress = Callable[[int], None]
@@ -207,7 +206,7 @@ def frames_occupancy(
     with clock("occupancy"):
         cloud = into_bricks(scene.cloud.points)
         state = np.empty(grid.cells, np.uint8)
-    for t, own_points in enumerate(ahead(scene.own_points, range(episode.length))):
+    for t in range(episode.length):
         with clock("occupancy"):
             frame = observe(
                 grid,
@@ -216,7 +215,6 @@ def frames_occupancy(
                 # As they will be written, so that a reader who traces the same rays sees the same.
                 scene.intrinsics[t].astype(np.float32).astype(np.float64),
                 episode.image_size,
-                own_points,
                 state,
             )
         yield frame

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +74,8 @@ def sample(out: Path, trajectories: int, frames: int, seed: int, layout: Any, fa
         )  # fmt: skip
     for path in made:
         click.echo(path)
-    click.echo(f"Next: occgen-hub build --source internnav --input {out} --output {out}_occ")
+    source, target = shlex.quote(str(out)), shlex.quote(f"{out}_occ")
+    click.echo(f"Next: occgen-hub build --source internnav --input {source} --output {target}")
 
 
 @cli.command(
@@ -210,7 +212,8 @@ def _print_summary(summary: Summary, out: Path, refs: list[EpisodeRef]) -> None:
             click.echo(f"  {failure.id}: {failure.reason}")
         if len(summary.failures) > 20:
             click.echo(f"  and {len(summary.failures) - 20} more.")
-    click.echo(f"Next: occgen-hub validate {out}" if summary.built else f"Dataset: {out}")
+    place = shlex.quote(str(out))
+    click.echo(f"Next: occgen-hub validate {place}" if summary.built else f"Dataset: {out}")
 
 
 @cli.command(cls=Examples, example="occgen-hub validate out")

@@ -80,15 +80,13 @@ class Reconstruction:
     """What an engine makes of an episode, in the source's world and in metres.
 
     cloud: the fused scene; world_from_camera: (T, 4, 4) float64, OpenCV axes; intrinsics:
-    (T, 3, 3) float64, pixels of the episode's images; own_points(t): (n, 3) float64, what frame t
-    itself measured, in its camera's frame, or None where the engine did not use that frame;
-    scale: what the engine's lengths were multiplied by to become metres.
+    (T, 3, 3) float64, pixels of the episode's images; scale: what the engine's lengths were
+    multiplied by to become metres.
     """
 
     engine: str
     cloud: Cloud
     world_from_camera: NDArray[np.float64]
     intrinsics: NDArray[np.float64]
-    own_points: Callable[[int], NDArray[np.float64] | None]
     scale: float = 1.0
     notes: tuple[Note, ...] = ()

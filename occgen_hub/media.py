@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -34,9 +33,10 @@ def image_size(path: Path) -> tuple[int, int]:
 def read_rgb(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
     """(H, W, 3) uint8 RGB of an image that has to be of `size` (width, height)."""
     with _opened(path, size) as image:
-        with _damage(path):
-            rgb = np.asarray(image.convert("RGB"))
-        return rgb
+        try:
+            return np.asarray(image.convert("RGB"))
+        except _DAMAGE as error:
+            raise _damaged(path, error) from None
 
 
 def read_depth(path: Path, size: tuple[int, int]) -> NDArray[np.uint16]:
@@ -48,8 +48,10 @@ def read_depth(path: Path, size: tuple[int, int]) -> NDArray[np.uint16]:
                 f"is not a 16-bit grey image (its mode is {image.mode})",
                 "save depth as 16-bit PNG, 10,000 units a metre",
             )
-        with _damage(path):
+        try:
             values = np.asarray(image)
+        except _DAMAGE as error:
+            raise _damaged(path, error) from None
     if values.dtype != np.uint16:
         if values.min() < 0 or values.max() > 65535:
             raise SourceError(path, "has values beyond 16 bits", RESTORE)
@@ -79,13 +81,12 @@ def _opened(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
     return image
 
 
-@contextmanager
-def _damage(path: Path) -> Iterator[None]:
-    """Turns the errors of decoding into one sentence about the file."""
-    try:
-        yield
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise SourceError(path, f"is damaged ({_brief(error)})", RESTORE) from None
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError)
+"""What Pillow and PyAV raise in the middle of a damaged file."""
+
+
+def _damaged(path: Path, error: BaseException) -> SourceError:
+    return SourceError(path, f"is damaged ({_brief(error)})", RESTORE)
 
 
 def _brief(error: BaseException) -> str:
@@ -106,19 +107,24 @@ def video_facts(path: Path) -> VideoFacts:
     """Size, rate and number of frames, the frames counted by their packets, not by the header."""
     with _video(path) as container:
         stream = container.streams.video[0]
-        with _damage(path):
-            frames = sum(1 for packet in container.demux(stream) if packet.size)
         rate = stream.average_rate or stream.guessed_rate
-        return VideoFacts((stream.width, stream.height), float(rate) if rate else 0.0, frames)
+        size = (stream.width, stream.height)
+        try:
+            frames = sum(1 for packet in container.demux(stream) if packet.size)
+        except _DAMAGE as error:
+            raise _damaged(path, error) from None
+    return VideoFacts(size, float(rate) if rate else 0.0, frames)
 
 
 def video_frames(path: Path) -> Iterator[NDArray[np.uint8]]:
     """(H, W, 3) uint8 RGB frames in order, one in memory at a time."""
     with _video(path) as container:
         container.streams.video[0].thread_type = "AUTO"
-        with _damage(path):
+        try:
             for frame in container.decode(video=0):
                 yield np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
+        except _DAMAGE as error:
+            raise _damaged(path, error) from None
 
 
 class VideoReader:
@@ -148,7 +154,8 @@ class VideoReader:
 def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], fps: float) -> None:
     """H.264 that plays in a browser, from (H, W, 3) uint8 RGB frames.
 
-    Odd sizes lose a row or a column, which yuv420p cannot have. One encoder thread, so that equal frames give equal bytes.
+    Odd sizes lose a row or a column, which yuv420p cannot have. One
+    encoder thread, so that equal frames give equal bytes.
     """
     import av
 

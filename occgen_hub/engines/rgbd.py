@@ -42,11 +42,6 @@ def reconstruct(episode: Episode, config: Config) -> Reconstruction:
             "subtract an offset from the source's poses or set a larger fusion_voxel_size."
         )
 
-    def own_points(t: int) -> NDArray[np.float64] | None:
-        if t % config.interval:
-            return None
-        return unproject(read_depth(t), intrinsics[t], config.depth_range, config.depth_edge)[0]
-
     def measured(t: int) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
         points, pixels = unproject(
             read_depth(t), intrinsics[t], config.depth_range, config.depth_edge
@@ -55,4 +50,4 @@ def reconstruct(episode: Episode, config: Config) -> Reconstruction:
 
     for points, colors in ahead(measured, range(0, episode.length, config.interval)):
         fused.add(points, colors)
-    return Reconstruction("rgbd", fused.cloud(), poses, intrinsics, own_points)
+    return Reconstruction("rgbd", fused.cloud(), poses, intrinsics)

@@ -47,21 +47,36 @@ def compare_crossings(plane_a, origin_a, slope_a, plane_b, origin_b, slope_b):
     if slope_b < 0.0:
         distance_b, rest_b, slope_b = -distance_b, -rest_b, -slope_b
     # The quotients compare as the cross products do, since both slopes are positive now.
-    terms = np.empty(8)
-    terms[0], terms[1] = _two_product(distance_a, slope_b)
-    terms[2], terms[3] = _two_product(rest_a, slope_b)
-    terms[4], terms[5] = _two_product(-distance_b, slope_a)
-    terms[6], terms[7] = _two_product(-rest_b, slope_a)
-    # Shewchuk's grow-expansion: after it the last component that is not zero has the sum's sign.
+    left, left_rest = _two_product(distance_a, slope_b)
+    right, right_rest = _two_product(distance_b, slope_a)
+    if rest_a == 0.0 and rest_b == 0.0 and left == right:
+        return _sign(left_rest - right_rest)  # As it is for a camera on a corner of the lattice.
+    more_left, more_left_rest = _two_product(rest_a, slope_b)
+    more_right, more_right_rest = _two_product(rest_b, slope_a)
+    return _sign_of_sum(
+        (left, left_rest, more_left, more_left_rest),
+        (-right, -right_rest, -more_right, -more_right_rest),
+    )
+
+
+@njit(cache=True)
+def _sign(value):
+    return 1 if value > 0.0 else (-1 if value < 0.0 else 0)
+
+
+@njit(cache=True)
+def _sign_of_sum(some, others):
+    """The sign of the exact sum of two tuples of four numbers.
+
+    By Shewchuk's grow-expansion, after which the last component that is not zero has that sign.
+    """
     expansion = np.zeros(8)
     for count in range(8):
-        carry = terms[count]
+        carry = some[count] if count < 4 else others[count - 4]
         for i in range(count):
             carry, expansion[i] = _two_sum(carry, expansion[i])
         expansion[count] = carry
     for i in range(7, -1, -1):
-        if expansion[i] > 0.0:
-            return 1
-        if expansion[i] < 0.0:
-            return -1
+        if expansion[i] != 0.0:
+            return _sign(expansion[i])
     return 0

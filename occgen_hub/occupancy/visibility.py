@@ -14,6 +14,7 @@ is what the memory order (z innermost) wants.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import numba
@@ -24,6 +25,10 @@ from numpy.typing import NDArray
 from occgen_hub.occupancy.bricks import BrickedCloud, into_bricks
 from occgen_hub.occupancy.exact import compare_crossings
 from occgen_hub.occupancy.grid import Grid
+
+if "NUMBA_THREADING_LAYER_PRIORITY" not in os.environ:
+    # OpenMP first: a TBB that some package brought along may be too old, which numba warns of.
+    numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
 OCCUPIED = np.uint8(1)
 OBSERVED = np.uint8(2)
@@ -48,15 +53,13 @@ def observe(
     world_from_camera: NDArray[np.float64],
     intrinsics: NDArray[np.float64],
     size: tuple[int, int],
-    own_points: NDArray[np.float64] | None = None,
     state: NDArray[np.uint8] | None = None,
 ) -> FrameOccupancy:
     """Occupancy and visibility of one frame.
 
     cloud: the scene, world coordinates; world_from_camera: (4, 4), OpenCV axes, metres;
     intrinsics: (3, 3), pixels; size: (width, height) of the image, a ray a pixel through its
-    centre (u + 0.5, v + 0.5); own_points: (n, 3) what this very frame measured, camera frame;
-    state: a (grid.cells,) buffer to work in, to save allocating one a frame.
+    centre (u + 0.5, v + 0.5); state: a (grid.cells,) buffer to work in, to save allocating one.
     """
     if state is None:
         state = np.empty(grid.cells, np.uint8)
@@ -68,8 +71,6 @@ def observe(
         cloud.points, cloud.starts, cloud.lower, cloud.upper,
         camera_from_world, lower, grid.voxel_size, shape, state,
     )  # fmt: skip
-    if own_points is not None and len(own_points):
-        _mark_points(own_points, lower, grid.voxel_size, shape, state)
     trace(grid, intrinsics, size, state)
     visible, observed = _collect(state)
     return FrameOccupancy(visible, observed)
@@ -85,19 +86,43 @@ def trace(
 
     intrinsics: (3, 3), pixels, no skew; size: (width, height); state: (grid.cells,) uint8.
     """
+    _run(grid, intrinsics, size, state, np.empty((0, 0), np.int32))
+
+
+def first_occupied(
+    grid: Grid,
+    intrinsics: NDArray[np.float64],
+    size: tuple[int, int],
+    state: NDArray[np.uint8],
+) -> NDArray[np.int32]:
+    """(H, W) int32: the column of the first occupied cell on each pixel's ray, -1 for none.
+
+    As `trace`, which it does as well.
+    """
+    ends = np.full((size[0], size[1]), -1, np.int32)
+    _run(grid, intrinsics, size, state, ends)
+    return np.ascontiguousarray(ends.T)
+
+
+def _run(
+    grid: Grid,
+    intrinsics: NDArray[np.float64],
+    size: tuple[int, int],
+    state: NDArray[np.uint8],
+    ends: NDArray[np.int32],
+) -> None:
     K = np.asarray(intrinsics, np.float64)
-    columns = _column_order(size[0], numba.get_num_threads())
     _trace_columns(
-        K[0, 0], K[1, 1], K[0, 2], K[1, 2], columns, size[1],
-        grid.camera_in_cells, np.asarray(grid.shape, np.int64), state,
+        K[0, 0], K[1, 1], K[0, 2], K[1, 2],
+        _column_order(size[0], numba.get_num_threads()), size[1],
+        grid.camera_in_cells, np.asarray(grid.shape, np.int64), state, ends,
     )  # fmt: skip
 
 
 def warm_up() -> None:
     """Compile the kernels, or load them from the cache, before anything is timed."""
     grid = Grid((0.0, 0.0, 0.0), 1.0, (1, 1, 1))
-    points = np.zeros((1, 3))
-    observe(grid, into_bricks(points.astype(np.float32)), np.eye(4), np.eye(3), (1, 1), points)
+    observe(grid, into_bricks(np.zeros((1, 3), np.float32)), np.eye(4), np.eye(3), (1, 1))
 
 
 def _column_order(width: int, threads: int) -> NDArray[np.int64]:
@@ -142,25 +167,21 @@ def _mark_cloud(points, starts, low, high, camera_from_world, lower, voxel_size,
 
 
 @njit(cache=True, parallel=True)
-def _mark_points(points, lower, voxel_size, shape, state):
-    nx, ny, nz = shape[0], shape[1], shape[2]
-    for n in prange(len(points)):
-        i = np.floor((np.float64(points[n, 0]) - lower[0]) / voxel_size)
-        j = np.floor((np.float64(points[n, 1]) - lower[1]) / voxel_size)
-        k = np.floor((np.float64(points[n, 2]) - lower[2]) / voxel_size)
-        if 0 <= i < nx and 0 <= j < ny and 0 <= k < nz:
-            state[(np.int64(i) * ny + np.int64(j)) * nz + np.int64(k)] = OCCUPIED
-
-
-@njit(cache=True, parallel=True)
-def _trace_columns(fx, fy, cx, cy, columns, height, origin, shape, state):
+def _trace_columns(fx, fy, cx, cy, columns, height, origin, shape, state, ends):
+    keep = len(ends) > 0
+    # As tuples: an array handed to the ray's function is counted as referenced, once a ray and by
+    # all threads at one address.
+    origin = (origin[0], origin[1], origin[2])
+    shape = (shape[0], shape[1], shape[2])
     for task in prange(len(columns)):
         for u in columns[task]:
-            if u >= 0:
-                for v in range(height):
-                    _trace_ray(
-                        (u + 0.5 - cx) * fy, (v + 0.5 - cy) * fx, fx * fy, origin, shape, state
-                    )
+            if u < 0:
+                continue
+            dx = (u + 0.5 - cx) * fy
+            for v in range(height):
+                end = _trace_ray(dx, (v + 0.5 - cy) * fx, fx * fy, origin, shape, state)
+                if keep:
+                    ends[u, v] = end
 
 
 @njit(cache=True)
@@ -175,47 +196,55 @@ def _first(plane_a, plane_b, a, b, origin, slope):
 
 
 @njit(cache=True)
-def _enter(origin, slope, shape, cell):
-    """Move `cell` (the camera's, outside the grid) to where the ray enters; False if it does not.
+def _enter(origin, slope, shape):
+    """The cell (i, j, k) where a ray from outside enters the grid; one outside if it does not.
 
-    The cell of entry is the one after the last crossing that brings the ray inside on each axis:
-    on the other axes it has by then crossed the planes that come before that crossing.
+    The cell of entry is the one after the last crossing that brings the ray inside on some axis:
+    on the other axes the ray has by then crossed the planes that come before that crossing.
     """
+    outside = (np.int64(-1), np.int64(-1), np.int64(-1))
     gate, gate_plane = -1, 0
     for axis in range(3):
-        if 0 <= cell[axis] < shape[axis]:
+        if 0.0 <= origin[axis] < shape[axis]:
             continue
-        below = cell[axis] < 0
+        below = origin[axis] < 0.0
         if (below and slope[axis] <= 0.0) or (not below and slope[axis] >= 0.0):
-            return False
+            return outside
         plane = 0 if below else shape[axis]
         if gate < 0 or _first(gate_plane, plane, gate, axis, origin, slope):
             gate, gate_plane = axis, plane
-    time = (gate_plane - origin[gate]) / slope[gate]
-    for axis in range(3):
-        if axis == gate:
-            cell[axis] = 0 if slope[axis] > 0.0 else shape[axis] - 1
-        elif slope[axis] > 0.0:
-            index = max(cell[axis], np.int64(np.floor(origin[axis] + time * slope[axis])))
-            while _first(index + 1, gate_plane, axis, gate, origin, slope):
-                index += 1
-            while index > cell[axis] and not _first(index, gate_plane, axis, gate, origin, slope):
-                index -= 1
-            cell[axis] = index
-        elif slope[axis] < 0.0:
-            index = min(cell[axis], np.int64(np.floor(origin[axis] + time * slope[axis])))
-            while _first(index, gate_plane, axis, gate, origin, slope):
-                index -= 1
-            while index < cell[axis] and not _first(
-                index + 1, gate_plane, axis, gate, origin, slope
-            ):
-                index += 1
-            cell[axis] = index
-    return 0 <= cell[0] < shape[0] and 0 <= cell[1] < shape[1] and 0 <= cell[2] < shape[2]
+    return (
+        _cell_at(0, gate, gate_plane, origin, slope),
+        _cell_at(1, gate, gate_plane, origin, slope),
+        _cell_at(2, gate, gate_plane, origin, slope),
+    )
 
 
 @njit(cache=True)
-def _settle(tx, ty, tz, i, j, k, origin, slope):
+def _cell_at(axis, gate, gate_plane, origin, slope):
+    """Which cell along `axis` the ray is in once it has crossed `gate_plane` of axis `gate`."""
+    if axis == gate:
+        return np.int64(gate_plane if slope[axis] > 0.0 else gate_plane - 1)
+    index = np.int64(np.floor(origin[axis]))
+    if slope[axis] == 0.0:
+        return index
+    guess = np.int64(
+        np.floor(origin[axis] + (gate_plane - origin[gate]) / slope[gate] * slope[axis])
+    )
+    # The guess may be off by rounding; planes that are crossed before the gate decide.
+    if slope[axis] > 0.0:
+        index = max(index, guess - 1)
+        while _first(index + 1, gate_plane, axis, gate, origin, slope):
+            index += 1
+    else:
+        index = min(index, guess + 1)
+        while _first(index, gate_plane, axis, gate, origin, slope):
+            index -= 1
+    return index
+
+
+@njit(cache=True)
+def _settle(i, j, k, origin, slope):
     """The axis that the ray leaves cell (i, j, k) by, when rounding cannot tell."""
     px = i + 1 if slope[0] > 0.0 else i
     py = j + 1 if slope[1] > 0.0 else j
@@ -227,18 +256,19 @@ def _settle(tx, ty, tz, i, j, k, origin, slope):
 
 @njit(cache=True)
 def _trace_ray(dx, dy, dz, origin, shape, state):
-    """Follow one ray of direction (dx, dy, dz), in cells, from `origin`; dz > 0."""
+    """Follow one ray of direction (dx, dy, dz) from `origin`, in cells; dz > 0.
+
+    The column of its first occupied cell, or -1.
+    """
     nx, ny, nz = shape[0], shape[1], shape[2]
     i = np.int64(np.floor(origin[0]))
     j = np.int64(np.floor(origin[1]))
     k = np.int64(np.floor(origin[2]))
     slope = (dx, dy, dz)
     if not (0 <= i < nx and 0 <= j < ny and 0 <= k < nz):
-        cell = np.empty(3, np.int64)
-        cell[0], cell[1], cell[2] = i, j, k
-        if not _enter(origin, slope, shape, cell):
-            return
-        i, j, k = cell[0], cell[1], cell[2]
+        i, j, k = _enter(origin, slope, shape)
+        if not (0 <= i < nx and 0 <= j < ny and 0 <= k < nz):
+            return -1
     step_x, step_y = (1 if dx > 0.0 else -1), (1 if dy > 0.0 else -1)
     end_x, end_y = (nx if dx > 0.0 else -1), (ny if dy > 0.0 else -1)
     # Time of the next crossing on each axis, and between crossings.
@@ -254,64 +284,98 @@ def _trace_ray(dx, dy, dz, origin, shape, state):
     column = (i * ny + j) * nz + k
     stride_x, stride_y = step_x * ny * nz, step_y * nz
     while True:
-        byte = state[column]
-        if byte & OCCUPIED:
-            state[column] = OCCUPIED | OBSERVED
-            return
-        if byte == 0:
-            state[column] = OBSERVED
-        if tx <= ty:
-            axis, gap = (0, min(ty, tz) - tx) if tx <= tz else (2, tx - tz)
-        else:
-            axis, gap = (1, min(tx, tz) - ty) if ty <= tz else (2, ty - tz)
-        if gap <= doubt:
-            axis = _settle(tx, ty, tz, i, j, k, origin, slope)
+        # The inner loop makes no call, so that its numbers stay in registers: with the call of
+        # `_settle` in it, it took twice as long.
+        while True:
+            byte = state[column]
+            if byte & OCCUPIED:
+                state[column] = OCCUPIED | OBSERVED
+                return column
+            if byte == 0:
+                state[column] = OBSERVED
+            if tx <= ty:
+                axis, gap = (0, min(ty, tz) - tx) if tx <= tz else (2, tx - tz)
+            else:
+                axis, gap = (1, min(tx, tz) - ty) if ty <= tz else (2, ty - tz)
+            if gap <= doubt:
+                break
+            if axis == 2:
+                k += 1
+                if k == nz:
+                    return -1
+                tz += wait_z
+                column += 1
+            elif axis == 1:
+                j += step_y
+                if j == end_y:
+                    return -1
+                ty += wait_y
+                column += stride_y
+            else:
+                i += step_x
+                if i == end_x:
+                    return -1
+                tx += wait_x
+                column += stride_x
+        axis = _settle(i, j, k, origin, slope)
         if axis == 2:
             k += 1
-            if k == nz:
-                return
             tz += wait_z
             column += 1
         elif axis == 1:
             j += step_y
-            if j == end_y:
-                return
             ty += wait_y
             column += stride_y
         else:
             i += step_x
-            if i == end_x:
-                return
             tx += wait_x
             column += stride_x
+        if i == end_x or j == end_y or k == nz:
+            return -1
+
+
+def _collect(state: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+    """The visible columns and the packed observed cells of a finished frame."""
+    whole = len(state) // 8 * 8
+    words = state[:whole].view("<u8")
+    packed = np.zeros(-(-len(state) // 8), np.uint8)
+    visible = _collect_words(words, packed)
+    if whole < len(state):
+        rest = state[whole:]
+        packed[-1:] = np.packbits(rest >> 1)
+        late = whole + np.flatnonzero(rest == OCCUPIED | OBSERVED)
+        visible = np.concatenate([visible, late.astype(np.int32)])
+    return visible, packed
 
 
 @njit(cache=True, parallel=True)
-def _collect(state):
-    """The visible columns and the packed observed cells of a finished frame."""
-    cells = len(state)
-    packed = np.zeros((cells + 7) // 8, np.uint8)
+def _collect_words(words, packed):
+    """Eight cells at a time: a word is eight bytes of `state`, the first the lowest."""
+    ones = np.uint64(0x0101010101010101)
+    # Multiplied by this, the lowest bits of the eight bytes meet in the highest byte, first cell
+    # first, as np.packbits has them.
+    gather = np.uint64(0x8040201008040201)
     tasks = 64
-    share = (len(packed) + tasks - 1) // tasks
+    share = (len(words) + tasks - 1) // tasks
     counts = np.zeros(tasks + 1, np.int64)
     for task in prange(tasks):
-        count = 0
-        for byte in range(task * share, min((task + 1) * share, len(packed))):
-            bits = 0
-            for bit in range(8):
-                column = byte * 8 + bit
-                if column < cells:
-                    value = state[column]
-                    bits |= ((value >> 1) & 1) << (7 - bit)
-                    count += value == 3
-            packed[byte] = bits
-        counts[task + 1] = count
+        count = np.uint64(0)
+        for n in range(task * share, min((task + 1) * share, len(words))):
+            word = words[n]
+            if word != 0:
+                observed = (word >> np.uint64(1)) & ones
+                packed[n] = (observed * gather) >> np.uint64(56)
+                count += ((observed & word) * ones) >> np.uint64(56)
+        counts[task + 1] = np.int64(count)
     starts = np.cumsum(counts)
     visible = np.empty(starts[-1], np.int32)
     for task in prange(tasks):
         place = starts[task]
-        for column in range(task * share * 8, min((task + 1) * share * 8, cells)):
-            if state[column] == 3:
-                visible[place] = column
-                place += 1
-    return visible, packed
+        for n in range(task * share, min((task + 1) * share, len(words))):
+            both = (words[n] >> np.uint64(1)) & words[n] & ones
+            if both != 0:
+                for byte in range(8):
+                    if (both >> np.uint64(8 * byte)) & np.uint64(1):
+                        visible[place] = 8 * n + byte
+                        place += 1
+    return visible

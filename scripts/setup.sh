@@ -1,0 +1,296 @@
+#!/usr/bin/env bash
+# The set-up that scripts/demo and scripts/test share: system libraries, a virtual environment in
+# .venv, the pinned packages of requirements.lock, and occgen_hub itself (editable).
+#
+# When nothing changed since the last run it only checks that, which takes a fraction of a second.
+#   OCCGEN_PYTHON=/path/to/python   use this Python and no other
+set -euo pipefail
+
+# uv installs the packages faster than pip does; without it pip installs the same ones.
+uv_pin="uv==0.13.9"
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+venv="$root/.venv"
+py="$venv/bin/python"
+stamp="$venv/.occgen-setup"                 # what the finished set-up was made from
+unfinished="$venv/.occgen-setup-unfinished" # there while a set-up runs: a leftover means it was cut off
+
+say() { printf 'set-up: %s\n' "$*" >&2; }
+die() {
+    printf 'set-up failed: %s\n' "$*" >&2
+    exit 1
+}
+
+# Runs a command and shows what it printed only if it fails.
+quietly() {
+    local output
+    output=$("$@" 2>&1) || {
+        printf '%s\n' "$output" >&2
+        return 1
+    }
+}
+
+# Nothing here asks anything, and no setting for another environment may leak into this one.
+exec </dev/null
+unset PYTHONHOME PYTHONPATH PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIREMENT UV_SYSTEM_PYTHON
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
+
+# --- Python -------------------------------------------------------------------------------------
+
+# Prints "ok 3.12", or why this Python will not do. Old Pythons must be able to parse it.
+probe='
+import sys
+version = "%d.%d" % sys.version_info[:2]
+if sys.version_info < (3, 12):
+    print("is Python " + version)
+elif sys.implementation.name != "cpython":
+    print("is " + sys.implementation.name)
+else:
+    try:
+        import bz2, ctypes, ensurepip, lzma, ssl, sysconfig, venv, zlib
+        free = sysconfig.get_config_var("Py_GIL_DISABLED")
+        print("is the free-threaded build of " + version if free else "ok " + version)
+    except ImportError as error:
+        print("is Python %s without a needed part: %s" % (version, error))
+'
+
+# A command that is there but fails, as a pyenv shim of a version that is not active, is no Python:
+# only running it tells.
+probe_python() {
+    local answer
+    answer=$("$1" -I -c "$probe" 2>/dev/null) || answer=""
+    printf '%s\n' "${answer:-does not run}"
+}
+
+# Every place where a Python may be, one path a line, the likeliest first.
+python_candidates() {
+    local version name home="${HOME:-/nonexistent}" folder
+    for version in 3.12 3.13; do
+        type -aP "python$version" || true
+        for folder in "${PYENV_ROOT:-$home/.pyenv}" "$home/.pyenv" /opt/pyenv; do
+            printf '%s\n' "$folder/versions/$version/bin/python" "$folder/versions/$version".*/bin/python
+        done
+        folder="${UV_PYTHON_INSTALL_DIR:-${XDG_DATA_HOME:-$home/.local/share}/uv/python}"
+        printf '%s\n' "$folder/cpython-$version".*/bin/python3 "$folder/cpython-$version"-*/bin/python3
+        for folder in /usr/local/bin /usr/bin /opt/homebrew/bin "/opt/python/$version/bin"; do
+            printf '%s\n' "$folder/python$version"
+        done
+    done
+    for name in python3 python python3.14; do
+        type -aP "$name" || true
+    done
+    printf '%s\n' "${PYENV_ROOT:-$home/.pyenv}"/versions/*/bin/python "$home"/.pyenv/versions/*/bin/python
+}
+
+# Sets base_python. 3.12 comes first, then 3.13: the pinned packages have wheels for these two.
+find_python() {
+    local candidate answer rank best=9 seen=$'\n' looked=""
+    base_python=""
+    if [ -n "${OCCGEN_PYTHON:-}" ]; then
+        base_python=$(type -P "$OCCGEN_PYTHON" || true)
+        answer=$(probe_python "${base_python:-$OCCGEN_PYTHON}")
+        case $answer in
+            "ok "*) return ;;
+            *) die "OCCGEN_PYTHON is $OCCGEN_PYTHON, which $answer; set it to a Python 3.12 or 3.13, or unset it." ;;
+        esac
+    fi
+    while IFS= read -r candidate; do
+        if [ ! -f "$candidate" ] || [ ! -x "$candidate" ]; then continue; fi
+        case $seen in *$'\n'"$candidate"$'\n'*) continue ;; esac
+        seen+="$candidate"$'\n'
+        answer=$(probe_python "$candidate")
+        case $answer in
+            "ok 3.12") rank=0 ;;
+            "ok 3.13") rank=1 ;;
+            "ok "*) rank=2 ;;
+            *) rank=9 ;;
+        esac
+        looked+="  $candidate $answer"$'\n'
+        if [ "$rank" -lt "$best" ]; then
+            best=$rank
+            base_python=$candidate
+        fi
+        [ "$best" -gt 0 ] || break
+    done < <(python_candidates 2>/dev/null)
+    [ "$best" != 2 ] ||
+        say "only a Python newer than 3.13 was found; the pinned packages may have no wheels for it."
+    [ -z "$base_python" ] || return 0
+    say "these were looked at, with the folders of pyenv and uv:"
+    printf '%s' "${looked:-"  (there was none at all)"$'\n'}" >&2
+    die "no Python 3.12 or newer that runs was found; get one with 'uv python install 3.12', 'pyenv install 3.12' or 'apt-get install python3.12 python3.12-venv', or point OCCGEN_PYTHON at one, and run this again."
+}
+
+# --- System libraries ---------------------------------------------------------------------------
+
+# Prints the Debian packages of those libraries that cannot be loaded. Open3D is linked to all of
+# them, and its wheel carries none of them.
+missing_libraries='
+import ctypes, sys
+libraries = (
+    ("libusb-1.0.so.0", "libusb-1.0-0"),
+    ("libGL.so.1", "libgl1"),
+    ("libEGL.so.1", "libegl1"),
+    ("libgomp.so.1", "libgomp1"),
+    ("libX11.so.6", "libx11-6"),
+    ("libudev.so.1", "libudev1"),
+    ("libidn2.so.0", "libidn2-0"),
+    ("libstdc++.so.6", "libstdc++6"),
+)
+if sys.platform == "linux":
+    for library, package in libraries:
+        try:
+            ctypes.CDLL(library)
+        except OSError:
+            print(package)
+'
+
+ensure_libraries() { # $1: a Python to look with
+    local packages command
+    packages=$("$1" -I -c "$missing_libraries" | tr '\n' ' ')
+    packages=${packages% }
+    [ -n "$packages" ] || return 0
+    command="apt-get install -y --no-install-recommends $packages"
+    if [ "$(id -u)" = 0 ] && type -P apt-get >/dev/null; then
+        say "installing the system libraries that Open3D and video need: $packages"
+        export DEBIAN_FRONTEND=noninteractive
+        quietly apt-get update ||
+            say "apt-get update had errors; trying with the package lists at hand."
+        # shellcheck disable=SC2086  # a list of package names
+        quietly apt-get install -y --no-install-recommends $packages ||
+            die "the system libraries could not be installed; run '$command' and then this again."
+        packages=$("$1" -I -c "$missing_libraries" | tr '\n' ' ')
+        [ -z "$packages" ] ||
+            die "these are installed but their libraries still cannot be loaded: ${packages% }; check LD_LIBRARY_PATH and 'ldconfig -p'."
+        return 0
+    fi
+    say "system libraries are missing (Debian's names: $packages)."
+    say "On Fedora: dnf install libusb1 libglvnd-glx libglvnd-egl libgomp libX11 libidn2; on Arch: pacman -S libusb libglvnd gcc-libs libx11 libidn2."
+    die "run 'sudo apt-get update && sudo $command' (or the like for your system), and then this again."
+}
+
+# --- The environment ----------------------------------------------------------------------------
+
+# What the environment is made from: another answer than the stamp's means that it is out of date.
+key='
+import hashlib, pathlib, platform, sys
+root = pathlib.Path(sys.argv[1])
+digest = hashlib.sha256()
+for part in (sys.version, platform.machine(), str(root)):
+    digest.update(part.encode() + b"\0")
+for name in ("requirements.lock", "pyproject.toml"):
+    digest.update((root / name).read_bytes() + b"\0")
+print(digest.hexdigest())
+'
+
+minor_version() { "$1" -I -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
+
+# Is there an environment, made here to the end or by hand, on a Python that will do?
+usable() {
+    [ -f "$venv/pyvenv.cfg" ] && [ ! -e "$unfinished" ] || return 1
+    case $(probe_python "$py") in "ok "*) ;; *) return 1 ;; esac
+    [ -z "${OCCGEN_PYTHON:-}" ] || [ "$(minor_version "$py")" = "$(minor_version "$OCCGEN_PYTHON")" ]
+}
+
+up_to_date() {
+    [ -f "$stamp" ] && [ ! -e "$unfinished" ] || return 1
+    [ "$("$py" -I -c "$key" "$root" 2>/dev/null)" = "$(cat "$stamp")" ] || return 1
+    [ -z "${OCCGEN_PYTHON:-}" ] || [ "$(minor_version "$py")" = "$(minor_version "$OCCGEN_PYTHON")" ]
+}
+
+# An installer's output without its line for every single package.
+shorten() {
+    local line
+    while IFS= read -r line || [ -n "$line" ]; do
+        case $line in
+            " + "* | " - "* | " ~ "* | " Downloaded "*) ;; # uv's
+            "Looking in "* | "Requirement already"* | "Collecting "* | "Ignoring "*) ;; # pip's
+            "  Obtaining "* | "  Using cached "* | "  Downloading "*" kB)") ;;
+            "Installing collected "* | "Successfully "*) ;;
+            *) printf '  %s\n' "$line" >&2 ;;
+        esac
+    done
+}
+
+with_uv() { "$py" -m uv pip install --python "$py" "$@" 2>&1 | shorten; }
+with_pip() { "$py" -m pip install --progress-bar off "$@" 2>&1 | shorten; }
+
+# uv finds hard links and warns where there are none: across file systems it is told to copy.
+link_mode() {
+    [ -z "${UV_LINK_MODE:-}" ] || return 0
+    local cache
+    cache=$("$py" -m uv cache dir 2>/dev/null) || return 0
+    mkdir -p "$cache" 2>/dev/null || return 0
+    "$py" -I -c 'import os, sys; sys.exit(os.stat(sys.argv[1]).st_dev != os.stat(sys.argv[2]).st_dev)' \
+        "$cache" "$venv" || export UV_LINK_MODE=copy
+}
+
+install_pins() {
+    # Wheels only: a Python for which the pins have none is told at once, not after a long compile.
+    local how=(--no-deps --only-binary ":all:" -r requirements.lock)
+    if "$py" -m pip install --quiet "$uv_pin" >/dev/null 2>&1; then
+        link_mode
+        # The system's certificates first, as a company's network may need its own; uv's else.
+        UV_SYSTEM_CERTS=true with_uv --compile-bytecode "${how[@]}" && return
+        with_uv --compile-bytecode "${how[@]}" && return
+        say "uv could not install the packages; trying with pip."
+    else
+        say "uv could not be installed; pip takes longer for the same packages."
+    fi
+    with_pip "${how[@]}"
+}
+
+# With the pinned setuptools, so that nothing unpinned takes part.
+install_project() {
+    "$py" -m pip install --quiet --no-deps --no-build-isolation --editable . >&2
+}
+
+make_environment() {
+    local begun=$SECONDS
+    if usable; then
+        say "bringing .venv (Python $(minor_version "$py")) up to date with requirements.lock."
+        : >"$unfinished"
+        rm -f "$stamp"
+        "$py" -I -c 'import pip' 2>/dev/null || "$py" -m ensurepip >/dev/null # uv makes none
+    else
+        find_python
+        ensure_libraries "$base_python"
+        [ ! -e "$unfinished" ] || say "an earlier set-up was cut off; starting again."
+        say "making .venv with $base_python (Python $(minor_version "$base_python"))."
+        mkdir -p "$venv"
+        : >"$unfinished"
+        find "$venv/" -mindepth 1 -maxdepth 1 ! -name "${unfinished##*/}" -exec rm -rf {} +
+        "$base_python" -m venv "$venv" >&2 ||
+            die "$base_python could not make a virtual environment; set OCCGEN_PYTHON to another Python."
+    fi
+    ensure_libraries "$py"
+    say "installing the pinned packages (the first time up to 3 GB to fetch: some minutes)."
+    install_pins ||
+        die "the packages of requirements.lock could not be installed with Python $(minor_version "$py"); check the network and the free disk space (10 GB), and that this is Python 3.12 or 3.13, and run this again."
+    install_project ||
+        die "occgen_hub itself could not be installed from $root; the lines above say why."
+    "$py" -m pip check >&2 ||
+        say "requirements.lock does not fit pyproject.toml, as said above; docs/development.md says how to refresh it."
+    "$py" -c 'from occgen_hub.occupancy.visibility import warm_up; warm_up()' >/dev/null 2>&1 ||
+        say "the kernels could not be compiled ahead; they will be at their first use."
+    "$py" -I -c "$key" "$root" >"$stamp"
+    rm -f "$unfinished"
+    say "done in $((SECONDS - begun)) s."
+}
+
+cd -- "$root"
+if [ ! -f requirements.lock ] || [ ! -f pyproject.toml ]; then
+    die "requirements.lock or pyproject.toml is missing from $root; get a whole clone."
+fi
+# Two runs at once would write over each other: the second waits for the first.
+if type -P flock >/dev/null; then
+    exec 9<requirements.lock
+    flock --nonblock 9 2>/dev/null || {
+        say "another set-up is at work here; waiting for it."
+        flock 9 || true
+    }
+fi
+if up_to_date; then
+    ensure_libraries "$py"
+else
+    make_environment
+fi
