@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw
 
 from occgen_hub.loading import Trajectory
 from occgen_hub.occupancy.grid import Grid
+from occgen_hub.occupancy.visibility import OCCUPIED, first_occupied
 
 PANEL = (640, 360)
 INK = (235, 235, 235)
@@ -28,7 +29,6 @@ def preview(trajectory: Trajectory, frame: int | None = None) -> Image.Image:
     visible = columns[ends[frame] : ends[frame + 1]]
     observed = next(m for n, m in enumerate(trajectory.observed()) if n == frame)
     K, size, grid = intrinsics[frame], trajectory.image_size, trajectory.grid
-    centres = grid.centres(visible)
 
     rgb, depth = trajectory.rgb(frame), trajectory.depth(frame)
     if depth is None:
@@ -42,7 +42,7 @@ def preview(trajectory: Trajectory, frame: int | None = None) -> Image.Image:
         if rgb is not None
         else _panel(np.zeros((*size[::-1], 3), np.uint8), "images were left out")
     )
-    cells = _splat(centres, _by_height(centres[:, 1], flip=True), grid.voxel_size, K, size)
+    cells = _cells_from_camera(grid, visible, K, size)
     third = _panel(cells, f"{len(visible):,} visible occupied cells, by height")
     fourth = _above(trajectory, poses, frame, grid, observed)
 
@@ -97,6 +97,30 @@ def _shade_depth(depth: NDArray[np.float64]) -> NDArray[np.uint8]:
     low, high = np.percentile(inverse[some], [1, 99])
     picture = _ramp((inverse - low) / max(high - low, 1e-9))
     picture[~some] = 0
+    return picture
+
+
+def _cells_from_camera(
+    grid: Grid, visible: NDArray[np.integer], K: NDArray[np.float64], size: tuple[int, int]
+) -> NDArray[np.uint8]:
+    """The cells that the pixels' rays end in, as solid cubes: faces are lit by their direction."""
+    state = np.zeros(grid.cells, np.uint8)
+    state[visible] = OCCUPIED
+    ends = first_occupied(grid, K, size, state)
+    picture = np.full((size[1], size[0], 3), PAPER, np.uint8)
+    hit = ends >= 0
+    if not hit.any():
+        return picture
+    centre = grid.centres(ends[hit]).astype(np.float64)
+    v, u = np.nonzero(hit)
+    ray = np.stack([(u + 0.5 - K[0, 2]) / K[0, 0], (v + 0.5 - K[1, 2]) / K[1, 1]], axis=-1)
+    ray = np.concatenate([ray, np.ones((len(ray), 1))], axis=1)
+    # A ray enters a cell by the face that it reaches last.
+    with np.errstate(divide="ignore"):
+        reached = (centre - np.sign(ray) * grid.voxel_size / 2) / ray
+    face = np.where(ray == 0, -np.inf, reached).argmax(axis=1)
+    light = np.array([0.8, 1.0, 0.9])[face] * np.clip(1.2 - centre[:, 2] / 8, 0.5, 1.0)
+    picture[hit] = (_by_height(centre[:, 1], flip=True) * light[:, None]).astype(np.uint8)
     return picture
 
 

@@ -1,0 +1,171 @@
+"""How fast and how large: the kernel, the whole build by stage, memory, bytes on disk.
+
+Times on a shared machine differ from run to run by half; what is compared here was measured in one
+run. The exactness of the kernel is a matter of the tests, not of this script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+
+from occgen_hub.builder import Settings, load_builder
+from occgen_hub.config import Config
+from occgen_hub.engines.rgbd import reconstruct
+from occgen_hub.files import files_under
+from occgen_hub.occupancy.bricks import into_bricks
+from occgen_hub.occupancy.grid import Grid
+from occgen_hub.occupancy.visibility import OBSERVED, observe, trace, warm_up
+from occgen_hub.runtime.loop import list_episodes, run
+from occgen_hub.sample import make_sample
+
+REAL = Path(__file__).parent.parent.parent / "shared" / "data" / "internnav" / "traj_data"
+
+
+def memory(which: str) -> float:
+    """Megabytes of this process in memory: VmRSS now, VmHWM at most since the last `forget`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith(which))
+
+
+def forget() -> None:
+    """Let VmHWM begin again from here."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def kernel(source: Path, repeats: int) -> dict[str, Any]:
+    """Milliseconds a frame: median over frames and repeats, after one frame to warm up."""
+    config = Config()
+    builder = load_builder("internnav", source)
+    episode = builder.read(next(builder.episodes()))
+    scene = reconstruct(episode, config)
+    assert episode.intrinsics is not None
+    grid, cloud = Grid.of(config), into_bricks(scene.cloud.points)
+    warm_up()
+    forget()
+    before = memory("VmRSS")
+    state = np.empty(grid.cells, np.uint8)
+    whole, rays, visits = [], [], []
+    frames = np.linspace(0, episode.length - 1, min(episode.length, 12)).astype(int)
+    for repeat in range(repeats + 1):
+        for t in frames:
+            K, pose = episode.intrinsics[t], scene.world_from_camera[t]
+            start = time.perf_counter()
+            frame = observe(grid, cloud, pose, K, episode.image_size, state)
+            middle = time.perf_counter()
+            state &= ~OBSERVED
+            again = time.perf_counter()
+            trace(grid, K, episode.image_size, state)
+            end = time.perf_counter()
+            if repeat:
+                whole.append(middle - start)
+                rays.append(end - again)
+                visits.append(int(np.unpackbits(frame.observed).sum()))
+    width, height = episode.image_size
+    return {
+        "rays": width * height,
+        "cells": grid.cells,
+        "cloud_points": len(scene.cloud),
+        "observed_cells": int(np.median(visits)),
+        "frame_ms": 1e3 * float(np.median(whole)),
+        "frame_ms_best": 1e3 * min(whole),
+        "rays_ms": 1e3 * float(np.median(rays)),
+        "memory_mb": memory("VmHWM") - before,
+    }
+
+
+def build(source: Path, workers: int) -> dict[str, Any]:
+    """The whole build, in a process of its own so that its peak memory is its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--build", str(source), folder, str(workers)]
+        result = subprocess.run(command, check=True, capture_output=True, text=True)
+        figures: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+        out = Path(folder)
+        sizes = {
+            "all": sum(path.stat().st_size for path in files_under(out)),
+            "occ_sequence.npz": sum(p.stat().st_size for p in out.rglob("occ_sequence.npz")),
+            "mask_sequence.npz": sum(p.stat().st_size for p in out.rglob("mask_sequence.npz")),
+        }
+    figures["bytes_a_frame"] = {k: round(v / figures["frames"]) for k, v in sizes.items()}
+    return figures
+
+
+def build_here(source: Path, out: Path, workers: int) -> dict[str, Any]:
+    builder = load_builder("internnav", source)
+    refs = list_episodes(builder)
+    warm_up()
+    summary = run(builder, refs, out, Settings(), workers)
+    assert not summary.failures, summary.failures
+    return {
+        "workers": workers,
+        "frames": summary.frames,
+        "seconds": summary.seconds,
+        "frames_per_second": summary.frames / summary.seconds,
+        "stages_ms_a_frame": {k: 1e3 * v / summary.frames for k, v in summary.stages.items()},
+        "peak_memory_mb": memory("VmHWM"),
+    }
+
+
+def table(report: dict[str, Any]) -> None:
+    print(f"{report['machine']}, {report['threads']} threads")
+    for name, part in report["sources"].items():
+        k, b = part["kernel"], part["build"]
+        print(f"\n{name}")
+        rows = [
+            ("kernel, a frame (median)", f"{k['frame_ms']:.1f} ms"),
+            ("kernel, a frame (best)", f"{k['frame_ms_best']:.1f} ms"),
+            ("  of it the rays", f"{k['rays_ms']:.1f} ms for {k['rays']:,} rays"),
+            ("  memory beyond the input", f"{k['memory_mb']:.0f} MB"),
+            ("build", f"{b['frames_per_second']:.1f} frames/s, {b['seconds']:.1f} s"),
+            *((f"  {s}", f"{ms:.1f} ms a frame") for s, ms in b["stages_ms_a_frame"].items()),
+            ("peak memory", f"{b['peak_memory_mb']:.0f} MB"),
+            *((f"on disk: {f}", f"{n:,} bytes a frame") for f, n in b["bytes_a_frame"].items()),
+        ]
+        for label, value in rows:
+            print(f"  {label:<34}{value}")
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--build"]:
+        print(json.dumps(build_here(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))))
+        return 0
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--frames", type=int, default=24, help="of the sample trajectory")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--input", type=Path, help="another InternData-N1 tree to measure as well")
+    parser.add_argument("--json", type=Path, default=Path("bench.json"), help="where figures go")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        sample = Path(folder, "sample")
+        make_sample(sample, trajectories=1, frames=options.frames)
+        sources = {"sample, 1 trajectory": sample}
+        real = options.input or REAL
+        if real.is_dir():
+            sources["real trajectory" if real == REAL else str(real)] = real
+        report: dict[str, Any] = {
+            "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+            "threads": numba.get_num_threads(),
+            "sources": {
+                name: {"kernel": kernel(path, options.repeats), "build": build(path, 1)}
+                for name, path in sources.items()
+            },
+        }
+    table(report)
+    options.json.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"\nfigures: {options.json}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

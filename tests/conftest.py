@@ -1,0 +1,45 @@
+"""What several test files share: a small sample, a dataset built from it, the real trajectory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).parent.parent
+REAL = ROOT.parent / "shared" / "data" / "internnav" / "traj_data"
+
+
+@pytest.fixture(scope="session")
+def sample_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source tree of two trajectories of different sizes. Not to be changed by tests."""
+    from occgen_hub.sample import make_sample
+
+    out = tmp_path_factory.mktemp("sample") / "tree"
+    make_sample(out, trajectories=2, frames=4, seed=7)
+    return out
+
+
+@pytest.fixture(scope="session")
+def dataset(sample_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dataset built from `sample_tree`. Not to be changed by tests."""
+    from occgen_hub.builder import Settings, load_builder
+    from occgen_hub.runtime.loop import list_episodes, run
+
+    out = tmp_path_factory.mktemp("dataset") / "out"
+    builder = load_builder("internnav", sample_tree)
+    summary = run(builder, list_episodes(builder), out, Settings())
+    assert not summary.failures
+    return out
+
+
+@pytest.fixture(scope="session")
+def real_tree() -> Path:
+    """The real InternData-N1 tree, where it is there."""
+    if not REAL.is_dir():
+        pytest.skip("../shared/data/internnav is not there")
+    return REAL

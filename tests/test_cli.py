@@ -1,0 +1,128 @@
+"""The command line as a person meets it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from occgen_hub.cli import cli
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "occgen_hub", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from occgen_hub.cli import cli; cli(['--help'], standalone_mode=False); "
+        "heavy = {'torch', 'lerobot', 'open3d', 'datasets', 'numpy', 'numba', 'pyarrow'}; "
+        "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_help_is_quick():
+    """0.3 s is the aim; the best of five, with room for a busy machine."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert run("--help").returncode == 0
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.6
+
+
+@pytest.mark.parametrize("command", ["sample", "build", "validate", "inspect"])
+def test_every_command_has_help_with_an_example(command):
+    result = CliRunner().invoke(cli, [command, "--help"])
+    assert result.exit_code == 0
+    assert f"occgen-hub {command}" in result.output.split("Example")[1]
+
+
+def test_sample_makes_what_build_takes(tmp_path):
+    made = run("sample", tmp_path / "rooms", "--trajectories", "1", "--frames", "2")
+    assert made.returncode == 0, made.stderr
+    assert "Next: occgen-hub build" in made.stdout
+    built = run("build", "--input", tmp_path / "rooms", "--output", tmp_path / "out")
+    assert built.returncode == 0, built.stderr
+    assert "1 built, 0 already there, 0 failed of 1 episodes; 2 frames" in built.stdout
+
+
+def test_validate_says_valid_or_what_is_wrong(dataset, tmp_path):
+    good = run("validate", dataset, "--json")
+    assert good.returncode == 0
+    report = json.loads(good.stdout)
+    assert report["valid"]
+    assert report["trajectories"] == 2
+    bad = run("validate", tmp_path)
+    assert bad.returncode == 1
+    assert "holds no trajectory; give the folder" in bad.stdout
+
+
+def test_inspect_tells_and_draws(dataset, tmp_path):
+    picture = tmp_path / "look.png"
+    result = run("inspect", dataset, "--preview", picture)
+    assert result.returncode == 0, result.stderr
+    assert "2 trajectories" in result.stdout
+    assert "200 x 125 x 200 cells" in result.stdout
+    image = np.asarray(Image.open(picture))
+    assert image.shape == (720, 1280, 3)
+    quarters = [image[r : r + 360, c : c + 640] for r in (0, 360) for c in (0, 640)]
+    assert all(quarter.std() > 10 for quarter in quarters)
+
+
+def test_inspect_without_media_shows_the_cloud(sample_tree, tmp_path):
+    built = run("build", "--input", sample_tree, "--output", tmp_path / "o", "--media", "none",
+                "--limit", "1")  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    picture = tmp_path / "look.png"
+    assert run("inspect", tmp_path / "o", "--preview", picture).returncode == 0
+    assert np.asarray(Image.open(picture))[:360, 640:].std() > 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["inspect", "DATASET", "--frame", "99"], "numbered from 0"),
+        (["inspect", "DATASET", "--trajectory", "no/such/one"], "there is no such one"),
+        (["inspect", "DATASET", "--preview", "a.jpg"], "ends in .png"),
+        (["inspect", "EMPTY"], "holds no trajectory"),
+        (["build", "--input", "EMPTY", "--output", "EMPTY/x"], "inside the input"),
+        (["build", "--input", "EMPTY", "--output", "OUT"], "holds no episode"),
+        (["build", "--input", "DATASET/no", "--output", "OUT"], "is not a folder"),
+        (["build", "--input", "EMPTY", "--output", "OUT", "--source", "xyz"], "internnav"),
+        (["build", "--input", "EMPTY", "--output", "OUT", "--engine", "xyz"], "rgbd"),
+        (["build", "--input", "EMPTY", "--output", "OUT", "--set", "voxelsize=1"], "voxel_size"),
+        (["build", "--input", "EMPTY", "--output", "OUT", "--set", "voxel_size=-1"], "greater"),
+        (["build", "--output", "OUT"], "--input"),
+        (["sample", "DATASET"], "DATASET"),
+    ],
+    ids=lambda value: " ".join(value)[:50] if isinstance(value, list) else None,
+)
+def test_wrong_usage_ends_with_2_and_one_sentence(dataset, tmp_path, arguments, words):
+    places = {"DATASET": str(dataset), "EMPTY": str(tmp_path / "empty"), "OUT": str(tmp_path / "o")}
+    (tmp_path / "empty").mkdir()
+
+    def placed(text: str) -> str:
+        for name, place in places.items():
+            text = text.replace(name, place)
+        return text
+
+    result = run(*map(placed, arguments))
+    assert result.returncode == 2
+    assert placed(words) in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "o").exists()

@@ -1,0 +1,61 @@
+"""The arrows between modules go one way: each imports only what stands below it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+GROUND_TO_ROOF = [
+    "errors",
+    "files",
+    "prefetch",
+    "media",
+    "schema",
+    "config",
+    "geometry",
+    "episode",
+    "sample",
+    "occupancy",
+    "engines",
+    "loading",
+    "lerobot",
+    "visual",
+    "validation",
+    "builder",
+    "runtime",
+    "cli",
+    "__main__",
+]
+MODULES = sorted(p for p in (ROOT / "occgen_hub").rglob("*.py") if p.name != "__init__.py")
+
+
+def imported(path: Path) -> set[str]:
+    """The parts of occgen_hub that a module imports anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        found = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found = [node.module]
+            if node.module == "occgen_hub":
+                found = [f"occgen_hub.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        names |= {name.split(".")[1] for name in found if name.startswith("occgen_hub.")}
+    return names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_a_module_imports_only_what_stands_below(path):
+    part = path.relative_to(ROOT / "occgen_hub").parts[0].removesuffix(".py")
+    assert part in GROUND_TO_ROOF, f"{part} has no place in the plan: see docs/design.md"
+    height = GROUND_TO_ROOF.index(part)
+    above = {name for name in imported(path) if GROUND_TO_ROOF.index(name) > height}
+    assert not above
+
+
+def test_the_library_does_not_know_its_builders():
+    for path in MODULES:
+        assert not {"builders", "schemas"} & imported(path) - {"schemas"}, path
