@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from occgen_hub.errors import UsageError
+from occgen_hub.errors import SourceError, UsageError
+from occgen_hub.files import read_bytes
 
-MAX_CONFIG_BYTES = 1 << 20
+MAX_CONFIG_BYTES = 1 << 16
 MAX_CELLS = 1 << 29
 """Half a gigabyte of cells, a byte each while a frame is worked on."""
 
@@ -43,7 +44,7 @@ class Config(BaseModel):
         0.03, description="drop pixels that float between two surfaces, relative; 0 keeps all"
     )
     fusion_voxel_size: Positive | None = Field(
-        None, description="resolution of the fused cloud; a quarter of voxel_size if not set"
+        None, description="resolution of the fused cloud; half of voxel_size if not set"
     )
     voxel_size_scale: Positive | None = Field(
         None,
@@ -77,7 +78,7 @@ class Config(BaseModel):
     @property
     def fusion_size(self) -> float:
         """Metres: edge of the voxels in which the fused cloud keeps one point."""
-        return self.fusion_voxel_size or self.voxel_size / 4
+        return self.fusion_voxel_size or self.voxel_size / 2
 
 
 def decimal(value: float) -> Fraction:
@@ -109,11 +110,9 @@ def load_config(path: Path | None = None, settings: tuple[str, ...] = ()) -> Con
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise UsageError(f"{path}: larger than 1 MB, so not a configuration; check the path.")
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}); check --config.") from error
+        values = yaml.safe_load(read_bytes(path, MAX_CONFIG_BYTES))
+    except SourceError as error:
+        raise UsageError(f"{path}: {error.problem}; check --config.") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise UsageError(f"{path}: not valid YAML; correct it or leave --config out.") from error
     if values is None:

@@ -6,6 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The first call of a kernel compiles it, which is no matter of the example it is called with. In CI
+# the examples are the same every time; at a desk they are new ones.
+settings.register_profile("occgen", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("occgen")
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -19,7 +19,7 @@ from occgen_hub.occupancy.codec import NpzWriter, ObservedWriter, VisibleWriter,
 from occgen_hub.occupancy.grid import Grid, scene_grid
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     frames=st.integers(0, 4),
     shape=st.tuples(*[st.integers(1, 7)] * 3),

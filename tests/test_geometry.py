@@ -145,7 +145,7 @@ def test_holes_are_not_kept():
     assert not continues(depth, 0.03)[2, 2]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seeds, st.sampled_from([0.05, 0.2, 1.0]), st.integers(1, 5))
 def test_downsampling_equals_open3d(seed, size, batches):
     rng = np.random.default_rng(seed)

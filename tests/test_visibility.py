@@ -86,7 +86,7 @@ centre = st.sampled_from([0.0, 0.5, 1.0, 2.0, 2.5, 3.0]) | fine(-3, 8)
 lowest = st.sampled_from([-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, -0.5, 0.5]) | fine(-4, 4)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     lower=st.tuples(lowest, lowest, lowest),
     shape=st.tuples(*[st.integers(1, 7)] * 3),
@@ -165,7 +165,7 @@ def test_the_number_of_threads_does_not_change_a_bit():
         assert np.array_equal(result.observed, results[0].observed)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**16), scale=st.sampled_from([0.3, 1.0, 4.0]))
 def test_occupied_cells_are_those_that_hold_a_point(seed, scale):
     """Bricks only leave out what lies outside the grid."""

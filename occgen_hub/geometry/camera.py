@@ -35,15 +35,29 @@ def unproject(
     depths within it, ends included; depth_edge: see `continues`, 0 keeps every pixel.
     Returns (n, 3) float64 points and their (n,) flat pixel numbers, row after row.
     """
-    keep = (depth >= depth_range[0]) & (depth <= depth_range[1])
-    if depth_edge > 0:
-        keep &= continues(depth, depth_edge)
-    pixels = np.flatnonzero(keep)
-    v, u = np.divmod(pixels, depth.shape[1])
-    z = depth.ravel()[pixels]
-    x = (u + 0.5 - K[0, 2]) / K[0, 0] * z
-    y = (v + 0.5 - K[1, 2]) / K[1, 1] * z
-    return np.stack([x, y, z], axis=-1), pixels
+    kept = continues(depth, depth_edge) if depth_edge > 0 else np.ones(depth.shape, np.bool_)
+    points, pixels = _unproject(
+        depth, kept, K[0, 0], K[1, 1], K[0, 2], K[1, 2], depth_range[0], depth_range[1]
+    )
+    return points, pixels
+
+
+@njit(cache=True, nogil=True)
+def _unproject(depth, kept, fx, fy, cx, cy, near, far):
+    height, width = depth.shape
+    points = np.empty((height * width, 3))
+    pixels = np.empty(height * width, np.int64)
+    count = 0
+    for v in range(height):
+        for u in range(width):
+            z = depth[v, u]
+            if kept[v, u] and near <= z <= far:
+                points[count, 0] = (u + 0.5 - cx) / fx * z
+                points[count, 1] = (v + 0.5 - cy) / fy * z
+                points[count, 2] = z
+                pixels[count] = v * width + u
+                count += 1
+    return points[:count], pixels[:count]
 
 
 @njit(cache=True, nogil=True)

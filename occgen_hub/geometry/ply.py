@@ -6,15 +6,20 @@ because a header has to be checked against the file's size before it is believed
 
 from __future__ import annotations
 
+import os
+from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from occgen_hub.errors import SourceError
+from occgen_hub.files import opened
 from occgen_hub.geometry.cloud import Cloud
 
 MAX_HEADER = 1 << 16
+RESTORE = "restore it from a copy or make it anew"
+_COLORS = ("red", "green", "blue")
 _TYPES = {
     "char": "i1", "uchar": "u1", "short": "<i2", "ushort": "<u2", "int": "<i4", "uint": "<u4",
     "float": "<f4", "double": "<f8", "int8": "i1", "uint8": "u1", "int16": "<i2", "uint16": "<u2",
@@ -28,7 +33,7 @@ def write_ply(path: Path, cloud: Cloud) -> None:
     vertices = np.empty(len(cloud), record)
     vertices["p"], vertices["c"] = cloud.points, cloud.colors
     properties = [f"property float {name}" for name in "xyz"]
-    properties += [f"property uchar {name}" for name in ("red", "green", "blue")]
+    properties += [f"property uchar {name}" for name in _COLORS]
     header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(cloud)}"]
     text = "\n".join([*header, *properties, "end_header", ""])
     with path.open("wb") as file:
@@ -41,25 +46,37 @@ def read_ply(path: Path) -> Cloud:
 
     Raises SourceError when it is not such a file or is shorter than its header says.
     """
-    try:
-        with path.open("rb") as file:
-            head = file.read(MAX_HEADER)
-            end = head.find(b"end_header\n")
-            if not head.startswith(b"ply") or end < 0:
-                raise SourceError(path, "is not a PLY file", "restore it")
-            count, record = _vertex_record(head[:end].decode("ascii", "replace"), path)
-            start = end + len(b"end_header\n")
-            if path.stat().st_size < start + count * record.itemsize:
-                raise SourceError(path, f"is shorter than its {count} vertices", "restore it")
-            file.seek(start)
-            vertices = np.fromfile(file, record, count)
-    except OSError as error:
-        raise SourceError(path, f"cannot be read ({error.strerror})", "check the path") from error
-    points = np.stack([vertices[name] for name in "xyz"], axis=-1).astype(np.float32)
+    with opened(path) as file:
+        count, record = _header(file, path)
+        vertices = np.frombuffer(file.read(count * record.itemsize), record)
+    if len(vertices) < count:
+        raise SourceError(path, f"is shorter than its {count} vertices", RESTORE)
+    with np.errstate(over="ignore"):
+        points = np.stack([vertices[name] for name in "xyz"], axis=-1).astype(np.float32)
     colors: NDArray[np.uint8] = np.zeros((count, 3), np.uint8)
-    if "red" in (record.names or ()):
-        colors = np.stack([vertices[n] for n in ("red", "green", "blue")], axis=-1).astype(np.uint8)
+    if set(_COLORS) <= set(record.names or ()):
+        colors = np.stack([vertices[name] for name in _COLORS], axis=-1).astype(np.uint8)
     return Cloud(points, colors)
+
+
+def check_ply(path: Path) -> None:
+    """Raise SourceError where `read_ply` would, the vertices unread."""
+    with opened(path) as file:
+        _header(file, path)
+
+
+def _header(file: BufferedReader, path: Path) -> tuple[int, np.dtype[np.void]]:
+    """Number and type of the vertices that follow; they are all there."""
+    head = file.read(MAX_HEADER)
+    end = head.find(b"end_header\n")
+    if not head.startswith(b"ply") or end < 0:
+        raise SourceError(path, "is not a PLY file", RESTORE)
+    count, record = _vertex_record(head[:end].decode("ascii", "replace"), path)
+    start = end + len(b"end_header\n")
+    if file.seek(0, os.SEEK_END) < start + count * record.itemsize:
+        raise SourceError(path, f"is shorter than its {count} vertices", RESTORE)
+    file.seek(start)
+    return count, record
 
 
 def _vertex_record(header: str, path: Path) -> tuple[int, np.dtype[np.void]]:
