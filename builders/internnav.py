@@ -7,25 +7,23 @@ the newer one a scene's folder holds many episodes, whose frames share one image
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from occgen_hub.builder import DatasetBuilder, EpisodeRef
 from occgen_hub.episode import Column, Episode, MediaFile, Note, Task
 from occgen_hub.errors import SourceError
-from occgen_hub.files import read_json, read_jsonl
+from occgen_hub.files import opened, parse_json, read_json, read_jsonl, read_parquet
 from occgen_hub.geometry.camera import intrinsics_problem, scale_intrinsics
+from occgen_hub.geometry.ply import check_ply
 from occgen_hub.geometry.poses import from_opengl, rigidity_error
 from occgen_hub.media import (
     RESTORE,
@@ -36,40 +34,52 @@ from occgen_hub.media import (
     read_rgb,
     video_facts,
 )
-from occgen_hub.schema import feature_of
+from occgen_hub.schema import Feature, feature_of, load_schema
 
 DEPTH_UNITS = 10_000
 """Units of the depth PNGs in a metre."""
 
-MAX_ROWS = 1 << 20
-MAX_PARQUET_BYTES = 1 << 30
+MAX_IMAGES = 1 << 30
+"""In one folder; far above what a file system likes."""
+
 RIGID = 1e-3
 """How far a pose may be from a rigid transform; float32 rounding gives under 1e-6."""
 
+WIDEST = 0.01
+"""Focal length over width or height, at 178 degrees of view; no pinhole camera sees more."""
+
+FPS = (0.01, 1000.0)
+"""Rates to believe."""
+
 POSE = "action"
 INTRINSIC = "observation.camera_intrinsic"
+META = ("info.json", "tasks.jsonl", "episodes.jsonl", "episodes_stats.jsonl")
 LEROBOT = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 
 
 @dataclass(frozen=True)
 class Files:
-    """Where an episode's parts are. rgb, depth: one path a frame, or empty where there are none."""
+    """Where an episode's parts are.
+
+    rgb, depth: images by their number; first: the number of the first, if something says so.
+    """
 
     info: Path
     tasks: Path
     episodes: Path
     stats: Path
     parquet: Path
-    rgb: tuple[Path, ...]
-    depth: tuple[Path, ...]
+    rgb: dict[int, Path]
+    depth: dict[int, Path]
+    first: int | None
     video: Path | None
     cloud: Path | None
 
     def all(self) -> list[Path]:
         """Every file that there is, in a fixed order."""
-        meta = [path for path in (self.tasks, self.episodes, self.stats) if path.is_file()]
+        meta = [self.info, self.tasks, self.episodes, self.stats]
         extra = [path for path in (self.video, self.cloud) if path is not None]
-        return [self.info, *meta, self.parquet, *self.rgb, *self.depth, *extra]
+        return [*meta, self.parquet, *self.rgb.values(), *self.depth.values(), *extra]
 
 
 class InternNavBuilder(DatasetBuilder):
@@ -98,52 +108,66 @@ class InternNavBuilder(DatasetBuilder):
         """One episode, with what is wrong in its files noted or, if it matters, raised."""
         files = _locate(ref)
         info = read_json(files.info)
-        table = _read_table(files.parquet)
+        read_jsonl(files.stats)  # Made anew, but where it is damaged, so may be the rest.
+        table = read_parquet(files.parquet)
         length = table.num_rows
-        columns, column_notes = _columns(table, files.parquet)
-        notes = [*column_notes, *_count_notes(files, info, columns, ref, length)]
+        if length == 0:
+            raise SourceError(files.parquet, "holds no frames", "leave this trajectory out")
+        columns, left_out = _columns(table, load_schema(self.schema).features)
+        notes = [*_left_out(left_out, files), *_count_notes(files, info, columns, ref, length)]
 
-        rgb, depth = _frames(files.rgb, length, "jpg"), _frames(files.depth, length, "png")
-        video = video_facts(files.video) if files.video and files.video.is_file() else None
-        if not rgb and video is None:
-            raise SourceError(
-                ref.path / "videos", "holds neither RGB images nor an RGB video", RESTORE
-            )
-        intrinsics = _intrinsics(columns, files.parquet)
-        size, intrinsics, frame_notes = _image_size(rgb, depth, video, files.video, intrinsics)
-        fps, rate_notes = _rate(info, video, length, files)
+        rgb, depth = _frames(files, length)
+        video, video_notes = _video(files, rgb, length)
+        K = _intrinsics(columns, left_out, files.parquet)
+        size, K, size_notes = _image_size(rgb, depth, video, files, K)
+        _check_view(K, size, files.parquet)
+        fps, rate_notes = _rate(info, video, files)
         tasks, task_index, task_notes = _tasks(files, columns, ref, length)
-        usable = video is not None and files.video is not None and video.frames == length
+        cloud, cloud_notes = _cloud(files)
+        files = replace(files, video=files.video if video else None, cloud=cloud)
         return Episode(
             id=ref.id,
             length=length,
             fps=fps,
-            robot_type=str(info.get("robot_type", "unknown")),
+            robot_type=_text(info.get("robot_type")) or "unknown",
             image_size=size,
             read_rgb=_rgb_reader(rgb, files.video, size),
             read_depth=_depth_reader(depth, size) if depth else None,
-            world_from_camera=_poses(columns, files.parquet),
-            intrinsics=intrinsics,
+            world_from_camera=_poses(columns, left_out, files.parquet),
+            intrinsics=K,
             tasks=tasks,
             task_index=task_index,
             columns={name: c for name, c in columns.items() if name not in LEROBOT},
-            media=tuple(_media(files, rgb, depth, with_video=usable)),
-            fingerprint=self.fingerprint(files.all()),
-            notes=(*notes, *frame_notes, *rate_notes, *task_notes),
+            media=tuple(_media(files, rgb, depth)),
+            fingerprint=self.fingerprint(self.sources(ref)),
+            notes=(*notes, *video_notes, *size_notes, *rate_notes, *task_notes, *cloud_notes),
         )
 
 
 # Finding the files
 
 
-def _dataset_folders(root: Path) -> Iterator[Path]:
-    """Folders with `data` and with `meta` or `videos`, sorted; nothing is sought below them."""
-    for parent, folders, _ in os.walk(root):
-        if "data" in folders and ("meta" in folders or "videos" in folders):
-            folders.clear()
-            yield Path(parent)
-        else:
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
+def _dataset_folders(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
+    """Folders with two of `data`, `meta` and `videos`, sorted; nothing is sought below them.
+
+    Links to folders are followed, but not back to a folder `above`, given by device and inode.
+    """
+    try:
+        stat = folder.stat()
+        with os.scandir(folder) as entries:
+            names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    except OSError as error:
+        raise SourceError(
+            folder, f"cannot be listed ({error.strerror})", "check its permissions"
+        ) from error
+    here = (stat.st_dev, stat.st_ino)
+    if here in above:
+        return
+    if len({"data", "meta", "videos"} & set(names)) >= 2:
+        yield folder
+        return
+    for name in names:
+        yield from _dataset_folders(folder / name, (*above, here))
 
 
 def _name(root: Path, folder: Path, least: int) -> tuple[str, ...]:
@@ -170,17 +194,17 @@ def _locate(ref: EpisodeRef) -> Files:
     parquets = _parquets(ref.path)
     meta = ref.path / "meta"
     parquet = parquets.get(ref.index, ref.path / f"data/chunk-000/episode_{ref.index:06d}.parquet")
-    if not parquet.is_file():
-        raise SourceError(parquet, "is missing", RESTORE)
+    for path in (parquet, *(meta / name for name in META)):
+        opened(path).close()
     videos = ref.path / "videos" / parquet.parent.name
     rgb = _numbered(videos / "observation.images.rgb", ("jpg", "jpeg"))
     depth = _numbered(videos / "observation.images.depth", ("png",))
-    clouds = [parquet.parent / "path.ply"]
+    clouds, first = [parquet.parent / "path.ply"], None
     if _is_scene(ref.path, parquets):
         chosen = _image_range(meta / "episodes_stats.jsonl", ref.index, parquets)
         rgb = {number: path for number, path in rgb.items() if number in chosen}
         depth = {number: path for number, path in depth.items() if number in chosen}
-        clouds = [meta / "pointcloud.ply"]
+        clouds, first = [meta / "pointcloud.ply"], chosen.start
     video = videos / "observation.video.trajectory" / f"{parquet.stem}.mp4"
     return Files(
         info=meta / "info.json",
@@ -188,23 +212,29 @@ def _locate(ref: EpisodeRef) -> Files:
         episodes=meta / "episodes.jsonl",
         stats=meta / "episodes_stats.jsonl",
         parquet=parquet,
-        rgb=tuple(path for _, path in sorted(rgb.items())),
-        depth=tuple(path for _, path in sorted(depth.items())),
+        rgb=rgb,
+        depth=depth,
+        first=first,
         video=video if video.is_file() else None,
         cloud=next((path for path in clouds if path.is_file()), None),
     )
 
 
 def _numbered(folder: Path, suffixes: tuple[str, ...]) -> dict[int, Path]:
-    """Files named by a number, by that number: 10.jpg comes after 9.jpg."""
+    """Files named by a number, sorted by that number: 10.jpg comes after 9.jpg."""
     if not folder.is_dir():
         return {}
-    found = {}
-    for path in folder.iterdir():
+    found: dict[int, Path] = {}
+    for path in sorted(folder.iterdir()):
         stem, _, suffix = path.name.partition(".")
-        if suffix.lower() in suffixes and stem.isdecimal() and len(stem) < 10:
-            found[int(stem)] = path
-    return found
+        if suffix.lower() not in suffixes or not stem.isdecimal() or len(stem) > 9:
+            continue
+        if (other := found.get(int(stem))) is not None:
+            raise SourceError(
+                path, f"is frame {int(stem)}, as is {other.name}", "remove one of them"
+            )
+        found[int(stem)] = path
+    return dict(sorted(found.items()))
 
 
 def _image_range(stats: Path, index: int, parquets: dict[int, Path]) -> range:
@@ -213,7 +243,7 @@ def _image_range(stats: Path, index: int, parquets: dict[int, Path]) -> range:
     From `image_index` in its line of episodes_stats.jsonl; without it, from the lengths of the
     episodes before it.
     """
-    rows = read_jsonl(stats) if stats.is_file() else []
+    rows = read_jsonl(stats)
     line = sorted(parquets).index(index)
     row = next((row for row in rows if row.get("episode_index") == index), None)
     if row is None:
@@ -221,11 +251,13 @@ def _image_range(stats: Path, index: int, parquets: dict[int, Path]) -> range:
     stated = row.get("image_index") or _mapping(row.get("stats")).get("image_index")
     if stated is not None:
         first, last = (_number(_mapping(stated).get(key)) for key in ("min", "max"))
-        if first is None or last is None or not 0 <= first <= last < MAX_ROWS * 1024:
+        if first is None or last is None or not 0 <= first <= last < MAX_IMAGES:
             raise SourceError(stats, f"has no usable image_index for episode {index}", RESTORE)
         return range(first, last + 1)
-    lengths = [_rows(path) for number, path in sorted(parquets.items()) if number < index]
-    return range(sum(lengths), sum(lengths) + _rows(parquets[index]))
+    lengths = [
+        read_parquet(path).num_rows for number, path in sorted(parquets.items()) if number <= index
+    ]
+    return range(sum(lengths[:-1]), sum(lengths))
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -241,78 +273,78 @@ def _number(value: Any) -> int | None:
     return int(value)
 
 
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _listed(names: list[str]) -> str:
+    """Names for a sentence, the first few of many."""
+    shown = ", ".join(name[:60] for name in names[:8])
+    return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown
+
+
 # The table
 
 
-def _rows(parquet: Path) -> int:
-    with _parquet_errors(parquet):
-        return int(pq.read_metadata(parquet).num_rows)
-
-
-@contextmanager
-def _parquet_errors(path: Path) -> Iterator[None]:
-    """Turns Arrow's errors into one sentence about the file."""
-    try:
-        yield
-    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-        text = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        problem = f"is not a parquet file that can be read ({text.rstrip('.')})"
-        raise SourceError(path, problem, RESTORE) from None
-
-
-def _read_table(path: Path) -> pa.Table:
-    with _parquet_errors(path):
-        file = pq.ParquetFile(path)
-        metadata = file.metadata
-        sizes = (metadata.row_group(n).total_byte_size for n in range(metadata.num_row_groups))
-        if metadata.num_rows > MAX_ROWS or sum(sizes) > MAX_PARQUET_BYTES:
-            raise SourceError(
-                path, f"claims {metadata.num_rows} rows, more than an episode has", RESTORE
-            )
-        table = file.read()
-    if table.num_rows == 0:
-        raise SourceError(path, "holds no frames", "leave this trajectory out")
-    return table
-
-
-def _columns(table: pa.Table, path: Path) -> tuple[dict[str, Column], list[Note]]:
-    """The table's columns as arrays; those that features cannot describe are left out, and said."""
+def _columns(
+    table: pa.Table, known: dict[str, Feature]
+) -> tuple[dict[str, Column], dict[str, str]]:
+    """The table's columns as arrays, and why each of the others cannot be one."""
     columns: dict[str, Column] = {}
-    left_out = []
-    for field, column in zip(table.schema, table.columns, strict=True):
-        feature = feature_of(field, column[0].as_py())
-        if feature is None:
-            left_out.append(field.name)
-            continue
+    left_out: dict[str, str] = {}
+    for field, values in zip(table.schema, table.columns, strict=True):
         try:
-            values = column.to_pylist() if feature.dtype == "string" else feature.to_numpy(column)
+            columns[field.name] = _column(field, values, known.get(field.name))
         except ValueError as error:
-            raise SourceError(path, f"column {field.name}: {error}", RESTORE) from None
-        columns[field.name] = Column(feature, values)
-    notes = []
-    if left_out:
-        text = (
-            f"{path.name}: columns {', '.join(left_out)} are of no type that LeRobot has: left out"
-        )
-        notes.append(Note("left out", text))
-    return columns, notes
+            left_out[field.name] = str(error)
+    return columns, left_out
 
 
-def _matrices(columns: dict[str, Column], name: str, n: int, path: Path) -> NDArray[np.float64]:
+def _column(field: pa.Field, values: pa.ChunkedArray, known: Feature | None) -> Column:
+    """A column that can be written and has statistics; raises ValueError where it cannot."""
+    if values.null_count:
+        raise ValueError("lacks the value of a frame")
+    feature = feature_of(field, values[0].as_py())
+    if feature is None:
+        raise ValueError(f"is {str(field.type)[:80]}, which no feature of LeRobot describes")
+    array = values.to_pylist() if feature.dtype == "string" else feature.to_numpy(values)
+    if known is not None and (feature.shape != known.shape or feature.dtype in ("string", "bool")):
+        kind = f"{feature.dtype} of shape {list(feature.shape)}"
+        raise ValueError(f"holds {kind} where {known.dtype} of shape {list(known.shape)} belongs")
+    # Poses and intrinsics are looked at frame by frame, to name the one that is wrong.
+    if feature.dtype.startswith("float") and field.name not in (POSE, INTRINSIC):
+        with np.errstate(over="ignore"):
+            if not np.isfinite(np.square(array, dtype=np.float64)).all():
+                raise ValueError("holds a number that is not finite, or as good as infinite")
+    return Column(feature, array)
+
+
+def _left_out(reasons: dict[str, str], files: Files) -> list[Note]:
+    lost = [name for name in reasons if name not in (POSE, INTRINSIC, *LEROBOT)]
+    if not lost:
+        return []
+    text = f"{files.parquet.name}: column {lost[0][:60]} {reasons[lost[0]]}: left out"
+    if lost[1:]:
+        text += f", as are {_listed(lost[1:])} for such reasons"
+    return [Note("left out", text)]
+
+
+def _matrices(
+    columns: dict[str, Column], left_out: dict[str, str], name: str, n: int, path: Path
+) -> NDArray[np.float64]:
     column = columns.get(name)
     if column is None:
-        raise SourceError(path, f"has no column {name}", RESTORE)
-    if column.feature.shape != (n, n) or column.feature.dtype not in ("float32", "float64"):
-        raise SourceError(
-            path,
-            f"column {name} does not hold {n} x {n} matrices of floating-point numbers",
-            RESTORE,
-        )
+        problem = f"column {name} {left_out[name]}" if name in left_out else f"has no column {name}"
+        raise SourceError(path, problem, RESTORE)
+    if column.feature.shape != (n, n) or not column.feature.dtype.startswith("float"):
+        kind = f"{column.feature.dtype} of shape {list(column.feature.shape)}"
+        problem = f"column {name} holds {kind} where {n} x {n} floating-point matrices belong"
+        raise SourceError(path, problem, RESTORE)
     return np.asarray(column.values, np.float64)
 
 
-def _poses(columns: dict[str, Column], path: Path) -> NDArray[np.float64]:
-    poses = _matrices(columns, POSE, 4, path)
+def _poses(columns: dict[str, Column], left_out: dict[str, str], path: Path) -> NDArray[np.float64]:
+    poses = _matrices(columns, left_out, POSE, 4, path)
     bad = np.flatnonzero(~(rigidity_error(poses) <= RIGID))
     if len(bad):
         what = "is not a rigid transform" if np.isfinite(poses[bad[0]]).all() else "is not finite"
@@ -320,41 +352,98 @@ def _poses(columns: dict[str, Column], path: Path) -> NDArray[np.float64]:
     return from_opengl(poses)
 
 
-def _intrinsics(columns: dict[str, Column], path: Path) -> NDArray[np.float64]:
-    intrinsics = _matrices(columns, INTRINSIC, 3, path)
+def _intrinsics(
+    columns: dict[str, Column], left_out: dict[str, str], path: Path
+) -> NDArray[np.float64]:
+    intrinsics = _matrices(columns, left_out, INTRINSIC, 3, path)
     for frame, K in enumerate(intrinsics):
         if problem := intrinsics_problem(K):
             raise SourceError(
                 path, f"the matrix of frame {frame} in column {INTRINSIC} {problem}", RESTORE
             )
+        if not (K[:2, 2] > 0).all():
+            x, y = K[:2, 2].tolist()
+            text = f"the principal point of frame {frame} is ({x:g}, {y:g}), outside any image"
+            raise SourceError(path, text, RESTORE)
     return intrinsics
+
+
+def _check_view(K: NDArray[np.float64], size: tuple[int, int], path: Path) -> None:
+    """Raise SourceError where intrinsics cannot belong to images of that size."""
+    width, height = size
+    outside = np.flatnonzero((K[:, :2, 2] >= size).any(axis=1))
+    if len(outside):
+        x, y = K[outside[0], :2, 2].tolist()
+        problem = (
+            f"the principal point of frame {outside[0]} is ({x:g}, {y:g}), outside its image of "
+            f"{width} x {height} pixels"
+        )
+        raise SourceError(path, problem, "find the images and intrinsics that belong together")
+    focal = np.stack([K[:, 0, 0] / width, K[:, 1, 1] / height])
+    if focal.min() < WIDEST or focal.max() > 1 / WIDEST:
+        frame = int(np.flatnonzero((focal < WIDEST).any(0) | (focal > 1 / WIDEST).any(0))[0])
+        problem = (
+            f"the focal length of frame {frame} is {K[frame, 0, 0]:g} by {K[frame, 1, 1]:g}, "
+            f"no camera's for an image of {width} x {height} pixels"
+        )
+        raise SourceError(path, problem, RESTORE)
 
 
 # The frames
 
 
-def _frames(paths: tuple[Path, ...], length: int, suffix: str) -> tuple[Path, ...]:
-    """The images of an episode of `length` frames; raises SourceError when one is missing."""
-    if not paths or len(paths) == length:
-        return paths
-    if len(paths) < length:
-        first = int(paths[0].name.split(".")[0])
-        expected = range(0 if first < length else first, length + first)
-        names = {int(path.name.split(".")[0]) for path in paths}
-        missing = next(number for number in expected if number not in names)
-        raise SourceError(paths[0].with_name(f"{missing}.{suffix}"), "is missing", RESTORE)
-    raise SourceError(
-        paths[0].parent,
-        f"holds {len(paths)} images for the {length} frames of the parquet",
-        "remove those that do not belong to it or leave this trajectory out",
-    )
+def _frames(files: Files, length: int) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """RGB and depth images of the frames, either of them empty where there are none.
+
+    Raises SourceError when one is missing or they do not number the same frames.
+    """
+    kinds = [found for found in (files.rgb, files.depth) if found]
+    first = files.first
+    if first is None:  # They begin with 0 or, whole, with another number.
+        lowest = min((min(found) for found in kinds), default=0)
+        whole = range(lowest, lowest + length)
+        first = lowest if all(list(found) == list(whole) for found in kinds) else 0
+    for found in kinds:
+        path = next(iter(found.values()))
+        missing = (n for n in range(first, first + length) if n not in found)
+        if (number := next(missing, None)) is not None:
+            raise SourceError(path.with_name(f"{number}{path.suffix}"), "is missing", RESTORE)
+        if len(found) > length:
+            raise SourceError(
+                path.parent,
+                f"holds {len(found)} images for the {length} frames of the parquet",
+                "remove those that do not belong to it or leave this trajectory out",
+            )
+    return tuple(files.rgb.values()), tuple(files.depth.values())
+
+
+def _video(
+    files: Files, rgb: tuple[Path, ...], length: int
+) -> tuple[VideoFacts | None, list[Note]]:
+    """The RGB video's facts if it shows the same frames. Where there are images, it may be bad."""
+    if files.video is None:
+        if rgb:
+            return None, []
+        folder = files.parquet.parents[2] / "videos"
+        raise SourceError(folder, "holds neither RGB images nor an RGB video", RESTORE)
+    try:
+        video = video_facts(files.video)
+        if video.frames == length:
+            return video, []
+        problem = f"has {video.frames} frames, the parquet {length}"
+    except SourceError as error:
+        problem = error.problem
+    if not rgb:
+        raise SourceError(files.video, problem, RESTORE)
+    text = f"{files.video.name} {problem}: the video is made anew"
+    return None, [Note("video", text)]
 
 
 def _image_size(
     rgb: tuple[Path, ...],
     depth: tuple[Path, ...],
     video: VideoFacts | None,
-    video_path: Path | None,
+    files: Files,
     intrinsics: NDArray[np.float64],
 ) -> tuple[tuple[int, int], NDArray[np.float64], list[Note]]:
     """The size of the frames in hand, and intrinsics and notes that go with it.
@@ -362,25 +451,23 @@ def _image_size(
     The intrinsics are in pixels of the original images: those of the JPEGs, else of the depth
     images, else of an image whose centre is the principal point.
     """
+    name = files.video.name if files.video else ""
     if rgb or depth:
         size = image_size((rgb or depth)[0])
-        notes = []
-        if video is not None and video.size != size:
-            text = (
-                f"{video_path.name if video_path else 'the video'} is {video.size[0]} x "
-                f"{video.size[1]}, the images {size[0]} x {size[1]}: the images count"
-            )
-            notes.append(Note("video size", text))
-        return size, intrinsics, notes
+        if video is None or video.size == size:
+            return size, intrinsics, []
+        text = (
+            f"{name} is {video.size[0]} x {video.size[1]}, the images {size[0]} x {size[1]}: "
+            "the images count"
+        )
+        return size, intrinsics, [Note("video size", text)]
     assert video is not None
-    original = 2 * intrinsics[0, :2, 2]
-    factors = np.asarray(video.size) / original
+    factors = np.asarray(video.size) / (2 * intrinsics[0, :2, 2])
     text = (
-        f"there are no images, only {video_path.name if video_path else 'the video'} at "
-        f"{video.size[0]} x {video.size[1]}: intrinsics are scaled to it"
+        f"there are no images, only {name} at {video.size[0]} x {video.size[1]}: "
+        "intrinsics are scaled to it"
     )
-    scaled = scale_intrinsics(intrinsics, factors[0], factors[1])
-    return video.size, scaled, [Note("video only", text)]
+    return video.size, scale_intrinsics(intrinsics, *factors), [Note("video only", text)]
 
 
 def _rgb_reader(
@@ -397,14 +484,22 @@ def _depth_reader(
     return lambda t: read_depth(depth[t], size) / DEPTH_UNITS
 
 
-def _media(
-    files: Files, rgb: tuple[Path, ...], depth: tuple[Path, ...], *, with_video: bool
-) -> Iterator[MediaFile]:
+def _cloud(files: Files) -> tuple[Path | None, list[Note]]:
+    """The source's own scene cloud, if it is one: nothing is computed from it."""
+    if files.cloud is not None:
+        try:
+            check_ply(files.cloud)
+        except SourceError as error:
+            return None, [Note("cloud", f"{files.cloud.name} {error.problem}: left out")]
+    return files.cloud, []
+
+
+def _media(files: Files, rgb: tuple[Path, ...], depth: tuple[Path, ...]) -> Iterator[MediaFile]:
     for frame, path in enumerate(rgb):
         yield MediaFile("rgb", path, frame)
     for frame, path in enumerate(depth):
         yield MediaFile("depth", path, frame)
-    if files.video is not None and with_video:
+    if files.video is not None:
         yield MediaFile("video", files.video)
     if files.cloud is not None:
         yield MediaFile("source_cloud", files.cloud)
@@ -419,12 +514,13 @@ def _count_notes(
     """Where info.json and episodes.jsonl disagree with the table."""
     notes = []
     stated = []
-    if info.get("total_episodes") == 1 and info.get("total_frames") not in (None, length):
-        stated.append(f"info.json says {info['total_frames']} frames")
-    if files.episodes.is_file():
-        rows = [r for r in read_jsonl(files.episodes) if r.get("episode_index") == ref.index]
-        if rows and rows[0].get("length") not in (None, length):
-            stated.append(f"episodes.jsonl says length {rows[0]['length']}")
+    frames = _number(info.get("total_frames"))
+    if info.get("total_episodes") == 1 and frames not in (None, length):
+        stated.append(f"info.json says {frames} frames")
+    rows = [row for row in read_jsonl(files.episodes) if row.get("episode_index") == ref.index]
+    frames = _number(rows[0].get("length")) if rows else None
+    if frames not in (None, length):
+        stated.append(f"episodes.jsonl says length {frames}")
     if stated:
         text = f"{' and '.join(stated)}, the parquet holds {length}: the parquet counts"
         notes.append(Note("frame count", text))
@@ -437,7 +533,7 @@ def _count_notes(
     if absent:
         worked_out = [name for name in absent if name in LEROBOT]
         lost = [name for name in absent if name not in LEROBOT]
-        text = f"info.json declares {', '.join(absent)}, which the parquet lacks:"
+        text = f"info.json declares {_listed(absent)}, which the parquet lacks:"
         text += (
             " worked out anew" if worked_out and not lost else " not declared in what is written"
         )
@@ -445,24 +541,21 @@ def _count_notes(
     return notes
 
 
-def _rate(
-    info: dict[str, Any], video: VideoFacts | None, length: int, files: Files
-) -> tuple[float, list[Note]]:
+def _rate(info: dict[str, Any], video: VideoFacts | None, files: Files) -> tuple[float, list[Note]]:
     """Frames a second: the video's, where it has the same frames, since timestamps seek in it."""
-    stated = info.get("fps")
-    if isinstance(stated, bool) or not isinstance(stated, int | float) or not 0 < stated < 1e4:
-        stated = None
-    if video is not None and video.frames != length:
-        name = files.video.name if files.video else "the video"
-        text = f"{name} has {video.frames} frames, the parquet {length}: the video is made anew"
-        return float(stated or 30.0), [Note("video length", text)]
-    if video is not None and 0 < video.fps < 1e4:
-        fps = round(video.fps, 6)
-        if stated is not None and abs(stated - fps) > 1e-3:
-            text = f"info.json says {stated:g} fps, the video {fps:g}: the video counts"
-            return fps, [Note("fps", text)]
-        return fps, []
-    return float(stated or 30.0), []
+    given = info.get("fps")
+    stated = None
+    if isinstance(given, int | float) and given is not True and FPS[0] <= given <= FPS[1]:
+        stated = float(given)
+    if video is None or files.video is None or not FPS[0] <= video.fps <= FPS[1]:
+        if stated is None:
+            return 30.0, [Note("fps", "info.json gives no usable fps: 30 is assumed")]
+        return stated, []
+    fps = round(video.fps, 6)
+    if stated is not None and abs(stated - fps) > 1e-3:
+        text = f"info.json says {stated:g} fps, {files.video.name} {fps:g}: the video counts"
+        return fps, [Note("fps", text)]
+    return fps, []
 
 
 def _tasks(
@@ -473,54 +566,62 @@ def _tasks(
     An instruction may be JSON inside a JSON string, an object such as {"sum_instruction": ...,
     "sum_indexes": [first, last]}: then its words are taken out and the object is kept beside them.
     """
-    texts = _task_texts(files, ref)
-    tasks, wrapped = [], False
-    for text in texts:
-        source = _inner_object(text)
-        wrapped |= bool(source)
-        tasks.append(Task(_words(source) or text, source))
+    numbered, texts = _task_texts(files, ref)
+    sources = [_inner_object(text) for text in texts]
+    tasks = [Task(_words(s) or text, s) for text, s in zip(texts, sources, strict=True)]
     notes = []
-    if wrapped:
+    if any(sources):
         text = "tasks.jsonl holds JSON inside strings: the instruction in words is taken out of it"
         notes.append(Note("task json", text))
     if not tasks:
         tasks = [Task("navigate")]
-        notes.append(Note("no task", "there is no instruction: the task is called 'navigate'"))
-    index = np.zeros(length, np.int64)
-    given = columns.get("task_index")
-    if (
-        given is not None
-        and given.feature.scalar
-        and given.feature.dtype.startswith(("int", "uint"))
-    ):
-        values = np.asarray(given.values, np.int64)
-        if len(values) and values.min() >= 0 and values.max() < len(tasks):
-            return tuple(tasks), values, notes
-    for number in reversed(range(len(tasks))):
-        first, last = _span(tasks[number].source, length)
-        index[first : last + 1] = number
+        text = f"{files.tasks.name} holds no instruction: the task is called 'navigate'"
+        notes.append(Note("no task", text))
+    index = _given_tasks(columns.get("task_index"), numbered, texts)
+    if index is None:
+        index = np.zeros(length, np.int64)
+        for number in reversed(range(len(tasks))):
+            first, last = _span(tasks[number].source, length)
+            index[first : last + 1] = number
     return tuple(tasks), index, notes
 
 
-def _task_texts(files: Files, ref: EpisodeRef) -> list[str]:
-    """The tasks that episodes.jsonl gives the episode, else all that tasks.jsonl lists."""
-    if files.episodes.is_file():
-        for row in read_jsonl(files.episodes):
-            given = row.get("tasks")
-            if row.get("episode_index") == ref.index and isinstance(given, list) and given:
-                return [text for text in given if isinstance(text, str)]
-    if files.tasks.is_file():
-        rows = [row for row in read_jsonl(files.tasks) if isinstance(row.get("task"), str)]
-        return [str(row["task"]) for row in rows]
-    return []
+def _task_texts(files: Files, ref: EpisodeRef) -> tuple[dict[int, str], list[str]]:
+    """What tasks.jsonl lists by task_index, and those that episodes.jsonl gives the episode.
+
+    All that are listed where it gives none.
+    """
+    numbered = {
+        number: row["task"]
+        for row in read_jsonl(files.tasks)
+        if (number := _number(row.get("task_index"))) is not None and _text(row.get("task"))
+    }
+    for row in read_jsonl(files.episodes):
+        given = row.get("tasks")
+        if row.get("episode_index") == ref.index and isinstance(given, list):
+            texts = [text for text in given if _text(text)]
+            return numbered, texts or list(numbered.values())
+    return numbered, list(numbered.values())
+
+
+def _given_tasks(
+    column: Column | None, numbered: dict[int, str], texts: list[str]
+) -> NDArray[np.int64] | None:
+    """The table's task_index, counted among the episode's own tasks; None if it does not fit."""
+    if column is None or not column.feature.scalar or "int" not in column.feature.dtype:
+        return None
+    used, places = np.unique(column.values, return_inverse=True)
+    names = [numbered.get(number) for number in used.tolist()]
+    own = [texts.index(name) for name in names if name is not None and name in texts]
+    return np.asarray(own, np.int64)[places] if len(own) == len(used) else None
 
 
 def _inner_object(text: str) -> dict[str, Any]:
     if not text.lstrip().startswith("{"):
         return {}
     try:
-        return _mapping(json.loads(text))
-    except (ValueError, RecursionError):
+        return _mapping(parse_json(text))
+    except ValueError:
         return {}
 
 

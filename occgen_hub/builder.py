@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -101,7 +102,8 @@ class DatasetBuilder(ABC):
         clear_leftovers(place)
         schema = load_schema(self.schema)
         provenance = self.provenance(settings)
-        if not settings.overwrite and self.is_current(ref, out, settings):
+        if not settings.overwrite and (changed := self._verified(ref, out, settings)) is not None:
+            _remember(place, changed)
             return Built(ref.id, "present", 0)
 
         clock = Stopwatch()
@@ -115,43 +117,54 @@ class DatasetBuilder(ABC):
             _write(folder, schema, episode, scene, provenance, clock, progress)
             if _stamps(sources) != before:
                 raise SourceError(ref.path, "changed while it was read", "run the build again")
+            _remember(folder, _newest(sources))
         return Built(ref.id, "built", episode.length, (*episode.notes, *scene.notes), clock.seconds)
 
     def fingerprint(self, sources: Iterable[Path]) -> str:
-        """SHA-256 over the names (below `root`) and contents of files, in their order."""
+        """SHA-256 over the names and contents of files, in their order.
+
+        The names are those below the folder that all files share, so that it does not matter where
+        the tree is, nor which folder of it is `root`.
+        """
+        paths = list(sources)
+        shared = os.path.commonpath([path.parent for path in paths])
         digest = hashlib.sha256()
-        for path in sources:
+        for path in paths:
             try:
                 content = sha256(path)
             except OSError as error:
                 raise SourceError(
                     path, f"cannot be read ({error.strerror})", "restore it from the source"
                 ) from error
-            digest.update(f"{path.relative_to(self.root).as_posix()}\0{content}\n".encode())
+            digest.update(f"{path.relative_to(shared).as_posix()}\0{content}\n".encode())
         return digest.hexdigest()
 
     def is_current(self, ref: EpisodeRef, out: Path, settings: Settings) -> bool:
         """Whether `out / ref.id` holds what building would give, as far as its record tells."""
+        return self._verified(ref, out, settings) is not None
+
+    def _verified(self, ref: EpisodeRef, out: Path, settings: Settings) -> int | None:
+        """When the sources last changed if `out / ref.id` is current, None if it is not."""
         place, schema = out / ref.id, load_schema(self.schema)
         mark = place / schema.path("record")
         if not mark.is_file():
-            return False
+            return None
         try:
             record = read_json(mark)
             recorded = str(record["source"]["fingerprint"])
             files = list(record["files"])
         except (SourceError, KeyError, TypeError):
-            return False
+            return None
         expected = self.provenance(settings).record(schema, ref.id, recorded)
         if any(record.get(key) != value for key, value in expected.items()):
-            return False
+            return None
         if not all((place / name).is_file() for name in files):
-            return False
+            return None
         sources = self.sources(ref)
-        # A file's change time cannot be set back, so sources older than the record are unchanged.
-        if _newest(sources) < mark.stat().st_mtime_ns:
-            return True
-        return self.fingerprint(sources) == recorded
+        changed = _newest(sources)
+        if changed == place.stat().st_mtime_ns or self.fingerprint(sources) == recorded:
+            return changed
+        return None
 
 
 class Stopwatch:
@@ -222,15 +235,18 @@ def frames_occupancy(
 
 
 def clear_leftovers(place: Path) -> None:
-    """Remove what an interrupted build left beside `place`."""
-    for suffix in ("partial", "old"):
-        shutil.rmtree(place.with_name(f".{place.name}.{suffix}"), ignore_errors=True)
+    """Undo what an interrupted build left beside `place`."""
+    partial, old = _beside(place)
+    shutil.rmtree(partial, ignore_errors=True)
+    if old.exists() and not place.exists():
+        old.rename(place)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
 def staged(place: Path) -> Iterator[Path]:
     """An empty folder beside `place` that takes its place when the block ends well."""
-    partial, old = (place.with_name(f".{place.name}.{suffix}") for suffix in ("partial", "old"))
+    partial, old = _beside(place)
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -238,12 +254,28 @@ def staged(place: Path) -> Iterator[Path]:
             place.rename(old)
         partial.rename(place)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        clear_leftovers(place)
         with suppress(OSError):  # Folders made for this trajectory alone go with it.
             place.parent.rmdir()
             place.parent.parent.rmdir()
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(place: Path) -> tuple[Path, Path]:
+    """Where a trajectory is written, and where the one that it replaces waits to be removed."""
+    return place.with_name(f".{place.name}.partial"), place.with_name(f".{place.name}.old")
+
+
+def _remember(place: Path, changed: int) -> None:
+    """Give a trajectory's folder the time of its sources' last change.
+
+    A later run that finds them equal knows the sources unchanged without reading them: no change
+    leaves a file's change time as it was. Whatever else the times are, the contents decide.
+    """
+    with suppress(OSError):
+        if place.stat().st_mtime_ns != changed:
+            os.utime(place, ns=(changed, changed))
 
 
 def _stamps(paths: Iterable[Path]) -> list[tuple[int, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,6 +155,8 @@ def _plan(builder: DatasetBuilder, refs: list[EpisodeRef], out: Path, settings: 
 def _build(
     builder: DatasetBuilder, refs: list[EpisodeRef], out: Path, settings: Settings, workers: int
 ) -> int:
+    from threading import Lock
+
     from tqdm import tqdm
 
     from occgen_hub.occupancy.visibility import warm_up
@@ -162,19 +165,23 @@ def _build(
     warm_up()
     seen: set[str] = set()
     frames = 0
+    turn = Lock()  # Frames are counted in a thread of its own where there are workers.
     with tqdm(total=len(refs), unit="episode", desc="build", dynamic_ncols=True) as bar:
 
         def finished(result: Result) -> None:
+            _stop_if_asked()
             for line in _news(result, seen):
                 bar.write(line, file=sys.stderr)
-            bar.update()
+            with turn:
+                bar.update()
 
         def count(done: int) -> None:
             nonlocal frames
             frames += done
-            elapsed = max(bar.format_dict["elapsed"], 1e-9)
-            bar.set_postfix_str(f"{frames / elapsed:.1f} frames/s", refresh=False)
-            bar.update(0)
+            with turn:
+                elapsed = max(bar.format_dict["elapsed"], 1e-9)
+                bar.set_postfix_str(f"{frames / elapsed:.1f} frames/s", refresh=False)
+                bar.update(0)
 
         summary = run(builder, refs, out, settings, workers, Listener(finished, count))
     _print_summary(summary, out, refs)
@@ -268,6 +275,7 @@ def inspect(folder: Path, trajectory: str | None, frame: int | None, preview: Pa
 
 def main() -> None:
     """Run the command line; errors become one sentence and an exit code."""
+    _stop_in_order()
     try:
         code = cli.main(standalone_mode=False)
     except click.ClickException as error:
@@ -276,12 +284,56 @@ def main() -> None:
     except OccGenError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
+    except (Stopped, click.Abort, KeyboardInterrupt):
         click.echo(
             "Stopped. What was finished stays; the same command goes on from there.", err=True
         )
-        sys.exit(130)
+        sys.exit(128 + (_received[0] if _received else signal.SIGINT))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        click.echo(f"Error: {place}{error.strerror or error}.", err=True)
+        sys.exit(1)
+    finally:
+        _stop_at_once()
     sys.exit(code if isinstance(code, int) else 0)
+
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
+_received: list[int] = []
+
+
+class Stopped(BaseException):
+    """Ctrl-C, or a scheduler's SIGTERM. (Python remembers a KeyboardInterrupt that was caught.)"""
+
+
+def _stop_in_order() -> None:
+    """Let a first signal unwind the command; a second one ends it at once.
+
+    Signals that are ignored, as those of a job in the background may be, stay so.
+    """
+
+    def stop(number: int, _: object) -> None:
+        _received.append(number)
+        _stop_at_once()
+        sys.unraisablehook = lambda _: None  # It may come where nothing can be raised.
+        raise Stopped
+
+    _received.clear()
+    for number in STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop)
+
+
+def _stop_at_once() -> None:
+    for number in STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _stop_if_asked() -> None:
+    """Stop where it could not be raised or was swallowed, as by a library being imported."""
+    if _received:
+        raise Stopped

@@ -14,6 +14,7 @@ from occgen_hub.errors import SourceError, UsageError
 from occgen_hub.files import read_bytes
 
 MAX_CONFIG_BYTES = 1 << 16
+MAX_INTERVAL = 1 << 20
 MAX_CELLS = 1 << 29
 """Half a gigabyte of cells, a byte each while a frame is worked on."""
 
@@ -34,7 +35,7 @@ class Config(BaseModel):
         (-2.0, -1.5, -0.5, 2.0, 1.0, 3.5),
         description="camera grid: x_min y_min z_min x_max y_max z_max, OpenCV axes",
     )
-    interval: Annotated[int, Field(ge=1)] = Field(
+    interval: Annotated[int, Field(ge=1, le=MAX_INTERVAL)] = Field(
         1, description="reconstruct from every interval-th frame"
     )
     depth_range: tuple[Positive, Positive] = Field(

@@ -4,32 +4,66 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from occgen_hub.errors import SourceError
 
 MAX_DOCUMENT_BYTES = 64 << 20
 """Far above any real meta file: a line a trajectory, some kilobytes each."""
 
+MAX_DEPTH = 64
+"""Levels of a JSON document; ours and the sources' have seven."""
 
-def read_bytes(path: Path, limit: int = MAX_DOCUMENT_BYTES) -> bytes:
-    """A whole file of at most `limit` bytes; raises SourceError when it cannot be had."""
+MAX_TABLE_BYTES = 1 << 28
+MAX_TABLE_ROWS = 1 << 20
+"""An episode of 1 << 20 frames lasts ten hours, and its matrices take some 200 MB."""
+
+
+def opened(path: Path) -> BufferedReader:
+    """A regular file, open for reading; raises SourceError, also for a pipe, which would block."""
     try:
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
+        file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115  # the caller closes it
+        kind = os.fstat(file.fileno()).st_mode
     except FileNotFoundError:
         raise SourceError(path, "is missing", "restore it from the source") from None
+    except IsADirectoryError:
+        raise SourceError(path, "is a folder", "put the file in its place") from None
     except OSError as error:
         raise SourceError(
             path, f"cannot be read ({error.strerror})", "check the path and its permissions"
         ) from error
+    if not stat.S_ISREG(kind):
+        file.close()
+        raise SourceError(path, "is not a regular file", "put the file itself in its place")
+    return file
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def read_bytes(path: Path, limit: int = MAX_DOCUMENT_BYTES) -> bytes:
+    """A whole file of at most `limit` bytes; raises SourceError when it cannot be had."""
+    with opened(path) as file:
+        try:
+            data = file.read(limit + 1)
+        except OSError as error:
+            raise SourceError(
+                path, f"cannot be read ({error.strerror})", "restore it from the source"
+            ) from error
     if len(data) > limit:
         raise SourceError(
-            path, f"is larger than {limit >> 20} MB", "check that it is the right file"
+            path, f"is larger than {limit >> 10} kB", "check that it is the right file"
         )
     return data
 
@@ -51,17 +85,85 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def _parse_object(text: bytes, path: Path, where: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = parse_json(text)
+    except ValueError:
         raise SourceError(path, f"{where}is not valid JSON", "restore it from the source") from None
     if not isinstance(value, dict):
         raise SourceError(path, f"{where}is not a JSON object", "restore it from the source")
     return value
 
 
+def parse_json(text: bytes | str) -> Any:
+    """JSON as its standard has it: no NaN, no infinity, no more than MAX_DEPTH levels.
+
+    Raises ValueError when it is not.
+    """
+    try:
+        value = json.loads(text, parse_constant=_finite, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner = [list(item.values()) if isinstance(item, dict) else item for item in level]
+        level = [part for item in inner if isinstance(item, list) for part in item]
+        if not level:
+            return value
+    raise ValueError("nested too deeply")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not finite")
+    return number
+
+
+def read_parquet(path: Path) -> pa.Table:
+    """The table of an episode; raises SourceError when it is not one or does not fit in memory.
+
+    Read bit by bit, since a small file may stand for terabytes: what repeats is stored once.
+    """
+    with opened(path) as source:
+        try:
+            file = pq.ParquetFile(source)
+            if file.metadata.num_rows > MAX_TABLE_ROWS:
+                problem = f"claims {file.metadata.num_rows} rows, more than an episode has"
+                raise SourceError(path, problem, "check that it is the right file")
+            file.scan_contents()  # Raises where asking damaged metadata for a column would abort.
+            _check_size(file.metadata, path)
+            batches, size = [], 0
+            for batch in file.iter_batches(batch_size=1024):
+                batches.append(batch)
+                size += batch.nbytes
+                if size > MAX_TABLE_BYTES:
+                    raise _too_large(path)
+            table = pa.Table.from_batches(batches, file.schema_arrow)
+            table.validate(full=True)
+        except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+            text = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+            problem = f"is not a parquet file that can be read ({text.rstrip('.')})"
+            raise SourceError(path, problem, "restore it from the source") from None
+    if len(set(table.column_names)) < table.num_columns:
+        raise SourceError(path, "has two columns of one name", "restore it from the source")
+    return table
+
+
+def _check_size(metadata: pq.FileMetaData, path: Path) -> None:
+    """Refuse a table by what its own metadata says."""
+    groups = [metadata.row_group(n) for n in range(metadata.num_row_groups)]
+    values = sum(g.column(n).num_values for g in groups for n in range(g.num_columns))
+    if values * 4 > MAX_TABLE_BYTES or sum(g.total_byte_size for g in groups) > MAX_TABLE_BYTES:
+        raise _too_large(path)
+
+
+def _too_large(path: Path) -> SourceError:
+    problem = f"holds more than {MAX_TABLE_BYTES >> 20} MB of values, more than an episode has"
+    return SourceError(path, problem, "check that it is the right file")
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
+    with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -87,5 +189,9 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def dump_json(value: Any, *, indent: int | None = None) -> str:
-    """JSON as text: readable letters, no NaN, keys in the order given."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+    """JSON as text: readable letters, no NaN, keys in the order given.
+
+    Half a surrogate pair, as in a file name that is not UTF-8, stays escaped, as JSON has it.
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -6,43 +6,49 @@ Headers are checked against the schema before anything is allocated, and pickles
 from __future__ import annotations
 
 import os
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite, prod
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from occgen_hub.config import MAX_CELLS
-from occgen_hub.errors import DatasetError
-from occgen_hub.files import read_json, read_jsonl
+from occgen_hub.errors import DatasetError, SourceError
+from occgen_hub.files import opened, read_json, read_jsonl, read_parquet
 from occgen_hub.geometry.cloud import Cloud
 from occgen_hub.geometry.ply import read_ply
-from occgen_hub.media import read_depth, read_rgb
+from occgen_hub.media import MAX_PIXELS, read_depth, read_rgb
 from occgen_hub.occupancy.codec import unpack
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.schema import Schema, load_schema
 
 REBUILD = "build this trajectory again"
-MAX_ARRAY_BYTES = 1 << 33
+MAX_ARRAY_BYTES = 1 << 31
+CHUNK = 1 << 22
 SCHEMA = "trajectory"
+RECORD = {"schema": dict, "source": dict, "grid": dict, "scene": dict, "notes": list, "files": dict}
+"""What is read of a record without looking; `validate` holds the whole of it to its schema."""
 
 
 def trajectories(root: Path) -> list[Path]:
-    """The trajectories below a folder, or the folder itself if it is one, sorted."""
-    mark = load_schema(SCHEMA).path("record")
-    if (root / mark).is_file():
-        return [root]
+    """The trajectories below a folder, or the folder itself if it is one, sorted.
+
+    One that lacks a meta file is among them, so that it is missed by whoever opens it.
+    """
+    schema = load_schema(SCHEMA)
+    marks = [schema.path(key) for key in ("record", "info")]
     found = []
     for parent, folders, _ in os.walk(root):
-        if (Path(parent) / mark).is_file():
+        if any(Path(parent, mark).exists() for mark in marks):
             found.append(Path(parent))
             folders.clear()
         else:
@@ -65,13 +71,22 @@ class NpzArray:
             raise DatasetError(
                 self.path, f"array {self.name} claims {self.size_bytes} bytes", REBUILD
             )
-        flat = np.frombuffer(b"".join(self._chunks(self.size_bytes)), self.dtype)
-        return flat.reshape(self.shape)
+        # Memory that is not written to is not used, so a false claim costs nothing.
+        content = np.empty(self.size_bytes, np.uint8)
+        with _open_member(self.path, self.name) as (file, _):
+            filled = 0
+            while filled < len(content):
+                chunk = file.read(min(CHUNK, len(content) - filled))
+                if not chunk:
+                    raise DatasetError(self.path, f"array {self.name} is cut short", REBUILD)
+                content[filled : filled + len(chunk)] = np.frombuffer(chunk, np.uint8)
+                filled += len(chunk)
+        return content.view(self.dtype).reshape(self.shape)
 
     def rows(self) -> Iterator[NDArray[Any]]:
         """The rows of a 2-D array, one in memory at a time."""
-        width = int(np.prod(self.shape[1:])) * self.dtype.itemsize
-        if width > MAX_ARRAY_BYTES:
+        width = prod(self.shape[1:]) * self.dtype.itemsize
+        if not 0 < width <= MAX_ARRAY_BYTES:
             raise DatasetError(
                 self.path, f"array {self.name} claims rows of {width} bytes", REBUILD
             )
@@ -85,37 +100,55 @@ class NpzArray:
     @property
     def size_bytes(self) -> int:
         """How many bytes the header says there are."""
-        size = self.dtype.itemsize
-        for n in self.shape:
-            size *= n
-        return size
+        return prod(self.shape) * self.dtype.itemsize
 
-    def _chunks(self, left: int) -> Iterator[bytes]:
-        with _open_member(self.path, self.name) as (file, _):
-            while left:
-                chunk = file.read(min(left, 1 << 22))
-                if not chunk:
-                    raise DatasetError(self.path, f"array {self.name} is cut short", REBUILD)
-                left -= len(chunk)
-                yield chunk
+    def check(self, kinds: str, *shape: int | None) -> NpzArray:
+        """Itself, if its type is of one of numpy's `kinds` and its shape is `shape`.
+
+        A size of None may be any. Raises DatasetError if not.
+        """
+        fits = len(shape) == len(self.shape) and all(
+            size in (None, own) for size, own in zip(shape, self.shape, strict=True)
+        )
+        if self.dtype.kind not in kinds or not fits:
+            problem = f"array {self.name} is {self.dtype} of shape {self.shape}"
+            raise DatasetError(self.path, problem, REBUILD)
+        return self
 
 
 @contextmanager
 def _open_member(path: Path, name: str) -> Iterator[tuple[IO[bytes], NpzArray]]:
     """An array inside an npz, opened past its header, which has been read and checked."""
-    broken = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+    broken = (
+        *(OSError, ValueError, EOFError, RuntimeError, MemoryError, OverflowError),
+        *(zipfile.BadZipFile, zlib.error, struct.error),
+    )
     try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
+        with (
+            opened(path) as whole,
+            zipfile.ZipFile(whole) as archive,
+            archive.open(_member(archive, name)) as file,
+        ):
             shape, fortran, dtype = _read_header(file)
             if dtype.hasobject or fortran:
                 raise DatasetError(path, f"array {name} is pickled or not in C order", REBUILD)
             yield file, NpzArray(path, name, shape, dtype)
-    except FileNotFoundError:
-        raise DatasetError(path, "is missing", REBUILD) from None
+    except DatasetError:
+        raise
+    except SourceError as error:
+        raise DatasetError(path, error.problem, REBUILD) from None
     except KeyError:
         raise DatasetError(path, f"has no array {name}", REBUILD) from None
     except broken as error:
         raise DatasetError(path, f"array {name} cannot be read ({error})", REBUILD) from None
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
+    """Raises KeyError when there is none, ValueError when numpy would not have written it so."""
+    member = archive.getinfo(f"{name}.npy")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError("of an unknown compression")
+    return member
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -148,7 +181,15 @@ class Trajectory:
     def open(cls, path: Path) -> Trajectory:
         """The trajectory in a folder; raises SourceError when it has no usable record."""
         schema = load_schema(SCHEMA)
-        return cls(path, schema, read_json(path / schema.path("record")))
+        mark = path / schema.path("record")
+        try:
+            record = read_json(mark)
+        except SourceError as error:
+            raise DatasetError(mark, error.problem, REBUILD) from None
+        for key, kind in RECORD.items():
+            if not isinstance(record.get(key), kind):
+                raise DatasetError(mark, f"has no usable {key}", REBUILD)
+        return cls(path, schema, record)
 
     def file(self, key: str, frame: int | None = None) -> Path:
         """The place of a file of the schema."""
@@ -159,13 +200,17 @@ class Trajectory:
         """The camera grid of its occupancy."""
         try:
             grid = self.record["grid"]
-            x, y, z = (float(v) for v in grid["pc_range"][:3])
+            x, y, z, *upper = (float(v) for v in grid["pc_range"])
             nx, ny, nz = (int(n) for n in grid["shape"])
             found = Grid((x, y, z), float(grid["voxel_size"]), (nx, ny, nz))
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise DatasetError(self.file("record"), "does not describe a grid", REBUILD) from None
-        if min(found.shape) < 1 or found.cells > MAX_CELLS or not found.voxel_size > 0:
-            raise DatasetError(self.file("record"), f"claims a grid of {found.shape}", REBUILD)
+        finite = all(map(isfinite, (*found.lower, *upper, found.voxel_size)))
+        if not finite or len(upper) != 3 or found.voxel_size <= 0:
+            raise DatasetError(self.file("record"), "does not describe a grid", REBUILD)
+        if min(found.shape) < 1 or found.cells > MAX_CELLS:
+            problem = f"does not have a grid of 1 to {MAX_CELLS} cells"
+            raise DatasetError(self.file("record"), problem, REBUILD)
         return found
 
     @property
@@ -173,10 +218,13 @@ class Trajectory:
         """(width, height) of its images, pixels."""
         try:
             width, height = (int(n) for n in self.record["scene"]["image_size"])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise DatasetError(
                 self.file("record"), "does not say the image size", REBUILD
             ) from None
+        if min(width, height) < 1 or width * height > MAX_PIXELS:
+            problem = f"does not have images of 1 to {MAX_PIXELS} pixels"
+            raise DatasetError(self.file("record"), problem, REBUILD)
         return width, height
 
     def info(self) -> dict[str, Any]:
@@ -191,47 +239,66 @@ class Trajectory:
         """The parquet; raises DatasetError when it cannot be read."""
         path = self.file("frames")
         try:
-            return pq.ParquetFile(path).read()
-        except (pa.ArrowException, OSError, ValueError) as error:
-            text = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-            raise DatasetError(path, f"cannot be read ({text.rstrip('.')})", REBUILD) from None
+            table = read_parquet(path)
+        except SourceError as error:
+            raise DatasetError(path, error.problem, REBUILD) from None
+        if table.num_rows == 0:
+            raise DatasetError(path, "holds no frames", REBUILD)
+        return table
 
     def column(self, name: str, table: pa.Table | None = None) -> NDArray[Any]:
         """A column of the schema as (T, *shape), or (T,) for plain numbers."""
         table = self.table() if table is None else table
-        if name not in table.column_names:
-            raise DatasetError(self.file("frames"), f"has no column {name}", REBUILD)
+        feature = self.schema.features[name]
+        if name not in table.column_names or table[name].type != feature.arrow_type():
+            raise DatasetError(self.file("frames"), f"has no column {name} of its type", REBUILD)
         try:
-            return self.schema.features[name].to_numpy(table[name])
-        except (ValueError, AttributeError) as error:
+            return feature.to_numpy(table[name])
+        except ValueError as error:
             raise DatasetError(self.file("frames"), f"column {name}: {error}", REBUILD) from None
 
     def world_from_camera(self) -> NDArray[np.float64]:
         """(T, 4, 4) float64, OpenCV axes, metres."""
-        return self.column(self.schema.poses).astype(np.float64)
+        poses = self.column(self.schema.poses).astype(np.float64)
+        if not np.isfinite(poses).all():
+            raise DatasetError(self.file("frames"), "holds poses that are not finite", REBUILD)
+        return poses
 
     def intrinsics(self) -> NDArray[np.float64]:
         """(T, 3, 3) float64, pixels of the original image."""
-        return self.column(self.schema.intrinsics).astype(np.float64)
+        K = self.column(self.schema.intrinsics).astype(np.float64)
+        if not (np.isfinite(K).all() and (K[:, [0, 1], [0, 1]] > 0).all()):
+            raise DatasetError(self.file("frames"), "holds intrinsics of no camera", REBUILD)
+        return K
 
     def visible(self) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
         """The visible occupied cells: (T + 1,) row ends and (n,) columns, as in a CSR matrix."""
         path = self.file("visible")
-        ends, columns = npz_array(path, "indptr").load(), npz_array(path, "indices").load()
-        rising = ends.ndim == 1 and len(ends) and ends[0] == 0 and (np.diff(ends) >= 0).all()
-        if columns.ndim != 1 or not rising or ends[-1] != len(columns):
+        ends = npz_array(path, "indptr").check("i", None).load()
+        columns = npz_array(path, "indices").check("i", None).load()
+        rising = len(ends) and ends[0] == 0 and (ends[1:] >= ends[:-1]).all()
+        if not rising or ends[-1] != len(columns):
             raise DatasetError(path, "is not a CSR matrix", REBUILD)
+        if len(columns) and not 0 <= columns.min() <= columns.max() < self.grid.cells:
+            raise DatasetError(path, "has columns outside the grid", REBUILD)
         return ends, columns
 
     def observed(self) -> Iterator[NDArray[np.bool_]]:
         """(cells,) bool of each frame in order: observed, free and occupied alike."""
         cells = self.grid.cells
-        for row in npz_array(self.file("observed"), "data").rows():
+        packed = npz_array(self.file("observed"), "data")
+        if packed.dtype != np.uint8:
+            raise DatasetError(packed.path, f"array data is {packed.dtype}", REBUILD)
+        for row in packed.check("u", None, -(-cells // 8)).rows():
             yield unpack(row, cells)
 
     def scene_cells(self) -> NDArray[np.float32]:
         """(M, 3) float32: centres of the scene's occupied cells, world, metres."""
-        return npz_array(self.file("scene_occupancy"), "data").load()
+        path = self.file("scene_occupancy")
+        cells = npz_array(path, "data").check("f", None, 3).load()
+        if not np.isfinite(cells).all():
+            raise DatasetError(path, "has centres that are not finite", REBUILD)
+        return cells
 
     def cloud(self) -> Cloud:
         """The scene's cloud, thinned, world, metres."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -11,15 +12,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from occgen_hub.errors import SourceError
+from occgen_hub.files import opened
 
 if TYPE_CHECKING:
     import av
 
 MAX_PIXELS = 1 << 26
 """64 megapixels: over any camera's frame, under what would fill a machine's memory."""
+
+SAME_BYTES = "threads=1:bframes=0:mbtree=0:rc-lookahead=0"
+"""x264's output depends on its threads, and its looking ahead reads memory that it never set."""
 
 RESTORE = "restore it from the source or leave this trajectory out"
 
@@ -59,30 +64,26 @@ def read_depth(path: Path, size: tuple[int, int]) -> NDArray[np.uint16]:
     return values
 
 
-def _opened(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
-    try:
-        image = Image.open(path)
-    except FileNotFoundError:
-        raise SourceError(path, "is missing", RESTORE) from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise SourceError(
-            path, f"is not an image that can be read ({_brief(error)})", RESTORE
-        ) from None
-    if image.width * image.height > MAX_PIXELS:
-        image.close()
-        raise SourceError(path, f"claims {image.width} x {image.height} pixels", RESTORE)
-    if size is not None and image.size != size:
-        image.close()
-        raise SourceError(
-            path,
-            f"is {image.width} x {image.height} pixels where {size[0]} x {size[1]} are expected",
-            RESTORE,
-        )
-    return image
+@contextmanager
+def _opened(path: Path, size: tuple[int, int] | None = None) -> Iterator[Image.Image]:
+    """A JPEG or PNG of `size`, its header read; no other of Pillow's many formats is tried."""
+    with opened(path) as file:
+        try:
+            image = Image.open(file, formats=("JPEG", "PNG"))
+        except UnidentifiedImageError:
+            raise SourceError(path, "is not a JPEG or PNG image", RESTORE) from None
+        except (*_DAMAGE, Image.DecompressionBombError) as error:
+            raise _damaged(path, error) from None
+        if image.width * image.height > MAX_PIXELS:
+            raise SourceError(path, f"claims {image.width} x {image.height} pixels", RESTORE)
+        if size is not None and image.size != size:
+            text = f"is {image.width} x {image.height} pixels, expected {size[0]} x {size[1]}"
+            raise SourceError(path, text, RESTORE)
+        yield image
 
 
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError)
-"""What Pillow and PyAV raise in the middle of a damaged file."""
+"""What Pillow raises in the middle of a damaged file."""
 
 
 def _damaged(path: Path, error: BaseException) -> SourceError:
@@ -90,8 +91,9 @@ def _damaged(path: Path, error: BaseException) -> SourceError:
 
 
 def _brief(error: BaseException) -> str:
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return text.split(": '/")[0].rstrip(".")[:120]
+    said = getattr(error, "strerror", None) or str(error)
+    text = said.splitlines()[0] if said else type(error).__name__
+    return text.split(": '")[0].rstrip(".")[:120]
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def video_facts(path: Path) -> VideoFacts:
         size = (stream.width, stream.height)
         try:
             frames = sum(1 for packet in container.demux(stream) if packet.size)
-        except _DAMAGE as error:
+        except _video_damage() as error:
             raise _damaged(path, error) from None
     return VideoFacts(size, float(rate) if rate else 0.0, frames)
 
@@ -123,7 +125,7 @@ def video_frames(path: Path) -> Iterator[NDArray[np.uint8]]:
         try:
             for frame in container.decode(video=0):
                 yield np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
-        except _DAMAGE as error:
+        except _video_damage() as error:
             raise _damaged(path, error) from None
 
 
@@ -154,8 +156,7 @@ class VideoReader:
 def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], fps: float) -> None:
     """H.264 that plays in a browser, from (H, W, 3) uint8 RGB frames.
 
-    Odd sizes lose a row or a column, which yuv420p cannot have. One
-    encoder thread, so that equal frames give equal bytes.
+    Odd sizes lose a row or a column, which yuv420p cannot have. Equal frames give equal bytes.
     """
     import av
 
@@ -165,14 +166,26 @@ def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], fps: float) -> 
             height, width = image.shape[0] // 2 * 2, image.shape[1] // 2 * 2
             if stream is None:
                 rate = Fraction(fps).limit_denominator(1001)
-                stream = container.add_stream(
-                    "libx264", rate=rate, options={"crf": "18", "threads": "1"}
-                )
+                options = {"crf": "18", "x264-params": SAME_BYTES}
+                stream = container.add_stream("libx264", rate=rate, options=options)
                 stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             picture = np.ascontiguousarray(image[:height, :width])
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         if stream is not None:
             container.mux(stream.encode())
+
+
+def _video_damage() -> tuple[type[Exception], ...]:
+    import av
+
+    return (*_DAMAGE, av.FFmpegError)
+
+
+_CONTAINERS = {
+    "protocol_whitelist": "file",
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg",
+}
+"""Files that hold their own frames: no playlist, which would have other files opened."""
 
 
 def _video(path: Path) -> av.container.InputContainer:
@@ -181,8 +194,8 @@ def _video(path: Path) -> av.container.InputContainer:
     if not path.is_file():
         raise SourceError(path, "is missing", RESTORE)
     try:
-        container = av.open(str(path))
-    except (OSError, ValueError) as error:
+        container = av.open(f"file:{path}", options=_CONTAINERS)
+    except _video_damage() as error:
         raise SourceError(
             path, f"is not a video that can be read ({_brief(error)})", RESTORE
         ) from None
@@ -190,6 +203,9 @@ def _video(path: Path) -> av.container.InputContainer:
         container.close()
         raise SourceError(path, "holds no video", RESTORE)
     stream = container.streams.video[0]
+    if getattr(stream, "codec_context", None) is None:
+        container.close()
+        raise SourceError(path, "is of no codec that can be read", RESTORE)
     if not 0 < stream.width * stream.height <= MAX_PIXELS:
         container.close()
         raise SourceError(path, f"claims {stream.width} x {stream.height} pixels", RESTORE)

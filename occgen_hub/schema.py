@@ -95,8 +95,9 @@ class Feature(BaseModel):
         for width in () if self.scalar else self.shape:
             if flat.null_count:
                 raise ValueError("a value is missing")
-            counts = np.diff(np.asarray(flat.offsets))
-            if not (counts == width).all():
+            fixed = pa.types.is_fixed_size_list(flat.type)
+            counts = flat.type.list_size if fixed else np.diff(np.asarray(flat.offsets))
+            if not np.all(counts == width):
                 raise ValueError(f"expected arrays of shape {list(self.shape)}")
             flat = flat.flatten()
         if flat.null_count:

@@ -200,7 +200,7 @@ def _take(source: Path, place: Path, *, link: bool) -> None:
     try:
         if link:
             try:
-                place.hardlink_to(source)
+                place.hardlink_to(source.resolve())  # What a link leads to.
                 return
             except OSError:
                 pass  # Another file system, or one without hard links: a copy serves as well.

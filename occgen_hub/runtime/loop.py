@@ -10,13 +10,13 @@ import threading
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
-from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 from occgen_hub.builder import Built, DatasetBuilder, EpisodeRef, Settings
@@ -130,9 +130,10 @@ def run(
             if workers <= 1 or len(refs) == 1
             else _in_processes(builder, refs, out, settings, min(workers, len(refs)), listener)
         )
-        for result in results:
-            summary.add(result)
-            listener.finished(result)
+        with closing(results):  # So that an interruption here stops the processes as well.
+            for result in results:
+                summary.add(result)
+                listener.finished(result)
         summary.failures.sort(key=lambda failure: failure.id)
         _write_failures(out, summary.failures)
     summary.seconds = time.perf_counter() - start
@@ -175,14 +176,14 @@ def _here(
     out: Path,
     settings: Settings,
     listener: Listener,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     for ref in refs:
         yield build_one(builder, ref, out, settings, listener.frames)
 
 
 # Several processes
 
-_frames_done: SimpleQueue[int] | None = None
+_frames_done: Connection[int, int] | None = None
 
 
 def _in_processes(
@@ -192,11 +193,12 @@ def _in_processes(
     settings: Settings,
     workers: int,
     listener: Listener,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Episodes in a pool of processes; those that a dying process takes along are tried alone."""
     context = multiprocessing.get_context("spawn")
-    done: SimpleQueue[int] = context.SimpleQueue()
-    reader = threading.Thread(target=_drain, args=(done, listener), daemon=True)
+    # A pipe and no queue: its small writes are whole without a lock, which a killed process keeps.
+    counts, done = context.Pipe(duplex=False)
+    reader = threading.Thread(target=_drain, args=(counts, listener), daemon=True)
     reader.start()
     waiting, suspects = deque(refs), list[EpisodeRef]()
     try:
@@ -204,16 +206,14 @@ def _in_processes(
             while waiting:
                 with _pool(workers, context, done) as pool:
                     yield from _feed(pool, waiting, suspects, builder, out, settings, workers)
-            for ref in suspects:
+            while suspects:
                 with _pool(1, context, done) as pool:
-                    try:
-                        yield pool.submit(_task, builder, ref, out, settings).result()
-                    except BrokenProcessPool:
-                        reason = "its process was killed, perhaps for want of memory"
-                        yield Failure(ref.id, f"{ref.path}: {reason}; use fewer --workers.")
+                    yield from _alone(pool, suspects, builder, out, settings)
     finally:
-        done.put(-1)
+        done.send(-1)
         reader.join(timeout=5)
+        done.close()
+        counts.close()
 
 
 def _feed(
@@ -224,14 +224,14 @@ def _feed(
     out: Path,
     settings: Settings,
     workers: int,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Keep the pool busy until nothing waits or it breaks; then what it held becomes suspect."""
     running: dict[Future[Result], EpisodeRef] = {}
     try:
         while waiting or running:
             while waiting and len(running) < workers + 1:
-                ref = waiting.popleft()
-                running[pool.submit(_task, builder, ref, out, settings)] = ref
+                running[_submit(pool, builder, waiting[0], out, settings)] = waiting[0]
+                waiting.popleft()  # Only now: a broken pool takes no more.
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 result = future.result()
                 del running[future]
@@ -242,6 +242,25 @@ def _feed(
                 yield future.result()
             else:
                 suspects.append(ref)
+
+
+def _alone(
+    pool: ProcessPoolExecutor,
+    suspects: list[EpisodeRef],
+    builder: DatasetBuilder,
+    out: Path,
+    settings: Settings,
+) -> Iterator[Result]:
+    """One after the other, until none is left or the pool breaks: then it is known by which."""
+    while suspects:
+        ref = suspects.pop(0)
+        try:
+            result = _submit(pool, builder, ref, out, settings).result()
+        except BrokenProcessPool:
+            reason = "its process was killed twice, perhaps for want of memory"
+            yield Failure(ref.id, f"{ref.path}: {reason}; free some and run again.")
+            return
+        yield result
 
 
 @contextmanager
@@ -258,11 +277,28 @@ def _pool(workers: int, context, done) -> Iterator[ProcessPoolExecutor]:  # type
         raise
 
 
-def _start(done: SimpleQueue[int]) -> None:
-    """In each worker: leave Ctrl-C to the parent, and end when the parent does."""
+def _submit(
+    pool: ProcessPoolExecutor,
+    builder: DatasetBuilder,
+    ref: EpisodeRef,
+    out: Path,
+    settings: Settings,
+) -> Future[Result]:
+    """Give an episode to the pool, which starts its processes now: they leave Ctrl-C to the parent.
+
+    They inherit what is blocked here, so not even one that is still importing is interrupted.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(_task, builder, ref, out, settings)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start(done: Connection[int, int]) -> None:
+    """In each worker: end when the parent does."""
     global _frames_done
     _frames_done = done
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
@@ -275,11 +311,11 @@ def _end_with(sentinel: int) -> None:
 
 def _task(builder: DatasetBuilder, ref: EpisodeRef, out: Path, settings: Settings) -> Result:
     assert _frames_done is not None
-    return build_one(builder, ref, out, settings, _frames_done.put)
+    return build_one(builder, ref, out, settings, _frames_done.send)
 
 
-def _drain(done: SimpleQueue[int], listener: Listener) -> None:
-    while (count := done.get()) >= 0:
+def _drain(counts: Connection[int, int], listener: Listener) -> None:
+    while (count := counts.recv()) >= 0:
         listener.frames(count)
 
 
@@ -329,12 +365,17 @@ def _sole_use(out: Path) -> Iterator[None]:
 
 def _write_failures(out: Path, failures: list[Failure]) -> None:
     path = out / FAILURES
-    if not failures:
-        path.unlink(missing_ok=True)
-        return
     rows = [
         {"episode": f.id, "reason": f.reason, **({"trace": f.trace} if f.trace else {})}
         for f in failures
     ]
-    with written_whole(path) as partial:
-        partial.write_text("".join(dump_json(row) + "\n" for row in rows), encoding="utf-8")
+    try:
+        if rows:
+            with written_whole(path) as partial:
+                partial.write_text("".join(dump_json(r) + "\n" for r in rows), encoding="utf-8")
+        elif path.exists():  # To remove what is not there fails in a read-only folder.
+            path.unlink()
+    except OSError as error:
+        raise OccGenError(
+            f"{path}: cannot be written ({error.strerror}); mend that and run again."
+        ) from error

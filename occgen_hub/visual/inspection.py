@@ -77,7 +77,7 @@ def _found(root: Path) -> list[Path]:
 
 
 def _frames(trajectory: Trajectory) -> int:
-    return npz_array(trajectory.file("observed"), "data").shape[0]
+    return npz_array(trajectory.file("observed"), "data").check("u", None, None).shape[0]
 
 
 def _line(path: Path, root: Path, length: int) -> str:

@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from occgen_hub.loading import Trajectory
+from occgen_hub.errors import DatasetError
+from occgen_hub.loading import REBUILD, Trajectory
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.visibility import OCCUPIED, first_occupied
 
@@ -26,8 +27,13 @@ def preview(trajectory: Trajectory, frame: int | None = None) -> Image.Image:
     poses, intrinsics = trajectory.world_from_camera(), trajectory.intrinsics()
     frame = len(poses) // 2 if frame is None else frame
     ends, columns = trajectory.visible()
+    if not frame < len(poses) == len(ends) - 1:
+        problem = f"has {len(ends) - 1} rows where the parquet has {len(poses)}"
+        raise DatasetError(trajectory.file("visible"), problem, REBUILD)
     visible = columns[ends[frame] : ends[frame + 1]]
-    observed = next(m for n, m in enumerate(trajectory.observed()) if n == frame)
+    observed = next((m for n, m in enumerate(trajectory.observed()) if n == frame), None)
+    if observed is None:
+        raise DatasetError(trajectory.file("observed"), f"ends before frame {frame}", REBUILD)
     K, size, grid = intrinsics[frame], trajectory.image_size, trajectory.grid
 
     rgb, depth = trajectory.rgb(frame), trajectory.depth(frame)

@@ -1,0 +1,794 @@
+"""Running a build: stopped at any moment and started again, it ends with the same bytes."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from occgen_hub import cli
+from occgen_hub.builder import EpisodeRef, Settings, load_builder
+from occgen_hub.builders.internnav import InternNavBuilder
+from occgen_hub.config import load_config
+from occgen_hub.episode import Episode
+from occgen_hub.files import sha256
+from occgen_hub.runtime.loop import Listener, Summary, _feed, list_episodes, run
+from occgen_hub.sample import make_sample
+
+COARSE = "voxel_size=0.1"
+RECORD = "meta/occgen.json"
+RGB = "videos/chunk-000/observation.images.rgb"
+DEPTH = "videos/chunk-000/observation.images.depth"
+VIDEO = "videos/chunk-000/observation.video.trajectory"
+TABLE = "data/chunk-000/episode_000000.parquet"
+FIRST, SECOND, THIRD = (
+    "sample_zed/house_000/trajectory_0",
+    "sample_zed/house_000/trajectory_1",
+    "sample_zed/house_001/trajectory_0",
+)
+Tree = dict[str, str]
+Command = Callable[..., tuple[int, str, str]]
+
+
+# What is built and what it is compared with
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three trajectories in two scenes, of 3, 2 and 4 frames. Not to be changed by tests."""
+    out = tmp_path_factory.mktemp("source") / "tree"
+    make_sample(out, trajectories=3, frames=3)
+    return out
+
+
+@pytest.fixture(scope="session")
+def without_video(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first trajectory without its mp4, which is then made from the images."""
+    out = tmp_path_factory.mktemp("without_video") / "tree"
+    shutil.copytree(source / FIRST, out / FIRST)
+    shutil.rmtree(out / FIRST / VIDEO)
+    return out
+
+
+@pytest.fixture(scope="session")
+def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dataset from one process that nobody disturbed. Not to be changed by tests."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    done = finish(start(source, out))
+    assert done.returncode == 0, done.stderr
+    pattern = r"^3 built, 0 already there, 0 failed of 3 episodes; 9 frames in .* frames/s\.$"
+    assert re.search(pattern, done.stdout, re.MULTILINE)
+    return out
+
+
+@pytest.fixture(scope="session")
+def expected(undisturbed: Path) -> Tree:
+    return tree(undisturbed)
+
+
+@pytest.fixture
+def mine(source: Path, tmp_path: Path) -> Path:
+    """A copy of the source that a test may change."""
+    return Path(shutil.copytree(source, tmp_path / "mine"))
+
+
+@pytest.fixture
+def out(undisturbed: Path, tmp_path: Path) -> Path:
+    """A copy of the dataset, modification times included, that a test may change."""
+    return Path(shutil.copytree(undisturbed, tmp_path / "out"))
+
+
+@pytest.fixture
+def command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Command]:
+    """`occgen-hub build` in this process: its exit code, output and errors."""
+    before = {number: signal.getsignal(number) for number in cli.STOPS}
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+
+    def call(source: Path, out: Path, *options: str) -> tuple[int, str, str]:
+        arguments = ["build", "--input", str(source), "--output", str(out), "--set", COARSE]
+        monkeypatch.setattr(sys, "argv", ["occgen-hub", *arguments, *options])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        said = capsys.readouterr()
+        assert isinstance(end.value.code, int)
+        return end.value.code, said.out, said.err
+
+    yield call
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def build(
+    source: Path, out: Path, *settings: str, workers: int = 1, listener: Listener | None = None,
+    builder: InternNavBuilder | None = None, **choices: Any,
+) -> Summary:  # fmt: skip
+    """A build in this process."""
+    chosen = Settings(config=load_config(None, settings or (COARSE,)), **choices)
+    builder = builder or InternNavBuilder(source)
+    return run(builder, list_episodes(builder), out, chosen, workers, listener)
+
+
+def counts(summary: Summary) -> tuple[int, int, int]:
+    """(built, already there, failed)"""
+    return summary.built, summary.present, len(summary.failures)
+
+
+def tree(folder: Path) -> Tree:
+    """Every path below a folder, hidden ones too, with its content."""
+    return {
+        path.relative_to(folder).as_posix(): sha256(path) if path.is_file() else "folder"
+        for path in folder.rglob("*")
+    }
+
+
+def marks(folder: Path) -> dict[str, tuple[int, int]]:
+    """What changes when a file below a folder is written anew: its inode and its time."""
+    stats = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): (stat.st_ino, stat.st_mtime_ns)
+        for path, stat in stats.items()
+    }
+
+
+def rebuilt(before: dict[str, tuple[int, int]], out: Path) -> set[str]:
+    """The trajectories of which not one file is what it was."""
+    now = marks(out)
+    names = {episode for episode in (FIRST, SECOND, THIRD) if (out / episode).exists()}
+    kept = {n for n in names if all(now[k] == v for k, v in before.items() if k.startswith(n))}
+    anew = {n for n in names if not any(now[k] == before.get(k) for k in now if k.startswith(n))}
+    assert kept | anew == names
+    return anew
+
+
+# Real processes
+
+
+def start(
+    source: Path, out: Path, *options: str, workers: int = 1, **env: str
+) -> subprocess.Popen[str]:
+    """`occgen-hub build` in a process group of its own."""
+    places = ["--input", str(source), "--output", str(out)]
+    choices = ["--set", COARSE, "--workers", str(workers), *options]
+    return subprocess.Popen(
+        [sys.executable, "-m", "occgen_hub", "build", *places, *choices],
+        env=os.environ | {"TQDM_DISABLE": "1"} | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        stdout, stderr = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def wait_until(condition: Callable[[], Any], timeout: float = 60) -> Any:
+    end = time.monotonic() + timeout
+    while not (value := condition()):
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.002)
+    return value
+
+
+def descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    try:
+        return psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return [child for child in descendants(process) if "spawn_main" in " ".join(child.cmdline())]
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def begun(out: Path) -> bool:
+    """Whether a trajectory is being written."""
+    return any(out.glob("*/*/.*.partial"))
+
+
+def finished(out: Path) -> list[Path]:
+    return [mark.parents[1] for mark in out.glob(f"*/*/trajectory_*/{RECORD}")]
+
+
+def check_resumed(source: Path, out: Path, expected: Tree, workers: int = 1) -> None:
+    """Start an interrupted build again: it does what is missing and nothing else."""
+    done = finished(out)
+    before = {folder: marks(folder) for folder in done}
+    summary = build(source, out, workers=workers)
+    assert counts(summary) == (3 - len(done), len(done), 0)
+    assert tree(out) == expected
+    assert {folder: marks(folder) for folder in done} == before
+
+
+def check_clean(stderr: str) -> None:
+    """No traceback, nor anything else that Python says by itself."""
+    for word in ("Traceback", "Exception", "Error", "Warning", "File "):
+        assert word not in stderr, stderr
+
+
+# The same bytes
+
+
+def test_two_workers_give_the_bytes_of_one_and_survive_a_failure(
+    mine: Path, expected: Tree, tmp_path: Path, command: Command
+) -> None:
+    out, broken = tmp_path / "out", "sample_zed/house_000/trajectory_2"
+    shutil.copytree(mine / FIRST, mine / broken)
+    (mine / broken / TABLE).write_bytes((mine / FIRST / TABLE).read_bytes()[:100])
+    process = start(mine, out, workers=2)
+    environments = wait_until(lambda: [dict(w.environ()) for w in workers_of(process)])
+    done = finish(process)
+    share = str(max(1, len(os.sched_getaffinity(0)) // 2))
+    for name in ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        assert {environment[name] for environment in environments} == {share}
+
+    assert done.returncode == 1
+    assert "3 built, 0 already there, 1 failed of 4 episodes; 9 frames" in done.stdout
+    assert f"failed  {broken}: {mine / broken / TABLE}: is not a parquet file" in done.stderr
+    check_clean(done.stderr)
+    (row,) = map(json.loads, (out / "failures.jsonl").read_text().splitlines())
+    assert row["episode"] == broken
+    assert row["reason"] in done.stderr
+    found = tree(out)
+    del found["failures.jsonl"]
+    assert found == expected
+
+    shutil.rmtree(mine / broken)
+    code, said, _ = command(mine, out)
+    assert code == 0
+    assert "0 built, 3 already there, 0 failed" in said
+    assert tree(out) == expected
+
+
+def test_it_does_not_matter_where_the_tree_is_or_how_it_is_named(
+    source: Path, expected: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    moved = Path(shutil.copytree(source, "elsewhere"))
+    link = Path("link")
+    link.symlink_to(source)
+    for number, root in enumerate((moved, link, link / "sample_zed", Path("x/../link").resolve())):
+        out = Path(f"out_{number}")
+        build(root, out)
+        assert tree(out) == expected, root
+        shutil.rmtree(out)
+
+
+def test_nor_do_threads_and_unset_memory_where_the_video_is_made(
+    without_video: Path, tmp_path: Path
+) -> None:
+    process = start(
+        without_video, tmp_path / "there", NUMBA_NUM_THREADS="1", MALLOC_PERTURB_="170"
+    )  # fmt: skip
+    build(without_video, tmp_path / "here")
+    assert finish(process).returncode == 0
+    assert tree(tmp_path / "there") == tree(tmp_path / "here")
+    assert (tmp_path / "here" / FIRST / VIDEO / "reference.mp4").stat().st_size > 1000
+
+
+def test_equal_frames_give_an_equal_video(source: Path, tmp_path: Path) -> None:
+    """Pictures, and of this size: those on which x264 goes by what was in memory before."""
+    code = (
+        "import sys; from pathlib import Path; from occgen_hub.media import read_rgb, write_video;"
+        "paths = [Path(sys.argv[1], f'{t % 4}.jpg') for t in range(12)];"
+        "write_video(Path(sys.argv[2]), (read_rgb(path, (424, 240)) for path in paths), 10.0)"
+    )
+    made = set()
+    for memory in ("0", "1", "85", "170"):
+        path = tmp_path / f"{memory}.mp4"
+        arguments = [sys.executable, "-c", code, str(source / THIRD / RGB), str(path)]
+        subprocess.run(arguments, env=os.environ | {"MALLOC_PERTURB_": memory}, check=True)
+        made.add(path.read_bytes())
+    assert len(made) == 1
+
+
+# Killed
+
+
+@pytest.mark.parametrize(
+    ("workers", "moment"),
+    [(1, finished), pytest.param(2, begun, marks=pytest.mark.slow)],
+    ids=["one process, first trajectory there", "two, first one begun"],
+)
+def test_killed_and_started_again(
+    source: Path, expected: Tree, tmp_path: Path, workers: int, moment: Callable[[Path], Any]
+) -> None:
+    out = tmp_path / "out"
+    process = start(source, out, workers=workers)
+    wait_until(lambda: moment(out))
+    os.killpg(process.pid, signal.SIGKILL)
+    finish(process)
+    assert len(finished(out)) < 3
+    check_resumed(source, out, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_at_many_moments(source: Path, expected: Tree, tmp_path: Path, workers: int) -> None:
+    """From the first write on, every next kill a little later; now and then the parent alone."""
+    rng = random.Random(workers)
+    for number in range(9 - 3 * workers):
+        out = tmp_path / f"out_{number}"
+        process = start(source, out, workers=workers)
+        wait_until(lambda out=out: begun(out) or finished(out))
+        family = descendants(process)
+        time.sleep(number * 0.2 + rng.uniform(0, 0.2))
+        if rng.random() < 0.3:
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+        finish(process)
+        wait_until(lambda family=family: not alive(family), timeout=2)
+        check_resumed(source, out, expected)
+
+
+def test_whatever_renames_leave_behind_is_put_right(
+    source: Path, expected: Tree, tmp_path: Path
+) -> None:
+    """States between two renames, made by hand."""
+    out = tmp_path / "out"
+    build(source, out)
+    (out / FIRST).rename((out / FIRST).with_name(".trajectory_0.old"))
+    half = (out / FIRST).with_name(".trajectory_0.partial")
+    shutil.copytree(out / SECOND, half)
+    shutil.copytree(out / SECOND / "meta", (out / SECOND).with_name(".trajectory_1.old"))
+    (out / THIRD).with_name(".trajectory_0.partial").mkdir()
+    assert counts(build(source, out)) == (0, 3, 0)
+    assert tree(out) == expected
+
+    (out / FIRST).rename((out / FIRST).with_name(".trajectory_0.old"))
+    assert counts(build(source, out, overwrite=True)) == (3, 0, 0)
+    assert tree(out) == expected
+
+
+def test_a_killed_worker_costs_nothing(source: Path, expected: Tree, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start(source, out, workers=2)
+    wait_until(lambda: begun(out))
+    workers_of(process)[0].kill()
+    done = finish(process)
+    assert done.returncode == 0, done.stderr
+    assert "3 built, 0 already there, 0 failed of 3 episodes; 9 frames" in done.stdout
+    assert tree(out) == expected
+    check_clean(done.stderr)
+
+
+def test_workers_end_with_their_parent(source: Path, expected: Tree, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start(source, out, workers=2)
+    wait_until(lambda: begun(out))
+    family = descendants(process)
+    assert len(alive(family)) >= 2
+    process.kill()
+    wait_until(lambda: not alive(family), timeout=2)
+    finish(process)
+    check_resumed(source, out, expected)
+
+
+def test_a_pool_that_breaks_loses_no_episode(source: Path, tmp_path: Path) -> None:
+    class Broken(ProcessPoolExecutor):
+        def submit(self, *_: Any, **__: Any) -> Any:
+            raise BrokenProcessPool
+
+    builder = InternNavBuilder(source)
+    waiting, suspects = deque(list_episodes(builder)), list[EpisodeRef]()
+    assert not list(_feed(Broken(), waiting, suspects, builder, tmp_path, Settings(), 2))
+    assert len(waiting) + len(suspects) == 3
+
+
+class Deadly(InternNavBuilder):
+    """Kills the process that reads the second trajectory."""
+
+    def read(self, ref: EpisodeRef) -> Episode:
+        if ref.id == SECOND:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(ref)
+
+
+@pytest.mark.slow
+def test_an_episode_that_kills_its_process_fails_alone(
+    source: Path, expected: Tree, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    summary = build(source, out, workers=2, builder=Deadly(source))
+    assert counts(summary) == (2, 0, 1)
+    assert summary.failures[0].id == SECOND
+    assert "was killed" in summary.failures[0].reason
+    check_resumed(source, out, expected)
+
+
+# Interrupted
+
+
+def check_stopped(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    """Signal the whole group, as a terminal does: it ends, all of it, with a sentence."""
+    family = descendants(process)
+    os.killpg(process.pid, number)
+    done = finish(process)
+    assert done.returncode == 128 + number, done.stderr
+    assert "Stopped. What was finished stays; the same command goes on from there." in done.stderr
+    check_clean(done.stderr)
+    wait_until(lambda: not alive(family), timeout=2)
+
+
+@pytest.mark.parametrize(
+    ("workers", "number"), [(1, signal.SIGINT), (2, signal.SIGINT), (1, signal.SIGTERM)]
+)
+def test_interrupted_and_started_again(
+    source: Path, expected: Tree, tmp_path: Path, workers: int, number: signal.Signals
+) -> None:
+    out = tmp_path / "out"
+    process = start(source, out, workers=workers)
+    wait_until(lambda: begun(out))
+    check_stopped(process, number)
+    if workers == 1:
+        assert not begun(out)
+    check_resumed(source, out, expected)
+
+
+def test_interrupted_while_the_workers_start(source: Path, tmp_path: Path) -> None:
+    process = start(source, tmp_path / "out", workers=2)
+    wait_until(lambda: len(workers_of(process)) == 2)
+    check_stopped(process, signal.SIGINT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("workers", "number"), [(1, signal.SIGINT), (2, signal.SIGINT), (2, signal.SIGTERM)]
+)
+def test_interrupted_at_many_moments(
+    source: Path, tmp_path: Path, workers: int, number: signal.Signals
+) -> None:
+    """From the moment that the output folder is there: libraries load, kernels run, files come."""
+    rng = random.Random(workers)
+    for step in range(4):
+        out = tmp_path / f"out_{step}"
+        process = start(source, out, workers=workers)
+        wait_until(out.exists)
+        time.sleep(step * 0.3 + rng.uniform(0, 0.3))
+        if process.poll() is None and len(finished(out)) < 2:
+            check_stopped(process, number)
+        finish(process)
+
+
+def test_an_interruption_that_a_library_swallowed_still_stops(
+    source: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As happens while pandas is imported from compiled code: the build goes on, a moment."""
+
+    class Swallowing(InternNavBuilder):
+        def read(self, ref: EpisodeRef) -> Episode:
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except BaseException:
+                raise RuntimeError("half imported") from None
+            return super().read(ref)
+
+    monkeypatch.setattr("occgen_hub.builder.load_builder", lambda name, root: Swallowing(root))
+    code, _, errors = command(source, tmp_path / "out")
+    assert (code, tree(tmp_path / "out")) == (130, {})
+    assert errors.strip() == (
+        "Stopped. What was finished stays; the same command goes on from there."
+    )
+
+
+# Run again
+
+
+def test_run_again_it_does_nothing(
+    source: Path, out: Path, expected: Tree, command: Command
+) -> None:
+    before = marks(out)
+    code, said, errors = command(source, out)
+    assert (code, errors) == (0, "")
+    assert "0 built, 3 already there, 0 failed of 3 episodes; 0 frames" in said
+    assert (marks(out), tree(out)) == (before, expected)
+
+
+def test_overwrite_builds_all(source: Path, out: Path, expected: Tree) -> None:
+    before = marks(out)
+    assert counts(build(source, out, overwrite=True)) == (3, 0, 0)
+    assert rebuilt(before, out) == {FIRST, SECOND, THIRD}
+    assert tree(out) == expected
+
+
+def test_a_changed_setting_builds_all(source: Path, out: Path, expected: Tree) -> None:
+    assert counts(build(source, out, "voxel_size=0.2")) == (3, 0, 0)
+    assert tree(out) != expected
+    assert counts(build(source, out, "voxel_size=0.2")) == (0, 3, 0)
+    assert counts(build(source, out)) == (3, 0, 0)
+    assert tree(out) == expected
+
+
+def test_settings_from_a_file_are_the_same(source: Path, out: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("voxel_size: 0.1\n")
+    chosen = Settings(config=load_config(config))
+    builder = load_builder("internnav", source)
+    assert counts(run(builder, list_episodes(builder), out, chosen)) == (0, 3, 0)
+
+
+def test_media_kept_or_left_out_is_built_anew_but_linked_is_kept(source: Path, out: Path) -> None:
+    assert counts(build(source, out, media="link")) == (0, 3, 0)
+    assert counts(build(source, out, media="none")) == (3, 0, 0)
+    assert not list(out.rglob("*.jpg"))
+    assert counts(build(source, out, media="link")) == (3, 0, 0)
+    image = Path(f"{RGB}/0.jpg")
+    assert (out / FIRST / image).samefile(source / FIRST / image)
+    assert counts(build(source, out, media="copy")) == (0, 3, 0)
+
+
+def density(folder: Path) -> None:
+    """Another JPEG of the same size and time: only one byte of its header differs."""
+    path = folder / RGB / "1.jpg"
+    stat, data = path.stat(), bytearray(path.read_bytes())
+    data[15] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def pose(folder: Path) -> None:
+    table = pq.read_table(folder / TABLE)
+    index = table.schema.get_field_index("action")
+    poses = table.column(index).to_pylist()
+    poses[0][0][3] += 0.01
+    column = pa.array(poses, table.schema.field(index).type)
+    pq.write_table(table.set_column(index, table.schema.field(index), column), folder / TABLE)
+
+
+def fewer_frames(folder: Path) -> None:
+    table = pq.read_table(folder / TABLE)
+    last = table.num_rows - 1
+    pq.write_table(table.slice(0, last), folder / TABLE)
+    for name in (f"{RGB}/{last}.jpg", f"{DEPTH}/{last}.png"):
+        (folder / name).unlink()
+
+
+def words(folder: Path) -> None:
+    path = folder / "meta/tasks.jsonl"
+    path.write_text(path.read_text().replace("task", "tasK", 1))
+
+
+@pytest.mark.parametrize("change", [density, pose, fewer_frames, words])
+def test_a_changed_source_is_built_anew(
+    mine: Path, out: Path, change: Callable[[Path], None], tmp_path: Path
+) -> None:
+    assert counts(build(mine, out)) == (0, 3, 0)
+    before = marks(out)
+    change(mine / SECOND)
+    assert counts(build(mine, out)) == (1, 2, 0)
+    assert rebuilt(before, out) == {SECOND}
+    build(mine, tmp_path / "fresh")
+    assert tree(out) == tree(tmp_path / "fresh")
+
+
+def test_a_touched_source_is_not(mine: Path, out: Path) -> None:
+    assert counts(build(mine, out)) == (0, 3, 0)
+    before = marks(out)
+    for path in (mine / SECOND).rglob("*"):
+        path.touch()
+    (mine / SECOND / RGB / "Thumbs.db").touch()
+    assert counts(build(mine, out)) == (0, 3, 0)
+    assert marks(out) == before
+
+
+def test_unchanged_sources_are_read_once(
+    mine: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later run knows them by their times, however it came that these differ."""
+    read: list[Path] = []
+    monkeypatch.setattr(
+        InternNavBuilder,
+        "fingerprint",
+        lambda self, paths, of=InternNavBuilder.fingerprint: (
+            read.append(self.root) or of(self, paths)
+        ),
+    )
+    for _ in range(2):
+        build(mine, out)
+        assert len(read) == 3  # A copied tree's times are new.
+    (mine / FIRST / TABLE).touch()
+    for _ in range(2):
+        build(mine, out)
+        assert len(read) == 4
+    build(mine, out, overwrite=True)
+    del read[:]
+    build(mine, out)
+    assert read == []
+
+
+def test_a_source_changed_before_its_dataset_was_copied_is_noticed(
+    mine: Path, tmp_path: Path
+) -> None:
+    """The copy is younger than the change."""
+    build(mine, tmp_path / "out")
+    density(mine / THIRD)
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path / "out", copy, copy_function=shutil.copyfile)
+    assert counts(build(mine, copy)) == (1, 2, 0)
+
+
+def test_a_missing_file_builds_its_trajectory(source: Path, out: Path, expected: Tree) -> None:
+    before = marks(out)
+    (out / SECOND / RGB / "1.jpg").unlink()
+    (out / THIRD / RECORD).write_text("{}\n")
+    assert counts(build(source, out)) == (2, 1, 0)
+    assert rebuilt(before, out) == {SECOND, THIRD}
+    assert tree(out) == expected
+
+
+def test_a_source_that_changes_while_it_is_read_fails(mine: Path, tmp_path: Path) -> None:
+    class Disturbed(InternNavBuilder):
+        def read(self, ref: EpisodeRef) -> Episode:
+            episode = super().read(ref)
+            if ref.id == SECOND:
+                pose(ref.path)
+            return episode
+
+    out = tmp_path / "out"
+    summary = build(mine, out, builder=Disturbed(mine))
+    assert counts(summary) == (2, 0, 1)
+    assert "changed while it was read; run the build again." in summary.failures[0].reason
+    assert not (out / SECOND).exists()
+    assert counts(build(mine, out)) == (1, 2, 0)
+
+
+# What the command does and says
+
+
+def test_limit(source: Path, tmp_path: Path, expected: Tree, command: Command) -> None:
+    code, said, _ = command(source, tmp_path / "out", "--limit", "2")
+    assert code == 0
+    assert "2 built, 0 already there, 0 failed of 2 episodes; 5 frames" in said
+    built = {k: v for k, v in expected.items() if "house_001" not in k}
+    assert tree(tmp_path / "out") == built
+
+
+def test_dry_run_writes_nothing(mine: Path, out: Path, command: Command) -> None:
+    code, said, _ = command(mine, out.with_name("other"), "--dry-run")
+    assert (code, out.with_name("other").exists()) == (0, False)
+    assert "3 of 3 episodes would be built" in said
+
+    pose(mine / FIRST)
+    shutil.rmtree(mine / SECOND / "data")
+    (mine / SECOND / "data").mkdir()
+    half = (out / FIRST).with_name(".trajectory_0.partial")
+    half.mkdir()
+    before = [(path, path.stat().st_ctime_ns) for path in sorted(out.rglob("*"))]
+    code, said, _ = command(mine, out, "--dry-run")
+    assert code == 0
+    assert f"{FIRST}  to build\n{SECOND}  would fail: " in said
+    assert f"{THIRD}  present\n2 of 3 episodes would be built" in said
+    assert [(path, path.stat().st_ctime_ns) for path in sorted(out.rglob("*"))] == before
+    assert "3 of 3 episodes would be built" in command(mine, out, "--dry-run", "--overwrite")[1]
+
+
+def test_one_build_at_a_time(source: Path, out: Path, expected: Tree, command: Command) -> None:
+    handle = os.open(out, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    code, _, errors = command(source, out, "--overwrite")
+    os.close(handle)
+    assert code == 2
+    assert errors == (
+        f"Error: {out}: another build is writing here; wait for it or choose another --output.\n"
+    )
+    assert tree(out) == expected
+    assert command(source, out)[0] == 0
+
+
+def test_an_old_trajectory_outlives_a_failed_overwrite(
+    mine: Path, out: Path, expected: Tree
+) -> None:
+    (mine / SECOND / DEPTH / "1.png").write_bytes(b"")
+    assert counts(build(mine, out, overwrite=True)) == (2, 0, 1)
+    (out / "failures.jsonl").unlink()
+    assert tree(out) == expected
+
+
+def test_progress_counts_every_frame_and_episode(source: Path, tmp_path: Path) -> None:
+    frames: list[int] = []
+    episodes: list[str] = []
+    listener = Listener(lambda result: episodes.append(result.id), frames.append)
+    build(source, tmp_path / "out", listener=listener)
+    assert (sum(frames), episodes) == (9, [FIRST, SECOND, THIRD])
+
+
+# Folders that cannot be written
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """A file system whose options, such as its size, can be set; skips where none can be had."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system may be mounted here")
+
+    def options(text: str) -> Path:
+        subprocess.run(["mount", "-o", f"remount,{text}", str(place)], check=True)
+        return place
+
+    yield options
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("video", [True, False], ids=["video copied", "video made"])
+def test_full_disk(
+    source: Path, without_video: Path, disk: Callable[[str], Path], command: Command, video: bool
+) -> None:
+    """Full at each stage of writing: it says so, and leaves nothing half."""
+    root = source if video else without_video
+    place = disk("size=20k")
+    for size in ("20k", "80k", "200k", "500k", "900k", "1300k", "1700k"):
+        out = disk(f"size={size}") / "out"
+        code, said, errors = command(root, out, "--limit", "1")
+        if code == 0:
+            break
+        assert code == 1, size
+        assert "No space left on device" in errors, size
+        assert "unforeseen" not in errors + said
+        assert "not foreseen" not in errors + said
+        assert "Traceback" not in errors
+        assert {path.name for path in out.rglob("*")} <= {"failures.jsonl"}
+    disk("size=64m")
+    assert command(root, place / "out")[0] == 0
+    assert not (place / "out/failures.jsonl").exists()
+
+
+def test_read_only_folder(
+    source: Path, undisturbed: Path, expected: Tree, disk: Callable[[str], Path], command: Command
+) -> None:
+    place = disk("size=64m")
+    out = place / "out"
+    shutil.copytree(undisturbed, out)
+    shutil.rmtree(out / SECOND)
+    disk("ro")
+    code, said, errors = command(source, out)
+    assert code == 1
+    assert f"failed  {SECOND}: " in errors
+    assert "Read-only file system" in errors
+    assert "Traceback" not in errors
+    code, _, errors = command(source, place / "new")
+    assert code == 2
+    assert "cannot be made or opened (Read-only file system)" in errors
+
+    disk("rw")
+    assert command(source, out)[0] == 0
+    disk("ro")
+    code, said, errors = command(source, out)
+    assert (code, errors) == (0, "")
+    assert "3 already there" in said
+    assert tree(out) == expected
