@@ -553,7 +553,7 @@ def _rate(info: dict[str, Any], video: VideoFacts | None, files: Files) -> tuple
         return stated, []
     fps = round(video.fps, 6)
     if stated is not None and abs(stated - fps) > 1e-3:
-        text = f"info.json says {stated:g} fps, {files.video.name} {fps:g}: the video counts"
+        text = f"info.json says {stated:g} fps, the video {fps:g}: the video counts"
         return fps, [Note("fps", text)]
     return fps, []
 

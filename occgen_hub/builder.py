@@ -237,10 +237,10 @@ def frames_occupancy(
 def clear_leftovers(place: Path) -> None:
     """Undo what an interrupted build left beside `place`."""
     partial, old = _beside(place)
-    shutil.rmtree(partial, ignore_errors=True)
+    _remove(partial)
     if old.exists() and not place.exists():
         old.rename(place)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
 
 
 @contextmanager
@@ -259,7 +259,15 @@ def staged(place: Path) -> Iterator[Path]:
             place.parent.rmdir()
             place.parent.parent.rmdir()
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder with all in it, or whatever a user put in its place."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _beside(place: Path) -> tuple[Path, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import signal
@@ -276,6 +277,9 @@ def inspect(folder: Path, trajectory: str | None, frame: int | None, preview: Pa
 def main() -> None:
     """Run the command line; errors become one sentence and an exit code."""
     _stop_in_order()
+    for stream in (sys.stdout, sys.stderr):  # A file's name may be no text that a terminal has.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = cli.main(standalone_mode=False)
     except click.ClickException as error:

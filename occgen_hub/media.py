@@ -130,27 +130,40 @@ def video_frames(path: Path) -> Iterator[NDArray[np.uint8]]:
 
 
 class VideoReader:
-    """Frames of a video by number; reading forward is cheap, going back starts over."""
+    """Frames of a video by number, best asked for in order; going far back starts over.
+
+    Frames that were passed over are kept for a while, for threads that ask a little out of order.
+    """
+
+    KEPT = 16
 
     def __init__(self, path: Path, size: tuple[int, int]) -> None:
         self._path, self._size = path, size
         self._next = 0
         self._frames = video_frames(path)
+        self._passed: dict[int, NDArray[np.uint8]] = {}
         self._lock = threading.Lock()
 
     def __call__(self, number: int) -> NDArray[np.uint8]:
         """(H, W, 3) uint8 RGB, resized to the size asked for."""
         with self._lock:
+            if number in self._passed:
+                return self._resized(self._passed.pop(number))
             if number < self._next:
                 self._next, self._frames = 0, video_frames(self._path)
             for frame in self._frames:
                 self._next += 1
                 if self._next > number:
-                    image = Image.fromarray(frame)
-                    if image.size != self._size:
-                        image = image.resize(self._size, Image.Resampling.BILINEAR)
-                    return np.asarray(image)
+                    return self._resized(frame)
+                self._passed[self._next - 1] = frame
+                self._passed.pop(self._next - 1 - self.KEPT, None)
         raise SourceError(self._path, f"ends before frame {number}", RESTORE)
+
+    def _resized(self, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        image = Image.fromarray(frame)
+        if image.size != self._size:
+            image = image.resize(self._size, Image.Resampling.BILINEAR)
+        return np.asarray(image)
 
 
 def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], fps: float) -> None:

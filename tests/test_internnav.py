@@ -202,7 +202,7 @@ def test_what_is_wrong_in_the_real_files_is_said_once(tmp_path: Path) -> None:
         "info.json declares timestamp, frame_index, episode_index, task_index, which the parquet "
         "lacks: worked out anew"
     )
-    assert said["fps"] == "info.json says 30 fps, episode_000000.mp4 10: the video counts"
+    assert said["fps"] == "info.json says 30 fps, the video 10: the video counts"
     assert "480 x 272, the images 480 x 270: the images count" in said["video size"]
     assert "JSON inside strings" in said["task json"]
     assert len(said) == 5

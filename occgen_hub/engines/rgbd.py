@@ -36,10 +36,12 @@ def reconstruct(episode: Episode, config: Config) -> Reconstruction:
         episode.intrinsics,
     )
     fused = VoxelDownsample(config.fusion_size)
-    if np.abs(poses[:, :3, 3]).max() + config.depth_range[1] * 4 > fused.reach:
+    farthest = np.abs(poses[:, :3, 3]).max() + _longest_ray(episode, config.depth_range[1])
+    if farthest > fused.reach:
         raise OccGenError(
-            f"{episode.id}: a camera stands more than {fused.reach:.0f} m from the world's origin; "
-            "subtract an offset from the source's poses or set a larger fusion_voxel_size."
+            f"{episode.id}: a camera may see {farthest:.0f} m from the world's origin, beyond the "
+            f"{fused.reach:.0f} m that can be fused; subtract an offset from the source's poses or "
+            "set a larger fusion_voxel_size."
         )
 
     def measured(t: int) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
@@ -51,3 +53,12 @@ def reconstruct(episode: Episode, config: Config) -> Reconstruction:
     for points, colors in ahead(measured, range(0, episode.length, config.interval)):
         fused.add(points, colors)
     return Reconstruction("rgbd", fused.cloud(), poses, intrinsics)
+
+
+def _longest_ray(episode: Episode, depth: float) -> float:
+    """Metres to where a corner of the image is at a depth, over all frames."""
+    assert episode.intrinsics is not None
+    K, size = episode.intrinsics, np.asarray(episode.image_size)
+    centre, focal = K[:, :2, 2], K[:, [0, 1], [0, 1]]
+    slope = np.maximum(np.abs(centre), np.abs(size - centre)) / focal
+    return depth * float(np.sqrt(1 + (slope**2).sum(axis=1)).max())
