@@ -102,7 +102,8 @@ class DatasetBuilder(ABC):
         clear_leftovers(place)
         schema = load_schema(self.schema)
         provenance = self.provenance(settings)
-        if not settings.overwrite and (changed := self._verified(ref, out, settings)) is not None:
+        reason, changed = self._compare(ref, out, settings)
+        if reason is None and not settings.overwrite:
             _remember(place, changed)
             return Built(ref.id, "present", 0)
 
@@ -118,7 +119,10 @@ class DatasetBuilder(ABC):
             if _stamps(sources) != before:
                 raise SourceError(ref.path, "changed while it was read", "run the build again")
             _remember(folder, _newest(sources))
-        return Built(ref.id, "built", episode.length, (*episode.notes, *scene.notes), clock.seconds)
+        notes = (*episode.notes, *scene.notes)
+        if reason not in (None, "is not there"):
+            notes = (Note("built again", f"what was there {reason}: built again"), *notes)
+        return Built(ref.id, "built", episode.length, notes, clock.seconds)
 
     def fingerprint(self, sources: Iterable[Path]) -> str:
         """SHA-256 over the names and contents of files, in their order.
@@ -139,32 +143,44 @@ class DatasetBuilder(ABC):
             digest.update(f"{path.relative_to(shared).as_posix()}\0{content}\n".encode())
         return digest.hexdigest()
 
-    def is_current(self, ref: EpisodeRef, out: Path, settings: Settings) -> bool:
-        """Whether `out / ref.id` holds what building would give, as far as its record tells."""
-        return self._verified(ref, out, settings) is not None
+    def outdated(self, ref: EpisodeRef, out: Path, settings: Settings) -> str | None:
+        """Why `out / ref.id` is not what building would give, as far as its record tells.
 
-    def _verified(self, ref: EpisodeRef, out: Path, settings: Settings) -> int | None:
-        """When the sources last changed if `out / ref.id` is current, None if it is not."""
+        None if it is; "is not there" if there is nothing.
+        """
+        return self._compare(ref, out, settings)[0]
+
+    def _compare(self, ref: EpisodeRef, out: Path, settings: Settings) -> tuple[str | None, int]:
+        """`outdated`, and when the sources last changed (0 if it does not come to that)."""
         place, schema = out / ref.id, load_schema(self.schema)
         mark = place / schema.path("record")
-        if not mark.is_file():
-            return None
+        if not place.exists():
+            return "is not there", 0
         try:
             record = read_json(mark)
             recorded = str(record["source"]["fingerprint"])
             files = list(record["files"])
         except (SourceError, KeyError, TypeError):
-            return None
+            return "has no usable record", 0
         expected = self.provenance(settings).record(schema, ref.id, recorded)
-        if any(record.get(key) != value for key, value in expected.items()):
-            return None
+        for key, value in expected.items():
+            if record.get(key) != value:
+                return f"was built with another {key}{_difference(record.get(key), value)}", 0
         if not all((place / name).is_file() for name in files):
-            return None
+            return "lacks files", 0
         sources = self.sources(ref)
         changed = _newest(sources)
         if changed == place.stat().st_mtime_ns or self.fingerprint(sources) == recorded:
-            return changed
-        return None
+            return None, changed
+        return "was built from a source that has changed", 0
+
+
+def _difference(was: object, now: object) -> str:
+    """In brackets what differs between two values, or two mappings, of a record."""
+    if not isinstance(was, dict) or not isinstance(now, dict):
+        return f" ({was}, now {now})"
+    parts = [f"{k} {was.get(k)}, now {v}" for k, v in now.items() if was.get(k) != v]
+    return f" ({'; '.join(parts)[:200]})" if parts else ""
 
 
 class Stopwatch:

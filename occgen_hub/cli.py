@@ -36,7 +36,7 @@ class Examples(click.Command):
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="occgen-hub")
+@click.version_option(package_name="occgen-hub", prog_name="occgen-hub")
 def cli() -> None:
     """Turn recordings into 4D occupancy datasets for LeRobot and the Hugging Face Hub.
 
@@ -64,7 +64,7 @@ def sample(out: Path, trajectories: int, frames: int, seed: int, layout: Any, fa
 
     from occgen_hub.sample import make_sample
 
-    with tqdm(unit="frame", desc="sample", leave=False) as bar:
+    with tqdm(unit="frame", desc="sample", leave=False, disable=_no_bar()) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
@@ -143,8 +143,9 @@ def _plan(builder: DatasetBuilder, refs: list[EpisodeRef], out: Path, settings: 
     missing = 0
     for ref in refs:
         try:
-            present = not settings.overwrite and builder.is_current(ref, out, settings)
-            state = "present" if present else "to build"
+            reason = builder.outdated(ref, out, settings)
+            present = reason is None and not settings.overwrite
+            state = "present" if present else f"to build: {reason or 'is there, --overwrite'}"
         except OccGenError as error:
             present, state = False, f"would fail: {error}"
         missing += not present
@@ -167,7 +168,9 @@ def _build(
     seen: set[str] = set()
     frames = 0
     turn = Lock()  # Frames are counted in a thread of its own where there are workers.
-    with tqdm(total=len(refs), unit="episode", desc="build", dynamic_ncols=True) as bar:
+    with tqdm(
+        total=len(refs), unit="episode", desc="build", dynamic_ncols=True, disable=_no_bar()
+    ) as bar:
 
         def finished(result: Result) -> None:
             _stop_if_asked()
@@ -187,6 +190,11 @@ def _build(
         summary = run(builder, refs, out, settings, workers, Listener(finished, count))
     _print_summary(summary, out, refs)
     return 1 if summary.failures else 0
+
+
+def _no_bar() -> bool | None:
+    """For tqdm's `disable`: None leaves out bars where no terminal is."""
+    return True if os.environ.get("TQDM_DISABLE", "0") not in ("", "0") else None
 
 
 def _news(result: Result, seen: set[str]) -> list[str]:
@@ -213,7 +221,7 @@ def _print_summary(summary: Summary, out: Path, refs: list[EpisodeRef]) -> None:
         click.echo(f"Time spent: {shares}.")
     repeated = [f"{code} ({n})" for code, n in sorted(summary.notes.items()) if n > 1]
     if repeated:
-        click.echo(f"Notes on several episodes: {', '.join(repeated)}.")
+        click.echo(f"Notes that were on several episodes, and on how many: {', '.join(repeated)}.")
     if summary.failures:
         click.echo(f"The failures are listed in {out / FAILURES}:")
         for failure in summary.failures[:20]:
@@ -237,7 +245,7 @@ def validate(folder: Path, as_json: bool) -> int:
     from occgen_hub.files import dump_json
     from occgen_hub.validation import validate as check
 
-    with tqdm(unit="trajectory", desc="validate", leave=False) as bar:
+    with tqdm(unit="trajectory", desc="validate", leave=False, disable=_no_bar()) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
@@ -249,8 +257,9 @@ def validate(folder: Path, as_json: bool) -> int:
     else:
         for finding in report.findings:
             click.echo(str(finding))
-        verdict = "valid" if report.valid else f"{len(report.findings)} findings"
-        click.echo(f"{report.trajectories} trajectories, {report.frames} frames: {verdict}.")
+        verdict = "valid" if report.valid else f"{len(report.findings)} finding(s)"
+        s = "y" if report.trajectories == 1 else "ies"
+        click.echo(f"{report.trajectories} trajector{s}, {report.frames} frames: {verdict}.")
     return 0 if report.valid else 1
 
 
@@ -267,10 +276,10 @@ def inspect(folder: Path, trajectory: str | None, frame: int | None, preview: Pa
     """Say what is in a dataset, and make a picture of one of its frames."""
     from occgen_hub.visual.inspection import describe, picture
 
-    for line in describe(folder):
-        click.echo(line)
     place = preview or Path(f"{folder.resolve().name}_preview.png")
     picture(folder, place, trajectory, frame)
+    for line in describe(folder, trajectory):
+        click.echo(line)
     click.echo(f"Picture: {place}")
 
 

@@ -137,7 +137,7 @@ def read_parquet(path: Path) -> pa.Table:
                 size += batch.nbytes
                 if size > MAX_TABLE_BYTES:
                     raise _too_large(path)
-            table = pa.Table.from_batches(batches, file.schema_arrow)
+            table = _plain(pa.Table.from_batches(batches, file.schema_arrow))
             table.validate(full=True)
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
             text = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
@@ -145,6 +145,17 @@ def read_parquet(path: Path) -> pa.Table:
             raise SourceError(path, problem, "restore it from the source") from None
     if len(set(table.column_names)) < table.num_columns:
         raise SourceError(path, "has two columns of one name", "restore it from the source")
+    return table
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """Extension types, as `datasets` has for matrices, as what they are stored as."""
+    for n, column in enumerate(table.columns):
+        if isinstance(column.type, pa.BaseExtensionType):
+            stored = pa.chunked_array(
+                [chunk.storage for chunk in column.chunks], column.type.storage_type
+            )
+            table = table.set_column(n, table.column_names[n], stored)
     return table
 
 

@@ -31,7 +31,7 @@ from occgen_hub.occupancy.codec import unpack
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.schema import Schema, load_schema
 
-REBUILD = "build this trajectory again"
+REBUILD = "remove this trajectory's folder and build it again"
 MAX_ARRAY_BYTES = 1 << 31
 CHUNK = 1 << 22
 SCHEMA = "trajectory"

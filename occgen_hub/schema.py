@@ -72,6 +72,24 @@ class Feature(BaseModel):
             "_type": f"Array{len(self.shape)}D",
         }
 
+    def arrow_field(self, name: str) -> pa.Field:
+        """The column's field; `datasets`, where it is loaded, knows its matrices by the metadata.
+
+        They are lists to all other readers, and nobody has to load `datasets` to write them.
+        """
+        if len(self.shape) < 2:
+            return pa.field(name, self.arrow_type())
+        extension = f"datasets.features.features.Array{len(self.shape)}DExtensionType"
+        parameters = json.dumps([self.shape, self.dtype])
+        return pa.field(
+            name,
+            self.arrow_type(),
+            metadata={
+                "ARROW:extension:name": extension,
+                "ARROW:extension:metadata": parameters,
+            },
+        )
+
     def to_arrow(self, values: np.ndarray[Any, Any] | list[str]) -> pa.Array:
         """(T, *shape) values, or (T,) of a scalar, to a column of `arrow_type`."""
         if self.dtype == "string":
@@ -158,7 +176,7 @@ class Schema(BaseModel):
         """The parquet's schema for these columns, with the types `datasets` gives them."""
         described = {name: feature.datasets_type() for name, feature in features.items()}
         metadata = {"huggingface": json.dumps({"info": {"features": described}})}
-        fields = [pa.field(name, feature.arrow_type()) for name, feature in features.items()]
+        fields = [feature.arrow_field(name) for name, feature in features.items()]
         return pa.schema(fields, metadata)
 
 

@@ -24,7 +24,7 @@ from occgen_hub.schema import ArraySpec, Feature, FileSpec
 
 RIGID = 1e-3
 MAX_DIMENSIONS = 5
-RESTORE = "restore it from a copy or build this trajectory again"
+RESTORE = "restore it from a copy, or remove this trajectory's folder and build it again"
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ def validate(root: Path, progress: Callable[[int, int], None] = lambda done, tot
         frames += length
         findings += problems
         progress(number + 1, len(found))
+    findings += _unlike(found)
     findings += _leftovers(root)
     return Report(str(root), len(found), frames, tuple(findings))
 
@@ -90,6 +91,22 @@ def check_trajectory(path: Path) -> tuple[int, list[Finding]]:
     except SourceError as error:
         return 0, [Finding(error.path, error.problem, RESTORE)]
     return check.frames, check.findings
+
+
+def _unlike(found: list[Path]) -> Iterator[Finding]:
+    """Trajectories with another grid than the first, which no batch can hold together."""
+    grids = []
+    for path in found:
+        try:
+            grids.append((path, Trajectory.open(path).grid))
+        except SourceError:  # It has a finding of its own.
+            continue
+    for path, grid in grids[1:]:
+        if grid != grids[0][1]:
+            problem = f"has {grid.shape} cells of {grid.voxel_size} m from {grid.lower}"
+            remedy = "build the whole dataset with one configuration"
+            yield Finding(str(path), f"{problem}, unlike {grids[0][0]}", remedy)
+            return
 
 
 def _leftovers(root: Path) -> Iterator[Finding]:
@@ -395,9 +412,7 @@ class _Check:
             for p in files_under(self.trajectory.path)
         }
         for name in sorted(held - set(files) - {mark.relative_to(self.trajectory.path).as_posix()}):
-            self.say(
-                self.trajectory.path / name, "is not in the record", "remove it or build again"
-            )
+            self.say(self.trajectory.path / name, "is not in the record", "remove it")
         for name, digest in files.items():
             if name not in held:
                 path = self.trajectory.path / name

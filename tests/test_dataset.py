@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ import pytest
 from PIL import Image
 from scipy import sparse
 
+from occgen_hub.files import read_parquet
 from occgen_hub.loading import Trajectory, trajectories
 from occgen_hub.media import video_facts, video_frames
 from occgen_hub.schema import load_schema
@@ -67,6 +71,11 @@ def test_datasets_gives_arrays_of_the_declared_shape(trajectory, source):
     loaded = datasets.load_dataset("parquet", data_files=path, split="train", cache_dir=None)
     info = json.loads((trajectory / "meta/info.json").read_text())
     assert set(loaded.features) == set(info["features"])
+    assert loaded.features["action"] == datasets.Array2D(shape=(4, 4), dtype="float32")
+    assert loaded.features["observation.camera_intrinsic_occ"] == datasets.Array2D(
+        shape=(3, 3), dtype="float32"
+    )
+    assert loaded.features["timestamp"] == datasets.Value("float32")
     rows = loaded.with_format("numpy")[:]
     for name, feature in info["features"].items():
         shape = () if feature["shape"] == [1] else tuple(feature["shape"])
@@ -86,7 +95,7 @@ def test_datasets_gives_arrays_of_the_declared_shape(trajectory, source):
 
 def test_info_declares_what_the_parquet_holds(trajectory):
     info = json.loads((trajectory / "meta/info.json").read_text())
-    table = pq.read_table(trajectory / "data/chunk-000/episode_000000.parquet")
+    table = read_parquet(trajectory / "data/chunk-000/episode_000000.parquet")
     assert set(info["features"]) == set(table.column_names)
     assert info["total_frames"] == table.num_rows
     names = info["features"]["observation.camera_extrinsic_occ"]["names"]
@@ -270,3 +279,37 @@ def test_interval_uses_every_nth_frame_and_still_writes_every_frame(sample_tree,
             json.loads((out / ref.id / "meta/occgen.json").read_text())["scene"]["points"]
         )
     assert points[1] < points[0]
+
+
+def test_without_datasets_the_matrices_are_lists(trajectory):
+    """In a process that never imports `datasets`, as with pandas or polars alone."""
+    code = (
+        "import sys, pandas as pd, numpy as np; "
+        "table = pd.read_parquet(sys.argv[1]); "
+        "poses = np.array([[*map(list, pose)] for pose in table['action']]); "
+        "sys.exit('datasets' in sys.modules or poses.shape[1:] != (4, 4))"
+    )
+    path = trajectory / "data/chunk-000/episode_000000.parquet"
+    subprocess.run([sys.executable, "-c", code, path], check=True)
+
+
+def test_trajectories_of_different_grids_are_no_dataset(sample_tree, dataset, tmp_path):
+    from occgen_hub.builder import Settings, load_builder
+    from occgen_hub.config import Config
+
+    shutil.copytree(dataset, tmp_path / "mixed")
+    builder = load_builder("internnav", sample_tree)
+    ref = list(builder.episodes())[1]
+    settings = Settings(Config(voxel_size=0.1), media="none")
+    reason = builder.outdated(ref, tmp_path / "mixed", settings)
+    assert "another config (voxel_size 0.02, now 0.1)" in reason
+    built = builder.build(ref, tmp_path / "mixed", settings)
+    assert built.notes[0].code == "built again"
+    record = json.loads((tmp_path / "mixed" / ref.id / "meta/occgen.json").read_text())
+    assert not any("built again" in note for note in record["notes"])
+    report = validate(tmp_path / "mixed")
+    assert len(report.findings) == 1
+    assert "one configuration" in report.findings[0].remedy
+    # Built again as it was, it is what it was.
+    builder.build(ref, tmp_path / "mixed", Settings())
+    assert validate(tmp_path / "mixed").valid

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from occgen_hub.errors import UsageError
+from occgen_hub.errors import SourceError, UsageError
 from occgen_hub.files import files_under, written_whole
 from occgen_hub.loading import Trajectory, npz_array, trajectories
 from occgen_hub.visual.preview import preview
@@ -13,44 +13,41 @@ from occgen_hub.visual.preview import preview
 SHOWN = 20
 
 
-def describe(root: Path) -> Iterator[str]:
-    """Lines about a dataset: its size, how it was built, and its trajectories, the first in full.
+def describe(root: Path, trajectory: str | None = None) -> Iterator[str]:
+    """Lines about a dataset: its size and its trajectories, one of which (the first) in full.
 
-    Raises UsageError when there is no trajectory, SourceError when one cannot be read.
+    Raises UsageError when there is no trajectory, SourceError when that one cannot be read.
     """
     found = _found(root)
-    first = Trajectory.open(found[0])
-    size = sum(path.stat().st_size for path in files_under(root))
-    frames = [_frames(Trajectory.open(path)) for path in found]
-    grid, record = first.grid, first.record
+    path = _chosen(root, found, trajectory)
+    opened = Trajectory.open(path)
+    grid, record = opened.grid, opened.record
     low, high = record["grid"]["pc_range"][:3], record["grid"]["pc_range"][3:]
-    source = record.get("source", {})
-    yield f"{root}: {len(found)} trajectories, {sum(frames)} frames, {size / 1e6:.1f} MB"
-    yield (
-        f"built by occgen-hub {record.get('version')}, source {source.get('builder')}, "
-        f"engine {record.get('engine')}, schema {record.get('schema', {}).get('name')}"
-    )
-    yield (
-        f"grid: {' x '.join(map(str, grid.shape))} cells of {grid.voxel_size} m, "
-        f"from {tuple(low)} to {tuple(high)} m in the camera's frame (x right, y down, z forward)"
-    )
-    for path, length in list(zip(found, frames, strict=True))[:SHOWN]:
-        yield _line(path, root, length)
+    size = sum(file.stat().st_size for file in files_under(root))
+    ending = "y" if len(found) == 1 else "ies"
+    yield f"{root}: {len(found)} trajector{ending}, {size / 1e6:.1f} MB"
+    for each in found[:SHOWN]:
+        yield _line(each, root)
     if len(found) > SHOWN:
         yield f"  and {len(found) - SHOWN} more"
-    yield from (f"note: {note}" for note in record.get("notes", []))
-    yield from (f"task: {task}" for task in first.tasks())
+    yield f"{_called(path, root)}:"
+    yield (
+        f"  built by occgen-hub {record.get('version')}, source {record['source'].get('builder')}, "
+        f"engine {record.get('engine')}, schema {record['schema'].get('name')}"
+    )
+    yield (
+        f"  grid: {' x '.join(map(str, grid.shape))} cells of {grid.voxel_size} m, "
+        f"from {tuple(low)} to {tuple(high)} m in the camera's frame (x right, y down, z forward)"
+    )
+    yield from (f"  note: {note}" for note in record["notes"])
+    yield from (f"  task: {task}" for task in opened.tasks())
 
 
 def picture(
     root: Path, place: Path, trajectory: str | None = None, frame: int | None = None
 ) -> None:
     """Write a PNG of one frame of a trajectory (its path below `root`; the first if None)."""
-    found = _found(root)
-    path = found[0] if trajectory is None else root / trajectory
-    if path not in found:
-        names = ", ".join(p.relative_to(root).as_posix() for p in found[:3])
-        raise UsageError(f"--trajectory {trajectory}: there is no such one; there are {names} ...")
+    path = _chosen(root, _found(root), trajectory)
     opened = Trajectory.open(path)
     length = _frames(opened)
     if frame is not None and frame >= length:
@@ -80,13 +77,33 @@ def _frames(trajectory: Trajectory) -> int:
     return npz_array(trajectory.file("observed"), "data").check("u", None, None).shape[0]
 
 
-def _line(path: Path, root: Path, length: int) -> str:
-    trajectory = Trajectory.open(path)
-    width, height = trajectory.image_size
-    ends, _ = trajectory.visible()
-    name = path.relative_to(root).as_posix()
+def _chosen(root: Path, found: list[Path], name: str | None) -> Path:
+    """The trajectory of that path below `root`, or of that last part of it where one has it."""
+    if name is None:
+        return found[0]
+    ends = [
+        path for path in found if path == root / name or _called(path, root).endswith(f"/{name}")
+    ]
+    if len(ends) != 1:
+        names = ", ".join(_called(path, root) for path in (ends or found)[:3])
+        problem = "several are called so" if ends else "there is no such one"
+        raise UsageError(f"--trajectory {name}: {problem}; there are for example {names}.")
+    return ends[0]
+
+
+def _called(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if path != root else path.resolve().name
+
+
+def _line(path: Path, root: Path) -> str:
+    try:
+        trajectory = Trajectory.open(path)
+        width, height = trajectory.image_size
+        length, (ends, _) = _frames(trajectory), trajectory.visible()
+    except SourceError as error:
+        return f"  {_called(path, root)}: cannot be read: {error}"
     mean = int(ends[-1]) // max(length, 1)
     return (
-        f"  {name if name != '.' else path.name}: {length} frames of {width} x {height}, "
+        f"  {_called(path, root)}: {length} frames of {width} x {height}, "
         f"{mean:,} visible occupied cells a frame"
     )
