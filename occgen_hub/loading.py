@@ -32,6 +32,7 @@ from occgen_hub.occupancy.grid import Grid
 from occgen_hub.schema import Schema, load_schema
 
 REBUILD = "remove this trajectory's folder and build it again"
+NOT_BUILT = "give the folder that occgen-hub build wrote or, if it is that, run the build again"
 MAX_ARRAY_BYTES = 1 << 31
 CHUNK = 1 << 22
 SCHEMA = "trajectory"
@@ -185,7 +186,7 @@ class Trajectory:
         try:
             record = read_json(mark)
         except SourceError as error:
-            raise DatasetError(mark, error.problem, REBUILD) from None
+            raise DatasetError(mark, error.problem, NOT_BUILT) from None
         for key, kind in RECORD.items():
             if not isinstance(record.get(key), kind):
                 raise DatasetError(mark, f"has no usable {key}", REBUILD)

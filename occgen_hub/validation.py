@@ -85,11 +85,10 @@ def validate(root: Path, progress: Callable[[int, int], None] = lambda done, tot
 def check_trajectory(path: Path) -> tuple[int, list[Finding]]:
     """The number of frames of a trajectory and everything that is wrong with it."""
     try:
-        trajectory = Trajectory.open(path)
-        check = _Check(trajectory)
+        check = _Check(Trajectory.open(path))
         check.run()
     except SourceError as error:
-        return 0, [Finding(error.path, error.problem, RESTORE)]
+        return 0, [Finding(error.path, error.problem, error.remedy)]
     return check.frames, check.findings
 
 
