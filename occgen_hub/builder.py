@@ -184,20 +184,25 @@ def _difference(was: object, now: object) -> str:
 
 
 class Stopwatch:
-    """Adds up the seconds spent in named stages."""
+    """Adds up the seconds spent in named stages; a stage inside another does not count for that."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._within: list[float] = []
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         """Time a block."""
         start = time.perf_counter()
+        self._within.append(0.0)
         try:
             yield
         finally:
             elapsed = time.perf_counter() - start
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + elapsed
+            own = elapsed - self._within.pop()
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + own
+            if self._within:
+                self._within[-1] += elapsed
 
 
 def _write(
@@ -211,10 +216,8 @@ def _write(
 ) -> None:
     grid = Grid.of(provenance.config)
     writer = TrajectoryWriter(folder, schema, episode, grid)
-    with clock("occupancy and writing it"):
+    with clock("write occupancy"):
         writer.write_occupancy(frames_occupancy(episode, scene, grid, clock, progress))
-    clock.seconds["occupancy and writing it"] -= clock.seconds["occupancy"]
-    clock.seconds["write occupancy"] = clock.seconds.pop("occupancy and writing it")
     with clock("write scene"):
         writer.write_scene(scene, provenance.config)
         writer.write_tables(scene)

@@ -247,9 +247,9 @@ class Trajectory:
             raise DatasetError(path, "holds no frames", REBUILD)
         return table
 
-    def column(self, name: str, table: pa.Table | None = None) -> NDArray[Any]:
+    def column(self, name: str) -> NDArray[Any]:
         """A column of the schema as (T, *shape), or (T,) for plain numbers."""
-        table = self.table() if table is None else table
+        table = self.table()
         feature = self.schema.features[name]
         if name not in table.column_names or table[name].type != feature.arrow_type():
             raise DatasetError(self.file("frames"), f"has no column {name} of its type", REBUILD)

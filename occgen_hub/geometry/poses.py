@@ -11,14 +11,12 @@ OPENGL_FROM_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
 
 
 def from_opengl(world_from_camera: NDArray[np.floating]) -> NDArray[np.float64]:
-    """(..., 4, 4) poses of OpenGL cameras (x right, y up, z backward) to those of OpenCV ones."""
+    """(..., 4, 4) poses of OpenGL cameras (x right, y up, z backward) to those of OpenCV ones.
+
+    Its own inverse.
+    """
     poses: NDArray[np.float64] = world_from_camera.astype(np.float64) @ OPENGL_FROM_OPENCV
     return poses
-
-
-def to_opengl(world_from_camera: NDArray[np.floating]) -> NDArray[np.float64]:
-    """The inverse of `from_opengl`; the same matrix, which is its own inverse."""
-    return from_opengl(world_from_camera)
 
 
 def rigidity_error(poses: NDArray[np.floating]) -> NDArray[np.float64]:
