@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,12 @@ from hypothesis import settings
 # the examples are the same every time; at a desk they are new ones.
 settings.register_profile("occgen", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("occgen")
+
+# A job in the background may be started with Ctrl-C ignored, which it hands on to what it starts:
+# the tests that send it would wait in vain.
+for stop, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+    if signal.getsignal(stop) == signal.SIG_IGN:
+        signal.signal(stop, usual)
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

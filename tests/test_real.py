@@ -45,7 +45,7 @@ def test_each_fault_of_the_real_files_is_said_in_one_line(built):
 def test_it_validates(built):
     result = occgen_hub("validate", built[0])
     assert result.returncode == 0, result.stdout
-    assert "1 trajectories, 52 frames: valid." in result.stdout
+    assert "1 trajectory, 52 frames: valid." in result.stdout
 
 
 def test_instructions_come_in_words(built):

@@ -679,6 +679,7 @@ def test_dry_run_writes_nothing(mine: Path, out: Path, command: Command) -> None
     code, said, _ = command(mine, out.with_name("other"), "--dry-run")
     assert (code, out.with_name("other").exists()) == (0, False)
     assert "3 of 3 episodes would be built" in said
+    assert f"{FIRST}  to build: is not there\n" in said
 
     pose(mine / FIRST)
     shutil.rmtree(mine / SECOND / "data")
@@ -688,7 +689,8 @@ def test_dry_run_writes_nothing(mine: Path, out: Path, command: Command) -> None
     before = [(path, path.stat().st_ctime_ns) for path in sorted(out.rglob("*"))]
     code, said, _ = command(mine, out, "--dry-run")
     assert code == 0
-    assert f"{FIRST}  to build\n{SECOND}  would fail: " in said
+    assert f"{FIRST}  to build: was built from a source that has changed\n" in said
+    assert f"\n{SECOND}  would fail: " in said
     assert f"{THIRD}  present\n2 of 3 episodes would be built" in said
     assert [(path, path.stat().st_ctime_ns) for path in sorted(out.rglob("*"))] == before
     assert "3 of 3 episodes would be built" in command(mine, out, "--dry-run", "--overwrite")[1]
