@@ -24,7 +24,7 @@ from occgen_hub.errors import SourceError
 from occgen_hub.files import opened, parse_json, read_json, read_jsonl, read_parquet
 from occgen_hub.geometry.camera import intrinsics_problem, scale_intrinsics
 from occgen_hub.geometry.ply import check_ply
-from occgen_hub.geometry.poses import from_opengl, rigidity_error
+from occgen_hub.geometry.poses import RIGID, from_opengl, rigidity_error
 from occgen_hub.media import (
     RESTORE,
     VideoFacts,
@@ -41,9 +41,6 @@ DEPTH_UNITS = 10_000
 
 MAX_IMAGES = 1 << 30
 """In one folder; far above what a file system likes."""
-
-RIGID = 1e-3
-"""How far a pose may be from a rigid transform; float32 rounding gives under 1e-6."""
 
 WIDEST = 0.01
 """Focal length over width or height, at 178 degrees of view; no pinhole camera sees more."""
@@ -107,6 +104,7 @@ class InternNavBuilder(DatasetBuilder):
     def read(self, ref: EpisodeRef) -> Episode:
         """One episode, with what is wrong in its files noted or, if it matters, raised."""
         files = _locate(ref)
+        sources = files.all()
         info = read_json(files.info)
         read_jsonl(files.stats)  # Made anew, but where it is damaged, so may be the rest.
         table = read_parquet(files.parquet)
@@ -139,7 +137,7 @@ class InternNavBuilder(DatasetBuilder):
             task_index=task_index,
             columns={name: c for name, c in columns.items() if name not in LEROBOT},
             media=tuple(_media(files, rgb, depth)),
-            fingerprint=self.fingerprint(self.sources(ref)),
+            fingerprint=self.fingerprint(sources),
             notes=(*notes, *video_notes, *size_notes, *rate_notes, *task_notes, *cloud_notes),
         )
 

@@ -102,10 +102,12 @@ class DatasetBuilder(ABC):
         clear_leftovers(place)
         schema = load_schema(self.schema)
         provenance = self.provenance(settings)
-        reason, changed = self._compare(ref, out, settings)
-        if reason is None and not settings.overwrite:
-            _remember(place, changed)
-            return Built(ref.id, "present", 0)
+        reason = None
+        if not settings.overwrite:  # Comparing may mean reading all sources.
+            reason, changed = self._compare(ref, out, settings)
+            if reason is None:
+                _remember(place, changed)
+                return Built(ref.id, "present", 0)
 
         clock = Stopwatch()
         sources = self.sources(ref)

@@ -16,13 +16,12 @@ from occgen_hub.errors import SourceError
 from occgen_hub.files import files_under, read_json, read_jsonl, sha256
 from occgen_hub.geometry.camera import intrinsics_problem
 from occgen_hub.geometry.ply import check_ply, read_ply
-from occgen_hub.geometry.poses import rigidity_error
+from occgen_hub.geometry.poses import RIGID, rigidity_error
 from occgen_hub.loading import REBUILD, NpzArray, Trajectory, npz_array, trajectories
 from occgen_hub.media import image_size, read_depth, read_rgb, video_facts
 from occgen_hub.occupancy.visibility import OBSERVED, OCCUPIED, trace
 from occgen_hub.schema import ArraySpec, Feature, FileSpec
 
-RIGID = 1e-3
 MAX_DIMENSIONS = 5
 RESTORE = "restore it from a copy, or remove this trajectory's folder and build it again"
 

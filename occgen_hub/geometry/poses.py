@@ -10,6 +10,10 @@ OPENGL_FROM_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
 """OpenGL's camera looks along -z with y up; the matrix is its own inverse."""
 
 
+RIGID = 1e-3
+"""How far a pose may be from a rigid transform; float32 rounding gives under 1e-6."""
+
+
 def from_opengl(world_from_camera: NDArray[np.floating]) -> NDArray[np.float64]:
     """(..., 4, 4) poses of OpenGL cameras (x right, y up, z backward) to those of OpenCV ones.
 
