@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
+
+LEAST_RAYS, SAMPLED_RAYS = 16, 20_000
+"""Intrinsics are fitted to no fewer rays, and to about so many of a view that has more."""
+
+FIELD_OF_VIEW = (2.0, 170.0)
+"""Degrees from edge to edge that a pinhole camera may plausibly have."""
+
+EXPLAINED = 0.8
+"""Share of the variance of a view's rays that their pixels have to explain."""
 
 
 def intrinsics_problem(K: NDArray[np.floating]) -> str | None:
@@ -21,6 +32,68 @@ def intrinsics_problem(K: NDArray[np.floating]) -> str | None:
 def scale_intrinsics(K: NDArray[np.floating], x: float, y: float) -> NDArray[np.float64]:
     """(..., 3, 3) intrinsics for an image resized by factors `x` and `y`."""
     return np.diag([x, y, 1.0]) @ K.astype(np.float64)
+
+
+def fit_intrinsics(
+    points: NDArray[np.floating], weights: NDArray[Any], size: tuple[int, int]
+) -> NDArray[np.float64] | None:
+    """(3, 3) float64 intrinsics, in pixels of an image, from what its pixels see.
+
+    points: (H, W, 3) of a view of the image, resized to (H, W), in the camera's frame and any
+    unit; weights: (H, W), 0 or False where a point does not count; size: (width, height) of the
+    image, whose pixels the result is in. A point that is not finite or not in front is left out.
+
+    Each axis by least squares of u = fx x/z + cx, robustly: depth edges have points beside their
+    rays. None where no plausible camera fits: too few rays, those of an axis all in one column or
+    row, rays that pixels do not explain, a field of view outside `FIELD_OF_VIEW`, a principal
+    point outside the image.
+    """
+    height, width = weights.shape
+    near = np.tan(np.radians(FIELD_OF_VIEW[1] / 2)) * points[..., 2]
+    with np.errstate(invalid="ignore"):
+        kept = np.isfinite(points).all(axis=2) & (weights > 0) & (points[..., 2] > 0)
+        kept &= (np.abs(points[..., :2]) < near[..., None]).all(axis=2)
+    pixels = np.flatnonzero(kept)
+    pixels = pixels[:: 1 + len(pixels) // SAMPLED_RAYS]
+    if len(pixels) < LEAST_RAYS:
+        return None
+    v, u = np.divmod(pixels, width)
+    x, y, z = points.reshape(-1, 3)[pixels].astype(np.float64).T
+    w = weights.ravel()[pixels].astype(np.float64)
+    horizontal = _fit_axis((u + 0.5) * (size[0] / width), x / z, w, size[0])
+    vertical = _fit_axis((v + 0.5) * (size[1] / height), y / z, w, size[1])
+    if horizontal is None or vertical is None:
+        return None
+    (fx, cx), (fy, cy) = horizontal, vertical
+    return np.array([[fx, 0.0, cx], [0.0, fy, cy], [0.0, 0.0, 1.0]])
+
+
+def _fit_axis(
+    pixel: NDArray[np.float64], slope: NDArray[np.float64], weights: NDArray[np.float64], size: int
+) -> tuple[float, float] | None:
+    """Focal length and principal point of pixel = f slope + c, or None where it is no camera's.
+
+    The slopes are fitted to the pixels, the other way round: pixels are exact, and noise in what
+    is fitted from makes f too small.
+    """
+    trust = weights
+    for _ in range(10):
+        # Elementwise: a dot product of so few numbers spends its time on threads.
+        share = trust / trust.sum()
+        u, s = (share * pixel).sum(), (share * slope).sum()
+        du, ds = pixel - u, slope - s
+        uu, us, ss = (share * du * du).sum(), (share * du * ds).sum(), (share * ds * ds).sum()
+        if uu <= 1e-6 * size**2 or us <= 0:
+            return None
+        error = ds - us / uu * du
+        spread = 1.4826 * np.median(np.abs(error)) + 1e-9
+        trust = weights / (1 + (error / (4 * spread)) ** 2) ** 2
+    focal = uu / us
+    principal = u - focal * s
+    field = np.degrees(2 * np.arctan(size / (2 * focal)))
+    plausible = FIELD_OF_VIEW[0] < field < FIELD_OF_VIEW[1] and 0 < principal < size
+    explained = us**2 > EXPLAINED * uu * ss
+    return (float(focal), float(principal)) if plausible and explained else None
 
 
 def unproject(

@@ -1,0 +1,62 @@
+"""Poses of all frames from those of some."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.interpolate import CubicHermiteSpline
+from scipy.spatial.transform import Rotation, Slerp
+
+FASTER = 1.5
+"""Between steps of even speed a camera is never that much faster than their mean velocity."""
+
+
+def interpolate_poses(
+    frames: NDArray[np.integer], poses: NDArray[np.floating], length: int
+) -> NDArray[np.float64]:
+    """World_from_camera of frames 0 to length - 1, (length, 4, 4) float64, from those of some.
+
+    frames: (k,) numbers within that range, ascending, none twice, k at least 1; poses: (k, 4, 4),
+    theirs, which come back as they are.
+
+    Rotations are interpolated spherically (slerp), translations by a cubic spline (see
+    `_velocities`). Before the first and after the last known frame the camera goes on as in the
+    step next to it for as many frames as that step has, which is more than skipping frames at a
+    regular interval leaves at the end; beyond that it stands still.
+    """
+    frames, known = frames.astype(np.int64), poses.astype(np.float64)
+    if len(frames) == 1:
+        return np.tile(known, (length, 1, 1))
+    R, t = Rotation.from_matrix(known[:, :3, :3]), known[:, :3, 3]
+    first, last = 2 * frames[0] - frames[1], 2 * frames[-1] - frames[-2]
+    wanted = np.arange(length).clip(first, last)
+    before, after = R[0] * R[1].inv() * R[0], R[-1] * R[-2].inv() * R[-1]
+    rotations = Slerp([first, *frames, last], Rotation.concatenate([before, R, after]))
+
+    step = np.diff(t, axis=0) / np.diff(frames)[:, None]
+    spline = CubicHermiteSpline(frames, t, _velocities(frames, t, step))
+    places = spline(wanted.clip(frames[0], frames[-1]))
+    places += np.minimum(wanted - frames[0], 0)[:, None] * step[0]
+    places += np.maximum(wanted - frames[-1], 0)[:, None] * step[-1]
+
+    result = np.tile(np.eye(4), (length, 1, 1))
+    result[:, :3, :3], result[:, :3, 3] = rotations(wanted).as_matrix(), places
+    result[frames] = known
+    return result
+
+
+def _velocities(
+    frames: NDArray[np.integer], t: NDArray[np.float64], step: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """(k, 3) velocities at known places, from those places and the mean velocities between them.
+
+    That of the parabola through a place and its neighbours (Catmull and Rom 1974, for uneven
+    steps), but no faster than `FASTER` times the slower of the two steps: so the camera does not
+    swing past a place where it stops, nor out of a long gap that follows a short one.
+    """
+    velocity = np.gradient(t, frames, axis=0, edge_order=1 if len(frames) == 2 else 2)
+    speeds = np.linalg.norm(step, axis=1)
+    slower = np.minimum([speeds[0], *speeds], [*speeds, speeds[-1]])
+    speed = np.maximum(np.linalg.norm(velocity, axis=1), 1e-300)
+    limited: NDArray[np.float64] = velocity * np.minimum(1.0, FASTER * slower / speed)[:, None]
+    return limited
