@@ -1,0 +1,1 @@
+"""Descriptions of the published checkpoints, and the place for their weights."""

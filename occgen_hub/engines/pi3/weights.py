@@ -1,0 +1,297 @@
+"""Weights: where they are, whether they are a network's, and the network with them in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from occgen_hub.engines.pi3.sizes import Sizes
+from occgen_hub.errors import SourceError, UsageError
+from occgen_hub.files import read_json, sha256
+
+if TYPE_CHECKING:
+    import torch
+
+    from occgen_hub.engines.pi3.network import Pi3, Pi3X
+
+Name = Literal["pi3", "pi3x"]
+NAMES: tuple[Name, Name] = ("pi3x", "pi3")
+"""The better one first: pi3x is metric, which a video without poses cannot be made to be."""
+
+FILE = "model.safetensors"
+LICENSES = {"cc-by-nc-4.0": "CC BY-NC 4.0, which allows no commercial use"}
+
+
+class Checkpoint(BaseModel):
+    """A config.json: what network it is of, where it is published, and under which licence."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    network: Name
+    repo_id: str | None = None
+    revision: str = "main"
+    license: str = "unknown"
+    sizes: Sizes = Field(default_factory=Sizes)
+
+    @property
+    def terms(self) -> str:
+        """The licence, in words."""
+        return LICENSES.get(self.license, self.license)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A safetensors file and what it is said to be."""
+
+    path: Path
+    checkpoint: Checkpoint
+    digest: str = field(default="", compare=False)
+
+    def record(self) -> dict[str, Any]:
+        """What a dataset says of the weights that it was built with."""
+        return {
+            "network": self.checkpoint.network,
+            "sha256": self.digest,
+            "license": self.checkpoint.license,
+            "repo_id": self.checkpoint.repo_id,
+        }
+
+
+class WeightsError(UsageError):
+    """Weights that are missing, damaged, or another network's."""
+
+
+def published(name: Name) -> Checkpoint:
+    """The checkpoint that the authors of a network published."""
+    text = (resources.files("occgen_hub.ckpt") / name / "config.json").read_text("utf-8")
+    return Checkpoint.model_validate(json.loads(text))
+
+
+def places(name: Name) -> list[Path]:
+    """Where weights are put by hand: under the working folder, and beside the package."""
+    inside = resources.files("occgen_hub.ckpt") / name / FILE
+    return [Path("ckpt", name, FILE), Path(str(inside))]
+
+
+def present(name: Name) -> Path | None:
+    """Weights of that name that are there already, by hand or in the Hub's cache."""
+    return next((path for path in places(name) if path.is_file()), None) or _cached(name)
+
+
+def find(name: Name, path: Path | None = None, *, fetching: bool = True) -> Weights:
+    """The weights of a network: at `path` (a file, or a folder with one), else those that are
+
+    there already, else, if `fetching`, from the Hub. Raises WeightsError when there are none, or
+    when they are damaged or another network's.
+    """
+    if path is not None:
+        weights = _given(name, path)
+    elif (there := present(name)) is not None:
+        weights = _described(name, there)
+    elif fetching:
+        weights = fetch(name)
+    else:
+        raise _none(name, "not tried")
+    check(weights)
+    return Weights(weights.path, weights.checkpoint, _digest(weights.path))
+
+
+def kind(path: Path) -> Name:
+    """Which network the weights at `path` are of, by the names of their tensors."""
+    return "pi3x" if "metric_token" in _layout(_file(path)) else "pi3"
+
+
+def fetch(name: Name, revision: str | None = None) -> Weights:
+    """The published weights, from the Hub into its cache; raises WeightsError when it fails."""
+    import httpx
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    checkpoint = published(name)
+    if revision is not None:
+        checkpoint = checkpoint.model_copy(update={"revision": revision})
+    assert checkpoint.repo_id is not None
+    try:
+        # Asked first, because a download would try a Hub that cannot be reached for half a minute.
+        get_hf_file_metadata(
+            hf_hub_url(checkpoint.repo_id, FILE, revision=checkpoint.revision), timeout=10
+        )
+        path = hf_hub_download(checkpoint.repo_id, FILE, revision=checkpoint.revision)
+    except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
+        said = str(error).strip().splitlines()
+        raise _none(name, said[0][:160] if said else type(error).__name__) from error
+    return Weights(Path(path), checkpoint)
+
+
+def _none(name: Name, reason: str) -> WeightsError:
+    checkpoint = published(name)
+    return WeightsError(
+        f"there are no weights for {name}: none at ckpt/{name}/{FILE}, none in the Hub's cache, "
+        f"and {checkpoint.repo_id} was not fetched ({reason.rstrip('.')}).\n"
+        f"Fetch them where the Hub can be reached: occgen-hub weights pull {name}\n"
+        f"Or put {FILE} of {checkpoint.repo_id} by hand at ckpt/{name}/{FILE}, or name its place "
+        f"with --weights."
+    )
+
+
+def _cached(name: Name) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    checkpoint = published(name)
+    assert checkpoint.repo_id is not None
+    path = try_to_load_from_cache(checkpoint.repo_id, FILE, revision=checkpoint.revision)
+    return Path(path) if isinstance(path, str) else None
+
+
+def _file(path: Path) -> Path:
+    return path / FILE if path.is_dir() else path
+
+
+def _given(name: Name, path: Path) -> Weights:
+    weights = _described(name, _file(path))
+    if weights.checkpoint.network != name:
+        raise WeightsError(
+            f"{path}: is of {weights.checkpoint.network}, as its config.json says, not of {name}; "
+            f"choose --engine {weights.checkpoint.network} or other --weights."
+        )
+    return weights
+
+
+def _described(name: Name, path: Path) -> Weights:
+    """Weights with the config.json beside them, or as published where there is none."""
+    config = path.with_name("config.json")
+    if not config.is_file():
+        return Weights(path, published(name))
+    try:
+        return Weights(path, Checkpoint.model_validate(read_json(config)))
+    except SourceError as error:
+        raise WeightsError(str(error)) from error
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])[:80]
+        raise WeightsError(
+            f"{config}: does not describe a checkpoint ({where}: {first['msg'][:120]}); see "
+            f"ckpt/{name}/config.json for one that does."
+        ) from error
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of the file; the Hub's cache has files named by it."""
+    stored = path.resolve().name
+    if path.is_symlink() and len(stored) == 64 and set(stored) <= set("0123456789abcdef"):
+        return stored
+    return sha256(path)
+
+
+# Whether they fit
+
+
+def check(weights: Weights) -> None:
+    """Raise WeightsError unless the file is whole and has the network's tensors, all and no other.
+
+    Only the header is read; a file of a whole header is as long as it says.
+    """
+    import torch
+
+    with torch.device("meta"):
+        expected = _build(weights.checkpoint.network, weights.checkpoint.sizes).state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    _compare(shapes, _layout(weights.path), weights.checkpoint.network, str(weights.path))
+
+
+def _layout(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a file, from its header; WeightsError if it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise WeightsError(f"{path}: there is no such file; check --weights.")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        said = str(error).removeprefix("Error while deserializing header: ").rstrip(".")
+        raise WeightsError(
+            f"{path}: is not a whole safetensors file ({said[:120]}); fetch it again."
+        ) from error
+
+
+def _compare(
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    network: str,
+    where: str,
+) -> None:
+    problems = {
+        "lacks": [name for name in expected if name not in found],
+        "has besides": [name for name in found if name not in expected],
+        "has in another shape": [
+            f"{name} {list(found[name])} for {list(shape)}"
+            for name, shape in expected.items()
+            if name in found and found[name] != shape
+        ],
+    }
+    said = [f"{what} {_first(names)}" for what, names in problems.items() if names]
+    if said:
+        raise WeightsError(
+            f"{where}: is no checkpoint of {network} of its size: it {'; it '.join(said)}; check "
+            "which network they are of, and the config.json beside them."
+        )
+
+
+def _first(names: list[str]) -> str:
+    shown = ", ".join(name[:80] for name in names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+
+
+# The network
+
+
+def load_network(
+    name: Name,
+    weights: str | Path | Mapping[str, torch.Tensor],
+    *,
+    sizes: Sizes | None = None,
+    device: str | torch.device = "cpu",
+) -> Pi3 | Pi3X:
+    """A network in evaluation mode, with its weights.
+
+    weights: a safetensors file, a folder with model.safetensors, or the tensors by name; sizes: as
+    a config.json beside the file says, else as published. A file is mapped into memory, not
+    copied. Raises WeightsError when the weights do not fit.
+    """
+    import torch
+
+    if isinstance(weights, str | Path):
+        found = _given(name, Path(weights))
+        sizes = sizes or found.checkpoint.sizes
+        check(Weights(found.path, found.checkpoint.model_copy(update={"sizes": sizes})))
+        tensors = _tensors(found.path, device)
+    else:
+        sizes = sizes or published(name).sizes
+        tensors = {key: torch.as_tensor(value, device=device) for key, value in weights.items()}
+    with torch.device("meta"):
+        network = _build(name, sizes)
+    shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+    _compare(shapes, {k: tuple(t.shape) for k, t in tensors.items()}, name, "the weights")
+    network.load_state_dict(tensors, strict=True, assign=True)
+    return network.requires_grad_(False).eval()
+
+
+def _build(name: Name, sizes: Sizes) -> Pi3 | Pi3X:
+    from occgen_hub.engines.pi3.network import NETWORKS
+
+    return NETWORKS[name](sizes)
+
+
+def _tensors(path: Path, device: str | torch.device) -> dict[str, torch.Tensor]:
+    """The tensors of a file in float32: on a CPU they are the file itself, mapped."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        return {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118

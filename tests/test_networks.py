@@ -1,0 +1,310 @@
+"""The networks, against what the published ones compute, and the weights that they are given."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from reference import stand_in
+from standin import TINY, random_weights, save
+
+from occgen_hub.engines.pi3 import load_network
+from occgen_hub.engines.pi3.network import NETWORKS, relative_poses
+from occgen_hub.engines.pi3.weights import WeightsError, published
+
+PARITY = ROOT.parent / "shared" / "parity"
+KEPT = Path(__file__).parent / "data" / "parity.npz"
+"""pi3x.all.npz, for where the whole is not there: of its maps every seventh row and column."""
+
+INPUTS = {"in_depths": "depths", "in_intrinsics": "intrinsics", "in_poses": "poses"}
+
+
+def shapes_of(name, sizes):
+    with torch.device("meta"):
+        return {k: tuple(v.shape) for k, v in NETWORKS[name](sizes).state_dict().items()}
+
+
+def outputs(network, images, **known):
+    """The network's maps for (N, 3, H, W) images, without the batch."""
+    known = {k: torch.as_tensor(np.asarray(v)).float()[None] for k, v in known.items()}
+    found = network(torch.as_tensor(np.asarray(images))[None], **known)
+    return {k: v[0].numpy() if v.ndim > 1 else v.numpy() for k, v in found.items()}
+
+
+# What the published networks compute
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pi3", "pi3x"])
+def test_full_size_networks_compute_what_the_published_ones_do(name):
+    """Each output of each reference vector, in float32; and the layout, strictly."""
+    vectors = [(np.load(path), 1) for path in sorted(PARITY.glob(f"{name}.*.npz"))]
+    if not vectors and name == "pi3":
+        pytest.skip(
+            "../shared/parity is not there; pi3x, of which a part is kept, shares the trunk"
+        )
+    sizes = published(name).sizes
+    shapes = shapes_of(name, sizes)
+    layout = PARITY / f"{name}.layout.json"
+    if layout.is_file():
+        expected = json.loads(layout.read_text())
+        assert shapes == {k: tuple(v) for k, v in expected.items()}
+    network = load_network(name, stand_in(shapes))
+    for reference, step in vectors or [(np.load(KEPT), 7)]:
+        known = {INPUTS[k]: reference[k] for k in INPUTS if k in reference}
+        found = outputs(network, reference["imgs"], **known)
+        wanted = {k for k in reference if k != "imgs" and k not in INPUTS}
+        assert wanted == set(found)
+        for key in wanted:
+            ours = found[key][:, ::step, ::step] if found[key].ndim == 4 else found[key]
+            error = np.linalg.norm(ours - reference[key]) / np.linalg.norm(reference[key])
+            assert error <= 1e-5, (key, error)
+
+
+def test_the_kept_part_of_the_reference_vectors_is_theirs():
+    if not PARITY.is_dir():
+        pytest.skip("../shared/parity is not there")
+    kept, whole = np.load(KEPT), np.load(PARITY / "pi3x.all.npz")
+    for key, values in whole.items():
+        assert np.array_equal(
+            kept[key], values if values.shape == kept[key].shape else values[:, ::7, ::7]
+        )
+    assert KEPT.stat().st_size < 1e6
+
+
+# What follows from how they are made
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """Both networks, tiny and random."""
+    weights = {name: random_weights(name) for name in NETWORKS}
+    return {name: load_network(name, tensors, sizes=TINY) for name, tensors in weights.items()}
+
+
+@pytest.fixture(scope="module")
+def images():
+    """(5, 3, 56, 84) in [0, 1]."""
+    return torch.rand(5, 3, 56, 84, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("order", [(4, 3, 2, 1, 0), (2, 0, 4, 1, 3)])
+def test_permuting_the_views_permutes_what_pi3_finds(tiny, images, order):
+    order = list(order)
+    found, permuted = outputs(tiny["pi3"], images), outputs(tiny["pi3"], images[order])
+    for key, values in found.items():
+        assert not np.allclose(values, values[order], atol=1e-3)
+        error = np.linalg.norm(permuted[key] - values[order]) / np.linalg.norm(values)
+        assert error < 1e-5, key
+
+
+def test_scenes_of_a_batch_do_not_see_each_other(tiny, images):
+    other = images.flip(0) * 0.5
+    for network in tiny.values():
+        both = network(torch.stack((images, other)))
+        for key, values in network(other[None]).items():
+            torch.testing.assert_close(both[key][1:], values, atol=2e-5, rtol=1e-4)
+
+
+def test_points_are_local_points_moved_by_the_cameras(tiny, images):
+    for network in tiny.values():
+        found = outputs(network, images)
+        R, t = found["camera_poses"][:, :3, :3], found["camera_poses"][:, :3, 3]
+        np.testing.assert_allclose(
+            R @ R.transpose(0, 2, 1), np.tile(np.eye(3), (5, 1, 1)), atol=1e-5
+        )
+        assert np.linalg.det(R) == pytest.approx(np.ones(5), abs=1e-5)
+        moved = np.einsum("nij,nhwj->nhwi", R, found["local_points"]) + t[:, None, None]
+        np.testing.assert_allclose(found["points"], moved, atol=1e-4)
+
+
+def test_rays_point_at_local_points(tiny, images):
+    found = outputs(tiny["pi3x"], images)
+    length = np.linalg.norm(found["local_points"], axis=-1, keepdims=True)
+    np.testing.assert_allclose(found["rays"], found["local_points"] / length, atol=1e-5)
+
+
+def test_each_condition_is_taken_in(tiny, images):
+    n, _, h, w = images.shape
+    plain = outputs(tiny["pi3x"], images)
+    K = np.tile([[70.0, 0, w / 2], [0, 70, h / 2], [0, 0, 1]], (n, 1, 1))
+    poses = np.tile(np.eye(4), (n, 1, 1))
+    poses[:, 0, 3] = np.arange(n)
+    for known in ({"depths": np.full((n, h, w), 2.0)}, {"intrinsics": K}, {"poses": poses}):
+        told = outputs(tiny["pi3x"], images, **known)
+        assert not np.allclose(plain["points"], told["points"], rtol=1e-3)
+    one = outputs(tiny["pi3x"], images[:1])
+    np.testing.assert_array_equal(
+        one["points"], outputs(tiny["pi3x"], images[:1], poses=poses[:1])["points"]
+    )
+
+
+def test_known_poses_count_relative_to_the_first_and_to_the_scene(tiny, images):
+    """Neither where the world's origin is nor, without depth, its unit makes a difference."""
+    n = len(images)
+    generator = np.random.default_rng(0)
+    poses = np.tile(np.eye(4), (n, 1, 1))
+    poses[:, :3, 3] = generator.normal(size=(n, 3))
+    moved = np.linalg.inv(poses[3]) @ poses
+    moved[:, :3, 3] *= 7.0
+    first = outputs(tiny["pi3x"], images, poses=poses)
+    second = outputs(tiny["pi3x"], images, poses=moved)
+    np.testing.assert_allclose(first["points"], second["points"], rtol=1e-3, atol=1e-4)
+
+
+def test_cameras_that_stand_still_are_not_blown_up():
+    poses = torch.eye(4).repeat(1, 3, 1, 1)
+    poses[0, 1, 0, 3] = 0.01
+    assert torch.equal(relative_poses(poses, None), poses)
+
+
+def test_depth_without_a_valid_pixel_is_survived(tiny, images):
+    n, _, h, w = images.shape
+    found = outputs(tiny["pi3x"], images, depths=np.zeros((n, h, w)))
+    assert all(np.isfinite(values).all() for values in found.values())
+
+
+def test_images_that_are_no_whole_patches_are_refused(tiny):
+    with pytest.raises(ValueError, match="60 x 56 pixels are no whole number of 14 x 14"):
+        tiny["pi3"](torch.zeros(1, 1, 3, 56, 60))
+
+
+@pytest.mark.parametrize("name", ["pi3", "pi3x"])
+def test_nothing_is_kept_for_gradients(tiny, images, name):
+    assert not tiny[name].training
+    assert not any(p.requires_grad for p in tiny[name].parameters())
+    assert all(values.is_inference() for values in tiny[name](images[None]).values())
+
+
+def test_under_autocast_heads_and_cameras_stay_exact(tiny, images):
+    """The trunk in bfloat16, as on a GPU, where the heads have to ask for float32."""
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = {name: network(images[None]) for name, network in tiny.items()}
+    for name, network in tiny.items():
+        for key, values in network(images[None]).items():
+            assert coarse[name][key].dtype == torch.float32
+            error = (coarse[name][key] - values).norm() / values.norm()
+            assert error < 0.05, (name, key)
+
+
+# Weights
+
+
+def test_a_file_is_mapped_not_copied(tmp_path):
+    """Memory of our own grows by less than a tenth of the file."""
+    sizes = TINY.model_copy(update={"width": 1024, "heads": 16, "decoder_depth": 4})
+    folder = save(tmp_path / "large", "pi3", random_weights("pi3", sizes), sizes)
+    size = (folder / "model.safetensors").stat().st_size
+    assert size > 2e8
+    program = (
+        "import sys, torch\n"
+        "from occgen_hub.engines.pi3 import load_network\n"
+        "from occgen_hub.engines.pi3 import network\n"
+        "def own():\n"
+        "    lines = open('/proc/self/status').read().splitlines()\n"
+        "    return sum(int(l.split()[1]) for l in lines if l.startswith('RssAnon'))\n"
+        "before = own()\n"
+        "kept = load_network('pi3', sys.argv[1])\n"
+        "print((own() - before) * 1024)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(folder)], capture_output=True, text=True, check=True
+    )
+    assert int(result.stdout) < size / 10
+
+
+def test_a_path_a_folder_and_the_tensors_give_the_same(tmp_path, images):
+    tensors = random_weights("pi3")
+    folder = save(tmp_path / "tiny", "pi3", tensors)
+    found = [
+        outputs(network, images)
+        for network in (
+            load_network("pi3", tensors, sizes=TINY),
+            load_network("pi3", folder),
+            load_network("pi3", str(folder / "model.safetensors")),
+        )
+    ]
+    for other in found[1:]:
+        for key, values in found[0].items():
+            np.testing.assert_array_equal(values, other[key])
+
+
+def test_half_precision_weights_are_widened(tmp_path, images):
+    half = {k: v.half() for k, v in random_weights("pi3").items()}
+    network = load_network("pi3", save(tmp_path / "half", "pi3", half))
+    assert all(p.dtype == torch.float32 for p in network.parameters())
+    assert np.isfinite(outputs(network, images)["points"]).all()
+
+
+def broken(folder: Path, how: str) -> Path:
+    """A checkpoint that is no good."""
+    tensors = random_weights("pi3")
+    file = folder / "model.safetensors"
+    if how == "missing":
+        for key in [k for k in tensors if k.startswith("camera_head")]:
+            del tensors[key]
+    elif how == "extra":
+        tensors["teacher.weight"] = torch.zeros(3)
+    elif how == "shape":
+        tensors["camera_head.fc_t.weight"] = torch.zeros(4, 64)
+    save(folder, "pi3", tensors)
+    if how == "truncated":
+        file.write_bytes(file.read_bytes()[:-1000])
+    elif how == "garbage":
+        file.write_bytes(os.urandom(5000))
+    elif how == "empty":
+        file.write_bytes(b"")
+    elif how == "terabytes":
+        header = b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}'
+        file.write_bytes(len(header).to_bytes(8, "little") + header)
+    elif how == "pickle":
+        torch.save({"a": torch.zeros(2)}, file)
+    elif how == "gone":
+        file.unlink()
+    elif how == "config":
+        (folder / "config.json").write_text('{"network": "pi3", "sizes": {"width": -3}}')
+    elif how == "config text":
+        (folder / "config.json").write_text("{")
+    elif how == "other":
+        save(folder, "pi3x", random_weights("pi3x"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("missing", r"lacks camera_head\.\S+(, camera_head\.\S+){4} and 15 more"),
+        ("extra", r"has besides teacher\.weight"),
+        ("shape", r"in another shape camera_head\.fc_t\.weight \[4, 64\] for \[3, 64\]"),
+        ("truncated", "not a whole safetensors file"),
+        ("garbage", "not a whole safetensors file"),
+        ("empty", "not a whole safetensors file"),
+        ("terabytes", "not a whole safetensors file"),
+        ("pickle", "not a whole safetensors file"),
+        ("gone", "no such file"),
+        ("config", r"config\.json: does not describe a checkpoint \(sizes\.width"),
+        ("config text", r"config\.json: is not valid JSON"),
+        ("other", "is of pi3x"),
+    ],
+)
+def test_weights_that_do_not_fit_are_told_in_a_sentence(tmp_path, how, says):
+    folder = broken(tmp_path / "weights", how)
+    with pytest.raises(WeightsError, match=says) as error:
+        load_network("pi3", folder)
+    assert str(tmp_path) in str(error.value)
+    assert len(str(error.value)) < 900
+    assert error.value.exit_code == 2
+
+
+def test_tensors_that_do_not_fit_are_told_as_well():
+    tensors = random_weights("pi3")
+    del tensors["register_token"]
+    with pytest.raises(WeightsError, match=r"the weights: .* lacks register_token"):
+        load_network("pi3", tensors, sizes=TINY)

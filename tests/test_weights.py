@@ -1,0 +1,172 @@
+"""Where weights are found, and how they are fetched: from a Hub on the loopback address."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from standin import random_weights, save
+
+COMMIT = "5" * 40
+
+
+class Hub(BaseHTTPRequestHandler):
+    """One file of one repository, as the Hub serves it; what is asked is kept in `asked`."""
+
+    content = b""
+    asked: list[str]
+    status = 200
+
+    def do_HEAD(self):
+        self.answer(b"")
+
+    def do_GET(self):
+        self.answer(self.content)
+
+    def answer(self, body):
+        self.asked.append(f"{self.command} {self.path}")
+        found = self.path == "/yyfz233/Pi3/resolve/main/model.safetensors"
+        self.send_response(self.status if found else 404)
+        if found and self.status == 200:
+            self.send_header("ETag", f'"{hashlib.sha256(self.content).hexdigest()}"')
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("Content-Length", str(len(self.content)))
+        else:
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+        self.end_headers()
+        if found and self.status == 200:
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        """Nothing on the terminal."""
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A running Hub whose file is a tiny checkpoint, and the environment to reach it."""
+    folder = save(tmp_path / "served", "pi3", random_weights("pi3"))
+    served = type(
+        "Served", (Hub,), {"content": (folder / "model.safetensors").read_bytes(), "asked": []}
+    )
+    server = ThreadingHTTPServer(("127.0.0.1", 0), served)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "0",
+    }
+    yield served, environment
+    server.shutdown()
+    server.server_close()
+
+
+def python(program, environment, cwd):
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False,
+        cwd=cwd, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def occgen_hub(*arguments, environment, cwd):
+    command = [sys.executable, "-m", "occgen_hub", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, cwd=cwd,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+FETCH = """
+from occgen_hub.engines.pi3 import weights
+assert weights.present("pi3") is None
+found = weights.fetch("pi3")
+assert weights.present("pi3") == found.path
+print(found.path)
+print(weights._digest(found.path))
+print(found.record()["license"])
+"""
+
+
+def test_weights_are_fetched_into_the_cache_and_found_there(hub, tmp_path):
+    served, environment = hub
+    result = python(FETCH, environment, tmp_path)
+    assert result.returncode == 0, result.stderr
+    path, digest, license = result.stdout.split()
+    assert Path(path).read_bytes() == served.content
+    assert Path(path).is_relative_to(tmp_path / "home")
+    assert digest == hashlib.sha256(served.content).hexdigest()
+    assert license == "cc-by-nc-4.0"
+    assert COMMIT in path
+
+
+def test_pull_shows_the_licence_and_checks_what_came(hub, tmp_path):
+    """What is served is no pi3 of the published size, which is told and nothing else."""
+    _, environment = hub
+    result = occgen_hub("weights", "pull", "pi3", environment=environment, cwd=tmp_path)
+    assert result.stdout.splitlines()[0].startswith("Licence of these weights: CC BY-NC 4.0")
+    assert result.returncode == 2
+    assert "is no checkpoint of pi3" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("status", [401, 403, 500])
+def test_a_hub_that_refuses_is_told_in_three_lines(hub, tmp_path, status):
+    served, environment = hub
+    served.status = status
+    result = occgen_hub("weights", "pull", "pi3", environment=environment, cwd=tmp_path)
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 3
+    assert "Traceback" not in result.stderr
+
+
+def test_a_hub_that_is_not_there_is_told_at_once(tmp_path):
+    environment = {
+        "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0",
+    }  # fmt: skip
+    result = occgen_hub("weights", "pull", "pi3", environment=environment, cwd=tmp_path)
+    assert result.returncode == 2
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 3
+    assert "Retry" not in result.stderr
+
+
+def test_check_reads_what_is_in_the_working_folder(tmp_path):
+    folder = save(tmp_path / "ckpt" / "pi3", "pi3", random_weights("pi3"))
+    environment = {"HF_HOME": str(tmp_path / "home")}
+    result = occgen_hub("weights", "check", "pi3", environment=environment, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert digest in result.stdout
+    assert "whole" in result.stdout
+    assert "Licence: cc0-1.0" in result.stdout
+
+
+def test_check_fetches_nothing(hub, tmp_path):
+    served, environment = hub
+    result = occgen_hub("weights", "check", "pi3", environment=environment, cwd=tmp_path)
+    assert result.returncode == 2
+    assert not served.asked
+
+
+def test_what_is_put_by_hand_counts_before_the_cache(hub, tmp_path):
+    _, environment = hub
+    assert python(FETCH, environment, tmp_path).returncode == 0
+    save(tmp_path / "ckpt" / "pi3", "pi3", random_weights("pi3", seed=1))
+    program = "from occgen_hub.engines.pi3 import weights; print(weights.present('pi3'))"
+    result = python(program, environment, tmp_path)
+    assert result.stdout.strip() == "ckpt/pi3/model.safetensors"
+
+
+def test_a_folder_of_weights_says_what_they_are_of(tmp_path):
+    folder = save(tmp_path / "w", "pi3x", random_weights("pi3x"))
+    result = occgen_hub(
+        "weights", "check", "pi3", "--weights", folder, environment={}, cwd=tmp_path
+    )
+    assert result.returncode == 2
+    assert "choose --engine pi3x" in result.stderr
