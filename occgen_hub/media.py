@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import struct
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Buffer, Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from occgen_hub.errors import SourceError
-from occgen_hub.files import opened
+from occgen_hub.files import MAX_TABLE_ROWS, opened
 
 if TYPE_CHECKING:
     import av
@@ -23,10 +26,20 @@ if TYPE_CHECKING:
 MAX_PIXELS = 1 << 26
 """64 megapixels: over any camera's frame, under what would fill a machine's memory."""
 
+SQUARE = 0.01
+"""Pixels whose sides differ by less are square: encoders that scale a little say such things."""
+
+STRETCH = 4
+"""Beyond it, no camera's pixels are out of square: whatever says so is wrong."""
+
+ON_TIME = 1e-4
+"""Seconds; LeRobot's own tolerance for the time of a frame that it asks for."""
+
 SAME_BYTES = "threads=1:bframes=0:mbtree=0:rc-lookahead=0"
 """x264's output depends on its threads, and its looking ahead reads memory that it never set."""
 
 RESTORE = "restore it from the source or leave this trajectory out"
+MEND = "encode it anew, which passes over what is damaged, or leave this trajectory out"
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -64,6 +77,91 @@ def read_depth(path: Path, size: tuple[int, int]) -> NDArray[np.uint16]:
     return values
 
 
+@dataclass(frozen=True)
+class PictureFacts:
+    """size: (width, height) upright; plain: whether it is an RGB JPEG whose rows are upright."""
+
+    size: tuple[int, int]
+    plain: bool
+
+
+def picture_facts(path: Path) -> PictureFacts:
+    """Of a camera's picture, from its header, nothing decoded."""
+    with _opened(path) as image:
+        turn = _TURNS.get(_orientation(image))
+        plain = turn is None and image.format in ("JPEG", "MPO") and image.mode == "RGB"
+        return PictureFacts(image.size[::-1] if turn in _SIDEWAYS else image.size, plain)
+
+
+def read_picture(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 RGB of a camera's picture, turned upright as its EXIF data has it.
+
+    `size` is (width, height) upright. Grey and 16-bit images, palettes and CMYK are converted; what
+    is transparent lies over black.
+    """
+    with _opened(path) as image:
+        try:
+            turn = _TURNS.get(_orientation(image))
+            flat = _in_rgb(image)
+        except _DAMAGE as error:
+            raise _damaged(path, error) from None
+        upright = np.array(flat if turn is None else flat.transpose(turn))
+    if upright.shape[1::-1] != size:
+        text = f"is {upright.shape[1]} x {upright.shape[0]} pixels, expected {size[0]} x {size[1]}"
+        raise SourceError(path, text, RESTORE)
+    return upright
+
+
+def _in_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits; Pillow would cut off what is over 255.
+        values = np.asarray(image).astype(np.int64) >> 8
+        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+        return Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by its EXIF orientation."""
+
+_SIDEWAYS = tuple(_TURNS[n] for n in (5, 6, 7, 8))
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 to 8; 1 where there is none, or none that can be read.
+
+    Read here, since Pillow warns of damaged EXIF data, and decodes a PNG to find out whether it has
+    any.
+    """
+    tiff = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
+    order = ">" if tiff.startswith(b"MM") else "<"
+    try:
+        (start,) = struct.unpack_from(f"{order}I", tiff, 4)
+        (count,) = struct.unpack_from(f"{order}H", tiff, start)
+        for place in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind = struct.unpack_from(f"{order}HH", tiff, place)
+            if tag == ExifTags.Base.Orientation:
+                size = "I" if kind == _LONG else "H"
+                (number,) = struct.unpack_from(f"{order}{size}", tiff, place + 8)
+                return int(number) if number in _TURNS else 1
+    except struct.error:  # The data end before what they speak of.
+        pass
+    return 1
+
+
+_LONG = 4
+"""EXIF's type of 32-bit numbers; orientations are 16-bit ones, if not always."""
+
+
 @contextmanager
 def _opened(path: Path, size: tuple[int, int] | None = None) -> Iterator[Image.Image]:
     """A JPEG or PNG of `size`, its header read; no other of Pillow's many formats is tried."""
@@ -98,7 +196,7 @@ def _brief(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class VideoFacts:
-    """size: (width, height); fps: frames a second; frames: how many there are."""
+    """size: (width, height), upright; fps: frames a second, 0 if unknown; frames: how many."""
 
     size: tuple[int, int]
     fps: float
@@ -108,55 +206,297 @@ class VideoFacts:
 def video_facts(path: Path) -> VideoFacts:
     """Size, rate and number of frames, the frames counted by their packets, not by the header."""
     with _video(path) as container:
-        stream = container.streams.video[0]
+        stream = _stream(container)
         rate = stream.average_rate or stream.guessed_rate
-        size = (stream.width, stream.height)
+        size, frames, first = (stream.width, stream.height), 0, None
         try:
-            frames = sum(1 for packet in container.demux(stream) if packet.size)
+            for packet in container.demux(stream):
+                frames += packet.size > 0
+                if first is None:
+                    with suppress(*_video_damage()):  # It is the reader's to say.
+                        first = next(iter(stream.decode(packet)), None)
+                        size = _Upright(stream).size(first) if first is not None else size
         except _video_damage() as error:
             raise _damaged(path, error) from None
     return VideoFacts(size, float(rate) if rate else 0.0, frames)
 
 
-def video_frames(path: Path) -> Iterator[NDArray[np.uint8]]:
-    """(H, W, 3) uint8 RGB frames in order, one in memory at a time."""
+@dataclass(frozen=True)
+class VideoSurvey(VideoFacts):
+    """Facts of the frames that the decoder really gives, each of them looked at.
+
+    stated: how many the header speaks of, 0 if of none; steps: the shortest and longest time
+    between frames, seconds, None where not known; reference: whether the file is already what
+    `write_video` makes: an mp4 of H.264 and 4:2:0, upright, with these frames, frame n at n / fps.
+    """
+
+    stated: int
+    steps: tuple[float, float] | None
+    reference: bool
+
+
+def survey_video(path: Path) -> VideoSurvey:
+    """Decode a video from end to end, making no RGB of its frames.
+
+    Nothing less tells how many there are: packets, headers and durations may all say another
+    number. Raises SourceError where a frame is damaged or of another size, or where there are none
+    or too many.
+    """
     with _video(path) as container:
-        container.streams.video[0].thread_type = "AUTO"
-        try:
-            for frame in container.decode(video=0):
-                yield np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
-        except _video_damage() as error:
-            raise _damaged(path, error) from None
+        survey = _surveyed(container, path)
+    shown = survey.reference and video_facts(path).frames == survey.frames  # None left unseen.
+    return replace(survey, reference=shown)
+
+
+def _surveyed(container: av.container.InputContainer, path: Path) -> VideoSurvey:
+    stream, plain = _stream(container), _is_plain(container)
+    upright = _Upright(stream)
+    size: tuple[int, int] | None = None
+    times: list[float | None] = []
+    for frame in _decoded(container, path):
+        size = size or upright.size(frame)
+        _check_frame(frame, len(times), upright.size(frame), size, path)
+        times.append(frame.time)
+        plain = plain and frame.format.name == "yuv420p" and upright.untouched(frame)
+    if size is None:
+        raise SourceError(path, "holds no frame that can be decoded", RESTORE)
+    known = _ascending(times)
+    fps = _average_rate(stream, known)
+    steps = [after - before for before, after in pairwise(known)]
+    on_time = bool(known) and all(abs(t * fps - n) <= ON_TIME * fps for n, t in enumerate(known))
+    return VideoSurvey(
+        size=size,
+        fps=fps,
+        frames=len(times),
+        stated=stream.frames,
+        steps=(min(steps), max(steps)) if steps else None,
+        reference=plain and on_time and fps > 0,
+    )
+
+
+def _check_frame(
+    frame: av.VideoFrame, n: int, own: tuple[int, int], size: tuple[int, int], path: Path
+) -> None:
+    if own != size:
+        text = f"changes from {size[0]} x {size[1]} to {own[0]} x {own[1]} pixels at frame {n}"
+        raise SourceError(path, text, "cut it there, and give both parts")
+    if n >= MAX_TABLE_ROWS:
+        text = f"has more than {MAX_TABLE_ROWS} frames, more than an episode has"
+        raise SourceError(path, text, "cut it into parts")
+
+
+def _is_plain(container: av.container.InputContainer) -> bool:
+    """Whether a file, as far as its headers tell, is an mp4 that browsers play."""
+    brand = container.metadata.get("major_brand", "")
+    codec = _stream(container).codec_context.name
+    mp4 = "mp4" in container.format.name.split(",") and brand.strip() != "qt"
+    return mp4 and codec == "h264" and len(container.streams.video) == 1
+
+
+def _ascending(times: list[float | None]) -> list[float]:
+    """The times of all frames, seconds, or none of them if they are no times."""
+    known = [time for time in times if time is not None]
+    sound = len(known) == len(times) and all(after > before for before, after in pairwise(known))
+    return known if sound else []
+
+
+def _average_rate(stream: av.VideoStream, times: list[float]) -> float:
+    """Frames a second by the frames' own times, or the stated rate where it says the same."""
+    stated = float(stream.average_rate or stream.guessed_rate or 0)
+    if len(times) < 2:
+        return stated
+    span, steps = times[-1] - times[0], len(times) - 1
+    if stated > 0 and abs(span - steps / stated) < 1 / stated:
+        return stated
+    return steps / span
+
+
+def video_frames(path: Path) -> Iterator[NDArray[np.uint8]]:
+    """(H, W, 3) uint8 RGB frames in order, one in memory at a time, upright, of square pixels."""
+    return (picture() for picture in _pictures(path))
+
+
+def _pictures(path: Path) -> Iterator[Callable[[], NDArray[np.uint8]]]:
+    """Functions that make the frames, in order, for those who do not want all of them."""
+    with _video(path) as container:
+        upright = _Upright(_stream(container))
+        for frame in _decoded(container, path):
+            yield partial(_converted, upright, frame, path)
+
+
+def _converted(upright: _Upright, frame: av.VideoFrame, path: Path) -> NDArray[np.uint8]:
+    try:
+        return upright(frame)
+    except _video_damage() as error:
+        raise _damaged(path, error) from None
+
+
+def _decoded(container: av.container.InputContainer, path: Path) -> Iterator[av.VideoFrame]:
+    """The frames of a video as the decoder gives them; raises SourceError where one is damaged.
+
+    What comes before the first keyframe is passed over, since a recording may begin anywhere, and
+    so is what the end of the file cuts.
+    """
+    stream = _stream(container)
+    stream.thread_type = "AUTO"
+    upright, seen, spoilt = _Upright(stream), 0, False
+    damage = _video_damage()  # Not when it is asked for: the interpreter may be ending then.
+    try:
+        for packet in _from_keyframe(container.demux(stream), path):
+            for frame in stream.decode(packet):
+                spoilt = spoilt or (frame.is_corrupt and seen > 0)
+                if frame.is_corrupt:
+                    continue
+                if spoilt:
+                    raise SourceError(path, f"is damaged at frame {seen}", MEND)
+                _check_pixels(path, *upright.size(frame))
+                seen += 1
+                yield frame
+    except damage as error:
+        problem = f"is damaged at frame {seen} or soon after ({_brief(error)})"
+        raise SourceError(path, problem, MEND) from None
+
+
+def _from_keyframe(packets: Iterable[av.Packet], path: Path) -> Iterator[av.Packet]:
+    """Packets from the first keyframe on, the last of them left out if it is cut.
+
+    Told by the packets, not by what the decoder makes of them: how soon that errs depends on its
+    threads.
+    """
+    begun = cut = False
+    for packet in packets:
+        if packet.size and cut:
+            raise SourceError(path, "is damaged (its packets are cut)", MEND)
+        begun = begun or packet.is_keyframe
+        cut = cut or (begun and packet.size > 0 and packet.is_corrupt)
+        if not packet.size or (begun and not cut):
+            yield packet
+
+
+class _Upright:
+    """Makes (H, W, 3) uint8 RGB of a stream's frames, as a player would show them.
+
+    Turned as the display matrix says, since phones record sideways; of square pixels, wider or
+    narrower where the stream's are not, since cameras and networks see no others; with the
+    frame's own colour matrix and range.
+    """
+
+    def __init__(self, stream: av.VideoStream) -> None:
+        from av.video.reformatter import VideoReformatter
+
+        stated = float(stream.sample_aspect_ratio or 1)
+        believed = abs(stated - 1) > SQUARE and 1 / STRETCH <= stated <= STRETCH
+        self._aspect = stated if believed else 1.0
+        self._reformatter = VideoReformatter()
+        self._rotation: int | None = None
+        self._turn = (False, False, False)
+
+    def __call__(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
+        """(H, W, 3) uint8 RGB."""
+        width, colours = self._width(frame), _colours(frame)
+        flat = self._reformatter.reformat(frame, width=width, format="rgb24", **colours)
+        pixels = np.asarray(flat.to_ndarray(), np.uint8)
+        swap, flip_x, flip_y = self._turned(frame)
+        pixels = pixels.swapaxes(0, 1) if swap else pixels
+        return np.ascontiguousarray(pixels[:: -1 if flip_y else 1, :: -1 if flip_x else 1])
+
+    def size(self, frame: av.VideoFrame) -> tuple[int, int]:
+        """(width, height) of what would be made of a frame."""
+        size = (self._width(frame), frame.height)
+        return size[::-1] if self._turned(frame)[0] else size
+
+    def untouched(self, frame: av.VideoFrame) -> bool:
+        """Whether a frame is upright and of square pixels as it is."""
+        return self._width(frame) == frame.width and not any(self._turned(frame))
+
+    def _turned(self, frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+        """`_turn`, looked up where the rotation is new: the look ties a frame into a circle of
+        references, so that it is freed late.
+        """
+        if frame.rotation != self._rotation:
+            self._rotation, self._turn = frame.rotation, _turn(frame)
+        return self._turn
+
+    def _width(self, frame: av.VideoFrame) -> int:
+        return max(1, round(frame.width * self._aspect))
+
+
+_UNTAGGED, _BT601, _LIMITED, _FULL = 2, 6, 1, 2
+"""AVCOL_SPC_UNSPECIFIED and AVCOL_SPC_SMPTE170M; AVCOL_RANGE_MPEG and AVCOL_RANGE_JPEG."""
+
+_DEFAULT = 5
+"""swscale's own matrix: for RGB, which has none, and unlike the frame's, or PyAV heeds neither."""
+
+
+def _colours(frame: av.VideoFrame) -> dict[str, int]:
+    """A frame's matrix and range, for PyAV, which by itself takes every frame for BT.601."""
+    if frame.colorspace == _UNTAGGED and frame.color_range != _FULL:
+        return {}
+    return {
+        "src_colorspace": frame.colorspace,
+        "dst_colorspace": _DEFAULT,
+        "src_color_range": frame.color_range,
+    }
+
+
+def _turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+    """Whether to swap the axes of a frame, and then to reverse x and y, by its display matrix.
+
+    x' = a x + c y and y' = b x + d y, where the matrix is a, b, u, c, d, v, ... as mp4 has it.
+    """
+    data = cast("Buffer | None", frame.side_data.get("DISPLAYMATRIX"))
+    if data is None:
+        return False, False, False
+    a, b, _, c, d, *_ = np.frombuffer(data, np.int32).tolist()
+    swap = abs(b) + abs(c) > abs(a) + abs(d)
+    return (True, c < 0, b < 0) if swap else (False, a < 0, d < 0)
 
 
 class VideoReader:
     """Frames of a video by number, best asked for in order; going far back starts over.
 
-    Frames that were passed over are kept for a while, for threads that ask a little out of order.
+    Threads may ask at once: the lowest of the numbers that wait comes first, and frames that were
+    passed over are kept for a while.
     """
 
-    KEPT = 16
+    KEPT = 32
 
     def __init__(self, path: Path, size: tuple[int, int]) -> None:
         self._path, self._size = path, size
         self._next = 0
-        self._frames = video_frames(path)
-        self._passed: dict[int, NDArray[np.uint8]] = {}
-        self._lock = threading.Lock()
+        self._frames = _pictures(path)
+        self._passed: dict[int, Callable[[], NDArray[np.uint8]]] = {}
+        self._turn = threading.Condition()
+        self._waiting: list[int] = []
+        self._busy = False
 
     def __call__(self, number: int) -> NDArray[np.uint8]:
-        """(H, W, 3) uint8 RGB, resized to the size asked for."""
-        with self._lock:
-            if number in self._passed:
-                return self._resized(self._passed.pop(number))
-            if number < self._next:
-                self._next, self._frames = 0, video_frames(self._path)
-            for frame in self._frames:
-                self._next += 1
-                if self._next > number:
-                    return self._resized(frame)
-                self._passed[self._next - 1] = frame
-                self._passed.pop(self._next - 1 - self.KEPT, None)
+        """(H, W, 3) uint8 RGB, upright, resized to the size asked for."""
+        with self._turn:
+            self._waiting.append(number)
+            try:
+                self._turn.wait_for(lambda: not self._busy and number == min(self._waiting))
+            finally:  # Or the others would wait for one who has left.
+                self._waiting.remove(number)
+            self._busy = True
+        try:
+            return self._resized(self._picture(number)())
+        finally:
+            with self._turn:
+                self._busy = False
+                self._turn.notify_all()
+
+    def _picture(self, number: int) -> Callable[[], NDArray[np.uint8]]:
+        if number in self._passed:
+            return self._passed.pop(number)
+        if number < self._next:
+            self._next, self._frames = 0, _pictures(self._path)
+        for picture in self._frames:
+            self._next += 1
+            self._passed.pop(self._next - 1 - self.KEPT, None)
+            if self._next > number:
+                return picture
+            self._passed[self._next - 1] = picture
         raise SourceError(self._path, f"ends before frame {number}", RESTORE)
 
     def _resized(self, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -182,6 +522,8 @@ def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], fps: float) -> 
                 options = {"crf": "18", "x264-params": SAME_BYTES}
                 stream = container.add_stream("libx264", rate=rate, options=options)
                 stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+                # As swscale makes it; players take another matrix for large frames, if not told.
+                stream.codec_context.colorspace, stream.codec_context.color_range = _BT601, _LIMITED
             picture = np.ascontiguousarray(image[:height, :width])
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         if stream is not None:
@@ -207,19 +549,35 @@ def _video(path: Path) -> av.container.InputContainer:
     if not path.is_file():
         raise SourceError(path, "is missing", RESTORE)
     try:
-        container = av.open(f"file:{path}", options=_CONTAINERS)
+        container = av.open(f"file:{path}", container_options=_CONTAINERS)
     except _video_damage() as error:
         raise SourceError(
             path, f"is not a video that can be read ({_brief(error)})", RESTORE
         ) from None
-    if not container.streams.video:
+    try:
+        _check_video(container, path)
+    except BaseException:
         container.close()
-        raise SourceError(path, "holds no video", RESTORE)
-    stream = container.streams.video[0]
-    if getattr(stream, "codec_context", None) is None:
-        container.close()
-        raise SourceError(path, "is of no codec that can be read", RESTORE)
-    if not 0 < stream.width * stream.height <= MAX_PIXELS:
-        container.close()
-        raise SourceError(path, f"claims {stream.width} x {stream.height} pixels", RESTORE)
+        raise
     return container
+
+
+def _check_video(container: av.container.InputContainer, path: Path) -> None:
+    if not container.streams.video:
+        raise SourceError(path, "holds no video", RESTORE)
+    stream = _stream(container)
+    if getattr(stream, "codec_context", None) is None:
+        raise SourceError(path, "is of no codec that can be read", RESTORE)
+    _check_pixels(path, stream.width, stream.height)
+    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # Should it change midway.
+
+
+def _check_pixels(path: Path, width: int, height: int) -> None:
+    if not 0 < width * height <= MAX_PIXELS:
+        raise SourceError(path, f"claims {width} x {height} pixels", RESTORE)
+
+
+def _stream(container: av.container.InputContainer) -> av.VideoStream:
+    """The video itself, where there is a cover or a thumbnail beside it."""
+    best = container.streams.best("video")
+    return container.streams.video[0] if best is None else cast("av.VideoStream", best)

@@ -1,0 +1,273 @@
+"""RGB video: a file, a folder of images, or a folder of such files and folders.
+
+Each video file, and each folder that holds images and no video, is an episode of its own. There are
+no poses, no depth and no intrinsics: an engine with a network finds them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from occgen_hub.builder import DatasetBuilder, EpisodeRef
+from occgen_hub.episode import Episode, MediaFile, Note, Task
+from occgen_hub.errors import SourceError, UsageError
+from occgen_hub.files import MAX_TABLE_ROWS, opened
+from occgen_hub.media import (
+    VideoReader,
+    VideoSurvey,
+    picture_facts,
+    read_picture,
+    survey_video,
+)
+
+VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".3gp", ".mpg", ".mpeg", ".mts", ".m2ts")
+IMAGES = (".jpg", ".jpeg", ".png")
+
+GROUP, TRAJECTORY = "custom_videos", "trajectory_0"
+
+NAME_BYTES = 120
+"""Of a name made from a path; file systems allow 255."""
+
+SIDES = (16, 16384)
+"""Pixels: what reference.mp4 can have for its width and height."""
+
+FPS = (0.01, 1000.0)
+"""Rates to believe."""
+
+USUAL_FPS = 30.0
+
+UNEVEN = 0.1
+"""Steps in time that differ by less of their average, and by less than what containers that count
+milliseconds make of equal ones, are those of a constant rate."""
+
+
+@dataclass(frozen=True)
+class Footage:
+    """The frames of an episode. size: (width, height), upright; read: (H, W, 3) uint8 by number."""
+
+    size: tuple[int, int]
+    length: int
+    fps: float
+    read: Callable[[int], NDArray[np.uint8]]
+    media: tuple[MediaFile, ...]
+    notes: tuple[Note, ...]
+
+
+class VideoBuilder(DatasetBuilder):
+    """Reads videos and folders of images; what is seen in them is for a network to find."""
+
+    name = "video"
+    takes_file = True
+
+    def episodes(self) -> Iterator[EpisodeRef]:
+        """Every video and every folder of images, sorted by id; raises UsageError if there is none.
+
+        A video file that is named as the root is taken whatever it is called.
+        """
+        found = [self.root] if self.root.is_file() else list(_find(self.root))
+        if not found:
+            raise UsageError(
+                f"{self.root}: holds neither videos ({_spoken(VIDEOS)}) nor images "
+                f"({_spoken(IMAGES)}); give a video, a folder of videos or a folder of images as "
+                "--input."
+            )
+        for name, path in sorted(_named(self.root, found).items()):
+            yield EpisodeRef(f"{GROUP}/{name}/{TRAJECTORY}", path)
+
+    def sources(self, ref: EpisodeRef) -> list[Path]:
+        """The video, or the images in the order of their numbers."""
+        if ref.path.is_dir():
+            return _images(ref.path)
+        opened(ref.path).close()
+        return [ref.path]
+
+    def read(self, ref: EpisodeRef) -> Episode:
+        """One episode, without poses, intrinsics and depth."""
+        sources = self.sources(ref)
+        footage = _image_footage(sources) if ref.path.is_dir() else _video_footage(ref.path)
+        if not SIDES[0] <= min(footage.size) <= max(footage.size) <= SIDES[1]:
+            width, height = footage.size
+            problem = (
+                f"is {width} x {height} pixels, and sides have to be of {_spoken(SIDES, ' to ')}"
+            )
+            raise SourceError(sources[0], problem, "scale it, or leave it out")
+        return Episode(
+            id=ref.id,
+            length=footage.length,
+            fps=footage.fps,
+            robot_type="unknown",
+            image_size=footage.size,
+            read_rgb=footage.read,
+            tasks=(Task("explore the scene"),),
+            task_index=np.zeros(footage.length, np.int64),
+            columns={},
+            media=footage.media,
+            fingerprint=self.fingerprint(sources),
+            notes=footage.notes,
+        )
+
+
+# Finding the files
+
+
+def _find(root: Path) -> Iterator[Path]:
+    """Videos, and folders of images without any, at any depth. What is hidden is passed over.
+
+    Images beside videos are covers and thumbnails. Links to folders are followed, to each folder
+    once.
+    """
+    seen: set[tuple[int, int]] = set()
+    for parent, folders, names in os.walk(root, followlinks=True, onerror=_unlisted):
+        stat = Path(parent).stat()
+        if (stat.st_dev, stat.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        videos = [name for name in sorted(names) if _is(name, VIDEOS)]
+        yield from (Path(parent, name) for name in videos)
+        if not videos and any(_is(name, IMAGES) for name in names):
+            yield Path(parent)
+
+
+def _unlisted(error: OSError) -> None:
+    raise SourceError(
+        error.filename, f"cannot be listed ({error.strerror})", "check its permissions"
+    ) from error
+
+
+def _is(name: str, suffixes: tuple[str, ...]) -> bool:
+    """Whether a file is of a kind, by its name. Names with a dot before them are hidden files."""
+    return not name.startswith(".") and name.lower().endswith(suffixes)
+
+
+def _images(folder: Path) -> list[Path]:
+    """The images of a folder in the order of the numbers in their names: 10 comes after 9."""
+    try:
+        with os.scandir(folder) as entries:
+            names = [e.name for e in entries if _is(e.name, IMAGES) and not e.is_dir()]
+    except OSError as error:
+        _unlisted(error)
+    paths = [folder / name for name in sorted(names, key=_natural)]
+    if not paths:
+        raise SourceError(folder, "holds no images any more", "restore them or leave it out")
+    if len(paths) > MAX_TABLE_ROWS:
+        problem = f"holds {len(paths)} images, more than an episode has"
+        raise SourceError(folder, problem, "make several folders of it")
+    stems: dict[str, Path] = {}
+    for path in paths:
+        if (other := stems.setdefault(path.stem, path)) != path:
+            raise SourceError(path, f"is called as {other.name} is", "keep one of the two")
+    return paths
+
+
+def _natural(name: str) -> tuple[list[str | int], str]:
+    """A key to sort names by, in which digits count as the numbers that they write."""
+    parts = re.split(r"([0-9]+)", name)
+    return [int(part) if n % 2 else part for n, part in enumerate(parts)], name
+
+
+# Naming the episodes
+
+
+def _named(root: Path, paths: list[Path]) -> dict[str, Path]:
+    """Names for paths below a root, or for the root itself: safe in any file system, and distinct.
+
+    A name is the path without its suffix. Those that would share one keep their suffixes, and those
+    that still do get some digits of a checksum of their paths. A name does not depend on the order
+    of the paths, nor on others, as long as they would not share it.
+    """
+    levels = dict.fromkeys(paths, 0)
+    while True:
+        names = {path: _name(root, path, level) for path, level in levels.items()}
+        count = Counter(name.casefold() for name in names.values())
+        shared = [path for path, name in names.items() if count[name.casefold()] > 1]
+        if all(levels[path] == 2 for path in shared):
+            return {name: path for path, name in names.items()}
+        levels.update({path: min(levels[path] + 1, 2) for path in shared})
+
+
+def _name(root: Path, path: Path, level: int) -> str:
+    """A path's name: 0 in short, 1 with its suffix, 2 with a checksum as well."""
+    within = path.relative_to(root) if path != root else Path(_own_name(root))
+    whole = within if level or path.is_dir() else within.with_suffix("")
+    text = unicodedata.normalize("NFC", "_".join(whole.parts))
+    safe = re.sub(r"[^\w.-]+" if not level else r"[^\w-]+", "_", text).strip("._-")
+    safe = safe.encode()[:NAME_BYTES].decode(errors="ignore") or "video"
+    if level < 2:
+        return safe
+    return f"{safe}_{hashlib.sha256(os.fsencode(within)).hexdigest()[:8]}"
+
+
+def _own_name(path: Path) -> str:
+    return path.name if path.name not in ("", "..") else path.resolve().name
+
+
+def _spoken(items: tuple[object, ...], between: str = ", ") -> str:
+    return between.join(str(item).removeprefix(".") for item in items)
+
+
+# The frames
+
+
+def _video_footage(path: Path) -> Footage:
+    survey = survey_video(path)
+    fps, notes = _rate(survey)
+    if survey.stated not in (0, survey.frames):
+        text = (
+            f"the header speaks of {survey.stated} frames, {survey.frames} can be decoded: "
+            "those count"
+        )
+        notes.append(Note("frame count", text))
+    # Made anew where it is none, by whoever writes the episode.
+    reference = survey.reference and fps == round(survey.fps, 6)
+    media = (MediaFile("video", path),) if reference else ()
+    reader = VideoReader(path, survey.size)
+    return Footage(survey.size, survey.frames, fps, reader, media, tuple(notes))
+
+
+def _rate(survey: VideoSurvey) -> tuple[float, list[Note]]:
+    """Frames a second, on average: the dataset's frames come at a constant rate."""
+    if not FPS[0] <= survey.fps <= FPS[1]:
+        text = f"the video gives no usable rate: {USUAL_FPS:g} fps is assumed"
+        return USUAL_FPS, [Note("fps", text)]
+    fps = round(survey.fps, 6)
+    shortest, longest = survey.steps or (0.0, 0.0)
+    if longest - shortest <= max(UNEVEN / fps, 0.0011):
+        return fps, []
+    text = (
+        f"frames come {1000 * shortest:.3g} to {1000 * longest:.3g} ms after one another: each "
+        f"counts once, at their average of {fps:g} fps"
+    )
+    return fps, [Note("variable rate", text)]
+
+
+def _image_footage(paths: list[Path]) -> Footage:
+    facts = [picture_facts(path) for path in paths]
+    size = facts[0].size
+    for path, own in zip(paths, facts, strict=True):
+        if own.size != size:
+            problem = (
+                f"is {own.size[0]} x {own.size[1]} pixels upright, {paths[0].name} "
+                f"{size[0]} x {size[1]}"
+            )
+            raise SourceError(path, problem, "give images of each size a folder of their own")
+    media = tuple(MediaFile("rgb", path, frame) for frame, path in enumerate(paths))
+    return Footage(
+        size=size,
+        length=len(paths),
+        fps=USUAL_FPS,
+        read=lambda t: read_picture(paths[t], size),
+        media=media if all(own.plain for own in facts) else (),
+        notes=(Note("fps", f"images do not say their rate: {USUAL_FPS:g} fps is assumed"),),
+    )

@@ -1,0 +1,817 @@
+"""RGB video as a source: files of all sorts, folders of images, and what is written of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import psutil
+import pytest
+from PIL import Image, ImageOps
+
+from occgen_hub.builder import load_builder
+from occgen_hub.builders.video import VideoBuilder
+from occgen_hub.config import Config
+from occgen_hub.episode import Episode
+from occgen_hub.errors import SourceError, UsageError
+from occgen_hub.lerobot.writer import Media, TrajectoryWriter
+from occgen_hub.media import VideoReader, survey_video, video_facts, video_frames, write_video
+from occgen_hub.occupancy.grid import Grid
+from occgen_hub.runtime.loop import check_places, list_episodes
+from occgen_hub.schema import load_schema
+
+RED, GREEN, BLUE, WHITE = (220, 30, 30), (30, 200, 30), (30, 30, 220), (240, 240, 240)
+REFERENCE = "videos/chunk-000/observation.video.trajectory/reference.mp4"
+RGB = "videos/chunk-000/observation.images.rgb"
+
+
+def quadrants(width: int = 96, height: int = 64) -> np.ndarray:
+    """Red, green, blue and white, in reading order."""
+    image = np.empty((height, width, 3), np.uint8)
+    image[: height // 2, : width // 2], image[: height // 2, width // 2 :] = RED, GREEN
+    image[height // 2 :, : width // 2], image[height // 2 :, width // 2 :] = BLUE, WHITE
+    return image
+
+
+def corners(image: np.ndarray) -> list[tuple[int, ...]]:
+    """The colours in the middles of the four quarters, in reading order."""
+    height, width = image.shape[:2]
+    return [
+        tuple(image[y, x].tolist())
+        for y in (height // 4, 3 * height // 4)
+        for x in (width // 4, 3 * width // 4)
+    ]
+
+
+def assert_upright(image: np.ndarray, tolerance: int = 10) -> None:
+    expected = [RED, GREEN, BLUE, WHITE]
+    assert np.abs(np.subtract(corners(image), expected)).max() <= tolerance, corners(image)
+
+
+def numbered(count: int, width: int = 96, height: int = 64) -> list[np.ndarray]:
+    """Grey frames that get lighter: frame t has the value 8 t + 8, up to 30 frames."""
+    return [np.full((height, width, 3), 8 * (t % 30) + 8, np.uint8) for t in range(count)]
+
+
+def number(frame: np.ndarray) -> int:
+    return round((float(frame.mean()) - 8) / 8)
+
+
+def record(
+    path: Path,
+    frames: list[np.ndarray],
+    codec: str = "libx264",
+    pix_fmt: str = "yuv420p",
+    fps: float = 10,
+    times: list[int] | None = None,
+    options: dict[str, str] | None = None,
+    **context: Any,
+) -> Path:
+    """A video; `times` are milliseconds, where frames do not come at a constant rate."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    faststart = {"movflags": "faststart"} if path.suffix == ".mp4" else {}
+    with av.open(str(path), "w", options=faststart) as container:
+        stream = container.add_stream(codec, rate=Fraction(fps), options=options or {})
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = pix_fmt
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for key, value in context.items():
+            setattr(stream.codec_context, key, value)
+        for t, image in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(image)
+            if times is not None:
+                frame.pts, frame.time_base = times[t], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def turn(path: Path, matrix: tuple[int, int, int, int]) -> None:
+    """Write (a, b, c, d) into the display matrix of an mp4, as phones do."""
+    content = bytearray(path.read_bytes())
+    place = content.index(b"tkhd") + 44
+    a, b, c, d = (value << 16 for value in matrix)
+    content[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+
+
+def read(path: Path) -> Episode:
+    builder = VideoBuilder(path)
+    (ref,) = builder.episodes()
+    return builder.read(ref)
+
+
+def ids(root: Path) -> list[str]:
+    return [ref.id.split("/")[1] for ref in VideoBuilder(root).episodes()]
+
+
+def notes(episode: Episode) -> dict[str, str]:
+    return {note.code: note.text for note in episode.notes}
+
+
+def all_frames(episode: Episode) -> list[np.ndarray]:
+    return [episode.read_rgb(t) for t in range(episode.length)]
+
+
+def assert_fails(path: Path, problem: str, named: Path | None = None) -> None:
+    """Reading fails in one sentence that names the file."""
+    with pytest.raises(SourceError) as caught:
+        all_frames(read(path))
+    text = str(caught.value)
+    assert problem in text
+    assert str(named or path) in text
+    assert "\n" not in text
+    assert text.endswith(".")
+    assert len(text) < 600
+
+
+# Video files
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("a.mp4", "libx264"),
+        ("a.m4v", "libx264"),
+        ("a.mov", "libx264"),
+        ("a.mkv", "libx264"),
+        ("a.avi", "mpeg4"),
+        ("a.webm", "libvpx-vp9"),
+        ("A.MP4", "libx265"),
+        ("a.mpg", "mpeg2video"),
+        ("a.mts", "libx264"),
+    ],
+)
+def test_a_video_is_an_episode(name: str, codec: str, tmp_path: Path) -> None:
+    fps = 25 if name == "a.mpg" else 10
+    path = record(tmp_path / name, [quadrants()] * 12, codec, fps=fps)
+
+    episode = read(path)
+
+    assert episode.id == f"custom_videos/{path.stem}/trajectory_0"
+    assert (episode.length, episode.fps, episode.image_size) == (12, fps, (96, 64))
+    assert episode.world_from_camera is None
+    assert episode.intrinsics is None
+    assert episode.read_depth is None
+    assert (episode.robot_type, episode.columns) == ("unknown", {})
+    assert episode.task_index.tolist() == [0] * 12
+    assert len(episode.tasks) == 1
+    assert not episode.notes
+    frames = all_frames(episode)
+    assert {frame.shape for frame in frames} == {(64, 96, 3)}
+    for frame in frames:
+        assert_upright(frame)
+    # Only what is already an mp4 of H.264 is taken as it is.
+    assert [item.path for item in episode.media] == ([path] if name in ("a.mp4", "a.m4v") else [])
+
+
+def test_frames_come_in_their_order(tmp_path: Path) -> None:
+    episode = read(record(tmp_path / "a.mp4", numbered(30)))
+    assert [number(frame) for frame in all_frames(episode)] == list(range(30))
+    assert [number(episode.read_rgb(t)) for t in (7, 3, 29, 12, 13)] == [7, 3, 29, 12, 13]
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_threads_may_ask_at_once(step: int, tmp_path: Path) -> None:
+    episode = read(record(tmp_path / "a.mp4", numbered(30)))
+    asked = range(0, 30, step)
+    with ThreadPoolExecutor(12) as pool:
+        assert [number(frame) for frame in pool.map(episode.read_rgb, asked)] == list(asked)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "back"),
+    {
+        (0, 1, -1, 0): lambda image: np.rot90(image),
+        (-1, 0, 0, -1): lambda image: np.rot90(image, 2),
+        (0, -1, 1, 0): lambda image: np.rot90(image, 3),
+        (-1, 0, 0, 1): lambda image: image[:, ::-1],
+        (1, 0, 0, -1): lambda image: image[::-1],
+        (0, 1, 1, 0): lambda image: image.swapaxes(0, 1),
+    }.items(),
+)
+def test_a_turned_video_is_upright(
+    matrix: tuple[int, int, int, int], back: Callable[[np.ndarray], np.ndarray], tmp_path: Path
+) -> None:
+    stored = np.ascontiguousarray(back(quadrants(64, 96)))
+    path = record(tmp_path / "phone.mp4", [stored] * 3)
+    turn(path, matrix)
+
+    episode = read(path)
+
+    assert episode.image_size == (64, 96) == video_facts(path).size == survey_video(path).size
+    assert not episode.media
+    for frame in (*all_frames(episode), *video_frames(path), VideoReader(path, (64, 96))(1)):
+        assert frame.shape == (96, 64, 3)
+        assert frame.flags.c_contiguous
+        assert_upright(frame)
+
+
+@pytest.mark.parametrize(
+    ("codec", "pix_fmt"), [("libvpx-vp9", "yuv420p"), ("ffv1", "yuv444p"), ("ffv1", "gray")]
+)
+def test_odd_sizes(codec: str, pix_fmt: str, tmp_path: Path) -> None:
+    episode = read(record(tmp_path / "odd.mkv", [quadrants(481, 271)] * 2, codec, pix_fmt))
+    assert episode.image_size == (481, 271)
+    frame = episode.read_rgb(1)
+    assert frame.shape == (271, 481, 3)
+    if pix_fmt != "gray":
+        assert_upright(frame)
+
+
+@pytest.mark.parametrize(
+    ("codec", "pix_fmt", "tags"),
+    [
+        ("libx264", "yuv420p10le", {}),
+        ("libx264", "yuv422p", {}),
+        ("libx264rgb", "rgb24", {}),
+        ("ffv1", "gray", {}),
+        ("ffv1", "gray16le", {}),
+        ("ffv1", "rgba64le", {}),
+        ("ffv1", "yuva420p", {}),
+        ("mjpeg", "yuvj420p", {"color_range": 2}),
+        ("libx264", "yuv420p", {"interlaced": True}),
+        ("prores_ks", "yuv422p10le", {}),
+    ],
+)
+def test_pixel_formats(codec: str, pix_fmt: str, tags: dict[str, Any], tmp_path: Path) -> None:
+    options = {"x264-params": "interlaced=1"} if tags.pop("interlaced", False) else {}
+    path = record(tmp_path / "a.mkv", [quadrants()] * 2, codec, pix_fmt, options=options, **tags)
+    episode = read(path)
+    assert not episode.media
+    frame = episode.read_rgb(0)
+    assert frame.dtype == np.uint8
+    if "gray" in pix_fmt:
+        assert (frame == frame[..., :1]).all()
+        assert [round(c[0] / 4) for c in corners(frame)] == pytest.approx(
+            [round(np.dot(c, (0.299, 0.587, 0.114)) / 4) for c in (RED, GREEN, BLUE, WHITE)], abs=2
+        )
+    else:
+        assert_upright(frame)
+
+
+@pytest.mark.parametrize(("matrix", "full"), [(1, False), (1, True), (6, True), (9, False)])
+def test_colours_follow_the_tags(matrix: int, full: bool, tmp_path: Path) -> None:
+    path = tmp_path / "tagged.mkv"
+    made = av.VideoFrame.from_ndarray(quadrants()).reformat(
+        format="yuv444p", src_colorspace=5, dst_colorspace=matrix, dst_color_range=1 + full
+    )
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv444p"
+        stream.codec_context.colorspace, stream.codec_context.color_range = matrix, 1 + full
+        container.mux(stream.encode(made))
+        container.mux(stream.encode())
+    assert_upright(read(path).read_rgb(0), tolerance=3)
+
+
+def test_pixels_that_are_not_square_are_made_so(tmp_path: Path) -> None:
+    wide = record(tmp_path / "wide.mp4", [quadrants()] * 2, sample_aspect_ratio=Fraction(4, 3))
+    episode = read(wide)
+    assert episode.image_size == (128, 64) == video_facts(wide).size
+    assert not episode.media
+    assert_upright(episode.read_rgb(1))
+
+    turn(wide, (0, 1, -1, 0))
+    assert read(wide).image_size == (64, 128)
+
+    for ratio in (
+        Fraction(136, 135),
+        Fraction(1, 50),
+    ):  # As good as square, and not to be believed.
+        path = record(tmp_path / "a.mp4", [quadrants()] * 2, sample_aspect_ratio=ratio)
+        assert read(path).image_size == (96, 64)
+
+
+def test_a_variable_rate_counts_each_frame_once_at_the_average(tmp_path: Path) -> None:
+    times = [0, 20, 90, 130, 180, 400, 430, 450, 500, 900]
+    path = record(tmp_path / "vfr.mp4", numbered(10), times=times)
+    episode = read(path)
+    assert episode.length == 10
+    assert episode.fps == pytest.approx(10, abs=0.7)
+    assert not episode.media
+    assert "20 to 400 ms" in notes(episode)["variable rate"]
+    assert [number(frame) for frame in all_frames(episode)] == list(range(10))
+
+
+@pytest.mark.parametrize("fps", [Fraction(30000, 1001), 24, 120, 240, Fraction(1, 2)])
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_constant_rates(name: str, fps: Fraction, tmp_path: Path) -> None:
+    episode = read(record(tmp_path / name, numbered(20), fps=fps))
+    assert episode.fps == pytest.approx(float(fps), rel=1e-7)
+    assert not episode.notes
+
+
+def test_a_single_frame(tmp_path: Path) -> None:
+    episode = read(record(tmp_path / "one.mp4", [quadrants()]))
+    assert (episode.length, episode.fps) == (1, 10)
+    assert_upright(episode.read_rgb(0))
+
+
+def test_the_header_does_not_matter(tmp_path: Path) -> None:
+    path = record(tmp_path / "a.avi", numbered(10), "mpeg4")
+    content = bytearray(path.read_bytes())
+    for box, offset in ((b"avih", 24), (b"strh", 40)):  # Frames, by the file's and the stream's.
+        place = content.index(box) + 8 + offset - (0 if box == b"avih" else 8)
+        content[place : place + 4] = struct.pack("<I", 4000)
+    path.write_bytes(content)
+    episode = read(path)
+    assert (episode.length, len(all_frames(episode))) == (10, 10)
+
+
+def test_frames_that_an_edit_list_hides_are_none(tmp_path: Path) -> None:
+    path = record(tmp_path / "trimmed.mp4", numbered(20), options={"bf": "0"})
+    content = bytearray(path.read_bytes())
+    place = content.index(b"elst") + 16
+    (step,) = struct.unpack(">I", content[content.index(b"stts") + 16 :][:4])
+    content[place : place + 4] = struct.pack(">i", 5 * step)  # Begin with frame 5.
+    path.write_bytes(content)
+
+    episode = read(path)
+
+    assert video_facts(path).frames == 20
+    assert episode.length == 15
+    assert [number(frame) for frame in all_frames(episode)] == list(range(5, 20))
+    assert "speaks of 20 frames, 15 can be decoded" in notes(episode)["frame count"]
+    assert not episode.media
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.mts", "a.avi"])
+def test_a_cut_end_leaves_the_frames_before_it(name: str, tmp_path: Path) -> None:
+    codec = "mpeg4" if name == "a.avi" else "libx264"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+    frames = [np.ascontiguousarray(np.roll(noise, 5 * t, 1)) for t in range(40)]
+    path = record(tmp_path / name, frames, codec)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 6 // 10])
+
+    episode = read(path)
+
+    assert 10 < episode.length < 36
+    assert len(all_frames(episode)) == episode.length
+    if name in ("a.mp4", "a.avi"):
+        assert "speaks of 40 frames" in notes(episode)["frame count"]
+
+
+def test_a_recording_may_begin_between_keyframes(tmp_path: Path) -> None:
+    path = record(tmp_path / "whole.mp4", numbered(30), options={"g": "10", "bf": "0"})
+    with av.open(str(path)) as source, av.open(str(tmp_path / "late.mts"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for n, packet in enumerate(source.demux(source.streams.video[0])):
+            if packet.size and n >= 4:
+                packet.stream = stream
+                target.mux(packet)
+    episode = read(tmp_path / "late.mts")
+    assert episode.length == 20
+    assert [number(frame) for frame in all_frames(episode)] == list(range(10, 30))
+
+
+def damaged(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    for n in range(len(content) // 2, len(content) // 2 + 300):
+        content[n] ^= 0x5A
+    path.write_bytes(content)
+
+
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty": (lambda p: p.write_bytes(b""), "is not a video that can be read"),
+    "garbage": (lambda p: p.write_bytes(os.urandom(5000)), "is not a video that can be read"),
+    "text": (lambda p: p.write_text("hello\n" * 99), "is not a video that can be read"),
+    "a playlist": (
+        lambda p: p.write_text("#EXTM3U\n#EXTINF:1,\na.ts\n"), "is not a video that can be read",
+    ),
+    "an image": (
+        lambda p: Image.fromarray(quadrants()).save(p, "PNG"), "is not a video that can be read",
+    ),
+    "cut in its header": (
+        lambda p: p.write_bytes(p.read_bytes()[:600]), "is not a video that can be read",
+    ),
+    "without its first part": (
+        lambda p: p.write_bytes(p.read_bytes()[3000:]), "is not a video that can be read",
+    ),
+    "a link to nowhere": (lambda p: (p.unlink(), p.symlink_to("nowhere")), "is missing"),
+    "a pipe": (lambda p: (p.unlink(), os.mkfifo(p)), "is not a regular file"),
+    "damaged in the middle": (damaged, "is damaged at frame"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_video_is_one_sentence_and_no_matter_to_others(name: str, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+    bad = record(tmp_path / "in" / "bad.mp4", [np.roll(noise, t, 1) for t in range(20)])
+    record(tmp_path / "in" / "good.mp4", [quadrants()] * 2)
+    change, problem = BAD[name]
+    change(bad)
+
+    builder = VideoBuilder(tmp_path / "in")
+    first, second = builder.episodes()
+
+    with pytest.raises(SourceError) as caught:
+        builder.read(first)
+    text = str(caught.value)
+    assert problem in text
+    assert str(bad) in text
+    assert text.endswith(".")
+    assert "\n" not in text
+    assert builder.read(second).length == 2
+
+
+def test_sound_alone(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        for _ in range(20):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+            frame.sample_rate = 44100
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert_fails(tmp_path / "sound.mp4", "holds no video")
+
+
+def test_a_video_without_frames(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "none.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        container.start_encoding()
+    assert_fails(tmp_path / "none.mp4", "")
+
+
+def test_a_size_that_changes_midway_is_refused(tmp_path: Path) -> None:
+    small = record(tmp_path / "1.mpg", numbered(5), "mpeg2video", fps=25)
+    large = record(tmp_path / "2.mpg", numbered(5, 128, 96), "mpeg2video", fps=25)
+    both = tmp_path / "both.mpg"
+    both.write_bytes(small.read_bytes() + large.read_bytes())
+    assert_fails(both, "changes from 96 x 64 to 128 x 96 pixels at frame")
+
+
+@pytest.mark.parametrize("size", [(8, 200), (200, 8)])
+def test_frames_too_small_for_a_video(size: tuple[int, int], tmp_path: Path) -> None:
+    assert_fails(record(tmp_path / "a.mkv", numbered(2, *size), "ffv1"), "8")
+
+
+def test_a_long_video_is_read_as_a_stream(tmp_path: Path) -> None:
+    path = record(
+        tmp_path / "long.mp4", numbered(30, 320, 240) * 67, options={"preset": "veryfast"}
+    )
+    process = psutil.Process()
+    episode = read(path)
+    assert episode.length == 2010
+    before = process.memory_info().rss
+    most, seen = before, []
+    for t, frame in enumerate(video_frames(path)):
+        if t % 100 == 0:
+            most = max(most, process.memory_info().rss - frame.nbytes)
+    assert t == 2009
+    for t in range(0, episode.length, 60):  # What is passed over is not kept either.
+        seen.append(number(episode.read_rgb(t)))
+        most = max(most, process.memory_info().rss)
+    assert set(seen) == {0}
+    assert most - before < 40e6
+
+
+def test_the_real_video(real_tree: Path) -> None:
+    (path,) = real_tree.rglob("observation.video.trajectory/*.mp4")
+    episode = read(path)
+    assert (episode.length, episode.fps, episode.image_size) == (52, 10, (480, 272))
+    assert [item.path for item in episode.media] == [path]
+    jpeg = next(real_tree.rglob("observation.images.rgb/30.jpg"))
+    image = np.asarray(Image.open(jpeg).resize((480, 272)), np.float64)
+    assert np.abs(episode.read_rgb(30) - image).mean() < 6
+
+
+# Folders of images
+
+
+def pictures(folder: Path, names: list[str], **options: Any) -> Path:
+    """Numbered grey images, the first the darkest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, image in zip(names, numbered(len(names)), strict=True):
+        Image.fromarray(image).save(folder / name, **options)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"{n}.jpg" for n in range(8, 13)],
+        [f"frame_{n}.PNG" for n in range(98, 103)],
+        ["IMG_2.jpeg", "IMG_10.jpeg", "IMG_100.png"],
+        ["0.5s.jpg", "0.10s.jpg", "1.0s.jpg"],
+        ["a1b9.png", "a1b10.png", "a2b1.png", "a10b1.png"],
+    ],
+)
+def test_images_are_frames_in_natural_order(names: list[str], tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "walk", names, quality=98)
+    (folder / "notes.txt").write_text("x")
+    (folder / ".9.jpg").write_text("hidden")
+    (folder / "11.jpg.d").mkdir()
+    episode = read(folder)
+    assert episode.id == "custom_videos/walk/trajectory_0"
+    assert (episode.length, episode.fps) == (len(names), 30)
+    assert [number(frame) for frame in all_frames(episode)] == list(range(len(names)))
+    assert "30 fps is assumed" in notes(episode)["fps"]
+    jpegs = all(name.lower().endswith(("jpg", "jpeg")) for name in names)
+    assert [item.path.name for item in episode.media] == (names if jpegs else [])
+    assert [item.frame for item in episode.media] == (list(range(len(names))) if jpegs else [])
+
+
+# How a camera that is held so stores what it sees, by the orientation that it writes.
+STORED = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_images_are_turned_upright(kind: str, orientation: int, tmp_path: Path) -> None:
+    upright, way, exif = Image.fromarray(quadrants()), STORED[orientation], Image.Exif()
+    exif[0x0112] = orientation
+    stored = upright if way is None else upright.transpose(way)
+    stored.save(tmp_path / f"0.{kind}", exif=exif, quality=95)
+
+    episode = read(tmp_path)
+
+    assert episode.image_size == (96, 64)
+    assert_upright(episode.read_rgb(0))
+    with Image.open(tmp_path / f"0.{kind}") as image:
+        assert np.array_equal(episode.read_rgb(0), np.asarray(ImageOps.exif_transpose(image)))
+    assert bool(episode.media) == (kind == "jpg" and orientation == 1)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16"])
+def test_modes_of_images(mode: str, tmp_path: Path) -> None:
+    image = Image.fromarray(quadrants())
+    if mode == "I;16":
+        values = np.asarray(image.convert("L")).astype(np.uint16) * 257
+        image = Image.fromarray(values)
+    else:
+        image = image.convert(mode)
+    image.save(tmp_path / ("0.jpg" if mode == "CMYK" else "0.png"))
+    episode = read(tmp_path)
+    frame = episode.read_rgb(0)
+    assert frame.shape == (64, 96, 3)
+    assert not episode.media
+    if mode in ("P", "RGBA", "CMYK"):
+        assert_upright(frame, tolerance=40 if mode == "P" else 10)
+    else:
+        assert (frame == frame[..., :1]).all()
+        grey = quadrants() @ (0.299, 0.587, 0.114)
+        assert mode == "1" or np.abs(frame[..., 0] - grey).max() <= 2
+
+
+def test_what_is_transparent_lies_over_black(tmp_path: Path) -> None:
+    pixels = np.dstack([quadrants(), np.full((64, 96), 255, np.uint8)])
+    pixels[:32, :48, 3] = 0
+    Image.fromarray(pixels).save(tmp_path / "0.png")
+    Image.fromarray(quadrants()).convert("P").save(
+        tmp_path / "1.png", transparency=bytes([255] * 9)
+    )
+    episode = read(tmp_path)
+    assert corners(episode.read_rgb(0)) == [(0, 0, 0), GREEN, BLUE, WHITE]
+    assert episode.read_rgb(1).shape == (64, 96, 3)
+
+
+def test_bad_images_are_named(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "in", ["1.jpg", "2.jpg", "3.jpg"])
+    bad = folder / "2.jpg"
+    whole = bad.read_bytes()
+
+    Image.new("RGB", (64, 96)).save(bad)
+    assert_fails(folder, "is 64 x 96 pixels upright, 1.jpg 96 x 64", bad)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (64, 96)).save(bad, exif=exif)
+    assert read(folder).length == 3
+
+    bad.write_bytes(whole[: len(whole) * 2 // 3])
+    assert_fails(folder, "is damaged", bad)
+    bad.write_bytes(b"")
+    assert_fails(folder, "is not a JPEG or PNG image", bad)
+    bad.unlink()
+    os.mkfifo(bad)
+    assert_fails(folder, "is not a regular file", bad)
+    bad.unlink()
+    bad.symlink_to("nowhere")
+    assert_fails(folder, "is missing", bad)
+    bad.unlink()
+    shutil.copy(folder / "1.jpg", folder / "1.jpeg")
+    assert_fails(folder, "is called as", folder / "1.jpg")
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0", b"Exif\0\0MM\0*\0\0\xff\xff", b"Exif\0\0II*\0" + b"\xff" * 64]
+)
+def test_exif_data_that_cannot_be_read_are_none(exif: bytes, tmp_path: Path) -> None:
+    Image.fromarray(quadrants()).save(tmp_path / "0.jpg", exif=exif, quality=95)
+    assert_upright(read(tmp_path).read_rgb(0))
+
+
+# Finding and naming
+
+
+def test_a_folder_of_all_sorts(tmp_path: Path) -> None:
+    for name in ("clip.mp4", "sub/clip.mkv", "sub/deeper/a.b.mp4", ".hidden/x.mp4", "._clip.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    pictures(tmp_path / "walk", ["0.jpg"])
+    pictures(tmp_path / "sub", ["cover.jpg"])
+    (tmp_path / "readme.txt").write_text("x")
+    assert ids(tmp_path) == ["clip", "sub_clip", "sub_deeper_a.b", "walk"]
+    assert ids(tmp_path / "clip.mp4") == ["clip"]
+    assert ids(tmp_path / "walk") == ["walk"]
+    assert ids(tmp_path / "sub" / "..") == ids(tmp_path)
+
+
+def test_names_are_distinct_whatever_comes(tmp_path: Path) -> None:
+    for name in ("a.mp4", "a.mov", "b.mp4", "c.mp4", "C.mp4", "d/e.mp4", "d_e.mp4", "x_mov.mp4",
+                 "x.mov", "x.mp4"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    found = ids(tmp_path)
+    assert len({name.casefold() for name in found}) == len(found) == 10
+    assert found == sorted(found) == ids(tmp_path)
+    assert {"a_mov", "a_mp4", "b"} <= set(found)
+    assert not {"a", "c", "C", "d_e"} & set(found)
+    assert sum(name.startswith("d_e_mp4_") for name in found) == 2
+
+    (tmp_path / "a.mov").unlink()
+    assert {"a"} <= set(ids(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("my holiday (1).mp4", "my_holiday_1"),
+        ("-rf.mp4", "rf"),
+        ("видео.mp4", "видео"),
+        ("cafe\u0301.mp4", "café"),
+        ("???.mp4", "video"),
+        ("a\nb\t.mp4", "a_b"),
+        ("x" * 250 + ".mp4", "x" * 120),
+        ("é" * 120 + ".mp4", "é" * 60),
+        ("v1.0.mp4", "v1.0"),
+        (os.fsdecode(b"a\xff\xfeb.mp4"), "a_b"),
+        ("..mp4", "video"),
+    ],
+)
+def test_odd_names_become_safe_ones(name: str, expected: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"")
+    if not name.startswith("."):
+        assert ids(tmp_path) == [expected]
+    assert ids(tmp_path / name) == [expected]
+
+
+def test_a_name_that_is_no_text_can_be_read(tmp_path: Path) -> None:
+    path = record(tmp_path / "plain.mp4", numbered(3))
+    path = path.rename(tmp_path / os.fsdecode(b"a\xff.mp4"))
+    assert [number(frame) for frame in video_frames(path)] == [0, 1, 2]
+    assert survey_video(path).reference
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    (tmp_path / "in" / "a" / "x.mp4").write_bytes(b"")
+    (tmp_path / "in" / "a" / "loop").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "b").symlink_to(tmp_path / "in" / "a")
+    (tmp_path / "in" / "c.mp4").symlink_to(tmp_path / "in" / "a" / "x.mp4")
+    assert ids(tmp_path / "in") == ["a_x", "c"]
+
+
+def test_the_source_is_installed(tmp_path: Path) -> None:
+    path = record(tmp_path / "a.mp4", numbered(2))
+    (ref,) = list_episodes(load_builder("video", path))
+    assert ref.id == "custom_videos/a/trajectory_0"
+
+
+def test_what_is_no_source_is_a_wrong_command(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("x")
+    (tmp_path / "clip.mp4").write_bytes(b"")
+    wrong: list[tuple[Callable[[], object], str]] = [
+        (lambda: list_episodes(VideoBuilder(tmp_path / "in")), "neither videos (mp4"),
+        (lambda: list_episodes(load_builder("internnav", tmp_path / "clip.mp4")),
+         "is not a folder; give the root of the source tree as --input."),
+        (lambda: check_places(tmp_path / "no", tmp_path / "out"), "is not a folder, nor a file"),
+        (lambda: check_places(Path("/dev/null"), tmp_path / "out"), "is not a folder, nor a file"),
+        (lambda: check_places(tmp_path / "in", tmp_path / "in" / "out"), "inside the input"),
+        (lambda: check_places(tmp_path / "clip.mp4", tmp_path / "clip.mp4"), "inside the input"),
+        (lambda: check_places(tmp_path / "clip.mp4", tmp_path / "clip.mp4" / "x"), "inside"),
+    ]  # fmt: skip
+    for command, problem in wrong:
+        with pytest.raises(UsageError) as caught:
+            command()
+        assert problem in str(caught.value)
+    check_places(tmp_path / "clip.mp4", tmp_path)
+    check_places(tmp_path / "clip.mp4", tmp_path / "clip")
+
+
+# What is written
+
+
+def write(episode: Episode, folder: Path, media: Media = "copy") -> Path:
+    """What is written of an episode besides what an engine finds; returns its video."""
+    schema, grid = load_schema("trajectory"), Grid.of(Config(voxel_size=0.5))
+    TrajectoryWriter(folder, schema, episode, grid).write_media(media)
+    video = folder / REFERENCE
+    assert media == "none" or video_facts(video).frames == episode.length
+    return video
+
+
+@pytest.mark.parametrize("media", ["copy", "link", "none"])
+def test_a_video_that_serves_is_taken_as_it_is(media: Media, tmp_path: Path) -> None:
+    path = record(tmp_path / "a.mp4", [quadrants()] * 6)
+    video = write(read(path), tmp_path / "out" / "a", media)
+    assert video.exists() == (media != "none")
+    if media != "none":
+        assert video.read_bytes() == path.read_bytes()
+        assert video.samefile(path) == (media == "link")
+
+
+def turned(path: Path) -> None:
+    record(path, [np.ascontiguousarray(np.rot90(quadrants()))] * 6, fps=Fraction(30000, 1001))
+    turn(path, (0, 1, -1, 0))
+
+
+def with_a_cover(path: Path) -> None:
+    record(path, [quadrants()] * 6)
+    with av.open(str(path)) as source, av.open(str(path.with_name("b.mp4")), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        cover = target.add_stream("mjpeg", rate=10)
+        cover.width, cover.height, cover.pix_fmt = 32, 32, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic.value
+        target.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8))))
+        for packet in source.demux(source.streams.video[0]):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    path.with_name("b.mp4").replace(path)
+
+
+MADE_ANEW: dict[str, Callable[[Path], object]] = {
+    "turned": turned,
+    "odd size": lambda p: record(p, [quadrants(97, 65)] * 6, "libvpx-vp9"),
+    "4:4:4": lambda p: record(p, [quadrants()] * 6, pix_fmt="yuv444p"),
+    "variable rate": lambda p: record(p, [quadrants()] * 6, times=[0, 20, 90, 130, 400, 700]),
+    "begins late": lambda p: record(p, [quadrants()] * 6, times=[500 + 100 * t for t in range(6)]),
+    "HEVC": lambda p: record(p, [quadrants()] * 6, "libx265"),
+    "wide pixels": lambda p: record(p, [quadrants()] * 6, sample_aspect_ratio=Fraction(4, 3)),
+    "cover": with_a_cover,
+}
+
+
+@pytest.mark.parametrize("name", MADE_ANEW)
+def test_any_other_is_made_anew(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    MADE_ANEW[name](path)
+    episode = read(path)
+    assert episode.length == 6
+    assert not episode.media
+
+    video = write(episode, tmp_path / "out" / "a")
+
+    survey = survey_video(video)
+    assert survey.reference
+    assert survey.frames == 6
+    assert survey.fps == pytest.approx(episode.fps, rel=1e-7)
+    width, height = episode.image_size
+    assert survey.size == (width // 2 * 2, height // 2 * 2)
+    for frame in video_frames(video):
+        assert_upright(frame)
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_a_video_is_made_of_images(kind: str, tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "in", [f"{n}.{kind}" for n in range(8, 12)])
+    video = write(read(folder), tmp_path / "out" / "a")
+    assert [number(frame) for frame in video_frames(video)] == [0, 1, 2, 3]
+    assert survey_video(video).fps == 30
+    copies = sorted((tmp_path / "out" / "a" / RGB).glob("*"))
+    assert [p.name for p in copies] == (
+        ["0.jpg", "1.jpg", "2.jpg", "3.jpg"] if kind == "jpg" else []
+    )
+
+
+def test_equal_videos_have_equal_fingerprints(tmp_path: Path) -> None:
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        write_video(tmp_path / folder / "a.mp4", [quadrants()] * 3, 10)
+    one, other = (read(tmp_path / folder / "a.mp4") for folder in ("x", "y"))
+    assert one.fingerprint == other.fingerprint
+    write_video(tmp_path / "y" / "a.mp4", [quadrants()] * 4, 10)
+    assert read(tmp_path / "y" / "a.mp4").fingerprint != one.fingerprint
