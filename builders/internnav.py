@@ -80,10 +80,9 @@ class Files:
 
 
 class InternNavBuilder(DatasetBuilder):
-    """Reads InternData-N1; its depth and poses go to the engine `rgbd`."""
+    """Reads InternData-N1: RGB with poses, and depth where it is there."""
 
     name = "internnav"
-    engine = "rgbd"
 
     def episodes(self) -> Iterator[EpisodeRef]:
         """Every trajectory folder, or every episode of a scene's folder, sorted."""
@@ -96,6 +95,11 @@ class InternNavBuilder(DatasetBuilder):
             else:
                 index = min(parquets, default=0)
                 yield EpisodeRef("/".join(_name(self.root, folder, 3)), folder, index)
+
+    def has_depth(self, ref: EpisodeRef) -> bool:
+        """Whether there is a depth image."""
+        folders = ref.path.glob("videos/chunk-*/observation.images.depth")
+        return any(path.suffix == ".png" for folder in folders for path in folder.iterdir())
 
     def sources(self, ref: EpisodeRef) -> list[Path]:
         """The tables, images and videos of one episode."""

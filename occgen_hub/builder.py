@@ -17,24 +17,26 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from occgen_hub.config import Config
-from occgen_hub.engines import load_engine
-from occgen_hub.episode import Episode, Note, Reconstruction
+from occgen_hub.engines import AUTO, Auto, Engine
+from occgen_hub.episode import Episode, Note, Scene
 from occgen_hub.errors import SourceError, UsageError
 from occgen_hub.files import read_json, sha256
 from occgen_hub.lerobot.writer import Media, Provenance, TrajectoryWriter
 from occgen_hub.occupancy.bricks import into_bricks
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.visibility import FrameOccupancy, observe
+from occgen_hub.scene import settle
 from occgen_hub.schema import Schema, load_schema
 
-Progress = Callable[[int], None]
-"""Called with the number of frames finished since the last call."""
+Stage = Literal["reconstructed", "built"]
+Progress = Callable[[Stage, int], None]
+"""Called with what was done to how many frames since the last call."""
 
 
 @dataclass(frozen=True)
 class EpisodeRef:
     """An episode before it is read. id: "<group>/<scene>/<trajectory>", also its place in the
-    output; path: the folder that holds it; index: its number where a folder holds several.
+    output; path: the folder or file that holds it; index: its number where one holds several.
     """
 
     id: str
@@ -44,10 +46,10 @@ class EpisodeRef:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to build: the engine's name (None: the builder's own), the configuration, the media."""
+    """How to build: the configuration, the engine, the media."""
 
     config: Config = field(default_factory=lambda: Config())
-    engine: str | None = None
+    engine: Engine = field(default_factory=Auto)
     media: Media = "copy"
     overwrite: bool = False
 
@@ -64,11 +66,16 @@ class Built:
 
 
 class DatasetBuilder(ABC):
-    """A source of episodes. A subclass names its engine and schema, lists episodes, reads one."""
+    """A source of episodes. A subclass says its name, lists episodes and reads one.
+
+    schema: what it writes; engine: the name of the one that suits it when the user names none;
+    takes_file: whether `root` may be a file.
+    """
 
     name: ClassVar[str]
     schema: ClassVar[str] = "trajectory"
-    engine: ClassVar[str]
+    engine: ClassVar[str] = AUTO
+    takes_file: ClassVar[bool] = False
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -85,13 +92,16 @@ class DatasetBuilder(ABC):
     def read(self, ref: EpisodeRef) -> Episode:
         """The episode; raises SourceError when its files cannot be used."""
 
-    def provenance(self, settings: Settings) -> Provenance:
+    def has_depth(self, ref: EpisodeRef) -> bool:
+        """Whether an episode has sensor depth; looked up quickly, nothing decoded."""
+        return False
+
+    def provenance(self, engine: Engine, settings: Settings) -> Provenance:
         """What is recorded of how an episode was built."""
-        engine = settings.engine or self.engine
-        return Provenance(self.name, engine, settings.config, settings.media)
+        return Provenance(self.name, engine.name, engine.weights(), settings.config, settings.media)
 
     def build(
-        self, ref: EpisodeRef, out: Path, settings: Settings, progress: Progress = lambda _: None
+        self, ref: EpisodeRef, out: Path, settings: Settings, progress: Progress = lambda *_: None
     ) -> Built:
         """Build one episode into `out / ref.id`, unless what it would build is there already.
 
@@ -101,10 +111,11 @@ class DatasetBuilder(ABC):
         place = out / ref.id
         clear_leftovers(place)
         schema = load_schema(self.schema)
-        provenance = self.provenance(settings)
+        engine = settings.engine.for_episode(ref.id, has_depth=self.has_depth(ref))
+        provenance = self.provenance(engine, settings)
         reason = None
         if not settings.overwrite:  # Comparing may mean reading all sources.
-            reason, changed = self._compare(ref, out, settings)
+            reason, changed = self._compare(ref, out, provenance)
             if reason is None:
                 _remember(place, changed)
                 return Built(ref.id, "present", 0)
@@ -115,7 +126,10 @@ class DatasetBuilder(ABC):
         with clock("read"):
             episode = self.read(ref)
         with clock("reconstruct"):
-            scene = load_engine(provenance.engine)(episode, settings.config)
+            found = engine.reconstruct(
+                episode, settings.config, lambda frames: progress("reconstructed", frames)
+            )
+            scene = settle(episode, found, settings.config)
         with staged(place) as folder:
             _write(folder, schema, episode, scene, provenance, clock, progress)
             if _stamps(sources) != before:
@@ -142,7 +156,11 @@ class DatasetBuilder(ABC):
                 raise SourceError(
                     path, f"cannot be read ({error.strerror})", "restore it from the source"
                 ) from error
-            digest.update(f"{path.relative_to(shared).as_posix()}\0{content}\n".encode())
+            digest.update(
+                f"{path.relative_to(shared).as_posix()}\0{content}\n".encode(
+                    errors="surrogateescape"
+                )
+            )
         return digest.hexdigest()
 
     def outdated(self, ref: EpisodeRef, out: Path, settings: Settings) -> str | None:
@@ -150,9 +168,12 @@ class DatasetBuilder(ABC):
 
         None if it is; "is not there" if there is nothing.
         """
-        return self._compare(ref, out, settings)[0]
+        engine = settings.engine.for_episode(ref.id, has_depth=self.has_depth(ref))
+        return self._compare(ref, out, self.provenance(engine, settings))[0]
 
-    def _compare(self, ref: EpisodeRef, out: Path, settings: Settings) -> tuple[str | None, int]:
+    def _compare(
+        self, ref: EpisodeRef, out: Path, provenance: Provenance
+    ) -> tuple[str | None, int]:
         """`outdated`, and when the sources last changed (0 if it does not come to that)."""
         place, schema = out / ref.id, load_schema(self.schema)
         mark = place / schema.path("record")
@@ -164,8 +185,10 @@ class DatasetBuilder(ABC):
             files = list(record["files"])
         except (SourceError, KeyError, TypeError):
             return "has no usable record", 0
-        expected = self.provenance(settings).record(schema, ref.id, recorded)
-        for key, value in expected.items():
+        # Recorded before a setting was there, a configuration stands for that setting's default.
+        record["config"] = {**Config().model_dump(mode="json"), **record["config"]}
+        expected = provenance.record(schema, ref.id, recorded)
+        for key, value in {"weights": None, **expected}.items():
             if record.get(key) != value:
                 return f"was built with another {key}{_difference(record.get(key), value)}", 0
         if not all((place / name).is_file() for name in files):
@@ -211,7 +234,7 @@ def _write(
     folder: Path,
     schema: Schema,
     episode: Episode,
-    scene: Reconstruction,
+    scene: Scene,
     provenance: Provenance,
     clock: Stopwatch,
     progress: Progress,
@@ -231,10 +254,10 @@ def _write(
 
 def frames_occupancy(
     episode: Episode,
-    scene: Reconstruction,
+    scene: Scene,
     grid: Grid,
     clock: Stopwatch,
-    progress: Progress = lambda _: None,
+    progress: Progress = lambda *_: None,
 ) -> Iterator[FrameOccupancy]:
     """Occupancy and visibility of each frame of an episode, in order."""
     with clock("occupancy"):
@@ -252,7 +275,7 @@ def frames_occupancy(
                 state,
             )
         yield frame
-        progress(1)
+        progress("built", 1)
 
 
 def clear_leftovers(place: Path) -> None:

@@ -15,7 +15,7 @@ import click
 from occgen_hub.errors import OccGenError
 
 if TYPE_CHECKING:
-    from occgen_hub.builder import DatasetBuilder, EpisodeRef, Settings
+    from occgen_hub.builder import DatasetBuilder, EpisodeRef, Settings, Stage
     from occgen_hub.runtime.loop import Result, Summary
 
 FOLDER = click.Path(file_okay=True, dir_okay=True, path_type=Path)
@@ -85,9 +85,29 @@ def sample(out: Path, trajectories: int, frames: int, seed: int, layout: Any, fa
     example="occgen-hub build --source internnav --input traj_data --output out --workers 8",
 )
 @click.option("--source", default="internnav", show_default=True, help="What kind of source it is.")
-@click.option("--input", "root", type=FOLDER, required=True, help="The root of the source tree.")
+@click.option(
+    "--input", "root", type=FOLDER, required=True,
+    help="The root of the source tree; for videos also a single one.",
+)  # fmt: skip
 @click.option("--output", "out", type=FOLDER, required=True, help="Where the dataset goes.")
-@click.option("--engine", help="How to reconstruct; the source's own engine if not given.")
+@click.option(
+    "--engine",
+    default="auto",
+    show_default=True,
+    help="How to reconstruct: rgbd from sensor depth, pi3 or pi3x from images; auto takes rgbd "
+    "where there is depth, else pi3x or pi3 by the weights that are there.",
+)
+@click.option(
+    "--weights",
+    type=FOLDER,
+    help="A network's weights; ckpt/NAME/model.safetensors or the Hub's if not given.",
+)
+@click.option("--device", help="Where networks run, as cuda:1; a GPU if there is one.")
+@click.option(
+    "--condition",
+    metavar="LIST",
+    help="What pi3x is told besides the images: depth, intrinsics, poses, or some of them.",
+)
 @click.option("--config", type=FOLDER, help="A YAML file of settings.")
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="One setting; repeatable."
@@ -110,7 +130,10 @@ def build(
     source: str,
     root: Path,
     out: Path,
-    engine: str | None,
+    engine: str,
+    weights: Path | None,
+    device: str | None,
+    condition: str | None,
     config: Path | None,
     settings: tuple[str, ...],
     media: Any,
@@ -126,14 +149,17 @@ def build(
     """
     from occgen_hub.builder import Settings, load_builder
     from occgen_hub.config import load_config
-    from occgen_hub.engines import load_engine
-    from occgen_hub.runtime.loop import check_places, list_episodes
+    from occgen_hub.runtime.loop import check_places, choose_engine, list_episodes
 
-    chosen = Settings(load_config(config, settings), engine, media, overwrite)
+    if condition is not None:
+        settings += (f"condition=[{condition}]",)
+    parameters = load_config(config, settings)
     check_places(root, out)
     builder = load_builder(source, root)
-    load_engine(engine or builder.engine)
     refs = list_episodes(builder, limit)
+    chosen = Settings(
+        parameters, choose_engine(builder, refs, engine, weights, device), media, overwrite
+    )
     if dry_run:
         return _plan(builder, refs, out, chosen)
     return _build(builder, refs, out, chosen, workers)
@@ -166,7 +192,7 @@ def _build(
 
     warm_up()
     seen: set[str] = set()
-    frames = 0
+    frames = {"reconstructed": 0, "built": 0}
     turn = Lock()  # Frames are counted in a thread of its own where there are workers.
     with tqdm(
         total=len(refs), unit="episode", desc="build", dynamic_ncols=True, disable=_no_bar()
@@ -179,12 +205,15 @@ def _build(
             with turn:
                 bar.update()
 
-        def count(done: int) -> None:
-            nonlocal frames
-            frames += done
+        def count(stage: Stage, done: int) -> None:
+            frames[stage] += done
             with turn:
                 elapsed = max(bar.format_dict["elapsed"], 1e-9)
-                bar.set_postfix_str(f"{frames / elapsed:.1f} frames/s", refresh=False)
+                bar.set_postfix_str(
+                    f"{frames['reconstructed']} frames reconstructed, "
+                    f"{frames['built'] / elapsed:.1f} built a second",
+                    refresh=False,
+                )
                 bar.update(0)
 
         summary = run(builder, refs, out, settings, workers, Listener(finished, count))
@@ -230,6 +259,46 @@ def _print_summary(summary: Summary, out: Path, refs: list[EpisodeRef]) -> None:
             click.echo(f"  and {len(summary.failures) - 20} more.")
     place = shlex.quote(str(out))
     click.echo(f"Next: occgen-hub validate {place}" if summary.built else f"Dataset: {out}")
+
+
+@cli.group()
+def weights() -> None:
+    """Fetch the weights of the networks, or check them."""
+
+
+NETWORK = click.argument("name", type=click.Choice(["pi3", "pi3x"]))
+
+
+@weights.command(cls=Examples, example="occgen-hub weights pull pi3x")
+@NETWORK
+@click.option("--revision", help="A commit or tag on the Hub; the one in ckpt/ if not given.")
+def pull(name: Any, revision: str | None) -> None:
+    """Fetch a network's published weights into the Hub's cache, and check them."""
+    from occgen_hub.engines.pi3 import weights as files
+
+    terms = files.published(name).terms
+    click.echo(f"Licence of these weights: {terms}.")
+    found = files.fetch(name, revision)
+    files.check(found)
+    click.echo(found.path)
+    click.echo(f"Next: occgen-hub build --source video --engine {name} --input VIDEO --output out")
+
+
+@weights.command("check", cls=Examples, example="occgen-hub weights check pi3x")
+@NETWORK
+@click.option("--weights", "path", type=FOLDER, help="Where they are, if not in the usual place.")
+def check_weights(name: Any, path: Path | None) -> None:
+    """Say which weights are used, whether they are whole, and under which licence they are.
+
+    Fetches nothing. Ends with 0 when they fit the network, and with 2 when they do not.
+    """
+    from occgen_hub.engines.pi3 import weights as files
+
+    found = files.find(name, path, fetching=False)
+    size = found.path.stat().st_size
+    click.echo(f"{found.path}: {name}, {size / 1e9:.2f} GB, whole.")
+    click.echo(f"SHA-256: {found.digest}")
+    click.echo(f"Licence: {found.checkpoint.terms}.")
 
 
 @cli.command(cls=Examples, example="occgen-hub validate out")

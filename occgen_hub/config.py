@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,6 +17,8 @@ MAX_CONFIG_BYTES = 1 << 16
 MAX_INTERVAL = 1 << 20
 MAX_CELLS = 1 << 29
 """Half a gigabyte of cells, a byte each while a frame is worked on."""
+
+Condition = Literal["depth", "intrinsics", "poses"]
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -51,6 +53,27 @@ class Config(BaseModel):
         None,
         description="the seed's dynamic size: origin_pcd.ply is thinned to "
         "cbrt(scene volume) / voxel_size_scale where that is coarser than voxel_size",
+    )
+    confidence: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
+        0.1, description="networks: drop points that the network is less sure of"
+    )
+    max_pixels: Annotated[int, Field(ge=1 << 10, le=1 << 22)] = Field(
+        255_000, description="networks: of a frame as the network sees it"
+    )
+    window: Annotated[int, Field(ge=2, le=4096)] | None = Field(
+        None, description="networks: frames at once; what fits into free memory if not set"
+    )
+    overlap: Annotated[int, Field(ge=1, le=2048)] = Field(
+        8, description="networks: frames that a window shares with the next; half of it at most"
+    )
+    condition: tuple[Condition, ...] = Field(
+        (), description="pi3x: what it is told besides the images: depth, intrinsics, poses"
+    )
+    mesh: bool = Field(
+        False, description="close small holes along a Poisson surface through the cloud"
+    )
+    mesh_density_cut: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
+        0.0, description="mesh: leave out this share of it, where the fewest points support it"
     )
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from occgen_hub.geometry.alignment import Alignment
 from occgen_hub.geometry.cloud import Cloud
 from occgen_hub.schema import Feature
 
@@ -77,16 +78,34 @@ class Episode:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What an engine makes of an episode, in the source's world and in metres.
+    """What an engine makes of an episode.
 
     cloud: the fused scene; world_from_camera: (T, 4, 4) float64, OpenCV axes; intrinsics:
-    (T, 3, 3) float64, pixels of the episode's images; scale: what the engine's lengths were
-    multiplied by to become metres.
+    (T, 3, 3) float64, pixels of the episode's images; in_source_world: whether that is the
+    source's world, in metres, else one of the engine's own; frames: numbers of those that the
+    engine looked at, None for all.
     """
 
     engine: str
     cloud: Cloud
     world_from_camera: NDArray[np.float64]
     intrinsics: NDArray[np.float64]
+    in_source_world: bool = True
+    frames: NDArray[np.int64] | None = None
+    notes: tuple[Note, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is written of an episode: its reconstruction, in the source's world where it has one.
+
+    scale: what the engine's lengths were multiplied by to become metres; alignment: how well the
+    engine's cameras fit onto the source's, None where that was not asked.
+    """
+
+    cloud: Cloud
+    world_from_camera: NDArray[np.float64]
+    intrinsics: NDArray[np.float64]
     scale: float = 1.0
+    alignment: Alignment | None = None
     notes: tuple[Note, ...] = ()

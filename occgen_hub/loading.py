@@ -26,7 +26,7 @@ from occgen_hub.errors import DatasetError, SourceError
 from occgen_hub.files import opened, read_json, read_jsonl, read_parquet
 from occgen_hub.geometry.cloud import Cloud
 from occgen_hub.geometry.ply import read_ply
-from occgen_hub.media import MAX_PIXELS, read_depth, read_rgb
+from occgen_hub.media import MAX_PIXELS, VideoReader, read_depth, read_rgb
 from occgen_hub.occupancy.codec import unpack
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.schema import Schema, load_schema
@@ -306,9 +306,14 @@ class Trajectory:
         return read_ply(self.file("scene_cloud"))
 
     def rgb(self, frame: int) -> NDArray[np.uint8] | None:
-        """(H, W, 3) uint8, or None where the images were left out."""
-        path = self.file("rgb", frame)
-        return read_rgb(path, self.image_size) if path.is_file() else None
+        """(H, W, 3) uint8, from the images, else the video; None where both were left out.
+
+        The video of an image of odd size lacks a row or a column, and is resized.
+        """
+        image, video = self.file("rgb", frame), self.file("video")
+        if image.is_file():
+            return read_rgb(image, self.image_size)
+        return VideoReader(video, self.image_size)(frame) if video.is_file() else None
 
     def depth(self, frame: int) -> NDArray[np.float64] | None:
         """(H, W) float64 metres, or None where depth was left out."""

@@ -8,13 +8,18 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 
+def own_threads() -> int:
+    """This process's share of the cores: NUMBA_NUM_THREADS, where it is set."""
+    return int(os.environ.get("NUMBA_NUM_THREADS") or len(os.sched_getaffinity(0)))
+
+
 def ahead[Item, Result](work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """`map(work, items)`, in order, with as many results ready ahead as there are threads.
 
-    For work that lets go of the interpreter, as decoding does. Threads are the process's share of
-    the cores (NUMBA_NUM_THREADS, where it is set). An error comes out where its result would.
+    For work that lets go of the interpreter, as decoding does. There are `own_threads()` threads.
+    An error comes out where its result would.
     """
-    threads = int(os.environ.get("NUMBA_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    threads = own_threads()
     with ThreadPoolExecutor(threads) as pool:
         pending: deque[Future[Result]] = deque()
         try:

@@ -1,4 +1,4 @@
-"""How fast and how large: the kernel, the whole build by stage, memory, bytes on disk.
+"""How fast and how large: kernel, whole build by stage, memory, bytes on disk, networks.
 
 Times on a shared machine differ from run to run by half; what is compared here was measured in one
 run. The exactness of the kernel is a matter of the tests, not of this script.
@@ -117,6 +117,29 @@ def build_here(source: Path, out: Path, workers: int) -> dict[str, Any]:
     }
 
 
+def networks(views: list[int]) -> list[dict[str, Any]]:
+    """Both networks at full size, each in a process of its own."""
+    script = str(Path(__file__).with_name("bench_networks.py"))
+    found = []
+    for name in ("pi3", "pi3x"):
+        print(f"measuring {name}, with stand-in weights of full size", file=sys.stderr)
+        command = [sys.executable, script, name, *map(str, views)]
+        result = subprocess.run(command, check=True, capture_output=True, text=True)
+        found.append(json.loads(result.stdout.splitlines()[-1]))
+    return found
+
+
+def network_table(found: list[dict[str, Any]]) -> None:
+    for part in found:
+        print(f"\n{part['network']} on {part['device']}, views of 308 x 224")
+        print(f"  {'views':>5}  {'s a frame':>9}  {'peak MB':>8}  {'of a matrix product':>19}")
+        for row in part["rows"]:
+            print(
+                f"  {row['views']:>5}  {row['seconds_a_frame']:>9.3f}  "
+                f"{row['peak_memory_mb']:>8.0f}  {row['share_of_matrix_product']:>19.0%}"
+            )
+
+
 def table(report: dict[str, Any]) -> None:
     print(f"{report['machine']}, {report['threads']} threads")
     for name, part in report["sources"].items():
@@ -144,6 +167,9 @@ def main() -> int:
     parser.add_argument("--frames", type=int, default=24, help="of the sample trajectory")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--input", type=Path, help="another InternData-N1 tree to measure as well")
+    parser.add_argument(
+        "--views", type=int, nargs="*", default=[2, 4, 8], help="of the networks; none: no networks"
+    )
     parser.add_argument("--json", type=Path, default=Path("bench.json"), help="where figures go")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -161,7 +187,10 @@ def main() -> int:
                 for name, path in sources.items()
             },
         }
+        if options.views:
+            report["networks"] = networks(options.views)
     table(report)
+    network_table(report.get("networks", []))
     options.json.write_text(json.dumps(report, indent=1) + "\n")
     print(f"\nfigures: {options.json}")
     return 0

@@ -104,7 +104,7 @@ def test_inspect_without_media_shows_the_cloud(sample_tree, tmp_path):
         (["build", "--input", "EMPTY", "--output", "OUT"], "holds no episode"),
         (["build", "--input", "DATASET/no", "--output", "OUT"], "is not a folder"),
         (["build", "--input", "EMPTY", "--output", "OUT", "--source", "xyz"], "internnav"),
-        (["build", "--input", "EMPTY", "--output", "OUT", "--engine", "xyz"], "rgbd"),
+        (["build", "--input", "SAMPLE", "--output", "OUT", "--engine", "xyz"], "rgbd"),
         (["build", "--input", "EMPTY", "--output", "OUT", "--set", "voxelsize=1"], "voxel_size"),
         (["build", "--input", "EMPTY", "--output", "OUT", "--set", "voxel_size=-1"], "greater"),
         (["build", "--output", "OUT"], "--input"),
@@ -112,8 +112,13 @@ def test_inspect_without_media_shows_the_cloud(sample_tree, tmp_path):
     ],
     ids=lambda value: " ".join(value)[:50] if isinstance(value, list) else None,
 )
-def test_wrong_usage_ends_with_2_and_one_sentence(dataset, tmp_path, arguments, words):
-    places = {"DATASET": str(dataset), "EMPTY": str(tmp_path / "empty"), "OUT": str(tmp_path / "o")}
+def test_wrong_usage_ends_with_2_and_one_sentence(sample_tree, dataset, tmp_path, arguments, words):
+    places = {
+        "SAMPLE": str(sample_tree),
+        "DATASET": str(dataset),
+        "EMPTY": str(tmp_path / "empty"),
+        "OUT": str(tmp_path / "o"),
+    }
     (tmp_path / "empty").mkdir()
 
     def placed(text: str) -> str:

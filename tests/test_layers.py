@@ -20,6 +20,7 @@ GROUND_TO_ROOF = [
     "sample",
     "occupancy",
     "engines",
+    "scene",
     "loading",
     "lerobot",
     "visual",

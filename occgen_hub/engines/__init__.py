@@ -1,27 +1,107 @@
-"""Engines: functions that reconstruct an episode, found through entry points."""
+"""Engines: what reconstructs an episode, found through entry points."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from importlib.metadata import entry_points
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
 
 from occgen_hub.config import Config
 from occgen_hub.episode import Episode, Reconstruction
-from occgen_hub.errors import UsageError
+from occgen_hub.errors import OccGenError, UsageError
 
-Engine = Callable[[Episode, Config], Reconstruction]
+AUTO = "auto"
+Progress = Callable[[int], None]
+"""Called with the number of frames reconstructed since the last call."""
+
+
+class Engine(ABC):
+    """Reconstructs episodes, any number of them. Small, so that it is sent to other processes."""
+
+    name: str
+
+    def weights(self) -> dict[str, Any] | None:
+        """What a dataset records of the network's weights; None for an engine without any."""
+        return None
+
+    def for_episode(self, episode: str, *, has_depth: bool) -> Engine:
+        """The engine that reconstructs the episode of that id: this one."""
+        return self
+
+    @abstractmethod
+    def reconstruct(
+        self, episode: Episode, config: Config, progress: Progress = lambda _: None
+    ) -> Reconstruction:
+        """The scene that an episode shows; raises OccGenError when it cannot be had."""
+
+
+Opener = Callable[[Path | None, str | None], Engine]
+"""An entry point: from --weights and --device to an engine; raises UsageError where they do not
+fit."""
+
+
+@dataclass(frozen=True)
+class Auto(Engine):
+    """Sensor depth where there is any, else a network, None if there are no weights for one."""
+
+    network: Engine | None = None
+    name = AUTO
+
+    def for_episode(self, episode: str, *, has_depth: bool) -> Engine:
+        """The engine `rgbd` for an episode with depth, else the network.
+
+        Raises OccGenError where there is neither.
+        """
+        if has_depth:
+            return load_engine("rgbd")
+        if self.network is None:
+            raise OccGenError(
+                f"{episode}: has no depth images, and there are no weights for a network, which "
+                "would do without; fetch some with 'occgen-hub weights pull pi3x'."
+            )
+        return self.network
+
+    def reconstruct(
+        self, episode: Episode, config: Config, progress: Progress = lambda _: None
+    ) -> Reconstruction:
+        """As the engine that suits the episode does."""
+        engine = self.for_episode(episode.id, has_depth=episode.read_depth is not None)
+        return engine.reconstruct(episode, config, progress)
 
 
 def engine_names() -> list[str]:
-    """The engines that are installed."""
-    return sorted({point.name for point in entry_points(group="occgen_hub.engines")})
+    """The engines that are installed, and `auto`."""
+    return [AUTO, *sorted({point.name for point in _points()})]
 
 
-def load_engine(name: str) -> Engine:
-    """The engine of that name; raises UsageError when none is installed."""
-    for point in entry_points(group="occgen_hub.engines"):
+def load_engine(name: str, weights: Path | None = None, device: str | None = None) -> Engine:
+    """The engine of that name, with weights (None: those that are there) on a device (None: the
+
+    best). Raises UsageError when none is installed or its weights or its device cannot be had.
+    """
+    for point in _points():
         if point.name == name:
-            engine: Engine = point.load()
-            return engine
-    known = ", ".join(engine_names()) or "none"
+            opener: Opener = point.load()
+            return opener(weights, device)
+    known = ", ".join(engine_names())
     raise UsageError(f"--engine {name}: no such engine; installed are {known}.")
+
+
+def network_engine(weights: Path | None = None, device: str | None = None) -> Engine:
+    """The network that `auto` takes: of the weights given, else of those there, pi3x before pi3.
+
+    Raises UsageError when there are none.
+    """
+    from occgen_hub.engines.pi3.weights import NAMES, kind, present
+
+    if weights is not None:
+        return load_engine(kind(weights), weights, device)
+    there = (name for name in NAMES if present(name) is not None)
+    return load_engine(next(there, NAMES[0]), None, device)
+
+
+def _points() -> list[EntryPoint]:
+    return list(entry_points(group="occgen_hub.engines"))

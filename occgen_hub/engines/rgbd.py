@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 
 from occgen_hub.config import Config
+from occgen_hub.engines import Engine, Progress
 from occgen_hub.episode import Episode, Reconstruction
-from occgen_hub.errors import OccGenError
+from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.geometry.camera import unproject
 from occgen_hub.geometry.cloud import VoxelDownsample
 from occgen_hub.geometry.poses import transform
 from occgen_hub.prefetch import ahead
 
 
-def reconstruct(episode: Episode, config: Config) -> Reconstruction:
+class SensorDepth(Engine):
+    """Sensor depth with known poses."""
+
+    name = "rgbd"
+
+    def reconstruct(
+        self, episode: Episode, config: Config, progress: Progress = lambda _: None
+    ) -> Reconstruction:
+        """See `reconstruct`."""
+        return reconstruct(episode, config, progress)
+
+
+def open_engine(weights: Path | None, device: str | None) -> SensorDepth:
+    """The engine; raises UsageError for weights, of which it has none. It works on any device."""
+    if weights is not None:
+        raise UsageError(f"--weights {weights}: the engine rgbd has none; leave the option out.")
+    return SensorDepth()
+
+
+def reconstruct(
+    episode: Episode, config: Config, progress: Progress = lambda _: None
+) -> Reconstruction:
     """The scene that an episode's depth images show, in the source's world.
 
     Every `config.interval`-th frame is used. The fused cloud keeps one point for each voxel of
@@ -52,6 +76,7 @@ def reconstruct(episode: Episode, config: Config) -> Reconstruction:
 
     for points, colors in ahead(measured, range(0, episode.length, config.interval)):
         fused.add(points, colors)
+        progress(1)
     return Reconstruction("rgbd", fused.cloud(), poses, intrinsics)
 
 

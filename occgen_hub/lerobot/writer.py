@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 from pyarrow import Table
 
 from occgen_hub.config import Config
-from occgen_hub.episode import Column, Episode, Reconstruction
+from occgen_hub.episode import Column, Episode, Scene
 from occgen_hub.errors import SourceError
 from occgen_hub.files import dump_json, files_under, sha256
+from occgen_hub.geometry.alignment import Alignment
 from occgen_hub.geometry.cloud import voxel_downsample
 from occgen_hub.geometry.ply import write_ply
 from occgen_hub.lerobot.stats import episode_stats
@@ -31,10 +32,14 @@ Media = Literal["copy", "link", "none"]
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a trajectory comes from: the builder's name, the engine's, and the configuration."""
+    """Where a trajectory comes from: the builder's name, the engine's, and the configuration.
+
+    weights: of the engine's network, None where it has none.
+    """
 
     builder: str
     engine: str
+    weights: dict[str, Any] | None
     config: Config
     media: Media
 
@@ -44,6 +49,7 @@ class Provenance:
             "schema": {"name": schema.name, "version": schema.version},
             "source": {"builder": self.builder, "episode": episode, "fingerprint": fingerprint},
             "engine": self.engine,
+            **({} if self.weights is None else {"weights": self.weights}),
             "config": self.config.model_dump(mode="json"),
             "media": "none" if self.media == "none" else "kept",
         }
@@ -71,7 +77,7 @@ class TrajectoryWriter:
         visible.close()
         observed.close()
 
-    def write_scene(self, scene: Reconstruction, config: Config) -> None:
+    def write_scene(self, scene: Scene, config: Config) -> None:
         """The scene's occupied cells and its cloud."""
         cells = scene_grid(scene.cloud.points, config.voxel_size)
         with NpzWriter(self.path("scene_occupancy")) as out:
@@ -93,7 +99,7 @@ class TrajectoryWriter:
             frames = (self.episode.read_rgb(t) for t in range(self.episode.length))
             write_video(self.path("video"), frames, self.episode.fps)
 
-    def write_tables(self, scene: Reconstruction) -> None:
+    def write_tables(self, scene: Scene) -> None:
         """The parquet and the meta files that describe it."""
         columns = self.columns(scene)
         features = {name: column.feature for name, column in columns.items()}
@@ -114,7 +120,7 @@ class TrajectoryWriter:
             "tasks", [{"task_index": i, "task": t.text, **_said(t.source)} for i, t in tasks]
         )
 
-    def columns(self, scene: Reconstruction) -> dict[str, Column]:
+    def columns(self, scene: Scene) -> dict[str, Column]:
         """Every column of the parquet: the source's, then what was computed, then LeRobot's."""
         frames = np.arange(self.episode.length)
         features = self.schema.features
@@ -133,7 +139,7 @@ class TrajectoryWriter:
             columns[name] = Column(features[name], np.asarray(values).astype(features[name].dtype))
         return columns
 
-    def finish(self, provenance: Provenance, scene: Reconstruction) -> None:
+    def finish(self, provenance: Provenance, scene: Scene) -> None:
         """`meta/occgen.json`, last: what the trajectory is made of and a SHA-256 of every file."""
         config = provenance.config
         files = {
@@ -152,6 +158,7 @@ class TrajectoryWriter:
                 "image_size": list(self.episode.image_size),
                 "points": len(scene.cloud),
                 "scale": scene.scale,
+                **({} if scene.alignment is None else {"alignment": _fit(scene.alignment)}),
             },
             "notes": [note.text for note in (*self.episode.notes, *scene.notes)],
             "files": files,
@@ -190,6 +197,16 @@ def cloud_voxel_size(shape: tuple[int, int, int], config: Config) -> float:
         return config.voxel_size
     volume = float(np.prod(shape, dtype=np.float64)) * config.voxel_size**3
     return max(config.voxel_size, float(np.cbrt(volume)) / config.voxel_size_scale)
+
+
+def _fit(alignment: Alignment) -> dict[str, Any]:
+    return {
+        "translation_rmse": alignment.translation_rmse,
+        "rotation_error": alignment.rotation_error,
+        "inliers": alignment.inliers,
+        "frames": alignment.frames,
+        "scaled": alignment.scaled,
+    }
 
 
 def _said(source: dict[str, Any]) -> dict[str, Any]:

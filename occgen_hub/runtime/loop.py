@@ -19,7 +19,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 
-from occgen_hub.builder import Built, DatasetBuilder, EpisodeRef, Settings
+from occgen_hub.builder import Built, DatasetBuilder, EpisodeRef, Progress, Settings, Stage
+from occgen_hub.engines import AUTO, Auto, Engine, load_engine, network_engine
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.files import dump_json, written_whole
 
@@ -74,13 +75,13 @@ class Listener:
     """What is told of a run as it goes: each finished episode, and frames as they are done."""
 
     finished: Callable[[Result], None] = lambda _: None
-    frames: Callable[[int], None] = lambda _: None
+    frames: Progress = lambda *_: None
 
 
 def check_places(root: Path, out: Path) -> None:
     """Raise UsageError where reading from `root` and writing to `out` would go wrong."""
-    if not root.is_dir():
-        raise UsageError(f"{root}: is not a folder; give the root of the source tree as --input.")
+    if not (root.is_dir() or root.is_file()):
+        raise UsageError(f"{root}: is not a folder, nor a file; give what to read as --input.")
     source, target = root.resolve(), out.resolve()
     if target == source or source in target.parents:
         raise UsageError(
@@ -92,6 +93,10 @@ def check_places(root: Path, out: Path) -> None:
 
 def list_episodes(builder: DatasetBuilder, limit: int | None = None) -> list[EpisodeRef]:
     """The episodes to build, at most `limit`; raises UsageError when there are none."""
+    if builder.root.is_file() and not builder.takes_file:
+        raise UsageError(
+            f"{builder.root}: is not a folder; give the root of the source tree as --input."
+        )
     refs: list[EpisodeRef] = []
     for ref in builder.episodes():
         if limit is not None and len(refs) >= limit:
@@ -106,6 +111,33 @@ def list_episodes(builder: DatasetBuilder, limit: int | None = None) -> list[Epi
     if twice := [name for name, count in seen.items() if count > 1]:
         raise UsageError(f"{builder.root}: holds the episode {twice[0]} twice; rename one of them.")
     return refs
+
+
+def choose_engine(
+    builder: DatasetBuilder,
+    refs: Sequence[EpisodeRef],
+    name: str = AUTO,
+    weights: Path | None = None,
+    device: str | None = None,
+) -> Engine:
+    """The engine for these episodes: the one named, else the builder's own.
+
+    For `auto`, weights are looked for only where some episode has no depth. Raises UsageError when
+    the engine, its weights or the device cannot be had; but where some episodes have depth, and no
+    weights were named, the others may as well fail one by one.
+    """
+    name = builder.engine if name == AUTO else name
+    if name != AUTO:
+        return load_engine(name, weights, device)
+    have = [builder.has_depth(ref) for ref in refs]
+    if all(have):
+        return Auto()
+    try:
+        return Auto(network_engine(weights, device))
+    except UsageError:
+        if weights is not None or not any(have):
+            raise
+        return Auto()
 
 
 def run(
@@ -145,7 +177,7 @@ def build_one(
     ref: EpisodeRef,
     out: Path,
     settings: Settings,
-    progress: Callable[[int], None],
+    progress: Progress,
 ) -> Result:
     """One episode, whatever happens to it: built, present or failed, with the reason."""
     try:
@@ -183,7 +215,8 @@ def _here(
 
 # Several processes
 
-_frames_done: Connection[int, int] | None = None
+type Counts = Connection[tuple[Stage, int] | None, tuple[Stage, int] | None]
+_frames_done: Counts | None = None
 
 
 def _in_processes(
@@ -210,7 +243,7 @@ def _in_processes(
                 with _pool(1, context, done) as pool:
                     yield from _alone(pool, suspects, builder, out, settings)
     finally:
-        done.send(-1)
+        done.send(None)
         reader.join(timeout=5)
         done.close()
         counts.close()
@@ -295,7 +328,7 @@ def _submit(
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start(done: Connection[int, int]) -> None:
+def _start(done: Counts) -> None:
     """In each worker: end when the parent does."""
     global _frames_done
     _frames_done = done
@@ -311,12 +344,13 @@ def _end_with(sentinel: int) -> None:
 
 def _task(builder: DatasetBuilder, ref: EpisodeRef, out: Path, settings: Settings) -> Result:
     assert _frames_done is not None
-    return build_one(builder, ref, out, settings, _frames_done.send)
+    done = _frames_done
+    return build_one(builder, ref, out, settings, lambda *count: done.send(count))
 
 
-def _drain(counts: Connection[int, int], listener: Listener) -> None:
-    while (count := counts.recv()) >= 0:
-        listener.frames(count)
+def _drain(counts: Counts, listener: Listener) -> None:
+    while (count := counts.recv()) is not None:
+        listener.frames(*count)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from occgen_hub.errors import SourceError, UsageError
 from occgen_hub.files import files_under, written_whole
@@ -39,8 +40,24 @@ def describe(root: Path, trajectory: str | None = None) -> Iterator[str]:
         f"  grid: {' x '.join(map(str, grid.shape))} cells of {grid.voxel_size} m, "
         f"from {tuple(low)} to {tuple(high)} m in the camera's frame (x right, y down, z forward)"
     )
+    yield from _origin(record)
     yield from (f"  note: {note}" for note in record["notes"])
     yield from (f"  task: {task}" for task in opened.tasks())
+
+
+def _origin(record: dict[str, Any]) -> Iterator[str]:
+    """Lines about the network, and how its cameras fit onto the source's."""
+    if weights := record.get("weights"):
+        yield (
+            f"  weights: {weights['network']}, licence {weights['license']}, "
+            f"SHA-256 {weights['sha256'][:12]}..."
+        )
+    if fit := record["scene"].get("alignment"):
+        yield (
+            f"  aligned to the source's cameras: scale {record['scene']['scale']:.4g}, off by "
+            f"{fit['translation_rmse']:.3g} m (RMSE) and {fit['rotation_error']:.2g} degrees (mean)"
+            f", {fit['inliers']} of {fit['frames']} frames agree"
+        )
 
 
 def picture(

@@ -1,0 +1,108 @@
+"""How fast and how large the networks are: full size, with stand-in weights, which cost the same.
+
+Run by scripts/bench, a process for each network so that its peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from occgen_hub.engines.pi3 import load_network
+from occgen_hub.engines.pi3.network import NETWORKS
+from occgen_hub.engines.pi3.weights import published
+
+SIZE = (224, 308)
+"""Height and width of a view."""
+
+
+def network(name: str, device: str) -> torch.nn.Module:
+    """The network with random weights of an ordinary size."""
+    with torch.device("meta"):
+        shapes = NETWORKS[name](published(name).sizes).state_dict()
+    weights = {k: torch.empty(v.shape).normal_(0, 0.02) for k, v in shapes.items()}
+    return load_network(name, weights, device=device)
+
+
+class Memory:
+    """Megabytes that a block takes beyond what was there before it, at most."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.peak = device, 0.0
+
+    def __enter__(self) -> Memory:
+        self._before, self._done = self._now(), False
+        if self.device == "cpu":
+            self._watch = threading.Thread(target=self._look, daemon=True)
+            self._watch.start()
+        else:
+            torch.cuda.reset_peak_memory_stats()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done = True
+        if self.device == "cpu":
+            self._watch.join()
+        else:
+            self.peak = torch.cuda.max_memory_allocated() / 1e6 - self._before
+
+    def _look(self) -> None:
+        while not self._done:
+            self.peak = max(self.peak, self._now() - self._before)
+            time.sleep(0.005)
+
+    def _now(self) -> float:
+        if self.device != "cpu":
+            return torch.cuda.memory_allocated() / 1e6
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("RssAnon"))
+
+
+def rate(device: str) -> float:
+    """Floating-point operations a second of a plain matrix product, as the trunk has them."""
+    kind = torch.float32 if device == "cpu" else torch.bfloat16
+    n = 2048 if device == "cpu" else 8192
+    a, b = (torch.randn(n, n, device=device, dtype=kind) for _ in range(2))
+    best = 1e9
+    for _ in range(4):
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def measure(model: torch.nn.Module, views: int, device: str) -> dict[str, float]:
+    images = torch.rand(1, views, 3, *SIZE, device=device)
+    with FlopCounterMode(display=False) as counted:
+        model(images)
+    product = rate(device)
+    with Memory(device) as memory:
+        start = time.perf_counter()
+        model(images)["conf"].sum().item()
+        seconds = time.perf_counter() - start
+    return {
+        "views": views,
+        "seconds_a_frame": seconds / views,
+        "peak_memory_mb": memory.peak,
+        "tflop_a_frame": counted.get_total_flops() / views / 1e12,
+        "share_of_matrix_product": counted.get_total_flops() / seconds / product,
+    }
+
+
+def main() -> None:
+    name, *views = sys.argv[1:]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = network(name, device)
+    rows: list[dict[str, Any]] = [measure(model, int(n), device) for n in views]
+    print(json.dumps({"network": name, "device": device, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

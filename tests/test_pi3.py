@@ -1,0 +1,504 @@
+"""The engines pi3 and pi3x: frames, windows, alignment, and the way from a video to a dataset."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import REAL
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.lib.stride_tricks import sliding_window_view
+from scipy.spatial import cKDTree
+from scipy.spatial.transform import Rotation
+from standin import memorise, random_weights, save
+
+from occgen_hub.builder import Settings, load_builder
+from occgen_hub.config import Config
+from occgen_hub.engines import Auto, load_engine
+from occgen_hub.engines.pi3.engine import window_size
+from occgen_hub.engines.pi3.frames import depth_edges, network_depth, network_image, network_size
+from occgen_hub.engines.pi3.windows import Assembly, Window, plan
+from occgen_hub.errors import OccGenError, UsageError
+from occgen_hub.geometry.poses import transform
+from occgen_hub.geometry.sim3 import Sim3
+from occgen_hub.loading import trajectories
+from occgen_hub.runtime.loop import choose_engine, list_episodes, run
+from occgen_hub.sample import make_sample
+from occgen_hub.scene import settle
+from occgen_hub.validation import validate
+
+SMALL = Config(max_pixels=40_000, voxel_size=0.05, window=32)
+SCALE = 1.7
+"""Metres in a unit of the stand-in network's world."""
+
+GAUGE = Sim3(1 / SCALE, Rotation.from_euler("xyz", [1, 2, 3]).as_matrix(), np.array([3.0, -2, 1]))
+
+
+def random_gauge(seed):
+    random = np.random.default_rng(seed)
+    rotation = Rotation.random(random_state=seed).as_matrix()
+    return Sim3(float(np.exp(random.normal())), rotation, random.normal(size=3) * 5)
+
+
+# Frames
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((480, 270), (672, 378)),  # smaller: enlarged
+        ((1920, 1080), (672, 378)),
+        ((1080, 1920), (378, 672)),
+        ((640, 480), (574, 434)),
+        ((504, 504), (504, 504)),
+    ],
+)
+def test_network_sizes_are_those_of_the_seed(size, expected):
+    assert network_size(size, 255_000, 14) == expected
+
+
+@given(
+    st.integers(1, 8000), st.integers(1, 8000), st.integers(1000, 600_000), st.sampled_from([7, 14])
+)
+def test_network_sizes_are_whole_patches_of_the_aspect(width, height, most, patch):
+    w, h = network_size((width, height), most, patch)
+    assert w % patch == h % patch == 0
+    assert 0 < w * h <= most
+    if min(w, h) > 10 * patch:
+        assert w * h > 0.7 * most
+        assert w / h == pytest.approx(width / height, rel=0.15)
+
+
+def test_depth_keeps_its_values_when_resized():
+    depth = np.random.default_rng(0).uniform(1, 5, (27, 48))
+    small = network_depth(depth, (24, 9))
+    assert small.shape == (9, 24)
+    assert set(small.ravel()) <= set(depth.astype(np.float32).ravel())
+    np.testing.assert_array_equal(network_depth(depth, (48, 27)), depth.astype(np.float32))
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.03, 0.5]))
+def test_depth_edges_are_where_the_3x3_range_is_wide(seed, tolerance):
+    depth = np.random.default_rng(seed).uniform(1, 1.1, (2, 5, 7)).astype(np.float32)
+    depth[:, 2, 3:] += 1
+    padded = np.pad(depth, ((0, 0), (1, 1), (1, 1)), "edge")
+    blocks = sliding_window_view(padded, (3, 3), axis=(1, 2))
+    wide = np.ptp(blocks, axis=(3, 4)) > tolerance * depth
+    np.testing.assert_array_equal(depth_edges(depth, tolerance), wide & (tolerance > 0))
+
+
+# Windows
+
+
+@given(st.integers(1, 500), st.integers(2, 64), st.integers(1, 64))
+def test_windows_cover_every_frame_and_overlap(count, size, overlap):
+    overlap = min(overlap, size // 2)
+    windows = plan(count, size, overlap)
+    assert {frame for window in windows for frame in window} == set(range(count))
+    assert all(len(window) == min(size, count) for window in windows)
+    for earlier, later in itertools.pairwise(windows):
+        assert earlier.start < later.start
+        assert earlier.stop - later.start >= overlap
+
+
+def geometry(views=40, height=12, width=16):
+    """Views of a wavy wall along a bent path: exact local points, and the camera."""
+    K = np.array([[14.0, 0, 8], [0, 14, 6], [0, 0, 1]])
+    u, v = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
+    along = np.linspace(0, 6, views)
+    poses = np.tile(np.eye(4), (views, 1, 1))
+    poses[:, 0, 3], poses[:, 2, 3] = along, np.sin(along) * 0.5
+    poses[:, :3, :3] = Rotation.from_rotvec(np.outer(0.2 * np.sin(along), [0, 1, 0])).as_matrix()
+    depth = 2 + 0.3 * np.sin(u / 3)[None] * np.cos(v / 4) + 0.1 * along[:, None, None]
+    rays = np.stack(((u - K[0, 2]) / K[0, 0], (v - K[1, 2]) / K[1, 1], np.ones_like(u)), axis=-1)
+    return poses, rays * depth[..., None], K
+
+
+def assembled(poses, local, size, overlap, gauge=random_gauge):
+    """The scene from windows, each in a gauge of its own."""
+    windows = plan(len(poses), size, overlap)
+    assembly = Assembly(0.01, (16, 12))
+    before = 0
+    for number, window in enumerate(windows):
+        sim3 = gauge(number)
+        part = slice(window.start, window.stop)
+        kept = np.ones(local[part].shape[:3], np.bool_)
+        colors = np.zeros((*kept.shape, 3), np.uint8)
+        points = (local[part] * sim3.scale).astype(np.float32)
+        after = window.stop - windows[number + 1].start if number + 1 < len(windows) else 0
+        assembly.add(Window(sim3.poses(poses[part]), points, kept, colors), before, after)
+        before = after
+    return assembly
+
+
+@pytest.mark.parametrize(("size", "overlap"), [(40, 8), (12, 4), (8, 4), (13, 1), (6, 3)])
+def test_windows_of_any_gauge_give_one_scene(size, overlap):
+    poses, local, K = geometry()
+    assembly = assembled(poses, local, size, overlap)
+    found = np.stack(assembly.world_from_camera)
+    unit = np.linalg.norm(found[5, :3, 3] - found[0, :3, 3]) / np.linalg.norm(
+        poses[5, :3, 3] - poses[0, :3, 3]
+    )
+    expected = np.linalg.inv(poses[0]) @ poses
+    np.testing.assert_allclose(found[:, :3, :3], expected[:, :3, :3], atol=1e-4)
+    np.testing.assert_allclose(found[:, :3, 3] / unit, expected[:, :3, 3], atol=2e-3)
+    for fitted in assembly.intrinsics:
+        np.testing.assert_allclose(fitted, K, rtol=1e-3)
+    truth = np.concatenate(
+        [transform(p, x.reshape(-1, 3)) for p, x in zip(expected, local, strict=True)]
+    )
+    distance, _ = cKDTree(truth).query(assembly.cloud().points / unit)
+    assert distance.max() < 0.02 + 0.01 / unit
+
+
+def test_a_view_is_settled_once_and_only_shared_ones_are_kept():
+    poses, local, _ = geometry(views=23)
+    assembly = assembled(poses, local, 8, 3)
+    assert len(assembly.world_from_camera) == len(assembly.intrinsics) == 23
+    assert len(assembly.residuals) == len(plan(23, 8, 3)) - 1
+    assert max(assembly.residuals) < 1e-3
+
+
+def test_a_poor_seam_is_measured():
+    poses, local, _ = geometry(views=16)
+    noise = np.random.default_rng(0).lognormal(0, 0.5, local.shape[:3])[..., None]
+    calls = iter([local, local * noise])
+
+    windows = plan(16, 10, 4)
+    assembly, before = Assembly(0.01, (16, 12)), 0
+    for window, points in zip(windows, calls, strict=True):
+        part = slice(window.start, window.stop)
+        kept = np.ones((10, 12, 16), np.bool_)
+        colors = np.zeros((*kept.shape, 3), np.uint8)
+        after = 4 if before == 0 else 0
+        assembly.add(
+            Window(poses[part], points[part].astype(np.float32), kept, colors), before, after
+        )
+        before = after
+    assert assembly.residuals[0] > 0.1
+
+
+def test_window_sizes_are_round_and_grow_with_smaller_frames():
+    sizes = [window_size(size, 14, "cpu") for size in ((672, 378), (308, 224), (112, 98))]
+    assert sizes == sorted(sizes)
+    assert set(sizes) <= {4, 6, 8, 12, 16, 24, 32}
+
+
+# From a recording whose cameras the stand-in network knows
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A sample without depth images."""
+    out = tmp_path_factory.mktemp("rgb") / "tree"
+    make_sample(out, trajectories=1, frames=12, seed=3)
+    return out
+
+
+@pytest.fixture(scope="module")
+def episode(tree):
+    builder = load_builder("internnav", tree)
+    return builder.read(list_episodes(builder)[0])
+
+
+def memory_of(episode, alone):
+    """The stand-in's tensors: images, local points and cameras of an episode, in its world."""
+    size = network_size(episode.image_size, SMALL.max_pixels, 14)
+    frames = range(episode.length)
+    images = np.stack([network_image(episode.read_rgb(t), size) for t in frames])
+    depth = np.stack([network_depth(episode.read_depth(t), size) for t in frames])
+    depth[depth <= 0] = 5.0
+    K, factors = episode.intrinsics[0], np.divide(episode.image_size, size)
+    u, v = ((np.arange(n) + 0.5) * f for n, f in zip(size, factors, strict=True))
+    x = (u[None, None] - K[0, 2]) / K[0, 0] * depth
+    y = (v[None, :, None] - K[1, 2]) / K[1, 1] * depth
+    local = np.stack((x, y, depth), axis=-1) * GAUGE.scale
+    return memorise(images, local, GAUGE.poses(episode.world_from_camera), alone=alone)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(episode, tmp_path_factory):
+    return save(tmp_path_factory.mktemp("ckpt") / "pi3", "pi3", memory_of(episode, alone=False))
+
+
+@pytest.fixture(scope="module")
+def loner(episode, tmp_path_factory):
+    """A checkpoint whose views do not see each other."""
+    return save(tmp_path_factory.mktemp("ckpt") / "alone", "pi3", memory_of(episode, alone=True))
+
+
+def reconstructed(checkpoint, episode, config=SMALL, name="pi3"):
+    found = load_engine(name, checkpoint, "cpu").reconstruct(episode, config)
+    return found, settle(episode, found, config)
+
+
+def test_cameras_and_scale_come_out_in_the_sources_world(checkpoint, episode):
+    found, scene = reconstructed(checkpoint, episode)
+    np.testing.assert_allclose(found.world_from_camera[0], np.eye(4), atol=1e-6)
+    assert scene.scale == pytest.approx(SCALE, rel=1e-4)
+    np.testing.assert_allclose(scene.world_from_camera, episode.world_from_camera, atol=1e-3)
+    assert scene.alignment.translation_rmse < 1e-3
+    assert scene.alignment.rotation_error < 0.05
+    assert not scene.notes
+
+
+def test_intrinsics_are_those_of_the_original_image(checkpoint, episode):
+    found, _ = reconstructed(checkpoint, episode)
+    assert found.intrinsics.shape == (episode.length, 3, 3)
+    focal = found.intrinsics[:, [0, 1], [0, 1]] / episode.intrinsics[:, [0, 1], [0, 1]]
+    assert np.abs(np.median(focal, axis=0) - 1).max() < 0.15
+
+
+def test_the_cloud_is_the_room(checkpoint, episode):
+    """As far as the tiny network can tell depth; what is tested is that all stands in one place."""
+    _, scene = reconstructed(checkpoint, episode)
+    truth = settle(episode, load_engine("rgbd").reconstruct(episode, SMALL), SMALL)
+    known = cKDTree(truth.cloud.points)
+    distance, _ = known.query(scene.cloud.points)
+    unscaled, _ = known.query(scene.cloud.points / SCALE)
+    assert np.median(distance) < min(0.4, 0.5 * np.median(unscaled))
+    assert len(scene.cloud) > 1000
+    voxels = np.unique(np.floor(scene.cloud.points / SMALL.fusion_size), axis=0)
+    assert len(voxels) > 0.999 * len(scene.cloud)
+
+
+@pytest.mark.parametrize("options", [{"window": 4}, {"window": 5, "overlap": 1}, {"window": 12}])
+def test_windows_through_the_network_give_the_same_cameras(loner, episode, options):
+    config = SMALL.model_copy(update=options)
+    _, scene = reconstructed(loner, episode, config)
+    np.testing.assert_allclose(scene.world_from_camera, episode.world_from_camera, atol=5e-3)
+    assert scene.scale == pytest.approx(SCALE, rel=5e-3)
+
+
+@pytest.mark.parametrize("interval", [2, 5])
+def test_skipped_frames_get_cameras_in_between(loner, episode, interval):
+    config = SMALL.model_copy(update={"interval": interval})
+    found, scene = reconstructed(loner, episode, config)
+    assert found.frames.tolist() == list(range(0, episode.length, interval))
+    assert len(scene.world_from_camera) == len(scene.intrinsics) == episode.length
+    np.testing.assert_allclose(
+        scene.world_from_camera[::interval], episode.world_from_camera[::interval], atol=5e-3
+    )
+    path = np.linalg.norm(np.diff(episode.world_from_camera[:, :3, 3], axis=0), axis=1).sum()
+    off = scene.world_from_camera[:, :3, 3] - episode.world_from_camera[:, :3, 3]
+    assert np.linalg.norm(off, axis=1).max() < 0.2 * path
+
+
+def test_a_camera_that_stands_still_keeps_the_networks_scale(checkpoint, episode):
+    still = dataclasses.replace(
+        episode, world_from_camera=np.repeat(episode.world_from_camera[:1], episode.length, axis=0)
+    )
+    _, scene = reconstructed(checkpoint, still)
+    assert scene.scale == 1.0
+    assert [note.code for note in scene.notes] == ["alignment"]
+    assert "left at 1" in scene.notes[0].text
+
+
+def test_one_frame_is_enough_to_build(checkpoint, episode):
+    one = dataclasses.replace(
+        episode, length=1, world_from_camera=episode.world_from_camera[:1],
+        intrinsics=episode.intrinsics[:1],
+    )  # fmt: skip
+    _, scene = reconstructed(checkpoint, one)
+    assert scene.scale == 1.0
+    np.testing.assert_allclose(scene.world_from_camera, one.world_from_camera, atol=1e-6)
+
+
+def test_a_poor_fit_is_reported(episode, tmp_path):
+    folder = save(tmp_path / "random", "pi3", random_weights("pi3"))
+    _, scene = reconstructed(folder, episode)
+    assert any(note.code == "alignment" for note in scene.notes)
+
+
+def test_without_poses_the_first_camera_is_the_world(checkpoint, episode):
+    bare = dataclasses.replace(episode, world_from_camera=None, intrinsics=None, read_depth=None)
+    _, scene = reconstructed(checkpoint, bare)
+    np.testing.assert_allclose(scene.world_from_camera[0], np.eye(4), atol=1e-6)
+    assert scene.scale == 1.0
+    assert scene.alignment is None
+
+
+def test_a_scene_beyond_what_can_be_fused_is_refused(checkpoint, episode):
+    far = episode.world_from_camera.copy()
+    far[:, :3, 3] += 1e9
+    with pytest.raises(OccGenError, match=r"beyond the .* m from the world's origin"):
+        reconstructed(checkpoint, dataclasses.replace(episode, world_from_camera=far))
+
+
+def test_points_that_are_not_sure_are_dropped(checkpoint, episode):
+    sure = SMALL.model_copy(update={"confidence": 0.999})
+    few, _ = reconstructed(checkpoint, episode, sure)
+    many, _ = reconstructed(checkpoint, episode)
+    assert len(few.cloud) < 0.5 * len(many.cloud)
+
+
+def test_a_mesh_fills_what_lies_between(checkpoint, episode):
+    _, plain = reconstructed(checkpoint, episode)
+    _, meshed = reconstructed(checkpoint, episode, SMALL.model_copy(update={"mesh": True}))
+    assert len(meshed.cloud) > 0
+    assert not np.array_equal(meshed.cloud.points, plain.cloud.points)
+
+
+# What pi3x is told
+
+
+@pytest.fixture(scope="module")
+def metric(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("ckpt") / "pi3x", "pi3x", random_weights("pi3x"))
+
+
+@pytest.mark.parametrize("condition", [("depth",), ("intrinsics",), ("poses",)])
+def test_conditions_reach_the_network(metric, episode, condition):
+    plain, _ = reconstructed(metric, episode, name="pi3x")
+    told, _ = reconstructed(
+        metric, episode, SMALL.model_copy(update={"condition": condition}), "pi3x"
+    )
+    assert not np.allclose(plain.world_from_camera, told.world_from_camera, atol=1e-4)
+
+
+@pytest.mark.parametrize("condition", ["depth", "intrinsics", "poses"])
+def test_a_condition_that_the_source_lacks_is_refused(metric, episode, condition):
+    bare = dataclasses.replace(episode, world_from_camera=None, intrinsics=None, read_depth=None)
+    config = SMALL.model_copy(update={"condition": (condition,)})
+    with pytest.raises(OccGenError, match=f"--condition {condition}: the source has none"):
+        reconstructed(metric, bare, config, "pi3x")
+
+
+def test_pi3_takes_no_conditions(checkpoint, episode):
+    with pytest.raises(OccGenError, match="choose --engine pi3x"):
+        reconstructed(checkpoint, episode, SMALL.model_copy(update={"condition": ("depth",)}))
+
+
+# Which engine
+
+
+def test_auto_takes_depth_where_there_is_some(tree, checkpoint):
+    builder = load_builder("internnav", tree)
+    refs = list_episodes(builder)
+    engine = choose_engine(builder, refs, weights=checkpoint)
+    assert engine == Auto(None)
+    assert engine.for_episode("a/b/c", has_depth=True).name == "rgbd"
+
+
+def test_auto_knows_a_network_by_its_weights(checkpoint, metric, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    builder = load_builder("video", tmp_path)
+    for weights, name in ((checkpoint, "pi3"), (metric, "pi3x")):
+        engine = choose_engine(builder, list_episodes(builder), weights=weights, device="cpu")
+        assert engine.for_episode("a/b/c", has_depth=False).name == name
+
+
+def test_a_device_that_is_not_there_is_named(checkpoint):
+    for device in ("cuda:99", "nonsense"):
+        with pytest.raises(UsageError, match=f"--device {device}: cannot be used"):
+            load_engine("pi3", checkpoint, device)
+
+
+def test_rgbd_takes_no_weights(checkpoint):
+    with pytest.raises(UsageError, match="rgbd has none"):
+        load_engine("rgbd", checkpoint)
+
+
+# Through the command line
+
+
+def occgen_hub(*arguments, cwd=None, **environment):
+    command = [sys.executable, "-m", "occgen_hub", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, cwd=cwd,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def test_without_weights_three_lines_say_what_to_do(tree, tmp_path):
+    for path in tree.rglob("*.mp4"):
+        video = path
+    result = occgen_hub(
+        "build", "--source", "video", "--input", video, "--output", tmp_path / "out",
+        cwd=tmp_path, HF_HOME=str(tmp_path / "hub"),
+    )  # fmt: skip
+    assert result.returncode == 2
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 3
+    assert "no weights for pi3x" in lines[0]
+    assert "occgen-hub weights pull pi3x" in lines[1]
+    assert "ckpt/pi3x/model.safetensors" in lines[2]
+    assert not (tmp_path / "out").exists()
+
+
+def build_video(source, checkpoint, out, *more):
+    result = occgen_hub(
+        "build", "--source", "video", "--input", source, "--output", out, "--weights", checkpoint,
+        "--set", "max_pixels=20000", "--set", "voxel_size=0.05", "--set", "window=8", *more,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def test_a_video_becomes_a_dataset_that_validates(tree, checkpoint, tmp_path):
+    video = next(path for path in tree.rglob("*.mp4") if "trajectory" in path.parent.name)
+    out = tmp_path / "out"
+    build_video(video, checkpoint, out)
+    report = validate(out)
+    assert report.valid, report.findings
+    (folder,) = trajectories(out)
+    assert folder.relative_to(out).as_posix() == f"custom_videos/{video.stem}/trajectory_0"
+    record = json.loads((folder / "meta/occgen.json").read_text())
+    assert record["engine"] == "pi3"
+    assert record["weights"]["license"] == "cc0-1.0"
+    assert "alignment" not in record["scene"]
+    again = build_video(video, checkpoint, out)
+    assert "1 already there" in again.stdout
+
+
+def test_other_weights_build_again(tree, checkpoint, loner, tmp_path):
+    video = next(path for path in tree.rglob("*.mp4") if "trajectory" in path.parent.name)
+    build_video(video, checkpoint, tmp_path / "out")
+    again = build_video(video, loner, tmp_path / "out")
+    assert "1 built" in again.stdout
+    assert "another weights" in again.stderr
+
+
+def test_the_real_video_becomes_a_dataset_that_validates(checkpoint, tmp_path):
+    if not REAL.is_dir():
+        pytest.skip("../shared/data/internnav is not there")
+    video = next(REAL.rglob("observation.video.trajectory/*.mp4"))
+    build_video(video, checkpoint, tmp_path / "out")
+    report = validate(tmp_path / "out")
+    assert report.valid, report.findings
+    assert report.frames == 52
+
+
+def test_the_files_say_how_a_recording_was_aligned(tree, checkpoint, tmp_path):
+    builder = load_builder("internnav", tree)
+    settings = Settings(SMALL, load_engine("pi3", checkpoint, "cpu"))
+    summary = run(builder, list_episodes(builder), tmp_path / "out", settings)
+    assert not summary.failures, summary.failures
+    (folder,) = trajectories(tmp_path / "out")
+    line = json.loads((folder / "meta/episodes.jsonl").read_text())
+    assert line["scale"] == pytest.approx(SCALE, rel=1e-4)
+    record = json.loads((folder / "meta/occgen.json").read_text())
+    fit = record["scene"]["alignment"]
+    assert fit["inliers"] == fit["frames"] == 12
+    assert fit["translation_rmse"] < 1e-3
+    assert validate(tmp_path / "out").valid
+
+
+def test_two_workers_build_what_one_builds(sample_tree, checkpoint, tmp_path):
+    builder = load_builder("internnav", sample_tree)
+    settings = Settings(SMALL, load_engine("pi3", checkpoint, "cpu"))
+    contents = []
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        summary = run(builder, list_episodes(builder), out, settings, workers)
+        assert not summary.failures, summary.failures
+        files = sorted(path for path in out.rglob("*") if path.is_file())
+        contents.append({path.relative_to(out): path.read_bytes() for path in files})
+    assert contents[0] == contents[1]
