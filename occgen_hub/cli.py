@@ -157,12 +157,12 @@ def build(
     check_places(root, out)
     builder = load_builder(source, root)
     refs = list_episodes(builder, limit)
-    chosen = Settings(
-        parameters, choose_engine(builder, refs, engine, weights, device), media, overwrite
-    )
+    chosen = choose_engine(builder, refs, engine, weights, device)
+    chosen.check(parameters)
+    how = Settings(parameters, chosen, media, overwrite)
     if dry_run:
-        return _plan(builder, refs, out, chosen)
-    return _build(builder, refs, out, chosen, workers)
+        return _plan(builder, refs, out, how)
+    return _build(builder, refs, out, how, workers)
 
 
 def _plan(builder: DatasetBuilder, refs: list[EpisodeRef], out: Path, settings: Settings) -> int:
@@ -276,10 +276,9 @@ def pull(name: Any, revision: str | None) -> None:
     """Fetch a network's published weights into the Hub's cache, and check them."""
     from occgen_hub.engines.pi3 import weights as files
 
-    terms = files.published(name).terms
-    click.echo(f"Licence of these weights: {terms}.")
     found = files.fetch(name, revision)
     files.check(found)
+    files.verify(found)
     click.echo(found.path)
     click.echo(f"Next: occgen-hub build --source video --engine {name} --input VIDEO --output out")
 
@@ -290,14 +289,17 @@ def pull(name: Any, revision: str | None) -> None:
 def check_weights(name: Any, path: Path | None) -> None:
     """Say which weights are used, whether they are whole, and under which licence they are.
 
-    Fetches nothing. Ends with 0 when they fit the network, and with 2 when they do not.
+    Fetches nothing. Ends with 0 when they fit the network and are the published ones, or those
+    that a config.json beside them describes, and with 2 when they are not.
     """
     from occgen_hub.engines.pi3 import weights as files
 
     found = files.find(name, path, fetching=False)
+    digest = files.verify(found)
     size = found.path.stat().st_size
-    click.echo(f"{found.path}: {name}, {size / 1e9:.2f} GB, whole.")
-    click.echo(f"SHA-256: {found.digest}")
+    said = "as published" if found.checkpoint.sha256 else "whole"
+    click.echo(f"{found.path}: {name}, {size / 1e9:.2f} GB, {said}.")
+    click.echo(f"SHA-256: {digest}")
     click.echo(f"Licence: {found.checkpoint.terms}.")
 
 

@@ -372,8 +372,13 @@ def test_a_condition_that_the_source_lacks_is_refused(metric, episode, condition
 
 
 def test_pi3_takes_no_conditions(checkpoint, episode):
-    with pytest.raises(OccGenError, match="choose --engine pi3x"):
-        reconstructed(checkpoint, episode, SMALL.model_copy(update={"condition": ("depth",)}))
+    config = SMALL.model_copy(update={"condition": ("depth",)})
+    with pytest.raises(UsageError, match="pi3 takes none; choose --engine pi3x"):
+        reconstructed(checkpoint, episode, config)
+    with pytest.raises(UsageError, match="rgbd takes none"):
+        load_engine("rgbd").check(config)
+    with pytest.raises(UsageError, match="auto takes none"):
+        Auto().check(config)
 
 
 # Which engine

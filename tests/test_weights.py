@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from standin import random_weights, save
 
-COMMIT = "5" * 40
+from occgen_hub.engines.pi3.weights import Checkpoint, Weights, WeightsError, published, verify
+
+REVISION = published("pi3").revision
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -31,11 +33,11 @@ class Hub(BaseHTTPRequestHandler):
 
     def answer(self, body):
         self.asked.append(f"{self.command} {self.path}")
-        found = self.path == "/yyfz233/Pi3/resolve/main/model.safetensors"
+        found = self.path == f"/yyfz233/Pi3/resolve/{REVISION}/model.safetensors"
         self.send_response(self.status if found else 404)
         if found and self.status == 200:
             self.send_header("ETag", f'"{hashlib.sha256(self.content).hexdigest()}"')
-            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("X-Repo-Commit", REVISION)
             self.send_header("Content-Length", str(len(self.content)))
         else:
             self.send_header("X-Error-Code", "RepoNotFound")
@@ -102,14 +104,14 @@ def test_weights_are_fetched_into_the_cache_and_found_there(hub, tmp_path):
     assert Path(path).is_relative_to(tmp_path / "home")
     assert digest == hashlib.sha256(served.content).hexdigest()
     assert license == "cc-by-nc-4.0"
-    assert COMMIT in path
+    assert REVISION in path
 
 
 def test_pull_shows_the_licence_and_checks_what_came(hub, tmp_path):
     """What is served is no pi3 of the published size, which is told and nothing else."""
     _, environment = hub
     result = occgen_hub("weights", "pull", "pi3", environment=environment, cwd=tmp_path)
-    assert result.stdout.splitlines()[0].startswith("Licence of these weights: CC BY-NC 4.0")
+    assert "Licence of these weights: CC BY-NC 4.0, which allows no comm" in result.stderr
     assert result.returncode == 2
     assert "is no checkpoint of pi3" in result.stderr
     assert "Traceback" not in result.stderr
@@ -170,3 +172,22 @@ def test_a_folder_of_weights_says_what_they_are_of(tmp_path):
     )
     assert result.returncode == 2
     assert "choose --engine pi3x" in result.stderr
+
+
+def test_a_file_that_is_not_the_one_described_is_told(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"something")
+    digest = hashlib.sha256(b"something").hexdigest()
+    right = Checkpoint(network="pi3", sha256=digest)
+    assert verify(Weights(path, right)) == digest
+    with pytest.raises(WeightsError, match="is not the published file"):
+        verify(Weights(path, Checkpoint(network="pi3", sha256="0" * 64)))
+
+
+@pytest.mark.parametrize("name", ["pi3", "pi3x"])
+def test_the_published_checkpoints_are_pinned(name):
+    checkpoint = published(name)
+    assert len(checkpoint.revision) == 40
+    assert checkpoint.sha256 is not None
+    assert checkpoint.license == "cc-by-nc-4.0"
+    assert checkpoint.repo_id.startswith("yyfz233/Pi3")

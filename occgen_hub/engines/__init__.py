@@ -27,6 +27,14 @@ class Engine(ABC):
         """What a dataset records of the network's weights; None for an engine without any."""
         return None
 
+    def check(self, config: Config) -> None:
+        """Raise UsageError where a configuration asks for what this engine cannot do."""
+        if config.condition:
+            raise UsageError(
+                f"--condition: the engine {self.name} takes none; choose --engine pi3x or leave "
+                "the option out."
+            )
+
     def for_episode(self, episode: str, *, has_depth: bool) -> Engine:
         """The engine that reconstructs the episode of that id: this one."""
         return self
@@ -49,6 +57,13 @@ class Auto(Engine):
 
     network: Engine | None = None
     name = AUTO
+
+    def check(self, config: Config) -> None:
+        """As the network does, if there is one."""
+        if self.network is None:
+            super().check(config)
+        else:
+            self.network.check(config)
 
     def for_episode(self, episode: str, *, has_depth: bool) -> Engine:
         """The engine `rgbd` for an episode with depth, else the network.

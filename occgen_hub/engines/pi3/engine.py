@@ -60,6 +60,11 @@ class NetworkEngine(Engine):
         """What a dataset records of the weights."""
         return self.found.record()
 
+    def check(self, config: Config) -> None:
+        """Raise UsageError for conditions that are given to pi3."""
+        if self.name == "pi3":
+            super().check(config)
+
     def reconstruct(
         self, episode: Episode, config: Config, progress: Progress = lambda _: None
     ) -> Reconstruction:
@@ -68,7 +73,8 @@ class NetworkEngine(Engine):
         Every `config.interval`-th frame is used; the others' cameras are interpolated. Raises
         OccGenError where what the network finds is no camera's, or a condition is not there.
         """
-        _check_conditions(self.name, episode, config)
+        self.check(config)
+        _check_conditions(episode, config)
         network = _loaded(self.name, self.found, self.device)
         frames = np.arange(0, episode.length, config.interval)
         inputs = Inputs(episode, config, network.sizes.patch)
@@ -132,14 +138,12 @@ def _loaded(name: Name, weights: Weights, device: str) -> Pi3 | Pi3X:
     return load_network(name, weights.path, sizes=sizes, device=device)
 
 
-def _check_conditions(name: Name, episode: Episode, config: Config) -> None:
+def _check_conditions(episode: Episode, config: Config) -> None:
     have: dict[Condition, object] = {
         "depth": episode.read_depth,
         "intrinsics": episode.intrinsics,
         "poses": episode.world_from_camera,
     }
-    if config.condition and name == "pi3":
-        raise OccGenError("--condition: pi3 takes images alone; choose --engine pi3x.")
     for condition in config.condition:
         if have[condition] is None:
             raise OccGenError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
     from occgen_hub.engines.pi3.network import Pi3, Pi3X
 
+logger = logging.getLogger(__name__)
+
 Name = Literal["pi3", "pi3x"]
 NAMES: tuple[Name, Name] = ("pi3x", "pi3")
 """The better one first: pi3x is metric, which a video without poses cannot be made to be."""
@@ -36,6 +39,7 @@ class Checkpoint(BaseModel):
     network: Name
     repo_id: str | None = None
     revision: str = "main"
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     license: str = "unknown"
     sizes: Sizes = Field(default_factory=Sizes)
 
@@ -108,20 +112,27 @@ def kind(path: Path) -> Name:
 
 
 def fetch(name: Name, revision: str | None = None) -> Weights:
-    """The published weights, from the Hub into its cache; raises WeightsError when it fails."""
+    """The published weights, from the Hub into its cache; raises WeightsError when it fails.
+
+    Their licence is logged as a warning, which is on the terminal where nobody says otherwise.
+    """
     import httpx
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     checkpoint = published(name)
     if revision is not None:
-        checkpoint = checkpoint.model_copy(update={"revision": revision})
+        checkpoint = checkpoint.model_copy(update={"revision": revision, "sha256": None})
     assert checkpoint.repo_id is not None
     try:
         # Asked first, because a download would try a Hub that cannot be reached for half a minute.
         get_hf_file_metadata(
             hf_hub_url(checkpoint.repo_id, FILE, revision=checkpoint.revision), timeout=10
         )
+        logger.warning(
+            "Fetching %s of %s. Licence of these weights: %s.",
+            FILE, checkpoint.repo_id, checkpoint.terms,
+        )  # fmt: skip
         path = hf_hub_download(checkpoint.repo_id, FILE, revision=checkpoint.revision)
     except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
         said = str(error).strip().splitlines()
@@ -190,6 +201,21 @@ def _digest(path: Path) -> str:
 
 
 # Whether they fit
+
+
+def verify(weights: Weights) -> str:
+    """SHA-256 of the file, read from end to end.
+
+    Raises WeightsError where it is not what the checkpoint's description says.
+    """
+    digest, stated = sha256(weights.path), weights.checkpoint.sha256
+    if stated is not None and digest != stated:
+        raise WeightsError(
+            f"{weights.path}: is not the published file (SHA-256 {digest[:12]}..., expected "
+            f"{stated[:12]}...); fetch it again, or, if it is meant to be another, put a "
+            "config.json that describes it beside it."
+        )
+    return digest
 
 
 def check(weights: Weights) -> None:
