@@ -29,6 +29,7 @@ from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.geometry.poses import transform
 from occgen_hub.geometry.sim3 import Sim3
 from occgen_hub.loading import trajectories
+from occgen_hub.media import write_video
 from occgen_hub.runtime.loop import choose_engine, list_episodes, run
 from occgen_hub.sample import make_sample
 from occgen_hub.scene import settle
@@ -189,6 +190,38 @@ def test_window_sizes_are_round_and_grow_with_smaller_frames():
     sizes = [window_size(size, 14, "cpu") for size in ((672, 378), (308, 224), (112, 98))]
     assert sizes == sorted(sizes)
     assert set(sizes) <= {4, 6, 8, 12, 16, 24, 32}
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from occgen_hub.builder import load_builder
+from occgen_hub.config import Config
+from occgen_hub.engines import load_engine
+from occgen_hub.runtime.loop import list_episodes
+builder = load_builder("video", Path(sys.argv[1]))
+episode = builder.read(list_episodes(builder)[0])
+config = Config(max_pixels=40_000, window=8, overlap=2, voxel_size=0.1)
+load_engine("pi3", Path(sys.argv[2]), "cpu").reconstruct(episode, config)
+lines = Path("/proc/self/status").read_text().splitlines()
+print(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_video(checkpoint, tmp_path):
+    """The same eight pictures again and again, so that the scene does not grow either."""
+    blocks = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
+    picture = blocks.repeat(20, 0).repeat(20, 1)
+    peaks = []
+    for frames in (24, 120):
+        video = tmp_path / f"{frames}.mp4"
+        write_video(video, (np.roll(picture, t % 8, 1) for t in range(frames)), 10)
+        command = [sys.executable, "-c", PEAK, str(video), str(checkpoint)]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(int(result.stdout))
+    # Each frame more, kept as points, would take over half a megabyte: 50 MB in all.
+    assert peaks[1] - peaks[0] < 40_000
 
 
 # From a recording whose cameras the stand-in network knows

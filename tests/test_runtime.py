@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -719,11 +719,16 @@ def test_an_old_trajectory_outlives_a_failed_overwrite(
 
 
 def test_progress_counts_every_frame_and_episode(source: Path, tmp_path: Path) -> None:
-    frames: list[int] = []
+    frames: Counter[str] = Counter()
     episodes: list[str] = []
-    listener = Listener(lambda result: episodes.append(result.id), frames.append)
+
+    def count(stage: str, done: int) -> None:
+        frames[stage] += done
+
+    listener = Listener(lambda result: episodes.append(result.id), count)
     build(source, tmp_path / "out", listener=listener)
-    assert (sum(frames), episodes) == (9, [FIRST, SECOND, THIRD])
+    assert frames == {"reconstructed": 9, "built": 9}
+    assert episodes == [FIRST, SECOND, THIRD]
 
 
 # Folders that cannot be written

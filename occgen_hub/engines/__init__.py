@@ -93,9 +93,10 @@ def engine_names() -> list[str]:
 
 
 def load_engine(name: str, weights: Path | None = None, device: str | None = None) -> Engine:
-    """The engine of that name, with weights (None: those that are there) on a device (None: the
+    """The engine of that name; raises UsageError when it, its weights or the device is not there.
 
-    best). Raises UsageError when none is installed or its weights or its device cannot be had.
+    weights: None for those that are there or can be fetched; device: None for a GPU if there is
+    one.
     """
     for point in _points():
         if point.name == name:

@@ -173,6 +173,7 @@ class Inputs:
     def __init__(self, episode: Episode, config: Config, patch: int) -> None:
         self.size = network_size(episode.image_size, config.max_pixels, patch)
         self._episode, self._condition = episode, config.condition
+        self._depth_range = config.depth_range
         self._factors = np.divide(self.size, episode.image_size)
 
     def views(self, frames: NDArray[np.int64]) -> Iterator[View]:
@@ -185,10 +186,13 @@ class Inputs:
         depth = K = pose = None
         if "depth" in wanted and episode.read_depth is not None:
             depth = network_depth(episode.read_depth(frame), self.size)
+            near, far = self._depth_range
+            depth[(depth < near) | (depth > far)] = 0
         if "intrinsics" in wanted and episode.intrinsics is not None:
             K = scale_intrinsics(episode.intrinsics[frame], *self._factors)
         if "poses" in wanted and episode.world_from_camera is not None:
-            pose = episode.world_from_camera[frame]
+            # From the first camera: far from the world's origin float32 would be too coarse.
+            pose = np.linalg.inv(episode.world_from_camera[0]) @ episode.world_from_camera[frame]
         return View(image, depth, K, pose)
 
 

@@ -44,7 +44,8 @@ def network_depth(depth: NDArray[np.float64], size: tuple[int, int]) -> NDArray[
 def depth_edges(depth: NDArray[np.floating], tolerance: float) -> NDArray[np.bool_]:
     """(N, H, W) depths to where the 3 x 3 range of depth exceeds `tolerance` times the depth.
 
-    Networks draw surfaces into one another across such edges. None if `tolerance` is 0.
+    Networks draw surfaces into one another across such edges. With a tolerance of 0 there are
+    none.
     """
     if tolerance <= 0:
         return np.zeros(depth.shape, np.bool_)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -51,11 +51,11 @@ class Checkpoint(BaseModel):
 
 @dataclass(frozen=True)
 class Weights:
-    """A safetensors file and what it is said to be."""
+    """A safetensors file and what it is said to be; digest: its SHA-256, empty if not known."""
 
     path: Path
     checkpoint: Checkpoint
-    digest: str = field(default="", compare=False)
+    digest: str = ""
 
     def record(self) -> dict[str, Any]:
         """What a dataset says of the weights that it was built with."""
@@ -89,10 +89,11 @@ def present(name: Name) -> Path | None:
 
 
 def find(name: Name, path: Path | None = None, *, fetching: bool = True) -> Weights:
-    """The weights of a network: at `path` (a file, or a folder with one), else those that are
+    """The weights of a network, checked, with their SHA-256.
 
-    there already, else, if `fetching`, from the Hub. Raises WeightsError when there are none, or
-    when they are damaged or another network's.
+    At `path` (a file, or a folder with one), else those that are there already, else, if
+    `fetching`, from the Hub. Raises WeightsError when there are none, or when they are damaged or
+    another network's.
     """
     if path is not None:
         weights = _given(name, path)
