@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from pydantic import ValidationError
 from reference import stand_in
 from standin import TINY, random_weights, save
 
 from occgen_hub.engines.pi3 import load_network
 from occgen_hub.engines.pi3.network import NETWORKS, relative_poses
-from occgen_hub.engines.pi3.weights import WeightsError, published
+from occgen_hub.engines.pi3.sizes import Sizes
+from occgen_hub.engines.pi3.weights import Checkpoint, WeightsError, published
 
 PARITY = ROOT.parent / "shared" / "parity"
 KEPT = Path(__file__).parent / "data" / "parity.npz"
@@ -195,6 +197,31 @@ def test_under_autocast_heads_and_cameras_stay_exact(tiny, images):
 
 
 # Weights
+
+
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    [
+        ({"width": 64, "heads": 3}, "multiple of 8"),
+        ({"width": 40, "heads": 4}, "multiple of 8"),
+        ({"metric_width": 36, "metric_heads": 8}, "metric_width"),
+        ({"upsampling": [40]}, "upsampling"),
+        ({"pose_blocks": [3, 3]}, "pose_blocks"),
+        ({"pose_blocks": [-1]}, "pose_blocks"),
+        ({"width": 1 << 40}, "width"),
+        ({"depth": 3}, "depth"),
+    ],
+)
+def test_sizes_that_no_network_can_have_are_refused(sizes, says):
+    with pytest.raises(ValidationError, match=says):
+        Sizes.model_validate(sizes)
+
+
+def test_poses_are_put_in_after_blocks_that_there_are():
+    sizes = {"decoder_depth": 4}
+    assert Checkpoint.model_validate({"network": "pi3", "sizes": sizes})
+    with pytest.raises(ValidationError, match="pose_blocks"):
+        Checkpoint.model_validate({"network": "pi3x", "sizes": sizes})
 
 
 def test_a_file_is_mapped_not_copied(tmp_path):

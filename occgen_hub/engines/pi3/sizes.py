@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 HEAD_VIEWS = 8
 """Views whose heads are worked out at a time: their maps are larger than all of the trunk's."""
@@ -31,4 +31,17 @@ class Sizes(BaseModel):
     upsampling: tuple[Width, ...] = (256, 128, 64)
     metric_width: Width = 512
     metric_heads: Count = 8
-    pose_blocks: tuple[int, ...] = (1, 9, 17, 25, 33)
+    pose_blocks: Annotated[tuple[int, ...], Field(min_length=1)] = (1, 9, 17, 25, 33)
+
+    @model_validator(mode="after")
+    def _check_fit(self) -> Sizes:
+        """What divides what: heads are of equal width, and their positions take eighths of it."""
+        if self.width % (8 * self.heads):
+            raise ValueError("width must be a multiple of 8 * heads")
+        if self.metric_width % (4 * self.metric_heads):
+            raise ValueError("metric_width must be a multiple of 4 * metric_heads")
+        if any(channels > 16 and channels % 16 for channels in self.upsampling):
+            raise ValueError("upsampling must be of multiples of 16, where over 16")
+        if list(self.pose_blocks) != sorted(set(self.pose_blocks)) or min(self.pose_blocks) < 0:
+            raise ValueError("pose_blocks must be ascending numbers of the decoder's blocks")
+        return self

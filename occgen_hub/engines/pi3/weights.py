@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from occgen_hub.engines.pi3.sizes import Sizes
 from occgen_hub.errors import SourceError, UsageError
@@ -42,6 +42,12 @@ class Checkpoint(BaseModel):
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     license: str = "unknown"
     sizes: Sizes = Field(default_factory=Sizes)
+
+    @model_validator(mode="after")
+    def _check_pose_blocks(self) -> Checkpoint:
+        if self.network == "pi3x" and self.sizes.pose_blocks[-1] >= self.sizes.decoder_depth:
+            raise ValueError("pose_blocks must be numbers of the decoder's blocks")
+        return self
 
     @property
     def terms(self) -> str:
