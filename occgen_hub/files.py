@@ -137,7 +137,7 @@ def read_parquet(path: Path) -> pa.Table:
                 size += batch.nbytes
                 if size > MAX_TABLE_BYTES:
                     raise _too_large(path)
-            table = _plain(pa.Table.from_batches(batches, file.schema_arrow))
+            table = plain(pa.Table.from_batches(batches, file.schema_arrow))
             table.validate(full=True)
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
             text = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
@@ -148,7 +148,7 @@ def read_parquet(path: Path) -> pa.Table:
     return table
 
 
-def _plain(table: pa.Table) -> pa.Table:
+def plain(table: pa.Table) -> pa.Table:
     """Extension types, as `datasets` has for matrices, as what they are stored as."""
     for n, column in enumerate(table.columns):
         if isinstance(column.type, pa.BaseExtensionType):
@@ -204,5 +204,9 @@ def dump_json(value: Any, *, indent: int | None = None) -> str:
 
     Half a surrogate pair, as in a file name that is not UTF-8, stays escaped, as JSON has it.
     """
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return printable(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent))
+
+
+def printable(name: str) -> str:
+    """A file's name as text: bytes of it that are not UTF-8 stand escaped."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -98,6 +98,21 @@ class NpzArray:
                     raise DatasetError(self.path, f"array {self.name} is cut short", REBUILD)
                 yield np.frombuffer(row, self.dtype).reshape(self.shape[1:])
 
+    def pieces(self, ends: NDArray[np.integer], limit: int) -> Iterator[NDArray[Any]]:
+        """The elements of a 1-D array from each of the rising `ends` to the next, one in memory.
+
+        Raises DatasetError where a piece has more than `limit` elements or is not all there.
+        """
+        with _open_member(self.path, self.name) as (file, _):
+            for count in np.diff(ends).tolist():
+                if count > limit:
+                    problem = f"array {self.name} has a row of {count} elements"
+                    raise DatasetError(self.path, problem, REBUILD)
+                piece = file.read(count * self.dtype.itemsize)
+                if len(piece) < count * self.dtype.itemsize:
+                    raise DatasetError(self.path, f"array {self.name} is cut short", REBUILD)
+                yield np.frombuffer(piece, self.dtype)
+
     @property
     def size_bytes(self) -> int:
         """How many bytes the header says there are."""
@@ -274,24 +289,43 @@ class Trajectory:
 
     def visible(self) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
         """The visible occupied cells: (T + 1,) row ends and (n,) columns, as in a CSR matrix."""
+        ends, stored = self._visible_rows()
+        columns = stored.load()
+        self._check_columns(columns)
+        return ends, columns
+
+    def visible_frames(self) -> Iterator[NDArray[np.integer]]:
+        """(n,) columns of the visible occupied cells of each frame in order, one in memory."""
+        ends, stored = self._visible_rows()
+        for columns in stored.pieces(ends, self.grid.cells):
+            self._check_columns(columns)
+            yield columns
+
+    def _visible_rows(self) -> tuple[NDArray[np.integer], NpzArray]:
         path = self.file("visible")
         ends = npz_array(path, "indptr").check("i", None).load()
-        columns = npz_array(path, "indices").check("i", None).load()
+        columns = npz_array(path, "indices").check("i", None)
         rising = len(ends) and ends[0] == 0 and (ends[1:] >= ends[:-1]).all()
-        if not rising or ends[-1] != len(columns):
+        if not rising or ends[-1] != columns.shape[0]:
             raise DatasetError(path, "is not a CSR matrix", REBUILD)
-        if len(columns) and not 0 <= columns.min() <= columns.max() < self.grid.cells:
-            raise DatasetError(path, "has columns outside the grid", REBUILD)
         return ends, columns
+
+    def _check_columns(self, columns: NDArray[np.integer]) -> None:
+        if len(columns) and not 0 <= columns.min() <= columns.max() < self.grid.cells:
+            raise DatasetError(self.file("visible"), "has columns outside the grid", REBUILD)
 
     def observed(self) -> Iterator[NDArray[np.bool_]]:
         """(cells,) bool of each frame in order: observed, free and occupied alike."""
         cells = self.grid.cells
+        for row in self.observed_packed():
+            yield unpack(row, cells)
+
+    def observed_packed(self) -> Iterator[NDArray[np.uint8]]:
+        """(ceil(cells / 8),) uint8 of each frame in order: `np.packbits` of the observed cells."""
         packed = npz_array(self.file("observed"), "data")
         if packed.dtype != np.uint8:
             raise DatasetError(packed.path, f"array data is {packed.dtype}", REBUILD)
-        for row in packed.check("u", None, -(-cells // 8)).rows():
-            yield unpack(row, cells)
+        yield from packed.check("u", None, -(-self.grid.cells // 8)).rows()
 
     def scene_cells(self) -> NDArray[np.float32]:
         """(M, 3) float32: centres of the scene's occupied cells, world, metres."""

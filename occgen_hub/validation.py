@@ -13,7 +13,7 @@ from jsonschema import Draft202012Validator
 from numpy.typing import NDArray
 
 from occgen_hub.errors import SourceError
-from occgen_hub.files import files_under, read_json, read_jsonl, sha256
+from occgen_hub.files import files_under, printable, read_json, read_jsonl, sha256
 from occgen_hub.geometry.camera import intrinsics_problem
 from occgen_hub.geometry.ply import check_ply, read_ply
 from occgen_hub.geometry.poses import RIGID, rigidity_error
@@ -21,6 +21,7 @@ from occgen_hub.loading import REBUILD, NpzArray, Trajectory, npz_array, traject
 from occgen_hub.media import image_size, read_depth, read_rgb, video_facts
 from occgen_hub.occupancy.visibility import OBSERVED, OCCUPIED, trace
 from occgen_hub.schema import ArraySpec, Feature, FileSpec
+from occgen_hub.shards import check_shards
 
 MAX_DIMENSIONS = 5
 RESTORE = "restore it from a copy, or remove this trajectory's folder and build it again"
@@ -58,13 +59,17 @@ class Report:
         return {**asdict(self), "valid": self.valid}
 
 
-def validate(root: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
+def validate(
+    root: str | Path, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Report:
     """Check every trajectory below `root`. Never raises for what is wrong in the dataset.
 
     Files and folders, checksums, meta files against their JSON Schemas, columns and arrays against
     the schema and each other, poses, intrinsics, and that the visible cells of each frame are
-    those that its rays, stopped by those cells, reach: what `occ.mask` says was observed.
+    those that its rays, stopped by those cells, reach: what `occ.mask` says was observed. Then the
+    Parquet shards of the whole dataset, where there are some, row by row against its trajectories.
     """
+    root = Path(root)
     found = trajectories(root)
     findings: list[Finding] = []
     frames = 0
@@ -77,6 +82,7 @@ def validate(root: Path, progress: Callable[[int, int], None] = lambda done, tot
         findings += problems
         progress(number + 1, len(found))
     findings += _unlike(found)
+    findings += _shards(root, findings)
     findings += _leftovers(root)
     return Report(str(root), len(found), frames, tuple(findings))
 
@@ -105,6 +111,17 @@ def _unlike(found: list[Path]) -> Iterator[Finding]:
             remedy = "build the whole dataset with one configuration"
             yield Finding(str(path), f"{problem}, unlike {grids[0][0]}", remedy)
             return
+
+
+def _shards(root: Path, findings: list[Finding]) -> list[Finding]:
+    """What is wrong with the occupancy shards and was not found in the trajectories already."""
+    known = {finding.file for finding in findings}
+    try:
+        check_shards(root)
+    except SourceError as error:
+        if error.path not in known:
+            return [Finding(error.path, error.problem, error.remedy)]
+    return []
 
 
 def _leftovers(root: Path) -> Iterator[Finding]:
@@ -320,6 +337,11 @@ class _Check:
         for name in ("frame_index", "index"):
             if not np.array_equal(self.trajectory.column(name), np.arange(self.frames)):
                 self.say(self.trajectory.file("frames"), f"column {name} does not count the frames")
+        episode = str(self.trajectory.record["source"]["episode"])
+        for name, value in (("episode", episode), ("scene", episode.rpartition("/")[0])):
+            if not (self.trajectory.column(name) == printable(value)).all():
+                problem = f"column {name} does not say {value}, as the record does"
+                self.say(self.trajectory.file("frames"), problem)
         time = self.trajectory.column("timestamp")
         with np.errstate(over="ignore"):
             follows = np.abs(time - np.arange(self.frames) / info["fps"]).max() <= 1e-3

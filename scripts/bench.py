@@ -29,6 +29,7 @@ from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.visibility import OBSERVED, observe, trace, warm_up
 from occgen_hub.runtime.loop import list_episodes, run
 from occgen_hub.sample import make_sample
+from occgen_hub.shards import shards
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "data" / "internnav" / "traj_data"
 
@@ -96,7 +97,11 @@ def build(source: Path, workers: int) -> dict[str, Any]:
             "all": sum(path.stat().st_size for path in files_under(out)),
             "occ_sequence.npz": sum(p.stat().st_size for p in out.rglob("occ_sequence.npz")),
             "mask_sequence.npz": sum(p.stat().st_size for p in out.rglob("mask_sequence.npz")),
+            "parquet occupancy": sum(path.stat().st_size for path in shards(out)),
         }
+        figures["parquet_share_of_npz"] = sizes["parquet occupancy"] / (
+            sizes["occ_sequence.npz"] + sizes["mask_sequence.npz"]
+        )
     figures["bytes_a_frame"] = {k: round(v / figures["frames"]) for k, v in sizes.items()}
     return figures
 
@@ -154,6 +159,7 @@ def table(report: dict[str, Any]) -> None:
             *((f"  {s}", f"{ms:.1f} ms a frame") for s, ms in b["stages_ms_a_frame"].items()),
             ("peak memory", f"{b['peak_memory_mb']:.0f} MB"),
             *((f"on disk: {f}", f"{n:,} bytes a frame") for f, n in b["bytes_a_frame"].items()),
+            ("  as a share of the npz", f"{b['parquet_share_of_npz']:.1%}"),
         ]
         for label, value in rows:
             print(f"  {label:<34}{value}")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import open3d as o3d
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -21,6 +22,7 @@ from occgen_hub.files import read_parquet
 from occgen_hub.loading import Trajectory, trajectories
 from occgen_hub.media import video_facts, video_frames
 from occgen_hub.schema import load_schema
+from occgen_hub.shards import write_shards
 from occgen_hub.validation import validate
 
 SCHEMA = load_schema("trajectory")
@@ -80,7 +82,10 @@ def test_datasets_gives_arrays_of_the_declared_shape(trajectory, source):
     for name, feature in info["features"].items():
         shape = () if feature["shape"] == [1] else tuple(feature["shape"])
         assert rows[name].shape == (len(loaded), *shape), name
-        assert rows[name].dtype == np.dtype(feature["dtype"]), name
+        if feature["dtype"] == "string":
+            assert rows[name].dtype.kind == "U", name
+        else:
+            assert rows[name].dtype == np.dtype(feature["dtype"]), name
     original = pd.read_parquet(source / "data/chunk-000/episode_000000.parquet")
     action = np.stack([np.stack(row) for row in original["action"]])
     np.testing.assert_array_equal(rows["action"], action)
@@ -104,6 +109,23 @@ def test_info_declares_what_the_parquet_holds(trajectory):
     for name, feature in info["features"].items():
         assert table.schema.field(name).type == SCHEMA.features[name].arrow_type()
         assert feature == SCHEMA.features[name].info()
+
+
+def test_each_row_says_whose_it_is(trajectory, dataset, tmp_path):
+    table = read_parquet(trajectory / "data/chunk-000/episode_000000.parquet")
+    episode = trajectory.relative_to(dataset).as_posix()
+    assert set(table["episode"].to_pylist()) == {episode}
+    assert set(table["scene"].to_pylist()) == {episode.rpartition("/")[0]}
+
+    copy = tmp_path / episode
+    shutil.copytree(trajectory, copy)
+    other = pa.array([episode, *["x"] * (len(table) - 1)])
+    index = table.column_names.index("episode")
+    pq.write_table(
+        table.set_column(index, "episode", other), copy / "data/chunk-000/episode_000000.parquet"
+    )
+    problems = [finding.problem for finding in validate(tmp_path).findings]
+    assert f"column episode does not say {episode}, as the record does" in problems
 
 
 def test_lerobot_reads_the_meta_files(trajectory):
@@ -307,9 +329,12 @@ def test_trajectories_of_different_grids_are_no_dataset(sample_tree, dataset, tm
     assert built.notes[0].code == "built again"
     record = json.loads((tmp_path / "mixed" / ref.id / "meta/occgen.json").read_text())
     assert not any("built again" in note for note in record["notes"])
+    write_shards(tmp_path / "mixed")
     report = validate(tmp_path / "mixed")
     assert len(report.findings) == 1
     assert "one configuration" in report.findings[0].remedy
     # Built again as it was, it is what it was.
     builder.build(ref, tmp_path / "mixed", Settings())
+    assert "occupied is not what" in validate(tmp_path / "mixed").findings[0].problem
+    write_shards(tmp_path / "mixed")
     assert validate(tmp_path / "mixed").valid

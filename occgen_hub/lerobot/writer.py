@@ -16,7 +16,7 @@ from pyarrow import Table
 from occgen_hub.config import Config
 from occgen_hub.episode import Column, Episode, Scene
 from occgen_hub.errors import SourceError
-from occgen_hub.files import dump_json, files_under, sha256
+from occgen_hub.files import dump_json, files_under, printable, sha256
 from occgen_hub.geometry.alignment import Alignment
 from occgen_hub.geometry.cloud import voxel_downsample
 from occgen_hub.geometry.ply import write_ply
@@ -124,9 +124,12 @@ class TrajectoryWriter:
         """Every column of the parquet: the source's, then what was computed, then LeRobot's."""
         frames = np.arange(self.episode.length)
         features = self.schema.features
+        episode = printable(self.episode.id)
         ours = {
             self.schema.poses: scene.world_from_camera,
             self.schema.intrinsics: scene.intrinsics,
+            "episode": [episode] * len(frames),
+            "scene": [episode.rpartition("/")[0]] * len(frames),
             "timestamp": frames / self.episode.fps,
             "frame_index": frames,
             "episode_index": np.full(len(frames), self.schema.episode_index),
@@ -136,7 +139,9 @@ class TrajectoryWriter:
         columns = {name: c for name, c in self.episode.columns.items() if name not in ours}
         known = {name: c.values for name, c in columns.items() if name in features} | ours
         for name, values in known.items():
-            columns[name] = Column(features[name], np.asarray(values).astype(features[name].dtype))
+            feature = features[name]
+            kind = object if feature.dtype == "string" else feature.dtype
+            columns[name] = Column(feature, np.asarray(values).astype(kind))
         return columns
 
     def finish(self, provenance: Provenance, scene: Scene) -> None:

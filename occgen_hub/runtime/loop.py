@@ -20,9 +20,12 @@ from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 
 from occgen_hub.builder import Built, DatasetBuilder, EpisodeRef, Progress, Settings, Stage
+from occgen_hub.card import is_own, write_card
 from occgen_hub.engines import AUTO, Auto, Engine, load_engine, network_engine
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.files import dump_json, written_whole
+from occgen_hub.loading import trajectories
+from occgen_hub.shards import remove_shards, write_shards
 
 FAILURES = "failures.jsonl"
 _THREAD_LIMITS = (
@@ -47,13 +50,16 @@ Result = Built | Failure
 
 @dataclass
 class Summary:
-    """What a run did. seconds: of the whole run; stages: added up over episodes."""
+    """What a run did. seconds: of the whole run; stages: added up over episodes; remarks: on the
+    files of the whole dataset.
+    """
 
     built: int = 0
     present: int = 0
     frames: int = 0
     seconds: float = 0.0
     failures: list[Failure] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
     stages: Counter[str] = field(default_factory=Counter)
 
@@ -147,11 +153,14 @@ def run(
     settings: Settings,
     workers: int = 1,
     listener: Listener | None = None,
+    *,
+    parquet_occupancy: bool = True,
 ) -> Summary:
     """Build episodes into `out`, with `workers` processes. A failed one does not stop the others.
 
-    Failures are listed in `out`/failures.jsonl, which is absent when there are none. The result
-    does not depend on the number of workers, nor on an earlier run having been interrupted.
+    Failures are listed in `out`/failures.jsonl, which is absent when there are none. Last come the
+    files of the whole dataset, see `finish`. The result does not depend on the number of workers,
+    nor on an earlier run having been interrupted.
     """
     listener = listener or Listener()
     start = time.perf_counter()
@@ -168,8 +177,41 @@ def run(
                 listener.finished(result)
         summary.failures.sort(key=lambda failure: failure.id)
         _write_failures(out, summary.failures)
+        began = time.perf_counter()
+        summary.remarks = finish(
+            out, workers, overwrite=settings.overwrite, parquet_occupancy=parquet_occupancy
+        )
+        if summary.built:
+            summary.stages["shards and card"] += time.perf_counter() - began  # type: ignore[assignment]  # as above
     summary.seconds = time.perf_counter() - start
     return summary
+
+
+def finish(
+    out: Path, workers: int = 1, *, overwrite: bool = False, parquet_occupancy: bool = True
+) -> list[str]:
+    """Bring the files of the whole dataset up to date with the trajectories that are in `out`.
+
+    They are the Parquet shards of its occupancy (`parquet_occupancy`: else they are removed) and
+    its card. Returns what a user should know. Raises OccGenError where they cannot be written.
+    """
+    if not trajectories(out):
+        return []
+    try:
+        if parquet_occupancy:
+            write_shards(out, workers, overwrite=overwrite)
+        else:
+            remove_shards(out)
+        card = write_card(out)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        place = error.filename or out
+        raise OccGenError(
+            f"{place}: cannot be read or written ({reason}); mend that and run again."
+        ) from error
+    if is_own(card):
+        return []
+    return [f"{card} is not occgen-hub's, and was left as it was; move it away to have a card made"]
 
 
 def build_one(

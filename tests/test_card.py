@@ -1,0 +1,234 @@
+"""The dataset card: what the Hub's own reader finds in it, and examples that run as they stand."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from occgen_hub.builder import Settings, load_builder
+from occgen_hub.card import MARK, is_own, write_card
+from occgen_hub.config import Config
+from occgen_hub.errors import DatasetError, UsageError
+from occgen_hub.files import sha256
+from occgen_hub.loading import trajectories
+from occgen_hub.runtime.loop import list_episodes, run
+from occgen_hub.validation import validate
+
+COARSE = Settings(Config(voxel_size=0.1))
+TABLE = "data/chunk-000/episode_000000.parquet"
+
+
+@pytest.fixture
+def mine(dataset: Path, tmp_path: Path) -> Path:
+    """A copy of the dataset that a test may change."""
+    return Path(shutil.copytree(dataset, tmp_path / "mine"))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` keeps nothing of one test for another, and leaves nothing behind."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def matter(root: Path) -> dict[str, Any]:
+    """The front matter, as the Hub's library reads it."""
+    from huggingface_hub import DatasetCard
+
+    return dict(DatasetCard.load(root / "README.md", ignore_metadata_errors=False).data.to_dict())
+
+
+def build(source: Path, out: Path) -> list[str]:
+    builder = load_builder("internnav", source)
+    summary = run(builder, list_episodes(builder), out, COARSE)
+    assert not summary.failures
+    return summary.remarks
+
+
+def change_record(root: Path, change: dict[str, Any], number: int = 0) -> None:
+    path = trajectories(root)[number] / "meta/occgen.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+# What it says
+
+
+def test_the_hub_reads_its_front_matter(dataset):
+    found = matter(dataset)
+    assert found["license"] == "other"
+    assert re.fullmatch(r"[a-z0-9.-]+", found["license_name"])
+    assert found["task_categories"] == ["robotics"]
+    assert {"LeRobot", "occupancy"} <= set(found["tags"])
+    assert found["size_categories"] == ["n<1K"]
+    assert [config["config_name"] for config in found["configs"]] == ["default", "occupancy"]
+
+
+def test_its_files_are_no_strays(dataset):
+    assert sorted(p.name for p in dataset.iterdir()) == [
+        "README.md", "occupancy", "preview.png", "sample_zed",
+    ]  # fmt: skip
+    assert validate(dataset).findings == ()
+
+
+def test_its_examples_run(dataset):
+    text = (dataset / "README.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(examples) == 4
+    places: list[dict[str, Any]] = [{} for _ in examples]
+    for code, names in zip(examples, places, strict=True):
+        exec(code.replace('"DATASET', f'"{dataset}'), names)
+    frames, streamed, ours, files = places
+    assert frames["world_from_camera"].shape == (4, 4)
+    np.testing.assert_array_equal(streamed["occupied"], files["occupied"])
+    np.testing.assert_array_equal(streamed["observed"], files["observed"])
+    np.testing.assert_allclose(streamed["world_from_camera"], frames["world_from_camera"])
+    assert (streamed["free"].sum() + streamed["occupied"].sum()) == files["observed"].sum()
+    cells = np.load(trajectories(dataset)[0] / "data/chunk-000/all_occ.npz")["data"]
+    distance = np.abs(cells[:, None] - streamed["in_world"][None, ::500]).max(-1).min(0)
+    assert np.median(distance) < 0.02
+    np.testing.assert_array_equal(ours["item"]["occupancy"].numpy(), streamed["occupied"])
+
+
+def test_the_frames_of_all_trajectories_say_whose_they_are(dataset):
+    from datasets import Array2D, load_dataset
+
+    frames = load_dataset(str(dataset), split="train")
+    info = json.loads((trajectories(dataset)[0] / "meta/info.json").read_text())
+    assert set(frames.column_names) == set(info["features"])
+    assert frames.features["observation.camera_extrinsic_occ"] == Array2D((4, 4), "float32")
+    expected = [
+        (path.relative_to(dataset).as_posix(), path.parent.relative_to(dataset).as_posix(), t)
+        for path in trajectories(dataset)
+        for t in range(pq.read_metadata(path / TABLE).num_rows)
+    ]
+    columns = (frames[name] for name in ("episode", "scene", "frame_index"))
+    assert list(zip(*columns, strict=True)) == expected
+    assert {
+        row["episode"] for row in load_dataset(str(dataset), split="train", streaming=True)
+    } == {episode for episode, _, _ in expected}
+
+
+def test_columns_that_only_some_trajectories_have_are_left_to_their_files(sample_tree, tmp_path):
+    from datasets import load_dataset
+
+    source = Path(shutil.copytree(sample_tree, tmp_path / "source"))
+    for number, path in enumerate(sorted(source.rglob("*.parquet"))):
+        table = pq.read_table(path)
+        length, kind = table.num_rows, (pa.float32(), pa.float64())[number]
+        table = table.append_column("speed", pa.array(np.arange(length), kind))
+        if number:
+            table = table.append_column("said", pa.array(["hm"] * length))
+        pq.write_table(table, path)
+    out = tmp_path / "out"
+    build(source, out)
+    assert validate(out).findings == ()
+    frames = load_dataset(str(out), split="train")
+    assert {"said", "speed"} & set(frames.column_names) == set()
+    assert {"episode", "action", "observation.camera_extrinsic_occ"} <= set(frames.column_names)
+    assert frames.num_rows == sum(pq.read_metadata(p / TABLE).num_rows for p in trajectories(out))
+    assert "only their own files hold: `said`, `speed`" in (out / "README.md").read_text()
+
+
+def test_weights_that_forbid_commerce_are_said(mine):
+    weights = {"network": "pi3x", "sha256": "0" * 64, "license": "cc-by-nc-4.0", "repo_id": None}
+    change_record(mine, {"weights": weights, "engine": "pi3x"}, 1)
+    write_card(mine)
+    assert matter(mine)["license"] == "cc-by-nc-4.0"
+    assert "cc-by-nc-4.0, which allows no commercial use" in (mine / "README.md").read_text()
+    assert "`pi3x`, `rgbd`" in (mine / "README.md").read_text()
+    change_record(mine, {"weights": weights | {"license": "mine"}}, 1)
+    write_card(mine)
+    assert matter(mine)["license"] == "other"
+    assert "under the licence mine: that holds" in (mine / "README.md").read_text()
+
+
+def test_the_picture_is_of_the_first_trajectory(dataset, tmp_path):
+    from occgen_hub.visual.inspection import picture
+
+    picture(dataset, tmp_path / "look.png")
+    with Image.open(dataset / "preview.png") as ours, Image.open(tmp_path / "look.png") as theirs:
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+    assert "](preview.png)" in (dataset / "README.md").read_text()
+
+
+# Written again
+
+
+def test_the_same_trajectories_have_the_same_card(sample_tree, dataset, tmp_path):
+    moved = Path(shutil.copytree(dataset, tmp_path / "moved"))
+    for name in ("README.md", "preview.png"):
+        (moved / name).unlink()
+    assert write_card(moved) == moved / "README.md"
+    for name in ("README.md", "preview.png"):
+        assert sha256(moved / name) == sha256(dataset / name)
+
+
+def test_what_is_right_is_left_alone_and_what_is_not_is_written(mine):
+    files = [mine / "README.md", mine / "preview.png"]
+    before = [path.stat().st_ino for path in files]
+    write_card(mine)
+    assert [path.stat().st_ino for path in files] == before
+    change_record(mine, {"version": "9.9"})
+    write_card(mine)
+    assert [path.stat().st_ino for path in files] != before
+    assert "9.9" in files[0].read_text()
+
+
+def test_a_users_own_card_and_picture_are_kept(sample_tree, tmp_path):
+    out = tmp_path / "out"
+    assert build(sample_tree, out) == []
+    Image.new("RGB", (4, 4)).save(out / "preview.png")
+    picture = (out / "preview.png").read_bytes()
+    assert build(sample_tree, out) == []
+    assert (out / "preview.png").read_bytes() == picture
+    text = (out / "README.md").read_text().replace(MARK + "\n", "").replace("# 4D", "# My 4D")
+    (out / "README.md").write_text(text)
+    assert not is_own(out / "README.md")
+    (remark,) = build(sample_tree, out)
+    assert f"{out / 'README.md'} is not occgen-hub's, and was left as it was" in remark
+    assert (out / "README.md").read_text() == text
+    assert validate(out).findings == ()
+
+
+def test_what_cannot_be_drawn_leaves_the_card_without_a_picture(mine):
+    (trajectories(mine)[0] / "data/chunk-000/all_occ.npz").write_bytes(b"")
+    change_record(mine, {"version": "9.9"})
+    write_card(mine)
+    assert not (mine / "preview.png").exists()
+    assert "preview.png" not in (mine / "README.md").read_text()
+    assert matter(mine)["configs"]
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("meta/info.json", {"features": {"action": 3}}),
+        ("meta/info.json", {"total_frames": None}),
+        ("meta/occgen.json", {"grid": {"shape": [1]}}),
+        ("meta/occgen.json", {"source": []}),
+    ],
+)
+def test_meta_files_that_cannot_be_used_are_named(mine, file, change):
+    path = trajectories(mine)[1] / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    before = (mine / "README.md").read_bytes()
+    with pytest.raises(DatasetError, match=f"{file}: .*; remove this trajectory's folder"):
+        write_card(mine)
+    assert (mine / "README.md").read_bytes() == before
+
+
+def test_no_trajectories_no_card(dataset, tmp_path):
+    for folder in (tmp_path, trajectories(dataset)[0]):
+        with pytest.raises(UsageError, match="holds no trajectories"):
+            write_card(folder)
+        assert not (folder / "README.md").exists()

@@ -1,0 +1,392 @@
+"""Occupancy as Parquet: what `datasets` reads is what the npz files hold, byte for byte the same
+however it came about.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from scipy import sparse
+
+from occgen_hub.builder import Settings, load_builder
+from occgen_hub.config import Config
+from occgen_hub.files import sha256
+from occgen_hub.loading import Trajectory, trajectories
+from occgen_hub.runtime.loop import list_episodes, run
+from occgen_hub.sample import make_sample
+from occgen_hub.shards import GROUP, NAME, shards, write_shards
+from occgen_hub.validation import validate
+
+COARSE = Settings(Config(voxel_size=0.1), media="none")
+VISIBLE = "videos/chunk-000/observation.occ.view/occ_sequence.npz"
+OBSERVED = "videos/chunk-000/observation.occ.mask/mask_sequence.npz"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three trajectories in two scenes, 36 frames. Not to be changed by tests."""
+    out = tmp_path_factory.mktemp("source") / "tree"
+    make_sample(out, trajectories=3, frames=12)
+    return out
+
+
+@pytest.fixture(scope="module")
+def built(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Not to be changed by tests."""
+    return build(source, tmp_path_factory.mktemp("built") / "out")
+
+
+@pytest.fixture
+def mine(built: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(built, tmp_path / "mine"))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`datasets` keeps nothing of one test for another."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def build(source: Path, out: Path, limit: int | None = None, **options: Any) -> Path:
+    builder = load_builder("internnav", source)
+    summary = run(builder, list_episodes(builder, limit), out, COARSE, **options)
+    assert not summary.failures
+    return out
+
+
+def rows(root: Path, own_cache: Path) -> list[dict[str, Any]]:
+    import datasets
+
+    options: dict[str, Any] = {"streaming": True, "cache_dir": str(own_cache)}
+    return list(datasets.load_dataset(str(root), "occupancy", split="train", **options))
+
+
+def expected(root: Path) -> Iterator[dict[str, Any]]:
+    """Each frame, as scipy and numpy read it from the trajectories."""
+    for path in sorted(root.glob("*/*/trajectory_*")):
+        visible, mask = sparse.load_npz(path / VISIBLE), np.load(path / OBSERVED)
+        table = pq.read_table(path / "data/chunk-000/episode_000000.parquet")
+        for t in range(visible.shape[0]):
+            yield {
+                "episode": path.relative_to(root).as_posix(),
+                "scene": path.parent.relative_to(root).as_posix(),
+                "frame_index": t,
+                "occupied": visible[t].indices.tolist(),
+                "observed": mask["data"][t].tobytes(),
+                "shape": mask["shape"].tolist(),
+                "voxel_size": 0.1,
+                "pc_range": [-2.0, -1.5, -0.5, 2.0, 1.0, 3.5],
+                "camera_extrinsic": table["observation.camera_extrinsic_occ"][t].as_py(),
+                "camera_intrinsic": table["observation.camera_intrinsic_occ"][t].as_py(),
+            }
+
+
+def content(root: Path) -> dict[str, str]:
+    """Everything below a folder, hidden files too."""
+    return {p.relative_to(root).as_posix(): sha256(p) for p in root.rglob("*") if p.is_file()}
+
+
+def stamps(root: Path) -> dict[str, tuple[int, int]]:
+    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in shards(root)}
+
+
+# Read
+
+
+def test_streamed_it_says_what_the_npz_files_say(built, own_cache):
+    found, wanted = rows(built, own_cache), list(expected(built))
+    assert len(found) == sum(1 for _ in wanted) == 36
+    for row, want in zip(found, wanted, strict=True):
+        assert row == want
+
+
+def test_loaded_it_has_the_columns_that_were_promised(built, own_cache):
+    from datasets import Array2D, List, Value, load_dataset
+
+    loaded = load_dataset(str(built), "occupancy", split="train", cache_dir=str(own_cache))
+    assert dict(loaded.features) == {
+        "episode": Value("string"),
+        "scene": Value("string"),
+        "frame_index": Value("int64"),
+        "occupied": List(Value("int32")),
+        "observed": Value("binary"),
+        "shape": List(Value("int32")),
+        "voxel_size": Value("float64"),
+        "pc_range": List(Value("float64")),
+        "camera_extrinsic": Array2D((4, 4), "float32"),
+        "camera_intrinsic": Array2D((3, 3), "float32"),
+    }
+    pose = loaded.with_format("numpy")[5]["camera_extrinsic"]
+    assert (pose.shape, pose.dtype) == ((4, 4), np.float32)
+
+
+def test_without_anything_of_ours(built):
+    """In a process that imports neither `datasets` nor occgen_hub."""
+    code = (
+        "import sys, pyarrow.parquet as pq, numpy as np; t = pq.read_table(sys.argv[1]);"
+        "row = t.slice(3, 1).to_pylist()[0]; n = int(np.prod(row['shape']));"
+        "seen = np.unpackbits(np.frombuffer(row['observed'], np.uint8), count=n);"
+        "assert seen[row['occupied']].all() and len(row['occupied']) > 100;"
+        "sys.exit(bool({'datasets', 'occgen_hub'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", code, *map(str, shards(built))], check=True)
+
+
+def test_a_build_imports_neither_datasets_nor_the_hub(source, tmp_path):
+    code = (
+        "import sys; from occgen_hub import cli; sys.argv = ['occgen-hub', *sys.argv[1:]]\n"
+        "try: cli.main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "print(sorted({'datasets', 'huggingface_hub', 'torch'} & set(sys.modules)))"
+    )
+    arguments = ["build", "--input", source, "--output", tmp_path / "out", "--limit", "1"]
+    options = ["--engine", "rgbd", "--set", "voxel_size=0.2"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments), *options],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert (tmp_path / "out/occupancy").is_dir()
+
+
+def test_at_most_half_the_bytes_of_the_npz_at_the_usual_grid(dataset):
+    """Of a sample of four frames, whose first row group has little to share."""
+    npz = sum(path.stat().st_size for path in dataset.rglob("*_sequence.npz"))
+    assert sum(path.stat().st_size for path in shards(dataset)) < 0.5 * npz
+
+
+def test_a_row_group_is_a_few_frames(built):
+    (shard,) = shards(built)
+    metadata = pq.read_metadata(shard)
+    lengths = [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)]
+    assert lengths == [GROUP] * (36 // GROUP) + [36 % GROUP]
+
+
+# However it came about
+
+
+def test_many_shards_hold_the_same_rows(mine, own_cache):
+    size = max(npz_bytes(path) for path in trajectories(mine))
+    assert write_shards(mine, shard_bytes=size) == 3
+    assert [p.name for p in shards(mine)] == [NAME.format(n, 3) for n in range(3)]
+    assert rows(mine, own_cache) == list(expected(mine))
+    assert validate(mine).findings == ()
+    # A trajectory that is too long for a shard goes into several.
+    assert write_shards(mine, shard_bytes=size // 2) > 3
+    assert rows(mine, own_cache) == list(expected(mine))
+    assert validate(mine).findings == ()
+    assert write_shards(mine, shard_bytes=size // 2) == 0
+
+
+def npz_bytes(path: Path) -> int:
+    return sum((path / name).stat().st_size for name in (VISIBLE, OBSERVED))
+
+
+def test_the_number_of_workers_does_not_show(mine, tmp_path):
+    other = Path(shutil.copytree(mine, tmp_path / "other"))
+    size = npz_bytes(trajectories(mine)[0]) // 3
+    write_shards(mine, 1, shard_bytes=size)
+    write_shards(other, 4, shard_bytes=size)
+    assert len(shards(mine)) > 5
+    assert content(mine) == content(other)
+
+
+def test_in_steps_it_ends_with_the_bytes_of_one_build(source, built, tmp_path):
+    out = tmp_path / "out"
+    for limit in (1, 2, None):
+        build(source, out, limit)
+        assert validate(out).findings == ()
+    assert content(out) == content(built)
+    before = stamps(out)
+    build(source, out)
+    assert (content(out), stamps(out)) == (content(built), before)
+
+
+def test_only_the_shards_that_change_are_written(source, mine):
+    size = max(npz_bytes(path) for path in trajectories(mine))
+    write_shards(mine, shard_bytes=size)
+    before, bytes_before = stamps(mine), content(mine)
+    last = trajectories(mine)[-1]
+    kept = shutil.move(last, mine.parent / "kept")
+    assert write_shards(mine, shard_bytes=size) == 0  # what stays is renamed
+    assert [stamp for _, stamp in sorted(stamps(mine).items())] == [
+        stamp for _, stamp in sorted(before.items())
+    ][:2]
+    shutil.move(kept, last)
+    assert write_shards(mine, shard_bytes=size) == 1
+    assert content(mine) == bytes_before
+
+
+def test_other_content_is_written_anew(source, mine, tmp_path):
+    other = Settings(Config(voxel_size=0.2), media="none")
+    builder = load_builder("internnav", source)
+    for settings in (other, COARSE):
+        run(builder, list_episodes(builder), mine, settings)
+        fresh = tmp_path / str(settings.config.voxel_size)
+        run(builder, list_episodes(builder), fresh, settings)
+        assert content(mine) == content(fresh)
+
+
+def test_left_out_and_taken_in_again(source, mine, built):
+    build(source, mine, parquet_occupancy=False)
+    assert not (mine / "occupancy").exists()
+    assert "occupancy/*.parquet" not in (mine / "README.md").read_text()
+    assert validate(mine).findings == ()
+    build(source, mine)
+    assert content(mine) == content(built)
+
+
+def test_a_damaged_shard_is_written_anew(source, mine, built):
+    shards(mine)[0].write_bytes(shards(mine)[0].read_bytes()[:-100])
+    (mine / "occupancy/.train-00000-of-00001.parquet.partial").write_bytes(b"half")
+    assert {Path(f.file).name for f in validate(mine).findings} == {
+        "train-00000-of-00001.parquet", ".train-00000-of-00001.parquet.partial",
+    }  # fmt: skip
+    build(source, mine)
+    assert content(mine) == content(built)
+
+
+def test_with_failures_the_others_are_there(source, tmp_path, own_cache):
+    broken = Path(shutil.copytree(source, tmp_path / "broken"))
+    (broken / "sample_zed/house_000/trajectory_1/data/chunk-000/episode_000000.parquet").unlink()
+    builder = load_builder("internnav", broken)
+    summary = run(builder, list_episodes(builder), tmp_path / "out", COARSE)
+    assert len(summary.failures) == 1
+    assert {row["episode"] for row in rows(tmp_path / "out", own_cache)} == {
+        "sample_zed/house_000/trajectory_0", "sample_zed/house_001/trajectory_0",
+    }  # fmt: skip
+    assert validate(tmp_path / "out").findings == ()
+
+
+def test_killed_at_any_moment_nothing_half_bears_a_final_name(mine, built):
+    code = (
+        "import sys; from pathlib import Path; from occgen_hub.shards import write_shards;"
+        "print('ready', flush=True); root = Path(sys.argv[1])\n"
+        "while True: write_shards(root, 2, overwrite=True, shard_bytes=int(sys.argv[2]))"
+    )
+    size = npz_bytes(trajectories(mine)[0]) // 2
+    rng = random.Random(3)
+    for _ in range(6):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(mine), str(size)], stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(rng.uniform(0, 0.25))
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        for path in shards(mine):
+            pq.ParquetFile(path).scan_contents()
+    write_shards(mine)
+    assert content(mine) == content(built)
+
+
+def test_a_full_disk_is_said_and_leaves_what_was_there(mine, built):
+    """A limit on the size of files, which the system keeps as it keeps a full disk."""
+    code = (
+        "import resource, signal, sys; from pathlib import Path;"
+        "from occgen_hub.runtime.loop import finish; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));"
+        "finish(Path(sys.argv[1]), overwrite=True)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(mine)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "cannot be read or written (" in done.stderr.splitlines()[-1]
+    assert "OccGenError" in done.stderr.splitlines()[-1]
+    assert content(mine) == content(built)
+
+
+# Checked
+
+
+def rewritten(change: Callable[[pa.Table], pa.Table]) -> Callable[[Path], None]:
+    def harm(shard: Path) -> None:
+        table = change(pq.read_table(shard))
+        pq.write_table(table, shard, row_group_size=GROUP)
+
+    return harm
+
+
+def with_column(name: str, change: Callable[[list[Any]], Any]) -> Callable[[Path], None]:
+    def change_table(table: pa.Table) -> pa.Table:
+        index, kind = table.column_names.index(name), table.schema.field(name)
+        values = table[name].to_pylist()
+        change(values)
+        return table.set_column(index, kind, pa.array(values, kind.type))
+
+    return rewritten(change_table)
+
+
+def retyped(table: pa.Table) -> pa.Table:
+    index = table.column_names.index("occupied")
+    return table.set_column(index, "occupied", table["occupied"].cast(pa.list_(pa.int64())))
+
+
+def bit_flipped(values: list[bytes]) -> None:
+    values[9] = bytes([values[9][0] ^ 1]) + values[9][1:]
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (with_column("occupied", lambda v: v[11].pop()), "row 11, frame 11 of"),
+        (with_column("observed", bit_flipped), "row 9, frame 9"),
+        (with_column("camera_extrinsic", lambda v: v[0][0].__setitem__(3, 9.0)), "row 0"),
+        (with_column("voxel_size", lambda v: v.__setitem__(30, 0.2)), "row 30"),
+        (rewritten(lambda t: pa.concat_tables([t.slice(0, 7), t.slice(8)])), "row 7, frame 7"),
+        (rewritten(lambda t: t.slice(0, 35)), "the shards end before frame"),
+        (rewritten(lambda t: pa.concat_tables([t, t.slice(0, 1)])), "row 36 is of no frame"),
+        (rewritten(retyped), "has other columns"),
+        (rewritten(lambda t: t.drop_columns(["shape"])), "has other columns"),
+        (lambda p: pq.write_table(pq.read_table(p), p, row_group_size=36), "more than 8 rows"),
+        (lambda p: p.write_bytes(b"PAR1"), "is not a parquet file that can be read"),
+        (lambda p: p.rename(p.with_name(NAME.format(1, 2))), "numbered in order"),
+        (lambda p: shutil.copy(p, p.with_name(NAME.format(1, 2))), "numbered in order"),
+        (lambda p: (p.unlink(), p.mkdir()), "is a folder"),
+    ],
+)  # fmt: skip
+def test_validate_says_what_is_wrong_with_a_shard(mine, harm, words):
+    (shard,) = shards(mine)
+    harm(shard)
+    (finding,) = validate(mine).findings
+    assert words in str(finding)
+    assert str(finding).count("\n") == 0
+    assert str(mine / "occupancy") in finding.file
+    assert "run the build again" in finding.remedy
+
+
+def test_shards_of_another_trajectory_are_noticed(source, mine, tmp_path):
+    other = tmp_path / "other"
+    builder = load_builder("internnav", source)
+    coarser = Settings(Config(voxel_size=0.1, interval=3), media="none")
+    run(builder, list_episodes(builder), other, coarser)
+    shutil.copy(shards(other)[0], shards(mine)[0])
+    (finding,) = validate(mine).findings
+    assert "occupied is not what the trajectory holds" in finding.problem
+
+
+def test_a_damaged_trajectory_is_said_once(mine):
+    path = Trajectory.open(trajectories(mine)[1]).file("visible")
+    path.write_bytes(path.read_bytes()[:2000])
+    findings = validate(mine).findings
+    assert {finding.file for finding in findings} == {str(path)}
