@@ -1,1 +1,46 @@
-"""OccGen Hub: recordings in, 4D occupancy datasets out."""
+"""OccGen Hub: recordings in, 4D occupancy datasets out.
+
+What stands in `__all__` is for programs. It is imported when it is asked for, since torch and the
+others take seconds: `import occgen_hub` takes none.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from occgen_hub.api import build, load_episode, push
+    from occgen_hub.config import Config
+    from occgen_hub.training import OccupancyDataset, collate
+    from occgen_hub.validation import validate
+
+__all__ = [
+    "Config",
+    "OccupancyDataset",
+    "build",
+    "collate",
+    "load_episode",
+    "push",
+    "validate",
+]
+
+_PLACES = {
+    "Config": "config",
+    "OccupancyDataset": "training",
+    "build": "api",
+    "collate": "training",
+    "load_episode": "api",
+    "push": "api",
+    "validate": "validation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'occgen_hub' has no attribute {name!r}")
+    return getattr(import_module(f"occgen_hub.{_PLACES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,177 @@
+"""What `occgen_hub` gives to programs, besides what its modules have ready."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from occgen_hub.builder import Settings, load_builder
+from occgen_hub.config import Config
+from occgen_hub.engines import AUTO
+from occgen_hub.errors import DatasetError, UsageError
+from occgen_hub.lerobot.writer import Media
+from occgen_hub.loading import REBUILD, Trajectory
+from occgen_hub.occupancy.codec import unpack
+from occgen_hub.occupancy.grid import Grid
+from occgen_hub.runtime.loop import Summary, check_places, choose_engine, list_episodes, run
+
+
+def build(
+    source: str,
+    root: str | Path,
+    out: str | Path,
+    *,
+    engine: str = AUTO,
+    weights: str | Path | None = None,
+    device: str | None = None,
+    config: Config | None = None,
+    media: Media = "copy",
+    workers: int = 1,
+    limit: int | None = None,
+    overwrite: bool = False,
+    parquet_occupancy: bool = True,
+) -> Summary:
+    """Build an occupancy dataset from a source, as `occgen-hub build` does.
+
+    source: what kind it is, "internnav" or "video"; root: where it is; out: the dataset's folder;
+    config: the settings, metres where they are lengths; workers: processes; limit: the first so
+    many episodes only; the others as the command's options of their names. What is there already
+    and up to date is left alone.
+
+    Raises UsageError when an argument is wrong; then nothing was done. An episode that fails stops
+    no other and is listed in the summary's `failures`, with its reason. With several workers the
+    calling script needs `if __name__ == "__main__":`, since processes are spawned.
+    """
+    if media not in get_args(Media):
+        raise UsageError(f"media is {media!r}; give one of {', '.join(get_args(Media))}.")
+    if workers < 1 or (limit is not None and limit < 1):
+        raise UsageError("workers and limit must be 1 or more.")
+    config, root, out = config or Config(), Path(root), Path(out)
+    check_places(root, out)
+    builder = load_builder(source, root)
+    refs = list_episodes(builder, limit)
+    chosen = choose_engine(
+        builder, refs, engine, None if weights is None else Path(weights), device
+    )
+    chosen.check(config)
+    settings = Settings(config, chosen, media, overwrite)
+    return run(builder, refs, out, settings, workers, parquet_occupancy=parquet_occupancy)
+
+
+def push(
+    root: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Send a built dataset to the Hub, as `occgen-hub push` does, and return its address there.
+
+    It is validated first, and its card brought up to date. Raises UsageError where the names do not
+    fit, and OccGenError where the dataset is not valid or something is in the way; then the same
+    call goes on from what was sent.
+    """
+    from occgen_hub import hub
+
+    hub.check_target(repo_id, revision, create_pr)
+    hub.check_token(repo_id)
+    hub.prepare(Path(root))
+    return hub.push(Path(root), repo_id, private=private, revision=revision, create_pr=create_pr)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The occupancy of one frame, in the grid that stands in its camera's frame (OpenCV axes).
+
+    columns: (n,) flat numbers `i * (ny * nz) + j * nz + k` of the occupied and visible cells,
+    ascending; packed: (ceil(cells / 8),) uint8, `np.packbits` of the observed ones.
+    """
+
+    grid: Grid
+    columns: NDArray[np.integer]
+    packed: NDArray[np.uint8]
+
+    @property
+    def occupancy(self) -> NDArray[np.bool_]:
+        """(nx, ny, nz) bool: occupied and visible."""
+        dense = np.zeros(self.grid.cells, bool)
+        dense[self.columns] = True
+        return dense.reshape(self.grid.shape)
+
+    @property
+    def cells(self) -> NDArray[np.int32]:
+        """(n, 3) int32: the occupied and visible cells (i, j, k)."""
+        return np.stack(np.unravel_index(self.columns, self.grid.shape), axis=-1).astype(np.int32)
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """(nx, ny, nz) bool: observed, free and occupied alike."""
+        return unpack(self.packed, self.grid.cells).reshape(self.grid.shape)
+
+
+class LoadedEpisode:
+    """A built trajectory of T frames.
+
+    trajectory: its files; grid: of its occupancy; world_from_camera: (T, 4, 4) float64, OpenCV
+    axes, metres; intrinsics: (T, 3, 3) float64, pixels; tasks: the instructions, in words;
+    task_index: (T,) int64, which of them is each frame's.
+    """
+
+    def __init__(self, trajectory: Trajectory) -> None:
+        self.trajectory = trajectory
+        self.grid = trajectory.grid
+        self.world_from_camera = trajectory.world_from_camera()
+        self.intrinsics = trajectory.intrinsics()
+        self.tasks = trajectory.tasks()
+        self.task_index: NDArray[np.int64] = trajectory.column("task_index")
+        self._frames: Iterator[Frame] = iter(())
+        self._next = len(self)
+
+    def __len__(self) -> int:
+        """How many frames it has."""
+        return len(self.world_from_camera)
+
+    def frame(self, number: int) -> Frame:
+        """The occupancy of a frame, numbered from 0, best asked for in order.
+
+        The files are compressed as a whole: going back starts them over. For random access there
+        is OccupancyDataset. Raises IndexError where there is no such frame, and DatasetError.
+        """
+        if not 0 <= number < len(self):
+            raise IndexError(f"frame {number} of an episode of {len(self)}")
+        if number < self._next:
+            self._frames, self._next = self._decoded(), 0
+        for frame in self._frames:
+            self._next += 1
+            if self._next > number:
+                return frame
+        self._next = len(self)
+        path = self.trajectory.file("visible")
+        raise DatasetError(path, f"ends before frame {number}", REBUILD)
+
+    def rgb(self, number: int) -> NDArray[np.uint8] | None:
+        """(H, W, 3) uint8, or None where the dataset was built without media."""
+        return self.trajectory.rgb(number)
+
+    def depth(self, number: int) -> NDArray[np.float64] | None:
+        """(H, W) float64 metres along the optical axis, 0 for none; None where there is none."""
+        return self.trajectory.depth(number)
+
+    def _decoded(self) -> Iterator[Frame]:
+        visible, observed = self.trajectory.visible_frames(), self.trajectory.observed_packed()
+        for columns, packed in zip(visible, observed, strict=False):
+            yield Frame(self.grid, columns, packed)
+
+
+def load_episode(folder: str | Path) -> LoadedEpisode:
+    """A built trajectory, from its folder `<dataset>/<group>/<scene>/<trajectory>`.
+
+    Raises DatasetError when there is none, or when a file of it cannot be used.
+    """
+    return LoadedEpisode(Trajectory.open(Path(folder)))

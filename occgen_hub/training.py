@@ -1,0 +1,632 @@
+"""A built dataset for PyTorch: any frame by its number, decoded alone.
+
+Occupancy comes from the Parquet shards at the dataset's root, whose row groups hold a few frames
+each; images, depth and tasks come from the trajectories' folders. Needs torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import Dataset, default_collate
+
+from occgen_hub import media
+from occgen_hub.config import MAX_CELLS
+from occgen_hub.errors import DatasetError, SourceError, UsageError
+from occgen_hub.files import opened, plain
+from occgen_hub.geometry.poses import RIGID, rigidity_error
+from occgen_hub.loading import REBUILD, SCHEMA, Trajectory
+from occgen_hub.occupancy.grid import Grid
+from occgen_hub.schema import load_schema
+from occgen_hub.shards import FEATURES, FOLDER, NAME, REMAKE, shards
+
+if TYPE_CHECKING:
+    import av
+
+KEYS = (
+    *("occupancy", "mask", "pose", "intrinsics", "image", "depth", "history", "task"),
+    *("episode", "frame_index"),
+)
+"""What an item may hold."""
+
+DEFAULT_KEYS = tuple(key for key in KEYS if key != "depth")
+
+TYPES = {name: feature.arrow_type() for name, feature in FEATURES.items()} | {
+    "episode": pa.dictionary(pa.int32(), pa.string()),  # As it is read.
+    "occupied": pa.list_(pa.int32()),
+    "observed": pa.binary(),
+}
+"""Of the shards' columns."""
+
+MAX_SHARD_ROWS = 1 << 22
+MAX_GROUP_BYTES = 1 << 30
+MAX_GROUP_ROWS = 1 << 12
+"""Of a row group, which is decoded whole: ours have 8 rows and 6 MB."""
+
+HELD = {"occupied": 8, "observed": 2, "camera": 64}
+"""How many row groups' columns a process keeps decoded: those that a history reaches over."""
+
+MAX_FILES = 64
+MAX_VIDEOS = 4
+"""What a process keeps open."""
+
+MAX_EPISODES = 4096
+"""Of how many episodes a process keeps the tasks and the size of images."""
+
+
+class OccupancyDataset(Dataset[dict[str, Any]]):
+    """The frames of a built dataset, in the order of its trajectories' names and of time.
+
+    source: the dataset's folder, or its name on the Hub, "org/name", of which `revision` is
+    fetched into the Hub's cache, as far as `keys` need it. Opening reads the shards' metadata and
+    two small columns, an item one row group of occupancy, and of media the one image asked for.
+    Processes of a DataLoader, forked or spawned, open the files each for itself.
+
+    An item is a dict of those of `keys` that were asked for, all but depth by default:
+
+    - "occupancy": occupied and visible cells of the grid in the camera's frame (OpenCV axes).
+      dense: (nx, ny, nz) bool; else (n, 3) int32, cells (i, j, k), ascending
+    - "mask": observed cells, free and occupied alike. dense: (nx, ny, nz) bool; else
+      (ceil(nx * ny * nz / 8),) uint8, as `np.packbits` has them
+    - "pose": (4, 4) float32, world_from_camera, OpenCV axes, metres
+    - "intrinsics": (3, 3) float32, pixels of the image
+    - "image": (3, H, W) uint8 RGB, from the images or, where there are none, from the video
+    - "depth": (H, W) float32, metres along the optical axis, 0 for none
+    - "history": occupancy of `history_len` past frames, number h being the one at
+      `(h + 1) * history_step` frames before. dense: (history_len, nx, ny, nz) bool; else (n, 4)
+      int32, rows (h, i, j, k). In the grids of the past cameras or, if `align_history`, the
+      centres of their cells moved into the grid of the current one, those that leave it left out
+    - "history_valid", with "history": (history_len,) bool, whether there is such a frame; one
+      from before the episode's beginning is empty
+    - "history_pose", with "history": (history_len, 4, 4) float32, current_from_past, metres, the
+      identity where there is no such frame
+    - "task": the instruction, in words
+    - "episode": "<group>/<scene>/<trajectory>"; "frame_index": its number in the episode
+
+    The default collate_fn of a DataLoader stacks dense items; sparse ones need `collate`. Images
+    are as large as they were recorded: those of different sizes go into no batch.
+
+    Attributes: root, the folder; grid, of all frames; episodes, their ids in order; starts,
+    (episodes + 1,) int64, the number of each one's first item.
+
+    Raises UsageError when there is no such dataset, when it has no shards, or no images and they
+    are asked for; DatasetError when a file of it is damaged, here or when an item is asked for.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        *,
+        history_len: int = 10,
+        history_step: int = 2,
+        align_history: bool = False,
+        dense: bool = True,
+        keys: Sequence[str] = DEFAULT_KEYS,
+        revision: str | None = None,
+    ) -> None:
+        if isinstance(keys, str) or (unknown := sorted({*keys} - {*KEYS})):
+            wrong = keys if isinstance(keys, str) else ", ".join(unknown)
+            raise UsageError(f"keys: {wrong} is not a list of some of {', '.join(KEYS)}.")
+        if history_len < 0 or history_step < 1:
+            raise UsageError("history_len must be 0 or more, and history_step 1 or more.")
+        self.keys, self.dense = tuple(keys), dense
+        self.history_len, self.history_step = history_len, history_step
+        self.align_history = align_history
+        self.root = _folder(source, self.keys, revision)
+        self._index = _indexed(self.root)
+        self.grid, self.episodes = self._index.grid, self._index.episodes
+        self.starts = self._index.starts
+        self._held: tuple[int, _Reader] | None = None
+        self._check_media()
+
+    def __len__(self) -> int:
+        """How many frames there are."""
+        return int(self.starts[-1])
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """One frame, as the class says; raises IndexError where there is none."""
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"frame {number} of a dataset of {len(self)}")
+        number = int(number) % len(self)
+        episode = bisect_right(self.starts, number) - 1
+        frame = number - int(self.starts[episode])
+        reader = self._reader
+        item: dict[str, Any] = {}
+        for key in self.keys:
+            if key == "history":
+                item |= self._history(reader, number, frame)
+            elif key in ("episode", "frame_index"):
+                item[key] = self.episodes[episode] if key == "episode" else frame
+            elif key in ("image", "depth", "task"):
+                item[key] = getattr(reader, key)(self.episodes[episode], frame)
+            else:
+                item[key] = self._camera(reader, key, number)
+        return item
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without open files, which are of this process."""
+        return {**self.__dict__, "_held": None}
+
+    @property
+    def _reader(self) -> _Reader:
+        """What this process has open: one that was forked shares nothing with its parent."""
+        if self._held is None or self._held[0] != os.getpid():
+            self._held = os.getpid(), _Reader(self._index)
+        return self._held[1]
+
+    def _check_media(self) -> None:
+        """Whether there are images and depth where they are asked for, by the first frame."""
+        for key, files in {"image": ("rgb", "video"), "depth": ("depth",)}.items():
+            places = [_place(self.root, self.episodes[0], file, 0) for file in files]
+            if key in self.keys and not any(place.is_file() for place in places):
+                raise UsageError(
+                    f"{self.root}: has no {key} of {self.episodes[0]}; build it with --media copy "
+                    f"from a source that has them, or leave {key!r} out of keys."
+                )
+
+    def _camera(self, reader: _Reader, key: str, number: int) -> torch.Tensor:
+        """What the shards hold of a frame."""
+        shape, cells = self.grid.shape, self.grid.cells
+        if key == "occupancy":
+            occupied = reader.occupied(number)
+            if not self.dense:
+                return torch.from_numpy(_indices(occupied, shape))
+            dense = np.zeros(cells, bool)
+            dense[occupied] = True
+            return torch.from_numpy(dense.reshape(shape))
+        if key == "mask":
+            packed = reader.observed(number)
+            if not self.dense:
+                return torch.from_numpy(packed.copy())
+            return torch.from_numpy(np.unpackbits(packed, count=cells).view(bool).reshape(shape))
+        pose, intrinsics = reader.camera(number)
+        return torch.from_numpy((pose if key == "pose" else intrinsics).copy())
+
+    def _history(self, reader: _Reader, number: int, frame: int) -> dict[str, torch.Tensor]:
+        """The past frames, nearest first, whichever of them there are."""
+        count, shape, step = self.history_len, self.grid.shape, self.history_step
+        there = min(count, frame // step)
+        poses = np.tile(np.eye(4, dtype=np.float32), (count, 1, 1))
+        past = []
+        if there:
+            camera_from_world = np.linalg.inv(reader.camera(number)[0].astype(np.float64))
+        for h in range(there):
+            before = number - (h + 1) * step
+            motion = camera_from_world @ reader.camera(before)[0]
+            cells = reader.occupied(before)
+            past.append(_moved(cells, motion, self.grid) if self.align_history else cells)
+            poses[h] = motion
+        if self.dense:
+            history = np.zeros((count, self.grid.cells), bool)
+            for dense, cells in zip(history, past, strict=False):
+                dense[cells] = True
+            stacked = torch.from_numpy(history.reshape(count, *shape))
+        else:
+            numbered = [
+                np.insert(_indices(cells, shape), 0, h, axis=1) for h, cells in enumerate(past)
+            ]
+            stacked = torch.from_numpy(np.concatenate([np.zeros((0, 4), np.int32), *numbered]))
+        return {
+            "history": stacked,
+            "history_valid": torch.arange(count) < there,
+            "history_pose": torch.from_numpy(poses),
+        }
+
+
+def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of sparse items, for a DataLoader's `collate_fn`; dense ones it stacks as usual.
+
+    Sparse "occupancy" becomes (n, 4) int32, rows (b, i, j, k) of item b, and "history" (n, 5),
+    rows (b, h, i, j, k), as libraries of sparse convolution take them.
+    """
+    batch = {}
+    for key in items[0]:
+        values = [item[key] for item in items]
+        if key in ("occupancy", "history") and values[0].ndim == 2:
+            numbered = [
+                torch.nn.functional.pad(rows, (1, 0), value=b) for b, rows in enumerate(values)
+            ]
+            batch[key] = torch.cat(numbered)
+        else:
+            batch[key] = default_collate(values)
+    return batch
+
+
+def _indices(cells: NDArray[np.int32], shape: tuple[int, int, int]) -> NDArray[np.int32]:
+    """(n,) flat numbers to (n, 3) cells (i, j, k)."""
+    return np.stack(np.unravel_index(cells, shape), axis=-1).astype(np.int32)
+
+
+def _moved(cells: NDArray[np.int32], motion: NDArray[np.float64], grid: Grid) -> NDArray[np.int32]:
+    """The cells that the centres of (n,) others lie in once `motion` has moved them, ascending.
+
+    motion: (4, 4) float64, metres. What leaves the grid is left out.
+    """
+    camera = grid.camera_in_cells
+    centres = np.stack(np.unravel_index(cells, grid.shape), axis=-1) + 0.5 - camera
+    moved = centres @ motion[:3, :3].T + motion[:3, 3] / grid.voxel_size + camera
+    inside = ((moved >= 0) & (moved < grid.shape)).all(axis=1)
+    i, j, k = moved[inside].astype(np.int32).T
+    _, ny, nz = grid.shape
+    found: NDArray[np.int32] = np.unique((i * ny + j) * nz + k)
+    return found
+
+
+# Where the dataset is
+
+
+def _folder(source: str | Path, keys: Sequence[str], revision: str | None) -> Path:
+    """The dataset's folder, fetched where `source` is a name on the Hub."""
+    if Path(source).is_dir():
+        return Path(source)
+    if isinstance(source, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
+        return _fetched(source, keys, revision)
+    raise UsageError(
+        f"{source}: is not a folder; give the one that occgen-hub build wrote, or a dataset on the "
+        "Hub as org/name."
+    )
+
+
+def _fetched(repo_id: str, keys: Sequence[str], revision: str | None) -> Path:
+    """A dataset on the Hub in its cache, as far as `keys` need it."""
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    patterns = [f"{FOLDER}/*.parquet", *(_pattern(file) for key in keys for file in _files(key))]
+    try:
+        folder = snapshot_download(
+            repo_id, repo_type="dataset", revision=revision, allow_patterns=patterns
+        )
+    except (httpx.HTTPError, OSError, HFValidationError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
+        raise UsageError(
+            f"{repo_id}: is no folder here, and cannot be had from the Hub ({said}); check the "
+            "name, the revision and the network."
+        ) from error
+    return Path(folder)
+
+
+def _files(key: str) -> tuple[str, ...]:
+    """The schema's files, besides the shards, that a key of an item is read from."""
+    needed = {"image": ("record", "rgb", "video"), "depth": ("record", "depth")}
+    return {**needed, "task": ("record", "tasks", "frames")}.get(key, ())
+
+
+def _pattern(file: str) -> str:
+    """All of a file of the schema, for the Hub."""
+    schema = load_schema(SCHEMA)
+    path = schema.files[file].path
+    return "*/" + path.format(chunk=schema.chunk, episode_index=schema.episode_index, frame="*")
+
+
+def _place(root: Path, episode: str, file: str, frame: int | None = None) -> Path:
+    return root / episode / load_schema(SCHEMA).path(file, frame)
+
+
+# What is in it
+
+
+@dataclass(frozen=True)
+class _Index:
+    """Where each frame is. Item n is in the last row group that starts at or before it.
+
+    group_starts: (groups + 1,) int64; groups: (groups, 2) int32, the number of the shard and of the
+    row group in it; the others as OccupancyDataset has them.
+    """
+
+    root: Path
+    shards: tuple[Path, ...]
+    grid: Grid
+    episodes: tuple[str, ...]
+    starts: NDArray[np.int64]
+    group_starts: NDArray[np.int64]
+    groups: NDArray[np.int32]
+
+
+def _indexed(root: Path) -> _Index:
+    """Read the shards' metadata, and of their columns which frames they hold."""
+    paths = shards(root)
+    if not paths:
+        raise UsageError(
+            f"{root}: has no occupancy as Parquet, {FOLDER}/{NAME.format(0, 1)} and so on; run "
+            "occgen-hub build into it again, without --no-parquet-occupancy."
+        )
+    lengths: dict[str, int] = {}
+    groups: list[tuple[int, int]] = []
+    sizes: list[int] = []
+    for number, path in enumerate(paths):
+        if path.name != NAME.format(number, len(paths)):
+            problem = f"is not shard {number} of {len(paths)}: one is missing or left over"
+            raise DatasetError(path, problem, f"fetch them all, or {REMAKE}")
+        with _reading(path):
+            file = _open(path)
+            rows = _group_sizes(file)
+            _count_frames(file.read(["episode", "frame_index"], use_threads=False), lengths)
+            if number == 0:
+                grid = _grid(file)
+        groups += [(number, n) for n in range(len(rows))]
+        sizes += rows
+    starts, group_starts = (np.cumsum([0, *v], dtype=np.int64) for v in (lengths.values(), sizes))
+    places = np.array(groups, np.int32)
+    return _Index(root, tuple(paths), grid, tuple(lengths), starts, group_starts, places)
+
+
+def _count_frames(table: pa.Table, lengths: dict[str, int]) -> None:
+    """Add a shard's frames to the episodes' lengths; raises ValueError where they are out of order.
+
+    An episode may go on in the next shard.
+    """
+    if table["episode"].null_count or table["frame_index"].null_count:
+        raise ValueError("a row says no episode or no frame_index")
+    names = table.unify_dictionaries()["episode"].combine_chunks()
+    frames = table["frame_index"].to_numpy()
+    codes = names.indices.to_numpy()
+    bounds = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), len(codes)]
+    for start, stop in pairwise(bounds if len(codes) else []):
+        episode = names.dictionary[int(codes[start])].as_py()
+        if episode not in lengths:  # It names a folder: one below the root, for sure.
+            if {"", ".", ".."} & {*episode.split("/")} or "\0" in episode:
+                raise ValueError(f"{episode[:80]!r} is no name of an episode")
+        elif next(reversed(lengths)) != episode:
+            raise ValueError(f"the frames of {episode[:80]} stand in two places")
+        done = lengths.get(episode, 0)
+        if not np.array_equal(frames[start:stop], np.arange(done, done + stop - start)):
+            raise ValueError(f"the frames of {episode[:80]} are not numbered from 0 without a gap")
+        lengths[episode] = done + stop - start
+
+
+def _grid(file: pq.ParquetFile) -> Grid:
+    """The grid of a shard's first frame; raises ValueError when it is none."""
+    if not file.num_row_groups or not file.metadata.row_group(0).num_rows:
+        raise ValueError("it holds no frame")
+    columns = ["shape", "voxel_size", "pc_range"]
+    first = plain(file.read_row_group(0, columns, use_threads=False).slice(0, 1))
+    (shape,), (low,) = (FEATURES[name].to_numpy(first[name]) for name in ("shape", "pc_range"))
+    size = first["voxel_size"][0].as_py()
+    if size is None or not (np.isfinite([size, *low]).all() and size > 0 and (shape > 0).all()):
+        raise ValueError("it does not describe a grid")
+    grid = Grid((*low[:3].tolist(),), size, (*shape.tolist(),))
+    if grid.cells > MAX_CELLS:
+        raise ValueError(f"its grid has more than {MAX_CELLS} cells")
+    return grid
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    """A shard, its columns looked at; raises ValueError and what Arrow does when it is none."""
+    with opened(path):  # No pipe, which would block.
+        file = pq.ParquetFile(path, read_dictionary=["episode"])
+    if file.metadata.num_rows > MAX_SHARD_ROWS:
+        raise ValueError(f"it claims {file.metadata.num_rows} rows")
+    types = plain(file.schema_arrow.empty_table()).schema
+    for name, kind in TYPES.items():
+        if name not in types.names or types.field(name).type != kind:
+            raise ValueError(f"it has no column {name} of {kind}")
+    return file
+
+
+def _group_sizes(file: pq.ParquetFile) -> list[int]:
+    """The rows of each row group; raises ValueError where one is too large to be decoded."""
+    # Raises where asking damaged metadata would abort.
+    file.scan_contents(["episode", "frame_index"])
+    groups = [file.metadata.row_group(n) for n in range(file.num_row_groups)]
+    for n, group in enumerate(groups):
+        if group.num_rows > MAX_GROUP_ROWS or group.total_byte_size > MAX_GROUP_BYTES:
+            raise ValueError(f"row group {n} is larger than any of ours")
+    return [group.num_rows for group in groups]
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Has what goes wrong in reading a shard name it."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        text = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        problem = f"is not a shard that can be read ({text.rstrip('.')})"
+        raise DatasetError(path, problem, f"fetch it again, or {REMAKE}") from None
+    except DatasetError:
+        raise
+    except SourceError as error:
+        raise DatasetError(path, error.problem, f"fetch it again, or {REMAKE}") from None
+
+
+class _Reader:
+    """What one process has open and decoded, a bounded number of each; not for threads."""
+
+    def __init__(self, index: _Index) -> None:
+        self._index = index
+        self._file = lru_cache(MAX_FILES)(_open)
+        self._held = {
+            name: lru_cache(count)(getattr(self, f"_read_{name}")) for name, count in HELD.items()
+        }
+        self._tasks = lru_cache(MAX_EPISODES)(self._read_tasks)
+        self._image_size = lru_cache(MAX_EPISODES)(self._read_image_size)
+        self._video = lru_cache(MAX_VIDEOS)(self._open_video)
+        _keep_freed_memory(4 * index.grid.cells)
+
+    def occupied(self, number: int) -> NDArray[np.int32]:
+        """(n,) int32 flat numbers of the occupied visible cells of item `number`, ascending."""
+        with self._row("occupied", number) as ((ends, cells), row):
+            found: NDArray[np.int32] = cells[ends[row] : ends[row + 1]]
+            inside = not len(found) or 0 <= found[0] <= found[-1] < self._index.grid.cells
+            if not (inside and (found[1:] > found[:-1]).all()):
+                raise ValueError("occupied cells are out of order or outside the grid")
+            return found
+
+    def observed(self, number: int) -> NDArray[np.uint8]:
+        """(ceil(cells / 8),) uint8 packed mask of item `number`."""
+        with self._row("observed", number) as (packed, row):
+            mask: NDArray[np.uint8] = packed[row]
+            return mask
+
+    def camera(self, number: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """(4, 4) float32 world_from_camera and (3, 3) float32 intrinsics of item `number`."""
+        with self._row("camera", number) as ((poses, intrinsics), row):
+            return poses[row], intrinsics[row]
+
+    def image(self, episode: str, frame: int) -> torch.Tensor:
+        """(3, H, W) uint8 RGB."""
+        path = _place(self._index.root, episode, "rgb", frame)
+        if path.is_file():
+            pixels = media.read_rgb(path, self._image_size(episode))
+        else:
+            pixels = self._video(episode)(frame)
+        return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
+
+    def depth(self, episode: str, frame: int) -> torch.Tensor:
+        """(H, W) float32 metres."""
+        path = _place(self._index.root, episode, "depth", frame)
+        units = media.read_depth(path, self._image_size(episode))
+        return torch.from_numpy((units / 10_000).astype(np.float32))
+
+    def task(self, episode: str, frame: int) -> str:
+        """The instruction in words."""
+        tasks, index = self._tasks(episode)
+        if not (frame < len(index) and 0 <= index[frame] < len(tasks)):
+            path = _place(self._index.root, episode, "tasks")
+            raise DatasetError(path, f"has no task of frame {frame}", REBUILD)
+        return tasks[index[frame]]
+
+    @contextmanager
+    def _row(self, name: str, number: int) -> Iterator[tuple[Any, int]]:
+        """The decoded columns of the row group that item `number` is in, and its row there."""
+        index = self._index
+        group = bisect_right(index.group_starts, number) - 1
+        shard, place = index.groups[group].tolist()
+        with _reading(index.shards[shard]):
+            rows = int(index.group_starts[group + 1] - index.group_starts[group])
+            yield self._held[name](shard, place, rows), number - int(index.group_starts[group])
+
+    def _columns(self, shard: int, group: int, rows: int, names: list[str]) -> list[pa.Array]:
+        """Columns of a row group, each in one piece; raises ValueError where a value is missing."""
+        table = plain(
+            self._file(self._index.shards[shard]).read_row_group(group, names, use_threads=False)
+        )
+        arrays = [table[name].combine_chunks() for name in names]
+        if table.num_rows != rows or any(array.null_count for array in arrays):
+            raise ValueError(f"row group {group} is not whole")
+        return arrays
+
+    def _read_occupied(
+        self, shard: int, group: int, rows: int
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        (lists,) = self._columns(shard, group, rows, ["occupied"])
+        return lists.offsets.to_numpy(), lists.values.to_numpy()
+
+    def _read_observed(self, shard: int, group: int, rows: int) -> NDArray[np.uint8]:
+        (masks,) = self._columns(shard, group, rows, ["observed"])
+        _, offsets, content = masks.buffers()
+        ends = np.frombuffer(offsets, np.int32)[masks.offset : masks.offset + rows + 1]
+        width = -(-self._index.grid.cells // 8)
+        if not (np.diff(ends) == width).all():
+            raise ValueError(f"a mask is not of the grid's {self._index.grid.cells} cells")
+        return np.frombuffer(content, np.uint8)[ends[0] : ends[-1]].reshape(rows, width)
+
+    def _read_camera(
+        self, shard: int, group: int, rows: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        names = ["camera_extrinsic", "camera_intrinsic"]
+        arrays = self._columns(shard, group, rows, names)
+        poses, K = (FEATURES[n].to_numpy(a) for n, a in zip(names, arrays, strict=True))
+        if not (np.isfinite(poses).all() and np.isfinite(K).all()):
+            raise ValueError("a pose or its intrinsics are not finite")
+        if rigidity_error(poses).max() > RIGID:
+            raise ValueError("a pose is not rigid")
+        return poses, K
+
+    def _read_tasks(self, episode: str) -> tuple[list[str], list[int]]:
+        trajectory = Trajectory.open(self._index.root / episode)
+        return trajectory.tasks(), trajectory.column("task_index").tolist()
+
+    def _read_image_size(self, episode: str) -> tuple[int, int]:
+        return Trajectory.open(self._index.root / episode).image_size
+
+    def _open_video(self, episode: str) -> _Video:
+        path = _place(self._index.root, episode, "video")
+        return _Video(path, self._image_size(episode))
+
+
+def _keep_freed_memory(size: int) -> None:
+    """Have the C library keep some `size` bytes that are freed, for the next item.
+
+    glibc gives freed memory back to the system from twice the largest block on that it saw freed,
+    up to 32 MB; to have it anew for each dense item takes a third of the item's time.
+    """
+    block = np.empty(min(size, 31 << 20), np.uint8)
+    del block
+
+
+class _Video:
+    """Frames of a video by number, each decoded from the keyframe before it, or from the last."""
+
+    def __init__(self, path: Path, size: tuple[int, int]) -> None:
+        self._path, self._size = path, size
+        self._container = media._video(path)
+        self._stream = media._stream(self._container)
+        self._stream.codec_context.thread_count = 1  # Loaders have their own processes.
+        self._upright = media._Upright(self._stream)
+        with self._damage():
+            packets = media._from_keyframe(self._container.demux(self._stream), path)
+            known = [(p.pts, p.is_keyframe) for p in packets if p.size and not p.is_discard]
+        if any(time is None for time, _ in known):
+            raise SourceError(path, "has frames without a time", media.MEND)
+        self._times = sorted(time for time, _ in known if time is not None)
+        self._keys = sorted(time for time, key in known if key and time is not None)
+        self._frames: Iterator[av.VideoFrame] = iter(())
+        self._last: int | None = None
+
+    def __call__(self, number: int) -> NDArray[np.uint8]:
+        """(H, W, 3) uint8 RGB, upright, resized to the size asked for."""
+        if number >= len(self._times):
+            raise SourceError(self._path, f"ends before frame {number}", media.RESTORE)
+        with self._damage():
+            image = Image.fromarray(self._upright(self._decoded(self._times[number])))
+        if image.size != self._size:
+            image = image.resize(self._size, Image.Resampling.BILINEAR)
+        return np.asarray(image)
+
+    def _decoded(self, time: int) -> av.VideoFrame:
+        """The frame of that time, in the stream's units."""
+        key = self._keys[max(0, bisect_right(self._keys, time) - 1)]
+        # From the last frame on, unless a keyframe is nearer. The first time may be shown by a
+        # decoder that needs more than the keyframe: then all of it is decoded.
+        ahead = self._last is not None and key <= self._last < time
+        for start in (None,) * ahead + (key, self._times[0]):
+            if start is not None:
+                self._container.seek(start, stream=self._stream)
+                self._frames = self._container.decode(self._stream)
+            for frame in self._frames:
+                self._last = frame.pts
+                if frame.pts is not None and frame.pts >= time:
+                    break
+            else:
+                continue
+            if frame.pts == time and not frame.is_corrupt:
+                return frame
+        self._last = None
+        raise SourceError(self._path, "is damaged", media.MEND)
+
+    @contextmanager
+    def _damage(self) -> Iterator[None]:
+        """Has what goes wrong in decoding name the video."""
+        try:
+            yield
+        except media._video_damage() as error:
+            self._last = None
+            raise media._damaged(self._path, error) from None

@@ -1,0 +1,551 @@
+"""Datasets as PyTorch reads them, and the public names of the package."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from scipy import sparse
+from torch.utils.data import DataLoader, Subset
+
+import occgen_hub
+from occgen_hub.errors import DatasetError, SourceError, UsageError
+from occgen_hub.loading import Trajectory, trajectories
+from occgen_hub.media import video_frames
+from occgen_hub.shards import shards, write_shards
+from occgen_hub.training import KEYS, OccupancyDataset, _Video, collate
+
+COLUMNS = {
+    "pose": "observation.camera_extrinsic_occ",
+    "intrinsics": "observation.camera_intrinsic_occ",
+}
+CAMERA = ("occupancy", "mask", "pose", "intrinsics", "task", "episode", "frame_index")
+SHAPE = (200, 125, 200)
+
+
+@pytest.fixture(scope="module")
+def many(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of ten trajectories in several shards. Not to be changed by tests."""
+    root = tmp_path_factory.mktemp("many")
+    for n, path in enumerate(trajectories(dataset) * 5):
+        shutil.copytree(path, root / "group" / f"scene_{n:02d}" / "run", copy_function=os.link)
+    size = sum(f.stat().st_size for f in root.rglob("*_sequence.npz"))
+    write_shards(root, shard_bytes=size // 3)
+    assert len(shards(root)) > 2
+    return root
+
+
+@pytest.fixture(scope="module")
+def truth(many: Path) -> list[dict]:
+    """All frames of `many`, in order, by scipy, numpy and pyarrow alone."""
+    frames = []
+    for folder in sorted(many.glob("*/*/*/meta"), key=lambda p: p.parent.as_posix()):
+        videos = folder.parent / "videos/chunk-000"
+        visible = sparse.load_npz(videos / "observation.occ.view/occ_sequence.npz")
+        mask = np.load(videos / "observation.occ.mask/mask_sequence.npz")["data"]
+        rows = pq.read_table(folder.parent / "data/chunk-000/episode_000000.parquet").to_pylist()
+        for t, row in enumerate(rows):
+            frames.append(
+                {
+                    "cells": visible[t].indices,
+                    "packed": mask[t],
+                    "episode": folder.parent.relative_to(many).as_posix(),
+                    "frame_index": t,
+                    **{key: np.array(row[name], np.float32) for key, name in COLUMNS.items()},
+                }
+            )
+    return frames
+
+
+def copied(root: Path, out: Path) -> Path:
+    return shutil.copytree(root, out, copy_function=os.link)
+
+
+def flat(cells: torch.Tensor) -> np.ndarray:
+    return np.ravel_multi_index(cells.numpy().T, SHAPE)
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_every_frame_is_what_the_trajectories_hold(many, truth, dense):
+    frames = OccupancyDataset(many, dense=dense, keys=CAMERA)
+    assert len(frames) == len(truth)
+    assert frames.grid.shape == SHAPE
+    assert list(frames.episodes) == sorted({frame["episode"] for frame in truth})
+    order = [*range(len(truth))] * 2
+    random.Random(0).shuffle(order)
+    for n in order:
+        item, expected = frames[n], truth[n]
+        assert tuple(item) == CAMERA
+        observed = np.unpackbits(expected["packed"], count=np.prod(SHAPE)).astype(bool)
+        if dense:
+            assert item["occupancy"].dtype == item["mask"].dtype == torch.bool
+            assert item["occupancy"].shape == item["mask"].shape == SHAPE
+            cells = np.flatnonzero(item["occupancy"].numpy())
+            np.testing.assert_array_equal(item["mask"].numpy().reshape(-1), observed)
+        else:
+            assert item["occupancy"].dtype == torch.int32
+            cells = flat(item["occupancy"])
+            np.testing.assert_array_equal(item["mask"].numpy(), expected["packed"])
+        np.testing.assert_array_equal(cells, expected["cells"])
+        for key in COLUMNS:
+            assert item[key].dtype == torch.float32
+            np.testing.assert_array_equal(item[key].numpy(), expected[key])
+        assert (item["episode"], item["frame_index"]) == (
+            expected["episode"],
+            expected["frame_index"],
+        )
+
+
+def test_the_items_are_numbered_like_a_list(many):
+    frames = OccupancyDataset(many, keys=("episode", "frame_index"))
+    items = list(frames)
+    assert len(items) == len(frames)
+    assert frames[-1] == items[-1]
+    assert frames[np.int64(3)] == items[3]
+    for number in (len(frames), -len(frames) - 1):
+        with pytest.raises(IndexError, match=str(number)):
+            frames[number]
+
+
+def test_starts_say_where_the_episodes_begin(many):
+    frames = OccupancyDataset(many, keys=("episode", "frame_index"))
+    assert frames.starts[-1] == len(frames)
+    for episode, start in zip(frames.episodes, frames.starts[:-1], strict=True):
+        assert frames[start] == {"episode": episode, "frame_index": 0}
+
+
+def test_an_item_can_be_changed_and_asked_for_again(many):
+    for dense in (True, False):
+        frames = OccupancyDataset(many, dense=dense, keys=[k for k in KEYS if k != "image"])
+        first, again = frames[2], frames[2]
+        for value in first.values():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
+        for key, value in frames[2].items():
+            same = (
+                torch.equal(value, again[key]) if hasattr(value, "shape") else value == again[key]
+            )
+            assert same, key
+
+
+# Processes
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_loaders_with_processes_give_the_same_items(many, method):
+    frames = OccupancyDataset(many, dense=False, keys=KEYS, history_len=2, history_step=1)
+    order = np.random.default_rng(0).permutation(len(frames)).tolist()
+    alone = [collate([frames[n]]) for n in order]  # Alone, since images are of different sizes.
+    loader = DataLoader(
+        frames, sampler=order, num_workers=4, collate_fn=collate, multiprocessing_context=method
+    )
+    for ours, theirs in zip(alone, loader, strict=True):
+        assert_same(ours, theirs)
+
+
+def test_the_default_collation_stacks_dense_items(many):
+    frames = OccupancyDataset(many, keys=("occupancy", "mask", "pose", "task"))
+    few = Subset(frames, [9, 0, 17, 4])
+    loader = DataLoader(few, batch_size=2, num_workers=4)
+    batches = list(loader)
+    assert batches[0]["occupancy"].shape == (2, *SHAPE)
+    for n, batch in enumerate(batches):
+        for b in range(2):
+            item = few[2 * n + b]
+            assert torch.equal(batch["occupancy"][b], item["occupancy"])
+            assert torch.equal(batch["mask"][b], item["mask"])
+            assert torch.equal(batch["pose"][b], item["pose"])
+            assert batch["task"][b] == item["task"]
+
+
+def assert_same(ours: dict, theirs: dict) -> None:
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        same = torch.equal(value, theirs[key]) if hasattr(value, "shape") else value == theirs[key]
+        assert same, key
+
+
+def test_a_dataset_that_has_been_read_is_pickled_small(many):
+    frames = OccupancyDataset(many, keys=CAMERA)
+    item = frames[5]
+    content = pickle.dumps(frames)
+    assert len(content) < 20_000
+    assert_same(item, pickle.loads(content)[5])
+
+
+def test_collate_numbers_the_items(many):
+    frames = OccupancyDataset(
+        many, dense=False, history_len=2, history_step=1, keys=("occupancy", "history", "task")
+    )
+    items = [frames[n] for n in (3, 0, 2)]
+    batch = collate(items)
+    assert batch["occupancy"].dtype == batch["history"].dtype == torch.int32
+    for b, item in enumerate(items):
+        for key in ("occupancy", "history"):
+            rows = batch[key][batch[key][:, 0] == b]
+            assert torch.equal(rows[:, 1:], item[key])
+    assert batch["history_valid"].tolist() == [[True, True], [False, False], [True, True]]
+    assert batch["task"] == [item["task"] for item in items]
+
+
+# The past
+
+
+@pytest.mark.parametrize(("length", "step"), [(1, 1), (3, 1), (2, 2), (10, 2), (0, 1)])
+def test_the_past_begins_with_the_episode(many, truth, length, step):
+    keys = ("history", "frame_index")
+    dense, thin = (
+        OccupancyDataset(many, history_len=length, history_step=step, keys=keys, dense=dense)
+        for dense in (True, False)
+    )
+    for n in range(8):
+        item, rows = dense[n], thin[n]["history"]
+        assert item["history"].shape == (length, *SHAPE)
+        assert item["history"].dtype == item["history_valid"].dtype == torch.bool
+        for h in range(length):
+            before = item["frame_index"] - (h + 1) * step
+            assert item["history_valid"][h] == (before >= 0)
+            expected = truth[n - (h + 1) * step]["cells"] if before >= 0 else []
+            np.testing.assert_array_equal(np.flatnonzero(item["history"][h].numpy()), expected)
+            np.testing.assert_array_equal(flat(rows[rows[:, 0] == h, 1:]), expected)
+            motion = np.eye(4)
+            if before >= 0:
+                motion = (
+                    np.linalg.inv(truth[n]["pose"].astype(float))
+                    @ truth[n - (h + 1) * step]["pose"]
+                )
+            np.testing.assert_allclose(item["history_pose"][h], motion, atol=1e-6)
+
+
+def test_the_past_is_moved_into_the_current_grid(many, truth):
+    """Each cell's centre by itself, through the world."""
+    dense, thin = (
+        OccupancyDataset(
+            many, history_len=3, history_step=1, align_history=True, keys=("history",), dense=dense
+        )
+        for dense in (True, False)
+    )
+    item, rows = dense[3], thin[3]["history"]
+    lower, size = np.array([-2, -1.5, -0.5]), 0.02
+    camera_from_world = np.linalg.inv(truth[3]["pose"].astype(float))
+    left = 0
+    for h in range(3):
+        past = truth[2 - h]
+        expected = set()
+        for i, j, k in zip(*np.unravel_index(past["cells"], SHAPE), strict=True):
+            centre = [*(lower + (np.array([i, j, k]) + 0.5) * size), 1]
+            moved = camera_from_world @ (past["pose"].astype(float) @ centre)
+            cell = tuple(np.floor((moved[:3] - lower) / size).astype(int).tolist())
+            if all(0 <= c < n for c, n in zip(cell, SHAPE, strict=True)):
+                expected.add(cell)
+            else:
+                left += 1
+        assert set(map(tuple, np.argwhere(item["history"][h].numpy()).tolist())) == expected
+        found = rows[rows[:, 0] == h, 1:].tolist()
+        assert found == sorted(map(list, expected))
+    assert left > 0
+    still = OccupancyDataset(many, history_len=3, history_step=1, keys=("history",))[3]["history"]
+    assert not torch.equal(still, item["history"])
+
+
+# Images
+
+
+def test_images_and_depth_are_the_trajectorys(many, truth):
+    frames = OccupancyDataset(many, keys=("image", "depth"))
+    for n in (0, 5, 2):
+        trajectory = Trajectory.open(many / truth[n]["episode"])
+        item, t = frames[n], truth[n]["frame_index"]
+        assert item["image"].dtype == torch.uint8
+        np.testing.assert_array_equal(item["image"].permute(1, 2, 0), trajectory.rgb(t))
+        assert item["depth"].dtype == torch.float32
+        np.testing.assert_array_equal(item["depth"], trajectory.depth(t).astype(np.float32))
+
+
+def test_without_images_they_come_from_the_video(many, truth, tmp_path):
+    root = copied(many, tmp_path / "video")
+    for folder in [*root.rglob("observation.images.rgb")]:
+        shutil.rmtree(folder)
+    frames = OccupancyDataset(root, keys=("image",))
+    for n in (6, 3, 0, 1, 9, 2):
+        expected = Trajectory.open(root / truth[n]["episode"]).rgb(truth[n]["frame_index"])
+        np.testing.assert_array_equal(frames[n]["image"].permute(1, 2, 0), expected)
+
+
+@pytest.mark.parametrize(
+    "options", ["keyint=12:bframes=3:open-gop=1", "keyint=250:bframes=0", "keyint=7:bframes=0"]
+)
+def test_any_frame_of_a_video_is_found(tmp_path, options):
+    path = tmp_path / "video.mp4"
+    rng = np.random.default_rng(0)
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=Fraction(30), options={"x264-params": options})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(60):
+            small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
+            out.mux(stream.encode(av.VideoFrame.from_image(small.resize((64, 48)))))
+        out.mux(stream.encode())
+    expected = list(video_frames(path))
+    video = _Video(path, (64, 48))
+    for n in [59, 0, 1, 2, 30, 29, 31, *rng.integers(0, 60, 40).tolist()]:
+        np.testing.assert_array_equal(video(n), expected[n])
+    with pytest.raises(SourceError, match="ends before frame 60"):
+        video(60)
+    assert video(5).shape == (48, 64, 3)
+
+
+# What is wrong is said
+
+
+def test_without_shards_it_says_how_to_get_them(dataset, tmp_path):
+    root = copied(dataset, tmp_path / "npz")
+    shutil.rmtree(root / "occupancy")
+    with pytest.raises(UsageError, match=r"has no occupancy as Parquet.* run occgen-hub build"):
+        OccupancyDataset(root)
+
+
+def test_wrong_arguments(many, tmp_path):
+    for wrong in (tmp_path / "none", str(tmp_path / "none"), "/no/such/folder", "plain"):
+        with pytest.raises(UsageError, match="is not a folder"):
+            OccupancyDataset(wrong)
+    for keys in ("occupancy", ("occupancy", "colour")):
+        with pytest.raises(UsageError, match="some of occupancy, mask"):
+            OccupancyDataset(many, keys=keys)
+    for arguments in ({"history_len": -1}, {"history_step": 0}):
+        with pytest.raises(UsageError, match="history_len must be"):
+            OccupancyDataset(many, **arguments)
+
+
+def test_a_name_on_a_hub_that_cannot_be_reached(tmp_path):
+    code = (
+        "import occgen_hub; from occgen_hub.errors import UsageError\n"
+        "try: occgen_hub.OccupancyDataset('nobody/nothing')\n"
+        "except UsageError as error: print(error)"
+    )
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert "nobody/nothing: is no folder here, and cannot be had from the Hub" in done.stdout
+    assert len(done.stdout.splitlines()) == 1, done
+
+
+def test_media_that_are_not_there(many, tmp_path):
+    root = copied(many, tmp_path / "bare")
+    for name in ("rgb", "depth"):
+        for folder in [*root.rglob(f"observation.images.{name}")]:
+            shutil.rmtree(folder)
+    for path in root.rglob("reference.mp4"):
+        path.unlink()
+    for key in ("image", "depth"):
+        with pytest.raises(UsageError, match=f"has no {key} of .*leave '{key}' out of keys"):
+            OccupancyDataset(root, keys=("occupancy", key))
+    assert OccupancyDataset(root, keys=CAMERA)[0]["occupancy"].any()
+
+
+def test_a_shard_that_is_missing(many, tmp_path):
+    root = copied(many, tmp_path / "missing")
+    shards(root)[1].unlink()
+    with pytest.raises(DatasetError, match=r"train-00000-of-.*one is missing or left over"):
+        OccupancyDataset(root)
+
+
+def changed(many: Path, out: Path, change, group: int = 8) -> Path:
+    """A copy of `many` whose first shard's columns went through `change`."""
+    root = copied(many, out)
+    path = shards(root)[0]
+    table = change(pq.read_table(path))
+    path.unlink()  # It is a link to the original.
+    pq.write_table(table, path, row_group_size=group)
+    return root
+
+
+def put(name: str, edit):
+    """A change of one column: `edit` is given its values as a list, and returns them."""
+
+    def change(table: pa.Table) -> pa.Table:
+        at = table.schema.get_field_index(name)
+        values = edit(table[name].to_pylist())
+        return table.set_column(
+            at, table.schema.field(at), pa.array(values, table.schema.types[at])
+        )
+
+    return change
+
+
+def first(value):
+    return lambda values: [value(values[0]), *values[1:]]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (put("occupied", first(lambda v: [*v[:-1], 5_000_000])), "out of order or outside"),
+        (put("occupied", first(lambda v: [-1, *v])), "out of order or outside"),
+        (put("occupied", first(lambda v: v[::-1])), "out of order or outside"),
+        (put("occupied", first(lambda v: None)), "not whole"),
+        (put("observed", first(lambda v: v[:-1])), "not of the grid's 5000000 cells"),
+        (put("observed", first(lambda v: None)), "not whole"),
+        (put("frame_index", first(lambda v: 7)), "not numbered from 0"),
+        (put("frame_index", first(lambda v: None)), "no frame_index"),
+        (put("episode", first(lambda v: "a/b/c")), "not numbered from 0"),
+        (put("episode", lambda v: ["../../x" for _ in v]), "no name of an episode"),
+        (put("episode", lambda v: ["/etc/x" for _ in v]), "no name of an episode"),
+        (put("shape", first(lambda v: [200, 0, 200])), "does not describe a grid"),
+        (put("shape", first(lambda v: [1 << 20] * 3)), "has more than"),
+        (put("voxel_size", first(lambda v: float("nan"))), "does not describe a grid"),
+        (put("pc_range", first(lambda v: v[:5])), "expected arrays of shape"),
+        (put("camera_extrinsic", first(lambda v: [[float("nan")] * 4] * 4)), "not finite"),
+        (put("camera_extrinsic", first(lambda v: [[2.0] * 4] * 4)), "not rigid"),
+        (lambda table: table.drop_columns(["observed"]), "no column observed of binary"),
+        (lambda table: table.slice(0, 0), "holds no frame"),
+    ],
+)  # fmt: skip
+def test_a_shard_that_does_not_hold_what_it_should(many, tmp_path, change, problem):
+    root = changed(many, tmp_path / "changed", change)
+    with pytest.raises(DatasetError, match=problem) as raised:
+        OccupancyDataset(root, keys=("occupancy", "mask", "pose"))[0]
+    assert str(shards(root)[0]) in str(raised.value)
+    assert "fetch it again, or remove it and run the build again." in str(raised.value)
+
+
+def test_row_groups_of_another_size_are_read_too(many, truth, tmp_path):
+    root = changed(many, tmp_path / "large", lambda table: table, group=3)
+    frames = OccupancyDataset(root, dense=False, keys=("occupancy", "mask"))
+    for n, expected in enumerate(truth):
+        np.testing.assert_array_equal(flat(frames[n]["occupancy"]), expected["cells"])
+        np.testing.assert_array_equal(frames[n]["mask"], expected["packed"])
+
+
+def test_a_damaged_shard_is_named(many, tmp_path):
+    """Bytes changed at random, or cut off: read as before, or refused; never anything else."""
+    content = shards(many)[0].read_bytes()
+    rng = np.random.default_rng(3)
+    refusals = []
+    for n in range(40):
+        folder = tmp_path / str(n) / "occupancy"
+        folder.mkdir(parents=True)
+        damaged = bytearray(content)
+        for at in rng.integers(0 if n % 2 else len(content) - 4000, len(content), 3):
+            damaged[at] = rng.integers(0, 256)
+        path = folder / "train-00000-of-00001.parquet"
+        path.write_bytes(damaged if n % 5 else damaged[: len(damaged) // (n + 2)])
+        try:
+            frames = OccupancyDataset(
+                folder.parent, dense=False, keys=("occupancy", "mask", "pose")
+            )
+            list(frames)
+        except DatasetError as error:
+            refusals.append((path, str(error)))
+    assert len(refusals) > 10
+    for path, text in refusals:
+        assert text.startswith(f"{path}: ")
+        assert "\n" not in text
+
+
+def test_a_task_that_is_not_there(many, truth, tmp_path):
+    root = copied(many, tmp_path / "tasks")
+    path = root / truth[0]["episode"] / "meta/tasks.jsonl"
+    path.unlink()
+    path.write_text("")
+    with pytest.raises(DatasetError, match=r"tasks\.jsonl: has no task of frame 1"):
+        OccupancyDataset(root, keys=("task",))[1]
+
+
+# Cost
+
+
+def test_memory_does_not_grow(many):
+    frames = OccupancyDataset(
+        many, keys=("occupancy", "mask", "pose", "image", "history"), history_len=2
+    )
+    order = np.random.default_rng(0).integers(0, len(frames), 240).tolist()
+    for n in order[:40]:
+        frames[n]
+    process = psutil.Process()
+    before = process.memory_info().rss
+    for n in order[40:]:
+        frames[n]
+    assert process.memory_info().rss - before < 40 << 20
+
+
+def test_opening_and_an_item_read_little(many):
+    """Of all the shards' bytes, an item needs one row group."""
+    process = psutil.Process()
+    frames = OccupancyDataset(many, keys=("occupancy", "mask"))
+    before = process.io_counters().read_chars
+    frames[0]
+    total = sum(path.stat().st_size for path in shards(many))
+    assert 0 < process.io_counters().read_chars - before < total / 2
+
+
+# The package's names
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = (
+        "import sys, occgen_hub\n"
+        "heavy = {'torch', 'pyarrow', 'numpy', 'huggingface_hub', 'av'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert set(occgen_hub.__all__) <= set(dir(occgen_hub))\n"
+        "occgen_hub.load_episode, occgen_hub.build, occgen_hub.validate\n"
+        "assert 'torch' not in sys.modules\n"
+        "occgen_hub.OccupancyDataset\n"
+        "assert 'torch' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_names_are_there_and_no_others():
+    for name in occgen_hub.__all__:
+        assert getattr(occgen_hub, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = occgen_hub.nothing
+
+
+def test_an_episode_is_loaded(many, truth):
+    episode = occgen_hub.load_episode(many / truth[0]["episode"])
+    frames = [frame for frame in truth if frame["episode"] == truth[0]["episode"]]
+    assert len(episode) == len(frames)
+    assert len(episode.tasks) > max(episode.task_index) >= 0
+    for t in (1, 3, 0, 0, 2):
+        frame, expected = episode.frame(t), frames[t]
+        np.testing.assert_array_equal(np.flatnonzero(frame.occupancy), expected["cells"])
+        np.testing.assert_array_equal(np.argwhere(frame.occupancy), frame.cells)
+        np.testing.assert_array_equal(np.packbits(frame.mask), expected["packed"])
+        np.testing.assert_array_equal(episode.world_from_camera[t], expected["pose"])
+        np.testing.assert_array_equal(episode.intrinsics[t], expected["intrinsics"])
+        assert episode.rgb(t).shape == (*episode.depth(t).shape, 3)
+    with pytest.raises(IndexError, match=f"frame {len(frames)}"):
+        episode.frame(len(frames))
+    with pytest.raises(DatasetError, match=r"occgen\.json"):
+        occgen_hub.load_episode(many)
+
+
+def test_a_dataset_is_built_and_read_from_python(sample_tree, tmp_path):
+    config = occgen_hub.Config(voxel_size=0.1, pc_range=(-2, -1.5, 0, 2, 1, 4))
+    out = tmp_path / "out"
+    summary = occgen_hub.build(
+        "internnav", str(sample_tree), str(out), config=config, media="none", limit=1
+    )
+    assert (summary.built, summary.failures) == (1, [])
+    assert occgen_hub.validate(out).valid
+    frames = occgen_hub.OccupancyDataset(str(out), keys=CAMERA)
+    assert frames[0]["occupancy"].shape == config.grid_shape == (40, 25, 40)
+    assert frames.grid.lower == config.pc_range[:3]
+    for wrong in ({"media": "all"}, {"workers": 0}, {"limit": 0}, {"engine": "none"}):
+        with pytest.raises(UsageError):
+            occgen_hub.build("internnav", sample_tree, tmp_path / "other", **wrong)
+    assert not (tmp_path / "other").exists()
