@@ -125,6 +125,12 @@ def sample(out: Path, trajectories: int, frames: int, seed: int, layout: Any, fa
 )  # fmt: skip
 @click.option("--limit", type=click.IntRange(1), help="Build only the first so many episodes.")
 @click.option("--overwrite", is_flag=True, help="Build also what is there already.")
+@click.option(
+    "--parquet-occupancy/--no-parquet-occupancy",
+    default=True,
+    show_default=True,
+    help="Write the occupancy as Parquet as well, in occupancy/, which the Hub can stream.",
+)
 @click.option("--dry-run", is_flag=True, help="Only say what would be built.")
 def build(
     source: str,
@@ -140,6 +146,7 @@ def build(
     workers: int,
     limit: int | None,
     overwrite: bool,
+    parquet_occupancy: bool,
     dry_run: bool,
 ) -> int:
     """Build an occupancy dataset from a source.
@@ -162,7 +169,7 @@ def build(
     how = Settings(parameters, chosen, media, overwrite)
     if dry_run:
         return _plan(builder, refs, out, how)
-    return _build(builder, refs, out, how, workers)
+    return _build(builder, refs, out, how, workers, parquet_occupancy)
 
 
 def _plan(builder: DatasetBuilder, refs: list[EpisodeRef], out: Path, settings: Settings) -> int:
@@ -181,7 +188,12 @@ def _plan(builder: DatasetBuilder, refs: list[EpisodeRef], out: Path, settings: 
 
 
 def _build(
-    builder: DatasetBuilder, refs: list[EpisodeRef], out: Path, settings: Settings, workers: int
+    builder: DatasetBuilder,
+    refs: list[EpisodeRef],
+    out: Path,
+    settings: Settings,
+    workers: int,
+    parquet_occupancy: bool,
 ) -> int:
     from threading import Lock
 
@@ -216,7 +228,10 @@ def _build(
                 )
                 bar.update(0)
 
-        summary = run(builder, refs, out, settings, workers, Listener(finished, count))
+        summary = run(
+            builder, refs, out, settings, workers, Listener(finished, count),
+            parquet_occupancy=parquet_occupancy,
+        )  # fmt: skip
     _print_summary(summary, out, refs)
     return 1 if summary.failures else 0
 
@@ -251,6 +266,8 @@ def _print_summary(summary: Summary, out: Path, refs: list[EpisodeRef]) -> None:
     repeated = [f"{code} ({n})" for code, n in sorted(summary.notes.items()) if n > 1]
     if repeated:
         click.echo(f"Notes that were on several episodes, and on how many: {', '.join(repeated)}.")
+    for remark in summary.remarks:
+        click.echo(f"Note: {remark}.")
     if summary.failures:
         click.echo(f"The failures are listed in {out / FAILURES}:")
         for failure in summary.failures[:20]:
@@ -332,6 +349,53 @@ def validate(folder: Path, as_json: bool) -> int:
         s = "y" if report.trajectories == 1 else "ies"
         click.echo(f"{report.trajectories} trajector{s}, {report.frames} frames: {verdict}.")
     return 0 if report.valid else 1
+
+
+@cli.command(cls=Examples, example="occgen-hub push out --repo-id my-org/rooms-occupancy --private")
+@click.argument("folder", metavar="DIR", type=FOLDER)
+@click.option("--repo-id", required=True, metavar="ORG/NAME", help="The dataset on the Hub.")
+@click.option("--private", is_flag=True, help="Make it private, if it is made now.")
+@click.option("--revision", help="A branch, made if it is missing; main if not given.")
+@click.option("--create-pr", is_flag=True, help="As a pull request; an open one of yours goes on.")
+@click.option("--dry-run", is_flag=True, help="Send nothing; only say what would go.")
+def push(
+    folder: Path, repo_id: str, private: bool, revision: str | None, create_pr: bool, dry_run: bool
+) -> None:
+    """Send a dataset to the Hugging Face Hub.
+
+    It has to be valid; its card is brought up to date, unless you wrote one. What is on the Hub
+    already is not sent again, so an interrupted push goes on when it is started again. The token
+    is HF_TOKEN, or that of hf auth login.
+    """
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+    from tqdm import tqdm
+
+    from occgen_hub import hub
+
+    hub.check_target(repo_id, revision, create_pr)
+    if not dry_run:
+        hub.check_token(repo_id)
+    if _no_bar():
+        disable_progress_bars()
+    with tqdm(unit="trajectory", desc="validate", leave=False, disable=_no_bar()) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        files = hub.prepare(folder, progress)
+    for warning in hub.warnings(files):
+        click.echo(f"Warning: {warning}", err=True)
+    if dry_run:
+        for path, size in files.items():
+            click.echo(f"{size:>14,}  {path}")
+    said = f"{len(files):,} files of {sum(files.values()):,} bytes"
+    if dry_run:
+        click.echo(f"{said} would go to {repo_id}; nothing was sent.")
+        return
+    address = hub.push(folder, repo_id, private=private, revision=revision, create_pr=create_pr)
+    click.echo(f"{said} are on the Hub.")
+    click.echo(address)
 
 
 @cli.command(cls=Examples, example="occgen-hub inspect out --preview out.png")

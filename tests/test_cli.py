@@ -26,7 +26,8 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def test_help_imports_nothing_heavy():
     code = (
         "import sys; from occgen_hub.cli import cli; cli(['--help'], standalone_mode=False); "
-        "heavy = {'torch', 'lerobot', 'open3d', 'datasets', 'numpy', 'numba', 'pyarrow'}; "
+        "heavy = {'torch', 'lerobot', 'open3d', 'datasets', 'numpy', 'numba', 'pyarrow', "
+        "'huggingface_hub'}; "
         "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
     )
     result = subprocess.run(
@@ -45,7 +46,7 @@ def test_help_is_quick():
     assert min(times) < 0.6
 
 
-@pytest.mark.parametrize("command", ["sample", "build", "validate", "inspect"])
+@pytest.mark.parametrize("command", ["sample", "build", "validate", "inspect", "push"])
 def test_every_command_has_help_with_an_example(command):
     result = CliRunner().invoke(cli, [command, "--help"])
     assert result.exit_code == 0

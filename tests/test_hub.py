@@ -1,0 +1,333 @@
+"""Pushing to a Hub on the loopback address with the Hub's own client, and loading from there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hub_server import BAD, READER, WRITER, Fault, Hub
+
+from occgen_hub.files import files_under
+from occgen_hub.hub import contents, warnings
+
+REPO = "org/rooms"
+STALL = 30
+
+
+@pytest.fixture
+def hub():
+    served = Hub()
+    yield served
+    served.close()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A dataset of one trajectory, quick to validate. Not to be changed by tests."""
+    from occgen_hub.builder import Settings, load_builder
+    from occgen_hub.runtime.loop import list_episodes, run
+    from occgen_hub.sample import make_sample
+
+    place = tmp_path_factory.mktemp("hub")
+    make_sample(place / "rooms", trajectories=1, frames=2)
+    builder = load_builder("internnav", place / "rooms")
+    run(builder, list_episodes(builder), place / "out", Settings())
+    return place / "out"
+
+
+@pytest.fixture
+def folder(small, tmp_path):
+    """A dataset that may be changed."""
+    return Path(shutil.copytree(small, tmp_path / "out"))
+
+
+class Desk:
+    """Where commands are run: with a home of its own, and the Hub of the test."""
+
+    def __init__(self, hub, home):
+        self.environment = {
+            **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0",
+            "HF_TOKEN": WRITER, "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2",
+            "HF_XET_CLIENT_RETRY_BASE_DELAY": "100ms",
+        }  # fmt: skip
+
+    def run(self, *command, **environment):
+        return subprocess.run(
+            [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=240,
+            check=False, cwd=self.environment["HF_HOME"], env=self.environment | environment,
+        )  # fmt: skip
+
+    def push(self, folder, *options, repo_id=REPO, **environment):
+        command = ["-m", "occgen_hub", "push", folder, "--repo-id", repo_id, *options]
+        return self.run(*command, **environment)
+
+
+@pytest.fixture
+def desk(hub, tmp_path):
+    (tmp_path / "home").mkdir()
+    return Desk(hub, tmp_path / "home")
+
+
+def local(folder):
+    return {path: (folder / path).read_bytes() for path in contents(folder)}
+
+
+def held(hub, revision="main"):
+    files = dict(hub.repositories[REPO].files(revision))
+    files.pop(".gitattributes")
+    return files
+
+
+def refused(result, code, *words):
+    """One sentence, no traceback, and a token nowhere."""
+    assert result.returncode == code, result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    for word in words:
+        assert word in result.stderr
+    assert "hf_" not in (result.stdout + result.stderr).replace("hf_xet", "")
+
+
+def test_a_push_sends_what_is_there_once_and_tags_it(hub, desk, folder):
+    (folder / "failures.jsonl").write_text("{}\n")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "notes").write_text("mine")
+    result = desk.push(folder, "--private")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == f"{hub.url}/datasets/{REPO}"
+    repository = hub.repositories[REPO]
+    assert repository.private
+    assert held(hub) == local(folder)
+    assert "README.md" in held(hub)
+    assert not {"failures.jsonl", ".cache/notes"} & set(held(hub))
+    assert repository.tags == {"v2.1": repository.refs["main"][-1]}
+    assert repository.messages[-1] == "Upload dataset with OccGen Hub"
+    assert not result.stderr
+
+    commits, received = len(repository.commits), hub.received
+    again = desk.push(folder)
+    assert again.returncode == 0, again.stderr
+    assert (len(repository.commits), hub.received) == (commits, received)
+
+    token = WRITER.encode()
+    places = (folder, Path(desk.environment["HF_HOME"]))
+    assert not [p for place in places for p in files_under(place) if token in p.read_bytes()]
+    assert WRITER not in result.stdout + result.stderr + again.stdout + again.stderr
+
+
+def test_what_was_removed_here_is_removed_there(hub, desk, folder):
+    assert desk.push(folder).returncode == 0
+    repository = hub.repositories[REPO]
+    files = dict(repository.files())
+    trajectory = next(path for path in files if path.endswith("/meta/info.json")).removesuffix(
+        "/meta/info.json"
+    )
+    others = {"LICENSE": b"theirs", "elsewhere/meta/info.json": b"{}"}
+    stale = {f"{trajectory}/videos/chunk-000/observation.images.rgb/[99].jpg": b"old"}
+    repository.commit("main", files | others | stale, "more")
+    result = desk.push(folder)
+    assert result.returncode == 0, result.stderr
+    assert held(hub) == local(folder) | others
+
+
+def test_a_push_goes_without_hf_xet(hub, desk, folder):
+    result = desk.push(folder, HF_HUB_DISABLE_XET="1")
+    assert result.returncode == 0, result.stderr
+    assert held(hub) == local(folder)
+    assert any("/lfs/" in line for line in hub.asked)
+    assert not any("/xet/" in line for line in hub.asked)
+
+
+def test_a_connection_that_is_cut_twice_is_taken_up_again(hub, desk, folder):
+    hub.faults = [Fault("POST /xet/v1/xorbs/"), Fault("POST .*/commit/")]
+    result = desk.push(folder)
+    assert result.returncode == 0, result.stderr
+    assert [fault.met > 0 for fault in hub.faults] == [True, True]
+    assert held(hub) == local(folder)
+
+
+@pytest.mark.slow
+def test_after_a_connection_is_lost_the_next_push_goes_on(hub, desk, folder):
+    hub.faults = [Fault("POST /xet/v1/xorbs/", times=100)]
+    refused(desk.push(folder), 1, "the upload broke off", "run the same command again")
+    hub.faults = [Fault("POST /xet/.*shards", times=100)]
+    refused(desk.push(folder), 1, "the upload broke off")
+    assert not held(hub)
+    hub.faults = []
+    result = desk.push(folder)
+    assert result.returncode == 0, result.stderr
+    assert held(hub) == local(folder)
+
+
+def test_a_hub_that_has_to_be_waited_for_is_waited_for(hub, desk, folder):
+    hub.faults = [Fault("POST .*/preupload/", status=500), Fault("POST .*/commit/", status=429)]
+    result = desk.push(folder)
+    assert result.returncode == 0, result.stderr
+    assert held(hub) == local(folder)
+
+
+def test_ctrl_c_stops_and_the_next_push_sends_nothing_twice(hub, desk, folder):
+    hub.faults = [Fault("POST .*/commit/", stall=STALL)]
+    command = [sys.executable, "-m", "occgen_hub", "push", str(folder), "--repo-id", REPO]
+    with subprocess.Popen(
+        command, env=desk.environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as running:
+        deadline = time.monotonic() + 60
+        while not any("/commit/" in line for line in hub.asked) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        start = time.monotonic()
+        running.send_signal(signal.SIGINT)
+        _, said = running.communicate(timeout=60)
+    assert time.monotonic() - start < STALL / 2
+    assert running.returncode == 130
+    assert said.startswith("Stopped.")
+    assert len(said.splitlines()) == 1
+    received = hub.received
+    assert received > 0
+    result = desk.push(folder)
+    assert result.returncode == 0, result.stderr
+    assert held(hub) == local(folder)
+    assert hub.received == received
+
+
+def test_what_is_invalid_is_refused_and_nothing_sent(hub, desk, folder):
+    broken = next(folder.rglob("occ_sequence.npz"))
+    broken.write_bytes(broken.read_bytes()[:1000])
+    refused(desk.push(folder), 1, str(broken), "so nothing was sent", "occgen-hub validate")
+    assert not hub.asked
+    refused(desk.push(folder.parent / "home"), 1, "holds no trajectory")
+
+
+def test_a_card_that_the_hub_does_not_take_is_told(hub, desk, folder):
+    (folder / "README.md").write_text("---\na: [b\n---\nMy own words.\n")
+    refused(desk.push(folder), 1, "does not take the card", "bad indentation", "README.md")
+    assert not [line for line in hub.asked if "/commit/" in line or "/xet/" in line]
+
+
+def test_a_dry_run_says_what_would_go_and_sends_nothing(hub, desk, folder):
+    result = desk.push(folder, "--dry-run", HF_TOKEN="")
+    assert result.returncode == 0, result.stderr
+    *lines, total = result.stdout.splitlines()
+    sizes = {path: int(size.replace(",", "")) for size, path in (line.split() for line in lines)}
+    assert sizes == contents(folder)
+    assert f"{len(sizes)} files of {sum(sizes.values()):,} bytes would go to {REPO}" in total
+    assert not hub.asked
+
+
+def test_a_pull_request_is_made_and_gone_on_with(hub, desk, folder):
+    for _ in range(2):
+        result = desk.push(folder, "--create-pr")
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.splitlines()[-1] == f"{hub.url}/datasets/{REPO}/discussions/1"
+    assert not held(hub)
+    assert held(hub, "refs/pr/1") == local(folder)
+    assert not hub.repositories[REPO].tags
+
+
+def test_a_branch_is_made_and_main_left_alone(hub, desk, folder):
+    result = desk.push(folder, "--revision", "side/way")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == f"{hub.url}/datasets/{REPO}/tree/side%2Fway"
+    assert held(hub, "side/way") == local(folder)
+    assert not held(hub)
+    assert not hub.repositories[REPO].tags
+    refused(desk.push(folder, "--private"), 2, "is there already and public")
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "code", "words"),
+    [
+        ([], {"HF_TOKEN": ""}, 1, "there is no token"),
+        ([], {"HF_TOKEN": BAD}, 1, "does not know the token"),
+        ([], {"HF_TOKEN": READER}, 1, "the token may not write there"),
+        ([], {"HF_ENDPOINT": "http://127.0.0.1:9"}, 1, "cannot be reached"),
+        ([], {"HF_HUB_OFFLINE": "1"}, 1, "unset it to push"),
+        (["--repo-id", "their/rooms"], {}, 1, "the token may not write there"),
+        (["--repo-id", "rooms"], {}, 2, "ORG/NAME"),
+        (["--repo-id", "org/ro oms"], {}, 2, "ORG/NAME"),
+        (["--revision", "refs/pr/9"], {}, 1, "is not there"),
+        (["--revision", "a", "--create-pr"], {}, 2, "leave out"),
+    ],
+    ids=["none", "bad", "reader", "closed", "offline", "theirs", "name", "space", "pr", "both"],
+)
+def test_what_stands_in_the_way_is_told_in_a_sentence(
+    hub, desk, folder, options, environment, code, words
+):
+    refused(desk.push(folder, *options, **environment), code, words)
+    assert not [line for line in hub.asked if "/commit/" in line or "/xet/" in line]
+
+
+def test_limits_are_warned_of_with_the_way_out():
+    files = {f"a/b/{n}.jpg": n for n in range(12)} | {"a/c/d.txt": 1, "README.md": 1}
+    assert not warnings(files)
+    assert not warnings(files, max_files=14, max_entries=12, max_bytes=11)
+    many, folder, large = warnings(files, max_files=13, max_entries=11, max_bytes=10)
+    assert many.startswith("14 files are more than the 13 ")
+    assert folder.startswith("a/b: 12 entries are more than the 11 ")
+    assert large.startswith("a/b/11.jpg: ")
+    assert "--media none" in many
+    assert "v3.0" in many
+    assert "--media none" in folder
+    assert "parquet" in large
+    folders = {f"{n}/a/b": 1 for n in range(5)}
+    assert warnings(folders, max_entries=4)[0].startswith(".: 5 entries")
+
+
+LOADED = """
+import sys
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pathlib import Path
+from datasets import load_dataset
+
+folder, repo_id = Path(sys.argv[1]), sys.argv[2]
+
+def same(row, built):
+    assert set(row) == set(built)
+    for name, value in built.items():
+        np.testing.assert_equal(np.asarray(row[name]), np.asarray(value), err_msg=name)
+
+def rows(paths):
+    return [row for path in paths for row in pq.read_table(path).to_pylist()]
+
+frames = load_dataset(repo_id, split="train")
+built = rows(sorted(folder.glob("**/episode_000000.parquet")))
+assert len(frames) == len(built)
+for row, other in zip(frames, built):
+    same(row, other)
+streamed = list(load_dataset(repo_id, "occupancy", split="train", streaming=True))
+built = rows(sorted(folder.glob("occupancy/*.parquet")))
+assert len(streamed) == len(built) == len(frames)
+for row, other in zip(streamed, built):
+    same(row, other)
+"""
+
+TRAINED = """
+import sys
+import torch
+from occgen_hub.training import OccupancyDataset
+
+there, here = OccupancyDataset(sys.argv[2]), OccupancyDataset(sys.argv[1])
+assert len(there) == len(here) > 0
+for n in range(len(here)):
+    a, b = there[n], here[n]
+    assert set(a) == set(b)
+    for key in b:
+        equal = torch.equal(a[key], b[key]) if torch.is_tensor(b[key]) else a[key] == b[key]
+        assert equal, key
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [LOADED, TRAINED], ids=["datasets", "training"])
+def test_what_was_pushed_is_loaded_as_it_was_built(desk, dataset, tmp_path, program):
+    folder = Path(shutil.copytree(dataset, tmp_path / "out"))
+    assert desk.push(folder).returncode == 0
+    result = desk.run("-c", program, folder, REPO)
+    assert result.returncode == 0, result.stderr
