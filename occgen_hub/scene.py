@@ -50,11 +50,12 @@ def _moved(cloud: Cloud, alignment: Alignment, voxel_size: float, episode: str) 
     for start in range(0, len(cloud), CHUNK):
         points = alignment.sim3.points(cloud.points[start : start + CHUNK].astype(np.float64))
         near = (np.abs(points) < fused.reach).all(axis=1)
-        if not near.any():
-            raise OccGenError(
-                f"{episode}: its points lie beyond the {fused.reach:.0f} m from the world's origin "
-                "that can be fused; subtract an offset from the source's poses or set a larger "
-                "fusion_voxel_size."
-            )
         fused.add(points[near], cloud.colors[start : start + CHUNK][near])
-    return fused.cloud()
+    moved = fused.cloud()
+    if len(cloud) and not len(moved):
+        raise OccGenError(
+            f"{episode}: its points lie beyond the {fused.reach:.0f} m from the world's origin "
+            "that can be fused; subtract an offset from the source's poses or set a larger "
+            "fusion_voxel_size."
+        )
+    return moved

@@ -236,3 +236,12 @@ def test_what_is_no_ply_of_points_is_refused_at_once(tmp_path, header):
     (tmp_path / "bad.ply").write_text(header)
     with pytest.raises(SourceError, match=r"bad\.ply"):
         read_ply(tmp_path / "bad.ply")
+
+
+def test_the_table_of_blocks_grows_no_faster_than_they_do():
+    """Points far apart have a block each, as those of a network seen across a street."""
+    fused = VoxelDownsample(0.01)
+    points = np.arange(40_000.0)[:, None] * [1.0, 0.5, 0.25] * 0.2
+    fused.add(points, np.zeros((len(points), 3), np.uint8))
+    assert len(fused.cloud()) == len(points)
+    assert len(fused._table) <= 16 * len(points)

@@ -420,8 +420,10 @@ def test_pi3_takes_no_conditions(checkpoint, episode):
 def test_auto_takes_depth_where_there_is_some(tree, checkpoint):
     builder = load_builder("internnav", tree)
     refs = list_episodes(builder)
-    engine = choose_engine(builder, refs, weights=checkpoint)
+    engine = choose_engine(builder, refs)
     assert engine == Auto(None)
+    with pytest.raises(UsageError, match="all episodes have depth"):
+        choose_engine(builder, refs, weights=checkpoint)
     assert engine.for_episode("a/b/c", has_depth=True).name == "rgbd"
 
 
@@ -540,3 +542,52 @@ def test_two_workers_build_what_one_builds(sample_tree, checkpoint, tmp_path):
         files = sorted(path for path in out.rglob("*") if path.is_file())
         contents.append({path.relative_to(out): path.read_bytes() for path in files})
     assert contents[0] == contents[1]
+
+
+# What is not as it should be
+
+
+def test_nothing_left_to_build_from_is_said_loudly(checkpoint, episode):
+    found, _ = reconstructed(checkpoint, episode, SMALL.model_copy(update={"confidence": 0.99999}))
+    assert len(found.cloud) == 0
+    assert "ALL that is in view counts as free" in found.notes[0].text
+
+
+def test_what_lies_beyond_the_depth_range_is_not_fused(checkpoint, episode):
+    near, scene = reconstructed(
+        checkpoint, episode, SMALL.model_copy(update={"depth_range": (0.1, 1.5)})
+    )
+    whole, _ = reconstructed(checkpoint, episode)
+    assert 0 < len(near.cloud) < 0.8 * len(whole.cloud)
+    eyes = cKDTree(scene.world_from_camera[:, :3, 3])
+    assert eyes.query(scene.cloud.points)[0].max() < 1.5 * 2
+
+
+def test_weights_that_find_no_cameras_are_named(episode, tmp_path):
+    weights = random_weights("pi3")
+    weights["camera_head.fc_rot.weight"] *= float("nan")
+    folder = save(tmp_path / "nan", "pi3", weights)
+    with pytest.raises(OccGenError, match="finds no cameras"):
+        reconstructed(folder, episode)
+
+
+def test_windows_that_nothing_scales_are_counted():
+    poses, local, _ = geometry(views=16)
+    still = np.repeat(poses[:1], 16, axis=0)
+    assembly, before = Assembly(0.01, (16, 12)), 0
+    for window in plan(16, 10, 4):
+        part = slice(window.start, window.stop)
+        kept = np.zeros((10, 12, 16), np.bool_)
+        colors = np.zeros((*kept.shape, 3), np.uint8)
+        after = 4 if before == 0 else 0
+        assembly.add(
+            Window(still[part], local[part].astype(np.float32), kept, colors), before, after
+        )
+        before = after
+    assert assembly.unscaled == 1
+
+
+def test_pi3_alone_has_no_metres_and_says_so(checkpoint, episode):
+    bare = dataclasses.replace(episode, world_from_camera=None, intrinsics=None, read_depth=None)
+    found, _ = reconstructed(checkpoint, bare)
+    assert "no metres" in [note.code for note in found.notes]

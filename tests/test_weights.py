@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 from standin import random_weights, save
 
-from occgen_hub.engines.pi3.weights import Checkpoint, Weights, WeightsError, published, verify
+from occgen_hub.engines.pi3.weights import (
+    Checkpoint,
+    Weights,
+    WeightsError,
+    find,
+    published,
+    verify,
+)
 
 REVISION = published("pi3").revision
 
@@ -191,3 +198,10 @@ def test_the_published_checkpoints_are_pinned(name):
     assert checkpoint.sha256 is not None
     assert checkpoint.license == "cc-by-nc-4.0"
     assert checkpoint.repo_id.startswith("yyfz233/Pi3")
+
+
+def test_the_authors_own_config_beside_the_weights_is_not_taken_for_ours(tmp_path):
+    folder = save(tmp_path / "w", "pi3", random_weights("pi3"))
+    (folder / "config.json").write_text('{"decoder_size": "large"}')
+    with pytest.raises(WeightsError, match="is no checkpoint of pi3 of its size"):
+        find("pi3", folder)

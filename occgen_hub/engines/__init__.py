@@ -53,9 +53,10 @@ fit."""
 
 @dataclass(frozen=True)
 class Auto(Engine):
-    """Sensor depth where there is any, else a network, None if there are no weights for one."""
+    """Sensor depth where there is any, else a network; if that is None, `missing` says why."""
 
     network: Engine | None = None
+    missing: str = "there are no weights for a network, which would do without"
     name = AUTO
 
     def check(self, config: Config) -> None:
@@ -74,8 +75,8 @@ class Auto(Engine):
             return load_engine("rgbd")
         if self.network is None:
             raise OccGenError(
-                f"{episode}: has no depth images, and there are no weights for a network, which "
-                "would do without; fetch some with 'occgen-hub weights pull pi3x'."
+                f"{episode}: has no depth images, and {self.missing}; choose a network with "
+                "--engine, and fetch its weights with 'occgen-hub weights pull'."
             )
         return self.network
 

@@ -79,7 +79,7 @@ class VoxelDownsample:
             self._block_keys = _grown(self._block_keys, blocks)
             self._blocks = _grown(self._blocks, blocks)
             self._blocks[blocks:] = -1
-            self._table = np.full(4 * len(self._table), -1, np.int32)
+            self._table = np.full(2 * len(self._table), -1, np.int32)
             _rehash(self._block_keys, blocks, self._table)
 
 

@@ -137,13 +137,18 @@ def choose_engine(
         return load_engine(name, weights, device)
     have = [builder.has_depth(ref) for ref in refs]
     if all(have):
+        if weights is not None:
+            raise UsageError(
+                f"--weights {weights}: all episodes have depth, which goes before a network; "
+                "choose one with --engine, or leave the option out."
+            )
         return Auto()
     try:
         return Auto(network_engine(weights, device))
-    except UsageError:
+    except UsageError as error:
         if weights is not None or not any(have):
             raise
-        return Auto()
+        return Auto(None, str(error).splitlines()[0].rstrip("."))
 
 
 def run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,6 +41,11 @@ WINDOWS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 TRUNK_BYTES, HEAD_BYTES = 150_000, 300_000
 """A token's, of all views in the trunk and of `HEAD_VIEWS` views in pi3x's heads. Measured in
 float32: 84,000 and 255,000."""
+
+NO_CAMERAS = (
+    "the network finds no cameras in these frames (its poses are not finite); check the weights "
+    "with 'occgen-hub weights check'."
+)
 
 USUAL_VIEW = 60
 """Degrees across the longer side, where nothing tells."""
@@ -88,8 +94,7 @@ class NetworkEngine(Engine):
             held += [next(views) for _ in range(len(window) - before)]
             found = _infer(network, held, config, self.device)
             if assembly is None:
-                voxel = _voxel_size(found, frames[: len(found)], episode, config)
-                assembly = Assembly(voxel, episode.image_size)
+                assembly = _begun(found, frames[: len(found)], episode, config)
             after = 0
             if number + 1 < len(windows):
                 after = window.stop - windows[number + 1].start
@@ -97,7 +102,11 @@ class NetworkEngine(Engine):
             progress(len(window) - before)
             held = held[len(held) - after :]
         assert assembly is not None
-        return _reconstruction(self.name, assembly, frames, episode)
+        notes = _notes(self.name, assembly, frames, episode)
+        if config.window is None and len(windows) > 1:
+            text = f"reconstructed in windows of {size} frames, by the memory that was free"
+            notes.append(Note("window", text))
+        return _reconstruction(self.name, assembly, frames, episode, notes)
 
 
 def open_pi3(weights: Path | None, device: str | None) -> NetworkEngine:
@@ -120,10 +129,11 @@ def _device(name: str | None) -> str:
 
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
+        raise UsageError(f"--device {name}: cannot be used; choose cpu, cuda or cuda:0.")
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")[:160]
         raise UsageError(
             f"--device {name}: cannot be used ({reason}); choose cpu, cuda or cuda:0."
@@ -210,7 +220,11 @@ def _infer(network: Pi3 | Pi3X, views: list[View], config: Config, device: str) 
             conditions[name] = torch.from_numpy(np.stack(values)).to(device).float()[None]
     try:
         found = network(images, **conditions)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:  # Torch has several kinds, of which few tell by their type.
+        if "linalg" in str(error):
+            raise OccGenError(NO_CAMERAS) from error
+        if "memory" not in str(error).lower() and "alloc" not in str(error).lower():
+            raise
         raise OccGenError(
             f"{len(views)} frames at once need more memory than the device {device} has free; "
             f"set a smaller window, as with --set window={max(1, len(views) // 2)}."
@@ -227,44 +241,76 @@ def _believed(found: dict[str, Tensor], colors: NDArray[np.uint8], config: Confi
         kept &= ~depth_edges(local[..., 2], config.depth_edge)
     poses = found["camera_poses"][0].cpu().numpy().astype(np.float64)
     if not np.isfinite(poses).all():
-        raise OccGenError(
-            "the network finds no cameras in these frames (its poses are not finite); check the "
-            "weights with 'occgen-hub weights check'."
-        )
+        raise OccGenError(NO_CAMERAS)
     return Window(poses, local, kept, colors)
 
 
 # What comes out
 
 
-def _voxel_size(
-    window: Window, frames: NDArray[np.int64], episode: Episode, config: Config
-) -> float:
-    """Edge of the fused cloud's voxels in the network's scale.
+def _begun(window: Window, frames: NDArray[np.int64], episode: Episode, config: Config) -> Assembly:
+    """An empty scene, its resolution and its farthest depth in the network's scale.
 
     A metre is taken to be what the first window's cameras say where the source has poses; the
-    whole path's cameras say it better in the end, and then the cloud is thinned to size.
+    whole path's cameras say it better in the end, and then the cloud is thinned to size. Where the
+    first window's cameras hardly move, the cloud is as fine as the network's own pixels.
     """
+    size, (near, far) = episode.image_size, config.depth_range
     if episode.world_from_camera is None:
-        return config.fusion_size
+        return Assembly(config.fusion_size, size, (near, far))
     fit = align_poses(window.world_from_camera, episode.world_from_camera[frames])
-    return FINER * config.fusion_size / fit.sim3.scale
+    if fit.scaled:
+        metre = 1 / fit.sim3.scale
+        return Assembly(FINER * config.fusion_size * metre, size, (near * metre, far * metre))
+    depth = window.local[..., 2][window.kept]
+    pixel = float(np.median(depth)) / window.local.shape[2] if len(depth) else config.fusion_size
+    return Assembly(min(pixel, FINER * config.fusion_size), size)
 
 
-def _reconstruction(
+def _notes(
     name: Name, assembly: Assembly, frames: NDArray[np.int64], episode: Episode
-) -> Reconstruction:
-    poses = interpolate_poses(frames, np.stack(assembly.world_from_camera), episode.length)
-    intrinsics, notes = _intrinsics(assembly.intrinsics, frames, episode)
+) -> list[Note]:
+    """What a user should know of a reconstruction."""
+    notes = []
+    if not len(assembly.cloud()):
+        text = (
+            "no point is left: the network is sure of none, or they lie on depth edges or outside "
+            "depth_range; ALL that is in view counts as free, do not use it"
+        )
+        notes.append(Note("no points", text))
+    if len(frames) == 1 < episode.length:
+        text = f"one of {episode.length} frames was looked at: set a smaller interval"
+        notes.append(Note("interval", text))
+    if name == "pi3" and episode.world_from_camera is None:
+        text = "pi3's unit of length is its own, not the metre, and so is that of voxel_size here"
+        notes.append(Note("no metres", text))
+    if assembly.unscaled:
+        text = (
+            f"{assembly.unscaled} windows share nothing that tells their scales apart: they were "
+            "joined as they are; a larger overlap may help"
+        )
+        notes.append(Note("seam scale", text))
     if assembly.residuals and max(assembly.residuals) > POOR_SEAM:
         text = (
             f"windows join poorly: the worst seam's points are {max(assembly.residuals):.0%} of "
             "their distance apart; a larger window or overlap may help"
         )
         notes.append(Note("seam", text))
+    return notes
+
+
+def _reconstruction(
+    name: Name,
+    assembly: Assembly,
+    frames: NDArray[np.int64],
+    episode: Episode,
+    notes: list[Note],
+) -> Reconstruction:
+    poses = interpolate_poses(frames, np.stack(assembly.world_from_camera), episode.length)
+    intrinsics, further = _intrinsics(assembly.intrinsics, frames, episode)
     return Reconstruction(
         name, assembly.cloud(), poses, intrinsics, frames=frames, in_source_world=False,
-        notes=tuple(notes),
+        notes=(*notes, *further),
     )  # fmt: skip
 
 
@@ -325,5 +371,8 @@ def _free_memory(device: str) -> float:
     import torch
 
     if device.startswith("cuda"):
-        return float(torch.cuda.mem_get_info(device)[0])
-    return psutil.virtual_memory().available * own_threads() / len(os.sched_getaffinity(0))
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + cached
+    else:
+        free = psutil.virtual_memory().available
+    return free * own_threads() / len(os.sched_getaffinity(0))

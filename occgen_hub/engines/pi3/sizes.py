@@ -28,10 +28,16 @@ class Sizes(BaseModel):
     registers: Count = 5
     head_depth: Count = 5
     camera_width: Width = 512
-    upsampling: tuple[Width, ...] = (256, 128, 64)
+    upsampling: Annotated[tuple[Width, ...], Field(min_length=1, max_length=4)] = (256, 128, 64)
     metric_width: Width = 512
     metric_heads: Count = 8
-    pose_blocks: Annotated[tuple[int, ...], Field(min_length=1)] = (1, 9, 17, 25, 33)
+    pose_blocks: Annotated[tuple[int, ...], Field(min_length=1, max_length=1024)] = (
+        1,
+        9,
+        17,
+        25,
+        33,
+    )
 
     @model_validator(mode="after")
     def _check_fit(self) -> Sizes:

@@ -182,12 +182,18 @@ def _given(name: Name, path: Path) -> Weights:
 
 
 def _described(name: Name, path: Path) -> Weights:
-    """Weights with the config.json beside them, or as published where there is none."""
+    """Weights with the config.json beside them, or as published where there is none of ours.
+
+    The authors' own, of another form, lies beside what was fetched as a whole repository.
+    """
     config = path.with_name("config.json")
     if not config.is_file():
         return Weights(path, published(name))
     try:
-        return Weights(path, Checkpoint.model_validate(read_json(config)))
+        described = read_json(config)
+        if "network" not in described:
+            return Weights(path, published(name))
+        return Weights(path, Checkpoint.model_validate(described))
     except SourceError as error:
         raise WeightsError(str(error)) from error
     except ValidationError as error:
@@ -300,6 +306,8 @@ def load_network(
     """
     import torch
 
+    if name not in NAMES:
+        raise WeightsError(f"{name}: there is no such network; there are pi3 and pi3x.")
     if isinstance(weights, str | Path):
         found = _given(name, Path(weights))
         sizes = sizes or found.checkpoint.sizes
@@ -307,7 +315,7 @@ def load_network(
         tensors = _tensors(found.path, device)
     else:
         sizes = sizes or published(name).sizes
-        tensors = {key: torch.as_tensor(value, device=device) for key, value in weights.items()}
+        tensors = {k: torch.as_tensor(v, device=device).float() for k, v in weights.items()}
     with torch.device("meta"):
         network = _build(name, sizes)
     shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}

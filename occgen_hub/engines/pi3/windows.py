@@ -5,6 +5,7 @@ What is kept is the fused cloud, the cameras, and the frames that the next windo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -63,9 +64,12 @@ class Window:
         local = self.local * np.float32(sim3.scale)
         return Window(sim3.poses(self.world_from_camera), local, self.kept, self.colors)
 
-    def points(self, view: int) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
-        """(m, 3) points of a view in the world, and their colours."""
-        kept = self.kept[view]
+    def points(
+        self, view: int, depth_range: tuple[float, float]
+    ) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
+        """(m, 3) points of a view in the world, those within a range of depth, and colours."""
+        depth = self.local[view][..., 2]
+        kept = self.kept[view] & (depth >= depth_range[0]) & (depth <= depth_range[1])
         local = self.local[view][kept].astype(np.float64)
         return transform(self.world_from_camera[view], local), self.colors[view][kept]
 
@@ -84,16 +88,23 @@ class Assembly:
     """A scene made of windows, in the world of the first camera and the scale of the first window.
 
     voxel_size: of the fused cloud, in that scale; image_size: (width, height) that intrinsics
-    are for.
+    are for; depth_range: nearest and farthest depth that is fused, in that scale: what lies far off
+    shares no voxel with anything, and would take memory for each pixel.
     """
 
-    def __init__(self, voxel_size: float, image_size: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        voxel_size: float,
+        image_size: tuple[int, int],
+        depth_range: tuple[float, float] = (0.0, math.inf),
+    ) -> None:
         self._fused = VoxelDownsample(voxel_size)
-        self._size = image_size
+        self._size, self._depth_range = image_size, depth_range
         self._tail: Window | None = None
         self.world_from_camera: list[NDArray[np.float64]] = []
         self.intrinsics: list[NDArray[np.float64] | None] = []
         self.residuals: list[float] = []
+        self.unscaled = 0
 
     def add(self, window: Window, shared_before: int, shared_after: int) -> None:
         """Take the next window, which shares so many views with its neighbours."""
@@ -104,7 +115,7 @@ class Assembly:
         settled = len(window) - shared_after
         for view in range(settled):
             self._settle(window, view)
-        self._tail = window[settled:]
+        self._tail = concatenated(window[settled:], window[:0])  # A copy: the rest is let go.
 
     def cloud(self) -> Cloud:
         """The fused cloud so far."""
@@ -118,6 +129,7 @@ class Assembly:
         """
         fit = join(*_overlaps(tail, window[:shared]))
         self.residuals.append(fit.residual)
+        self.unscaled += not fit.scaled
         window = window.moved(fit.sim3)
         poses = blend(tail.world_from_camera, window.world_from_camera[:shared])
         poses = np.concatenate([poses, window.world_from_camera[shared:]])
@@ -126,7 +138,7 @@ class Assembly:
 
     def _settle(self, window: Window, view: int) -> None:
         """Take a view into the scene for good."""
-        points, colors = window.points(view)
+        points, colors = window.points(view, self._depth_range)
         near = (np.abs(points) < self._fused.reach).all(axis=1)
         self._fused.add(points[near], colors[near])
         self.world_from_camera.append(window.world_from_camera[view])
