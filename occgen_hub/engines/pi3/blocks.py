@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -168,6 +168,9 @@ class Rotary:
         return half_turned(split, self.cos, self.sin).flatten(-2).flatten(2, 3)
 
 
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Where bfloat16 will not do: geometry, and what is read off the tokens."""
-    return torch.autocast(device.type, enabled=False)
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Where bfloat16 will not do, nor convolutions in TF32: geometry, and what is read off."""
+    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    with torch.autocast(device.type, enabled=False), exact:
+        yield
