@@ -167,23 +167,31 @@ def test_a_view_is_settled_once_and_only_shared_ones_are_kept():
     assert max(assembly.residuals) < 1e-3
 
 
+def two_windows(poses, first, second, kept=True):
+    """The scene from two windows of ten views that share four, which see other points there."""
+    assembly, before = Assembly(0.01, (16, 12)), 0
+    for window, points in zip(plan(16, 10, 4), (first, second), strict=True):
+        part = slice(window.start, window.stop)
+        mask = np.full((10, 12, 16), kept)
+        colors = np.zeros((*mask.shape, 3), np.uint8)
+        after = 4 - before
+        local = points[part].astype(np.float32)
+        assembly.add(Window(poses[part], local, mask, colors), before, after)
+        before = after
+    return assembly
+
+
 def test_a_poor_seam_is_measured():
     poses, local, _ = geometry(views=16)
     noise = np.random.default_rng(0).lognormal(0, 0.5, local.shape[:3])[..., None]
-    calls = iter([local, local * noise])
+    assert two_windows(poses, local, local * noise).residuals[0] > 0.1
 
-    windows = plan(16, 10, 4)
-    assembly, before = Assembly(0.01, (16, 12)), 0
-    for window, points in zip(windows, calls, strict=True):
-        part = slice(window.start, window.stop)
-        kept = np.ones((10, 12, 16), np.bool_)
-        colors = np.zeros((*kept.shape, 3), np.uint8)
-        after = 4 if before == 0 else 0
-        assembly.add(
-            Window(poses[part], points[part].astype(np.float32), kept, colors), before, after
-        )
-        before = after
-    assert assembly.residuals[0] > 0.1
+
+def test_windows_that_nothing_scales_are_counted():
+    poses, local, _ = geometry(views=16)
+    still = np.repeat(poses[:1], 16, axis=0)
+    assert two_windows(still, local, local, kept=False).unscaled == 1
+    assert two_windows(poses, local, local).unscaled == 0
 
 
 def test_window_sizes_are_round_and_grow_with_smaller_frames():
@@ -569,22 +577,6 @@ def test_weights_that_find_no_cameras_are_named(episode, tmp_path):
     folder = save(tmp_path / "nan", "pi3", weights)
     with pytest.raises(OccGenError, match="finds no cameras"):
         reconstructed(folder, episode)
-
-
-def test_windows_that_nothing_scales_are_counted():
-    poses, local, _ = geometry(views=16)
-    still = np.repeat(poses[:1], 16, axis=0)
-    assembly, before = Assembly(0.01, (16, 12)), 0
-    for window in plan(16, 10, 4):
-        part = slice(window.start, window.stop)
-        kept = np.zeros((10, 12, 16), np.bool_)
-        colors = np.zeros((*kept.shape, 3), np.uint8)
-        after = 4 if before == 0 else 0
-        assembly.add(
-            Window(still[part], local[part].astype(np.float32), kept, colors), before, after
-        )
-        before = after
-    assert assembly.unscaled == 1
 
 
 def test_pi3_alone_has_no_metres_and_says_so(checkpoint, episode):
