@@ -61,6 +61,10 @@ class VoxelDownsample:
                 return
             self._make_room()
 
+    def __len__(self) -> int:
+        """How many points the cloud has so far."""
+        return int(self._used[0])
+
     def cloud(self) -> Cloud:
         """The downsampled cloud so far, in the order in which its voxels were first met."""
         n = self._used[0]

@@ -272,7 +272,7 @@ def _notes(
 ) -> list[Note]:
     """What a user should know of a reconstruction."""
     notes = []
-    if not len(assembly.cloud()):
+    if not assembly.points:
         text = (
             "no point is left: the network is sure of none, or they lie on depth edges or outside "
             "depth_range; ALL that is in view counts as free, do not use it"

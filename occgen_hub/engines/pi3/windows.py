@@ -117,6 +117,11 @@ class Assembly:
             self._settle(window, view)
         self._tail = concatenated(window[settled:], window[:0])  # A copy: the rest is let go.
 
+    @property
+    def points(self) -> int:
+        """How many the fused cloud has so far."""
+        return len(self._fused)
+
     def cloud(self) -> Cloud:
         """The fused cloud so far."""
         return self._fused.cloud()
