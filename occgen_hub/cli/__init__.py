@@ -1,0 +1,64 @@
+"""The command line: parse, call, print. Heavy imports are left to the command that needs them."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+
+import click
+
+from occgen_hub.cli import look, make, publish, weights
+from occgen_hub.cli.stopping import STOPS, Stopped, received, stop_at_once, stop_in_order
+from occgen_hub.errors import OccGenError
+
+__all__ = ["STOPS", "cli", "main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="occgen-hub", prog_name="occgen-hub")
+def cli() -> None:
+    """Turn recordings into 4D occupancy datasets for LeRobot and the Hugging Face Hub.
+
+    Begin with a made-up source: occgen-hub sample rooms, then build, validate and inspect it.
+    Progress bars are turned off by TQDM_DISABLE=1.
+    """
+
+
+for command in (
+    *(make.sample, make.build, look.validate, look.inspect),
+    *(publish.push, weights.weights),
+):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Run the command line; errors become one sentence and an exit code."""
+    stop_in_order()
+    for stream in (sys.stdout, sys.stderr):  # A file's name may be no text that a terminal has.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except OccGenError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except (Stopped, click.Abort, KeyboardInterrupt):
+        click.echo(
+            "Stopped. What was finished stays; the same command goes on from there.", err=True
+        )
+        sys.exit(128 + (received[0] if received else signal.SIGINT))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        click.echo(f"Error: {place}{error.strerror or error}.", err=True)
+        sys.exit(1)
+    finally:
+        stop_at_once()
+    sys.exit(code if isinstance(code, int) else 0)

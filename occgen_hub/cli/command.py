@@ -1,0 +1,46 @@
+"""What the commands share: how they look, and the bars that they show."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+FOLDER = click.Path(file_okay=True, dir_okay=True, path_type=Path)
+
+
+class Examples(click.Command):
+    """A command whose help ends with an example, printed as it stands."""
+
+    def __init__(self, *args: Any, example: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.example = example
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Print the example."""
+        with formatter.section("Example"):
+            for line in self.example.splitlines():
+                formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
+
+
+def no_bar() -> bool | None:
+    """For tqdm's `disable`: None leaves out bars where no terminal is."""
+    return True if os.environ.get("TQDM_DISABLE", "0") not in ("", "0") else None
+
+
+@contextmanager
+def progress_bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar that is gone when the block ends, as a function to call with (done, total)."""
+    from tqdm import tqdm
+
+    with tqdm(unit=unit, desc=what, leave=False, disable=no_bar()) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress

@@ -1,0 +1,54 @@
+"""Commands that look at a built dataset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from occgen_hub.cli.command import FOLDER, Examples, progress_bar
+
+
+@click.command(cls=Examples, example="occgen-hub validate out")
+@click.argument("folder", metavar="DIR", type=FOLDER)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def validate(folder: Path, as_json: bool) -> int:
+    """Check a dataset against its schema and against itself.
+
+    Ends with 0 when it is valid and with 1 when it is not.
+    """
+
+    from occgen_hub.files import dump_json
+    from occgen_hub.validation import validate as check
+
+    with progress_bar("validate", unit="trajectory") as progress:
+        report = check(folder, progress)
+    if as_json:
+        click.echo(dump_json(report.as_dict(), indent=1))
+    else:
+        for finding in report.findings:
+            click.echo(str(finding))
+        verdict = "valid" if report.valid else f"{len(report.findings)} finding(s)"
+        s = "y" if report.trajectories == 1 else "ies"
+        click.echo(f"{report.trajectories} trajector{s}, {report.frames} frames: {verdict}.")
+    return 0 if report.valid else 1
+
+
+@click.command(cls=Examples, example="occgen-hub inspect out --preview out.png")
+@click.argument("folder", metavar="DIR", type=FOLDER)
+@click.option("--trajectory", help="Which trajectory to picture; the first if not given.")
+@click.option(
+    "--frame", type=click.IntRange(0), help="Which frame to picture; the middle one if not given."
+)
+@click.option(
+    "--preview", type=FOLDER, help="Where the picture goes; DIR_preview.png if not given."
+)
+def inspect(folder: Path, trajectory: str | None, frame: int | None, preview: Path | None) -> None:
+    """Say what is in a dataset, and make a picture of one of its frames."""
+    from occgen_hub.visual.inspection import describe, picture
+
+    place = preview or Path(f"{folder.resolve().name}_preview.png")
+    picture(folder, place, trajectory, frame)
+    for line in describe(folder, trajectory):
+        click.echo(line)
+    click.echo(f"Picture: {place}")

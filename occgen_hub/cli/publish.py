@@ -1,0 +1,52 @@
+"""Commands that hand a dataset on: `push`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from occgen_hub.cli.command import FOLDER, Examples, no_bar, progress_bar
+
+
+@click.command(
+    cls=Examples, example="occgen-hub push out --repo-id my-org/rooms-occupancy --private"
+)
+@click.argument("folder", metavar="DIR", type=FOLDER)
+@click.option("--repo-id", required=True, metavar="ORG/NAME", help="The dataset on the Hub.")
+@click.option("--private", is_flag=True, help="Make it private, if it is made now.")
+@click.option("--revision", help="A branch, made if it is missing; main if not given.")
+@click.option("--create-pr", is_flag=True, help="As a pull request; an open one of yours goes on.")
+@click.option("--dry-run", is_flag=True, help="Send nothing; only say what would go.")
+def push(
+    folder: Path, repo_id: str, private: bool, revision: str | None, create_pr: bool, dry_run: bool
+) -> None:
+    """Send a dataset to the Hugging Face Hub.
+
+    It has to be valid; its card is brought up to date, unless you wrote one. What is on the Hub
+    already is not sent again, so an interrupted push goes on when it is started again. The token
+    is HF_TOKEN, or that of hf auth login.
+    """
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    from occgen_hub import hub
+
+    hub.check_target(repo_id, revision, create_pr)
+    if not dry_run:
+        hub.check_token(repo_id)
+    if no_bar():
+        disable_progress_bars()
+    with progress_bar("validate", unit="trajectory") as progress:
+        files = hub.prepare(folder, progress)
+    for warning in hub.warnings(files):
+        click.echo(f"Warning: {warning}", err=True)
+    if dry_run:
+        for path, size in files.items():
+            click.echo(f"{size:>14,}  {path}")
+    said = f"{len(files):,} files of {sum(files.values()):,} bytes"
+    if dry_run:
+        click.echo(f"{said} would go to {repo_id}; nothing was sent.")
+        return
+    address = hub.push(folder, repo_id, private=private, revision=revision, create_pr=create_pr)
+    click.echo(f"{said} are on the Hub.")
+    click.echo(address)
