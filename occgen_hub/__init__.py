@@ -12,14 +12,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from occgen_hub.api import build, load_episode, push
     from occgen_hub.config import Config
+    from occgen_hub.export import export
+    from occgen_hub.lerobot.dataset import LeRobotOccupancyDataset
     from occgen_hub.training import OccupancyDataset, collate
     from occgen_hub.validation import validate
 
 __all__ = [
     "Config",
+    "LeRobotOccupancyDataset",
     "OccupancyDataset",
     "build",
     "collate",
+    "export",
     "load_episode",
     "push",
     "validate",
@@ -27,9 +31,11 @@ __all__ = [
 
 _PLACES = {
     "Config": "config",
+    "LeRobotOccupancyDataset": "lerobot.dataset",
     "OccupancyDataset": "training",
     "build": "api",
     "collate": "training",
+    "export": "export",
     "load_episode": "api",
     "push": "api",
     "validate": "validation",

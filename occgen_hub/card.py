@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from occgen_hub.errors import DatasetError, OccGenError, UsageError
 from occgen_hub.files import dump_json, printable, read_bytes, sha256, written_whole
+from occgen_hub.lerobot.exported import RECORD
 from occgen_hub.loading import NOT_BUILT, REBUILD, SCHEMA, Trajectory, trajectories
 from occgen_hub.schema import Feature, Schema, load_schema
 from occgen_hub.shards import FOLDER, shards
@@ -74,17 +75,49 @@ def write_card(root: Path) -> Path:
     facts = survey(names)
     picture = _picture(root / PICTURE, names[0][1])
     parts = (
-        _front_matter(facts, load_schema(SCHEMA), occupancy=bool(shards(root))),
+        _front_matter(facts, _configs(facts, load_schema(SCHEMA), occupancy=bool(shards(root)))),
         *_introduction(facts, picture=picture),
         *_examples(names[0][0], load_schema(SCHEMA), occupancy=bool(shards(root))),
-        *_columns(facts),
-        *_origin(facts),
+        *_columns(facts.features),
+        *_partial(facts),
+        *_grids(facts),
+        *_origin(facts, RECORDS),
     )
     text = ("\n".join(parts) + "\n").encode()
     if not card.exists() or card.read_bytes() != text:
         with written_whole(card) as partial:
             partial.write_bytes(text)
     return card
+
+
+def write_export_card(
+    out: Path, facts: Facts, features: dict[str, dict[str, Any]], remarks: tuple[str, ...]
+) -> Path:
+    """Write `out`/README.md for an export of the dataset that has these facts.
+
+    features: of the LeRobot dataset, as info.json has them; remarks: on what differs from the
+    dataset. Returns the card's path. Raises OSError.
+    """
+    schema = load_schema(SCHEMA)
+    configs = [_config("default", "data/*/*.parquet"), _config(FOLDER, f"{FOLDER}/*.parquet")]
+    shown = {name: Feature.model_validate(_plain(feature)) for name, feature in features.items()}
+    parts = (
+        _front_matter(facts, configs),
+        *_introduction(facts, picture=(out / PICTURE).is_file(), layout=_ONE_DATASET),
+        *_export_examples(schema),
+        *_columns(shown),
+        *(f"In the export, {remark}.\n" for remark in remarks),
+        *_grids(facts),
+        *_origin(facts, EXPORT_RECORD),
+    )
+    with written_whole(out / CARD) as partial:
+        partial.write_text("\n".join(parts) + "\n", encoding="utf-8")
+    return out / CARD
+
+
+def _plain(feature: dict[str, Any]) -> dict[str, Any]:
+    """What a feature's line in the table tells."""
+    return {"dtype": feature["dtype"], "shape": feature["shape"]}
 
 
 def is_own(card: Path) -> bool:
@@ -168,20 +201,23 @@ def _drawn_from(place: Path) -> str | None:
 
 # The words
 
+_TRAJECTORIES = (
+    "; for every trajectory the occupied cells and the cloud of the whole scene. Each trajectory, "
+    "`<group>/<scene>/<trajectory>/`, is a LeRobot v2.1 dataset by itself."
+)
+_ONE_DATASET = (
+    ". All trajectories are one LeRobot v3.0 dataset, an episode each; the occupancy lies beside "
+    "it, row by row in the order of its frames."
+)
 
-def _front_matter(facts: Facts, schema: Schema, *, occupancy: bool) -> str:
+
+def _front_matter(facts: Facts, configs: list[dict[str, Any]]) -> str:
     """What the Hub reads: the licence, tags, and where `load_dataset` finds which table."""
     bound = sorted({licence for _, licence in facts.licences if NON_COMMERCIAL.fullmatch(licence)})
     licence: dict[str, Any] = {"license": "other", "license_name": "that-of-the-source"}
     if bound:
         licence = {"license": bound[0] if len(bound) == 1 else bound}
     size = min(max(len(str(facts.frames)) - 3, 0), len(SIZES) - 1)
-    frames = re.sub(r"\{[^}]*\}", "*", schema.files["frames"].path)
-    configs = [_config("default", f"**/{frames}")]
-    if facts.partial:  # `datasets` wants one schema, and would refuse the table.
-        configs[0]["columns"] = list(facts.features)
-    if occupancy:
-        configs.append(_config(FOLDER, f"{FOLDER}/*.parquet"))
     matter = {
         **licence,
         "pretty_name": "4D occupancy, built by OccGen Hub",
@@ -193,18 +229,28 @@ def _front_matter(facts: Facts, schema: Schema, *, occupancy: bool) -> str:
     return f"---\n{yaml.safe_dump(matter, sort_keys=False, width=100)}---\n\n{MARK}\n"
 
 
+def _configs(facts: Facts, schema: Schema, *, occupancy: bool) -> list[dict[str, Any]]:
+    """Which files `load_dataset` finds under which name."""
+    frames = re.sub(r"\{[^}]*\}", "*", schema.files["frames"].path)
+    configs = [_config("default", f"**/{frames}")]
+    if facts.partial:  # `datasets` wants one schema, and would refuse the table.
+        configs[0]["columns"] = list(facts.features)
+    if occupancy:
+        configs.append(_config(FOLDER, f"{FOLDER}/*.parquet"))
+    return configs
+
+
 def _config(name: str, path: str) -> dict[str, Any]:
     return {"config_name": name, "data_files": [{"split": "train", "path": path}]}
 
 
-def _introduction(facts: Facts, *, picture: bool) -> Iterator[str]:
+def _introduction(facts: Facts, *, picture: bool, layout: str = _TRAJECTORIES) -> Iterator[str]:
     yield "# 4D occupancy\n"
     yield (
         f"{_count(facts.frames, 'frame')} of {_count(facts.trajectories, 'trajectory')} in "
         f"{_count(len(facts.scenes), 'scene')}. For every frame: the occupied cells that the "
         "camera sees, all the cells that it observed, free and occupied alike, its pose and its "
-        "intrinsics; for every trajectory the occupied cells and the cloud of the whole scene. "
-        "Each trajectory, `<group>/<scene>/<trajectory>/`, is a LeRobot v2.1 dataset by itself.\n"
+        f"intrinsics{layout}\n"
     )
     if picture:
         yield f"![A frame: image, depth, visible occupied cells, scene from above]({PICTURE})\n"
@@ -266,19 +312,46 @@ item = dataset[0]
 """)
 
 
-def _columns(facts: Facts) -> Iterator[str]:
+def _export_examples(schema: Schema) -> Iterator[str]:
+    yield "## Load it\n"
+    yield "`DATASET` stands for this dataset's name on the Hub.\n"
+    yield "With LeRobot, images and tasks and all:\n"
+    yield _python(f"""\
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+frames = LeRobotDataset("DATASET")
+world_from_camera = frames[0]["{schema.poses}"]  # (4, 4), OpenCV axes, metres
+""")
+    yield "With the occupancy in its items, where OccGen Hub is installed:\n"
+    yield _python(f"""\
+from occgen_hub import LeRobotOccupancyDataset
+
+frames = LeRobotOccupancyDataset("DATASET")
+occupied = frames[0]["{schema.folder("visible")}"]  # (nx, ny, nz) bool
+observed = frames[0]["{schema.folder("observed")}"]  # (nx, ny, nz) bool
+""")
+    yield from _occupancy_examples()
+
+
+def _columns(features: dict[str, Feature]) -> Iterator[str]:
     yield "## What is in it\n"
     yield "The columns of the frames:\n"
     yield "| column | type | shape |\n| --- | --- | --- |"
-    for name, feature in facts.features.items():
+    for name, feature in features.items():
         yield f"| `{name}` | {feature.dtype} | {_by(feature.shape)} |"
     yield ""
+
+
+def _partial(facts: Facts) -> Iterator[str]:
     if facts.partial:
         yield (
             "Not all trajectories have, or have alike, and so only their own files hold: "
             f"{', '.join(f'`{name}`' for name in sorted(facts.partial))}.\n"
         )
     yield "`task_index` counts the tasks of the row's own trajectory, in its `meta/tasks.jsonl`.\n"
+
+
+def _grids(facts: Facts) -> Iterator[str]:
     for shape, voxel_size, pc_range in sorted(facts.grids):
         yield (
             f"The grid: {_by(shape)} cells of {voxel_size} m, in the camera's frame (x right, y "
@@ -292,15 +365,19 @@ def _columns(facts: Facts) -> Iterator[str]:
     )
 
 
-def _origin(facts: Facts) -> Iterator[str]:
+RECORDS = "Each trajectory's `meta/occgen.json` says how,"
+EXPORT_RECORD = f"`{RECORD}` says which trajectory each episode is,"
+
+
+def _origin(facts: Facts, records: str) -> Iterator[str]:
     """How it was built, and what may be done with it."""
     told = {key: ", ".join(_said(v) for v in sorted(facts.records.get(key, ()))) for key in
             ("source", "engine", "version")}  # fmt: skip
     yield "## How it was built\n"
     yield (
         f"By OccGen Hub {told['version']}, from the source "
-        f"{told['source']}, with the engine {told['engine']}. Each trajectory's `meta/occgen.json` "
-        "says how, and a SHA-256 of every file; `occgen-hub validate` checks them all.\n"
+        f"{told['source']}, with the engine {told['engine']}. {records} "
+        "and a SHA-256 of every file; `occgen-hub validate` checks them all.\n"
     )
     configs = sorted(facts.records.get("config", ()))
     if len(configs) == 1:

@@ -139,13 +139,21 @@ def read_parquet(path: Path) -> pa.Table:
                     raise _too_large(path)
             table = plain(pa.Table.from_batches(batches, file.schema_arrow))
             table.validate(full=True)
-        except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-            text = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-            problem = f"is not a parquet file that can be read ({text.rstrip('.')})"
-            raise SourceError(path, problem, "restore it from the source") from None
+        except PARQUET_DAMAGE as error:
+            raise SourceError(path, no_parquet(error), "restore it from the source") from None
     if len(set(table.column_names)) < table.num_columns:
         raise SourceError(path, "has two columns of one name", "restore it from the source")
     return table
+
+
+PARQUET_DAMAGE = (pa.ArrowException, OSError, ValueError, MemoryError)
+"""What Arrow raises in the middle of a damaged file."""
+
+
+def no_parquet(error: BaseException) -> str:
+    """What is wrong with a file of which Arrow raised one of PARQUET_DAMAGE."""
+    text = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+    return f"is not a parquet file that can be read ({text.rstrip('.')})"
 
 
 def plain(table: pa.Table) -> pa.Table:

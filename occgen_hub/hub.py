@@ -15,6 +15,8 @@ from urllib.parse import quote
 
 from occgen_hub.card import write_card
 from occgen_hub.errors import OccGenError, UsageError
+from occgen_hub.lerobot.exported import FOLDERS, exported
+from occgen_hub.lerobot.v30 import CODEBASE
 from occgen_hub.loading import Trajectory, trajectories
 from occgen_hub.runtime.loop import FAILURES
 from occgen_hub.shards import FOLDER
@@ -78,7 +80,8 @@ def prepare(
 ) -> dict[str, int]:
     """Check a dataset, write its card anew, and say what goes: the bytes of each file by its path.
 
-    Raises OccGenError when the dataset is not valid.
+    An export's card stays as it was written with it. Raises OccGenError when the dataset is not
+    valid.
     """
     report = validate(root, progress)
     if report.findings:
@@ -87,7 +90,8 @@ def prepare(
         raise OccGenError(
             f"{first.file}: {first.problem}, so nothing was sent; {first.remedy}{rest}."
         )
-    write_card(root)
+    if not exported(root):
+        write_card(root)
     return contents(root)
 
 
@@ -112,13 +116,13 @@ def warnings(
     if len(files) > max_files:
         said.append(
             f"{len(files):,} files are more than the {max_files:,} that a repository should have; "
-            "build with --media none, or push the LeRobot v3.0 export (to come), which have few."
+            "build with --media none, or push what occgen-hub export makes of it, which has few."
         )
     folder, entries = _fullest(files)
     if entries > max_entries:
         said.append(
             f"{folder}: {entries:,} entries are more than the {max_entries:,} that a folder should "
-            "have; build with --media none, or push the LeRobot v3.0 export (to come), which have "
+            "have; build with --media none, or push what occgen-hub export makes of it, which has "
             "videos for images."
         )
     large = {path: size for path, size in files.items() if size > max_bytes}
@@ -220,7 +224,9 @@ def _outdated(api: HfApi, repo_id: str, revision: str, root: Path) -> list[str]:
 
     Without it, a trajectory that was built again with fewer files would not be valid there.
     """
-    folders = {path.relative_to(root).as_posix() for path in trajectories(root)} | {FOLDER}
+    folders = {FOLDER, *FOLDERS}
+    if not exported(root):
+        folders = {FOLDER, *(path.relative_to(root).as_posix() for path in trajectories(root))}
     here = contents(root)
     there = api.list_repo_files(repo_id, repo_type="dataset", revision=revision)
     return [
@@ -232,6 +238,8 @@ def _outdated(api: HfApi, repo_id: str, revision: str, root: Path) -> list[str]:
 
 def _version(root: Path) -> str:
     """The version of the LeRobot layout, as `v2.1`."""
+    if exported(root):
+        return CODEBASE
     return str(Trajectory.open(trajectories(root)[0]).info()["codebase_version"])
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 from math import prod
+from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -161,6 +162,7 @@ class Schema(BaseModel):
     features: dict[str, Feature]
     poses: str
     intrinsics: str
+    image_intrinsics: tuple[str, ...]
     files: dict[str, FileSpec]
     data_path: str
     video_path: str
@@ -171,6 +173,10 @@ class Schema(BaseModel):
         return self.files[file].path.format(
             chunk=self.chunk, episode_index=self.episode_index, frame=frame
         )
+
+    def folder(self, file: str) -> str:
+        """The name of the folder that a file is in, by which LeRobot calls what it holds."""
+        return PurePosixPath(self.files[file].path).parent.name
 
     def arrow_schema(self, features: Mapping[str, Feature]) -> pa.Schema:
         """The parquet's schema for these columns, with the types `datasets` gives them."""

@@ -22,7 +22,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from occgen_hub.errors import DatasetError, SourceError
-from occgen_hub.files import dump_json, opened, plain, printable, written_whole
+from occgen_hub.files import (
+    PARQUET_DAMAGE,
+    dump_json,
+    no_parquet,
+    opened,
+    plain,
+    printable,
+    written_whole,
+)
 from occgen_hub.loading import REBUILD, Trajectory, npz_array, trajectories
 from occgen_hub.schema import Feature
 
@@ -87,9 +95,14 @@ def shards(root: Path) -> list[Path]:
 
 
 def write_shards(
-    root: Path, workers: int = 1, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES
+    root: Path,
+    workers: int = 1,
+    *,
+    out: Path | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
 ) -> int:
-    """Bring `root`/occupancy up to date with the trajectories below `root`.
+    """Bring `out`/occupancy, `root`'s own if None, up to date with the trajectories below `root`.
 
     Shards that hold what they should are left alone; the bytes are those of a fresh start. Returns
     how many were written. Raises DatasetError for a trajectory that cannot be read, and OSError.
@@ -97,12 +110,13 @@ def write_shards(
     workers: shards written at once; overwrite: whether those that are right are written as well;
     shard_bytes: of npz that go into one.
     """
-    folder = root / FOLDER
+    out = root if out is None else out
+    folder = out / FOLDER
     for partial in folder.glob(".*.partial"):
         partial.unlink()
     plan = _plan(_pieces(root, shard_bytes), shard_bytes)
     places = [folder / NAME.format(n, len(plan)) for n in range(len(plan))]
-    there = {path: None if overwrite else _origin(path) for path in shards(root)}
+    there = {path: None if overwrite else _origin(path) for path in shards(out)}
     missing = []
     for place, pieces in zip(places, plan, strict=True):
         origin = _describe(pieces)
@@ -332,9 +346,7 @@ def _groups(path: Path) -> Iterator[pa.Table]:
                 table = plain(file.read_row_group(n))
                 table.validate(full=True)
                 yield table
-    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-        text = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        problem = f"is not a parquet file that can be read ({text.rstrip('.')})"
-        raise DatasetError(path, problem, REMAKE) from None
+    except PARQUET_DAMAGE as error:
+        raise DatasetError(path, no_parquet(error), REMAKE) from None
     except SourceError as error:
         raise DatasetError(path, error.problem, REMAKE) from None

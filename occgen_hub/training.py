@@ -232,12 +232,13 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A batch of sparse items, for a DataLoader's `collate_fn`; dense ones it stacks as usual.
 
     Sparse "occupancy" becomes (n, 4) int32, rows (b, i, j, k) of item b, and "history" (n, 5),
-    rows (b, h, i, j, k), as libraries of sparse convolution take them.
+    rows (b, h, i, j, k), as libraries of sparse convolution take them. So does the occupancy of
+    LeRobotOccupancyDataset, by the name that it has there.
     """
-    batch = {}
+    batch, sparse = {}, ("occupancy", "history", load_schema(SCHEMA).folder("visible"))
     for key in items[0]:
         values = [item[key] for item in items]
-        if key in ("occupancy", "history") and values[0].ndim == 2:
+        if key in sparse and values[0].ndim == 2:
             numbered = [
                 torch.nn.functional.pad(rows, (1, 0), value=b) for b, rows in enumerate(values)
             ]

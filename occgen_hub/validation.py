@@ -17,6 +17,7 @@ from occgen_hub.files import files_under, printable, read_json, read_jsonl, sha2
 from occgen_hub.geometry.camera import intrinsics_problem
 from occgen_hub.geometry.ply import check_ply, read_ply
 from occgen_hub.geometry.poses import RIGID, rigidity_error
+from occgen_hub.lerobot.exported import check_export, exported, lengths
 from occgen_hub.loading import REBUILD, NpzArray, Trajectory, npz_array, trajectories
 from occgen_hub.media import image_size, read_depth, read_rgb, video_facts
 from occgen_hub.occupancy.visibility import OBSERVED, OCCUPIED, trace
@@ -68,8 +69,11 @@ def validate(
     the schema and each other, poses, intrinsics, and that the visible cells of each frame are
     those that its rays, stopped by those cells, reach: what `occ.mask` says was observed. Then the
     Parquet shards of the whole dataset, where there are some, row by row against its trajectories.
+    An export is checked against its record and itself (see `lerobot.exported.check_export`).
     """
     root = Path(root)
+    if exported(root):
+        return _exported(root, progress)
     found = trajectories(root)
     findings: list[Finding] = []
     frames = 0
@@ -85,6 +89,17 @@ def validate(
     findings += _shards(root, findings)
     findings += _leftovers(root)
     return Report(str(root), len(found), frames, tuple(findings))
+
+
+def _exported(root: Path, progress: Callable[[int, int], None]) -> Report:
+    """The report on an export, whose episodes count as trajectories."""
+    findings = tuple(Finding(e.path, e.problem, e.remedy) for e in check_export(root))
+    try:
+        episodes = lengths(root)
+    except SourceError:  # It has a finding of its own.
+        episodes = {}
+    progress(len(episodes), len(episodes))
+    return Report(str(root), len(episodes), sum(episodes.values()), findings)
 
 
 def check_trajectory(path: Path) -> tuple[int, list[Finding]]:

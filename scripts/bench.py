@@ -19,6 +19,7 @@ from typing import Any
 
 import numba
 import numpy as np
+from bench_loading import loading, loading_table
 
 from occgen_hub.builder import Settings, load_builder
 from occgen_hub.config import Config
@@ -163,6 +164,7 @@ def table(report: dict[str, Any]) -> None:
         ]
         for label, value in rows:
             print(f"  {label:<34}{value}")
+        loading_table(part["loading"])
 
 
 def main() -> int:
@@ -189,7 +191,11 @@ def main() -> int:
             "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
             "threads": numba.get_num_threads(),
             "sources": {
-                name: {"kernel": kernel(path, options.repeats), "build": build(path, 1)}
+                name: {
+                    "kernel": kernel(path, options.repeats),
+                    "build": build(path, 1),
+                    "loading": loading(path),
+                }
                 for name, path in sources.items()
             },
         }

@@ -30,6 +30,7 @@ GROUND_TO_ROOF = [
     "validation",
     "builder",
     "runtime",
+    "export",
     "hub",
     "api",
     "cli",

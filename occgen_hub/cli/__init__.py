@@ -28,7 +28,7 @@ def cli() -> None:
 
 for command in (
     *(make.sample, make.build, look.validate, look.inspect),
-    *(publish.push, weights.weights),
+    *(publish.export, publish.push, weights.weights),
 ):
     cli.add_command(command)
 

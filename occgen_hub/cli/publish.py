@@ -1,12 +1,43 @@
-"""Commands that hand a dataset on: `push`."""
+"""Commands that hand a dataset on: `export` and `push`."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
+from typing import Any
 
 import click
 
 from occgen_hub.cli.command import FOLDER, Examples, no_bar, progress_bar
+
+
+@click.command(cls=Examples, example="occgen-hub export out out_lerobot --to lerobot-v3.0")
+@click.argument("folder", metavar="DIR", type=FOLDER)
+@click.argument("out", metavar="OUT", type=FOLDER)
+@click.option(
+    "--to", type=click.Choice(["lerobot-v3.0"]), default="lerobot-v3.0", show_default=True,
+    help="What to make of it.",
+)  # fmt: skip
+@click.option(
+    "--fps", type=click.IntRange(1, 1000),
+    help="Frames a second, where the trajectories have several rates.",
+)  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace an earlier export at OUT.")
+def export(folder: Path, out: Path, to: Any, fps: int | None, overwrite: bool) -> None:
+    """Make one LeRobot v3.0 dataset of all trajectories of a dataset.
+
+    RGB and depth become video, the occupancy lies beside it as Parquet: few files, which LeRobot
+    loads, and push sends to the Hub as well.
+    """
+    from occgen_hub.export import export as make
+
+    with progress_bar("export", unit="frame") as progress:
+        remarks = make(folder, out, to=to, fps=fps, overwrite=overwrite, progress=progress)
+    for remark in remarks:
+        click.echo(f"Note: {remark}.", err=True)
+    click.echo(f"Exported to {out}.")
+    place = shlex.quote(str(out))
+    click.echo(f"Next: occgen-hub push {place} --repo-id ORG/NAME")
 
 
 @click.command(

@@ -1,0 +1,258 @@
+"""A built dataset in another form: one LeRobot v3.0 dataset, with the occupancy beside it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, get_args
+
+from occgen_hub.card import PICTURE, Facts, survey, write_export_card
+from occgen_hub.errors import OccGenError, UsageError
+from occgen_hub.files import dump_json, files_under, printable, sha256
+from occgen_hub.lerobot.exported import RECORD, exported
+from occgen_hub.lerobot.v30 import CODEBASE, DEPTH_MAX, OWN, Fit, Layout, write
+from occgen_hub.loading import SCHEMA, Trajectory, trajectories
+from occgen_hub.schema import load_schema
+from occgen_hub.shards import FOLDER, shards, write_shards
+
+Format = Literal["lerobot-v3.0"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+MAX_FPS = 1000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an export will hold. names: the trajectories' ids, sorted, and folders; remarks: what a
+    user should know of what is not kept as it was.
+    """
+
+    names: tuple[tuple[str, Path], ...]
+    facts: Facts
+    layout: Layout
+    remarks: tuple[str, ...]
+
+
+def export(
+    root: str | Path,
+    out: str | Path,
+    *,
+    to: Format = "lerobot-v3.0",
+    fps: int | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[str]:
+    """Write a built dataset as one LeRobot v3.0 dataset, as `occgen-hub export` does.
+
+    root: the folder that `build` wrote; out: the new one, which appears when it is whole; fps:
+    frames a second, where the trajectories have several rates; overwrite: whether an earlier export
+    at `out` is replaced; progress: called with frames done and in all.
+
+    An episode is a trajectory, in the order of their ids. Columns that all trajectories have alike
+    are kept, matrices as they are; RGB becomes video, depth LeRobot's depth video. Images of
+    different sizes are brought to the commonest, with black around them, and intrinsics with them.
+    The occupancy lies beside it as Parquet, its rows in the order of the frames.
+
+    Returns what a user should know, in sentences. Raises UsageError where the arguments do not fit;
+    OccGenError where a trajectory cannot be read or written.
+    """
+    root, out = Path(root), Path(out)
+    if to not in FORMATS:
+        raise UsageError(f"--to {to}: is no form to export to; give one of {', '.join(FORMATS)}.")
+    _check_places(root, out, overwrite=overwrite)
+    plan = plan_export(root, fps)
+    total, done = plan.facts.frames, 0
+
+    def count(frames: int) -> None:
+        nonlocal done
+        done += frames
+        progress(done, total)
+
+    progress(0, total)
+    with _staged(out) as folder:
+        write(folder, plan.layout, (Trajectory.open(path) for _, path in plan.names), count)
+        _add_occupancy(root, folder)
+        picture = root / PICTURE
+        if picture.is_file():
+            shutil.copyfile(picture, folder / PICTURE)
+        features = plan.layout.lerobot_features(load_schema(SCHEMA))
+        write_export_card(folder, plan.facts, features, plan.remarks)
+        _write_record(folder, plan)
+    return list(plan.remarks)
+
+
+def plan_export(root: Path, fps: int | None = None) -> Plan:
+    """What an export of a dataset will hold; raises UsageError where it cannot be one dataset."""
+    found = trajectories(root)
+    names = tuple(sorted((path.relative_to(root).as_posix(), path) for path in found))
+    facts = survey(list(names))
+    if len(facts.grids) > 1:
+        raise UsageError(
+            f"{root}: its trajectories have {len(facts.grids)} different grids, which no batch can "
+            "hold together; build the whole dataset with one configuration."
+        )
+    remarks: list[str] = []
+    opened = [Trajectory.open(path) for _, path in names]
+    layout = Layout(
+        fps=_rate(root, opened, fps, remarks),
+        robot_type=_robot(opened),
+        size=_size(opened, remarks),
+        features={name: f for name, f in facts.features.items() if name not in OWN},
+        rgb=_all_have(opened, ("rgb", "video"), "RGB", remarks),
+        depth=_all_have(opened, ("depth",), "depth", remarks),
+    )
+    if facts.partial:
+        listed = ", ".join(sorted(facts.partial))
+        remarks.append(f"not all trajectories have alike, and the export leaves out: {listed}")
+    return Plan(names, facts, layout, tuple(remarks))
+
+
+def _rate(root: Path, found: list[Trajectory], fps: int | None, remarks: list[str]) -> int:
+    """Frames a second, whole, as LeRobot wants them."""
+    if fps is not None:
+        if not 1 <= fps <= MAX_FPS:
+            raise UsageError(f"--fps {fps}: give a rate from 1 to {MAX_FPS}.")
+        return fps
+    rates = sorted({float(trajectory.info()["fps"]) for trajectory in found})
+    if len(rates) > 1:
+        listed = ", ".join(f"{rate:g}" for rate in rates[:4])
+        raise UsageError(
+            f"{root}: its trajectories have {len(rates)} rates ({listed} frames a second), and "
+            "LeRobot holds one; say with --fps at which all are to play."
+        )
+    whole = min(max(1, round(rates[0])), MAX_FPS)
+    if whole != rates[0]:
+        remarks.append(f"LeRobot holds whole rates: {rates[0]:g} frames a second became {whole}")
+    return whole
+
+
+def _robot(found: list[Trajectory]) -> str:
+    robots = {str(trajectory.info().get("robot_type")) for trajectory in found}
+    return robots.pop() if len(robots) == 1 else "unknown"
+
+
+def _size(found: list[Trajectory], remarks: list[str]) -> tuple[int, int]:
+    """(width, height), both even: of most trajectories, and of these the largest."""
+    count = Counter(trajectory.image_size for trajectory in found)
+    width, height = max(count, key=lambda size: (count[size], size))
+    into = max(2, width // 2 * 2), max(2, height // 2 * 2)
+    resized = sum(n for size, n in count.items() if not Fit(size, into).cut)
+    if resized:
+        of = f"{resized} of {len(found)} trajectories"
+        remarks.append(
+            f"images of {of} were brought to {into[0]} x {into[1]} pixels, black around them, and "
+            "their intrinsics with them"
+        )
+    if into != (width, height):
+        remarks.append(f"a video's sides are even: of {width} x {height} pixels, {into} are kept")
+    return into
+
+
+def _all_have(
+    found: list[Trajectory], files: tuple[str, ...], what: str, remarks: list[str]
+) -> bool:
+    """Whether all trajectories have one of these files, told by their first frames."""
+    have = [any(trajectory.file(file, 0).is_file() for file in files) for trajectory in found]
+    if any(have) and not all(have):
+        lacking = found[have.index(False)].path
+        missing = f"{have.count(False)} of {len(have)} trajectories have none, {lacking} for one"
+        remarks.append(f"{what} is left out: {missing}")
+    return all(have)
+
+
+def _add_occupancy(root: Path, folder: Path) -> None:
+    """The dataset's shards, copied, and made anew where they are missing or out of date."""
+    for path in shards(root):
+        (folder / FOLDER).mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / FOLDER / path.name)
+    write_shards(root, out=folder)
+
+
+def _write_record(folder: Path, plan: Plan) -> None:
+    """meta/occgen_export.json, last: which trajectory each episode is, a SHA-256 of every file."""
+    episodes = []
+    for name, path in plan.names:
+        trajectory = Trajectory.open(path)
+        episodes.append(
+            {
+                "episode": printable(name),
+                "length": int(trajectory.info()["total_frames"]),
+                "scale": trajectory.record["scene"].get("scale"),
+                "image_size": list(trajectory.image_size),
+                "record": sha256(trajectory.file("record")),
+            }
+        )
+    shape, voxel_size, pc_range = next(iter(plan.facts.grids))
+    record = {
+        "format": f"lerobot-{CODEBASE}",
+        "version": version("occgen-hub"),
+        "lerobot": version("lerobot"),
+        "grid": {"voxel_size": voxel_size, "pc_range": list(pc_range), "shape": list(shape)},
+        **({"depth_max": DEPTH_MAX} if plan.layout.depth else {}),
+        "weights": [
+            {"network": network, "license": licence}
+            for network, licence in sorted(plan.facts.licences)
+        ],
+        "notes": list(plan.remarks),
+        "episodes": episodes,
+        "files": {
+            path.relative_to(folder).as_posix(): sha256(path) for path in files_under(folder)
+        },
+    }
+    (folder / RECORD).write_text(dump_json(record, indent=1) + "\n", encoding="utf-8")
+
+
+# Places
+
+
+def _check_places(root: Path, out: Path, *, overwrite: bool) -> None:
+    """Raise UsageError where reading from `root` and writing to `out` would go wrong."""
+    if exported(root):
+        raise UsageError(f"{root}: is an export already; give the dataset that it was made from.")
+    found = trajectories(root)
+    if not found:
+        raise UsageError(
+            f"{root}: holds no trajectory; give the folder that occgen-hub build wrote."
+        )
+    if found == [root]:
+        raise UsageError(f"{root}: is one trajectory; give the dataset's folder, three above it.")
+    source, target = root.resolve(), out.resolve()
+    if target == source or source in target.parents or target in source.parents:
+        raise UsageError(f"{out}: lies inside {root}, or holds it; choose a folder beside it.")
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise UsageError(f"{out}: is there and no folder; choose another place.")
+    if out.is_dir() and any(out.iterdir()):
+        if not exported(out):
+            raise UsageError(f"{out}: holds files that no export wrote; choose another place.")
+        if not overwrite:
+            raise UsageError(f"{out}: is there already; --overwrite replaces it.")
+
+
+@contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """A path beside `out` for a new folder, which takes its place when the block ends well."""
+    partial, old = (out.with_name(f".{out.resolve().name}.{kind}") for kind in ("partial", "old"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for left in (partial, old):
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        yield partial
+        if out.exists():
+            out.rename(old)
+        partial.rename(out)
+    except OSError as error:
+        place = error.filename or out
+        raise OccGenError(
+            f"{place}: cannot be read or written ({error.strerror or error}); mend that and export "
+            "again."
+        ) from error
+    finally:
+        if old.exists() and not out.exists():
+            os.rename(old, out)  # noqa: PTH104  # nothing is to be looked up any more
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)

@@ -1,0 +1,123 @@
+"""A LeRobot dataset whose items hold the occupancy as well. Needs lerobot and torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from lerobot.datasets.feature_utils import check_delta_timestamps, get_delta_indices
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.utils.constants import HF_LEROBOT_HUB_CACHE
+
+from occgen_hub.errors import DatasetError, UsageError
+from occgen_hub.lerobot.exported import AGAIN
+from occgen_hub.loading import SCHEMA
+from occgen_hub.schema import load_schema
+from occgen_hub.shards import FOLDER, shards
+from occgen_hub.training import OccupancyDataset
+
+NAMES = {
+    load_schema(SCHEMA).folder(file): key
+    for file, key in (("visible", "occupancy"), ("observed", "mask"))
+}
+"""What an item may hold of the occupancy, as LeRobot would call it, and what it is in ours."""
+
+
+class LeRobotOccupancyDataset(LeRobotDataset):  # type: ignore[misc]  # lerobot comes without types
+    """A LeRobotDataset of an export, with the occupancy of each frame in its items.
+
+    repo_id, root and all further arguments are LeRobotDataset's. Added to an item are those of
+    `occupancy`, both by default:
+
+    - "observation.occ.view": occupied and visible cells of the grid in the camera's frame (OpenCV
+      axes). dense: (nx, ny, nz) bool; else (n, 3) int32, cells (i, j, k), ascending
+    - "observation.occ.mask": observed cells, free and occupied alike. dense: (nx, ny, nz) bool;
+      else (ceil(nx * ny * nz / 8),) uint8, as `np.packbits` has them
+
+    `delta_timestamps` may name them too. Then they are stacked, (deltas, nx, ny, nz), beyond the
+    episode's ends the frame there, with "observation.occ.view_is_pad" and so on, as LeRobot's own
+    are; sparse occupancy becomes (n, 4) int32, rows (d, i, j, k) of delta d. Each is in the grid of
+    its own frame's camera.
+
+    Attributes besides LeRobotDataset's: occupancy, the OccupancyDataset of the same frames.
+
+    Raises UsageError when the dataset has no occupancy, DatasetError when it is not of its frames,
+    and what LeRobotDataset does.
+    """
+
+    def __init__(
+        self,
+        repo_id: str,
+        root: str | Path | None = None,
+        *args: Any,
+        occupancy: Sequence[str] = tuple(NAMES),
+        dense: bool = True,
+        delta_timestamps: dict[str, list[float]] | None = None,
+        **options: Any,
+    ) -> None:
+        if isinstance(occupancy, str) or (unknown := sorted({*occupancy} - {*NAMES})):
+            wrong = occupancy if isinstance(occupancy, str) else ", ".join(unknown)
+            raise UsageError(f"occupancy: {wrong} is not a list of some of {', '.join(NAMES)}.")
+        deltas = dict(delta_timestamps or {})
+        own = {name: deltas.pop(name) for name in NAMES if name in deltas}
+        if stray := sorted(own.keys() - {*occupancy}):
+            raise UsageError(f"delta_timestamps: {stray[0]} is not among what occupancy asks for.")
+        super().__init__(repo_id, root, *args, delta_timestamps=deltas or None, **options)
+        check_delta_timestamps(own, self.meta.fps, self.tolerance_s)
+        self._deltas: dict[str, list[int]] = get_delta_indices(own, self.meta.fps)
+        self._names = tuple(occupancy)
+        self._fetch_occupancy(root, options.get("token"))
+        keys = [NAMES[name] for name in self._names]
+        self.occupancy = OccupancyDataset(self.root, keys=keys, dense=dense)
+        ends = [0, *(int(end) for end in self.meta.episodes["dataset_to_index"])]
+        if self.occupancy.starts.tolist() != ends:
+            place = Path(self.root) / FOLDER
+            raise DatasetError(place, "is not the occupancy of these episodes", AGAIN)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """One frame, as the class says."""
+        item: dict[str, Any] = super().__getitem__(number)
+        index, episode = int(item["index"]), int(item["episode_index"])
+        now = self.occupancy[index]
+        for name in self._names:
+            if name not in self._deltas:
+                item[name] = now[NAMES[name]]
+                continue
+            frames = [index + delta for delta in self._deltas[name]]
+            first, end = self.occupancy.starts[episode : episode + 2].tolist()
+            there = [self.occupancy[min(max(n, first), end - 1)][NAMES[name]] for n in frames]
+            item[name] = self._stacked(NAMES[name], there)
+            item[f"{name}_is_pad"] = torch.tensor([not first <= n < end for n in frames])
+        return item
+
+    def _stacked(self, key: str, frames: list[torch.Tensor]) -> torch.Tensor:
+        if key == "occupancy" and not self.occupancy.dense:
+            pad = torch.nn.functional.pad
+            return torch.cat([pad(rows, (1, 0), value=d) for d, rows in enumerate(frames)])
+        return torch.stack(frames)
+
+    def _fetch_occupancy(self, root: str | Path | None, token: Any) -> None:
+        """Have the shards beside what LeRobot fetched, of which it may leave them out."""
+        if shards(Path(self.root)):
+            return
+        place = {"cache_dir": HF_LEROBOT_HUB_CACHE} if root is None else {"local_dir": root}
+        try:
+            snapshot_download(
+                self.repo_id,
+                repo_type="dataset",
+                revision=self.revision,
+                allow_patterns=f"{FOLDER}/*.parquet",
+                token=token,
+                **place,
+            )
+        except (httpx.HTTPError, OSError, HFValidationError) as error:
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            raise UsageError(
+                f"{self.root}: has no {FOLDER}/*.parquet, and they cannot be had from the Hub "
+                f"({said.rstrip('.')}); give what occgen-hub export wrote."
+            ) from error

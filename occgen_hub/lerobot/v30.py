@@ -1,0 +1,275 @@
+"""Built trajectories as one LeRobot v3.0 dataset, written by the lerobot library itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from occgen_hub.errors import DatasetError, OccGenError
+from occgen_hub.files import files_under
+from occgen_hub.loading import REBUILD, Trajectory
+from occgen_hub.media import VideoReader, read_rgb
+from occgen_hub.schema import Feature, Schema
+
+CODEBASE = "v3.0"
+OWN = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+"""Columns that LeRobot makes itself, of what it is given."""
+
+DEPTH_MAX = 6.5535
+"""Metres: the farthest that depth images of 16 bits and 10,000 units a metre can hold."""
+
+QUIET_LOSSLESS = {"x265-params": "lossless=1:log-level=none"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What all frames of a LeRobot dataset have alike.
+
+    fps: frames a second; size: (width, height) in pixels, both even; features: of the columns, but
+    for LeRobot's own; rgb, depth: whether there are images.
+    """
+
+    fps: int
+    robot_type: str
+    size: tuple[int, int]
+    features: dict[str, Feature]
+    rgb: bool
+    depth: bool
+
+    def lerobot_features(self, schema: Schema) -> dict[str, dict[str, Any]]:
+        """The features as `LeRobotDataset.create` takes them."""
+        features = {
+            name: {**feature.info(), "shape": feature.shape}
+            for name, feature in self.features.items()
+        }
+        width, height = self.size
+        video = {"dtype": "video", "names": ["height", "width", "channels"]}
+        if self.rgb:
+            features[schema.folder("rgb")] = {**video, "shape": (height, width, 3)}
+        if self.depth:
+            info = {"is_depth_map": True}
+            features[schema.folder("depth")] = {**video, "shape": (height, width, 1), "info": info}
+        return features
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Where an image of `size` goes in one of another size: `box`, (left, top, width, height).
+
+    Scaled evenly and centred, with black around it; but only cut where it is a column or a row too
+    large, which a video cannot have. All in pixels.
+    """
+
+    size: tuple[int, int]
+    into: tuple[int, int]
+
+    @property
+    def cut(self) -> bool:
+        """Whether it is only cut, or nothing at all."""
+        return all(0 <= own - new <= 1 for own, new in zip(self.size, self.into, strict=True))
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """(left, top, width, height) of the image in the other, before that is cut."""
+        if self.cut:
+            return (0, 0, *self.size)
+        scale = min(new / own for own, new in zip(self.size, self.into, strict=True))
+        width, height = (max(1, round(own * scale)) for own in self.size)
+        return (self.into[0] - width) // 2, (self.into[1] - height) // 2, width, height
+
+    def image(self, pixels: NDArray[Any], resample: Image.Resampling) -> NDArray[Any]:
+        """(H, W) or (H, W, 3) pixels, put there."""
+        left, top, width, height = self.box
+        if not self.cut:
+            pixels = np.asarray(Image.fromarray(pixels).resize((width, height), resample))
+        fitted = np.zeros((self.into[1], self.into[0], *pixels.shape[2:]), pixels.dtype)
+        part = fitted[top : top + height, left : left + width]
+        part[...] = pixels[: part.shape[0], : part.shape[1]]
+        return fitted
+
+    def intrinsics(self, K: NDArray[Any]) -> NDArray[Any]:
+        """(..., 3, 3) intrinsics of the image, for the other."""
+        left, top, width, height = self.box
+        sx, sy = width / self.size[0], height / self.size[1]
+        move = np.array([[sx, 0, left], [0, sy, top], [0, 0, 1]])
+        moved: NDArray[Any] = (move @ K.astype(np.float64)).astype(K.dtype)
+        return moved
+
+
+def write(
+    out: Path,
+    layout: Layout,
+    found: Iterable[Trajectory],
+    progress: Callable[[int], None] = lambda frames: None,
+) -> None:
+    """Write the trajectories, an episode each, into the folder `out`, which must not be there yet.
+
+    RGB becomes video; depth becomes LeRobot's depth video, of 12 bits and without loss beyond them:
+    0 stays 0, and between it and DEPTH_MAX it is off by 1.3 mm at most. `progress` is told of the
+    frames done since it was last told. Raises DatasetError for a trajectory that cannot be read,
+    OccGenError for what LeRobot does not take, and OSError.
+    """
+    with _hushed():
+        dataset, stats = None, MatrixStatistics()
+        try:
+            for trajectory in found:
+                if dataset is None:
+                    dataset = _create(out, layout, trajectory.schema)
+                with _refusals(trajectory):
+                    for frame in _frames(trajectory, layout, stats):
+                        dataset.add_frame(frame)
+                        progress(1)
+                    dataset.save_episode(parallel_encoding=False)
+        except BaseException:
+            if dataset is not None:  # Else it would write on when it is forgotten.
+                with suppress(Exception):
+                    dataset.finalize()
+            raise
+        if dataset is not None:
+            dataset.finalize()
+            stats.write(dataset)
+            _share(out)
+
+
+def _create(out: Path, layout: Layout, schema: Schema) -> Any:
+    """LeRobot's dataset, empty."""
+    from lerobot.configs.video import DepthEncoderConfig
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    return LeRobotDataset.create(
+        repo_id=f"local/{out.name}",
+        fps=layout.fps,
+        features=layout.lerobot_features(schema),
+        root=out,
+        robot_type=layout.robot_type,
+        use_videos=layout.rgb or layout.depth,
+        video_backend="pyav",
+        depth_encoder=DepthEncoderConfig(
+            depth_min=0.0, depth_max=DEPTH_MAX, extra_options=QUIET_LOSSLESS
+        ),
+    )
+
+
+@contextmanager
+def _refusals(trajectory: Trajectory) -> Iterator[None]:
+    """Has what LeRobot raises name the trajectory."""
+    try:
+        yield
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise OccGenError(
+            f"{trajectory.path}: LeRobot does not take it ({said.rstrip('.')}); see with "
+            "occgen-hub validate whether its files are sound."
+        ) from error
+
+
+class MatrixStatistics:
+    """The statistics of matrices in meta/stats.json, of the matrices' own shape.
+
+    LeRobot 0.6 reduces a matrix to its columns; its own functions are used row by row instead.
+    """
+
+    def __init__(self) -> None:
+        self._stats: dict[str, dict[str, Any]] = {}
+
+    def add(self, name: str, values: NDArray[Any]) -> None:
+        """Add (T, ...) values of an episode."""
+        from lerobot.datasets.compute_stats import aggregate_stats, get_feature_stats
+
+        found = get_feature_stats(values.reshape(len(values), -1), axis=0, keepdims=False)
+        shaped = {k: v if k == "count" else v.reshape(values.shape[1:]) for k, v in found.items()}
+        before = self._stats.get(name)
+        parts = [{name: shaped}] if before is None else [{name: before}, {name: shaped}]
+        self._stats |= aggregate_stats(parts)
+
+    def write(self, dataset: Any) -> None:
+        """Put them into a LeRobotDataset that was written."""
+        from lerobot.datasets.io_utils import write_stats
+
+        dataset.meta.stats = {**(dataset.meta.stats or {}), **self._stats}
+        write_stats(dataset.meta.stats, dataset.root)
+
+
+def _share(out: Path) -> None:
+    """Give all files the mode of a new one: videos come out of temporary files, for their owner."""
+    mode = (out / "meta/info.json").stat().st_mode
+    for path in files_under(out):
+        path.chmod(mode)
+
+
+def _frames(
+    trajectory: Trajectory, layout: Layout, stats: MatrixStatistics
+) -> Iterator[dict[str, Any]]:
+    """The frames of a trajectory, as `LeRobotDataset.add_frame` takes them."""
+    schema, table = trajectory.schema, trajectory.table()
+    fit = Fit(trajectory.image_size, layout.size)
+    columns: dict[str, Any] = {}
+    for name, feature in layout.features.items():
+        try:
+            values = feature.to_numpy(table[name])
+        except (KeyError, ValueError) as error:
+            problem = f"column {name}: {error}"
+            raise DatasetError(trajectory.file("frames"), problem, REBUILD) from None
+        columns[name] = fit.intrinsics(values) if name in schema.image_intrinsics else values
+        if len(feature.shape) > 1:
+            stats.add(name, columns[name])
+    tasks, task_index = trajectory.tasks(), trajectory.column("task_index").tolist()
+    rgb = rgb_reader(trajectory) if layout.rgb else None
+    for t in range(table.num_rows):
+        if not 0 <= task_index[t] < len(tasks):
+            problem = f"has no task {task_index[t]}, which frame {t} has"
+            raise DatasetError(trajectory.file("tasks"), problem, REBUILD)
+        frame = {name: _value(values[t], layout.features[name]) for name, values in columns.items()}
+        if rgb is not None:
+            frame[schema.folder("rgb")] = fit.image(rgb(t), Image.Resampling.BILINEAR)
+        if layout.depth:
+            depth = trajectory.depth(t)
+            if depth is None:
+                raise DatasetError(trajectory.file("depth", t), "is missing", REBUILD)
+            metres = fit.image(depth.astype(np.float32), Image.Resampling.NEAREST)
+            frame[schema.folder("depth")] = metres[..., None]
+        yield {**frame, "task": tasks[task_index[t]]}
+
+
+def rgb_reader(trajectory: Trajectory) -> Callable[[int], NDArray[np.uint8]]:
+    """A function that gives (H, W, 3) uint8 of a frame, best asked for in order.
+
+    From the images where they are there, else from the video, which is opened once.
+    """
+    if trajectory.file("rgb", 0).is_file():
+        return lambda t: read_rgb(trajectory.file("rgb", t), trajectory.image_size)
+    return VideoReader(trajectory.file("video"), trajectory.image_size)
+
+
+def _value(value: Any, feature: Feature) -> Any:
+    """One frame's value of a column: words, or an array of the feature's shape."""
+    if feature.dtype == "string":
+        return str(value)
+    return np.asarray(value, feature.dtype).reshape(feature.shape)
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Without what encoders and libraries tell of their own progress, episode by episode."""
+    import av.logging
+    import datasets
+
+    os.environ.setdefault("SVT_LOG", "1")  # Errors.
+    bars = datasets.utils.are_progress_bars_disabled()
+    datasets.utils.disable_progress_bars()
+    av.logging.set_libav_level(av.logging.ERROR)
+    try:
+        yield
+    finally:
+        av.logging.set_libav_level(av.logging.INFO)  # As it is from the start,
+        av.logging.set_level(av.logging.get_level())  # though LeRobot has it print.
+        if not bars:
+            datasets.utils.enable_progress_bars()

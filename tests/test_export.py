@@ -1,0 +1,475 @@
+"""One LeRobot v3.0 dataset of all trajectories, read by lerobot itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from occgen_hub.builder import Settings, load_builder
+from occgen_hub.config import load_config
+from occgen_hub.errors import OccGenError, UsageError
+from occgen_hub.export import export, plan_export
+from occgen_hub.lerobot.exported import RECORD
+from occgen_hub.lerobot.v30 import DEPTH_MAX, Fit
+from occgen_hub.loading import Trajectory, trajectories
+from occgen_hub.runtime.loop import list_episodes, run
+from occgen_hub.sample import make_sample
+from occgen_hub.shards import shards
+from occgen_hub.training import OccupancyDataset, collate
+from occgen_hub.validation import validate
+
+POSE, INTRINSICS = "observation.camera_extrinsic_occ", "observation.camera_intrinsic_occ"
+RGB, DEPTH = "observation.images.rgb", "observation.images.depth"
+VIEW, MASK = "observation.occ.view", "observation.occ.mask"
+READ_STEP_MM = 1.8
+"""LeRobot gives whole millimetres, of steps of 2.6 at most."""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of three trajectories, of three sizes of image. Not to be changed by tests."""
+    place = tmp_path_factory.mktemp("built")
+    make_sample(place / "tree", trajectories=3, frames=5, seed=3)
+    return build(place / "tree", place / "out")
+
+
+@pytest.fixture(scope="module")
+def made(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its export. Not to be changed by tests."""
+    out = tmp_path_factory.mktemp("made") / "lerobot"
+    (remark,) = export(built, out)
+    assert "2 of 3 trajectories were brought to 480 x 270 pixels" in remark
+    return out
+
+
+@pytest.fixture
+def mine(made: Path, tmp_path: Path) -> Path:
+    """An export that may be changed."""
+    return Path(shutil.copytree(made, tmp_path / "mine"))
+
+
+def build(tree: Path, out: Path, *settings: str, **options) -> Path:
+    builder = load_builder("internnav", tree)
+    how = Settings(load_config(None, settings or ("voxel_size=0.1",)))
+    summary = run(builder, list_episodes(builder), out, how, **options)
+    assert not summary.failures
+    return out
+
+
+def opened(built: Path) -> list[Trajectory]:
+    return [Trajectory.open(path) for path in trajectories(built)]
+
+
+def lerobot(root: Path, **options):
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    return LeRobotDataset("local/rooms", root=root, video_backend="pyav", **options)
+
+
+def with_occupancy(root: Path, **options):
+    from occgen_hub import LeRobotOccupancyDataset
+
+    return LeRobotOccupancyDataset("local/rooms", root=root, video_backend="pyav", **options)
+
+
+# What LeRobot reads
+
+
+def test_lerobot_reads_lengths_tasks_poses_and_columns(built, made):
+    frames = lerobot(made)
+    found = opened(built)
+    assert frames.num_episodes == len(found) == 3
+    assert frames.fps == found[0].info()["fps"]
+    number = 0
+    for n, trajectory in enumerate(found):
+        poses, tasks = trajectory.column(POSE), trajectory.tasks()
+        task_index = trajectory.column("task_index")
+        assert frames.meta.episodes[n]["length"] == len(poses)
+        for t in range(len(poses)):
+            item = frames[number]
+            assert torch.equal(item[POSE], torch.from_numpy(poses[t].copy()))
+            assert torch.equal(item["action"], torch.tensor(trajectory.column("action")[t]))
+            assert item["task"] == tasks[task_index[t]]
+            assert item["episode"] == trajectory.path.relative_to(built).as_posix()
+            assert (item["frame_index"], item["episode_index"], item["index"]) == (t, n, number)
+            assert item["timestamp"] == pytest.approx(t / frames.fps)
+            number += 1
+    assert number == len(frames)
+
+
+def test_lerobot_decodes_images_and_depth(built, made):
+    frames = lerobot(made, depth_output_unit="m")
+    number = 0
+    for trajectory in opened(built):
+        width, height = trajectory.image_size
+        left, top, w, h = Fit((width, height), (480, 270)).box
+        for t in range(len(trajectory.world_from_camera())):
+            item = frames[number]
+            rgb = Image.fromarray(trajectory.rgb(t)).resize((w, h), Image.Resampling.BILINEAR)
+            shown = item[RGB].permute(1, 2, 0).numpy()
+            inside = shown[top : top + h, left : left + w] * 255
+            assert np.abs(inside - np.asarray(rgb, float)).mean() < 6  # As AV1 at LeRobot's crf 30.
+            around = shown.copy()
+            around[top : top + h, left : left + w] = 0
+            assert around.max() < 0.2
+
+            depth = Image.fromarray(trajectory.depth(t).astype(np.float32))
+            true = np.asarray(depth.resize((w, h), Image.Resampling.NEAREST))
+            got = item[DEPTH][0].numpy()[top : top + h, left : left + w]
+            assert np.abs(got - true).max() < 0.00131
+            assert (got[true == 0] == 0).all()
+            number += 1
+
+
+def test_a_pixel_without_depth_stays_one(built, tmp_path):
+    mine = Path(shutil.copytree(built, tmp_path / "mine"))
+    path = opened(mine)[0].file("depth", 0)
+    values = np.asarray(Image.open(path)).copy()
+    values[:, ::2] = 0
+    values[0, 1] = 65535
+    Image.fromarray(values).save(path)
+    export(mine, tmp_path / "out")
+    got = lerobot(tmp_path / "out")[0][DEPTH][0].numpy()
+    assert (got[:, ::2] == 0).all()
+    assert got[:, 1::2].min() > 0
+    assert got[0, 1] == pytest.approx(DEPTH_MAX * 1000, abs=READ_STEP_MM)
+
+
+def test_intrinsics_go_with_the_images(built, made):
+    """A point of the world is in the export's image where it was in the recorded one."""
+    frames = lerobot(made)
+    number = 0
+    for trajectory in opened(built):
+        K, size = trajectory.intrinsics()[0], trajectory.image_size
+        left, top, width, height = Fit(size, (480, 270)).box
+        for name in (INTRINSICS, "observation.camera_intrinsic"):
+            moved = frames[number][name].numpy()
+            point = np.array([0.3, -0.2, 1.7])
+            u, v, _ = K @ point / point[2]
+            expected = left + u * width / size[0], top + v * height / size[1]
+            np.testing.assert_allclose((moved @ point / point[2])[:2], expected, atol=1e-3)
+        number += len(trajectory.intrinsics())
+
+
+sizes = st.tuples(st.integers(2, 400), st.integers(2, 400))
+
+
+@given(sizes, sizes)
+def test_an_image_is_fitted_evenly_and_whole(size, into):
+    into = into[0] // 2 * 2, into[1] // 2 * 2
+    fit = Fit(size, into)
+    left, top, width, height = fit.box
+    picture = np.full((size[1], size[0], 3), 255, np.uint8)
+    fitted = fit.image(picture, Image.Resampling.BILINEAR)
+    assert fitted.shape == (into[1], into[0], 3)
+    lit = np.zeros(fitted.shape[:2], bool)
+    lit[max(top, 0) : top + height, max(left, 0) : left + width] = True
+    assert (fitted[lit] == 255).all()
+    assert (fitted[~lit] == 0).all()
+    if fit.cut:
+        assert (width, height) == size
+    else:
+        assert left >= 0 <= top
+        assert left + width <= into[0]
+        assert top + height <= into[1]
+        assert width == into[0] or height == into[1]
+    K = np.array([[300.0, 0, size[0] / 2], [0, 300, size[1] / 2], [0, 0, 1]])
+    corners = np.array([[0, 0, 1.0], [size[0], size[1], 1.0]])
+    rays = np.linalg.solve(K, corners.T)
+    np.testing.assert_allclose(
+        (fit.intrinsics(K) @ rays)[:2].T,
+        [[left, top], [left + width, top + height]],
+        atol=1e-6,
+    )
+
+
+def test_delta_timestamps_are_honoured(built, made):
+    frames = with_occupancy(
+        made,
+        delta_timestamps={RGB: [-0.1, 0.0], POSE: [0.0, 0.1], VIEW: [-0.2, -0.1, 0.0], MASK: [0.1]},
+    )
+    trajectory = opened(built)[0]
+    length = len(trajectory.world_from_camera())
+    visible = [set(cells.tolist()) for cells in trajectory.visible_frames()]
+    for t in (0, 2, length - 1):
+        item = frames[t]
+        assert item[RGB].shape[0] == item[POSE].shape[0] == 2
+        assert item[f"{VIEW}_is_pad"].tolist() == [t < 2, t < 1, False]
+        assert item[f"{MASK}_is_pad"].tolist() == [t == length - 1]
+        assert item[f"{RGB}_is_pad"].tolist() == [t == 0, False]
+        for d, delta in enumerate((-2, -1, 0)):
+            cells = item[VIEW][d].flatten().nonzero()[:, 0].tolist()
+            assert set(cells) == visible[max(0, t + delta)]
+    with pytest.raises(ValueError, match="multiples"):
+        with_occupancy(made, delta_timestamps={VIEW: [-0.123]})
+
+
+# Occupancy beside it
+
+
+def test_the_wrapper_adds_the_occupancy_of_the_frame(built, made):
+    ours, frames = OccupancyDataset(built), with_occupancy(made)
+    assert len(frames) == len(ours)
+    for n in range(len(ours)):
+        item, expected = frames[n], ours[n]
+        assert torch.equal(item[VIEW], expected["occupancy"])
+        assert torch.equal(item[MASK], expected["mask"])
+        assert torch.equal(item[POSE], expected["pose"])
+    sparse = with_occupancy(
+        made, occupancy=(VIEW,), dense=False, delta_timestamps={VIEW: [-0.1, 0]}
+    )
+    item = sparse[1]
+    assert MASK not in item
+    for d in (0, 1):
+        cells = item[VIEW][item[VIEW][:, 0] == d][:, 1:]
+        assert torch.equal(cells, ours[d]["occupancy"].nonzero().int())
+
+
+def test_some_episodes_of_the_wrapper(built, made):
+    ours, frames = OccupancyDataset(built), with_occupancy(made, episodes=[1])
+    start, end = ours.starts[1:3].tolist()
+    assert len(frames) == end - start
+    for n in range(len(frames)):
+        assert torch.equal(frames[n][VIEW], ours[start + n]["occupancy"])
+
+
+def test_sparse_items_make_a_batch(made):
+    frames = with_occupancy(made, occupancy=(VIEW,), dense=False)
+    batch = collate([frames[0], frames[1]])
+    for b in (0, 1):
+        assert torch.equal(batch[VIEW][batch[VIEW][:, 0] == b][:, 1:], frames[b][VIEW])
+
+
+def test_ours_reads_the_export_as_well(built, made):
+    keys = ("occupancy", "mask", "pose", "episode", "frame_index")
+    there, here = OccupancyDataset(made, keys=keys), OccupancyDataset(built, keys=keys)
+    for n in range(len(here)):
+        for key in keys:
+            same = torch.equal if torch.is_tensor(here[n][key]) else (lambda a, b: a == b)
+            assert same(there[n][key], here[n][key])
+
+
+def test_datasets_reads_the_export(built, made):
+    from datasets import load_dataset
+
+    frames = load_dataset(str(made), split="train").with_format("numpy")
+    rows = list(load_dataset(str(made), "occupancy", split="train", streaming=True))
+    assert len(frames) == len(rows) == sum(len(t.world_from_camera()) for t in opened(built))
+    for n, row in enumerate(rows):
+        np.testing.assert_array_equal(frames[n][POSE], np.array(row["camera_extrinsic"], "f4"))
+        assert (frames[n]["episode"], frames[n]["frame_index"]) == (
+            row["episode"],
+            row["frame_index"],
+        )
+
+
+def test_statistics_are_over_all_frames(built, made):
+    stats = json.loads((made / "meta/stats.json").read_text())
+    poses = np.concatenate([trajectory.column(POSE) for trajectory in opened(built)])
+    for name, value in (("min", poses.min(0)), ("max", poses.max(0)), ("mean", poses.mean(0))):
+        np.testing.assert_allclose(stats[POSE][name], value, atol=1e-5)
+    assert np.shape(stats[POSE]["q50"]) == (4, 4)
+    deepest = max(trajectory.depth(0).max() for trajectory in opened(built))
+    assert 0.5 * deepest < stats[DEPTH]["max"][0][0][0] <= DEPTH_MAX
+
+
+def test_its_card_is_read_by_the_hub_and_its_examples_run(made, monkeypatch):
+    text = (made / "README.md").read_text()
+    assert "](preview.png)" in text
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(examples) == 4
+    for code in examples:
+        local = code.replace('Dataset("DATASET")', f'Dataset("local/rooms", root="{made}")')
+        exec(
+            local.replace('OccupancyDataset("DATASET"', f'OccupancyDataset("{made}"').replace(
+                'load_dataset("DATASET"', f'load_dataset("{made}"'
+            ),
+            {},
+        )
+
+
+# What is refused, and what is left
+
+
+def test_rates_that_differ_want_a_choice(built, tmp_path):
+    mine = Path(shutil.copytree(built, tmp_path / "mine"))
+    for n, trajectory in enumerate(opened(mine)):
+        info = trajectory.info() | {"fps": (10, 29.97, 10)[n]}
+        trajectory.file("info").write_text(json.dumps(info))
+    with pytest.raises(UsageError, match=r"have 2 rates \(10, 29.97 frames a second\).*--fps"):
+        export(mine, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export(mine, tmp_path / "out", fps=12)
+    assert lerobot(tmp_path / "out")[1]["timestamp"] == pytest.approx(1 / 12)
+    for trajectory in opened(mine):
+        trajectory.file("info").write_text(json.dumps(trajectory.info() | {"fps": 29.97}))
+    plan = plan_export(mine)
+    assert plan.layout.fps == 30
+    assert any("29.97 frames a second became 30" in remark for remark in plan.remarks)
+
+
+def test_what_only_some_have_is_left_out_and_said(built, tmp_path):
+    mine = Path(shutil.copytree(built, tmp_path / "mine"))
+    first = opened(mine)[0]
+    shutil.rmtree(first.file("depth", 0).parent)
+    shutil.rmtree(mine / "occupancy")
+    remarks = export(mine, tmp_path / "out")
+    assert any(r.startswith("depth is left out: 1 of 3 trajectories have none") for r in remarks)
+    item = with_occupancy(tmp_path / "out")[0]
+    assert DEPTH not in item
+    assert RGB in item
+    assert VIEW in item  # Its shards were made from the trajectories.
+    assert not shards(mine)
+    assert validate(tmp_path / "out").valid
+
+
+def test_without_media_there_are_tables_and_occupancy(tmp_path):
+    make_sample(tmp_path / "tree", trajectories=1, frames=1)
+    builder = load_builder("internnav", tmp_path / "tree")
+    how = Settings(load_config(None, ("voxel_size=0.1",)), media="none")
+    run(builder, list_episodes(builder), tmp_path / "built", how)
+    export(tmp_path / "built", tmp_path / "out")
+    item = with_occupancy(tmp_path / "out")[0]
+    assert {RGB, DEPTH} & set(item) == set()
+    assert item[VIEW].any()
+    assert validate(tmp_path / "out").valid
+
+
+def test_an_episode_of_one_frame_and_frames_from_the_video(tmp_path):
+    make_sample(tmp_path / "tree", trajectories=1, frames=1)
+    built = build(tmp_path / "tree", tmp_path / "built")
+    shutil.rmtree(opened(built)[0].file("rgb", 0).parent)
+    export(built, tmp_path / "out")
+    assert validate(tmp_path / "out").valid
+    assert lerobot(tmp_path / "out")[0][RGB].mean() > 0.1
+
+
+@pytest.mark.parametrize("place", ["inside", "above", "full", "file", "itself", "trajectory", "no"])
+def test_places_that_will_not_do(built, made, tmp_path, place):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("x")
+    (tmp_path / "file").write_text("x")
+    root, out, said = {
+        "inside": (built, built / "x", "lies inside"),
+        "above": (built, built.parent, "lies inside"),
+        "full": (built, tmp_path / "full", "holds files that no export wrote"),
+        "file": (built, tmp_path / "file", "no folder"),
+        "itself": (made, tmp_path / "x", "is an export already"),
+        "trajectory": (trajectories(built)[0], tmp_path / "x", "is one trajectory"),
+        "no": (tmp_path / "no", tmp_path / "x", "holds no trajectory"),
+    }[place]
+    with pytest.raises(UsageError, match=said):
+        export(root, out)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_failure_leaves_the_earlier_export(built, mine, tmp_path):
+    broken = Path(shutil.copytree(built, tmp_path / "broken"))
+    opened(broken)[2].file("depth", 1).write_bytes(b"no image")
+    before = {p: p.stat().st_mtime_ns for p in mine.rglob("*")}
+    with pytest.raises(UsageError, match="--overwrite replaces it"):
+        export(broken, mine)
+    with pytest.raises(OccGenError, match=r"1\.png: is not a JPEG or PNG image"):
+        export(broken, mine, overwrite=True)
+    assert {p: p.stat().st_mtime_ns for p in mine.rglob("*")} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken", "mine"]
+    export(built, mine, overwrite=True)
+    assert validate(mine).valid
+
+
+def test_the_command(built, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "occgen_hub", "export", built, out]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == f"Exported to {out}."
+    (note,) = [line for line in done.stderr.splitlines() if "orchcodec" not in line][-1:]
+    assert note.startswith("Note: images of 2 of 3 trajectories")
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 2
+    assert again.stderr == f"Error: {out}: is there already; --overwrite replaces it.\n"
+    modes = {path.stat().st_mode & 0o777 for path in out.rglob("*") if path.is_file()}
+    assert modes == {0o666 & ~_umask()}
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+# Validation
+
+
+def test_an_export_is_valid(made):
+    report = validate(made)
+    assert report.findings == ()
+    assert (report.trajectories, report.frames) == (3, len(lerobot(made)))
+
+
+def _edit(path: Path, **change) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+def _swap_rows(path: Path) -> None:
+    table = pq.read_table(path)
+    pq.write_table(table.take([1, 0, *range(2, table.num_rows)]), path)
+
+
+def _recorded(root: Path) -> None:
+    """Have the record agree with whatever the files are now."""
+    from occgen_hub.files import sha256
+
+    record = json.loads((root / RECORD).read_text())
+    record["files"] = {name: sha256(root / name) for name in record["files"]}
+    (root / RECORD).write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("damage", "recorded", "said"),
+    [
+        (lambda r: next(r.rglob("*.mp4")).unlink(), False, "is missing"),
+        (lambda r: next(r.rglob("*.mp4")).write_bytes(b"x"), False, "has changed"),
+        (lambda r: next(r.rglob("*.mp4")).write_bytes(b"x"), True, "not a video"),
+        (lambda r: (r / "data/more.parquet").write_bytes(b"x"), False, "not a file of the export"),
+        (lambda r: (r / RECORD).write_text("{}"), False, "does not list its episodes"),
+        (lambda r: (r / RECORD).write_text("no"), False, "is not valid JSON"),
+        (lambda r: _edit(r / "meta/info.json", total_frames=3), True, "says total_frames 3"),
+        (lambda r: _edit(r / "meta/info.json", features=None), True, None),
+        (lambda r: _swap_rows(shards(r)[0]), True, "row 0 is not of the frame"),
+        (lambda r: shards(r)[0].write_bytes(b"PAR1"), True, "not a parquet file"),
+        (lambda r: _swap_rows(next((r / "data").rglob("*.parquet"))), True, "row 0 is not of"),
+    ],
+)
+def test_what_is_wrong_with_an_export_is_found(mine, damage, recorded, said):
+    damage(mine)
+    if recorded:
+        _recorded(mine)
+    report = validate(mine)
+    texts = [str(finding) for finding in report.findings]
+    assert any(said in text for text in texts) if said else not texts, texts
+
+
+def test_occupancy_of_other_frames_is_refused(built, mine, tmp_path):
+    make_sample(tmp_path / "tree", trajectories=1, frames=2)
+    other = build(tmp_path / "tree", tmp_path / "other")
+    shutil.rmtree(mine / "occupancy")
+    shutil.copytree(other / "occupancy", mine / "occupancy")
+    with pytest.raises(OccGenError, match="is not the occupancy of these episodes"):
+        with_occupancy(mine)
+    shutil.rmtree(mine / "occupancy")
+    with pytest.raises(UsageError, match="has no occupancy"):
+        with_occupancy(mine)
