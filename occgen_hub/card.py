@@ -270,6 +270,11 @@ K = frames[0]["{schema.intrinsics}"]  # (3, 3), pixels
 """)
     if occupancy:
         yield from _occupancy_examples()
+    yield (
+        "LeRobot: `occgen-hub export DATASET lerobot` makes one LeRobot v3.0 dataset of it, with "
+        "images, depth, tasks and occupancy. LeRobot up to 0.3 reads a trajectory as it is here: "
+        f"`LeRobotDataset(NAME, root={dump_json(f'DATASET/{printable(first)}')}, episodes=[0])`.\n"
+    )
     yield "The files of one trajectory, from a folder that holds the dataset:\n"
     yield _python(f"""\
 import numpy as np

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 from occgen_hub.card import PICTURE, Facts, survey, write_export_card
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.files import dump_json, files_under, printable, sha256
-from occgen_hub.lerobot.exported import RECORD, exported
+from occgen_hub.lerobot.exported import RECORD, check_content, exported
 from occgen_hub.lerobot.v30 import CODEBASE, DEPTH_MAX, OWN, Fit, Layout, write
 from occgen_hub.loading import SCHEMA, Trajectory, trajectories
 from occgen_hub.schema import load_schema
@@ -83,6 +83,8 @@ def export(
         features = plan.layout.lerobot_features(load_schema(SCHEMA))
         write_export_card(folder, plan.facts, features, plan.remarks)
         _write_record(folder, plan)
+        for problem in check_content(folder):  # LeRobot goes on after some of its errors.
+            raise problem
     return list(plan.remarks)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -141,6 +142,39 @@ def test_lerobot_reads_the_meta_files(trajectory):
     assert tasks[0] in episodes[0]["tasks"]
     assert index[tasks[0]] == 0
     assert stats[0]["action"]["min"].shape == (4, 4)
+
+
+V21_READER = """
+import json, sys
+import numpy as np
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+POSE = "observation.camera_extrinsic_occ"
+expected = json.load(sys.stdin)
+frames = LeRobotDataset(
+    "local/rooms", root=sys.argv[1], episodes=[0], delta_timestamps={POSE: [-0.1, 0.0]}
+)
+assert frames.num_episodes == 1 and len(frames) == len(expected["poses"])
+for t, pose in enumerate(expected["poses"]):
+    item = frames[t]
+    assert np.array_equal(item[POSE][1].numpy(), np.array(pose, np.float32))
+    assert item["task"] == expected["tasks"][int(item["task_index"])]
+    assert item[f"{POSE}_is_pad"].tolist() == [t == 0, False]
+"""
+
+
+@pytest.mark.skipif(
+    "OCCGEN_LEROBOT_V21" not in os.environ,
+    reason="OCCGEN_LEROBOT_V21 names no Python that has lerobot 0.3: see docs/development.md",
+)
+def test_lerobots_own_v21_reader_loads_a_trajectory(trajectory):
+    opened = Trajectory.open(trajectory)
+    expected = {"poses": opened.world_from_camera().tolist(), "tasks": opened.tasks()}
+    done = subprocess.run(
+        [os.environ["OCCGEN_LEROBOT_V21"], "-c", V21_READER, str(trajectory)],
+        input=json.dumps(expected), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_statistics_are_those_lerobot_computes(trajectory):

@@ -396,13 +396,30 @@ def test_the_command(built, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == f"Exported to {out}."
-    (note,) = [line for line in done.stderr.splitlines() if "orchcodec" not in line][-1:]
+    (note,) = done.stderr.splitlines()
     assert note.startswith("Note: images of 2 of 3 trajectories")
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 2
     assert again.stderr == f"Error: {out}: is there already; --overwrite replaces it.\n"
     modes = {path.stat().st_mode & 0o777 for path in out.rglob("*") if path.is_file()}
     assert modes == {0o666 & ~_umask()}
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(built, tmp_path):
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting takes root")
+    try:
+        command = [sys.executable, "-m", "occgen_hub", "export", built, place / "out"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        left = list(place.iterdir())
+    finally:
+        subprocess.run(["umount", place], check=True)
+    assert (done.returncode, left) == (1, [])
+    (said,) = done.stderr.splitlines()
+    assert re.match(r"Error: .*\.(png|tiff): cannot be read or written \(No space left", said)
 
 
 def _umask() -> int:

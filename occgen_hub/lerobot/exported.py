@@ -48,19 +48,27 @@ def lengths(root: Path) -> dict[str, int]:
 def check_export(root: Path) -> Iterator[DatasetError]:
     """Everything that is wrong with an export: nothing is raised.
 
-    Its files are those of its record, by their SHA-256; LeRobot's meta files, tables and videos
-    have the frames that it speaks of; and row n of the occupancy is of the same trajectory and
-    frame, at the same pose, as row n of the tables.
+    Its files are those of its record, by their SHA-256; for the rest see `check_content`.
     """
     try:
-        frames = sum(lengths(root).values())
         yield from _files(root)
-        yield from _counts(root, frames)
-        yield from _rows(root, frames)
+        yield from check_content(root)
     except DatasetError as error:
         yield error
     except SourceError as error:
         yield DatasetError(error.path, error.problem, AGAIN)
+
+
+def check_content(root: Path) -> Iterator[DatasetError]:
+    """What is wrong with what the files of an export hold.
+
+    LeRobot's meta files, tables and videos have to have the frames that the record speaks of, and
+    row n of the occupancy has to be of the same trajectory and frame, at the same pose, as row n of
+    the tables. Raises SourceError for files that cannot be read.
+    """
+    frames = sum(lengths(root).values())
+    yield from _counts(root, frames)
+    yield from _rows(root, frames)
 
 
 def _record(root: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -256,9 +257,22 @@ def _value(value: Any, feature: Feature) -> Any:
     return np.asarray(value, feature.dtype).reshape(feature.shape)
 
 
+class _Raised(logging.Handler):
+    """Raises what LeRobot only logs: that an image could not be written."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Raise the OSError that is told of, with the file's name, or the words."""
+        place, error = record.args if isinstance(record.args, tuple) else (None, None)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(place))
+        raise RuntimeError(record.getMessage())
+
+
 @contextmanager
 def _hushed() -> Iterator[None]:
     """Without what encoders and libraries tell of their own progress, episode by episode."""
+    writer, raised = logging.getLogger("lerobot.datasets.image_writer"), _Raised(logging.ERROR)
+    writer.addHandler(raised)
     import av.logging
     import datasets
 
@@ -269,6 +283,7 @@ def _hushed() -> Iterator[None]:
     try:
         yield
     finally:
+        writer.removeHandler(raised)
         av.logging.set_libav_level(av.logging.INFO)  # As it is from the start,
         av.logging.set_level(av.logging.get_level())  # though LeRobot has it print.
         if not bars:
