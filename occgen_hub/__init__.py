@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from occgen_hub.api import build, load_episode, push
     from occgen_hub.config import Config
-    from occgen_hub.export import export
+    from occgen_hub.exporting import export
     from occgen_hub.lerobot.dataset import LeRobotOccupancyDataset
     from occgen_hub.training import OccupancyDataset, collate
     from occgen_hub.validation import validate
@@ -35,7 +35,7 @@ _PLACES = {
     "OccupancyDataset": "training",
     "build": "api",
     "collate": "training",
-    "export": "export",
+    "export": "exporting",
     "load_episode": "api",
     "push": "api",
     "validate": "validation",

@@ -21,7 +21,7 @@ from PIL import Image
 from occgen_hub.builder import Settings, load_builder
 from occgen_hub.config import load_config
 from occgen_hub.errors import OccGenError, UsageError
-from occgen_hub.export import export, plan_export
+from occgen_hub.exporting import export, plan_export
 from occgen_hub.lerobot.exported import RECORD
 from occgen_hub.lerobot.v30 import DEPTH_MAX, Fit
 from occgen_hub.loading import Trajectory, trajectories

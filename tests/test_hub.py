@@ -368,7 +368,7 @@ def test_the_real_trajectory_there_and_back(desk, real_tree, tmp_path):
 
 @pytest.mark.slow
 def test_an_export_is_pushed_and_loaded_by_lerobot(hub, desk, dataset, tmp_path):
-    from occgen_hub.export import export
+    from occgen_hub.exporting import export
 
     export(dataset, tmp_path / "lerobot")
     result = desk.push(tmp_path / "lerobot")

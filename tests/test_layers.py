@@ -30,7 +30,7 @@ GROUND_TO_ROOF = [
     "validation",
     "builder",
     "runtime",
-    "export",
+    "exporting",
     "hub",
     "api",
     "cli",

@@ -29,7 +29,7 @@ def export(folder: Path, out: Path, to: Any, fps: int | None, overwrite: bool) -
     RGB and depth become video, the occupancy lies beside it as Parquet: few files, which LeRobot
     loads, and push sends to the Hub as well.
     """
-    from occgen_hub.export import export as make
+    from occgen_hub.exporting import export as make
 
     with progress_bar("export", unit="frame") as progress:
         remarks = make(folder, out, to=to, fps=fps, overwrite=overwrite, progress=progress)
