@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from occgen_hub.card import PICTURE, Facts, survey, write_export_card
-from occgen_hub.errors import OccGenError, UsageError
+from occgen_hub.errors import DatasetError, OccGenError, UsageError
 from occgen_hub.files import dump_json, files_under, printable, sha256
 from occgen_hub.lerobot.exported import RECORD, check_content, exported
-from occgen_hub.lerobot.v30 import CODEBASE, DEPTH_MAX, OWN, Fit, Layout, write
-from occgen_hub.loading import SCHEMA, Trajectory, trajectories
-from occgen_hub.schema import load_schema
+from occgen_hub.lerobot.v30 import CODEBASE, DEPTH_MAX, OWN, RESERVED, Fit, Layout, write
+from occgen_hub.loading import REBUILD, SCHEMA, Trajectory, trajectories
+from occgen_hub.schema import Feature, load_schema
 from occgen_hub.shards import FOLDER, shards, write_shards
 
 Format = Literal["lerobot-v3.0"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 MAX_FPS = 1000
+MIN_SIDE = 64
+"""Pixels: encoders refuse smaller images, or crash."""
 
 
 @dataclass(frozen=True)
@@ -104,14 +106,25 @@ def plan_export(root: Path, fps: int | None = None) -> Plan:
         fps=_rate(root, opened, fps, remarks),
         robot_type=_robot(opened),
         size=_size(opened, remarks),
-        features={name: f for name, f in facts.features.items() if name not in OWN},
+        features=_features(facts, remarks),
         rgb=_all_have(opened, ("rgb", "video"), "RGB", remarks),
         depth=_all_have(opened, ("depth",), "depth", remarks),
     )
+    return Plan(names, facts, layout, tuple(remarks))
+
+
+def _features(facts: Facts, remarks: list[str]) -> dict[str, Feature]:
+    """The columns to keep: what all have alike, and LeRobot can hold under its name."""
     if facts.partial:
         listed = ", ".join(sorted(facts.partial))
         remarks.append(f"not all trajectories have alike, and the export leaves out: {listed}")
-    return Plan(names, facts, layout, tuple(remarks))
+    schema = load_schema(SCHEMA)
+    taken = (*RESERVED, schema.folder("rgb"), schema.folder("depth"))
+    kept = {name: feature for name, feature in facts.features.items() if name not in OWN}
+    lost = sorted(name for name in kept if name in taken or "/" in name)
+    if lost:
+        remarks.append(f"LeRobot holds no columns of these names: {', '.join(lost)}")
+    return {name: feature for name, feature in kept.items() if name not in lost}
 
 
 def _rate(root: Path, found: list[Trajectory], fps: int | None, remarks: list[str]) -> int:
@@ -120,7 +133,7 @@ def _rate(root: Path, found: list[Trajectory], fps: int | None, remarks: list[st
         if not 1 <= fps <= MAX_FPS:
             raise UsageError(f"--fps {fps}: give a rate from 1 to {MAX_FPS}.")
         return fps
-    rates = sorted({float(trajectory.info()["fps"]) for trajectory in found})
+    rates = sorted({_stated_rate(trajectory) for trajectory in found})
     if len(rates) > 1:
         listed = ", ".join(f"{rate:g}" for rate in rates[:4])
         raise UsageError(
@@ -133,16 +146,23 @@ def _rate(root: Path, found: list[Trajectory], fps: int | None, remarks: list[st
     return whole
 
 
+def _stated_rate(trajectory: Trajectory) -> float:
+    rate = trajectory.info().get("fps")
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < float("inf"):
+        raise DatasetError(trajectory.file("info"), "states no usable fps", REBUILD)
+    return float(rate)
+
+
 def _robot(found: list[Trajectory]) -> str:
-    robots = {str(trajectory.info().get("robot_type")) for trajectory in found}
+    robots = {str(trajectory.info().get("robot_type", "unknown")) for trajectory in found}
     return robots.pop() if len(robots) == 1 else "unknown"
 
 
 def _size(found: list[Trajectory], remarks: list[str]) -> tuple[int, int]:
-    """(width, height), both even: of most trajectories, and of these the largest."""
+    """(width, height) that an encoder takes: of most trajectories, and of these the largest."""
     count = Counter(trajectory.image_size for trajectory in found)
     width, height = max(count, key=lambda size: (count[size], size))
-    into = max(2, width // 2 * 2), max(2, height // 2 * 2)
+    into = max(MIN_SIDE, width // 2 * 2), max(MIN_SIDE, height // 2 * 2)
     resized = sum(n for size, n in count.items() if not Fit(size, into).cut)
     if resized:
         of = f"{resized} of {len(found)} trajectories"
@@ -150,7 +170,7 @@ def _size(found: list[Trajectory], remarks: list[str]) -> tuple[int, int]:
             f"images of {of} were brought to {into[0]} x {into[1]} pixels, black around them, and "
             "their intrinsics with them"
         )
-    if into != (width, height):
+    if into != (width, height) and Fit((width, height), into).cut:
         remarks.append(f"a video's sides are even: of {width} x {height} pixels, {into} are kept")
     return into
 

@@ -357,6 +357,49 @@ def test_an_episode_of_one_frame_and_frames_from_the_video(tmp_path):
     assert lerobot(tmp_path / "out")[0][RGB].mean() > 0.1
 
 
+def test_columns_that_lerobot_cannot_hold_are_left_out(sample_tree, tmp_path):
+    source = Path(shutil.copytree(sample_tree, tmp_path / "source"))
+    for path in source.rglob("*.parquet"):
+        table = pq.read_table(path)
+        for name in ("task", "size", "a/b", "speed"):
+            table = table.append_column(name, [np.arange(table.num_rows, dtype=np.float32)])
+        pq.write_table(table, path)
+    remarks = export(build(source, tmp_path / "built"), tmp_path / "out")
+    assert "LeRobot holds no columns of these names: a/b, size, task" in remarks
+    assert lerobot(tmp_path / "out")[1]["speed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("info", {"fps": "ten"}, r"info\.json: states no usable fps"),
+        ("info", {"fps": 0}, r"info\.json: states no usable fps"),
+        ("info", {"features": 3}, r"info\.json: does not say its features"),
+        ("record", {"scene": {}}, r"occgen\.json: does not say the image size"),
+        ("record", {"scene": {"image_size": [32, 32]}}, r"0\.jpg: is \d+ x \d+ pixels"),
+    ],
+)
+def test_meta_files_that_cannot_be_used_are_named(built, tmp_path, file, change, said):
+    mine = Path(shutil.copytree(built, tmp_path / "mine"))
+    for trajectory in opened(mine):
+        _edit(trajectory.file(file), **change)
+    with pytest.raises(OccGenError, match=said):
+        export(mine, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine"]
+
+
+def test_images_that_no_encoder_takes_are_made_larger(built, tmp_path):
+    mine = Path(shutil.copytree(built, tmp_path / "mine"))
+    for trajectory in opened(mine):
+        _edit(trajectory.file("record"), scene=trajectory.record["scene"] | {"image_size": [9, 6]})
+        for path in (*trajectory.path.rglob("*.jpg"), *trajectory.path.rglob("*.png")):
+            with Image.open(path) as image:
+                image.resize((9, 6)).save(path)
+    (remark,) = export(mine, tmp_path / "out")
+    assert remark.startswith("images of 3 of 3 trajectories were brought to 64 x 64 pixels")
+    assert lerobot(tmp_path / "out")[0][DEPTH].shape == (1, 64, 64)
+
+
 @pytest.mark.parametrize("place", ["inside", "above", "full", "file", "itself", "trajectory", "no"])
 def test_places_that_will_not_do(built, made, tmp_path, place):
     (tmp_path / "full").mkdir()

@@ -24,6 +24,9 @@ CODEBASE = "v3.0"
 OWN = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 """Columns that LeRobot makes itself, of what it is given."""
 
+RESERVED = ("task", "size")
+"""What LeRobot calls things of its own while an episode is written."""
+
 DEPTH_MAX = 6.5535
 """Metres: the farthest that depth images of 16 bits and 10,000 units a metre can hold."""
 
@@ -122,9 +125,9 @@ def write(
         dataset, stats = None, MatrixStatistics()
         try:
             for trajectory in found:
-                if dataset is None:
-                    dataset = _create(out, layout, trajectory.schema)
                 with _refusals(trajectory):
+                    if dataset is None:
+                        dataset = _create(out, layout, trajectory.schema)
                     for frame in _frames(trajectory, layout, stats):
                         dataset.add_frame(frame)
                         progress(1)
@@ -161,10 +164,12 @@ def _create(out: Path, layout: Layout, schema: Schema) -> Any:
 
 @contextmanager
 def _refusals(trajectory: Trajectory) -> Iterator[None]:
-    """Has what LeRobot raises name the trajectory."""
+    """Has what LeRobot and its encoders raise name the trajectory."""
+    import av
+
     try:
         yield
-    except (ValueError, RuntimeError, NotImplementedError) as error:
+    except (ValueError, RuntimeError, av.FFmpegError) as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise OccGenError(
             f"{trajectory.path}: LeRobot does not take it ({said.rstrip('.')}); see with "
