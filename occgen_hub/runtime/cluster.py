@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import shlex
 import sys
@@ -388,7 +389,12 @@ def _ray() -> Iterator[None]:
     """The cluster that RAY_ADDRESS names, or one on this machine for as long as the block lasts."""
     import ray
 
-    ray.init(ignore_reinit_error=True, include_dashboard=False, log_to_driver=False)
+    ray.init(
+        ignore_reinit_error=True,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
     try:
         yield
     finally:

@@ -60,6 +60,7 @@ def join(device: str | None = None) -> Group:
     device: "cpu" to leave GPUs alone; no other may be named, as each process has its own. Raises
     UsageError where that, or the launcher's environment, is wrong.
     """
+    import torch
     from accelerate import PartialState
 
     if device not in (None, "cpu", "cuda"):
@@ -67,7 +68,8 @@ def join(device: str | None = None) -> Group:
             f"--device {device}: accelerate gives each process a device of its own; leave it out."
         )
     try:
-        state = PartialState(cpu=device == "cpu", timeout=MEETING)
+        cpu = device == "cpu" or not torch.cuda.is_available()
+        state = PartialState(cpu=cpu, timeout=MEETING)
     except (RuntimeError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0][:200].rstrip(".")
         raise UsageError(
