@@ -184,8 +184,8 @@ def summed(
     try:
         for result in results:
             summary.add(result)
+            listener.finished(result)  # It may stop the run, whose failures are then none.
             noted(result)
-            listener.finished(result)
     finally:
         results.close()  # So that an interruption here stops what is under way as well.
     summary.seconds = time.perf_counter() - start
