@@ -264,13 +264,13 @@ def _submit(job: Job, executor: str, resources: Resources) -> int:
 
 
 def _build_shared(open_it: Callable[[str | None], Job], device: str | None) -> int:
-    from occgen_hub.runtime.distributed import join, run_shared, together
+    from occgen_hub.runtime.distributed import joined, run_shared, together
 
-    group = join(device)
-    own = group.device if group.device.startswith("cuda") else "cpu"
-    job = together(group, lambda: open_it(own))
-    with _build_bar(len(job.refs), shown=group.local_rank == 0) as (show, news):
-        summary = run_shared(job, group, show, news)
+    with joined(device) as group:
+        own = group.device if group.device.startswith("cuda") else "cpu"
+        job = together(group, lambda: open_it(own))
+        with _build_bar(len(job.refs), shown=group.local_rank == 0) as (show, news):
+            summary = run_shared(job, group, show, news)
     return 0 if summary is None else _ended(summary, job)
 
 

@@ -54,8 +54,9 @@ class Group:
         return range(first, first + self.local_size)
 
 
-def join(device: str | None = None) -> Group:
-    """Meet the processes that were started beside this one.
+@contextmanager
+def joined(device: str | None = None) -> Iterator[Group]:
+    """Meet the processes that were started beside this one, and leave them when the block ends.
 
     device: "cpu" to leave GPUs alone; no other may be named, as each process has its own. Raises
     UsageError where that, or the launcher's environment, is wrong.
@@ -76,26 +77,17 @@ def join(device: str | None = None) -> Group:
             f"--executor accelerate: the processes do not find one another ({reason}); start them "
             "with accelerate launch or torchrun."
         ) from error
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
-    return Group(
-        state.process_index,
-        state.num_processes,
-        state.local_process_index,
-        local,
-        str(state.device),
-    )
-
-
-@contextmanager
-def left_in_order() -> Iterator[None]:
-    """Leave the group when the block ends, which torch else complains of."""
-    from accelerate import PartialState
-
     try:
-        yield
+        yield Group(
+            rank=state.process_index,
+            size=state.num_processes,
+            local_rank=state.local_process_index,
+            local_size=int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes)),
+            device=str(state.device),
+        )
     finally:
-        with suppress(RuntimeError, ValueError, AssertionError):
-            PartialState().destroy_process_group()
+        with suppress(RuntimeError, ValueError):
+            state.destroy_process_group()
 
 
 def together[Value](group: Group, work: Callable[[], Value]) -> Value:
@@ -145,7 +137,7 @@ def run_shared(
     """
     from accelerate.utils import broadcast_object_list
 
-    with ExitStack() as held, left_in_order():
+    with ExitStack() as held:
         together(group, lambda: _held(held, job, group))
         name = [uuid.uuid4().hex]
         broadcast_object_list(name)
