@@ -22,9 +22,9 @@ from occgen_hub.episode import Episode, Note, Scene
 from occgen_hub.errors import OccGenError, SourceError, UsageError
 from occgen_hub.files import dump_json, flush, flush_tree, read_json, sha256
 from occgen_hub.lerobot.writer import Media, Provenance, TrajectoryWriter
-from occgen_hub.occupancy.bricks import into_bricks
+from occgen_hub.occupancy.frames import observe_each
 from occgen_hub.occupancy.grid import Grid
-from occgen_hub.occupancy.visibility import FrameOccupancy, observe
+from occgen_hub.occupancy.visibility import FrameOccupancy
 from occgen_hub.scene import settle
 from occgen_hub.schema import Schema, load_schema
 
@@ -334,22 +334,23 @@ def frames_occupancy(
     progress: Progress = lambda *_: None,
 ) -> Iterator[FrameOccupancy]:
     """Occupancy and visibility of each frame of an episode, in order."""
-    with clock("occupancy"):
-        cloud = into_bricks(scene.cloud.points)
-        state = np.empty(grid.cells, np.uint8)
-    for t in range(episode.length):
-        with clock("occupancy"):
-            frame = observe(
-                grid,
-                cloud,
-                scene.world_from_camera[t],
-                # As they will be written, so that a reader who traces the same rays sees the same.
-                scene.intrinsics[t].astype(np.float32).astype(np.float64),
-                episode.image_size,
-                state,
-            )
+    frames = observe_each(
+        grid,
+        scene.cloud.points,
+        scene.world_from_camera,
+        # As they will be written, so that a reader who traces the same rays sees the same.
+        scene.intrinsics.astype(np.float32).astype(np.float64),
+        episode.image_size,
+    )
+    while (frame := _next(frames, clock)) is not None:
         yield frame
         progress("built", 1)
+
+
+def _next(frames: Iterator[FrameOccupancy], clock: Stopwatch) -> FrameOccupancy | None:
+    """The next frame, the wait for it counted as occupancy."""
+    with clock("occupancy"):
+        return next(frames, None)
 
 
 def clear_leftovers(place: Path) -> None:
