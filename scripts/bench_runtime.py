@@ -4,7 +4,8 @@ Called by scripts/bench; alone, `python scripts/bench_runtime.py` prints the sam
 
 Three ways to build the same episodes are timed in turn, several rounds of them, and the best of
 each is taken, since others on the machine only ever take away: one process on one core, two such
-processes that share the episodes out, and one process with both cores. Processes start together when all have loaded and compiled what they need.
+processes that share the episodes out, and one process with both cores. Processes start together
+when all have loaded and compiled what they need.
 """
 
 from __future__ import annotations
@@ -88,10 +89,7 @@ def throughput(source: Path, rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         for name, groups in ways.items():
             found[name].append(build(source, groups))
-    speeds = {
-        name: max(run["frames_per_second"] for run in runs)
-        for name, runs in found.items()
-    }
+    speeds = {name: max(run["frames_per_second"] for run in runs) for name, runs in found.items()}
     one, two, both = speeds.values()
     stages = found["one process, both cores"][-1]["stages"]
     total = sum(stages.values())

@@ -438,6 +438,19 @@ def test_what_failed_is_left_alone_until_something_changes(three: Path, tmp_path
     assert not (out / "failures.jsonl").exists()
 
 
+def test_a_limit_forgets_no_failure_but_that_of_an_episode_that_is_gone(
+    three: Path, tmp_path: Path
+) -> None:
+    last, out = "sample_zed/house_001/trajectory_0", tmp_path / "out"
+    (three / last / INFO).unlink()
+    assert len(loop.run_job(job(three, out)).failures) == 1
+    assert loop.run_job(job(three, out, limit=1)).failures == []
+    assert set(failures.known(out)) == {last}
+    shutil.rmtree(three / last)
+    assert loop.run_job(job(three, out)).failures == []
+    assert failures.known(out) == {}
+
+
 def test_the_command_says_what_it_left_alone(
     three: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

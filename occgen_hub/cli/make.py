@@ -112,16 +112,14 @@ def sample(out: Path, trajectories: int, frames: int, seed: int, layout: Any, fa
 @click.option("--retry-failed", is_flag=True, help="Try also what failed before, unchanged.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be built, and by whom.")
 @click.option("--tasks", type=click.IntRange(1), help="Cluster: tasks to make of the episodes.")
-@click.option(
-    "--cpus-per-task", type=click.IntRange(1), default=4, show_default=True, help="Cluster: cores."
-)
+@click.option("--cpus-per-task", type=click.IntRange(1), help="Cluster: cores.  [default: 4]")
 @click.option(
     "--gpus-per-task",
     type=click.IntRange(0),
     help="Cluster: GPUs.  [default: 1 if there is a network to run]",
 )
 @click.option(
-    "--mem-per-cpu", type=click.IntRange(1), default=4, show_default=True, help="Cluster: GB."
+    "--mem-per-cpu", type=click.IntRange(1), default=2, show_default=True, help="Cluster: GB."
 )
 @click.option(
     "--slurm", multiple=True, metavar="KEY=VALUE",
@@ -147,7 +145,7 @@ def build(
     retry_failed: bool,
     dry_run: bool,
     tasks: int | None,
-    cpus_per_task: int,
+    cpus_per_task: int | None,
     gpus_per_task: int | None,
     mem_per_cpu: int,
     slurm: tuple[str, ...],
@@ -174,9 +172,14 @@ def build(
         settings += (f"condition=[{condition}]",)
     remote = executor in cluster.EXECUTORS
     resources = cluster.Resources(
-        tasks, workers, cpus_per_task, mem_per_cpu, gpus_per_task, device,
-        cluster.parse_slurm(slurm),
-    )  # fmt: skip
+        tasks=tasks,
+        workers=workers,
+        cpus=cpus_per_task,
+        memory=mem_per_cpu,
+        gpus=gpus_per_task,
+        device=device,
+        slurm=cluster.parse_slurm(slurm),
+    )
 
     def job(device: str | None) -> Job:
         return open_job(

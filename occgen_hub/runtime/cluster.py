@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 EXECUTORS = ("datatrove", "slurm", "ray")
 
 EPISODES_A_TASK = 8
+CPUS = 4
 MAX_TASKS = 1000
 """Of an array of Slurm's, as most clusters have it."""
 
@@ -44,14 +45,15 @@ CURRENT = "current"
 
 @dataclass(frozen=True)
 class Resources:
-    """What a task gets. cpus: cores; memory: GB a core; gpus: None for one where a network runs;
-    workers: tasks at once, None for as many as there is room for; slurm: options of sbatch.
+    """What a task gets. cpus: cores, None for a few; memory: GB a core; gpus: None for one where
+    a network runs; workers: tasks at once, None for as many as there is room for; slurm: options
+    of sbatch.
     """
 
     tasks: int | None = None
     workers: int | None = None
-    cpus: int = 4
-    memory: int = 4
+    cpus: int | None = None
+    memory: int = 2
     gpus: int | None = None
     device: str | None = None
     slurm: dict[str, str] = field(default_factory=dict)
@@ -313,12 +315,15 @@ def executors(
     gpus = resources.gpus
     if gpus is None:
         gpus = int(plan.job.settings.engine.uses_device() and resources.device != "cpu")
+    cpus = resources.cpus or CPUS
+    if executor == "ray" and "RAY_ADDRESS" not in os.environ:
+        cpus = min(cpus, cores)  # More than there are, it would wait for for ever.
     given: dict[str, Any] = {"mem_per_cpu_gb": resources.memory}
-    task = {"cpus_per_task": resources.cpus, "gpus_per_task": gpus, "workers": workers}
+    task = {"cpus_per_task": cpus, "gpus_per_task": gpus, "workers": workers}
     if executor == "ray":
         from datatrove.executor import RayPipelineExecutor
 
-        build = BuildShare(plan, resources.cpus, resources.device)
+        build = BuildShare(plan, cpus, resources.device)
         return (
             RayPipelineExecutor(
                 [build], tasks=tasks, logging_dir=str(plan.folder), **task, **given
@@ -326,7 +331,7 @@ def executors(
             RayPipelineExecutor(
                 [Finish(plan, executor)],
                 tasks=1,
-                cpus_per_task=resources.cpus,
+                cpus_per_task=cpus,
                 logging_dir=str(plan.folder / "end"),
                 skip_completed=False,
                 **given,
@@ -348,7 +353,7 @@ def executors(
     }
     return (
         SlurmPipelineExecutor(
-            [BuildShare(plan, resources.cpus, resources.device)],
+            [BuildShare(plan, cpus, resources.device)],
             tasks=tasks,
             job_name=slurm["job-name"],
             logging_dir=str(plan.folder),
@@ -358,7 +363,7 @@ def executors(
         SlurmPipelineExecutor(
             [Finish(plan, executor)],
             tasks=1,
-            cpus_per_task=resources.cpus,
+            cpus_per_task=cpus,
             job_name=f"{slurm['job-name']}-end",
             logging_dir=str(plan.folder / "end"),
             skip_completed=False,

@@ -54,11 +54,8 @@ def launch(count: int | None) -> int:
         max_restarts=0,
         monitor_interval=0.1,
     )
-    arguments = sys.argv[1:]
-    if "--executor" not in " ".join(arguments):
-        arguments += ["--executor", ACCELERATE]
     try:
-        elastic_launch(config, sys.executable)("-m", "occgen_hub", *arguments)
+        elastic_launch(config, sys.executable)("-m", "occgen_hub", *sys.argv[1:])
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode

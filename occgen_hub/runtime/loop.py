@@ -222,7 +222,7 @@ def conclude(job: Job, summary: Summary, workers: int, executor: str) -> None:
     """
     began = time.perf_counter()
     summary.failures.sort(key=lambda failure: failure.id)
-    failures.write(job.out, summary.failures)
+    failures.write(job.out, [*summary.failures, *_others(job)])
     summary.remarks += finish(
         job.out,
         workers,
@@ -236,6 +236,14 @@ def conclude(job: Job, summary: Summary, workers: int, executor: str) -> None:
     shutil.rmtree(job.out / RUN, ignore_errors=True)
     write_report(job.out, summary, {"executor": executor, **job.described()})
     say(f"ends: {summary.built} built, {summary.present} there, {len(summary.failures)} failed")
+
+
+def _others(job: Job) -> list[Failure]:
+    """Failures of earlier runs, of episodes that this one, with a limit, is not about."""
+    about = {ref.id for ref in job.refs}
+    others = [failure for name, failure in failures.known(job.out).items() if name not in about]
+    there = {ref.id for ref in job.builder.episodes()} if others else set()
+    return [failure for failure in others if failure.id in there]
 
 
 def finish(
