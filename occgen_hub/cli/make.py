@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from occgen_hub.cli.command import FOLDER, Examples, no_bar, progress_bar
-from occgen_hub.cli.stopping import stop_if_asked
+from occgen_hub.cli.stopping import stop_if_asked, stopped_by
 from occgen_hub.errors import OccGenError
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def build(
     executor = executor_for(executor, workers)
     if executor == "accelerate" and not dry_run:
         if not peers():
-            return launch(workers)
+            return stopped_by(launch(workers))
         threads.limit(threads.share(peers()))  # Before numba and torch look for it.
 
     from occgen_hub.config import load_config

@@ -10,6 +10,9 @@ from occgen_hub.errors import UsageError
 
 ACCELERATE = "accelerate"
 
+QUIET = "OCCGEN_HUB_LAUNCHED"
+"""Set where this command started the process, and says itself that it was stopped."""
+
 
 def peers() -> int:
     """How many processes accelerate or torchrun started on this host; 0 if they started none."""
@@ -36,8 +39,9 @@ def executor_for(named: str | None, workers: int | None) -> str:
 def launch(count: int | None) -> int:
     """Run this very command in `count` processes on this host, and return its exit code.
 
-    As many as there are GPUs if no number is given or, without GPUs, cores. They are started by
-    torch's elastic launcher, which torchrun and accelerate's are made of.
+    That is the number of a signal below zero, if one stopped it, of which the processes leave it to
+    the caller to speak. There are as many as there are GPUs if no number is given or, without GPUs,
+    cores. They are started by torch's elastic launcher, which torchrun and accelerate's use.
     """
     import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -54,11 +58,14 @@ def launch(count: int | None) -> int:
         max_restarts=0,
         monitor_interval=0.1,
     )
+    os.environ[QUIET] = "1"
     try:
         elastic_launch(config, sys.executable)("-m", "occgen_hub", *sys.argv[1:])
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as error:
-        return 128 + int(error.sigval)
+        return -int(error.sigval)
+    finally:
+        del os.environ[QUIET]
     return 0
