@@ -370,7 +370,13 @@ def staged(place: Path, clock: Stopwatch | None = None) -> Iterator[Path]:
     trajectory whole or not there.
     """
     partial, old = _beside(place)
-    partial.mkdir(parents=True)
+    for attempt in range(4):
+        try:
+            partial.mkdir(parents=True)
+            break
+        except FileNotFoundError:  # Another process, whose episode failed, removed the scene's.
+            if attempt == 3:
+                raise
     clock = clock or Stopwatch()
     try:
         yield partial

@@ -15,7 +15,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -253,13 +253,18 @@ def run_cluster(job: Job, executor: str, resources: Resources) -> Summary | None
         last.depends = main
         last.run()
         return None
+    said = "its logs say why"
     with _ray() if executor == "ray" else nullcontext():
         for step in (main, last):
-            with suppress(Exception):  # It is in the log, and the episodes are told below.
+            try:
                 step.run()
+            except Exception as error:  # Whatever it is: the last task tells what is missing.
+                said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     done = plan.folder / "summary.json"
     if not done.exists():
-        raise OccGenError(f"{plan.folder}: the last task did not end; its logs say why.")
+        raise OccGenError(
+            f"{plan.folder}: the last task did not end ({said}); run the same build again."
+        )
     return Summary.from_json(read_json(done))
 
 

@@ -116,9 +116,7 @@ def _guarded[Result](
         )
         trace = traceback.format_exc()
     state = ""
-    with suppress(
-        Exception
-    ):  # Whatever is wrong may be wrong here as well: then it is tried again.
+    with suppress(Exception):  # What is wrong may be wrong here too: it is tried again then.
         state = builder.state(ref, settings)
     return Failure(ref.id, reason, trace, state)
 
