@@ -132,7 +132,7 @@ def many(counts: tuple[int, int] = (20, 200), frames: int = 6) -> dict[str, Any]
     return {"peak_memory_mb": {k: round(v / 1e6) for k, v in peaks.items()}, "ratio": lot / few}
 
 
-def measure(trajectories: int = 6, frames: int = 24, rounds: int = 3) -> dict[str, Any]:
+def measure(trajectories: int = 12, frames: int = 10, rounds: int = 3) -> dict[str, Any]:
     """All figures of this script."""
     print("measuring processes and threads", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
@@ -159,8 +159,8 @@ def runtime_table(figures: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trajectories", type=int, default=6)
-    parser.add_argument("--frames", type=int, default=24, help="of the first; the others differ")
+    parser.add_argument("--trajectories", type=int, default=12)
+    parser.add_argument("--frames", type=int, default=10, help="of the first; the others differ")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     runtime_table(measure(options.trajectories, options.frames, options.rounds))
