@@ -19,9 +19,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+from occgen_hub.builder import EpisodeRef
 from occgen_hub.errors import OccGenError, UsageError
-from occgen_hub.files import dump_json, parse_json, read_json, written_whole
+from occgen_hub.files import dump_json, parse_json, read_json
 from occgen_hub.runtime import failures
 from occgen_hub.runtime.loop import RUN, Job, conclude, sole_use, witness
 from occgen_hub.runtime.plan import shares
@@ -111,16 +113,27 @@ def together[Value](group: Group, work: Callable[[], Value]) -> Value:
     return value  # type: ignore[return-value]  # no error, hence a value
 
 
-def share_of(job: Job, group: Group) -> list[list[int]]:
-    """Everybody's share of the episodes, as the first process has it."""
+def agreed(job: Job, group: Group) -> list[list[str]]:
+    """Everybody's share of the episodes, by their ids, as the first process has it."""
     from accelerate.utils import broadcast_object_list
 
-    plan: list[list[list[int]] | None] = [None]
+    plan: list[list[str]] = [[] for _ in range(group.size)]
     if group.rank == 0:
-        plan = [shares([job.builder.work(ref) for ref in job.refs], group.size)]
+        taken = shares([job.builder.work(ref) for ref in job.refs], group.size)
+        plan = [[job.refs[number].id for number in numbers] for numbers in taken]
     broadcast_object_list(plan)
-    assert plan[0] is not None
-    return plan[0]
+    return plan
+
+
+def _own(job: Job, names: list[str]) -> list[EpisodeRef]:
+    """A share, as this process sees the source."""
+    there = {ref.id: ref for ref in job.refs}
+    if missing := [name for name in names if name not in there]:
+        raise OccGenError(
+            f"{job.builder.root}: the processes do not see the same episodes ({missing[0]}); "
+            "give all hosts the same source, and do not change it while a build begins."
+        )
+    return [there[name] for name in names]
 
 
 def run_shared(
@@ -143,8 +156,8 @@ def run_shared(
         broadcast_object_list(name)
         place, failed = job.out / RUN / name[0], failures.known(job.out)
         together(group, lambda: _made(place))
-        plan = share_of(job, group)
-        refs = [job.refs[number] for number in plan[group.rank]]
+        plan = agreed(job, group)
+        refs = together(group, lambda: _own(job, plan[group.rank]))
         say(
             f"begins: {len(refs)} of {len(job.refs)} episodes, process {group.rank}, {group.device}"
         )
@@ -158,7 +171,7 @@ def run_shared(
             for rank in range(1, group.size if group.rank == 0 else 1):
                 summary.merge(_awaited(place / f"{rank}.json"))
         if group.rank:
-            _say(place / f"{group.rank}.json", dump_json(summary.to_json()))
+            _say(place / f"{group.rank}.json", summary.to_json())
             return None
         conclude(job, summary, group.size, "accelerate")
         return summary
@@ -182,9 +195,11 @@ def _made(folder: Path) -> None:
         ) from error
 
 
-def _say(path: Path, text: str) -> None:
-    with written_whole(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+def _say(path: Path, value: dict[str, Any]) -> None:
+    """Put a file where others look for it, whole; it need not outlast the run."""
+    partial = path.with_suffix(f"{path.suffix}.partial")
+    partial.write_text(dump_json(value), encoding="utf-8")
+    partial.replace(path)
 
 
 def _awaited(path: Path) -> Summary:
@@ -205,10 +220,7 @@ def _watched(place: Path, group: Group, show: Callable[[Tally], None]) -> Iterat
 
     def tell() -> None:
         with suppress(OSError):  # How far it is matters less than that it goes on.
-            path = place / f"{group.rank}.tally"
-            partial = path.with_suffix(".partial")
-            partial.write_text(dump_json(asdict(tally)))
-            partial.replace(path)
+            _say(place / f"{group.rank}.tally", asdict(tally))
         if group.local_rank == 0:
             whole = Tally()
             for rank in group.local_ranks:
