@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from occgen_hub.builder import DatasetBuilder, EpisodeRef
 from occgen_hub.episode import Column, Episode, MediaFile, Note, Task
-from occgen_hub.errors import SourceError
+from occgen_hub.errors import OccGenError, SourceError
 from occgen_hub.files import opened, parse_json, read_json, read_jsonl, read_parquet
 from occgen_hub.geometry.camera import intrinsics_problem, scale_intrinsics
 from occgen_hub.geometry.ply import check_ply
@@ -32,6 +33,7 @@ from occgen_hub.media import (
     image_size,
     read_depth,
     read_rgb,
+    stated_pixels,
     video_facts,
 )
 from occgen_hub.schema import Feature, feature_of, load_schema
@@ -100,6 +102,16 @@ class InternNavBuilder(DatasetBuilder):
         """Whether there is a depth image."""
         folders = ref.path.glob("videos/chunk-*/observation.images.depth")
         return any(path.suffix == ".png" for folder in folders for path in folder.iterdir())
+
+    def work(self, ref: EpisodeRef) -> float:
+        """Its images times the pixels of the first or, without images, those of its video."""
+        try:
+            files = _locate(ref)
+            if images := [*files.rgb.values()] or [*files.depth.values()]:
+                return float(len(images) * prod(image_size(images[0])))
+            return 0.0 if files.video is None else stated_pixels(files.video)
+        except OccGenError:
+            return 0.0
 
     def sources(self, ref: EpisodeRef) -> list[Path]:
         """The tables, images and videos of one episode."""

@@ -13,6 +13,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,14 @@ from numpy.typing import NDArray
 
 from occgen_hub.builder import DatasetBuilder, EpisodeRef
 from occgen_hub.episode import Episode, MediaFile, Note, Task
-from occgen_hub.errors import SourceError, UsageError
+from occgen_hub.errors import OccGenError, SourceError, UsageError
 from occgen_hub.files import MAX_TABLE_ROWS, opened
 from occgen_hub.media import (
     VideoReader,
     VideoSurvey,
     picture_facts,
     read_picture,
+    stated_pixels,
     survey_video,
 )
 
@@ -68,6 +70,7 @@ class VideoBuilder(DatasetBuilder):
 
     name = "video"
     takes_file = True
+    knows = ()
 
     def episodes(self) -> Iterator[EpisodeRef]:
         """Every video and every folder of images, sorted by id; raises UsageError if there is none.
@@ -83,6 +86,16 @@ class VideoBuilder(DatasetBuilder):
             )
         for name, path in sorted(_named(self.root, found).items()):
             yield EpisodeRef(f"{GROUP}/{name}/{TRAJECTORY}", path)
+
+    def work(self, ref: EpisodeRef) -> float:
+        """Frames times pixels, as the video's header or the first image's has it."""
+        try:
+            if not ref.path.is_dir():
+                return stated_pixels(ref.path)
+            images = _images(ref.path)
+            return float(len(images) * prod(picture_facts(images[0]).size))
+        except OccGenError:
+            return 0.0
 
     def sources(self, ref: EpisodeRef) -> list[Path]:
         """The video, or the images in the order of their numbers."""

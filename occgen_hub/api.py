@@ -10,7 +10,6 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from occgen_hub.builder import Settings, load_builder
 from occgen_hub.config import Config
 from occgen_hub.engines import AUTO
 from occgen_hub.errors import DatasetError, UsageError
@@ -18,7 +17,8 @@ from occgen_hub.lerobot.writer import Media
 from occgen_hub.loading import REBUILD, Trajectory
 from occgen_hub.occupancy.codec import unpack
 from occgen_hub.occupancy.grid import Grid
-from occgen_hub.runtime.loop import Summary, check_places, choose_engine, list_episodes, run
+from occgen_hub.runtime.loop import open_job, run_job
+from occgen_hub.runtime.results import Summary
 
 
 def build(
@@ -34,6 +34,7 @@ def build(
     workers: int = 1,
     limit: int | None = None,
     overwrite: bool = False,
+    retry_failed: bool = False,
     parquet_occupancy: bool = True,
 ) -> Summary:
     """Build an occupancy dataset from a source, as `occgen-hub build` does.
@@ -51,16 +52,21 @@ def build(
         raise UsageError(f"media is {media!r}; give one of {', '.join(get_args(Media))}.")
     if workers < 1 or (limit is not None and limit < 1):
         raise UsageError("workers and limit must be 1 or more.")
-    config, root, out = config or Config(), Path(root), Path(out)
-    check_places(root, out)
-    builder = load_builder(source, root)
-    refs = list_episodes(builder, limit)
-    chosen = choose_engine(
-        builder, refs, engine, None if weights is None else Path(weights), device
+    job = open_job(
+        source,
+        Path(root),
+        Path(out),
+        engine=engine,
+        weights=None if weights is None else Path(weights),
+        device=device,
+        config=config,
+        media=media,
+        limit=limit,
+        overwrite=overwrite,
+        retry_failed=retry_failed,
+        parquet_occupancy=parquet_occupancy,
     )
-    chosen.check(config)
-    settings = Settings(config, chosen, media, overwrite)
-    return run(builder, refs, out, settings, workers, parquet_occupancy=parquet_occupancy)
+    return run_job(job, workers)
 
 
 def push(

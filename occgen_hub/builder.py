@@ -8,23 +8,24 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
 
-from occgen_hub.config import Config
+from occgen_hub.config import Condition, Config
 from occgen_hub.engines import AUTO, Auto, Engine
 from occgen_hub.episode import Episode, Note, Scene
-from occgen_hub.errors import SourceError, UsageError
-from occgen_hub.files import read_json, sha256
+from occgen_hub.errors import OccGenError, SourceError, UsageError
+from occgen_hub.files import dump_json, flush, flush_tree, read_json, sha256
 from occgen_hub.lerobot.writer import Media, Provenance, TrajectoryWriter
-from occgen_hub.occupancy.bricks import into_bricks
+from occgen_hub.occupancy.frames import observe_each
 from occgen_hub.occupancy.grid import Grid
-from occgen_hub.occupancy.visibility import FrameOccupancy, observe
+from occgen_hub.occupancy.visibility import FrameOccupancy
 from occgen_hub.scene import settle
 from occgen_hub.schema import Schema, load_schema
 
@@ -46,12 +47,16 @@ class EpisodeRef:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to build: the configuration, the engine, the media."""
+    """How to build: the configuration, the engine, the media.
+
+    overwrite: build also what is there; retry_failed: also what failed before and is unchanged.
+    """
 
     config: Config = field(default_factory=lambda: Config())
     engine: Engine = field(default_factory=Auto)
     media: Media = "copy"
     overwrite: bool = False
+    retry_failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,17 +70,41 @@ class Built:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+class ChangedError(SourceError):
+    """A file of the source changed while it was read; the next run finds it as it is then."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """An episode that is read and reconstructed, and has yet to be written.
+
+    stamps: of its sources before they were read; reason: why it is built, "is not there" if so;
+    clock: the seconds spent on it.
+    """
+
+    ref: EpisodeRef
+    episode: Episode
+    scene: Scene
+    provenance: Provenance
+    sources: list[Path]
+    stamps: list[tuple[int, int]]
+    reason: str | None
+    clock: Stopwatch
+
+
 class DatasetBuilder(ABC):
     """A source of episodes. A subclass says its name, lists episodes and reads one.
 
     schema: what it writes; engine: the name of the one that suits it when the user names none;
-    takes_file: whether `root` may be a file.
+    takes_file: whether `root` may be a file; knows: what `--condition` may ask of every episode,
+    besides depth, which `has_depth` tells.
     """
 
     name: ClassVar[str]
     schema: ClassVar[str] = "trajectory"
     engine: ClassVar[str] = AUTO
     takes_file: ClassVar[bool] = False
+    knows: ClassVar[tuple[Condition, ...]] = ("intrinsics", "poses")
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -96,6 +125,17 @@ class DatasetBuilder(ABC):
         """Whether an episode has sensor depth; looked up quickly, nothing decoded."""
         return False
 
+    def work(self, ref: EpisodeRef) -> float:
+        """About how much work an episode is, next to others: its frames times their pixels.
+
+        A guess from headers, for sharing episodes out; nothing is decoded, and what cannot be read
+        is no work. Here it is the bytes of its files.
+        """
+        try:
+            return float(sum(path.stat().st_size for path in self.sources(ref)))
+        except (OccGenError, OSError):
+            return 0.0
+
     def provenance(self, engine: Engine, settings: Settings) -> Provenance:
         """What is recorded of how an episode was built."""
         return Provenance(self.name, engine.name, engine.weights(), settings.config, settings.media)
@@ -108,9 +148,18 @@ class DatasetBuilder(ABC):
         The trajectory is written aside and moved into place when whole. Raises OccGenError; then
         nothing is left under the final name that was not there before.
         """
+        found = self.find(ref, out, settings, progress)
+        return found if isinstance(found, Built) else self.write(found, out, progress)
+
+    def find(
+        self, ref: EpisodeRef, out: Path, settings: Settings, progress: Progress = lambda *_: None
+    ) -> Found | Built:
+        """The first half of `build`: read an episode and reconstruct it, unless it is there.
+
+        It may run in another thread than `write`, which writes the episode before it meanwhile.
+        """
         place = out / ref.id
         clear_leftovers(place)
-        schema = load_schema(self.schema)
         engine = settings.engine.for_episode(ref.id, has_depth=self.has_depth(ref))
         provenance = self.provenance(engine, settings)
         reason = None
@@ -122,7 +171,7 @@ class DatasetBuilder(ABC):
 
         clock = Stopwatch()
         sources = self.sources(ref)
-        before = _stamps(sources)
+        stamps = _stamps(sources)
         with clock("read"):
             episode = self.read(ref)
         with clock("reconstruct"):
@@ -130,15 +179,41 @@ class DatasetBuilder(ABC):
                 episode, settings.config, lambda frames: progress("reconstructed", frames)
             )
             scene = settle(episode, found, settings.config)
-        with staged(place) as folder:
-            _write(folder, schema, episode, scene, provenance, clock, progress)
-            if _stamps(sources) != before:
-                raise SourceError(ref.path, "changed while it was read", "run the build again")
-            _remember(folder, _newest(sources))
-        notes = (*episode.notes, *scene.notes)
-        if reason not in (None, "is not there"):
-            notes = (Note("built again", f"what was there {reason}: built again"), *notes)
+        return Found(ref, episode, scene, provenance, sources, stamps, reason, clock)
+
+    def write(self, found: Found, out: Path, progress: Progress = lambda *_: None) -> Built:
+        """The second half of `build`: occupancy, visibility, and every file."""
+        ref, episode, clock = found.ref, found.episode, found.clock
+        schema = load_schema(self.schema)
+        with staged(out / ref.id, clock) as folder:
+            _write(folder, schema, episode, found.scene, found.provenance, clock, progress)
+            if _stamps(found.sources) != found.stamps:
+                raise ChangedError(ref.path, "changed while it was read", "run the build again")
+            _remember(folder, _newest(found.sources))
+        notes = (*episode.notes, *found.scene.notes)
+        if found.reason not in (None, "is not there"):
+            notes = (Note("built again", f"what was there {found.reason}: built again"), *notes)
         return Built(ref.id, "built", episode.length, notes, clock.seconds)
+
+    def state(self, ref: EpisodeRef, settings: Settings) -> str:
+        """What an episode would be built from, as a SHA-256: its files, the settings, our version.
+
+        Of the files it takes names, sizes and times of change: whatever happens to one, also to its
+        permissions, changes it, and nothing is read. Where there is nothing to build from, why not.
+        """
+        try:
+            engine = settings.engine.for_episode(ref.id, has_depth=self.has_depth(ref))
+            schema, sources = load_schema(self.schema), self.sources(ref)
+            stats = [(path, path.stat()) for path in sources]
+            files: list[object] = [
+                [os.path.relpath(path, ref.path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+                for path, stat in stats
+            ]
+            given = self.provenance(engine, settings).record(schema, ref.id, "")
+        except (OccGenError, OSError) as error:
+            files, given = [str(error)], {"config": settings.config.model_dump(mode="json")}
+        said = dump_json([version("occgen-hub"), given, files])
+        return hashlib.sha256(said.encode()).hexdigest()
 
     def fingerprint(self, sources: Iterable[Path]) -> str:
         """SHA-256 over the names and contents of files, in their order.
@@ -229,6 +304,11 @@ class Stopwatch:
             if self._within:
                 self._within[-1] += elapsed
 
+    def add(self, other: Stopwatch) -> None:
+        """Count what another thread timed, beside this one's."""
+        for stage, spent in other.seconds.items():
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+
 
 def _write(
     folder: Path,
@@ -241,15 +321,23 @@ def _write(
 ) -> None:
     grid = Grid.of(provenance.config)
     writer = TrajectoryWriter(folder, schema, episode, grid)
-    with clock("write occupancy"):
-        writer.write_occupancy(frames_occupancy(episode, scene, grid, clock, progress))
-    with clock("write scene"):
-        writer.write_scene(scene, provenance.config)
-        writer.write_tables(scene)
+    beside = Stopwatch()
+    with ThreadPoolExecutor(1) as pool:  # So that cores have work where the other has none.
+        tables = pool.submit(_write_scene, writer, scene, provenance.config, beside)
+        with clock("write occupancy"):
+            writer.write_occupancy(frames_occupancy(episode, scene, grid, clock, progress))
+        tables.result()
+    clock.add(beside)
     with clock("write media"):
         writer.write_media(provenance.media)
     with clock("checksums"):
         writer.finish(provenance, scene)
+
+
+def _write_scene(writer: TrajectoryWriter, scene: Scene, config: Config, clock: Stopwatch) -> None:
+    with clock("write scene"):
+        writer.write_scene(scene, config)
+        writer.write_tables(scene)
 
 
 def frames_occupancy(
@@ -260,22 +348,23 @@ def frames_occupancy(
     progress: Progress = lambda *_: None,
 ) -> Iterator[FrameOccupancy]:
     """Occupancy and visibility of each frame of an episode, in order."""
-    with clock("occupancy"):
-        cloud = into_bricks(scene.cloud.points)
-        state = np.empty(grid.cells, np.uint8)
-    for t in range(episode.length):
-        with clock("occupancy"):
-            frame = observe(
-                grid,
-                cloud,
-                scene.world_from_camera[t],
-                # As they will be written, so that a reader who traces the same rays sees the same.
-                scene.intrinsics[t].astype(np.float32).astype(np.float64),
-                episode.image_size,
-                state,
-            )
+    frames = observe_each(
+        grid,
+        scene.cloud.points,
+        scene.world_from_camera,
+        # As they will be written, so that a reader who traces the same rays sees the same.
+        scene.intrinsics.astype(np.float32).astype(np.float64),
+        episode.image_size,
+    )
+    while (frame := _next(frames, clock)) is not None:
         yield frame
         progress("built", 1)
+
+
+def _next(frames: Iterator[FrameOccupancy], clock: Stopwatch) -> FrameOccupancy | None:
+    """The next frame, the wait for it counted as occupancy."""
+    with clock("occupancy"):
+        return next(frames, None)
 
 
 def clear_leftovers(place: Path) -> None:
@@ -288,15 +377,30 @@ def clear_leftovers(place: Path) -> None:
 
 
 @contextmanager
-def staged(place: Path) -> Iterator[Path]:
-    """An empty folder beside `place` that takes its place when the block ends well."""
+def staged(place: Path, clock: Stopwatch | None = None) -> Iterator[Path]:
+    """An empty folder beside `place` that takes its place when the block ends well.
+
+    By then all in it is on disk, and so are the folders that lead to it: a power cut leaves the
+    trajectory whole or not there.
+    """
     partial, old = _beside(place)
-    partial.mkdir(parents=True)
+    for attempt in range(4):
+        try:
+            partial.mkdir(parents=True)
+            break
+        except FileNotFoundError:  # Another process, whose episode failed, removed the scene's.
+            if attempt == 3:
+                raise
+    clock = clock or Stopwatch()
     try:
         yield partial
+        with clock("flush"):
+            flush_tree(partial)
         if place.exists():
             place.rename(old)
         partial.rename(place)
+        with clock("flush"):
+            flush(place.parents[:3])
     except BaseException:
         clear_leftovers(place)
         with suppress(OSError):  # Folders made for this trajectory alone go with it.

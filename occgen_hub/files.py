@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -23,6 +25,9 @@ MAX_DOCUMENT_BYTES = 64 << 20
 
 MAX_DEPTH = 64
 """Levels of a JSON document; ours and the sources' have seven."""
+
+_FLUSHES = 16
+"""Files that are waited for at once."""
 
 MAX_TABLE_BYTES = 1 << 28
 MAX_TABLE_ROWS = 1 << 20
@@ -198,13 +203,44 @@ def files_under(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to, and moves it there when the block ends well."""
+    """Gives a path beside `path` to write to, and moves it there when the block ends well.
+
+    By then it is on disk, so that not even a power cut leaves half a file under its name.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
+        flush([partial])
         partial.replace(path)
+        flush([path.parent])
     finally:
         partial.unlink(missing_ok=True)
+
+
+def flush(paths: Iterable[Path]) -> None:
+    """Wait until files, or the entries of folders, are on disk. Raises OSError where they fail."""
+    # All at once: file systems write their journals once for many that wait.
+    with ThreadPoolExecutor(_FLUSHES) as pool:
+        for _ in pool.map(_flush, paths):
+            pass
+
+
+def flush_tree(folder: Path) -> None:
+    """Wait until a folder is on disk, with all that is in it."""
+    paths = [Path(parent, name) for parent, _, names in os.walk(folder) for name in names]
+    flush(paths)
+    flush(Path(parent) for parent, _, _ in os.walk(folder))
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # A file system that knows of none.
+            raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(handle)
 
 
 def dump_json(value: Any, *, indent: int | None = None) -> str:

@@ -18,7 +18,8 @@ from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.lerobot.exported import FOLDERS, exported
 from occgen_hub.lerobot.v30 import CODEBASE
 from occgen_hub.loading import Trajectory, trajectories
-from occgen_hub.runtime.loop import FAILURES
+from occgen_hub.runtime.failures import FAILURES
+from occgen_hub.runtime.report import REPORT
 from occgen_hub.shards import FOLDER
 from occgen_hub.validation import validate
 
@@ -31,8 +32,9 @@ MAX_ENTRIES = 10_000
 MAX_BYTES = 20 * 10**9
 """What the Hub recommends at most: files in a repository, entries in a folder, bytes of a file."""
 
-LEFT_OUT = (".*", "*/.*", FAILURES)
-"""What stays here: hidden files and folders, and the list of failures with this machine's paths."""
+LEFT_OUT = (".*", "*/.*", FAILURES, REPORT)
+"""What stays here: hidden files and folders, and what a run says of itself, with this machine's
+paths."""
 
 TITLE = "Upload dataset with OccGen Hub"
 MAIN = "main"

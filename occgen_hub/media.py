@@ -221,6 +221,17 @@ def video_facts(path: Path) -> VideoFacts:
     return VideoFacts(size, float(rate) if rate else 0.0, frames)
 
 
+def stated_pixels(path: Path) -> float:
+    """Pixels of all frames of a video, as its header has it: a guess. Raises SourceError."""
+    with _video(path) as container:
+        stream = _stream(container)
+        frames = float(stream.frames)
+        if not frames and container.duration and stream.average_rate:
+            frames = container.duration / 1e6 * float(stream.average_rate)
+        pixels = stream.width * stream.height
+    return min(max(frames, 1.0), 1e9) * pixels
+
+
 @dataclass(frozen=True)
 class VideoSurvey(VideoFacts):
     """Facts of the frames that the decoder really gives, each of them looked at.

@@ -1,11 +1,16 @@
-"""Doing the next few items in threads while the present one is used."""
+"""Doing the next few items in threads while the present one is used, and the last few after it."""
 
 from __future__ import annotations
 
 import os
+import queue
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+_END = object()
 
 
 def own_threads() -> int:
@@ -32,3 +37,43 @@ def ahead[Item, Result](work: Callable[[Item], Result], items: Iterable[Item]) -
         finally:
             for future in pending:
                 future.cancel()
+
+
+@contextmanager
+def behind[Item](
+    work: Callable[[Item], object], depth: int = 4
+) -> Iterator[Callable[[Item], None]]:
+    """A function that hands items to `work`, done in order in a thread, at most `depth` waiting.
+
+    For work that lets go of the interpreter, as compressing does. When the block ends, all is done.
+    An error of `work` comes out of the next call, or of the end of the block.
+    """
+    waiting: queue.Queue[object] = queue.Queue(depth)
+    errors: list[BaseException] = []
+
+    def take() -> None:
+        while (item := waiting.get()) is not _END:
+            if errors:
+                continue  # Whoever hands items on must never wait for ever.
+            try:
+                work(item)  # type: ignore[arg-type]  # _END apart, only Items are put in
+            except BaseException as error:
+                errors.append(error)
+
+    def hand(item: Item) -> None:
+        if errors:
+            raise errors[0]
+        waiting.put(item)
+
+    thread = threading.Thread(target=take, daemon=True)
+    thread.start()
+    try:
+        yield hand
+    except BaseException:
+        errors.append(InterruptedError())  # What waits is not worth doing any more.
+        raise
+    finally:
+        waiting.put(_END)
+        thread.join()
+    if errors:
+        raise errors[0]

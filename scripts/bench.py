@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import bench_runtime
 import numba
 import numpy as np
 from bench_loading import loading, loading_table
@@ -201,8 +202,10 @@ def main() -> int:
         }
         if options.views:
             report["networks"] = networks(options.views)
+    report["runtime"] = bench_runtime.measure()
     table(report)
     network_table(report.get("networks", []))
+    bench_runtime.runtime_table(report["runtime"])
     options.json.write_text(json.dumps(report, indent=1) + "\n")
     print(f"\nfigures: {options.json}")
     return 0

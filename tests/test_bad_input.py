@@ -1,17 +1,26 @@
-"""Bad input: each mistake gives one sentence that names the file, and the rest is built."""
+"""Bad input: each mistake gives one sentence that names the file, and the rest is built.
+
+The rows are in tables by what becomes of them: `FAILS` (the episode is named and skipped, the other
+is built), `SURVIVES` (built, with a word), `TAMPERED` (a built dataset, refused by `validate`),
+`BAD_WEIGHTS` and `CONFIGS` (a wrong command). `HOSTILE`, further down, says for every kind of file
+that is read which rows are made to do harm. Every row is held to `SECONDS` and `MEGABYTES`.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -43,6 +52,9 @@ K = "observation.camera_intrinsic"
 
 Break = Callable[[Path], object]
 
+SECONDS, MEGABYTES = 30, 500
+"""What a command may take on bad input, beyond what the process had before it."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -51,6 +63,22 @@ class Run:
     code: int
     out: str
     err: str
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Fail if the block takes too long or too much memory."""
+    Path("/proc/self/clear_refs").write_text("5")  # The peak begins again from here.
+    before, start = memory("VmRSS"), time.perf_counter()
+    yield
+    assert time.perf_counter() - start < SECONDS
+    assert memory("VmHWM") - before < MEGABYTES << 10
+
+
+def memory(which: str) -> int:
+    """Of this process, in kB: VmRSS now, VmHWM at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(which))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +110,7 @@ def hub(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     def run(*args: Any) -> Run:
         monkeypatch.setattr(sys, "argv", ["occgen-hub", *map(str, args)])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
+        with bounded(), pytest.raises(SystemExit) as ended:
             cli.main()
         out, err = capsys.readouterr()
         assert "Traceback" not in out + err
@@ -199,6 +227,20 @@ def jpeg_claiming(width: int, height: int) -> bytes:
     )
 
 
+def mp4_claiming(frames: int) -> Break:
+    """The images gone, and a video whose tables speak of so many frames and so long a time."""
+
+    def apply(folder: Path) -> None:
+        shutil.rmtree(folder / RGB)
+        content = bytearray((folder / VIDEO).read_bytes())
+        for box, place in ((b"stsz", 12), (b"stts", 12), (b"mdhd", 20), (b"mvhd", 20)):
+            start = content.index(box) + place
+            content[start : start + 4] = struct.pack(">I", frames)
+        (folder / VIDEO).write_bytes(content)
+
+    return apply
+
+
 def renamed(folder: str, names: dict[str, str]) -> Break:
     def apply(trajectory: Path) -> None:
         for old, new in names.items():
@@ -256,6 +298,11 @@ FAILS: dict[str, tuple[Break, str]] = {
         for path in (f"{RGB}/1.jpg", f"{DEPTH}/0.png", PARQUET, INFO, TASKS)
         for k, v in devices(path).items()
     },
+    "jpeg is a link out of the tree": (
+        lambda t: ((t / RGB / "1.jpg").unlink(), (t / RGB / "1.jpg").symlink_to("/etc/passwd")),
+        f"{RGB}/1.jpg",
+    ),
+    "video tables speak of two billion frames": (mp4_claiming((1 << 31) - 1), VIDEO),
     "jpeg is text": (text(f"{RGB}/1.jpg", "hello"), f"{RGB}/1.jpg"),
     "jpeg claims 65500 x 65500": (
         lambda t: (t / RGB / "1.jpg").write_bytes(jpeg_claiming(65500, 65500)),
@@ -389,7 +436,7 @@ def test_one_sentence_and_nothing_half_written(
 
     assert ended.code == 1
     reason = only_failure(out)
-    assert f"failed  {BAD}: {reason}\n" in ended.err
+    assert f"failed  {BAD}: {reason.removeprefix(f'{BAD}: ')}\n" in ended.err
     assert named in reason
     assert BAD in reason
     assert_sentence(reason)
@@ -399,7 +446,7 @@ def test_one_sentence_and_nothing_half_written(
 
 def only_failure(out: Path) -> str:
     (row,) = (json.loads(line) for line in (out / "failures.jsonl").read_text().splitlines())
-    assert set(row) == {"episode", "reason"}
+    assert set(row) == {"episode", "reason", "state"}
     assert row["episode"] == BAD
     return str(row["reason"])
 
@@ -460,6 +507,9 @@ SURVIVES: dict[str, tuple[Break, str]] = {
         text(CLOUD, "ply\nformat binary_little_endian 1.0\nelement vertex 1000000000000\n"
              "property float x\nproperty float y\nproperty float z\nend_header\n"),
         "path.ply is shorter than its",
+    ),
+    "paths that lead out of the tree": (
+        info(data_path="../../../../etc/passwd", video_path="/etc/passwd", path="/dev/zero"), ""
     ),
     "features are a list": (info(features=[1, 2]), ""),
     "features are numbers": (info(features={"action": 3}), ""),
@@ -616,7 +666,9 @@ def test_what_was_built_before_stays_when_its_source_breaks(
 
 
 def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a dataset, without what the last run says of itself."""
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    paths = (path for path in paths if not {"report.json", ".logs"} & set(path.parts))
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
@@ -736,6 +788,42 @@ def test_wrong_configuration(
     path, content = tmp_path / "config.yaml", CONFIGS[name]
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     ended = hub("build", "--input", tree, "--output", tmp_path / "out", "--config", path)
+    assert_refused(ended, tmp_path / "out")
+    assert str(path) in ended.err
+
+
+def safetensors(header: bytes, length: int | None = None, data: bytes = bytes(64)) -> bytes:
+    """A file whose first eight bytes say how long its header is, as the format has it."""
+    return struct.pack("<Q", len(header) if length is None else length) + header + data
+
+
+def tensor(**values: Any) -> bytes:
+    row = {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]} | values
+    return safetensors(json.dumps({"weight": row}).encode())
+
+
+BAD_WEIGHTS: dict[str, bytes] = {
+    "empty": b"",
+    "text": b"hello",
+    "random bytes": os.urandom(9999),
+    "a pickle": pickle.dumps({"weight": [0.0] * 16}),
+    "a header of a yottabyte": safetensors(b"{}", length=1 << 63),
+    "a header longer than the file": safetensors(b"{}", length=1 << 20),
+    "a header nested deeply": safetensors(b'{"a":' * 100_000),
+    "a header with NaN": safetensors(b'{"weight": NaN}'),
+    "a tensor of a terabyte": tensor(shape=[1 << 38], data_offsets=[0, 1 << 40]),
+    "a tensor outside the file": tensor(data_offsets=[1 << 30, (1 << 30) + 64]),
+    "a tensor below zero": tensor(shape=[-4, -4]),
+    "a tensor of no known type": tensor(dtype="object"),
+    "another network's tensor": tensor(),
+}
+
+
+@pytest.mark.parametrize("name", BAD_WEIGHTS)
+def test_weights_that_are_none(name: str, tmp_path: Path, hub: Callable[..., Run]) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(BAD_WEIGHTS[name])
+    ended = hub("weights", "check", "pi3", "--weights", path)
     assert_refused(ended, tmp_path / "out")
     assert str(path) in ended.err
 
@@ -938,6 +1026,7 @@ TAMPERED: dict[str, tuple[Break, str]] = {
             "matrix of no width": (1 << 50, 0), "number": (),
         }.items()
     },
+    "a zip bomb": (trusting(arrays(OCC, data=np.zeros(1 << 27, np.uint8))), OCC),
     "visible cells as floats": (arrays(OCC, indices=[0.5]), OCC),
     "visible cells as words": (arrays(OCC, data=["a"]), OCC),
     "row ends unsigned and falling": (
@@ -1043,7 +1132,8 @@ def test_tampering_is_found_and_never_raises(
     make_bad, named = TAMPERED[name]
     make_bad(copy)
 
-    report = validate(copy.parent)
+    with bounded():
+        report = validate(copy.parent)
 
     if name in ("a link to outside",):
         return
@@ -1083,3 +1173,58 @@ def test_no_dataset_there(what: str, tmp_path: Path, hub: Callable[..., Run]) ->
         place.write_text("x")
     assert hub("validate", place).code == 1
     assert hub("inspect", place).code == 2
+
+
+# A survey of what is made to do harm
+
+HOSTILE: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "parquet": (FAILS, (
+        "parquet of two million rows", "parquet that unpacks to gigabytes",
+        "parquet with one column twice", "episode_000000.parquet an endless device",
+        "action is words", "nan pose", "infinite pose", "fx is nan", "fx is infinite",
+    )),
+    "json": (FAILS, (
+        "info.json nested deeply", "info.json with a number of many digits", "info.json with NaN",
+        "info.json with a number beyond float64", "info.json of more than 64 MB",
+        "info.json a pipe", "info.json an endless device",
+    )),
+    "json that is survived": (SURVIVES, (
+        "paths that lead out of the tree", "fps of 4000 digits", "features by the thousand",
+    )),
+    "jsonl": (FAILS, ("NaN in a line", "invalid utf-8", "a bad line", "tasks.jsonl a pipe")),
+    "jpeg": (FAILS, (
+        "jpeg claims 65500 x 65500", "first jpeg claims 9000 x 9000",
+        "jpeg is a postscript file", "jpeg is a link out of the tree", "1.jpg an endless device",
+    )),
+    "png": (FAILS, (
+        "depth claims 100000 x 100000", "depth claims no pixels", "depth has too little data",
+    )),
+    "mp4": (FAILS, (
+        "video tables speak of two billion frames", "images missing and the video is a playlist",
+    )),
+    "ply": (SURVIVES, ("cloud claims a trillion vertices",)),
+    "links": (SURVIVES, ("trajectory behind a link, and a circle of links",)),
+    "npz": (TAMPERED, (
+        "pickled array", "pickled visible cells", "pickled mask", "a zip bomb",
+        "occ_sequence.npz claims a terabyte in indices",
+        "mask_sequence.npz claims a yottabyte in data", "visible cells outside the grid",
+    )),
+    "the record of a dataset": (TAMPERED, (
+        "record of files outside", "record nested deeply", "a giant grid", "giant images",
+        "a link to outside",
+    )),
+    "safetensors": (BAD_WEIGHTS, (
+        "a pickle", "a header of a yottabyte", "a header nested deeply", "a tensor of a terabyte",
+        "a tensor outside the file",
+    )),
+    "yaml": (CONFIGS, (
+        "a yaml bomb", "a circle", "a python object", "nested deeply", "base 60", "not a number",
+        "an endless grid",
+    )),
+}  # fmt: skip
+
+
+def test_the_survey_names_rows_that_are_there() -> None:
+    for kind, (table, names) in HOSTILE.items():
+        assert set(names) <= set(table), kind
+    assert sum(len(names) for _, names in HOSTILE.values()) >= 40

@@ -75,7 +75,7 @@ def test_the_hub_reads_its_front_matter(dataset):
 
 def test_its_files_are_no_strays(dataset):
     assert sorted(p.name for p in dataset.iterdir()) == [
-        "README.md", "occupancy", "preview.png", "sample_zed",
+        ".logs", "README.md", "occupancy", "preview.png", "report.json", "sample_zed",
     ]  # fmt: skip
     assert validate(dataset).findings == ()
 

@@ -95,6 +95,7 @@ def refused(result, code, *words):
 
 def test_a_push_sends_what_is_there_once_and_tags_it(hub, desk, folder):
     (folder / "failures.jsonl").write_text("{}\n")
+    assert (folder / "report.json").exists()
     (folder / ".cache").mkdir()
     (folder / ".cache" / "notes").write_text("mine")
     result = desk.push(folder, "--private")
@@ -104,7 +105,7 @@ def test_a_push_sends_what_is_there_once_and_tags_it(hub, desk, folder):
     assert repository.private
     assert held(hub) == local(folder)
     assert "README.md" in held(hub)
-    assert not {"failures.jsonl", ".cache/notes"} & set(held(hub))
+    assert not {"failures.jsonl", "report.json", ".cache/notes", ".logs/build.log"} & set(held(hub))
     assert repository.tags == {"v2.1": repository.refs["main"][-1]}
     assert repository.messages[-1] == "Upload dataset with OccGen Hub"
     assert not result.stderr

@@ -20,7 +20,8 @@ from occgen_hub.episode import Episode
 from occgen_hub.errors import OccGenError, SourceError
 from occgen_hub.loading import Trajectory
 from occgen_hub.media import write_video
-from occgen_hub.runtime.loop import Summary, list_episodes, run
+from occgen_hub.runtime.loop import list_episodes, run
+from occgen_hub.runtime.results import Summary
 from occgen_hub.sample import make_sample
 from occgen_hub.validation import validate
 

@@ -12,6 +12,7 @@ import click
 from occgen_hub.cli import look, make, publish, weights
 from occgen_hub.cli.stopping import STOPS, Stopped, received, stop_at_once, stop_in_order
 from occgen_hub.errors import OccGenError
+from occgen_hub.runtime.launch import QUIET
 
 __all__ = ["STOPS", "cli", "main"]
 
@@ -48,9 +49,10 @@ def main() -> None:
         click.echo(f"Error: {error}", err=True)
         sys.exit(error.exit_code)
     except (Stopped, click.Abort, KeyboardInterrupt):
-        click.echo(
-            "Stopped. What was finished stays; the same command goes on from there.", err=True
-        )
+        if QUIET not in os.environ:
+            click.echo(
+                "Stopped. What was finished stays; the same command goes on from there.", err=True
+            )
         sys.exit(128 + (received[0] if received else signal.SIGINT))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from occgen_hub.cli.command import FOLDER, Examples, no_bar, progress_bar
-from occgen_hub.cli.stopping import stop_if_asked
+from occgen_hub.cli.stopping import stop_if_asked, stopped_by
 from occgen_hub.errors import OccGenError
 
 if TYPE_CHECKING:
-    from occgen_hub.builder import DatasetBuilder, EpisodeRef, Settings, Stage
-    from occgen_hub.runtime.loop import Result, Summary
+    from occgen_hub.builder import EpisodeRef
+    from occgen_hub.runtime.cluster import Resources
+    from occgen_hub.runtime.loop import Job
+    from occgen_hub.runtime.results import Failure, Result, Summary, Tally
 
 
 @click.command(cls=Examples, example="occgen-hub sample rooms --trajectories 4 --frames 30")
@@ -87,9 +91,16 @@ def sample(out: Path, trajectories: int, frames: int, seed: int, layout: Any, fa
     help="What to do with the source's images and videos: link makes hard links.",
 )
 @click.option(
-    "--workers", type=click.IntRange(1), default=1, show_default=True,
-    help="Processes; they share the cores.",
+    "--workers", type=click.IntRange(1),
+    help="Processes, which share the cores; tasks at once on a cluster.  [default: 1, or as many "
+    "as the executor has room for]",
 )  # fmt: skip
+@click.option(
+    "--executor",
+    type=click.Choice(["local", "accelerate", "datatrove", "slurm", "ray"]),
+    help="Who runs the episodes: processes of this command, accelerate (a process a GPU), or "
+    "datatrove, here or on a cluster.  [default: local, or accelerate where that started it]",
+)
 @click.option("--limit", type=click.IntRange(1), help="Build only the first so many episodes.")
 @click.option("--overwrite", is_flag=True, help="Build also what is there already.")
 @click.option(
@@ -98,7 +109,23 @@ def sample(out: Path, trajectories: int, frames: int, seed: int, layout: Any, fa
     show_default=True,
     help="Write the occupancy as Parquet as well, in occupancy/, which the Hub can stream.",
 )
-@click.option("--dry-run", is_flag=True, help="Only say what would be built.")
+@click.option("--retry-failed", is_flag=True, help="Try also what failed before, unchanged.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be built, and by whom.")
+@click.option("--tasks", type=click.IntRange(1), help="Cluster: tasks to make of the episodes.")
+@click.option("--cpus-per-task", type=click.IntRange(1), help="Cluster: cores.  [default: 4]")
+@click.option(
+    "--gpus-per-task",
+    type=click.IntRange(0),
+    help="Cluster: GPUs.  [default: 1 if there is a network to run]",
+)
+@click.option(
+    "--mem-per-cpu", type=click.IntRange(1), default=2, show_default=True, help="Cluster: GB."
+)
+@click.option(
+    "--slurm", multiple=True, metavar="KEY=VALUE",
+    help="An option of sbatch: partition=NAME, which it needs, time=24:00:00, qos, account; "
+    "repeatable.",
+)  # fmt: skip
 def build(
     source: str,
     root: Path,
@@ -110,117 +137,225 @@ def build(
     config: Path | None,
     settings: tuple[str, ...],
     media: Any,
-    workers: int,
+    workers: int | None,
+    executor: str | None,
     limit: int | None,
     overwrite: bool,
     parquet_occupancy: bool,
+    retry_failed: bool,
     dry_run: bool,
+    tasks: int | None,
+    cpus_per_task: int | None,
+    gpus_per_task: int | None,
+    mem_per_cpu: int,
+    slurm: tuple[str, ...],
 ) -> int:
     """Build an occupancy dataset from a source.
 
     What is there already and up to date is left alone, so an interrupted build goes on when it is
     started again. Ends with 0 when all was built, 1 when some episodes failed, 2 when used wrongly.
     """
-    from occgen_hub.builder import Settings, load_builder
+    from occgen_hub.runtime import threads
+    from occgen_hub.runtime.launch import executor_for, launch, peers
+
+    executor = executor_for(executor, workers)
+    if executor == "accelerate" and not dry_run:
+        if not peers():
+            return stopped_by(launch(workers))
+        threads.limit(threads.share(peers()))  # Before numba and torch look for it.
+
     from occgen_hub.config import load_config
-    from occgen_hub.runtime.loop import check_places, choose_engine, list_episodes
+    from occgen_hub.runtime import cluster
+    from occgen_hub.runtime.loop import open_job
 
     if condition is not None:
         settings += (f"condition=[{condition}]",)
-    parameters = load_config(config, settings)
-    check_places(root, out)
-    builder = load_builder(source, root)
-    refs = list_episodes(builder, limit)
-    chosen = choose_engine(builder, refs, engine, weights, device)
-    chosen.check(parameters)
-    how = Settings(parameters, chosen, media, overwrite)
+    remote = executor in cluster.EXECUTORS
+    resources = cluster.Resources(
+        tasks=tasks,
+        workers=workers,
+        cpus=cpus_per_task,
+        memory=mem_per_cpu,
+        gpus=gpus_per_task,
+        device=device,
+        slurm=cluster.parse_slurm(slurm),
+    )
+
+    def job(device: str | None) -> Job:
+        return open_job(
+            source,
+            # Tasks have working folders of their own.
+            root.absolute() if remote else root,
+            out.absolute() if remote else out,
+            engine=engine,
+            weights=weights,
+            device=device,
+            config=load_config(config, settings),
+            media=media,
+            limit=limit,
+            overwrite=overwrite,
+            retry_failed=retry_failed,
+            parquet_occupancy=parquet_occupancy,
+        )
+
     if dry_run:
-        return _plan(builder, refs, out, how)
-    return _build(builder, refs, out, how, workers, parquet_occupancy)
+        return _plan(job("cpu" if remote else device), executor, resources)
+    if remote:
+        return _submit(job("cpu"), executor, resources)
+    if executor == "accelerate":
+        return _build_shared(job, device)
+    return _build(job(device), workers or 1)
 
 
-def _plan(builder: DatasetBuilder, refs: list[EpisodeRef], out: Path, settings: Settings) -> int:
-    missing = 0
-    for ref in refs:
-        try:
-            reason = builder.outdated(ref, out, settings)
-            present = reason is None and not settings.overwrite
-            state = "present" if present else f"to build: {reason or 'is there, --overwrite'}"
-        except OccGenError as error:
-            present, state = False, f"would fail: {error}"
-        missing += not present
+def _plan(job: Job, executor: str, resources: Resources) -> int:
+    from occgen_hub.runtime import cluster
+    from occgen_hub.runtime.failures import known
+
+    failed, missing = known(job.out), 0
+    for ref in job.refs:
+        state, to_do = _state(job, ref, failed.get(ref.id))
+        missing += to_do
         click.echo(f"{ref.id}  {state}")
-    click.echo(f"{missing} of {len(refs)} episodes would be built into {out}; nothing was done.")
+    if executor in cluster.EXECUTORS:
+        cluster.check(executor, resources)
+        plan = cluster.make_plan(job, resources.tasks)
+        click.echo(plan.told())
+        if executor == "slurm":
+            click.echo(f"The batch script:\n\n{cluster.batch_script(plan, resources)}")
+    elif resources.workers or executor == "accelerate":
+        _print_shares(job, resources.workers or 1)
+    whole = len(job.refs)
+    click.echo(f"{missing} of {whole} episodes would be built into {job.out}; nothing was done.")
     return 0
 
 
-def _build(
-    builder: DatasetBuilder,
-    refs: list[EpisodeRef],
-    out: Path,
-    settings: Settings,
-    workers: int,
-    parquet_occupancy: bool,
-) -> int:
+def _state(job: Job, ref: EpisodeRef, failed: Failure | None) -> tuple[str, bool]:
+    """What would become of an episode, and whether it would be built or tried."""
+    from occgen_hub.runtime.work import is_repeated
+
+    settings = job.settings
+    if failed is not None and is_repeated(job.builder, ref, settings, failed):
+        return "failed before: see --retry-failed", False
+    try:
+        reason = job.builder.outdated(ref, job.out, settings)
+    except OccGenError as error:
+        return f"would fail: {error}", True
+    if reason is None and not settings.overwrite:
+        return "present", False
+    return f"to build: {reason or 'is there, --overwrite'}", True
+
+
+def _print_shares(job: Job, processes: int) -> None:
+    from occgen_hub.runtime.plan import shares
+
+    work = [job.builder.work(ref) for ref in job.refs]
+    for number, share in enumerate(shares(work, processes)):
+        pixels = sum(work[item] for item in share) / 1e6
+        click.echo(f"process {number}: {len(share)} episodes, {pixels:.1f} megapixels")
+
+
+def _submit(job: Job, executor: str, resources: Resources) -> int:
+    from occgen_hub.runtime import cluster
+    from occgen_hub.runtime.report import LOGS, REPORT
+
+    summary = cluster.run_cluster(job, executor, resources)
+    if summary is None:
+        click.echo(f"The tasks were given to Slurm; {job.out / REPORT} is there when all is done.")
+        click.echo(f"Logs: {job.out / LOGS}")
+        return 0
+    return _ended(summary, job)
+
+
+def _build_shared(open_it: Callable[[str | None], Job], device: str | None) -> int:
+    from occgen_hub.runtime.distributed import joined, run_shared, together
+
+    with joined(device) as group:
+        own = group.device if group.device.startswith("cuda") else "cpu"
+        job = together(group, lambda: open_it(own))
+        with _build_bar(len(job.refs), shown=group.local_rank == 0) as (show, news):
+            summary = run_shared(job, group, show, news)
+    return 0 if summary is None else _ended(summary, job)
+
+
+def _build(job: Job, workers: int) -> int:
+    from occgen_hub.occupancy.visibility import warm_up
+    from occgen_hub.runtime.loop import run_job
+    from occgen_hub.runtime.results import Tally
+
+    if workers > 1 and job.settings.engine.uses_device():
+        click.echo(
+            f"Note: each of {workers} processes loads the network; --executor accelerate gives "
+            "each a GPU of its own.",
+            err=True,
+        )
+    warm_up()
+    total = len(job.refs)
+    with _build_bar(total) as (show, news):
+        listener = Tally().listener(lambda tally: show(tally, total), news)
+        summary = run_job(job, workers, listener)
+    return _ended(summary, job)
+
+
+@contextmanager
+def _build_bar(
+    total: int, *, shown: bool = True
+) -> Iterator[tuple[Callable[[Tally, int], None], Callable[[Result], None]]]:
+    """A bar over episodes: how to show how far it is, and how to tell what became of one."""
     from threading import Lock
 
     from tqdm import tqdm
 
-    from occgen_hub.occupancy.visibility import warm_up
-    from occgen_hub.runtime.loop import Listener, run
-
-    warm_up()
     seen: set[str] = set()
-    frames = {"reconstructed": 0, "built": 0}
-    turn = Lock()  # Frames are counted in a thread of its own where there are workers.
+    turn = Lock()  # Frames are counted in threads of their own.
+    disable = no_bar() if shown else True
     with tqdm(
-        total=len(refs), unit="episode", desc="build", dynamic_ncols=True, disable=no_bar()
+        total=total, unit="episode", desc="build", dynamic_ncols=True, disable=disable
     ) as bar:
 
-        def finished(result: Result) -> None:
-            stop_if_asked()
-            for line in _news(result, seen):
-                bar.write(line, file=sys.stderr)
-            with turn:
-                bar.update()
-
-        def count(stage: Stage, done: int) -> None:
-            frames[stage] += done
+        def show(tally: Tally, total: int) -> None:
             with turn:
                 elapsed = max(bar.format_dict["elapsed"], 1e-9)
+                bar.total = total
                 bar.set_postfix_str(
-                    f"{frames['reconstructed']} frames reconstructed, "
-                    f"{frames['built'] / elapsed:.1f} built a second",
+                    f"{tally.built / elapsed:.1f} frames/s, {tally.reconstructed} reconstructed, "
+                    f"{tally.failed} failed",
                     refresh=False,
                 )
-                bar.update(0)
+                bar.update(tally.episodes - bar.n)
 
-        summary = run(
-            builder, refs, out, settings, workers, Listener(finished, count),
-            parquet_occupancy=parquet_occupancy,
-        )  # fmt: skip
-    _print_summary(summary, out, refs)
-    return 1 if summary.failures else 0
+        def news(result: Result) -> None:
+            stop_if_asked()
+            for line in _news(result, seen):
+                with turn:
+                    bar.write(line, file=sys.stderr)
+
+        yield show, news
 
 
 def _news(result: Result, seen: set[str]) -> list[str]:
     """Lines to print about an episode: its failure, or those of its notes that are new in kind."""
-    from occgen_hub.runtime.loop import Failure
+    from occgen_hub.runtime.results import Failure
 
     if isinstance(result, Failure):
-        return [f"failed  {result.id}: {result.reason}"]
+        return [] if result.repeated else [f"failed  {_said(result)}"]
     new = [note for note in result.notes if note.code not in seen]
     seen.update(note.code for note in new)
     return [f"note    {result.id}: {note.text}" for note in new]
 
 
-def _print_summary(summary: Summary, out: Path, refs: list[EpisodeRef]) -> None:
-    from occgen_hub.runtime.loop import FAILURES
+def _said(failure: Failure) -> str:
+    """An episode and why it failed; reasons that begin with the episode are not told it twice."""
+    return f"{failure.id}: {failure.reason.removeprefix(f'{failure.id}: ')}"
+
+
+def _ended(summary: Summary, job: Job) -> int:
+    """Say what a run did, and give the exit code."""
+    from occgen_hub.runtime.failures import FAILURES
 
     rate = f", {summary.frames / summary.seconds:.1f} frames/s" if summary.frames else ""
     click.echo(
         f"{summary.built} built, {summary.present} already there, {len(summary.failures)} failed "
-        f"of {len(refs)} episodes; {summary.frames} frames in {summary.seconds:.1f} s{rate}."
+        f"of {summary.episodes} episodes; {summary.frames} frames in {summary.seconds:.1f} s{rate}."
     )
     if total := sum(summary.stages.values()):
         shares = ", ".join(f"{k} {v / total:.0%}" for k, v in summary.stages.most_common())
@@ -231,10 +366,16 @@ def _print_summary(summary: Summary, out: Path, refs: list[EpisodeRef]) -> None:
     for remark in summary.remarks:
         click.echo(f"Note: {remark}.")
     if summary.failures:
-        click.echo(f"The failures are listed in {out / FAILURES}:")
+        click.echo(f"The failures are listed in {job.out / FAILURES}:")
         for failure in summary.failures[:20]:
-            click.echo(f"  {failure.id}: {failure.reason}")
+            click.echo(f"  {_said(failure)}")
         if len(summary.failures) > 20:
             click.echo(f"  and {len(summary.failures) - 20} more.")
-    place = shlex.quote(str(out))
-    click.echo(f"Next: occgen-hub validate {place}" if summary.built else f"Dataset: {out}")
+    if before := summary.repeated:
+        click.echo(
+            f"{before} of them failed before, with the same source and settings, and were not "
+            "tried again; --retry-failed tries them."
+        )
+    place = shlex.quote(str(job.out))
+    click.echo(f"Next: occgen-hub validate {place}" if summary.built else f"Dataset: {job.out}")
+    return 1 if summary.failures else 0

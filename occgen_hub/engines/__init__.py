@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,17 @@ class Engine(ABC):
 
     def for_episode(self, episode: str, *, has_depth: bool) -> Engine:
         """The engine that reconstructs the episode of that id: this one."""
+        return self
+
+    def uses_device(self) -> bool:
+        """Whether it runs a network, which wants a GPU."""
+        return False
+
+    def on(self, device: str | None) -> Engine:
+        """The same engine on another device, as on another machine; None: a GPU if there is one.
+
+        Raises UsageError when the device is not there.
+        """
         return self
 
     @abstractmethod
@@ -79,6 +90,14 @@ class Auto(Engine):
                 "--engine, and fetch its weights with 'occgen-hub weights pull'."
             )
         return self.network
+
+    def uses_device(self) -> bool:
+        """As the network does, if there is one."""
+        return self.network is not None
+
+    def on(self, device: str | None) -> Engine:
+        """The same with its network there."""
+        return self if self.network is None else replace(self, network=self.network.on(device))
 
     def reconstruct(
         self, episode: Episode, config: Config, progress: Progress = lambda _: None

@@ -25,6 +25,7 @@ from occgen_hub.media import RESTORE, write_video
 from occgen_hub.occupancy.codec import NpzWriter, ObservedWriter, VisibleWriter
 from occgen_hub.occupancy.grid import Grid, scene_grid
 from occgen_hub.occupancy.visibility import FrameOccupancy
+from occgen_hub.prefetch import behind
 from occgen_hub.schema import Schema
 
 Media = Literal["copy", "link", "none"]
@@ -68,13 +69,14 @@ class TrajectoryWriter:
         return path
 
     def write_occupancy(self, frames: Iterable[FrameOccupancy]) -> None:
-        """The visible cells and the observed ones, frame after frame."""
+        """The visible cells and the observed ones, frame after frame, compressed in threads."""
         visible = VisibleWriter(self.path("visible"), self.grid.cells)
         observed = ObservedWriter(self.path("observed"), self.episode.length, self.grid.shape)
-        for frame in frames:
-            visible.append(frame.visible)
-            observed.append(frame.observed)
-        visible.close()
+        with behind(observed.append) as pack:
+            for frame in frames:
+                pack(frame.observed)
+                visible.append(frame.visible)
+            visible.close()
         observed.close()
 
     def write_scene(self, scene: Scene, config: Config) -> None:

@@ -1,87 +1,35 @@
-"""Many episodes: build each that is not there yet, in this process or in several."""
+"""Many episodes: which they are, built here in one process or several, then the whole dataset."""
 
 from __future__ import annotations
 
 import fcntl
-import multiprocessing
 import os
-import signal
-import threading
+import shutil
 import time
-import traceback
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
-from multiprocessing.connection import wait as wait_for
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from occgen_hub.builder import Built, DatasetBuilder, EpisodeRef, Progress, Settings, Stage
+from occgen_hub.builder import DatasetBuilder, EpisodeRef, Settings, load_builder
 from occgen_hub.card import is_own, write_card
+from occgen_hub.config import Config
 from occgen_hub.engines import AUTO, Auto, Engine, load_engine, network_engine
 from occgen_hub.errors import OccGenError, UsageError
-from occgen_hub.files import dump_json, written_whole
+from occgen_hub.files import printable
+from occgen_hub.lerobot.writer import Media
 from occgen_hub.loading import trajectories
+from occgen_hub.runtime import failures
+from occgen_hub.runtime.pool import Order, in_processes
+from occgen_hub.runtime.report import begin_report, logged, note, say, write_report
+from occgen_hub.runtime.results import Failure, Listener, Result, Summary
+from occgen_hub.runtime.work import build_each, summed
 from occgen_hub.shards import remove_shards, write_shards
 
-FAILURES = "failures.jsonl"
-_THREAD_LIMITS = (
-    "NUMBA_NUM_THREADS",
-    "OMP_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "MKL_NUM_THREADS",
-)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """An episode that could not be built, and why; trace: only for what nobody foresaw."""
-
-    id: str
-    reason: str
-    trace: str = ""
-
-
-Result = Built | Failure
-
-
-@dataclass
-class Summary:
-    """What a run did. seconds: of the whole run; stages: added up over episodes; remarks: on the
-    files of the whole dataset.
-    """
-
-    built: int = 0
-    present: int = 0
-    frames: int = 0
-    seconds: float = 0.0
-    failures: list[Failure] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
-    notes: Counter[str] = field(default_factory=Counter)
-    stages: Counter[str] = field(default_factory=Counter)
-
-    def add(self, result: Result) -> None:
-        """Count one episode."""
-        if isinstance(result, Failure):
-            self.failures.append(result)
-            return
-        self.built += result.status == "built"
-        self.present += result.status == "present"
-        self.frames += result.frames
-        self.notes.update(note.code for note in result.notes)
-        for stage, seconds in result.seconds.items():
-            self.stages[stage] += seconds  # type: ignore[assignment]  # a Counter adds up floats as well
-
-
-@dataclass(frozen=True)
-class Listener:
-    """What is told of a run as it goes: each finished episode, and frames as they are done."""
-
-    finished: Callable[[Result], None] = lambda _: None
-    frames: Progress = lambda *_: None
+RUN = ".run"
+"""Where the processes of a run tell one another how far they are; gone when it ends."""
 
 
 def check_places(root: Path, out: Path) -> None:
@@ -151,6 +99,75 @@ def choose_engine(
         return Auto(None, str(error).splitlines()[0].rstrip("."))
 
 
+def check_conditions(builder: DatasetBuilder, refs: Sequence[EpisodeRef], config: Config) -> None:
+    """Raise UsageError where a network is to be told what no episode of the source has."""
+    for condition in config.condition:
+        if condition == "depth":
+            there = any(builder.has_depth(ref) for ref in refs)
+        else:
+            there = condition in builder.knows
+        if not there:
+            raise UsageError(
+                f"--condition {condition}: the source {builder.name} has none at {builder.root}; "
+                "leave it out."
+            )
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be built: the episodes of a source, where they go, and how.
+
+    parquet_occupancy: whether the dataset has its occupancy as Parquet as well.
+    """
+
+    builder: DatasetBuilder
+    refs: Sequence[EpisodeRef]
+    out: Path
+    settings: Settings
+    parquet_occupancy: bool = True
+
+    def described(self) -> dict[str, Any]:
+        """What a report says of it."""
+        settings = self.settings
+        return {
+            "source": {"builder": self.builder.name, "root": printable(str(self.builder.root))},
+            "output": printable(str(self.out)),
+            "engine": settings.engine.name,
+            "config": settings.config.model_dump(mode="json"),
+            "media": settings.media,
+        }
+
+
+def open_job(
+    source: str,
+    root: Path,
+    out: Path,
+    *,
+    engine: str = AUTO,
+    weights: Path | None = None,
+    device: str | None = None,
+    config: Config | None = None,
+    media: Media = "copy",
+    limit: int | None = None,
+    overwrite: bool = False,
+    retry_failed: bool = False,
+    parquet_occupancy: bool = True,
+) -> Job:
+    """What `occgen-hub build` is to do with the options of these names; nothing is done yet.
+
+    Raises UsageError when one of them is wrong.
+    """
+    config = config or Config()
+    check_places(root, out)
+    builder = load_builder(source, root)
+    refs = list_episodes(builder, limit)
+    chosen = choose_engine(builder, refs, engine, weights, device)
+    chosen.check(config)
+    check_conditions(builder, refs, config)
+    settings = Settings(config, chosen, media, overwrite, retry_failed)
+    return Job(builder, refs, out, settings, parquet_occupancy)
+
+
 def run(
     builder: DatasetBuilder,
     refs: Sequence[EpisodeRef],
@@ -161,35 +178,72 @@ def run(
     *,
     parquet_occupancy: bool = True,
 ) -> Summary:
-    """Build episodes into `out`, with `workers` processes. A failed one does not stop the others.
+    """`run_job`, its job in parts."""
+    return run_job(Job(builder, refs, out, settings, parquet_occupancy), workers, listener)
 
-    Failures are listed in `out`/failures.jsonl, which is absent when there are none. Last come the
-    files of the whole dataset, see `finish`. The result does not depend on the number of workers,
-    nor on an earlier run having been interrupted.
+
+def run_job(job: Job, workers: int = 1, listener: Listener | None = None) -> Summary:
+    """Build the episodes of a job, with `workers` processes. A failed one does not stop the others.
+
+    Failures are listed in failures.jsonl, which is absent when there are none; an episode that
+    failed in an earlier run and is as it was then is not tried again, unless `retry_failed` says
+    so. Last come the files of the whole dataset, see `conclude`. The result does not depend on the
+    number of workers, nor on an earlier run having been interrupted.
     """
     listener = listener or Listener()
-    start = time.perf_counter()
-    summary = Summary()
-    with _sole_use(out):
+    workers = min(workers, len(job.refs))
+    with sole_use(job.out), logged(job.out):
+        failed = failures.known(job.out)
+        say(f"begins: {len(job.refs)} episodes, {workers} processes")
+        begin_report(job.out)
         results = (
-            _here(builder, refs, out, settings, listener)
-            if workers <= 1 or len(refs) == 1
-            else _in_processes(builder, refs, out, settings, min(workers, len(refs)), listener)
+            build_each(job.builder, job.refs, job.out, job.settings, listener, failed)
+            if workers <= 1
+            else in_processes(
+                Order(job.builder, job.out, job.settings, failed), job.refs, workers, listener
+            )
         )
-        with closing(results):  # So that an interruption here stops the processes as well.
-            for result in results:
-                summary.add(result)
-                listener.finished(result)
-        summary.failures.sort(key=lambda failure: failure.id)
-        _write_failures(out, summary.failures)
-        began = time.perf_counter()
-        summary.remarks = finish(
-            out, workers, overwrite=settings.overwrite, parquet_occupancy=parquet_occupancy
-        )
-        if summary.built:
-            summary.stages["shards and card"] += time.perf_counter() - began  # type: ignore[assignment]  # as above
-    summary.seconds = time.perf_counter() - start
+        summary = summed(results, listener, lambda result: witness(job.out, result))
+        conclude(job, summary, workers, "local")
     return summary
+
+
+def witness(out: Path, result: Result, process: str = "0") -> None:
+    """Put what became of an episode into the log and, where it failed, among the failures."""
+    note(result)
+    if isinstance(result, Failure):
+        failures.record(out, result, process)
+
+
+def conclude(job: Job, summary: Summary, workers: int, executor: str) -> None:
+    """When all episodes are done, by whomever: failures, the files of the dataset, the report.
+
+    Raises OccGenError where they cannot be written.
+    """
+    began = time.perf_counter()
+    summary.failures.sort(key=lambda failure: failure.id)
+    failures.write(job.out, [*summary.failures, *_others(job)])
+    summary.remarks += finish(
+        job.out,
+        workers,
+        overwrite=job.settings.overwrite,
+        parquet_occupancy=job.parquet_occupancy,
+    )
+    spent = time.perf_counter() - began
+    if summary.built:
+        summary.stages["shards and card"] += spent  # type: ignore[assignment]  # a Counter adds up floats as well
+    summary.seconds += spent
+    shutil.rmtree(job.out / RUN, ignore_errors=True)
+    write_report(job.out, summary, {"executor": executor, **job.described()})
+    say(f"ends: {summary.built} built, {summary.present} there, {len(summary.failures)} failed")
+
+
+def _others(job: Job) -> list[Failure]:
+    """Failures of earlier runs, of episodes that this one, with a limit, is not about."""
+    about = {ref.id for ref in job.refs}
+    others = [failure for name, failure in failures.known(job.out).items() if name not in about]
+    there = {ref.id for ref in job.builder.episodes()} if others else set()
+    return [failure for failure in others if failure.id in there]
 
 
 def finish(
@@ -219,209 +273,16 @@ def finish(
     return [f"{card} is not occgen-hub's, and was left as it was; move it away to have a card made"]
 
 
-def build_one(
-    builder: DatasetBuilder,
-    ref: EpisodeRef,
-    out: Path,
-    settings: Settings,
-    progress: Progress,
-) -> Result:
-    """One episode, whatever happens to it: built, present or failed, with the reason."""
-    try:
-        return builder.build(ref, out, settings, progress)
-    except OccGenError as error:
-        return Failure(ref.id, str(error))
-    except MemoryError:
-        return Failure(ref.id, f"{ref.path}: needs more memory than there is; use fewer --workers.")
-    except OSError as error:
-        place = error.filename or out / ref.id
-        reason = error.strerror or str(error)
-        return Failure(
-            ref.id, f"{place}: cannot be read or written ({reason}); mend that and run again."
-        )
-    except Exception as error:
-        kind = type(error).__name__
-        return Failure(
-            ref.id,
-            f"{ref.path}: failed for a reason that was not foreseen ({kind}: {error}); please "
-            f"report it with its trace in {FAILURES}.",
-            traceback.format_exc(),
-        )
-
-
-def _here(
-    builder: DatasetBuilder,
-    refs: Sequence[EpisodeRef],
-    out: Path,
-    settings: Settings,
-    listener: Listener,
-) -> Generator[Result, None, None]:
-    for ref in refs:
-        yield build_one(builder, ref, out, settings, listener.frames)
-
-
-# Several processes
-
-type Counts = Connection[tuple[Stage, int] | None, tuple[Stage, int] | None]
-_frames_done: Counts | None = None
-
-
-def _in_processes(
-    builder: DatasetBuilder,
-    refs: Sequence[EpisodeRef],
-    out: Path,
-    settings: Settings,
-    workers: int,
-    listener: Listener,
-) -> Generator[Result, None, None]:
-    """Episodes in a pool of processes; those that a dying process takes along are tried alone."""
-    context = multiprocessing.get_context("spawn")
-    # A pipe and no queue: its small writes are whole without a lock, which a killed process keeps.
-    counts, done = context.Pipe(duplex=False)
-    reader = threading.Thread(target=_drain, args=(counts, listener), daemon=True)
-    reader.start()
-    waiting, suspects = deque(refs), list[EpisodeRef]()
-    try:
-        with _threads_shared(workers):
-            while waiting:
-                with _pool(workers, context, done) as pool:
-                    yield from _feed(pool, waiting, suspects, builder, out, settings, workers)
-            while suspects:
-                with _pool(1, context, done) as pool:
-                    yield from _alone(pool, suspects, builder, out, settings)
-    finally:
-        done.send(None)
-        reader.join(timeout=5)
-        done.close()
-        counts.close()
-
-
-def _feed(
-    pool: ProcessPoolExecutor,
-    waiting: deque[EpisodeRef],
-    suspects: list[EpisodeRef],
-    builder: DatasetBuilder,
-    out: Path,
-    settings: Settings,
-    workers: int,
-) -> Generator[Result, None, None]:
-    """Keep the pool busy until nothing waits or it breaks; then what it held becomes suspect."""
-    running: dict[Future[Result], EpisodeRef] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < workers + 1:
-                running[_submit(pool, builder, waiting[0], out, settings)] = waiting[0]
-                waiting.popleft()  # Only now: a broken pool takes no more.
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                result = future.result()
-                del running[future]
-                yield result
-    except BrokenProcessPool:
-        for future, ref in running.items():
-            if future.done() and not future.cancelled() and future.exception() is None:
-                yield future.result()
-            else:
-                suspects.append(ref)
-
-
-def _alone(
-    pool: ProcessPoolExecutor,
-    suspects: list[EpisodeRef],
-    builder: DatasetBuilder,
-    out: Path,
-    settings: Settings,
-) -> Iterator[Result]:
-    """One after the other, until none is left or the pool breaks: then it is known by which."""
-    while suspects:
-        ref = suspects.pop(0)
-        try:
-            result = _submit(pool, builder, ref, out, settings).result()
-        except BrokenProcessPool:
-            reason = "its process was killed twice, perhaps for want of memory"
-            yield Failure(ref.id, f"{ref.path}: {reason}; free some and run again.")
-            return
-        yield result
-
-
-@contextmanager
-def _pool(workers: int, context, done) -> Iterator[ProcessPoolExecutor]:  # type: ignore[no-untyped-def]  # multiprocessing's own
-    pool = ProcessPoolExecutor(workers, context, _start, (done,))
-    try:
-        yield pool
-        pool.shutdown()
-    except BaseException:
-        # Ctrl-C: do not wait for episodes under way; the next run clears what they leave.
-        for process in list((pool._processes or {}).values()):
-            process.terminate()
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-
-
-def _submit(
-    pool: ProcessPoolExecutor,
-    builder: DatasetBuilder,
-    ref: EpisodeRef,
-    out: Path,
-    settings: Settings,
-) -> Future[Result]:
-    """Give an episode to the pool, which starts its processes now: they leave Ctrl-C to the parent.
-
-    They inherit what is blocked here, so not even one that is still importing is interrupted.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        return pool.submit(_task, builder, ref, out, settings)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start(done: Counts) -> None:
-    """In each worker: end when the parent does."""
-    global _frames_done
-    _frames_done = done
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def _end_with(sentinel: int) -> None:
-    wait_for([sentinel])
-    os._exit(1)
-
-
-def _task(builder: DatasetBuilder, ref: EpisodeRef, out: Path, settings: Settings) -> Result:
-    assert _frames_done is not None
-    done = _frames_done
-    return build_one(builder, ref, out, settings, lambda *count: done.send(count))
-
-
-def _drain(counts: Counts, listener: Listener) -> None:
-    while (count := counts.recv()) is not None:
-        listener.frames(*count)
-
-
-@contextmanager
-def _threads_shared(workers: int) -> Iterator[None]:
-    """Give each process its share of the cores: set where the libraries look as they load."""
-    share = str(max(1, len(os.sched_getaffinity(0)) // workers))
-    before = {name: os.environ.get(name) for name in _THREAD_LIMITS}
-    os.environ.update(dict.fromkeys(_THREAD_LIMITS, share))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
 # The output folder
 
 
 @contextmanager
-def _sole_use(out: Path) -> Iterator[None]:
-    """Hold the output folder, so that two builds do not write the same trajectory at once."""
+def sole_use(out: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold the output folder, so that two builds do not write the same trajectory at once.
+
+    shared: beside others that hold it so, as the tasks of one build do. Raises UsageError where
+    the folder cannot be made, or is held.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         handle = os.open(out, os.O_RDONLY)
@@ -430,7 +291,7 @@ def _sole_use(out: Path) -> Iterator[None]:
             f"{out}: cannot be made or opened ({error.strerror}); choose another --output."
         ) from error
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
         raise UsageError(
@@ -442,21 +303,3 @@ def _sole_use(out: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def _write_failures(out: Path, failures: list[Failure]) -> None:
-    path = out / FAILURES
-    rows = [
-        {"episode": f.id, "reason": f.reason, **({"trace": f.trace} if f.trace else {})}
-        for f in failures
-    ]
-    try:
-        if rows:
-            with written_whole(path) as partial:
-                partial.write_text("".join(dump_json(r) + "\n" for r in rows), encoding="utf-8")
-        elif path.exists():  # To remove what is not there fails in a read-only folder.
-            path.unlink()
-    except OSError as error:
-        raise OccGenError(
-            f"{path}: cannot be written ({error.strerror}); mend that and run again."
-        ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,6 +70,14 @@ class NetworkEngine(Engine):
         """Raise UsageError for conditions that are given to pi3."""
         if self.name == "pi3":
             super().check(config)
+
+    def uses_device(self) -> bool:
+        """Always."""
+        return True
+
+    def on(self, device: str | None) -> NetworkEngine:
+        """The same network there; raises UsageError where that cannot be."""
+        return replace(self, device=_device(device))
 
     def reconstruct(
         self, episode: Episode, config: Config, progress: Progress = lambda _: None

@@ -1,0 +1,37 @@
+"""Each process's share of the cores: set where the libraries look as they load."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LIMITS = ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def share(processes: int) -> int:
+    """Cores for each of so many processes on this machine, one at least."""
+    return max(1, len(os.sched_getaffinity(0)) // processes)
+
+
+@contextmanager
+def shared(processes: int) -> Iterator[None]:
+    """For processes that are started in the block: each with its share of the cores."""
+    before = {name: os.environ.get(name) for name in LIMITS}
+    os.environ.update(dict.fromkeys(LIMITS, str(share(processes))))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def limit(count: int) -> None:
+    """For this process: use so many cores, and no more."""
+    os.environ.update(dict.fromkeys(LIMITS, str(count)))
+    if numba := sys.modules.get("numba"):
+        numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))

@@ -1,0 +1,166 @@
+"""How processes and threads share the work, what flushing costs, and memory over many episodes.
+
+Called by scripts/bench; alone, `python scripts/bench_runtime.py` prints the same figures.
+
+Three ways to build the same episodes are timed in turn, several rounds of them, and the best of
+each is taken, since others on the machine only ever take away: one process on one core, two such
+processes that share the episodes out, and one process with both cores. Processes start together
+when all have loaded and compiled what they need.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from occgen_hub.sample import make_sample
+
+
+def build_share(
+    source: str, out: str, shares: int, number: int, cores: list[int], begin: Any, told: Any
+) -> None:
+    """In a process of its own: build one share of the episodes, on these cores."""
+    os.sched_setaffinity(0, cores)
+    os.environ["NUMBA_NUM_THREADS"] = str(len(cores))
+    from occgen_hub.builder import Settings, load_builder
+    from occgen_hub.occupancy.visibility import warm_up
+    from occgen_hub.runtime import plan
+    from occgen_hub.runtime.loop import list_episodes
+    from occgen_hub.runtime.results import Listener
+    from occgen_hub.runtime.work import build_each, summed
+
+    builder = load_builder("internnav", Path(source))
+    refs = list_episodes(builder)
+    mine = plan.shares([builder.work(ref) for ref in refs], shares)[number]
+    warm_up()
+    next(build_each(builder, refs[:1], Path(out, f"warm_{number}"), Settings(), Listener(), {}))
+    begin.wait()
+    start = time.monotonic()
+    results = build_each(builder, [refs[n] for n in mine], Path(out), Settings(), Listener(), {})
+    summary = summed(results, Listener())
+    assert not summary.failures, summary.failures
+    told.put((start, time.monotonic(), summary.frames, dict(summary.stages)))
+
+
+def build(source: Path, groups: list[list[int]]) -> dict[str, Any]:
+    """Frames a second of processes with these cores, from their common start to the last's end."""
+    context = multiprocessing.get_context("spawn")
+    begin, told = context.Barrier(len(groups)), context.Queue()
+    with tempfile.TemporaryDirectory() as out:
+        processes = [
+            context.Process(
+                target=build_share,
+                args=(str(source), out, len(groups), number, cores, begin, told),
+            )
+            for number, cores in enumerate(groups)
+        ]
+        for process in processes:
+            process.start()
+        rows = [told.get(timeout=1200) for _ in processes]
+        for process in processes:
+            process.join()
+    seconds = max(end for _, end, _, _ in rows) - min(start for start, _, _, _ in rows)
+    stages: dict[str, float] = {}
+    for row in rows:
+        for stage, spent in row[3].items():
+            stages[stage] = stages.get(stage, 0.0) + spent
+    frames = sum(row[2] for row in rows)
+    return {"frames": frames, "frames_per_second": frames / seconds, "stages": stages}
+
+
+def throughput(source: Path, rounds: int) -> dict[str, Any]:
+    """One core, two processes of one core, one process of both."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    ways = {
+        "one process, one core": [cores[:1]],
+        "two processes, one core each": [[core] for core in cores],
+        "one process, both cores": [cores],
+    }
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, groups in ways.items():
+            found[name].append(build(source, groups))
+    speeds = {name: max(run["frames_per_second"] for run in runs) for name, runs in found.items()}
+    one, two, both = speeds.values()
+    stages = found["one process, both cores"][-1]["stages"]
+    total = sum(stages.values())
+    return {
+        "frames": found["one process, one core"][0]["frames"],
+        "frames_per_second": speeds,
+        "two_processes_to_one": two / one,
+        "both_cores_to_two_processes": both / two,
+        "stages_share": {k: v / total for k, v in sorted(stages.items(), key=lambda i: -i[1])},
+    }
+
+
+def peak_memory(source: Path, out: Path) -> int:
+    """Of `occgen-hub build` in a process of its own, in bytes, by its own report."""
+    command = ["-m", "occgen_hub", "build", "--input", str(source), "--output", str(out)]
+    subprocess.run(
+        [sys.executable, *command, "--set", "voxel_size=0.1", "--media", "link"],
+        check=True,
+        capture_output=True,
+        env=os.environ | {"TQDM_DISABLE": "1"},
+    )
+    (process,) = json.loads((out / "report.json").read_text())["processes"]
+    return int(process["peak_memory"])
+
+
+def many(counts: tuple[int, int] = (20, 200), frames: int = 6) -> dict[str, Any]:
+    """Peak memory of a build of few episodes and of many: copies of four."""
+    with tempfile.TemporaryDirectory() as folder:
+        four = Path(folder, "four")
+        make_sample(four, trajectories=4, frames=frames)
+        found = sorted(path.parent for path in four.rglob("meta"))
+        peaks = {}
+        for count in counts:
+            source = Path(folder, f"source_{count}")
+            for number in range(count):
+                place = source / "group" / f"scene_{number // 10:03d}" / f"trajectory_{number % 10}"
+                shutil.copytree(found[number % len(found)], place, copy_function=os.link)
+            peaks[count] = peak_memory(source, Path(folder, f"out_{count}"))
+    few, lot = (peaks[count] for count in counts)
+    return {"peak_memory_mb": {k: round(v / 1e6) for k, v in peaks.items()}, "ratio": lot / few}
+
+
+def measure(trajectories: int = 12, frames: int = 10, rounds: int = 3) -> dict[str, Any]:
+    """All figures of this script."""
+    print("measuring processes and threads", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        make_sample(Path(folder, "source"), trajectories=trajectories, frames=frames)
+        figures = throughput(Path(folder, "source"), rounds)
+    return {**figures, "many": many()}
+
+
+def runtime_table(figures: dict[str, Any]) -> None:
+    """Print them."""
+    print(f"\nprocesses and threads, {figures['frames']} frames")
+    for name, speed in figures["frames_per_second"].items():
+        print(f"  {name:<30} {speed:>6.1f} frames/s")
+    print(f"  two processes to one           {figures['two_processes_to_one']:>6.2f}  (1.7 wanted)")
+    print(
+        f"  both cores to two processes    {figures['both_cores_to_two_processes']:>6.2f}  "
+        "(0.9 wanted)"
+    )
+    shares = ", ".join(f"{k} {v:.0%}" for k, v in figures["stages_share"].items())
+    print(f"  of it: {shares}")
+    peaks = " and ".join(f"{v} MB ({k})" for k, v in figures["many"]["peak_memory_mb"].items())
+    print(f"  peak memory, by episodes: {peaks}, ratio {figures['many']['ratio']:.2f}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trajectories", type=int, default=12)
+    parser.add_argument("--frames", type=int, default=10, help="of the first; the others differ")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    runtime_table(measure(options.trajectories, options.frames, options.rounds))
