@@ -1,8 +1,8 @@
 """The rays of one camera, 64 at a time: the cells that they cross, found once for all its frames.
 
 A bundle is the rays of 8 x 8 neighbouring pixels. It is kept as a list of the distinct cells that
-its rays cross, each with 64 bits that say which of the rays cross it. A step along a ray, in x, y or
-z, takes it one cell farther from the camera's cell (|i - i0| + |j - j0| + |k - k0|), so by that
+its rays cross, each with 64 bits that say which of the rays cross it. A step along a ray, in x, y
+or z, takes it one cell farther from the camera's cell (|i - i0| + |j - j0| + |k - k0|), so by that
 distance the list has every ray's cells in their order. To see a frame, each list is gone through
 once: until the first occupied cell all its cells are observed; after it those that are crossed by a
 ray which has not met an occupied cell. That visits a cell once a bundle instead of once a ray, and
