@@ -4,10 +4,10 @@ The files are what `scipy.sparse.save_npz` and `numpy.savez_compressed` write, s
 numpy read them; a trajectory of any length goes through without being held in memory.
 
 Deflate is most of the time of writing, so what it is done with was measured, for a frame of the
-real trajectory (docs/performance.md). Observed bits: zlib 4.1 ms and 10.8 kB, zlib-ng at level 5
-1.0 ms and 10.1 kB, whose bytes are the same on every processor as long as it is given them frame by
-frame. Sorted columns: zlib 3.7 ms and 46.8 kB, at level 1 1.7 ms and 47.1 kB, while zlib-ng does not
-find their short repeats (73.6 kB).
+real trajectory. Observed bits: zlib 4.1 ms and 10.8 kB, zlib-ng at level 5 1.0 ms and 10.1 kB,
+whose bytes are the same on every processor as long as it is given them frame by frame. Sorted
+columns: zlib 3.7 ms and 46.8 kB, at level 1 1.7 ms and 47.1 kB; zlib-ng does not find their short
+repeats (73.6 kB).
 """
 
 from __future__ import annotations
