@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import bench_visibility
 import numba
 import numpy as np
 
@@ -193,9 +194,11 @@ def main() -> int:
                 for name, path in sources.items()
             },
         }
+        report["visibility"] = bench_visibility.measure(list(sources.values())[-1], options.repeats)
         if options.views:
             report["networks"] = networks(options.views)
     table(report)
+    bench_visibility.table(report["visibility"])
     network_table(report.get("networks", []))
     options.json.write_text(json.dumps(report, indent=1) + "\n")
     print(f"\nfigures: {options.json}")
