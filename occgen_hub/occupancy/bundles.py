@@ -15,11 +15,10 @@ needs 1.9 million; single rays cross 30.2 million, and 17.2 million up to what t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import count
 from threading import Lock
 from typing import Self
 
@@ -33,6 +32,7 @@ from occgen_hub.occupancy.rays import OBSERVED, OCCUPIED, follow
 
 _EDGE = 8
 """Pixels: 8 x 8 rays have the bits of one word."""
+BUNDLE = _EDGE * _EDGE
 _MOST = 20_000_000
 """Cells in all lists: 240 MB."""
 _STRIPS = 4
@@ -101,19 +101,28 @@ def bundles_when_worth(
     return _camera(grid, K[0, 0], K[1, 1], K[0, 2], K[1, 2], size).bundles()
 
 
+def bundles_of(
+    grid: Grid, intrinsics: NDArray[np.float64], size: tuple[int, int]
+) -> Bundles | None:
+    """`Bundles.of`, but those of the last two cameras are kept."""
+    K = np.asarray(intrinsics, np.float64)
+    return _camera(grid, K[0, 0], K[1, 1], K[0, 2], K[1, 2], size).bundles(at_once=True)
+
+
 @dataclass
 class _Camera:
     """A camera, how often it was asked for, and its bundles once that pays."""
 
     make: Callable[[], Bundles | None]
-    frames: Iterator[int] = field(default_factory=count)
+    frames: int = 0
     made: Bundles | None = None
     lock: Lock = field(default_factory=Lock)
 
-    def bundles(self) -> Bundles | None:
+    def bundles(self, *, at_once: bool = False) -> Bundles | None:
         with self.lock:
-            if next(self.frames) == _WORTH:
-                self.made = self.make()
+            if self.frames <= _WORTH and (at_once or self.frames == _WORTH):
+                self.made, self.frames = self.make(), _WORTH
+            self.frames += 1
             return self.made
 
 
