@@ -2,11 +2,11 @@
 
 What `visibility` does with loops over bundles is done here for the cells of all lists at once, in
 some three hundred kernels and no loop over distances. First each ray's distance to its first
-occupied cell, a minimum over the occupied cells that it crosses; then, for each bundle and distance,
-the rays that come so far, 64 bits; then, for each cell of a list, whether one of those that cross it
-is among them. Nothing is rounded but the points' cells, in float64 and in the same order as on a
-CPU, so the result is the same, bit for bit. The same code runs on a CPU, where the tests hold it to
-that.
+occupied cell, a minimum over the occupied cells that it crosses; then, for each bundle and
+distance, the rays that come so far, 64 bits; then, for each cell of a list, whether one of those
+that cross it is among them. Nothing is rounded but the points' cells, in float64 and in the same
+order as on a CPU, so the result is the same, bit for bit. The same code runs on a CPU, where the
+tests hold it to that.
 """
 
 from __future__ import annotations
