@@ -47,13 +47,13 @@ _WORTH = 4
 class Bundles:
     """The lists of all bundles, one after another, by image column and then downwards.
 
-    cells: (n,) int32, columns of the grid; crossing: (n,) uint64, bit 8 a + b for the ray of pixel
+    cells: (n,) uint32, columns of the grid; crossing: (n,) uint64, bit 8 a + b for the ray of pixel
     (a, b) of the bundle; ends: (bundles + 1,) int64, where each list begins; rays: (bundles,)
     uint64, those that are in the image and meet the grid; shares: (threads, n) int64, which bundles
     each thread takes, -1 for none.
     """
 
-    cells: NDArray[np.int32]
+    cells: NDArray[np.uint32]
     crossing: NDArray[np.uint64]
     ends: NDArray[np.int64]
     rays: NDArray[np.uint64]
@@ -155,7 +155,7 @@ def _bundle_column(camera, size, origin, shape, left):
     nx, ny, nz = shape[0], shape[1], shape[2]
     bundles = (size[1] + _EDGE - 1) // _EDGE
     paths = np.empty((_EDGE * _EDGE, nx + ny + nz), np.int32)
-    cells, crossing = np.empty(1 << 14, np.int32), np.empty(1 << 14, np.uint64)
+    cells, crossing = np.empty(1 << 14, np.uint32), np.empty(1 << 14, np.uint64)
     lengths, rays = np.empty(bundles, np.int64), np.zeros(bundles, np.uint64)
     places = np.zeros(_PLACES, np.int64)
     total = 0
@@ -227,20 +227,27 @@ def _twice(array):
 
 @njit(cache=True, parallel=True)
 def _follow(cells, crossing, ends, rays, shares, state):
+    one = np.uint64(1)
     for share in prange(len(shares)):
         for bundle in shares[share]:
             if bundle < 0:
                 break
-            n, end = ends[bundle], ends[bundle + 1]
-            while n < end and not state[cells[n]] & OCCUPIED:
-                state[cells[n]] = OBSERVED
-                n += 1
+            # Unsigned, since numba asks of each signed index whether it counts from the end: that
+            # took as long as all the rest.
+            n, end = np.uint64(ends[bundle]), np.uint64(ends[bundle + 1])
+            while n < end:
+                cell = cells[n]
+                if state[cell] & OCCUPIED:
+                    break
+                state[cell] = OBSERVED
+                n += one
             going = rays[bundle]
             while n < end and going != 0:
                 here = crossing[n] & going
                 if here != 0:
-                    byte = state[cells[n]]
-                    state[cells[n]] = byte | OBSERVED
+                    cell = cells[n]
+                    byte = state[cell]
+                    state[cell] = byte | OBSERVED
                     if byte & OCCUPIED:
                         going &= ~here
-                n += 1
+                n += one

@@ -42,7 +42,7 @@ class _Tables:
 
     @classmethod
     def of(cls, bundles: Bundles, grid: Grid, device: torch.device) -> Self:
-        cells = torch.from_numpy(bundles.cells).to(device, torch.int64)
+        cells = torch.from_numpy(bundles.cells.view(np.int32)).to(device, torch.int64)
         crossing = torch.from_numpy(bundles.crossing.view(np.int64)).to(device)
         lengths = torch.from_numpy(np.diff(bundles.ends)).to(device)
         bundle = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)

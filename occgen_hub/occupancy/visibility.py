@@ -191,7 +191,8 @@ def _mark_cloud(points, starts, low, high, camera_from_world, lower, voxel_size,
             j = np.floor((R[1, 0] * x + R[1, 1] * y + R[1, 2] * z + t[1] - lower[1]) / voxel_size)
             k = np.floor((R[2, 0] * x + R[2, 1] * y + R[2, 2] * z + t[2] - lower[2]) / voxel_size)
             if 0 <= i < nx and 0 <= j < ny and 0 <= k < nz:
-                state[(np.int64(i) * ny + np.int64(j)) * nz + np.int64(k)] = OCCUPIED
+                column = (np.int64(i) * ny + np.int64(j)) * nz + np.int64(k)
+                state[np.uint64(column)] = OCCUPIED  # Unsigned: see `bundles._follow`.
 
 
 @njit(cache=True, parallel=True)
