@@ -65,7 +65,8 @@ class Bundles:
 
         intrinsics: (3, 3), pixels, no skew; size: (width, height) of the image.
         """
-        threads = numba.get_num_threads()
+        # All that there are, also where a thread that works alone comes first: others wait for it.
+        threads = numba.config.NUMBA_NUM_THREADS
         K = np.asarray(intrinsics, np.float64)
         camera = (K[0, 0], K[1, 1], K[0, 2], K[1, 2])
         shape = np.asarray(grid.shape, np.int64)
@@ -225,7 +226,7 @@ def _twice(array):
     return longer
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=True, parallel=True, nogil=True)
 def _follow(cells, crossing, ends, rays, shares, state):
     one = np.uint64(1)
     for share in prange(len(shares)):

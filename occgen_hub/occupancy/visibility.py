@@ -165,7 +165,7 @@ def _column_order(width: int, threads: int) -> NDArray[np.int64]:
     return np.concatenate([columns[start::threads] for start in range(threads)])
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=True, parallel=True, nogil=True)
 def _mark_cloud(points, starts, low, high, camera_from_world, lower, voxel_size, shape, state):
     R = camera_from_world[:3, :3]
     t = camera_from_world[:3, 3]
@@ -195,7 +195,7 @@ def _mark_cloud(points, starts, low, high, camera_from_world, lower, voxel_size,
                 state[np.uint64(column)] = OCCUPIED  # Unsigned: see `bundles._follow`.
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=True, parallel=True, nogil=True)
 def _trace_columns(fx, fy, cx, cy, columns, height, origin, shape, state, ends):
     keep = len(ends) > 0
     # As tuples: an array handed to the ray's function is counted as referenced, once a ray and by
@@ -227,7 +227,7 @@ def _collect(state: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.ui
     return visible, packed
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=True, parallel=True, nogil=True)
 def _collect_words(words, packed):
     """Eight cells at a time: a word is eight bytes of `state`, the first the lowest."""
     ones = np.uint64(0x0101010101010101)
