@@ -23,6 +23,7 @@ from occgen_hub.errors import SourceError, UsageError
 from occgen_hub.files import read_json, sha256
 from occgen_hub.lerobot.writer import Media, Provenance, TrajectoryWriter
 from occgen_hub.occupancy.bricks import into_bricks
+from occgen_hub.occupancy.bundles import prepare
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.visibility import FrameOccupancy, observe
 from occgen_hub.scene import settle
@@ -263,16 +264,13 @@ def frames_occupancy(
     with clock("occupancy"):
         cloud = into_bricks(scene.cloud.points)
         state = np.empty(grid.cells, np.uint8)
+        # As they will be written, so that a reader who traces the same rays sees the same.
+        intrinsics = scene.intrinsics.astype(np.float32).astype(np.float64)
+        prepare(grid, intrinsics, episode.image_size)
     for t in range(episode.length):
         with clock("occupancy"):
             frame = observe(
-                grid,
-                cloud,
-                scene.world_from_camera[t],
-                # As they will be written, so that a reader who traces the same rays sees the same.
-                scene.intrinsics[t].astype(np.float32).astype(np.float64),
-                episode.image_size,
-                state,
+                grid, cloud, scene.world_from_camera[t], intrinsics[t], episode.image_size, state
             )
         yield frame
         progress("built", 1)

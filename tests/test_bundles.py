@@ -113,6 +113,17 @@ def test_cameras_that_change_are_followed_ray_by_ray():
         assert bundles_when_worth(grid, intrinsics(focal_length, 30, 16, 16), (32, 32)) is None
 
 
+def test_the_camera_of_an_episode_has_its_bundles_before_the_first_frame():
+    grid, size = Grid.of(Config(voxel_size=0.1)), (32, 32)
+    most, other = intrinsics(30, 31, 16, 16), intrinsics(20, 21, 16, 16)
+    bundles.prepare(grid, np.stack([other, *[most] * 5, other]), size)
+    assert bundles_when_worth(grid, most, size) is not None
+    assert bundles_when_worth(grid, other, size) is None
+    bundles.prepare(grid, np.stack([other] * 4), size)  # Too few to be worth it.
+    assert bundles_when_worth(grid, other, size) is None
+    bundles.prepare(grid, np.zeros((0, 3, 3)), size)
+
+
 def test_lists_too_long_to_keep_are_not_made(monkeypatch):
     monkeypatch.setattr(bundles, "_MOST", 1000)
     grid = Grid.of(Config(voxel_size=0.1))

@@ -110,6 +110,16 @@ def bundles_of(
     return _camera(grid, K[0, 0], K[1, 1], K[0, 2], K[1, 2], size).bundles(at_once=True)
 
 
+def prepare(grid: Grid, intrinsics: NDArray[np.float64], size: tuple[int, int]) -> None:
+    """Have the bundles made of a camera that takes most of an episode's frames, before the first.
+
+    intrinsics: (T, 3, 3), pixels, of each frame; size: (width, height) of the images.
+    """
+    cameras, frames = np.unique(np.asarray(intrinsics, np.float64), axis=0, return_counts=True)
+    if len(frames) and frames.max() > _WORTH:
+        bundles_of(grid, cameras[frames.argmax()], size)
+
+
 @dataclass
 class _Camera:
     """A camera, how often it was asked for, and its bundles once that pays."""
@@ -155,11 +165,11 @@ def _bundle_column(camera, size, origin, shape, left):
     """The lists of the bundles whose leftmost pixels are in image column `left`, downwards."""
     nx, ny, nz = shape[0], shape[1], shape[2]
     bundles = (size[1] + _EDGE - 1) // _EDGE
-    paths = np.empty((_EDGE * _EDGE, nx + ny + nz), np.int32)
+    paths = np.empty((_EDGE * _EDGE, nx + ny + nz), np.uint32)
     cells, crossing = np.empty(1 << 14, np.uint32), np.empty(1 << 14, np.uint64)
     lengths, rays = np.empty(bundles, np.int64), np.zeros(bundles, np.uint64)
-    places = np.zeros(_PLACES, np.int64)
-    total = 0
+    places = np.zeros(_PLACES, np.uint64)
+    total = np.uint64(0)
     for bundle in range(bundles):
         starts, ends = _paths(camera, size, origin, shape, left, bundle * _EDGE, paths)
         begin = total
@@ -167,7 +177,7 @@ def _bundle_column(camera, size, origin, shape, left):
             if starts[ray] < ends[ray]:
                 rays[bundle] |= np.uint64(1) << np.uint64(ray)
         for distance in range(starts.min(), ends.max()):
-            if total + len(starts) > len(cells):
+            if total + np.uint64(_EDGE * _EDGE) > np.uint64(len(cells)):
                 cells, crossing = _twice(cells), _twice(crossing)
             total = _add(distance, paths, starts, ends, cells, crossing, total, places)
         lengths[bundle] = total - begin
@@ -189,7 +199,7 @@ def _paths(camera, size, origin, shape, left, top, paths):
         dx, dy = (u + 0.5 - cx) * fy, (v + 0.5 - cy) * fx
         length = follow(dx, dy, fx * fy, origin, dims, None, paths[ray])
         if length:
-            first = paths[ray, 0]
+            first = np.int64(paths[ray, 0])
             i, j, k = first // (dims[1] * dims[2]), first // dims[2] % dims[1], first % dims[2]
             starts[ray] = abs(i - start[0]) + abs(j - start[1]) + abs(k - start[2])
             ends[ray] = starts[ray] + length
@@ -204,18 +214,20 @@ def _add(distance, paths, starts, ends, cells, crossing, total, places):
     may be put twice, each time with other rays, which does no harm.
     """
     begin = total
-    for ray in range(len(paths)):
-        if not starts[ray] <= distance < ends[ray]:
+    for ray in range(np.uint64(len(paths))):  # Unsigned: see `_follow`.
+        step = distance - starts[ray]
+        if step < 0 or distance >= ends[ray]:
             continue
-        cell = paths[ray, distance - starts[ray]]
-        slot = np.uint32(cell * 0x9E3779B1) >> np.uint32(20)
+        cell = paths[ray, np.uint64(step)]
+        slot = np.uint64(np.uint32(cell * 0x9E3779B1) >> np.uint32(20))
         place = places[slot]
-        if not begin <= place < total or cells[place] != cell:
-            place = places[slot] = total
+        if place < begin or place >= total or cells[place] != cell:
+            place = total
+            places[slot] = place
             cells[place] = cell
             crossing[place] = 0
-            total += 1
-        crossing[place] |= np.uint64(1) << np.uint64(ray)
+            total += np.uint64(1)
+        crossing[place] |= np.uint64(1) << ray
     return total
 
 
