@@ -44,8 +44,8 @@ if "NUMBA_THREADING_LAYER_PRIORITY" not in os.environ:
     # OpenMP first: a TBB that some package brought along may be too old, which numba warns of.
     numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
-# A thread that waits for the next frame sleeps instead of spinning: a build's other threads need the
-# core. A build took 2.5 s of the processor instead of 3.2 to 5.
+# A thread that waits for the next frame sleeps instead of spinning: a build's other threads need
+# the core. A build took 2.5 s of the processor instead of 3.2 to 5.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 _COLUMNS_A_TASK = 4
