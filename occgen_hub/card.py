@@ -186,7 +186,7 @@ def _picture(place: Path, path: Path) -> bool:
     said = PngInfo()
     said.add_text(_DRAWN, origin)
     with written_whole(place) as partial:
-        image.save(partial, "PNG", pnginfo=said, optimize=True)
+        image.save(partial, "PNG", pnginfo=said)
     return True
 
 

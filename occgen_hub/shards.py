@@ -32,7 +32,7 @@ from occgen_hub.files import (
     written_whole,
 )
 from occgen_hub.loading import REBUILD, Trajectory, npz_array, trajectories
-from occgen_hub.schema import Feature
+from occgen_hub.schema import Feature, plain_arrow, plain_texts
 
 FOLDER = "occupancy"
 NAME = "train-{:05d}-of-{:05d}.parquet"
@@ -246,8 +246,8 @@ def _table(rows: tuple[Row, ...]) -> pa.Table:
     arrays = {name: FEATURES[name].to_arrow(values) for name, values in columns.items()}
     ends = np.cumsum([0, *(len(row.occupied) for row in rows)]).astype(np.int32)
     cells = np.concatenate([row.occupied for row in rows]).astype(np.int32)
-    arrays["occupied"] = pa.ListArray.from_arrays(ends, pa.array(cells))
-    arrays["observed"] = pa.array([row.observed.tobytes() for row in rows], pa.binary())
+    arrays["occupied"] = pa.ListArray.from_arrays(plain_arrow(ends), plain_arrow(cells))
+    arrays["observed"] = plain_texts(pa.binary(), [row.observed.tobytes() for row in rows])
     schema = _schema()
     return pa.Table.from_arrays([arrays[name] for name in schema.names], schema=schema)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_runtime
+import bench_visibility
 import numba
 import numpy as np
 from bench_loading import loading, loading_table
@@ -136,14 +137,24 @@ def networks(views: list[int]) -> list[dict[str, Any]]:
     return found
 
 
+def _known(value: float | None, how: str) -> str:
+    return "-" if value is None else format(value, how)
+
+
 def network_table(found: list[dict[str, Any]]) -> None:
     for part in found:
         print(f"\n{part['network']} on {part['device']}, views of 308 x 224")
-        print(f"  {'views':>5}  {'s a frame':>9}  {'peak MB':>8}  {'of a matrix product':>19}")
+        print(
+            f"  {'views':>5}  {'s a frame':>9}  {'plain':>7}  {'peak MB':>8}  {'plain':>7}  "
+            f"{'of a matrix product':>19}  {'differs by':>10}"
+        )
         for row in part["rows"]:
             print(
                 f"  {row['views']:>5}  {row['seconds_a_frame']:>9.3f}  "
-                f"{row['peak_memory_mb']:>8.0f}  {row['share_of_matrix_product']:>19.0%}"
+                f"{_known(row['plain_seconds_a_frame'], '.3f'):>7}  {row['peak_memory_mb']:>8.0f}  "
+                f"{_known(row['plain_peak_memory_mb'], '.0f'):>7}  "
+                f"{row['share_of_matrix_product']:>19.0%}  "
+                f"{_known(row['plain_differs_by'], '.1e'):>10}"
             )
 
 
@@ -200,10 +211,12 @@ def main() -> int:
                 for name, path in sources.items()
             },
         }
+        report["visibility"] = bench_visibility.measure(list(sources.values())[-1], options.repeats)
         if options.views:
             report["networks"] = networks(options.views)
     report["runtime"] = bench_runtime.measure()
     table(report)
+    bench_visibility.table(report["visibility"])
     network_table(report.get("networks", []))
     bench_runtime.runtime_table(report["runtime"])
     options.json.write_text(json.dumps(report, indent=1) + "\n")

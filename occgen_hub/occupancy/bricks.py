@@ -32,9 +32,11 @@ def into_bricks(points: NDArray[np.float32]) -> BrickedCloud:
     brick -= brick.min(axis=0)
     _, ny, nz = brick.max(axis=0) + 1
     key = (brick[:, 0] * ny + brick[:, 1]) * nz + brick[:, 2]
+    if key.max() < 1 << 16:
+        key = key.astype(np.uint16)  # Which numpy sorts by radix.
     order = np.argsort(key, kind="stable")
     points, key = points[order], key[order]
-    first = np.flatnonzero(np.diff(key, prepend=-1))
+    first = np.flatnonzero(np.diff(key.astype(np.int64), prepend=-1))
     starts = np.append(first, len(points)).astype(np.int64)
     lower = np.minimum.reduceat(points, first, axis=0)
     upper = np.maximum.reduceat(points, first, axis=0)

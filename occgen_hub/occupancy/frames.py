@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occgen_hub.occupancy.bricks import into_bricks
+from occgen_hub.occupancy.bundles import prepare
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.visibility import FrameOccupancy, observe, warm_up
 from occgen_hub.prefetch import ahead
@@ -35,6 +36,7 @@ def observe_each(
     intrinsics: (T, 3, 3), pixels; size: (width, height) of the images.
     """
     cloud = into_bricks(points)
+    prepare(grid, intrinsics, size)
     own = threading.local()
     alone = not _several_may_call()
 

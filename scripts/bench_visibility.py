@@ -1,0 +1,274 @@
+"""Occupancy and visibility of a frame against other ways, in one run, and how its time grows.
+
+A part of scripts/bench. What is compared gets the same rays and the same cells; whether ours is
+exact is checked in the same run, by rational arithmetic for a sample of rays and, for the whole
+frame, against rays that are followed one by one.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from fixed_stride import fixed_stride
+
+from occgen_hub.builder import load_builder
+from occgen_hub.config import Config
+from occgen_hub.engines.rgbd import reconstruct
+from occgen_hub.occupancy.bricks import BrickedCloud, into_bricks
+from occgen_hub.occupancy.bundles import Bundles, follow_bundles
+from occgen_hub.occupancy.grid import Grid
+from occgen_hub.occupancy.visibility import (
+    OBSERVED,
+    OCCUPIED,
+    first_occupied,
+    observe,
+    warm_up,
+)
+
+RATIONAL_RAYS = 200
+Size = tuple[int, int]
+
+
+class Scene:
+    """A trajectory's cloud and cameras; frame 0 is what methods are compared on."""
+
+    def __init__(self, source: Path) -> None:
+        builder = load_builder("internnav", source)
+        episode = builder.read(next(builder.episodes()))
+        found = reconstruct(episode, Config())
+        assert episode.intrinsics is not None
+        self.points = found.cloud.points
+        self.cloud: BrickedCloud = into_bricks(found.cloud.points)
+        self.poses = found.world_from_camera
+        self.K = episode.intrinsics[0].astype(np.float32).astype(np.float64)
+        self.size: Size = episode.image_size
+
+
+def best(
+    run: Callable[[], object], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Seconds of the fastest of some calls: the others are disturbed by what else runs."""
+    times = []
+    for _ in range(repeats):
+        start = clock()
+        run()
+        times.append(clock() - start)
+    return min(times)
+
+
+def measure(source: Path, repeats: int) -> dict[str, Any]:
+    """All figures, as a dictionary that JSON takes."""
+    warm_up()
+    scene, grid, threads = Scene(source), Grid.of(Config()), numba.get_num_threads()
+    compared = _compared(scene, grid, repeats)
+    numba.set_num_threads(1)  # How time grows is asked of the processor's clock, on one core.
+    try:
+        growth = {
+            "rays": _growth_with_rays(scene, repeats),
+            "cells": _growth_with_cells(scene, repeats),
+            "frames": _growth_with_frames(scene, grid),
+        }
+    finally:
+        numba.set_num_threads(threads)
+    return {
+        "threads": threads,
+        "rays": scene.size[0] * scene.size[1],
+        "cells": grid.cells,
+        "compared": compared,
+        "growth": growth,
+    }
+
+
+def _known(scene: Scene, grid: Grid, K: np.ndarray, size: Size) -> float:
+    """Have the camera's bundles made; how much its first frames take beyond later ones, in seconds
+    of the processor.
+    """
+    state = np.empty(grid.cells, np.uint8)
+
+    def frame() -> None:
+        observe(grid, scene.cloud, scene.poses[0], K, size, state)
+
+    first = best(lambda: [frame() for _ in range(6)], 1, time.process_time)
+    return first - 6 * best(frame, 3, time.process_time)
+
+
+# Ours and others, on frame 0
+
+
+def _compared(scene: Scene, grid: Grid, repeats: int) -> dict[str, Any]:
+    K, size = scene.K, scene.size
+    bundles = Bundles.of(grid, K, size)
+    assert bundles is not None
+    state = np.empty(grid.cells, np.uint8)
+    observe(grid, scene.cloud, scene.poses[0], K, size, state)
+    blank = state & OCCUPIED
+
+    _known(scene, grid, K, size)
+    seconds = {
+        "ours: voxelise, see, pack": best(
+            lambda: observe(grid, scene.cloud, scene.poses[0], K, size, state), 10 * repeats
+        )
+    }
+    ours, single, copy = blank.copy(), blank.copy(), best(blank.copy, repeats)
+    follow_bundles(bundles, ours)
+    seconds["ours: see only"] = (
+        best(lambda: follow_bundles(bundles, blank.copy()), 10 * repeats) - copy
+    )
+    ends = first_occupied(grid, K, size, single)
+    seconds["single exact rays: see only"] = (
+        best(lambda: first_occupied(grid, K, size, blank.copy()), repeats) - copy
+    )
+    occupied, marched = torch.from_numpy(blank > 0), np.zeros(grid.cells, bool)
+
+    def march() -> None:
+        marched[:] = fixed_stride(grid, K, size, occupied).numpy()
+
+    seconds["fixed stride in PyTorch: see only"] = best(march, 2)
+    octomap = _octomap(grid, K, size, ends)
+    if octomap is not None:
+        seconds["OctoMap, insertPointCloud: see only"] = best(octomap, 3)
+    seen = (ours & OBSERVED) > 0
+    whole = seconds["ours: voxelise, see, pack"]
+    return {
+        "ms": {name: 1e3 * value for name, value in seconds.items()},
+        "times_ours": {name: value / whole for name, value in seconds.items()},
+        "observed_cells": int(seen.sum()),
+        "cells_that_differ_from_single_rays": int((ours != single).sum()),
+        "rays_checked_rationally": RATIONAL_RAYS,
+        "rays_that_differ_from_rational": _wrong_rays(grid, K, blank > 0, seen, ends),
+        "fixed_stride_wrong_share": float((marched != seen).sum() / seen.sum()),
+    }
+
+
+def _octomap(
+    grid: Grid, K: np.ndarray, size: Size, ends: np.ndarray
+) -> Callable[[], object] | None:
+    """A call of OctoMap's that follows the same rays, to the same cells; None without OctoMap."""
+    try:
+        import octomap
+    except ImportError:
+        return None
+    u, v = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
+    x, y = (u + 0.5 - K[0, 2]) / K[0, 0], (v + 0.5 - K[1, 2]) / K[1, 1]
+    rays = np.stack([x, y, np.ones_like(x)], -1).astype(np.float64)
+    # A ray that meets nothing ends where it leaves the grid.
+    lower = np.asarray(grid.lower)
+    upper = lower + np.asarray(grid.shape) * grid.voxel_size
+    with np.errstate(divide="ignore"):
+        depth = np.where(rays > 0, upper / rays, lower / rays).min(axis=-1)
+    hit = ends >= 0
+    centres = grid.centres(np.maximum(ends, 0).reshape(-1)).reshape(*ends.shape, 3)
+    depth[hit] = centres[hit][:, 2]
+    points = (rays * depth[..., None]).reshape(-1, 3)
+
+    def insert() -> object:
+        tree = octomap.OcTree(grid.voxel_size)
+        tree.insertPointCloud(points, np.zeros(3))
+        return tree
+
+    return insert
+
+
+def _wrong_rays(
+    grid: Grid, K: np.ndarray, occupied: np.ndarray, seen: np.ndarray, ends: np.ndarray
+) -> int:
+    """Of a sample of rays, how many rational arithmetic sees otherwise."""
+    sys.path.append(str(Path(__file__).parent.parent / "tests"))
+    from test_visibility import crossed_cells  # The oracle of the tests of exactness.
+
+    fx, fy, cx, cy = (Fraction(float(K[i])) for i in ((0, 0), (1, 1), (0, 2), (1, 2)))
+    half, wrong = Fraction(1, 2), 0
+    rng = np.random.default_rng(0)
+    for v, u in zip(*(rng.integers(0, n, RATIONAL_RAYS) for n in ends.shape), strict=True):
+        direction = [(int(u) + half - cx) / fx, (int(v) + half - cy) / fy, Fraction(1)]
+        columns = np.ravel_multi_index(np.array(crossed_cells(grid, direction)).T, grid.shape)
+        hits = np.flatnonzero(occupied[columns])
+        end = columns[hits[0]] if len(hits) else -1
+        reached = columns[: hits[0] + 1] if len(hits) else columns
+        wrong += int(ends[v, u] != end or not seen[reached].all())
+    return wrong
+
+
+# Growth
+
+
+def _growth_with_rays(scene: Scene, repeats: int) -> list[dict[str, float]]:
+    grid, rows = Grid.of(Config()), []
+    for scale in (0.25, 0.5, 1, 2):
+        size = (round(scene.size[0] * scale), round(scene.size[1] * scale))
+        K = scene.K * [[scale], [scale], [1]]
+        rows.append({"rays": size[0] * size[1], **_frame(scene, grid, K, size, repeats)})
+    return rows
+
+
+def _growth_with_cells(scene: Scene, repeats: int) -> list[dict[str, float]]:
+    rows = []
+    for voxel_size in (0.1, 0.05, 0.025, 0.02, 0.0125):
+        grid = Grid.of(Config(voxel_size=voxel_size))
+        rows.append({"cells": grid.cells, **_frame(scene, grid, scene.K, scene.size, repeats)})
+    return rows
+
+
+def _frame(scene: Scene, grid: Grid, K: np.ndarray, size: Size, repeats: int) -> dict[str, float]:
+    """Milliseconds of frame 0 and of a camera's beginning, on one core; megabytes that it keeps."""
+    beginning = _known(scene, grid, K, size)
+    state = np.empty(grid.cells, np.uint8)
+    seconds = best(
+        lambda: observe(grid, scene.cloud, scene.poses[0], K, size, state),
+        4 * repeats,
+        time.process_time,
+    )
+    made = Bundles.of(grid, K, size)
+    kept = 0 if made is None else made.cells.nbytes + made.crossing.nbytes
+    return {"frame_ms": 1e3 * seconds, "once_a_camera_ms": 1e3 * beginning, "kept_mb": kept / 1e6}
+
+
+def _growth_with_frames(scene: Scene, grid: Grid) -> list[dict[str, float]]:
+    """Milliseconds a frame of ever longer walks, up and down the trajectory, on one core."""
+    state, rows = np.empty(grid.cells, np.uint8), []
+    # So that any ten frames in a row are of the same kind: every fifth, then those beside them.
+    spread = [scene.poses[t] for start in range(5) for t in range(start, len(scene.poses), 5)]
+
+    def walk(frames: int) -> None:
+        for t in range(frames):
+            pose = spread[t % len(spread)]
+            observe(grid, scene.cloud, pose, scene.K, scene.size, state)
+
+    _known(scene, grid, scene.K, scene.size)
+    for frames in (10, 50, 100, 500):
+        seconds = best(partial(walk, frames), max(3, 500 // frames), time.process_time)
+        rows.append({"frames": frames, "frame_ms": 1e3 * seconds / frames})
+    return rows
+
+
+def table(figures: dict[str, Any]) -> None:
+    """Print the figures."""
+    compared = figures["compared"]
+    print(f"\n{figures['rays']:,} rays, {figures['cells']:,} cells, {figures['threads']} threads")
+    print(f"  {'frame 0':<38}{'ms':>9}  {'times ours':>10}")
+    for name, ms in compared["ms"].items():
+        print(f"  {name:<38}{ms:>9.1f}  {compared['times_ours'][name]:>10.1f}")
+    if not any(name.startswith("OctoMap") for name in compared["ms"]):
+        print("  OctoMap is not installed: .venv/bin/pip install octomap-python")
+    print(
+        f"  exactness: {compared['cells_that_differ_from_single_rays']} cells differ from single "
+        f"exact rays; {compared['rays_that_differ_from_rational']} of "
+        f"{compared['rays_checked_rationally']} rays from rational arithmetic; the fixed stride is "
+        f"wrong in {compared['fixed_stride_wrong_share']:.0%} of as many cells as are observed"
+    )
+    for kind in ("rays", "cells", "frames"):
+        print(f"\n  {kind:>12}  {'ms, 1 core':>10}  {'once a camera, ms':>17}  {'kept, MB':>8}")
+        for row in figures["growth"][kind]:
+            print(
+                f"  {row[kind]:>12,}  {row['frame_ms']:>10.2f}  "
+                f"{row.get('once_a_camera_ms', 0):>17.0f}  {row.get('kept_mb', 0):>8.0f}"
+            )
