@@ -384,15 +384,9 @@ def staged(place: Path, clock: Stopwatch | None = None) -> Iterator[Path]:
     trajectory whole or not there.
     """
     partial, old = _beside(place)
-    for attempt in range(4):
-        try:
-            partial.mkdir(parents=True)
-            break
-        except FileNotFoundError:  # Another process, whose episode failed, removed the scene's.
-            if attempt == 3:
-                raise
     clock = clock or Stopwatch()
-    try:
+    try:  # From before the folder is there: an interruption may come as soon as it is.
+        _make(partial)
         yield partial
         with clock("flush"):
             flush_tree(partial)
@@ -408,6 +402,15 @@ def staged(place: Path, clock: Stopwatch | None = None) -> Iterator[Path]:
             place.parent.parent.rmdir()
         raise
     _remove(old)
+
+
+def _make(folder: Path) -> None:
+    """Make a folder and those above it, of which another process may remove an empty one."""
+    for _ in range(4):
+        with suppress(FileNotFoundError):
+            folder.mkdir(parents=True)
+            return
+    folder.mkdir(parents=True)
 
 
 def _remove(path: Path) -> None:
