@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -321,12 +322,24 @@ def _write(
 ) -> None:
     grid = Grid.of(provenance.config)
     writer = TrajectoryWriter(folder, schema, episode, grid)
-    beside = Stopwatch()
-    with ThreadPoolExecutor(1) as pool:  # So that cores have work where the other has none.
-        tables = pool.submit(_write_scene, writer, scene, provenance.config, beside)
-        with clock("write occupancy"):
-            writer.write_occupancy(frames_occupancy(episode, scene, grid, clock, progress))
-        tables.result()
+    beside, turn, over = Stopwatch(), threading.Lock(), threading.Event()
+
+    def tables() -> None:
+        with turn:
+            if not over.is_set():
+                _write_scene(writer, scene, provenance.config, beside)
+
+    try:
+        with ThreadPoolExecutor(1) as pool:  # So that cores have work where the other has none.
+            written = pool.submit(tables)
+            with clock("write occupancy"):
+                writer.write_occupancy(frames_occupancy(episode, scene, grid, clock, progress))
+            written.result()
+    finally:
+        # An interruption while the thread starts leaves it unknown to the pool; the folder must not
+        # be cleared before it has ended, or else it may not begin.
+        with turn:
+            over.set()
     clock.add(beside)
     with clock("write media"):
         writer.write_media(provenance.media)
@@ -384,15 +397,9 @@ def staged(place: Path, clock: Stopwatch | None = None) -> Iterator[Path]:
     trajectory whole or not there.
     """
     partial, old = _beside(place)
-    for attempt in range(4):
-        try:
-            partial.mkdir(parents=True)
-            break
-        except FileNotFoundError:  # Another process, whose episode failed, removed the scene's.
-            if attempt == 3:
-                raise
     clock = clock or Stopwatch()
-    try:
+    try:  # From before the folder is there: an interruption may come as soon as it is.
+        _make(partial)
         yield partial
         with clock("flush"):
             flush_tree(partial)
@@ -408,6 +415,15 @@ def staged(place: Path, clock: Stopwatch | None = None) -> Iterator[Path]:
             place.parent.parent.rmdir()
         raise
     _remove(old)
+
+
+def _make(folder: Path) -> None:
+    """Make a folder and those above it, of which another process may remove an empty one."""
+    for _ in range(4):
+        with suppress(FileNotFoundError):
+            folder.mkdir(parents=True)
+            return
+    folder.mkdir(parents=True)
 
 
 def _remove(path: Path) -> None:

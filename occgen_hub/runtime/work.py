@@ -154,8 +154,8 @@ def build_each(
             found.put(error)
 
     thread = threading.Thread(target=find, name="reconstruct", daemon=True)
-    thread.start()
     try:
+        thread.start()
         for _ in refs:
             item = found.get()
             turn.release()
@@ -168,7 +168,8 @@ def build_each(
     finally:
         stop.set()
         turn.release()
-        thread.join(GRACE)
+        if thread.ident is not None:
+            thread.join(GRACE)
 
 
 def summed(
