@@ -16,9 +16,7 @@ def past_frames(frame: int, length: int, step: int) -> list[int]:
     return [frame - (h + 1) * step for h in range(min(length, frame // step))]
 
 
-def moved(
-    cells: NDArray[np.integer], motion: NDArray[np.float64], grid: Grid
-) -> NDArray[np.int32]:
+def moved(cells: NDArray[np.integer], motion: NDArray[np.float64], grid: Grid) -> NDArray[np.int32]:
     """The cells that the centres of (n,) others lie in once `motion` has moved them, ascending.
 
     motion: (4, 4) float64, metres. What leaves the grid is left out.

@@ -1,0 +1,212 @@
+"""Commands that show what was built: `visualize`, `render`, `view` and `report`."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from occgen_hub.cli.command import FOLDER, Examples, progress_bar
+from occgen_hub.errors import UsageError
+
+if TYPE_CHECKING:
+    from occgen_hub.loading import Trajectory
+
+SEQUENCES = (
+    "merge_npy_sequence_cam",
+    "merge_npy_sequence_world",
+    "merge_ply_sequence_cam",
+    "merge_ply_sequence_world",
+    "occ_only_cam_npy",
+    "occ_only_cam_ply",
+)
+
+TRAJECTORY = click.argument("trajectory")
+
+_SOURCE = (
+    click.option(
+        "--input", "root", type=FOLDER,
+        help="Take TRAJECTORY, the id of an episode, from the source here, and build it just now.",
+    ),
+    click.option(
+        "--source", default="internnav", show_default=True, help="What kind of source --input is."
+    ),
+    click.option("--engine", default="auto", show_default=True, help="With --input, as in build."),
+    click.option("--weights", type=FOLDER, help="With --input, as in build."),
+    click.option("--device", help="With --input, as in build."),
+    click.option("--config", type=FOLDER, help="With --input: settings, a YAML file."),
+    click.option(
+        "--set", "settings", multiple=True, metavar="KEY=VALUE",
+        help="With --input: one setting; may be repeated.",
+    ),
+)  # fmt: skip
+
+_HISTORY = (
+    click.option(
+        "--history-len", type=click.IntRange(0, 10_000), default=10, show_default=True,
+        help="Past frames whose occupancy is shown as well.",
+    ),
+    click.option(
+        "--history-step", type=click.IntRange(1, 10_000), default=2, show_default=True,
+        help="Frames from one of them to the next.",
+    ),
+)  # fmt: skip
+
+
+def _with(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A decorator that adds options, in that order."""
+
+    def decorate(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+@contextmanager
+def _opened(trajectory: str, root: Path | None, how: dict[str, Any]) -> Iterator[Trajectory]:
+    """The trajectory that a command names: a folder, or an episode that is built just now."""
+    from occgen_hub.loading import Trajectory
+
+    if root is None:
+        yield Trajectory.open(_folder(Path(trajectory)))
+        return
+    from occgen_hub.config import load_config
+    from occgen_hub.runtime.alone import Source, built_alone
+
+    source = Source(
+        name=how["source"],
+        root=root,
+        config=load_config(how["config"], how["settings"]),
+        engine=how["engine"],
+        weights=how["weights"],
+        device=how["device"],
+    )
+    with (
+        progress_bar("build", unit="frame") as progress,
+        built_alone(source, trajectory, lambda done: progress(done, None)) as folder,
+    ):
+        yield Trajectory.open(folder)
+
+
+def _folder(place: Path) -> Path:
+    """A trajectory's folder, or the only one in a dataset."""
+    from occgen_hub.loading import trajectories
+
+    found = trajectories(place)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(shlex.quote(str(path)) for path in found[:3])
+        raise UsageError(
+            f"{place}: holds {len(found)} trajectories; name one, for example {names}."
+        )
+    raise UsageError(
+        f"{place}: holds no trajectory; give a folder <group>/<scene>/<trajectory> of a dataset "
+        "that occgen-hub build wrote or, with --input, the id of an episode of a source."
+    )
+
+
+@click.command(
+    cls=Examples,
+    example="occgen-hub visualize out/sample_zed/house_000/trajectory_0 clouds\n"
+    "occgen-hub visualize --input rooms sample_zed/house_000/trajectory_0 clouds",
+)
+@TRAJECTORY
+@click.argument("out", type=FOLDER)
+@click.option(
+    "--only", type=click.Choice(SEQUENCES), multiple=True,
+    help="Only these files; may be repeated. All six kinds if not given.",
+)  # fmt: skip
+@_with(*_HISTORY, *_SOURCE)
+def visualize(
+    trajectory: str,
+    out: Path,
+    only: tuple[str, ...],
+    history_len: int,
+    history_step: int,
+    root: Path | None,
+    **how: Any,
+) -> None:
+    """Write a trajectory as point clouds, a file a frame, for MeshLab, CloudCompare or numpy.
+
+    Each holds the scene (label 0), the path so far (1) and the occupied cells (2) in world or in
+    camera coordinates, as npy or ply; two kinds hold the cells alone.
+    """
+    from occgen_hub.visual.sequences import write_sequences
+
+    with _opened(trajectory, root, how) as opened:
+        with progress_bar("visualize", unit="frame") as progress:
+            count = write_sequences(
+                opened, out, only=tuple(dict.fromkeys(only)) or SEQUENCES, history_len=history_len,
+                history_step=history_step, progress=progress,
+            )  # fmt: skip
+    click.echo(f"{count} files: {out}")
+
+
+def _size(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    width, x, height = value.partition("x")
+    if not (x and width.isdigit() and height.isdigit() and len(value) < 20):
+        raise click.BadParameter("give width and height as in 1280x480")
+    return int(width), int(height)
+
+
+@click.command(
+    cls=Examples,
+    example="occgen-hub render out/sample_zed/house_000/trajectory_0 room.mp4\n"
+    "occgen-hub render out/sample_zed/house_000/trajectory_0 room.png --view world --frame 12",
+)
+@TRAJECTORY
+@click.argument("out", metavar="OUT.mp4", type=FOLDER)
+@click.option(
+    "--view", type=click.Choice(["world", "ego", "panels"]), default="panels", show_default=True,
+    help="The scene from outside; the occupancy from the camera; or the image and both.",
+)  # fmt: skip
+@click.option(
+    "--size", callback=_size, metavar="WxH",
+    help="Pixels; world 1280x720, panels 1920x540, ego as the images' shape if not given.",
+)  # fmt: skip
+@click.option("--fps", type=click.FloatRange(0.1, 240), help="The trajectory's if not given.")
+@click.option("--frame", type=click.IntRange(0), help="For a .png: which frame; the middle one.")
+@click.option(
+    "--camera", type=FOLDER,
+    help="The world's viewpoint, JSON as view --choose-camera writes it; found by itself if not given.",
+)  # fmt: skip
+@_with(*_HISTORY, *_SOURCE)
+def render(
+    trajectory: str,
+    out: Path,
+    view: Any,
+    size: tuple[int, int] | None,
+    fps: float | None,
+    frame: int | None,
+    camera: Path | None,
+    history_len: int,
+    history_step: int,
+    root: Path | None,
+    **how: Any,
+) -> None:
+    """Make a video of a trajectory, or with OUT.png a picture of one frame, without a screen.
+
+    The world view shows the coloured scene, the path, the camera with its image, and occupied
+    cells, blue to yellow by height, those of past frames pale. The ego view shows the cells that
+    the camera sees, near ones bright. Needs the extra: pip install 'occgen-hub[visual]'.
+    """
+    from occgen_hub.visual.extra import need_pyvista
+    from occgen_hub.visual.film import Shot
+    from occgen_hub.visual.film import render as write
+    from occgen_hub.visual.viewpoint import Viewpoint
+
+    need_pyvista()
+    shot = Shot(view, size, Viewpoint.load(camera) if camera else None, history_len, history_step)
+    with _opened(trajectory, root, how) as opened:
+        with progress_bar("render", unit="frame") as progress:
+            write(opened, out, shot, fps=fps, frame=frame, progress=progress)
+    click.echo(f"{'Picture' if out.suffix.lower() == '.png' else 'Video'}: {out}")
