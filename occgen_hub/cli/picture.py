@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from occgen_hub.cli.command import FOLDER, Examples, progress_bar
+from occgen_hub.cli.stopping import Stopped
 from occgen_hub.errors import UsageError
 
 if TYPE_CHECKING:
@@ -140,12 +141,15 @@ def visualize(
     """
     from occgen_hub.visual.sequences import write_sequences
 
-    with _opened(trajectory, root, how) as opened:
-        with progress_bar("visualize", unit="frame") as progress:
-            count = write_sequences(
-                opened, out, only=tuple(dict.fromkeys(only)) or SEQUENCES, history_len=history_len,
-                history_step=history_step, progress=progress,
-            )  # fmt: skip
+    kinds = tuple(dict.fromkeys(only)) or SEQUENCES
+    with (
+        _opened(trajectory, root, how) as opened,
+        progress_bar("visualize", unit="frame") as progress,
+    ):
+        count = write_sequences(
+            opened, out, only=kinds, history_len=history_len, history_step=history_step,
+            progress=progress,
+        )  # fmt: skip
     click.echo(f"{count} files: {out}")
 
 
@@ -177,7 +181,7 @@ def _size(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
 @click.option("--frame", type=click.IntRange(0), help="For a .png: which frame; the middle one.")
 @click.option(
     "--camera", type=FOLDER,
-    help="The world's viewpoint, JSON as view --choose-camera writes it; found by itself if not given.",
+    help="JSON: the world's viewpoint, as view --choose-camera writes it; else found by itself.",
 )  # fmt: skip
 @_with(*_HISTORY, *_SOURCE)
 def render(
@@ -206,7 +210,99 @@ def render(
 
     need_pyvista()
     shot = Shot(view, size, Viewpoint.load(camera) if camera else None, history_len, history_step)
-    with _opened(trajectory, root, how) as opened:
-        with progress_bar("render", unit="frame") as progress:
-            write(opened, out, shot, fps=fps, frame=frame, progress=progress)
+    with (
+        _opened(trajectory, root, how) as opened,
+        progress_bar("render", unit="frame") as progress,
+    ):
+        write(opened, out, shot, fps=fps, frame=frame, progress=progress)
     click.echo(f"{'Picture' if out.suffix.lower() == '.png' else 'Video'}: {out}")
+
+
+@click.command(
+    cls=Examples,
+    example="occgen-hub view out/sample_zed/house_000/trajectory_0\n"
+    "occgen-hub view out/sample_zed/house_000/trajectory_0 --save room.rrd",
+)
+@TRAJECTORY
+@click.option("--save", type=FOLDER, metavar="FILE.rrd", help="Write a file for the viewer.")
+@click.option("--web", is_flag=True, help="Serve the viewer to browsers, until Ctrl-C.")
+@click.option(
+    "--ports", nargs=2, type=click.IntRange(1, 65535), default=(9090, 9876), show_default=True,
+    help="With --web: of the page, and of the data.",
+)  # fmt: skip
+@click.option(
+    "--choose-camera", type=FOLDER, metavar="FILE.json",
+    help="Open a window instead to find the viewpoint in that render --camera takes.",
+)  # fmt: skip
+@_with(*_SOURCE)
+def view(
+    trajectory: str,
+    save: Path | None,
+    web: bool,
+    ports: tuple[int, int],
+    choose_camera: Path | None,
+    root: Path | None,
+    **how: Any,
+) -> None:
+    """Look at a trajectory in rerun's viewer: all that it holds, over time.
+
+    Images, depth, the coloured scene, the camera on its path, occupied cells and observed space.
+    Opens a window; where there is no screen, --web serves a page, and --save writes a file that
+    rerun FILE.rrd opens elsewhere. Needs the extra: pip install 'occgen-hub[visual]'.
+    """
+    from occgen_hub.visual.chooser import choose_viewpoint, has_screen
+    from occgen_hub.visual.extra import need, need_pyvista
+
+    if sum((save is not None, web, choose_camera is not None)) > 1:
+        raise UsageError("--save, --web and --choose-camera: give one of them.")
+    if choose_camera is not None:
+        need_pyvista()
+    else:
+        need("rerun")
+    if not (save or web or choose_camera or has_screen()):
+        raise UsageError(
+            "there is no screen here for the viewer; --web serves it to a browser, and --save "
+            "FILE.rrd writes a file to open elsewhere."
+        )
+    with _opened(trajectory, root, how) as opened:
+        if choose_camera is not None:
+            choose_viewpoint(opened, choose_camera)
+            click.echo(f"Viewpoint: {choose_camera}")
+            click.echo(f"Next: occgen-hub render ... --camera {shlex.quote(str(choose_camera))}")
+        elif save is not None:
+            _save(opened, save)
+        elif web:
+            _serve(opened, ports)
+        else:
+            from occgen_hub.visual import viewer
+
+            with progress_bar("view", unit="frame") as progress:
+                viewer.show(opened, progress)
+
+
+def _save(trajectory: Trajectory, place: Path) -> None:
+    from occgen_hub.visual import viewer
+    from occgen_hub.visual.places import written_for
+
+    if place.suffix != ".rrd":
+        raise UsageError(f"--save {place}: give a name that ends in .rrd.")
+    with progress_bar("view", unit="frame") as progress, written_for(place) as partial:
+        viewer.save(trajectory, partial, progress)
+    click.echo(f"Recording: {place}")
+    click.echo(f"Next: rerun {shlex.quote(str(place))}")
+
+
+def _serve(trajectory: Trajectory, ports: tuple[int, int]) -> None:
+    from threading import Event
+
+    from occgen_hub.visual import viewer
+
+    with progress_bar("view", unit="frame") as progress:
+        serving, address = viewer.serve(trajectory, ports, progress)
+    click.echo(f"Open {address}")
+    click.echo("Ctrl-C ends it.")
+    try:
+        while not Event().wait(0.5):
+            pass
+    except Stopped:
+        serving.disconnect()

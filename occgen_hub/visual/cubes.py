@@ -100,4 +100,5 @@ def lit(colors: NDArray[np.uint8], faces: Faces, up: int = 2) -> NDArray[np.uint
     light = np.full(3, 0.86)
     light[up] = 1.0
     light[(up + 1) % 3] = 0.72
-    return (colors[faces.owner] * light[faces.direction // 2][:, None]).astype(np.uint8)
+    lit_up = colors[faces.owner] * light[faces.direction // 2][:, None]
+    return np.asarray(lit_up, np.uint8)

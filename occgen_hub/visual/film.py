@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from occgen_hub.errors import DatasetError, SourceError, UsageError
-from occgen_hub.files import written_whole
+from occgen_hub.errors import DatasetError, UsageError
 from occgen_hub.loading import REBUILD, Trajectory
 from occgen_hub.media import write_video
 from occgen_hub.visual.ego import EgoView
 from occgen_hub.visual.frames import Frame, frames
 from occgen_hub.visual.panels import Panels
+from occgen_hub.visual.places import written_for
 from occgen_hub.visual.viewpoint import Viewpoint
 from occgen_hub.visual.world import WorldView
 
@@ -93,7 +93,7 @@ def _renderer(trajectory: Trajectory, shot: Shot) -> Iterator[_Renderer]:
         with closing(EgoView(trajectory, size)) as ego:
             yield lambda frame, _: ego(frame)
     else:
-        panels, name = Panels(size, trajectory.image_size), _called(trajectory)
+        panels, name = Panels(size, trajectory.image_size), called(trajectory)
         count, fps = len(trajectory.world_from_camera()), rate(trajectory)
         with (
             closing(WorldView(trajectory, panels.world_size, shot.viewpoint)) as world,
@@ -102,8 +102,8 @@ def _renderer(trajectory: Trajectory, shot: Shot) -> Iterator[_Renderer]:
 
             def draw(frame: Frame, image: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
                 line = (
-                    f"{name}    frame {frame.number + 1} of {count}    "
-                    f"{frame.number / fps:.1f} s    "
+                    f"{name}  \u00b7  frame {frame.number + 1} of {count}  \u00b7  "
+                    f"{frame.number / fps:.1f} s  \u00b7  "
                     f"{len(frame.cells.columns):,} visible occupied cells"
                 )
                 return panels(image, world(frame, image), ego(frame), line)
@@ -111,7 +111,7 @@ def _renderer(trajectory: Trajectory, shot: Shot) -> Iterator[_Renderer]:
             yield draw
 
 
-def _called(trajectory: Trajectory) -> str:
+def called(trajectory: Trajectory) -> str:
     """Its id, as far as its folder's place tells."""
     return "/".join(trajectory.path.resolve().parts[-3:])
 
@@ -144,13 +144,13 @@ def render(
         if number >= count:
             raise UsageError(f"--frame {number}: there are {count} frames, numbered from 0.")
         (drawn,) = _drawn(trajectory, shot, number, number + 1)
-        with _written(place) as partial:
+        with written_for(place) as partial:
             Image.fromarray(drawn).save(partial, "PNG", optimize=True)
         return
     if place.suffix.lower() != ".mp4" or frame is not None:
         raise UsageError(f"{place}: give a name that ends in .mp4 or, for one frame, in .png.")
     made = _counted(pictures(trajectory, shot), count, progress)
-    with _written(place) as partial:
+    with written_for(place) as partial:
         write_video(partial, made, fps or rate(trajectory))
 
 
@@ -160,17 +160,3 @@ def _counted(
     for done, picture in enumerate(made, 1):
         yield picture
         progress(done, total)
-
-
-@contextmanager
-def _written(place: Path) -> Iterator[Path]:
-    """`written_whole`, where what goes wrong with the place is said as wrong use."""
-    try:
-        with written_whole(place) as partial:
-            yield partial
-    except SourceError:
-        raise
-    except OSError as error:
-        raise UsageError(
-            f"{place}: cannot be written ({error.strerror or error}); choose another place."
-        ) from error

@@ -52,7 +52,8 @@ class Frame:
         grid = self.cells.grid
         camera_from_world = np.linalg.inv(self.world_from_camera)
         older = [moved(p.columns, camera_from_world @ p.world_from_camera, grid) for p in self.past]
-        return np.unique(np.concatenate([self.cells.columns, *older]))
+        columns: NDArray[np.integer] = np.unique(np.concatenate([self.cells.columns, *older]))
+        return columns
 
     def accumulated_in_world(self) -> NDArray[np.float32]:
         """(n, 3) centres, metres, of the cells of the world's own grid that those cells lie in.

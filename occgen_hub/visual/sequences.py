@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,9 +16,10 @@ from occgen_hub.geometry.cloud import Cloud
 from occgen_hub.geometry.ply import write_ply
 from occgen_hub.geometry.poses import transform
 from occgen_hub.loading import Trajectory
-from occgen_hub.visual.colors import OCCUPANCY, PATH, ramp
+from occgen_hub.visual.colors import PATH
 from occgen_hub.visual.frames import Frame, frames
-from occgen_hub.visual.viewpoint import up_axis
+from occgen_hub.visual.heights import Heights
+from occgen_hub.visual.places import fresh_folder
 
 BACKGROUND, TRAJECTORY, OCCUPIED = 0, 1, 2
 """The labels of points."""
@@ -71,8 +71,9 @@ class LabelledPoints:
         if place.suffix == ".ply":
             write_ply(place, Cloud(self.points, self.colors))
             return
-        columns = [self.points, *([self.colors] if colors else []), self.labels[:, None]]
-        np.save(place, np.concatenate(columns, axis=1, dtype=np.float32), allow_pickle=False)
+        parts = (self.points, *((self.colors,) if colors else ()), self.labels[:, None])
+        rows = np.concatenate([part.astype(np.float32) for part in parts], axis=1)
+        np.save(place, rows, allow_pickle=False)
 
 
 def write_sequences(
@@ -91,10 +92,10 @@ def write_sequences(
     already or does not fit on the disk, DatasetError when a file of the trajectory cannot be used.
     """
     poses, cloud = trajectory.world_from_camera(), trajectory.cloud()
-    palette = _Palette(cloud, poses)
+    heights = Heights(cloud.points, poses)
     background = LabelledPoints.of(cloud.points, cloud.colors, BACKGROUND)
     path = _path(poses[:, :3, 3], trajectory.grid.voxel_size)
-    with _fresh(out) as folder:
+    with fresh_folder(out) as folder:
         _check_space(out, only, len(poses), len(cloud))
         for name in only:
             (folder / name).mkdir()
@@ -102,7 +103,7 @@ def write_sequences(
             so_far = np.concatenate(path[: frame.number + 1])
             colors = np.tile(np.array(PATH, np.uint8), (len(so_far), 1))
             scene = background + LabelledPoints.of(so_far, colors, TRAJECTORY)
-            for name, points in _sequences(frame, scene, palette, only):
+            for name, points in _sequences(frame, scene, heights, only):
                 ending = "npy" if "npy" in name else "ply"
                 place = folder / name / f"{frame.number:06d}.{ending}"
                 points.save(place, colors="world" in name)
@@ -111,38 +112,24 @@ def write_sequences(
 
 
 def _sequences(
-    frame: Frame, scene: LabelledPoints, palette: _Palette, only: Sequence[str]
+    frame: Frame, scene: LabelledPoints, heights: Heights, only: Sequence[str]
 ) -> Iterator[tuple[str, LabelledPoints]]:
-    """What goes into the files of a frame; what is behind and beside the camera is there as well."""
+    """What goes into the files of a frame: of the scene all, not what the camera sees of it."""
     pose = frame.world_from_camera
     if any("world" in name for name in only):
         cells = frame.accumulated_in_world()
-        world = scene + LabelledPoints.of(cells, palette(cells), OCCUPIED)
+        world = scene + LabelledPoints.of(cells, heights.colors(cells), OCCUPIED)
         yield from ((name, world) for name in only if "world" in name)
     if any("world" not in name for name in only):
         centres = frame.cells.grid.centres(frame.accumulated())
-        colors = palette(transform(pose, centres.astype(np.float64)))
+        colors = heights.colors(transform(pose, centres.astype(np.float64)))
         occupied = LabelledPoints.of(centres, colors, OCCUPIED)
         yield from ((name, occupied) for name in only if name.startswith("occ_only"))
         if any(name.startswith("merge") and "cam" in name for name in only):
-            merged = scene.moved(np.linalg.inv(pose)) + occupied
+            merged = scene.moved(np.linalg.inv(pose).astype(np.float64)) + occupied
             yield from (
                 (name, merged) for name in only if name.startswith("merge") and "cam" in name
             )
-
-
-class _Palette:
-    """Colours of occupied cells by their height in the world."""
-
-    def __init__(self, cloud: Cloud, poses: NDArray[np.float64]) -> None:
-        self._axis, self._sign = up_axis(poses)
-        height = cloud.points[:, self._axis] * self._sign
-        self._low, self._high = np.percentile(height, [2, 98]) if len(height) else (0.0, 1.0)
-
-    def __call__(self, points: NDArray[np.floating]) -> NDArray[np.uint8]:
-        """(n, 3) uint8 of (n, 3) points, world, metres."""
-        height = points[:, self._axis] * self._sign
-        return ramp((height - self._low) / max(self._high - self._low, 1e-6), OCCUPANCY)
 
 
 def _path(places: NDArray[np.float64], step: float) -> list[NDArray[np.float64]]:
@@ -163,27 +150,6 @@ def _check_space(out: Path, only: Sequence[str], count: int, points: int) -> Non
     free = shutil.disk_usage(out.resolve().parent).free
     if need > free:
         raise UsageError(
-            f"{out}: {need / 1e9:.1f} GB would be written, and {free / 1e9:.1f} GB are free; choose "
-            "another place, or fewer files with --only."
+            f"{out}: {need / 1e9:.1f} GB would be written, and {free / 1e9:.1f} GB are free; "
+            "choose another place, or fewer files with --only."
         )
-
-
-@contextmanager
-def _fresh(out: Path) -> Iterator[Path]:
-    """A folder to write to that becomes `out` when the block ends well."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out}: is there already; give a new folder, or remove it.")
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    except OSError as error:
-        raise UsageError(
-            f"{out}: cannot be written ({error.strerror or error}); choose another place."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -11,15 +11,13 @@ from numpy.typing import NDArray
 
 from occgen_hub.errors import UsageError
 from occgen_hub.files import dump_json, read_json, written_whole
+from occgen_hub.visual.heights import Heights
 
 FIELD_OF_VIEW = 35.0
 ELEVATIONS = (48.0, 60.0, 72.0)
 """Degrees above the horizon: the lower, the more things stand, the higher, the less they hide."""
 
 AZIMUTHS = 24
-HEADROOM = 0.4
-"""Metres above the highest camera from which on a scene is cut off."""
-
 MARGIN = 1.06
 _COARSE = (96, 54)
 _SAMPLE = 40_000
@@ -65,12 +63,15 @@ class Viewpoint:
             view = cls(field_of_view=float(said.get("field_of_view", FIELD_OF_VIEW)), **vectors)  # type: ignore[arg-type]  # their lengths are looked at below
         except (KeyError, TypeError, ValueError):
             raise UsageError(f"{path}: {_WANTED}.") from None
-        forward = np.zeros(3)
-        if all(len(v) == 3 for v in vectors.values()):
-            forward = np.subtract(view.target, view.position)
-        if not 1 <= view.field_of_view <= 150 or not np.any(np.cross(forward, view.up)):
+        if any(len(v) != 3 for v in vectors.values()) or not view.sound:
             raise UsageError(f"{path}: {_WANTED}.")
         return view
+
+    @property
+    def sound(self) -> bool:
+        """Whether a camera can stand so."""
+        aside = np.cross(np.subtract(self.target, self.position), self.up)
+        return bool(np.abs(aside).max() > 1e-9) and 1 <= self.field_of_view <= 150
 
 
 _WANTED = (
@@ -84,28 +85,6 @@ def _unit(vector: NDArray[np.floating]) -> NDArray[np.float64]:
     return np.asarray(vector / length if length else (0.0, 0.0, 1.0), np.float64)
 
 
-def up_axis(world_from_camera: NDArray[np.float64]) -> tuple[int, float]:
-    """The world's axis that the cameras' up (minus their y) agrees with best, and its sign."""
-    mean_up = -world_from_camera[:, :3, 1].mean(axis=0)
-    axis = int(np.abs(mean_up).argmax())
-    return axis, 1.0 if mean_up[axis] >= 0 else -1.0
-
-
-def ceiling(points: NDArray[np.floating], world_from_camera: NDArray[np.float64]) -> float:
-    """The height, along `up_axis`, from which on (n, 3) points would hide the room from above.
-
-    That is the headroom's, or a lower ceiling's: a layer that holds far more points than those
-    above the cameras usually do lies flat.
-    """
-    axis, sign = up_axis(world_from_camera)
-    height = points[:, axis] * sign
-    head = float((world_from_camera[:, axis, 3] * sign).max())
-    edges = head + np.linspace(0.1, HEADROOM, 7)
-    counts, _ = np.histogram(height, edges)
-    flat = np.flatnonzero(counts > max(4 * np.median(counts), 0.02 * len(height)))
-    return float(edges[flat[0]] - 0.05 if len(flat) else edges[-1])
-
-
 def automatic(
     points: NDArray[np.floating], world_from_camera: NDArray[np.float64], size: tuple[int, int]
 ) -> Viewpoint:
@@ -113,11 +92,9 @@ def automatic(
 
     world_from_camera: (T, 4, 4), the path; size: (width, height) of the picture.
     """
-    axis, sign = up_axis(world_from_camera)
-    up = np.zeros(3)
-    up[axis] = sign
-    path = world_from_camera[:, :3, 3]
-    scene = points[points @ up < ceiling(points, world_from_camera)].astype(np.float64)
+    heights = Heights(points, world_from_camera)
+    up, path = heights.up, world_from_camera[:, :3, 3]
+    scene = points[heights.below_ceiling(points)].astype(np.float64)
     scene = scene[:: 1 + len(scene) // _SAMPLE]
     if len(scene) > 100:  # Not what a few stray points span.
         low, high = np.percentile(scene, [0.5, 99.5], axis=0)
@@ -129,7 +106,7 @@ def automatic(
     everything = np.concatenate([scene, path])
     best: tuple[float, Viewpoint] | None = None
     for turn, elevation in product(range(AZIMUTHS), ELEVATIONS):
-        direction = _direction(axis, sign, 2 * np.pi * turn / AZIMUTHS, np.radians(elevation))
+        direction = _direction(heights, 2 * np.pi * turn / AZIMUTHS, np.radians(elevation))
         view = _fitted(everything, direction, up, size)
         distance = float(np.linalg.norm(np.subtract(view.target, view.position)))
         # Looking along with the cameras: what is on the left is on their left.
@@ -141,12 +118,11 @@ def automatic(
     return best[1]
 
 
-def _direction(axis: int, sign: float, azimuth: float, elevation: float) -> NDArray[np.float64]:
+def _direction(heights: Heights, azimuth: float, elevation: float) -> NDArray[np.float64]:
     """The unit vector from the scene to the eye; angles in radians."""
-    direction = np.zeros(3)
-    direction[axis] = sign * np.sin(elevation)
-    direction[(axis + 1) % 3] = np.cos(elevation) * np.cos(azimuth)
-    direction[(axis + 2) % 3] = np.cos(elevation) * np.sin(azimuth)
+    direction = heights.up * float(np.sin(elevation))
+    direction[(heights.axis + 1) % 3] = np.cos(elevation) * np.cos(azimuth)
+    direction[(heights.axis + 2) % 3] = np.cos(elevation) * np.sin(azimuth)
     return direction
 
 

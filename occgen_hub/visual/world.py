@@ -9,11 +9,12 @@ from occgen_hub.geometry.cloud import REACH, Cloud, voxel_downsample
 from occgen_hub.loading import Trajectory
 from occgen_hub.occupancy.grid import scene_grid
 from occgen_hub.visual.blend import blended
-from occgen_hub.visual.colors import INK, OCCUPANCY, PATH, ramp
+from occgen_hub.visual.colors import INK, PATH
 from occgen_hub.visual.cubes import Faces, cube_faces, lit
 from occgen_hub.visual.frames import Frame
+from occgen_hub.visual.heights import Heights
 from occgen_hub.visual.stage import Picture, Stage
-from occgen_hub.visual.viewpoint import Viewpoint, automatic, ceiling, up_axis
+from occgen_hub.visual.viewpoint import Viewpoint, automatic
 
 MAX_CUBES = 600_000
 """Of the cloud; a larger one is drawn coarser."""
@@ -42,7 +43,6 @@ class WorldView:
         self._poses = trajectory.world_from_camera()
         self._image_size = trajectory.image_size
         self._voxel = trajectory.grid.voxel_size
-        self._axis, self._sign = up_axis(self._poses)
         cloud, edge = _thinned(trajectory.cloud(), self._voxel)
         self._true = _TrueColors(cloud, edge)
         path = self._poses[:, :3, 3]
@@ -51,8 +51,7 @@ class WorldView:
         everything = np.concatenate([cloud.points, path.astype(np.float32)])
         span = float(np.linalg.norm(everything.max(axis=0) - everything.min(axis=0)))
         self._reach = float(np.clip(0.055 * span, 0.2, 0.5))  # Of the frustum, metres.
-        self._height = self._heights(cloud)
-        self._ceiling = ceiling(cloud.points, self._poses)
+        self._heights = Heights(cloud.points, self._poses)
         forward = (everything - pose[:3, 3]) @ pose[:3, 2]
         # A tube is a pixel and a half wide in the middle of the scene.
         drawn = (size[0] * SUPERSAMPLED, size[1] * SUPERSAMPLED)
@@ -67,26 +66,15 @@ class WorldView:
         # Occupied cells lie in those of the cloud, and are what is to be seen of the two.
         self._limit = self._scenery.zbuffer_at(0.6 * self._voxel)
 
-    def _heights(self, cloud: Cloud) -> tuple[float, float]:
-        """Between which heights the colours of occupancy go from low to high."""
-        height = cloud.points[:, self._axis] * self._sign
-        head = float((self._poses[:, self._axis, 3] * self._sign).max())
-        low = float(np.percentile(height, 2)) if len(height) else head - 1.5
-        return low, max(head + 0.3, low + 0.5)
-
     def _drawn_scenery(self, cloud: Cloud, edge: float) -> Picture:
-        shown = self._below_ceiling(cloud.points)
+        shown = self._heights.below_ceiling(cloud.points)
         centres = scene_grid(cloud.points[shown], edge).centres
         colors, _ = self._true.of(centres)
         faces = cube_faces(centres, edge, np.asarray(self.viewpoint.position))
-        self._stage.put_faces("cloud", faces, lit(colors, faces, self._axis))
+        self._stage.put_faces("cloud", faces, lit(colors, faces, self._heights.axis))
         scenery = self._stage.picture()
         self._stage.put_faces("cloud", Faces.none(), np.zeros((0, 3), np.uint8))
         return scenery
-
-    def _below_ceiling(self, points: NDArray[np.floating]) -> NDArray[np.bool_]:
-        below: NDArray[np.bool_] = points[:, self._axis] * self._sign < self._ceiling
-        return below
 
     def __call__(self, frame: Frame, image: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
         """(H, W, 3) uint8 of a frame; image: what its camera saw, shown on its frustum."""
@@ -104,17 +92,17 @@ class WorldView:
 
     def _put_occupancy(self, frame: Frame) -> None:
         every = frame.accumulated_in_world()
-        every = every[self._below_ceiling(every)]
+        every = every[self._heights.below_ceiling(every)]
         own = scene_grid(frame.cells.in_world().astype(np.float32), self._voxel).centres
-        low, high = self._height
-        height = every[:, self._axis] * self._sign
-        colors = ramp((height - low) / (high - low), OCCUPANCY).astype(np.float32)
+        colors = self._heights.colors(every).astype(np.float32)
         true, known = self._true.of(every)
         among = np.isin(cell_numbers(every, self._voxel), cell_numbers(own, self._voxel))
         share = np.where(among, OWN, PAST) * known
         colors += share[:, None] * (true - colors)
         faces = cube_faces(every, self._voxel, np.asarray(self.viewpoint.position))
-        self._stage.put_faces("occupancy", faces, lit(colors.astype(np.uint8), faces, self._axis))
+        self._stage.put_faces(
+            "occupancy", faces, lit(colors.astype(np.uint8), faces, self._heights.axis)
+        )
 
     def _put_frustum(self, frame: Frame, image: NDArray[np.uint8] | None) -> None:
         width, height = self._image_size
