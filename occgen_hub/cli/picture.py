@@ -12,7 +12,7 @@ import click
 
 from occgen_hub.cli.command import FOLDER, Examples, progress_bar
 from occgen_hub.cli.stopping import Stopped
-from occgen_hub.errors import UsageError
+from occgen_hub.errors import OccGenError, UsageError
 
 if TYPE_CHECKING:
     from occgen_hub.loading import Trajectory
@@ -272,12 +272,9 @@ def view(
         elif save is not None:
             _save(opened, save)
         elif web:
-            _serve(opened, ports)
+            _show(opened, ports)
         else:
-            from occgen_hub.visual import viewer
-
-            with progress_bar("view", unit="frame") as progress:
-                viewer.show(opened, progress)
+            _show(opened)
 
 
 def _save(trajectory: Trajectory, place: Path) -> None:
@@ -292,17 +289,26 @@ def _save(trajectory: Trajectory, place: Path) -> None:
     click.echo(f"Next: rerun {shlex.quote(str(place))}")
 
 
-def _serve(trajectory: Trajectory, ports: tuple[int, int]) -> None:
-    from threading import Event
+def _show(trajectory: Trajectory, ports: tuple[int, int] | None = None) -> None:
+    """Until the window is closed or, where the viewer is served, until Ctrl-C."""
+    import tempfile
 
     from occgen_hub.visual import viewer
 
-    with progress_bar("view", unit="frame") as progress:
-        serving, address = viewer.serve(trajectory, ports, progress)
-    click.echo(f"Open {address}")
-    click.echo("Ctrl-C ends it.")
-    try:
-        while not Event().wait(0.5):
-            pass
-    except Stopped:
-        serving.disconnect()
+    with tempfile.TemporaryDirectory(prefix="occgen-") as folder:
+        recorded = Path(folder, "trajectory.rrd")
+        with progress_bar("view", unit="frame") as progress:
+            viewer.save(trajectory, recorded, progress)
+        with viewer.viewer(recorded, ports) as process:
+            if ports is not None:
+                click.echo(f"Open {viewer.page(ports)}")
+                click.echo("Ctrl-C ends it.")
+            try:
+                code = process.wait()
+            except Stopped:
+                return
+        if code:
+            raise OccGenError(
+                f"rerun's viewer ended with {code}; try --save FILE.rrd and then rerun FILE.rrd, "
+                "which says why."
+            )

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -23,21 +28,12 @@ from occgen_hub.visual.heights import Heights
 from occgen_hub.visual.viewpoint import Viewpoint, automatic
 
 APPLICATION = "occgen-hub"
+HERE = "127.0.0.1"
 BLOCK = 5
 """Cells of an edge of the blocks that observed free space is shown by."""
 
 MAX_IMAGE_BYTES = 64 << 20
 FREE = (120, 170, 255)
-
-
-def recording(trajectory: Trajectory) -> tuple[Any, Any]:
-    """An empty rerun recording of a trajectory, and the blueprint that shows it well.
-
-    The recording is given somewhere to go (saved, spawned or served), and then filled by `fill`.
-    Raises UsageError when rerun is not installed.
-    """
-    rr = need("rerun")
-    return rr.RecordingStream(APPLICATION, recording_id=called(trajectory)), _blueprint(trajectory)
 
 
 def _blueprint(trajectory: Trajectory) -> Any:
@@ -215,50 +211,58 @@ def free_blocks(
 def save(
     trajectory: Trajectory, place: Path, progress: Callable[[int, int], None] = lambda *_: None
 ) -> None:
-    """Write a .rrd, which `rerun FILE` opens. The place is the caller's to make whole."""
-    stream, blueprint = recording(trajectory)
-    stream.save(place, default_blueprint=blueprint)
+    """Write a .rrd, which `rerun FILE` opens, with a blueprint that shows it well.
+
+    The place is the caller's to make whole. Raises what `fill` does.
+    """
+    stream = need("rerun").RecordingStream(APPLICATION, recording_id=called(trajectory))
+    stream.save(place, default_blueprint=_blueprint(trajectory))
     fill(stream, trajectory, progress)
     stream.flush()
     stream.disconnect()
 
 
-def serve(
-    trajectory: Trajectory,
-    ports: tuple[int, int],
-    progress: Callable[[int, int], None] = lambda *_: None,
-) -> tuple[Any, str]:
-    """Serve a trajectory, and rerun's viewer for browsers, from this process.
+@contextmanager
+def viewer(
+    recorded: Path, ports: tuple[int, int] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """rerun's viewer with a recording, a process that ends with the block at the latest.
 
-    ports: of the page, and of the data. Returns the recording, which serves as long as it is
-    referred to, and the page's address. Raises UsageError where a port is taken.
+    A window, or, with the ports of the page and of the data, a server for browsers on this
+    machine. Raises UsageError where a port is taken. (rerun can also serve from within a process;
+    now and then that waits for ever as it begins.)
     """
-    rr = need("rerun")
-    web, data = ports
-    for port in ports:
+    command = [sys.executable, "-m", "rerun", str(recorded)]
+    for port in ports or ():
         _check_port(port)
-    stream, blueprint = recording(trajectory)
-    uri = stream.serve_grpc(grpc_port=data, default_blueprint=blueprint, server_memory_limit="50%")
-    fill(stream, trajectory, progress)
-    stream.flush()
-    rr.serve_web_viewer(web_port=web, open_browser=False)
-    return stream, f"http://127.0.0.1:{web}/?url={quote(uri, safe='')}"
+    if ports is not None:
+        web, data = map(str, ports)
+        command += ["--serve-web", "--bind", HERE, "--web-viewer-port", web, "--port", data]
+    # In a session of its own: Ctrl-C is ours, and ends the viewer below.
+    process = subprocess.Popen(
+        command, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def page(ports: tuple[int, int]) -> str:
+    """The address of what `viewer` serves."""
+    web, data = ports
+    return f"http://{HERE}:{web}/?url={quote(f'rerun+http://{HERE}:{data}/proxy', safe='')}"
 
 
 def _check_port(port: int) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((HERE, port))
         except OSError as error:
             raise UsageError(
                 f"port {port} cannot be had ({error.strerror}); give others with --ports."
             ) from None
-
-
-def show(trajectory: Trajectory, progress: Callable[[int, int], None] = lambda *_: None) -> None:
-    """Open rerun's viewer, a window of its own, and send it a trajectory."""
-    stream, blueprint = recording(trajectory)
-    stream.spawn(default_blueprint=blueprint)
-    fill(stream, trajectory, progress)
-    stream.flush()
