@@ -28,7 +28,7 @@ def cli() -> None:
 
 for command in (
     *(make.sample, make.build, look.validate, look.inspect),
-    *(picture.visualize, picture.render, picture.view),
+    *(picture.visualize, picture.render, picture.view, picture.report),
     *(publish.push, weights.weights),
 ):
     cli.add_command(command)

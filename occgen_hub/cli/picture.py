@@ -312,3 +312,21 @@ def _show(trajectory: Trajectory, ports: tuple[int, int] | None = None) -> None:
                 f"rerun's viewer ended with {code}; try --save FILE.rrd and then rerun FILE.rrd, "
                 "which says why."
             )
+
+
+@click.command(cls=Examples, example="occgen-hub report out --output out.html")
+@click.argument("folder", metavar="DIR", type=FOLDER)
+@click.option("--output", type=FOLDER, help="Where the page goes; DIR_report.html if not given.")
+def report(folder: Path, output: Path | None) -> None:
+    """Make one HTML page about a dataset, which opens from disk, without a network.
+
+    A contact sheet, pictures and figures of each trajectory in a table to sort and search, and
+    what failed.
+    """
+    from occgen_hub.visual.report import write_report
+
+    place = output or Path(f"{folder.resolve().name}_report.html")
+    with progress_bar("report", unit="trajectory") as progress:
+        count = write_report(folder, place, progress)
+    s = "y" if count == 1 else "ies"
+    click.echo(f"{count} trajector{s}: {place}")

@@ -22,14 +22,7 @@ def preview(trajectory: Trajectory, frame: int | None = None) -> Image.Image:
     """
     poses, intrinsics = trajectory.world_from_camera(), trajectory.intrinsics()
     frame = len(poses) // 2 if frame is None else frame
-    ends, columns = trajectory.visible()
-    if not frame < len(poses) == len(ends) - 1:
-        problem = f"has {len(ends) - 1} rows where the parquet has {len(poses)}"
-        raise DatasetError(trajectory.file("visible"), problem, REBUILD)
-    visible = columns[ends[frame] : ends[frame + 1]]
-    observed = next((m for n, m in enumerate(trajectory.observed()) if n == frame), None)
-    if observed is None:
-        raise DatasetError(trajectory.file("observed"), f"ends before frame {frame}", REBUILD)
+    visible, observed = _occupancy(trajectory, frame, len(poses))
     K, size, grid = intrinsics[frame], trajectory.image_size, trajectory.grid
 
     rgb, depth = trajectory.rgb(frame), trajectory.depth(frame)
@@ -53,6 +46,34 @@ def preview(trajectory: Trajectory, frame: int | None = None) -> Image.Image:
     for n, panel in enumerate((first, second, third, fourth)):
         sheet.paste(panel, (n % 2 * width, n // 2 * height))
     return sheet
+
+
+def from_above(trajectory: Trajectory, frame: int) -> Image.Image:
+    """The scene from above, with the path and what a frame observed."""
+    poses = trajectory.world_from_camera()
+    _, observed = _occupancy(trajectory, frame, len(poses))
+    return _above(trajectory, poses, frame, trajectory.grid, observed)
+
+
+def from_camera(trajectory: Trajectory, frame: int) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8: the occupied cells that a frame's camera sees, by height."""
+    visible, _ = _occupancy(trajectory, frame, len(trajectory.world_from_camera()))
+    K, size = trajectory.intrinsics()[frame], trajectory.image_size
+    return _cells_from_camera(trajectory.grid, visible, K, size)
+
+
+def _occupancy(
+    trajectory: Trajectory, frame: int, length: int
+) -> tuple[NDArray[np.integer], NDArray[np.bool_]]:
+    """(n,) columns of a frame's visible occupied cells, and (cells,) bool of its observed ones."""
+    ends, columns = trajectory.visible()
+    if not frame < length == len(ends) - 1:
+        problem = f"has {len(ends) - 1} rows where the parquet has {length}"
+        raise DatasetError(trajectory.file("visible"), problem, REBUILD)
+    observed = next((m for n, m in enumerate(trajectory.observed()) if n == frame), None)
+    if observed is None:
+        raise DatasetError(trajectory.file("observed"), f"ends before frame {frame}", REBUILD)
+    return columns[ends[frame] : ends[frame + 1]], observed
 
 
 def _panel(picture: NDArray[np.uint8] | Image.Image, title: str) -> Image.Image:
