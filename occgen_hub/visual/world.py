@@ -50,7 +50,7 @@ class WorldView:
         pose = self.viewpoint.world_from_camera()
         everything = np.concatenate([cloud.points, path.astype(np.float32)])
         span = float(np.linalg.norm(everything.max(axis=0) - everything.min(axis=0)))
-        self._reach = float(np.clip(0.055 * span, 0.2, 0.5))  # Of the frustum, metres.
+        self.reach = float(np.clip(0.055 * span, 0.2, 0.5))  # Of the frustum, metres.
         self._heights = Heights(cloud.points, self._poses)
         forward = (everything - pose[:3, 3]) @ pose[:3, 2]
         # A tube is a pixel and a half wide in the middle of the scene.
@@ -109,7 +109,7 @@ class WorldView:
         K, pose = frame.intrinsics, frame.world_from_camera
         edges = np.array([(0, 0), (width, 0), (width, height), (0, height)])
         rays = np.column_stack([(edges - K[:2, 2]) / K[[0, 1], [0, 1]], np.ones(4)])
-        corners = rays * self._reach @ pose[:3, :3].T + pose[:3, 3]
+        corners = rays * self.reach @ pose[:3, :3].T + pose[:3, 3]
         eye = np.broadcast_to(pose[:3, 3], (4, 3))
         sides = np.concatenate(
             [np.stack([eye, corners], axis=1), np.stack([corners, np.roll(corners, -1, 0)], axis=1)]
