@@ -123,14 +123,13 @@ find_python() {
 # --- System libraries ---------------------------------------------------------------------------
 
 # Prints the Debian packages of those libraries that cannot be loaded. Open3D is linked to all of
-# them, and its wheel carries none of them; Mesa draws pictures where no GPU does.
+# them, and its wheel carries none of them.
 missing_libraries='
 import ctypes, sys
 libraries = (
     ("libusb-1.0.so.0", "libusb-1.0-0"),
     ("libGL.so.1", "libgl1"),
     ("libEGL.so.1", "libegl1"),
-    ("libEGL_mesa.so.0", "libegl-mesa0 libgl1-mesa-dri"),
     ("libgomp.so.1", "libgomp1"),
     ("libX11.so.6", "libx11-6"),
     ("libudev.so.1", "libudev1"),
@@ -152,7 +151,7 @@ ensure_libraries() { # $1: a Python to look with
     [ -n "$packages" ] || return 0
     command="apt-get install -y --no-install-recommends $packages"
     if [ "$(id -u)" = 0 ] && type -P apt-get >/dev/null; then
-        say "installing the system libraries that Open3D, video and pictures need: $packages"
+        say "installing the system libraries that Open3D and video need: $packages"
         export DEBIAN_FRONTEND=noninteractive
         quietly apt-get update ||
             say "apt-get update had errors; trying with the package lists at hand."
