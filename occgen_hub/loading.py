@@ -9,7 +9,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite, prod
@@ -344,10 +344,22 @@ class Trajectory:
 
         The video of an image of odd size lacks a row or a column, and is resized.
         """
-        image, video = self.file("rgb", frame), self.file("video")
-        if image.is_file():
-            return read_rgb(image, self.image_size)
-        return VideoReader(video, self.image_size)(frame) if video.is_file() else None
+        return self.images()(frame)
+
+    def images(self) -> Callable[[int], NDArray[np.uint8] | None]:
+        """`rgb` for many frames, best asked for in order: a video is opened once."""
+        size, video = self.image_size, self.file("video")
+        opened_once: list[VideoReader] = []
+
+        def read(frame: int) -> NDArray[np.uint8] | None:
+            image = self.file("rgb", frame)
+            if image.is_file():
+                return read_rgb(image, size)
+            if not opened_once and video.is_file():
+                opened_once.append(VideoReader(video, size))
+            return opened_once[0](frame) if opened_once else None
+
+        return read
 
     def depth(self, frame: int) -> NDArray[np.float64] | None:
         """(H, W) float64 metres, or None where depth was left out."""

@@ -32,6 +32,7 @@ from occgen_hub.files import opened, plain
 from occgen_hub.geometry.poses import RIGID, rigidity_error
 from occgen_hub.loading import REBUILD, SCHEMA, Trajectory
 from occgen_hub.occupancy.grid import Grid
+from occgen_hub.occupancy.history import moved, past_frames
 from occgen_hub.schema import load_schema
 from occgen_hub.shards import FEATURES, FOLDER, NAME, REMAKE, shards
 
@@ -200,16 +201,16 @@ class OccupancyDataset(Dataset[dict[str, Any]]):
     def _history(self, reader: _Reader, number: int, frame: int) -> dict[str, torch.Tensor]:
         """The past frames, nearest first, whichever of them there are."""
         count, shape, step = self.history_len, self.grid.shape, self.history_step
-        there = min(count, frame // step)
+        before = past_frames(frame, count, step)
         poses = np.tile(np.eye(4, dtype=np.float32), (count, 1, 1))
         past = []
-        if there:
+        if before:
             camera_from_world = np.linalg.inv(reader.camera(number)[0].astype(np.float64))
-        for h in range(there):
-            before = number - (h + 1) * step
-            motion = camera_from_world @ reader.camera(before)[0]
-            cells = reader.occupied(before)
-            past.append(_moved(cells, motion, self.grid) if self.align_history else cells)
+        for h, past_frame in enumerate(before):
+            item = number - frame + past_frame
+            motion = camera_from_world @ reader.camera(item)[0]
+            cells = reader.occupied(item)
+            past.append(moved(cells, motion, self.grid) if self.align_history else cells)
             poses[h] = motion
         if self.dense:
             history = np.zeros((count, self.grid.cells), bool)
@@ -223,7 +224,7 @@ class OccupancyDataset(Dataset[dict[str, Any]]):
             stacked = torch.from_numpy(np.concatenate([np.zeros((0, 4), np.int32), *numbered]))
         return {
             "history": stacked,
-            "history_valid": torch.arange(count) < there,
+            "history_valid": torch.arange(count) < len(before),
             "history_pose": torch.from_numpy(poses),
         }
 
@@ -251,21 +252,6 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _indices(cells: NDArray[np.int32], shape: tuple[int, int, int]) -> NDArray[np.int32]:
     """(n,) flat numbers to (n, 3) cells (i, j, k)."""
     return np.stack(np.unravel_index(cells, shape), axis=-1).astype(np.int32)
-
-
-def _moved(cells: NDArray[np.int32], motion: NDArray[np.float64], grid: Grid) -> NDArray[np.int32]:
-    """The cells that the centres of (n,) others lie in once `motion` has moved them, ascending.
-
-    motion: (4, 4) float64, metres. What leaves the grid is left out.
-    """
-    camera = grid.camera_in_cells
-    centres = np.stack(np.unravel_index(cells, grid.shape), axis=-1) + 0.5 - camera
-    moved = centres @ motion[:3, :3].T + motion[:3, 3] / grid.voxel_size + camera
-    inside = ((moved >= 0) & (moved < grid.shape)).all(axis=1)
-    i, j, k = moved[inside].astype(np.int32).T
-    _, ny, nz = grid.shape
-    found: NDArray[np.int32] = np.unique((i * ny + j) * nz + k)
-    return found
 
 
 # Where the dataset is

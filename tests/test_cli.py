@@ -46,7 +46,10 @@ def test_help_is_quick():
     assert min(times) < 0.6
 
 
-@pytest.mark.parametrize("command", ["sample", "build", "validate", "inspect", "push"])
+@pytest.mark.parametrize(
+    "command",
+    ["sample", "build", "validate", "inspect", "push", "visualize", "render", "view", "report"],
+)
 def test_every_command_has_help_with_an_example(command):
     result = CliRunner().invoke(cli, [command, "--help"])
     assert result.exit_code == 0

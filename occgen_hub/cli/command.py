@@ -33,13 +33,16 @@ def no_bar() -> bool | None:
 
 
 @contextmanager
-def progress_bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar that is gone when the block ends, as a function to call with (done, total)."""
+def progress_bar(what: str, unit: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar that is gone when the block ends, as a function to call with (done, total).
+
+    A total of None is one that nobody knows.
+    """
     from tqdm import tqdm
 
     with tqdm(unit=unit, desc=what, leave=False, disable=no_bar()) as bar:
 
-        def progress(done: int, total: int) -> None:
+        def progress(done: int, total: int | None) -> None:
             bar.total = total
             bar.update(done - bar.n)
 

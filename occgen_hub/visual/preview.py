@@ -10,13 +10,9 @@ from occgen_hub.errors import DatasetError
 from occgen_hub.loading import REBUILD, Trajectory
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.visibility import OCCUPIED, first_occupied
+from occgen_hub.visual.colors import INK, PAPER, PATH, by_height, shade_depth
 
 PANEL = (640, 360)
-INK = (235, 235, 235)
-PAPER = (24, 26, 30)
-PATH = (255, 92, 74)
-# A ramp from near to far or low to high that reads in grey as well: dark blue, teal, yellow.
-RAMP = np.array([(48, 25, 95), (45, 90, 150), (35, 150, 140), (120, 200, 90), (250, 230, 60)])
 
 
 def preview(trajectory: Trajectory, frame: int | None = None) -> Image.Image:
@@ -26,14 +22,7 @@ def preview(trajectory: Trajectory, frame: int | None = None) -> Image.Image:
     """
     poses, intrinsics = trajectory.world_from_camera(), trajectory.intrinsics()
     frame = len(poses) // 2 if frame is None else frame
-    ends, columns = trajectory.visible()
-    if not frame < len(poses) == len(ends) - 1:
-        problem = f"has {len(ends) - 1} rows where the parquet has {len(poses)}"
-        raise DatasetError(trajectory.file("visible"), problem, REBUILD)
-    visible = columns[ends[frame] : ends[frame + 1]]
-    observed = next((m for n, m in enumerate(trajectory.observed()) if n == frame), None)
-    if observed is None:
-        raise DatasetError(trajectory.file("observed"), f"ends before frame {frame}", REBUILD)
+    visible, observed = _occupancy(trajectory, frame, len(poses))
     K, size, grid = intrinsics[frame], trajectory.image_size, trajectory.grid
 
     rgb, depth = trajectory.rgb(frame), trajectory.depth(frame)
@@ -42,7 +31,7 @@ def preview(trajectory: Trajectory, frame: int | None = None) -> Image.Image:
         local = (cloud.points - poses[frame, :3, 3]) @ poses[frame, :3, :3]
         second = _panel(_splat(local, cloud.colors, 0.01, K, size), "reconstructed cloud")
     else:
-        second = _panel(_shade_depth(depth), "depth")
+        second = _panel(shade_depth(depth), "depth")
     first = (
         _panel(rgb, f"frame {frame} of {len(poses)}")
         if rgb is not None
@@ -59,6 +48,34 @@ def preview(trajectory: Trajectory, frame: int | None = None) -> Image.Image:
     return sheet
 
 
+def from_above(trajectory: Trajectory, frame: int) -> Image.Image:
+    """The scene from above, with the path and what a frame observed."""
+    poses = trajectory.world_from_camera()
+    _, observed = _occupancy(trajectory, frame, len(poses))
+    return _above(trajectory, poses, frame, trajectory.grid, observed)
+
+
+def from_camera(trajectory: Trajectory, frame: int) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8: the occupied cells that a frame's camera sees, by height."""
+    visible, _ = _occupancy(trajectory, frame, len(trajectory.world_from_camera()))
+    K, size = trajectory.intrinsics()[frame], trajectory.image_size
+    return _cells_from_camera(trajectory.grid, visible, K, size)
+
+
+def _occupancy(
+    trajectory: Trajectory, frame: int, length: int
+) -> tuple[NDArray[np.integer], NDArray[np.bool_]]:
+    """(n,) columns of a frame's visible occupied cells, and (cells,) bool of its observed ones."""
+    ends, columns = trajectory.visible()
+    if not frame < length == len(ends) - 1:
+        problem = f"has {len(ends) - 1} rows where the parquet has {length}"
+        raise DatasetError(trajectory.file("visible"), problem, REBUILD)
+    observed = next((m for n, m in enumerate(trajectory.observed()) if n == frame), None)
+    if observed is None:
+        raise DatasetError(trajectory.file("observed"), f"ends before frame {frame}", REBUILD)
+    return columns[ends[frame] : ends[frame + 1]], observed
+
+
 def _panel(picture: NDArray[np.uint8] | Image.Image, title: str) -> Image.Image:
     """A picture fitted into a panel, its title on it."""
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
@@ -73,37 +90,6 @@ def _panel(picture: NDArray[np.uint8] | Image.Image, title: str) -> Image.Image:
     draw.rectangle((0, 0, 12 + int(draw.textlength(title)), 18), fill=PAPER)
     draw.text((6, 3), title, fill=INK)
     return panel
-
-
-def _ramp(values: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """(...) values from 0 to 1 to (..., 3) colours."""
-    place = np.clip(values, 0, 1) * (len(RAMP) - 1)
-    low = np.minimum(place.astype(int), len(RAMP) - 2)
-    part = (place - low)[..., None]
-    colors: NDArray[np.uint8] = np.rint(RAMP[low] * (1 - part) + RAMP[low + 1] * part).astype(
-        np.uint8
-    )
-    return colors
-
-
-def _by_height(values: NDArray[np.floating], *, flip: bool) -> NDArray[np.uint8]:
-    if not len(values):
-        return np.zeros((0, 3), np.uint8)
-    low, high = np.percentile(values, [1, 99])
-    part = (values - low) / max(high - low, 1e-6)
-    return _ramp(1 - part if flip else part)
-
-
-def _shade_depth(depth: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Near is bright, none is black; in inverse depth, where near differences show."""
-    some = depth > 0
-    if not some.any():
-        return np.zeros((*depth.shape, 3), np.uint8)
-    inverse = np.divide(1.0, depth, out=np.zeros_like(depth), where=some)
-    low, high = np.percentile(inverse[some], [1, 99])
-    picture = _ramp((inverse - low) / max(high - low, 1e-9))
-    picture[~some] = 0
-    return picture
 
 
 def _cells_from_camera(
@@ -126,7 +112,7 @@ def _cells_from_camera(
         reached = (centre - np.sign(ray) * grid.voxel_size / 2) / ray
     face = np.where(ray == 0, -np.inf, reached).argmax(axis=1)
     light = np.array([0.8, 1.0, 0.9])[face] * np.clip(1.2 - centre[:, 2] / 8, 0.5, 1.0)
-    picture[hit] = (_by_height(centre[:, 1], flip=True) * light[:, None]).astype(np.uint8)
+    picture[hit] = (by_height(centre[:, 1], flip=True) * light[:, None]).astype(np.uint8)
     return picture
 
 
@@ -192,7 +178,7 @@ def _above(
     shown = height < (poses[:, axis, 3] * sign).max() + 0.6
     order = np.argsort(height[shown])
     spots = np.clip(place(cells[shown][order]), 1, (PANEL[0] - 2, PANEL[1] - 2))
-    colors = _by_height(height[shown][order], flip=False)
+    colors = by_height(height[shown][order], flip=False)
     edge = max(1, int(np.ceil(grid.voxel_size * scale)))
     for dx, dy in np.ndindex(edge, edge):
         x, y = spots[:, 0] + dx - edge // 2, spots[:, 1] + dy - edge // 2

@@ -1,0 +1,332 @@
+"""Commands that show what was built: `visualize`, `render`, `view` and `report`."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from occgen_hub.cli.command import FOLDER, Examples, progress_bar
+from occgen_hub.cli.stopping import Stopped
+from occgen_hub.errors import OccGenError, UsageError
+
+if TYPE_CHECKING:
+    from occgen_hub.loading import Trajectory
+
+SEQUENCES = (
+    "merge_npy_sequence_cam",
+    "merge_npy_sequence_world",
+    "merge_ply_sequence_cam",
+    "merge_ply_sequence_world",
+    "occ_only_cam_npy",
+    "occ_only_cam_ply",
+)
+
+TRAJECTORY = click.argument("trajectory")
+
+_SOURCE = (
+    click.option(
+        "--input", "root", type=FOLDER,
+        help="Take TRAJECTORY, the id of an episode, from the source here, and build it just now.",
+    ),
+    click.option(
+        "--source", default="internnav", show_default=True, help="What kind of source --input is."
+    ),
+    click.option("--engine", default="auto", show_default=True, help="With --input, as in build."),
+    click.option("--weights", type=FOLDER, help="With --input, as in build."),
+    click.option("--device", help="With --input, as in build."),
+    click.option("--config", type=FOLDER, help="With --input: settings, a YAML file."),
+    click.option(
+        "--set", "settings", multiple=True, metavar="KEY=VALUE",
+        help="With --input: one setting; may be repeated.",
+    ),
+)  # fmt: skip
+
+_HISTORY = (
+    click.option(
+        "--history-len", type=click.IntRange(0, 10_000), default=10, show_default=True,
+        help="Past frames whose occupancy is shown as well.",
+    ),
+    click.option(
+        "--history-step", type=click.IntRange(1, 10_000), default=2, show_default=True,
+        help="Frames from one of them to the next.",
+    ),
+)  # fmt: skip
+
+
+def _with(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A decorator that adds options, in that order."""
+
+    def decorate(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+@contextmanager
+def _opened(trajectory: str, root: Path | None, how: dict[str, Any]) -> Iterator[Trajectory]:
+    """The trajectory that a command names: a folder, or an episode that is built just now."""
+    from occgen_hub.loading import Trajectory
+
+    if root is None:
+        yield Trajectory.open(_folder(Path(trajectory)))
+        return
+    from occgen_hub.config import load_config
+    from occgen_hub.runtime.alone import Source, built_alone
+
+    source = Source(
+        name=how["source"],
+        root=root,
+        config=load_config(how["config"], how["settings"]),
+        engine=how["engine"],
+        weights=how["weights"],
+        device=how["device"],
+    )
+    with (
+        progress_bar("build", unit="frame") as progress,
+        built_alone(source, trajectory, lambda done: progress(done, None)) as folder,
+    ):
+        yield Trajectory.open(folder)
+
+
+def _folder(place: Path) -> Path:
+    """A trajectory's folder, or the only one in a dataset."""
+    from occgen_hub.loading import trajectories
+
+    found = trajectories(place)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(shlex.quote(str(path)) for path in found[:3])
+        raise UsageError(
+            f"{place}: holds {len(found)} trajectories; name one, for example {names}."
+        )
+    raise UsageError(
+        f"{place}: holds no trajectory; give a folder <group>/<scene>/<trajectory> of a dataset "
+        "that occgen-hub build wrote or, with --input, the id of an episode of a source."
+    )
+
+
+@click.command(
+    cls=Examples,
+    example="occgen-hub visualize out/sample_zed/house_000/trajectory_0 clouds\n"
+    "occgen-hub visualize --input rooms sample_zed/house_000/trajectory_0 clouds",
+)
+@TRAJECTORY
+@click.argument("out", type=FOLDER)
+@click.option(
+    "--only", type=click.Choice(SEQUENCES), multiple=True,
+    help="Only these files; may be repeated. All six kinds if not given.",
+)  # fmt: skip
+@_with(*_HISTORY, *_SOURCE)
+def visualize(
+    trajectory: str,
+    out: Path,
+    only: tuple[str, ...],
+    history_len: int,
+    history_step: int,
+    root: Path | None,
+    **how: Any,
+) -> None:
+    """Write a trajectory as point clouds, a file a frame, for MeshLab, CloudCompare or numpy.
+
+    Each holds the scene (label 0), the path so far (1) and the occupied cells (2) in world or in
+    camera coordinates, as npy or ply; two kinds hold the cells alone.
+    """
+    from occgen_hub.visual.sequences import write_sequences
+
+    kinds = tuple(dict.fromkeys(only)) or SEQUENCES
+    with (
+        _opened(trajectory, root, how) as opened,
+        progress_bar("visualize", unit="frame") as progress,
+    ):
+        count = write_sequences(
+            opened, out, only=kinds, history_len=history_len, history_step=history_step,
+            progress=progress,
+        )  # fmt: skip
+    click.echo(f"{count} files: {out}")
+
+
+def _size(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    width, x, height = value.partition("x")
+    if not (x and width.isdigit() and height.isdigit() and len(value) < 20):
+        raise click.BadParameter("give width and height as in 1280x480")
+    return int(width), int(height)
+
+
+@click.command(
+    cls=Examples,
+    example="occgen-hub render out/sample_zed/house_000/trajectory_0 room.mp4\n"
+    "occgen-hub render out/sample_zed/house_000/trajectory_0 room.png --view world --frame 12",
+)
+@TRAJECTORY
+@click.argument("out", metavar="OUT.mp4", type=FOLDER)
+@click.option(
+    "--view", type=click.Choice(["world", "ego", "panels"]), default="panels", show_default=True,
+    help="The scene from outside; the occupancy from the camera; or the image and both.",
+)  # fmt: skip
+@click.option(
+    "--size", callback=_size, metavar="WxH",
+    help="Pixels; world 1280x720, panels 1920x540, ego as the images' shape if not given.",
+)  # fmt: skip
+@click.option("--fps", type=click.FloatRange(0.1, 240), help="The trajectory's if not given.")
+@click.option("--frame", type=click.IntRange(0), help="For a .png: which frame; the middle one.")
+@click.option(
+    "--camera", type=FOLDER,
+    help="JSON: the world's viewpoint, as view --choose-camera writes it; else found by itself.",
+)  # fmt: skip
+@_with(*_HISTORY, *_SOURCE)
+def render(
+    trajectory: str,
+    out: Path,
+    view: Any,
+    size: tuple[int, int] | None,
+    fps: float | None,
+    frame: int | None,
+    camera: Path | None,
+    history_len: int,
+    history_step: int,
+    root: Path | None,
+    **how: Any,
+) -> None:
+    """Make a video of a trajectory, or with OUT.png a picture of one frame, without a screen.
+
+    The world view shows the coloured scene, the path, the camera with its image, and occupied
+    cells, blue to yellow by height, those of past frames pale. The ego view shows the cells that
+    the camera sees, near ones bright. Needs the extra: pip install 'occgen-hub[visual]'.
+    """
+    from occgen_hub.visual.extra import need_pyvista
+    from occgen_hub.visual.film import Shot
+    from occgen_hub.visual.film import render as write
+    from occgen_hub.visual.viewpoint import Viewpoint
+
+    need_pyvista()
+    shot = Shot(view, size, Viewpoint.load(camera) if camera else None, history_len, history_step)
+    with (
+        _opened(trajectory, root, how) as opened,
+        progress_bar("render", unit="frame") as progress,
+    ):
+        write(opened, out, shot, fps=fps, frame=frame, progress=progress)
+    click.echo(f"{'Picture' if out.suffix.lower() == '.png' else 'Video'}: {out}")
+
+
+@click.command(
+    cls=Examples,
+    example="occgen-hub view out/sample_zed/house_000/trajectory_0\n"
+    "occgen-hub view out/sample_zed/house_000/trajectory_0 --save room.rrd",
+)
+@TRAJECTORY
+@click.option("--save", type=FOLDER, metavar="FILE.rrd", help="Write a file for the viewer.")
+@click.option("--web", is_flag=True, help="Serve the viewer to browsers, until Ctrl-C.")
+@click.option(
+    "--ports", nargs=2, type=click.IntRange(1, 65535), default=(9090, 9876), show_default=True,
+    help="With --web: of the page, and of the data.",
+)  # fmt: skip
+@click.option(
+    "--choose-camera", type=FOLDER, metavar="FILE.json",
+    help="Open a window instead to find the viewpoint in that render --camera takes.",
+)  # fmt: skip
+@_with(*_SOURCE)
+def view(
+    trajectory: str,
+    save: Path | None,
+    web: bool,
+    ports: tuple[int, int],
+    choose_camera: Path | None,
+    root: Path | None,
+    **how: Any,
+) -> None:
+    """Look at a trajectory in rerun's viewer: all that it holds, over time.
+
+    Images, depth, the coloured scene, the camera on its path, occupied cells and observed space.
+    Opens a window; where there is no screen, --web serves a page, and --save writes a file that
+    rerun FILE.rrd opens elsewhere. Needs the extra: pip install 'occgen-hub[visual]'.
+    """
+    from occgen_hub.visual.chooser import choose_viewpoint, has_screen
+    from occgen_hub.visual.extra import need, need_pyvista
+
+    if sum((save is not None, web, choose_camera is not None)) > 1:
+        raise UsageError("--save, --web and --choose-camera: give one of them.")
+    if choose_camera is not None:
+        need_pyvista()
+    else:
+        need("rerun")
+    if not (save or web or choose_camera or has_screen()):
+        raise UsageError(
+            "there is no screen here for the viewer; --web serves it to a browser, and --save "
+            "FILE.rrd writes a file to open elsewhere."
+        )
+    with _opened(trajectory, root, how) as opened:
+        if choose_camera is not None:
+            choose_viewpoint(opened, choose_camera)
+            click.echo(f"Viewpoint: {choose_camera}")
+            click.echo(f"Next: occgen-hub render ... --camera {shlex.quote(str(choose_camera))}")
+        elif save is not None:
+            _save(opened, save)
+        elif web:
+            _show(opened, ports)
+        else:
+            _show(opened)
+
+
+def _save(trajectory: Trajectory, place: Path) -> None:
+    from occgen_hub.visual import viewer
+    from occgen_hub.visual.places import written_for
+
+    if place.suffix != ".rrd":
+        raise UsageError(f"--save {place}: give a name that ends in .rrd.")
+    with progress_bar("view", unit="frame") as progress, written_for(place) as partial:
+        viewer.save(trajectory, partial, progress)
+    click.echo(f"Recording: {place}")
+    click.echo(f"Next: rerun {shlex.quote(str(place))}")
+
+
+def _show(trajectory: Trajectory, ports: tuple[int, int] | None = None) -> None:
+    """Until the window is closed or, where the viewer is served, until Ctrl-C."""
+    import tempfile
+
+    from occgen_hub.visual import viewer
+
+    with tempfile.TemporaryDirectory(prefix="occgen-") as folder:
+        recorded = Path(folder, "trajectory.rrd")
+        with progress_bar("view", unit="frame") as progress:
+            viewer.save(trajectory, recorded, progress)
+        with viewer.viewer(recorded, ports) as process:
+            if ports is not None:
+                click.echo(f"Open {viewer.page(ports)}")
+                click.echo("Ctrl-C ends it.")
+            try:
+                code = process.wait()
+            except Stopped:
+                return
+        if code:
+            raise OccGenError(
+                f"rerun's viewer ended with {code}; try --save FILE.rrd and then rerun FILE.rrd, "
+                "which says why."
+            )
+
+
+@click.command(cls=Examples, example="occgen-hub report out --output out.html")
+@click.argument("folder", metavar="DIR", type=FOLDER)
+@click.option("--output", type=FOLDER, help="Where the page goes; DIR_report.html if not given.")
+def report(folder: Path, output: Path | None) -> None:
+    """Make one HTML page about a dataset, which opens from disk, without a network.
+
+    A contact sheet, pictures and figures of each trajectory in a table to sort and search, and
+    what failed.
+    """
+    from occgen_hub.visual.report import write_report
+
+    place = output or Path(f"{folder.resolve().name}_report.html")
+    with progress_bar("report", unit="trajectory") as progress:
+        count = write_report(folder, place, progress)
+    s = "y" if count == 1 else "ies"
+    click.echo(f"{count} trajector{s}: {place}")

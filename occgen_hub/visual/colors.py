@@ -1,0 +1,48 @@
+"""Colours that all pictures share."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+INK = (235, 235, 235)
+PAPER = (24, 26, 30)
+PATH = (255, 92, 74)
+# A ramp from near to far or low to high that reads in grey as well: dark blue, teal, yellow.
+RAMP = np.array([(48, 25, 95), (45, 90, 150), (35, 150, 140), (120, 200, 90), (250, 230, 60)])
+# Another that stands out from wood, plaster and cloth: blue, teal, yellow.
+OCCUPANCY = np.array(
+    [(40, 86, 204), (28, 152, 216), (44, 198, 164), (154, 216, 76), (252, 228, 62)]
+)
+
+
+def ramp(values: NDArray[np.floating], stops: NDArray[np.int64] = RAMP) -> NDArray[np.uint8]:
+    """(...) values from 0 to 1 to (..., 3) colours between evenly spaced (n, 3) ones."""
+    place = np.clip(values, 0, 1) * (len(stops) - 1)
+    low = np.minimum(place.astype(int), len(stops) - 2)
+    part = (place - low)[..., None]
+    colors: NDArray[np.uint8] = np.rint(stops[low] * (1 - part) + stops[low + 1] * part).astype(
+        np.uint8
+    )
+    return colors
+
+
+def by_height(values: NDArray[np.floating], *, flip: bool) -> NDArray[np.uint8]:
+    """(n,) heights to (n, 3) colours, the lowest and highest hundredth left out of the scale."""
+    if not len(values):
+        return np.zeros((0, 3), np.uint8)
+    low, high = np.percentile(values, [1, 99])
+    part = (values - low) / max(high - low, 1e-6)
+    return ramp(1 - part if flip else part)
+
+
+def shade_depth(depth: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Near is bright, none is black; in inverse depth, where near differences show."""
+    some = depth > 0
+    if not some.any():
+        return np.zeros((*depth.shape, 3), np.uint8)
+    inverse = np.divide(1.0, depth, out=np.zeros_like(depth), where=some)
+    low, high = np.percentile(inverse[some], [1, 99])
+    picture = ramp((inverse - low) / max(high - low, 1e-9))
+    picture[~some] = 0
+    return picture

@@ -1,0 +1,104 @@
+"""Cells drawn as solid cubes: only those faces that can be seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+DENSE = 1 << 26
+"""Cells of a box up to which neighbours are looked up in an array of the whole box."""
+
+_DIRECTIONS = np.array([(1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1)])
+
+
+def _corners() -> NDArray[np.float64]:
+    """(6, 4, 3) corners of a unit cube's faces about its centre, each ordered around its face."""
+    corners = np.empty((6, 4, 3))
+    for face, direction in enumerate(_DIRECTIONS):
+        axis = int(np.abs(direction).argmax())
+        for n, (a, b) in enumerate(((-1, -1), (1, -1), (1, 1), (-1, 1))):
+            corners[face, n] = np.insert((a, b), axis, direction[axis]) / 2
+    return corners
+
+
+_CORNERS = _corners()
+
+
+@dataclass(frozen=True)
+class Faces:
+    """corners: (m, 4, 3) float32, metres; owner: (m,) which cell each is of; direction: (m,) from
+    0 to 5, along +x, -x, +y, -y, +z, -z of the cells' own axes.
+    """
+
+    corners: NDArray[np.float32]
+    owner: NDArray[np.intp]
+    direction: NDArray[np.intp]
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.owner)
+
+    @classmethod
+    def none(cls) -> Faces:
+        """No faces."""
+        return cls(np.zeros((0, 4, 3), np.float32), *(np.zeros(0, np.intp),) * 2)
+
+
+def cube_faces(
+    centres: NDArray[np.floating], edge: float, eye: NDArray[np.floating] | None = None
+) -> Faces:
+    """The faces of cubes of `edge` metres that no neighbouring cube covers.
+
+    centres: (n, 3) metres, all on one lattice of that spacing, none twice; eye: (3,) from where
+    they are looked at, so that faces turned away are left out as well; None leaves none out.
+    """
+    if not len(centres):
+        return Faces.none()
+    cells = np.rint((centres - centres[0]) / edge).astype(np.int64)
+    cells -= cells.min(axis=0) - 1
+    shape = cells.max(axis=0) + 2
+    strides = np.array([shape[1] * shape[2], shape[2], 1])
+    taken = _lookup(cells @ strides, int(np.prod(shape)))
+    owners, directions = [], []
+    for face, direction in enumerate(_DIRECTIONS):
+        seen = ~taken(cells @ strides + direction @ strides)
+        if eye is not None:
+            seen &= (eye - centres) @ direction > edge / 2
+        owners.append(np.flatnonzero(seen))
+        directions.append(np.full(len(owners[-1]), face))
+    owner, turned = np.concatenate(owners), np.concatenate(directions)
+    corners = centres[owner, None].astype(np.float32) + (_CORNERS[turned] * edge).astype(np.float32)
+    return Faces(corners, owner, turned)
+
+
+class _lookup:  # noqa: N801  # a function that remembers
+    """Whether there is a cell of a number, for (n,) numbers below `size`."""
+
+    def __init__(self, keys: NDArray[np.int64], size: int) -> None:
+        self._dense = size <= DENSE
+        if self._dense:
+            self._there = np.zeros(size, np.bool_)
+            self._there[keys] = True
+        else:
+            self._keys = np.sort(keys)
+
+    def __call__(self, keys: NDArray[np.int64]) -> NDArray[np.bool_]:
+        if self._dense:
+            return self._there[keys]
+        place = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
+        found: NDArray[np.bool_] = self._keys[place] == keys
+        return found
+
+
+def lit(colors: NDArray[np.uint8], faces: Faces, up: int = 2) -> NDArray[np.uint8]:
+    """(m, 3) colours of faces, from (n, 3) of their cells.
+
+    Brightest are those that look along axis `up`; the two others differ, so that edges show.
+    """
+    light = np.full(3, 0.86)
+    light[up] = 1.0
+    light[(up + 1) % 3] = 0.72
+    lit_up = colors[faces.owner] * light[faces.direction // 2][:, None]
+    return np.asarray(lit_up, np.uint8)

@@ -1,0 +1,60 @@
+"""The occupancy that a camera sees, from that camera, shaded by depth."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from occgen_hub.geometry.camera import scale_intrinsics
+from occgen_hub.loading import Trajectory
+from occgen_hub.visual.blend import averaged
+from occgen_hub.visual.colors import ramp
+from occgen_hub.visual.cubes import cube_faces
+from occgen_hub.visual.frames import Frame
+from occgen_hub.visual.stage import Stage
+
+NEAR = 0.02
+
+FARTHEST = 0.1
+"""Where on the ramp the far end of the grid is, so that it does not vanish in the paper."""
+
+SUPERSAMPLED = 2
+"""Pixels are drawn so many times as wide and high, and averaged."""
+
+LIGHT = np.array([0.86, 0.86, 1.0, 0.78, 0.93, 0.93])
+"""Of faces along +x, -x, +y, -y, +z, -z: y points down, and what lies flat faces -y."""
+
+
+class EgoView:
+    """Pictures of frames' visible occupied cells as their cameras see them: near is bright.
+
+    size: (width, height), pixels; the images of the trajectory are resized to it.
+    """
+
+    def __init__(self, trajectory: Trajectory, size: tuple[int, int]) -> None:
+        width, height = trajectory.image_size
+        drawn = size[0] * SUPERSAMPLED, size[1] * SUPERSAMPLED
+        self._scale = drawn[0] / width, drawn[1] / height
+        grid = trajectory.grid
+        corner = np.abs(np.asarray(grid.lower))
+        upper = np.asarray(grid.lower) + np.asarray(grid.shape) * grid.voxel_size
+        self._far = float(np.linalg.norm(np.maximum(corner, np.abs(upper))))
+        self._deepest = max(float(upper[2]), 2 * grid.voxel_size)
+        self._stage = Stage(drawn, NEAR, self._far + 1)
+
+    def __call__(self, frame: Frame) -> NDArray[np.uint8]:
+        """(H, W, 3) uint8."""
+        grid = frame.cells.grid
+        centres = grid.centres(frame.cells.columns)
+        faces = cube_faces(centres, grid.voxel_size, np.zeros(3))
+        depth = centres[:, 2] / self._deepest
+        shade = ramp(FARTHEST + (1 - FARTHEST) * (1 - depth**0.8))
+        light = LIGHT[::-1][faces.direction]
+        colors = (shade[faces.owner] * light[:, None]).astype(np.uint8)
+        self._stage.look(np.eye(4), scale_intrinsics(frame.intrinsics, *self._scale))
+        self._stage.put_faces("occupancy", faces, colors)
+        return averaged(self._stage.picture().rgb, SUPERSAMPLED)
+
+    def close(self) -> None:
+        """Free the window."""
+        self._stage.close()

@@ -1,0 +1,89 @@
+"""A built trajectory's frames in order, each with the occupancy of those before it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from occgen_hub.errors import DatasetError
+from occgen_hub.loading import REBUILD, Trajectory
+from occgen_hub.occupancy.grid import Grid, scene_grid
+from occgen_hub.occupancy.history import moved, past_frames
+
+
+@dataclass(frozen=True)
+class FrameCells:
+    """The occupied cells that a camera sees.
+
+    world_from_camera: (4, 4) float64, OpenCV axes, metres; columns: (n,) flat numbers of the cells
+    of the grid in its frame, ascending.
+    """
+
+    grid: Grid
+    world_from_camera: NDArray[np.float64]
+    columns: NDArray[np.integer]
+
+    def in_world(self) -> NDArray[np.float64]:
+        """(n, 3) centres of the cells, world, metres."""
+        pose = self.world_from_camera
+        return self.grid.centres(self.columns).astype(np.float64) @ pose[:3, :3].T + pose[:3, 3]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A frame by its number; past: those before it that count, nearest first."""
+
+    number: int
+    intrinsics: NDArray[np.float64]
+    cells: FrameCells
+    past: tuple[FrameCells, ...]
+
+    @property
+    def world_from_camera(self) -> NDArray[np.float64]:
+        """(4, 4) float64, OpenCV axes, metres."""
+        return self.cells.world_from_camera
+
+    def accumulated(self) -> NDArray[np.integer]:
+        """(n,) columns of this frame's grid, ascending: its own cells and, moved, the past ones."""
+        grid = self.cells.grid
+        camera_from_world = np.linalg.inv(self.world_from_camera)
+        older = [moved(p.columns, camera_from_world @ p.world_from_camera, grid) for p in self.past]
+        columns: NDArray[np.integer] = np.unique(np.concatenate([self.cells.columns, *older]))
+        return columns
+
+    def accumulated_in_world(self) -> NDArray[np.float32]:
+        """(n, 3) centres, metres, of the cells of the world's own grid that those cells lie in.
+
+        The world's grid is that of the whole scene's occupancy; nothing leaves it.
+        """
+        every = [cells.in_world() for cells in (self.cells, *self.past)]
+        points = np.concatenate(every).astype(np.float32)
+        return scene_grid(points, self.cells.grid.voxel_size).centres
+
+
+def frames(trajectory: Trajectory, history_len: int = 0, history_step: int = 1) -> Iterator[Frame]:
+    """The frames in order, with `history_len` past ones each, `history_step` frames apart.
+
+    Raises DatasetError when a file of the trajectory cannot be used.
+    """
+    poses, intrinsics, grid = (
+        trajectory.world_from_camera(), trajectory.intrinsics(), trajectory.grid
+    )  # fmt: skip
+    kept: deque[FrameCells] = deque(maxlen=min(history_len * history_step, len(poses)) + 1)
+    count = 0
+    for number, columns in enumerate(trajectory.visible_frames()):
+        if number == len(poses):
+            count += 1
+            break
+        kept.append(FrameCells(grid, poses[number], columns))
+        before = past_frames(number, history_len, history_step)
+        past = tuple(kept[past - number - 1] for past in before)
+        yield Frame(number, intrinsics[number], kept[-1], past)
+        count += 1
+    if count != len(poses):
+        problem = f"has not as many rows as the parquet, {len(poses)}"
+        raise DatasetError(trajectory.file("visible"), problem, REBUILD)

@@ -1,0 +1,59 @@
+"""How high things are in a scene: colours by height, and what would hide a room from above."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from occgen_hub.visual.colors import OCCUPANCY, ramp
+
+HEADROOM = 0.4
+"""Metres above the highest camera from which on a scene is cut off."""
+
+
+class Heights:
+    """Of the points of a world, metres along its up.
+
+    axis, sign: the world's axis that the cameras' up (minus their y) agrees with best, and which
+    way it goes; ceiling: the height from which on points would hide the room from above.
+    """
+
+    def __init__(
+        self, points: NDArray[np.floating], world_from_camera: NDArray[np.float64]
+    ) -> None:
+        mean_up = -world_from_camera[:, :3, 1].mean(axis=0)
+        self.axis = int(np.abs(mean_up).argmax())
+        self.sign = 1.0 if mean_up[self.axis] >= 0 else -1.0
+        height = self.of(points)
+        head = float(self.of(world_from_camera[:, :3, 3]).max())
+        self.ceiling = _ceiling(height, head)
+        self._low = float(np.percentile(height, 2)) if len(height) else head - 1.5
+        self._high = max(head + 0.3, self._low + 0.5)
+
+    @property
+    def up(self) -> NDArray[np.float64]:
+        """(3,) the world's up."""
+        return np.asarray(np.eye(3)[self.axis] * self.sign, np.float64)
+
+    def of(self, points: NDArray[np.floating]) -> NDArray[np.float64]:
+        """(n, 3) points to their (n,) heights."""
+        return np.asarray(points[:, self.axis], np.float64) * self.sign
+
+    def below_ceiling(self, points: NDArray[np.floating]) -> NDArray[np.bool_]:
+        """(n,) bool: which of (n, 3) points to show."""
+        return np.asarray(self.of(points) < self.ceiling)
+
+    def colors(self, points: NDArray[np.floating]) -> NDArray[np.uint8]:
+        """(n, 3) uint8 of (n, 3) occupied places: blue at the floor, yellow over the cameras."""
+        return ramp((self.of(points) - self._low) / (self._high - self._low), OCCUPANCY)
+
+
+def _ceiling(height: NDArray[np.float64], head: float) -> float:
+    """The headroom's end, or below a ceiling that is lower.
+
+    A layer that holds far more points than those above the cameras usually do lies flat.
+    """
+    edges = head + np.linspace(0.1, HEADROOM, 7)
+    counts, _ = np.histogram(height, edges)
+    flat = np.flatnonzero(counts > max(4 * np.median(counts), 0.02 * len(height)))
+    return float(edges[flat[0]] - 0.05 if len(flat) else edges[-1])

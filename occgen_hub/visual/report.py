@@ -1,0 +1,206 @@
+"""A built dataset as one HTML page, which opens from disk and asks nothing of a network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from occgen_hub.errors import OccGenError, UsageError
+from occgen_hub.files import printable, read_jsonl
+from occgen_hub.loading import Trajectory, trajectories
+from occgen_hub.visual.places import written_for
+from occgen_hub.visual.preview import from_above, from_camera
+
+FAILURES = "failures.jsonl"
+PICTURED = 500
+"""Of how many trajectories the page has pictures, 40 kB each; the others are in its table alone."""
+
+THUMBNAIL = (400, 225)
+QUALITY = 80
+WORDS = 400
+"""Letters of a task, a note or a reason that are shown."""
+
+
+@dataclass
+class Row:
+    """A trajectory: id; values, by column; pictures: data URIs by title; the rest is text."""
+
+    id: str
+    values: dict[str, float | None] = field(default_factory=dict)
+    pictures: dict[str, str] = field(default_factory=dict)
+    engine: str = ""
+    task: str = ""
+    notes: list[str] = field(default_factory=list)
+    problem: str = ""
+
+
+COLUMNS = {
+    "frames": ("Frames", "{:,.0f}"),
+    "occupied": ("Occupied a frame", "{:,.0f}"),
+    "observed": ("Observed a frame, m\u00b3", "{:.2f}"),
+    "share": ("Observed of grid, %", "{:.1f}"),
+    "scene": ("Cells of the scene", "{:,.0f}"),
+    "length": ("Path, m", "{:.2f}"),
+    "scale": ("Scale", "{:.4g}"),
+    "metres": ("Residual, m", "{:.3f}"),
+    "degrees": ("Residual, degrees", "{:.2f}"),
+    "inliers": ("Frames agreeing, %", "{:.0f}"),
+}
+"""Of the table: their heads and how their numbers are written."""
+
+
+def write_report(
+    root: Path, place: Path, progress: Callable[[int, int], None] = lambda *_: None
+) -> int:
+    """Write a page about the dataset in `root`; returns of how many trajectories.
+
+    One that cannot be read is listed with the reason. Raises UsageError where there is nothing to
+    report, or `place` cannot be written.
+    """
+    found = trajectories(root)
+    failures = _failures(root)
+    if not found and not failures:
+        raise UsageError(
+            f"{root}: holds no trajectory; give the folder that occgen-hub build wrote."
+        )
+    rows = []
+    for number, path in enumerate(found):
+        rows.append(_row(path, _called(path, root), pictured=number < PICTURED))
+        progress(number + 1, len(found))
+    with written_for(place) as partial:
+        partial.write_text(_page(printable(root.resolve().name), rows, failures), "utf-8")
+    return len(rows)
+
+
+def _called(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if path != root else path.resolve().name
+
+
+def _failures(root: Path) -> list[dict[str, str]]:
+    path = root / FAILURES
+    if not path.is_file():
+        return []
+    return [{key: _short(line.get(key)) for key in ("id", "reason")} for line in read_jsonl(path)]
+
+
+def _short(text: object) -> str:
+    said = printable("" if text is None else str(text))
+    return said if len(said) <= WORDS else f"{said[:WORDS]}\u2026"
+
+
+def _row(path: Path, name: str, *, pictured: bool) -> Row:
+    row = Row(printable(name))
+    try:
+        trajectory = Trajectory.open(path)
+        _describe(row, trajectory)
+        if pictured:
+            row.pictures = {title: _uri(image) for title, image in _pictures(trajectory)}
+    except OccGenError as error:
+        row.problem = _short(error)
+    return row
+
+
+def _describe(row: Row, trajectory: Trajectory) -> None:
+    poses, grid, record = trajectory.world_from_camera(), trajectory.grid, trajectory.record
+    occupied = [len(columns) for columns in trajectory.visible_frames()]
+    bits = np.array([int(np.bitwise_count(row).sum()) for row in trajectory.observed_packed()])
+    cells = float(bits.mean()) if len(bits) else 0.0
+    scene = record["scene"]
+    fit = scene.get("alignment")
+    fit = fit if isinstance(fit, dict) else {}
+    inliers, fitted = _number(fit.get("inliers")), _number(fit.get("frames"))
+    steps = np.linalg.norm(np.diff(poses[:, :3, 3], axis=0), axis=1)
+    row.values = {
+        "frames": float(len(poses)),
+        "occupied": float(np.mean(occupied)) if occupied else None,
+        "observed": cells * grid.voxel_size**3,
+        "share": 100 * cells / grid.cells,
+        "scene": float(len(trajectory.scene_cells())),
+        "length": float(steps.sum()),
+        "scale": _number(scene.get("scale")),
+        "metres": _number(fit.get("translation_rmse")),
+        "degrees": _number(fit.get("rotation_error")),
+        "inliers": 100 * inliers / fitted if inliers is not None and fitted else None,
+    }
+    row.engine = _short(record.get("engine"))
+    row.task = _short(next(iter(trajectory.tasks()), ""))
+    row.notes = [_short(note) for note in record["notes"][:20]]
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and np.isfinite(value) else None
+
+
+def _pictures(trajectory: Trajectory) -> Iterator[tuple[str, Image.Image | NDArray[np.uint8]]]:
+    """Of the middle frame."""
+    frame = len(trajectory.world_from_camera()) // 2
+    image = trajectory.rgb(frame)
+    if image is not None:
+        yield "image", image
+    yield "from above", from_above(trajectory, frame)
+    yield "occupied, from the camera", from_camera(trajectory, frame)
+
+
+def _uri(picture: Image.Image | NDArray[np.uint8]) -> str:
+    """A JPEG no larger than THUMBNAIL, inside the page."""
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    image = image.convert("RGB")
+    image.thumbnail(THUMBNAIL, Image.Resampling.LANCZOS)
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
+
+
+def _page(name: str, rows: list[Row], failures: list[dict[str, str]]) -> str:
+    """The page. All that comes from the data is escaped, and no other script may run in it."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    folder = files("occgen_hub.visual")
+    script = (folder / "report.js").read_text("utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return template.from_string((folder / "report.html").read_text("utf-8")).render(
+        name=name,
+        rows=rows,
+        failures=failures,
+        columns=COLUMNS,
+        totals=_totals(rows, failures),
+        pictured=PICTURED,
+        script=Markup(script),  # our own
+        digest=digest,
+        shown=_shown,
+    )
+
+
+def _shown(row: Row, key: str) -> str:
+    value = row.values.get(key)
+    return "" if value is None else COLUMNS[key][1].format(value)
+
+
+def _totals(rows: list[Row], failures: list[dict[str, str]]) -> dict[str, Any]:
+    sound = [row for row in rows if not row.problem]
+
+    def total(key: str) -> float:
+        return sum(row.values.get(key) or 0 for row in sound)
+
+    frames = total("frames")
+    occupied = sum((r.values["occupied"] or 0) * (r.values["frames"] or 0) for r in sound)
+    return {
+        "trajectories": f"{len(rows):,}",
+        "frames": f"{frames:,.0f}",
+        "path, m": f"{total('length'):,.1f}",
+        "occupied cells a frame": f"{occupied / frames if frames else 0:,.0f}",
+        "failed": f"{len(failures):,}",
+        "not readable": f"{len(rows) - len(sound):,}",
+    }

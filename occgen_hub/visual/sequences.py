@@ -1,0 +1,155 @@
+"""A trajectory as files for other tools: a point cloud a frame, as numpy and PLY files have it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from occgen_hub.errors import UsageError
+from occgen_hub.geometry.cloud import Cloud
+from occgen_hub.geometry.ply import write_ply
+from occgen_hub.geometry.poses import transform
+from occgen_hub.loading import Trajectory
+from occgen_hub.visual.colors import PATH
+from occgen_hub.visual.frames import Frame, frames
+from occgen_hub.visual.heights import Heights
+from occgen_hub.visual.places import fresh_folder
+
+BACKGROUND, TRAJECTORY, OCCUPIED = 0, 1, 2
+"""The labels of points."""
+
+SEQUENCES = (
+    "merge_npy_sequence_cam",
+    "merge_npy_sequence_world",
+    "merge_ply_sequence_cam",
+    "merge_ply_sequence_world",
+    "occ_only_cam_npy",
+    "occ_only_cam_ply",
+)
+"""The folders that `write_sequences` can make, each with a file a frame."""
+
+MAX_STEPS = 10_000
+"""Points between two cameras of the path."""
+
+
+@dataclass(frozen=True)
+class LabelledPoints:
+    """points: (n, 3) float32, metres; colors: (n, 3) uint8; labels: (n,) uint8."""
+
+    points: NDArray[np.float32]
+    colors: NDArray[np.uint8]
+    labels: NDArray[np.uint8]
+
+    @classmethod
+    def of(
+        cls, points: NDArray[np.floating], colors: NDArray[np.uint8], label: int
+    ) -> LabelledPoints:
+        """Points of one label."""
+        return cls(points.astype(np.float32), colors, np.full(len(points), label, np.uint8))
+
+    def moved(self, pose: NDArray[np.float64]) -> LabelledPoints:
+        """Them, moved by a (4, 4) pose."""
+        points = transform(pose, self.points.astype(np.float64))
+        return LabelledPoints(points.astype(np.float32), self.colors, self.labels)
+
+    def __add__(self, other: LabelledPoints) -> LabelledPoints:
+        """Both, these first."""
+        return LabelledPoints(
+            np.concatenate([self.points, other.points]),
+            np.concatenate([self.colors, other.colors]),
+            np.concatenate([self.labels, other.labels]),
+        )
+
+    def save(self, place: Path, *, colors: bool) -> None:
+        """Write a .ply, or a .npy of float32 rows x, y, z, (r, g, b from 0 to 255,) label."""
+        if place.suffix == ".ply":
+            write_ply(place, Cloud(self.points, self.colors))
+            return
+        parts = (self.points, *((self.colors,) if colors else ()), self.labels[:, None])
+        rows = np.concatenate([part.astype(np.float32) for part in parts], axis=1)
+        np.save(place, rows, allow_pickle=False)
+
+
+def write_sequences(
+    trajectory: Trajectory,
+    out: Path,
+    *,
+    only: Sequence[str] = SEQUENCES,
+    history_len: int = 10,
+    history_step: int = 2,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> int:
+    """Write `out`/<sequence>/<frame, six digits>.npy or .ply of each frame; returns how many files.
+
+    only: which of SEQUENCES. The occupancy is that of the frame and of `history_len` frames before
+    it, `history_step` apart. `out` appears when it is whole. Raises UsageError where it is there
+    already or does not fit on the disk, DatasetError when a file of the trajectory cannot be used.
+    """
+    poses, cloud = trajectory.world_from_camera(), trajectory.cloud()
+    heights = Heights(cloud.points, poses)
+    background = LabelledPoints.of(cloud.points, cloud.colors, BACKGROUND)
+    path = _path(poses[:, :3, 3], trajectory.grid.voxel_size)
+    with fresh_folder(out) as folder:
+        _check_space(out, only, len(poses), len(cloud))
+        for name in only:
+            (folder / name).mkdir()
+        for frame in frames(trajectory, history_len, history_step):
+            so_far = np.concatenate(path[: frame.number + 1])
+            colors = np.tile(np.array(PATH, np.uint8), (len(so_far), 1))
+            scene = background + LabelledPoints.of(so_far, colors, TRAJECTORY)
+            for name, points in _sequences(frame, scene, heights, only):
+                ending = "npy" if "npy" in name else "ply"
+                place = folder / name / f"{frame.number:06d}.{ending}"
+                points.save(place, colors="world" in name)
+            progress(frame.number + 1, len(poses))
+    return len(only) * len(poses)
+
+
+def _sequences(
+    frame: Frame, scene: LabelledPoints, heights: Heights, only: Sequence[str]
+) -> Iterator[tuple[str, LabelledPoints]]:
+    """What goes into the files of a frame: of the scene all, not what the camera sees of it."""
+    pose = frame.world_from_camera
+    if any("world" in name for name in only):
+        cells = frame.accumulated_in_world()
+        world = scene + LabelledPoints.of(cells, heights.colors(cells), OCCUPIED)
+        yield from ((name, world) for name in only if "world" in name)
+    if any("world" not in name for name in only):
+        centres = frame.cells.grid.centres(frame.accumulated())
+        colors = heights.colors(transform(pose, centres.astype(np.float64)))
+        occupied = LabelledPoints.of(centres, colors, OCCUPIED)
+        yield from ((name, occupied) for name in only if name.startswith("occ_only"))
+        if any(name.startswith("merge") and "cam" in name for name in only):
+            merged = scene.moved(np.linalg.inv(pose).astype(np.float64)) + occupied
+            yield from (
+                (name, merged) for name in only if name.startswith("merge") and "cam" in name
+            )
+
+
+def _path(places: NDArray[np.float64], step: float) -> list[NDArray[np.float64]]:
+    """What each frame adds to the path: points no more than `step` apart, ending at its camera."""
+    added = [places[:1]]
+    for before, after in pairwise(places):
+        count = int(min(np.ceil(np.linalg.norm(after - before) / step), MAX_STEPS)) or 1
+        parts = np.arange(1, count + 1)[:, None] / count
+        added.append(before + parts * (after - before))
+    return added
+
+
+def _check_space(out: Path, only: Sequence[str], count: int, points: int) -> None:
+    """Raise UsageError where the files will not fit: they hold the whole cloud for each frame."""
+    wide = {"npy": 28, "ply": 15}
+    merged = [name for name in only if name.startswith("merge")]
+    need = count * points * sum(wide["npy" if "npy" in name else "ply"] for name in merged)
+    free = shutil.disk_usage(out.resolve().parent).free
+    if need > free:
+        raise UsageError(
+            f"{out}: {need / 1e9:.1f} GB would be written, and {free / 1e9:.1f} GB are free; "
+            "choose another place, or fewer files with --only."
+        )

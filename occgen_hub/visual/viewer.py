@@ -1,0 +1,268 @@
+"""A trajectory in rerun's viewer, or as a recording for it: all over time, in one world."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from numpy.typing import NDArray
+
+from occgen_hub.errors import DatasetError, UsageError
+from occgen_hub.files import read_bytes
+from occgen_hub.loading import REBUILD, Trajectory
+from occgen_hub.occupancy.grid import Grid
+from occgen_hub.visual.colors import OCCUPANCY, PATH
+from occgen_hub.visual.extra import need
+from occgen_hub.visual.film import called, rate
+from occgen_hub.visual.frames import Frame, frames
+from occgen_hub.visual.heights import Heights
+from occgen_hub.visual.viewpoint import Viewpoint, automatic
+
+APPLICATION = "occgen-hub"
+HERE = "127.0.0.1"
+BLOCK = 5
+"""Cells of an edge of the blocks that observed free space is shown by."""
+
+MAX_IMAGE_BYTES = 64 << 20
+FREE = (120, 170, 255)
+
+
+def _blueprint(trajectory: Trajectory) -> Any:
+    """What opens: the world on the left; image, depth, the cells' number and the task."""
+    rrb = need("rerun.blueprint")
+    view = _viewpoint(trajectory)
+    world = rrb.Spatial3DView(
+        origin="/world",
+        name="World",
+        contents=["$origin/**", "- /world/above/**", "- /world/camera/depth/**"],
+        background=[24, 26, 30],
+        line_grid=False,
+        eye_controls=rrb.EyeControls3D(
+            position=view.position, look_target=view.target, eye_up=view.up
+        ),
+    )
+    seen = rrb.Tabs(
+        rrb.Spatial2DView(origin="/world/camera/depth", name="Depth"),
+        rrb.TextDocumentView(origin="/task", name="Task"),
+    )
+    return rrb.Blueprint(
+        rrb.Horizontal(
+            world,
+            rrb.Vertical(
+                rrb.Spatial2DView(origin="/world/camera/image", name="Image"),
+                seen,
+                rrb.TimeSeriesView(origin="/cells", name="Cells of a frame"),
+                row_shares=[3, 3, 2],
+            ),
+            column_shares=[3, 2],
+        ),
+        rrb.TimePanel(timeline="frame", fps=rate(trajectory), state="collapsed"),
+        rrb.SelectionPanel(state="collapsed"),
+        rrb.BlueprintPanel(state="collapsed"),
+    )
+
+
+def _viewpoint(trajectory: Trajectory) -> Viewpoint:
+    return automatic(trajectory.cloud().points, trajectory.world_from_camera(), (1100, 900))
+
+
+def fill(
+    stream: Any, trajectory: Trajectory, progress: Callable[[int, int], None] = lambda *_: None
+) -> None:
+    """Log a trajectory to a rerun recording.
+
+    On the timelines `frame` (number) and `time` (seconds) come the camera's pose (`world/camera`,
+    OpenCV axes, metres), its image and depth, the cells that it sees occupied, the blocks of free
+    space that it observes, and how many cells they are. Without time come the cloud, in two parts,
+    so that what is over the cameras' heads can be hidden, and the path. Raises DatasetError when
+    a file of the trajectory cannot be used.
+    """
+    rr = need("rerun")
+    scene = _Scene(rr, stream, trajectory)
+    scene.log_scenery()
+    count, fps = len(trajectory.world_from_camera()), rate(trajectory)
+    observed = trajectory.observed()
+    for frame in frames(trajectory):
+        stream.set_time("frame", sequence=frame.number)
+        stream.set_time("time", duration=frame.number / fps)
+        seen = next(observed, None)
+        if seen is None:
+            problem = f"ends before frame {frame.number}"
+            raise DatasetError(trajectory.file("observed"), problem, REBUILD)
+        scene.log_camera(frame)
+        scene.log_cells(frame, seen)
+        progress(frame.number + 1, count)
+
+
+class _Scene:
+    def __init__(self, rr: Any, stream: Any, trajectory: Trajectory) -> None:
+        self._rr, self._stream, self._trajectory = rr, stream, trajectory
+        self._poses = trajectory.world_from_camera()
+        self._cloud = trajectory.cloud()
+        self._heights = Heights(self._cloud.points, self._poses)
+        self._images = trajectory.images()
+
+    def log_scenery(self) -> None:
+        rr, cloud, voxel = self._rr, self._cloud, self._trajectory.grid.voxel_size
+        heights = self._heights
+        up = f"RIGHT_HAND_{'XYZ'[heights.axis]}_{'UP' if heights.sign > 0 else 'DOWN'}"
+        below = heights.below_ceiling(cloud.points)
+        self._log("world", getattr(rr.ViewCoordinates, up), static=True)
+        for name, part in (("cloud", below), ("above", ~below)):
+            points = rr.Points3D(cloud.points[part], colors=cloud.colors[part], radii=voxel / 2)
+            self._log(f"world/{name}", points, static=True)
+        path = rr.LineStrips3D([self._poses[:, :3, 3]], colors=[PATH], radii=[0.012])
+        self._log("world/path", path, static=True)
+        tasks = "\n\n".join(self._trajectory.tasks()) or "No task is given."
+        self._log("task", rr.TextDocument(tasks), static=True)
+        lines = rr.SeriesLines(colors=[OCCUPANCY[2]], names=["occupied and visible"])
+        self._log("cells/occupied", lines, static=True)
+        self._log(
+            "cells/observed", rr.SeriesLines(colors=[FREE], names=["observed / 100"]), static=True
+        )
+
+    def log_camera(self, frame: Frame) -> None:
+        rr, size, pose = self._rr, self._trajectory.image_size, frame.world_from_camera
+        camera = rr.Transform3D(translation=pose[:3, 3], mat3x3=pose[:3, :3])
+        self._log("world/camera", camera)
+        lens = rr.Pinhole(
+            image_from_camera=frame.intrinsics, resolution=size,
+            camera_xyz=rr.ViewCoordinates.RDF, image_plane_distance=0.4,
+        )  # fmt: skip
+        self._log("world/camera/image", lens)
+        self._log_image(frame.number)
+        depth = self._trajectory.file("depth", frame.number)
+        if depth.is_file():
+            self._trajectory.depth(frame.number)  # It has to be an image of that size.
+            content = read_bytes(depth, MAX_IMAGE_BYTES)
+            self._log("world/camera/depth", lens)
+            self._log(
+                "world/camera/depth",
+                rr.EncodedDepthImage(content, media_type="image/png", meter=10_000),
+            )
+
+    def _log_image(self, number: int) -> None:
+        image = self._images(number)  # Has to be an image, and of that size.
+        if image is None:
+            return
+        path = self._trajectory.file("rgb", number)
+        head = read_bytes(path, MAX_IMAGE_BYTES) if path.is_file() else b""
+        entity = (
+            self._rr.EncodedImage(contents=head, media_type="image/jpeg")
+            if head.startswith(b"\xff\xd8")
+            else self._rr.Image(image).compress(jpeg_quality=90)
+        )
+        self._log("world/camera/image", entity)
+
+    def log_cells(self, frame: Frame, observed: NDArray[np.bool_]) -> None:
+        rr, grid = self._rr, frame.cells.grid
+        centres = grid.centres(frame.cells.columns)
+        places = frame.cells.in_world()
+        shown = self._heights.below_ceiling(places)
+        cubes = rr.Boxes3D(
+            centers=centres[shown],
+            half_sizes=np.full((int(shown.sum()), 3), grid.voxel_size / 2, np.float32),
+            colors=self._heights.colors(places[shown]),
+            fill_mode="solid",
+        )
+        self._log("world/camera/occupied", cubes)
+        free = free_blocks(grid, frame.cells.columns, observed)
+        blocks = rr.Points3D(free, colors=[(*FREE, 90)], radii=[0.008])
+        self._log("world/camera/observed", blocks)
+        self._log("cells/occupied", rr.Scalars(len(centres)))
+        self._log("cells/observed", rr.Scalars(int(observed.sum()) / 100))
+
+    def _log(self, path: str, entity: Any, *, static: bool = False) -> None:
+        self._stream.log(path, entity, static=static)
+
+
+def free_blocks(
+    grid: Grid, occupied: NDArray[np.integer], observed: NDArray[np.bool_]
+) -> NDArray[np.float32]:
+    """(n, 3) centres, metres, camera frame, of the blocks of BLOCK cells an edge that are free.
+
+    That is, at least half of whose cells are observed and none occupied; what sticks out at the
+    grid's end is left out. occupied: (m,) columns; observed: (cells,) bool.
+    """
+    blocks = [n // BLOCK for n in grid.shape]
+    if not all(blocks):
+        return np.zeros((0, 3), np.float32)
+    x, y, z = (n * BLOCK for n in blocks)
+    whole = observed.reshape(grid.shape)[:x, :y, :z]
+    shape = (blocks[0], BLOCK, blocks[1], BLOCK, blocks[2], BLOCK)
+    count = whole.reshape(shape).sum(axis=(1, 3, 5), dtype=np.int32)
+    free = 2 * count >= BLOCK**3
+    cells = np.stack(np.unravel_index(occupied, grid.shape), axis=-1) // BLOCK
+    inside = (cells < blocks).all(axis=1)
+    free[tuple(cells[inside].T)] = False
+    centres = (np.argwhere(free) + 0.5) * (BLOCK * grid.voxel_size) + grid.lower
+    return np.asarray(centres, np.float32)
+
+
+def save(
+    trajectory: Trajectory, place: Path, progress: Callable[[int, int], None] = lambda *_: None
+) -> None:
+    """Write a .rrd, which `rerun FILE` opens, with a blueprint that shows it well.
+
+    The place is the caller's to make whole. Raises what `fill` does.
+    """
+    stream = need("rerun").RecordingStream(APPLICATION, recording_id=called(trajectory))
+    stream.save(place, default_blueprint=_blueprint(trajectory))
+    fill(stream, trajectory, progress)
+    stream.flush()
+    stream.disconnect()
+
+
+@contextmanager
+def viewer(
+    recorded: Path, ports: tuple[int, int] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """rerun's viewer with a recording, a process that ends with the block at the latest.
+
+    A window, or, with the ports of the page and of the data, a server for browsers on this
+    machine. Raises UsageError where a port is taken. (rerun can also serve from within a process;
+    now and then that waits for ever as it begins.)
+    """
+    command = [sys.executable, "-m", "rerun", str(recorded)]
+    for port in ports or ():
+        _check_port(port)
+    if ports is not None:
+        web, data = map(str, ports)
+        command += ["--serve-web", "--bind", HERE, "--web-viewer-port", web, "--port", data]
+    # In a session of its own: Ctrl-C is ours, and ends the viewer below.
+    process = subprocess.Popen(
+        command, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def page(ports: tuple[int, int]) -> str:
+    """The address of what `viewer` serves."""
+    web, data = ports
+    return f"http://{HERE}:{web}/?url={quote(f'rerun+http://{HERE}:{data}/proxy', safe='')}"
+
+
+def _check_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HERE, port))
+        except OSError as error:
+            raise UsageError(
+                f"port {port} cannot be had ({error.strerror}); give others with --ports."
+            ) from None

@@ -1,0 +1,177 @@
+"""From where a scene is looked at: chosen by itself, or read from a file."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from occgen_hub.errors import UsageError
+from occgen_hub.files import dump_json, read_json, written_whole
+from occgen_hub.visual.heights import Heights
+
+FIELD_OF_VIEW = 35.0
+ELEVATIONS = (48.0, 60.0, 72.0)
+"""Degrees above the horizon: the lower, the more things stand, the higher, the less they hide."""
+
+AZIMUTHS = 24
+MARGIN = 1.06
+_COARSE = (96, 54)
+_SAMPLE = 40_000
+
+
+@dataclass(frozen=True)
+class Viewpoint:
+    """position, target, up: world, metres; field_of_view: of the picture's height, degrees."""
+
+    position: tuple[float, float, float]
+    target: tuple[float, float, float]
+    up: tuple[float, float, float]
+    field_of_view: float = FIELD_OF_VIEW
+
+    def world_from_camera(self) -> NDArray[np.float64]:
+        """(4, 4) float64, OpenCV axes, metres."""
+        forward = _unit(np.subtract(self.target, self.position))
+        right = _unit(np.cross(forward, self.up))
+        pose = np.eye(4)
+        pose[:3, :3] = np.stack([right, np.cross(forward, right), forward], axis=1)
+        pose[:3, 3] = self.position
+        return pose
+
+    def intrinsics(self, size: tuple[int, int]) -> NDArray[np.float64]:
+        """(3, 3) float64, pixels of a picture of `size` (width, height)."""
+        width, height = size
+        focal = height / (2 * np.tan(np.radians(self.field_of_view / 2)))
+        return np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1.0]])
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON, for `load`."""
+        with written_whole(path) as partial:
+            partial.write_text(dump_json(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Viewpoint:
+        """That of a JSON file; raises UsageError, or SourceError where it cannot be read."""
+        said = read_json(path)
+        try:
+            vectors = {
+                name: tuple(float(v) for v in said[name]) for name in ("position", "target", "up")
+            }
+            view = cls(field_of_view=float(said.get("field_of_view", FIELD_OF_VIEW)), **vectors)  # type: ignore[arg-type]  # their lengths are looked at below
+        except (KeyError, TypeError, ValueError):
+            raise UsageError(f"{path}: {_WANTED}.") from None
+        if any(len(v) != 3 for v in vectors.values()) or not view.sound:
+            raise UsageError(f"{path}: {_WANTED}.")
+        return view
+
+    @property
+    def sound(self) -> bool:
+        """Whether a camera can stand so."""
+        aside = np.cross(np.subtract(self.target, self.position), self.up)
+        return bool(np.abs(aside).max() > 1e-9) and 1 <= self.field_of_view <= 150
+
+
+_WANTED = (
+    "is no viewpoint; it has position, target and up of three numbers each, world metres, up not "
+    "along the line of sight, and may have a field_of_view of 1 to 150 degrees"
+)
+
+
+def _unit(vector: NDArray[np.floating]) -> NDArray[np.float64]:
+    length = np.linalg.norm(vector)
+    return np.asarray(vector / length if length else (0.0, 0.0, 1.0), np.float64)
+
+
+def automatic(
+    points: NDArray[np.floating], world_from_camera: NDArray[np.float64], size: tuple[int, int]
+) -> Viewpoint:
+    """A view from above, to one side, of (n, 3) points, from where most of the path is seen.
+
+    world_from_camera: (T, 4, 4), the path; size: (width, height) of the picture.
+    """
+    heights = Heights(points, world_from_camera)
+    up, path = heights.up, world_from_camera[:, :3, 3]
+    scene = points[heights.below_ceiling(points)].astype(np.float64)
+    scene = scene[:: 1 + len(scene) // _SAMPLE]
+    if len(scene) > 100:  # Not what a few stray points span.
+        low, high = np.percentile(scene, [0.5, 99.5], axis=0)
+        scene = scene[((scene >= low) & (scene <= high)).all(axis=1)]
+    # What has to be seen: the path, and what stands below it.
+    lower = float((scene @ up).min()) if len(scene) else float((path @ up).min()) - 1
+    drop = (path @ up)[:, None] - lower
+    subject = np.concatenate([path - up * drop * part for part in (0.0, 0.5, 0.9)])
+    everything = np.concatenate([scene, path])
+    best: tuple[float, Viewpoint] | None = None
+    for turn, elevation in product(range(AZIMUTHS), ELEVATIONS):
+        direction = _direction(heights, 2 * np.pi * turn / AZIMUTHS, np.radians(elevation))
+        view = _fitted(everything, direction, up, size)
+        distance = float(np.linalg.norm(np.subtract(view.target, view.position)))
+        # Looking along with the cameras: what is on the left is on their left.
+        along = float(np.mean(world_from_camera[:, :3, 2] @ view.world_from_camera()[:3, 2]))
+        score = (0.2 + _seen(subject, scene, view)) * (1 + 0.5 * along) / distance
+        if best is None or score > best[0]:
+            best = score, view
+    assert best is not None
+    return best[1]
+
+
+def _direction(heights: Heights, azimuth: float, elevation: float) -> NDArray[np.float64]:
+    """The unit vector from the scene to the eye; angles in radians."""
+    direction = heights.up * float(np.sin(elevation))
+    direction[(heights.axis + 1) % 3] = np.cos(elevation) * np.cos(azimuth)
+    direction[(heights.axis + 2) % 3] = np.cos(elevation) * np.sin(azimuth)
+    return direction
+
+
+def _fitted(
+    points: NDArray[np.float64],
+    direction: NDArray[np.float64],
+    up: NDArray[np.float64],
+    size: tuple[int, int],
+) -> Viewpoint:
+    """The nearest viewpoint in a direction from which all of (n, 3) points are in the picture."""
+    slope_y = np.tan(np.radians(FIELD_OF_VIEW / 2)) / MARGIN
+    slope_x = slope_y * size[0] / size[1]
+    target = (points.min(axis=0) + points.max(axis=0)) / 2
+    right = _unit(np.cross(-direction, up))
+    above = np.cross(right, -direction)
+    for _ in range(4):
+        local = points - target
+        x, y, z = local @ right, local @ above, local @ direction
+        distance = max(
+            float((z + np.abs(x) / slope_x).max()), float((z + np.abs(y) / slope_y).max())
+        )
+        distance = max(distance, 0.5)
+        # Move to the middle of what the picture shows.
+        u, v = x / (distance - z), y / (distance - z)
+        target = target + distance * (
+            (u.min() + u.max()) / 2 * right + (v.min() + v.max()) / 2 * above
+        )
+    position = target + direction * distance * 1.02
+    return Viewpoint(_triple(position), _triple(target), _triple(up))
+
+
+def _triple(vector: NDArray[np.float64]) -> tuple[float, float, float]:
+    x, y, z = vector.tolist()
+    return x, y, z
+
+
+def _seen(subject: NDArray[np.float64], scene: NDArray[np.float64], view: Viewpoint) -> float:
+    """The share of (n, 3) points that nothing of a scene hides, roughly."""
+    pose, K = view.world_from_camera(), view.intrinsics(_COARSE)
+
+    def project(points: NDArray[np.float64]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+        x, y, z = ((points - pose[:3, 3]) @ pose[:3, :3]).T
+        z = np.maximum(z, 1e-3)
+        u = (K[0, 0] * x / z + K[0, 2]).astype(int).clip(0, _COARSE[0] - 1)
+        v = (K[1, 1] * y / z + K[1, 2]).astype(int).clip(0, _COARSE[1] - 1)
+        return v * _COARSE[0] + u, z
+
+    nearest = np.full(_COARSE[0] * _COARSE[1], np.inf)
+    place, depth = project(scene)
+    np.minimum.at(nearest, place, depth)
+    place, depth = project(subject)
+    return float((depth < nearest[place] + 0.25).mean())

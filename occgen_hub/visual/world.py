@@ -1,0 +1,154 @@
+"""The scene from outside: its cloud, the path, the camera, and the occupancy that it sees."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from occgen_hub.geometry.cloud import REACH, Cloud, voxel_downsample
+from occgen_hub.loading import Trajectory
+from occgen_hub.occupancy.grid import scene_grid
+from occgen_hub.visual.blend import blended
+from occgen_hub.visual.colors import INK, PATH
+from occgen_hub.visual.cubes import Faces, cube_faces, lit
+from occgen_hub.visual.frames import Frame
+from occgen_hub.visual.heights import Heights
+from occgen_hub.visual.stage import Picture, Stage
+from occgen_hub.visual.viewpoint import Viewpoint, automatic
+
+MAX_CUBES = 600_000
+"""Of the cloud; a larger one is drawn coarser."""
+
+SUPERSAMPLED = 2
+"""Pixels are drawn so many times as wide and high, and averaged."""
+
+AHEAD = (120, 62, 56)
+"""The part of the path that is still to come."""
+
+OWN, PAST = 0.15, 0.6
+"""How much of the cloud's own colour shows in the occupancy of a frame, and of those before it."""
+
+
+class WorldView:
+    """Pictures of a trajectory's frames, all from one viewpoint.
+
+    The cloud does not change: it is drawn once, with its depth, and what moves is drawn into it.
+    size: (width, height), pixels.
+    """
+
+    def __init__(
+        self, trajectory: Trajectory, size: tuple[int, int], viewpoint: Viewpoint | None = None
+    ) -> None:
+        self._size = size
+        self._poses = trajectory.world_from_camera()
+        self._image_size = trajectory.image_size
+        self._voxel = trajectory.grid.voxel_size
+        cloud, edge = _thinned(trajectory.cloud(), self._voxel)
+        self._true = _TrueColors(cloud, edge)
+        path = self._poses[:, :3, 3]
+        self.viewpoint = viewpoint or automatic(cloud.points, self._poses, size)
+        pose = self.viewpoint.world_from_camera()
+        everything = np.concatenate([cloud.points, path.astype(np.float32)])
+        span = float(np.linalg.norm(everything.max(axis=0) - everything.min(axis=0)))
+        self.reach = float(np.clip(0.055 * span, 0.2, 0.5))  # Of the frustum, metres.
+        self._heights = Heights(cloud.points, self._poses)
+        forward = (everything - pose[:3, 3]) @ pose[:3, 2]
+        # A tube is a pixel and a half wide in the middle of the scene.
+        drawn = (size[0] * SUPERSAMPLED, size[1] * SUPERSAMPLED)
+        K = self.viewpoint.intrinsics(drawn)
+        middle = float(np.median(forward[forward > 0])) if (forward > 0).any() else 1.0
+        self._line = 1.5 * SUPERSAMPLED * middle / K[1, 1]
+        near = max(0.02, 0.5 * float(np.min(forward)) - 2)
+        far = max(1.5 * float(np.max(forward)) + 5, 10 * near)
+        self._stage = Stage(drawn, near, far)
+        self._stage.look(pose, K)
+        self._scenery = self._drawn_scenery(cloud, edge)
+        # Occupied cells lie in those of the cloud, and are what is to be seen of the two.
+        self._limit = self._scenery.zbuffer_at(0.6 * self._voxel)
+
+    def _drawn_scenery(self, cloud: Cloud, edge: float) -> Picture:
+        shown = self._heights.below_ceiling(cloud.points)
+        centres = scene_grid(cloud.points[shown], edge).centres
+        colors, _ = self._true.of(centres)
+        faces = cube_faces(centres, edge, np.asarray(self.viewpoint.position))
+        self._stage.put_faces("cloud", faces, lit(colors, faces, self._heights.axis))
+        scenery = self._stage.picture()
+        self._stage.put_faces("cloud", Faces.none(), np.zeros((0, 3), np.uint8))
+        return scenery
+
+    def __call__(self, frame: Frame, image: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
+        """(H, W, 3) uint8 of a frame; image: what its camera saw, shown on its frustum."""
+        stage = self._stage
+        self._put_occupancy(frame)
+        path = self._poses[:, :3, 3]
+        stage.put_lines("behind", path[: frame.number + 1], PATH, self._line)
+        stage.put_lines("ahead", path[frame.number :], AHEAD, 0.6 * self._line)
+        self._put_frustum(frame, image)
+        moving = stage.picture()
+        picture: NDArray[np.uint8] = blended(
+            moving.rgb, moving.zbuffer, self._scenery.rgb, self._limit, SUPERSAMPLED
+        )
+        return picture
+
+    def _put_occupancy(self, frame: Frame) -> None:
+        every = frame.accumulated_in_world()
+        every = every[self._heights.below_ceiling(every)]
+        own = scene_grid(frame.cells.in_world().astype(np.float32), self._voxel).centres
+        colors = self._heights.colors(every).astype(np.float32)
+        true, known = self._true.of(every)
+        among = np.isin(cell_numbers(every, self._voxel), cell_numbers(own, self._voxel))
+        share = np.where(among, OWN, PAST) * known
+        colors += share[:, None] * (true - colors)
+        faces = cube_faces(every, self._voxel, np.asarray(self.viewpoint.position))
+        self._stage.put_faces(
+            "occupancy", faces, lit(colors.astype(np.uint8), faces, self._heights.axis)
+        )
+
+    def _put_frustum(self, frame: Frame, image: NDArray[np.uint8] | None) -> None:
+        width, height = self._image_size
+        K, pose = frame.intrinsics, frame.world_from_camera
+        edges = np.array([(0, 0), (width, 0), (width, height), (0, height)])
+        rays = np.column_stack([(edges - K[:2, 2]) / K[[0, 1], [0, 1]], np.ones(4)])
+        corners = rays * self.reach @ pose[:3, :3].T + pose[:3, 3]
+        eye = np.broadcast_to(pose[:3, 3], (4, 3))
+        sides = np.concatenate(
+            [np.stack([eye, corners], axis=1), np.stack([corners, np.roll(corners, -1, 0)], axis=1)]
+        )
+        self._stage.put_segments("frustum", sides, INK, 0.7 * self._line)
+        if image is not None:
+            self._stage.put_image("image", corners, image)
+
+    def close(self) -> None:
+        """Free the window."""
+        self._stage.close()
+
+
+def _thinned(cloud: Cloud, edge: float) -> tuple[Cloud, float]:
+    """A cloud of no more than MAX_CUBES points, and the edge of the cells that has one each."""
+    while len(cloud) > MAX_CUBES:
+        edge *= 1.5
+        cloud = voxel_downsample(cloud, edge)
+    return cloud, edge
+
+
+class _TrueColors:
+    """The colours of the cells, of `edge` metres, that a cloud's points lie in."""
+
+    def __init__(self, cloud: Cloud, edge: float) -> None:
+        self._edge = edge
+        self._keys, first = np.unique(cell_numbers(cloud.points, edge), return_index=True)
+        self._colors = cloud.colors[first]
+
+    def of(self, points: NDArray[np.floating]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """(n, 3) colours of the cells that (n, 3) points lie in, and (n,) whether there are any."""
+        if not len(self._keys):
+            return np.zeros((len(points), 3), np.uint8), np.zeros(len(points), np.bool_)
+        numbers = cell_numbers(points, self._edge)
+        place = np.searchsorted(self._keys, numbers).clip(max=len(self._keys) - 1)
+        return self._colors[place], self._keys[place] == numbers
+
+
+def cell_numbers(points: NDArray[np.floating], edge: float) -> NDArray[np.int64]:
+    """(n, 3) points, metres, to (n,) numbers of the cells of the world's grid that they lie in."""
+    cells = np.floor(points.astype(np.float64) / edge).astype(np.int64) + REACH
+    return (cells[:, 0] << 42) | (cells[:, 1] << 21) | cells[:, 2]

@@ -1,0 +1,421 @@
+"""Pictures, videos, recordings and reports: drawn headless, read back, and looked into."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+from itertools import islice, pairwise
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from occgen_hub.errors import UsageError
+from occgen_hub.geometry.ply import read_ply
+from occgen_hub.loading import Trajectory, trajectories
+from occgen_hub.media import video_frames
+from occgen_hub.occupancy.history import moved
+from occgen_hub.occupancy.visibility import OCCUPIED, first_occupied
+from occgen_hub.visual.colors import PAPER
+from occgen_hub.visual.cubes import cube_faces
+from occgen_hub.visual.frames import frames
+from occgen_hub.visual.sequences import SEQUENCES, write_sequences
+from occgen_hub.visual.viewpoint import Viewpoint, automatic
+
+SIZE = (480, 180)
+
+
+def run(*arguments: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "occgen_hub", *map(str, arguments)]
+    env = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")} | more
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, env=env
+    )
+
+
+@pytest.fixture(scope="module")
+def trajectory(dataset) -> Trajectory:
+    return Trajectory.open(trajectories(dataset)[0])
+
+
+# visualize
+
+
+def test_the_files_of_the_seed_say_what_the_dataset_says(trajectory, tmp_path):
+    count = write_sequences(trajectory, tmp_path / "out", history_len=2, history_step=1)
+    poses, grid, cloud = trajectory.world_from_camera(), trajectory.grid, trajectory.cloud()
+    assert count == 6 * len(poses)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(SEQUENCES)
+    ends, columns = trajectory.visible()
+    cells = [columns[a:b] for a, b in pairwise(ends)]
+    for t, pose in enumerate(poses):
+        expected = set(cells[t].tolist())
+        for past in range(max(0, t - 2), t):
+            motion = np.linalg.inv(pose) @ poses[past]
+            expected |= set(moved(cells[past], motion, grid).tolist())
+        out = tmp_path / "out"
+        alone = np.load(out / "occ_only_cam_npy" / f"{t:06d}.npy")
+        assert alone.shape[1] == 4
+        assert (alone[:, 3] == 2).all()
+        np.testing.assert_allclose(alone[:, :3], grid.centres(np.array(sorted(expected))))
+        camera = np.load(out / "merge_npy_sequence_cam" / f"{t:06d}.npy")
+        world = np.load(out / "merge_npy_sequence_world" / f"{t:06d}.npy")
+        assert (camera.shape[1], world.shape[1]) == (4, 7)
+        np.testing.assert_array_equal(world[: len(cloud), :3], cloud.points)
+        np.testing.assert_array_equal(world[: len(cloud), 3:6], cloud.colors)
+        # One scene in both frames, the path ends at the camera, and the camera is the origin.
+        scene, seen = world[world[:, 6] < 2], camera[camera[:, 3] < 2]
+        back = seen[:, :3] @ pose[:3, :3].T + pose[:3, 3]
+        np.testing.assert_allclose(back, scene[:, :3], atol=1e-4)
+        np.testing.assert_allclose(world[world[:, 6] == 1][-1, :3], pose[:3, 3], atol=1e-5)
+        # In the world nothing leaves: every cell of every frame that counts has its own.
+        for past in range(max(0, t - 2), t + 1):
+            centres = grid.centres(cells[past]) @ poses[past][:3, :3].T + poses[past][:3, 3]
+            has = {tuple(c) for c in np.floor(world[world[:, 6] == 2][:, :3] / 0.02).astype(int)}
+            want = {tuple(c) for c in np.floor(centres.astype(np.float32) / 0.02).astype(int)}
+            assert len(want - has) <= 0.001 * len(want)  # Rounding, at the cells' own edges.
+        for name, array in (("merge_ply_sequence_cam", camera), ("occ_only_cam_ply", alone)):
+            points = read_ply(out / name / f"{t:06d}.ply").points
+            np.testing.assert_array_equal(points, array[:, :3])
+
+
+def test_without_history_the_cells_are_the_frames_own(trajectory, tmp_path):
+    write_sequences(trajectory, tmp_path / "out", only=["occ_only_cam_npy"], history_len=0)
+    for t, columns in enumerate(trajectory.visible_frames()):
+        alone = np.load(tmp_path / "out" / "occ_only_cam_npy" / f"{t:06d}.npy")
+        np.testing.assert_allclose(alone[:, :3], trajectory.grid.centres(columns))
+
+
+def test_visualize_overwrites_nothing(trajectory, tmp_path):
+    place = tmp_path / "mine"
+    place.mkdir()
+    (place / "thesis.tex").write_text("precious")
+    with pytest.raises(UsageError, match="is there already"):
+        write_sequences(trajectory, place)
+    assert (place / "thesis.tex").read_text() == "precious"
+
+
+def test_an_episode_of_a_source_gives_what_its_trajectory_gives(sample_tree, dataset, tmp_path):
+    path = trajectories(dataset)[0]
+    name = path.relative_to(dataset).as_posix()
+    only = ("--only", "occ_only_cam_npy")
+    assert run("visualize", path, tmp_path / "a", *only).returncode == 0
+    said = run("visualize", "--input", sample_tree, name, tmp_path / "b", *only)
+    assert said.returncode == 0, said.stderr
+    made = sorted((tmp_path / "a").rglob("*.npy"))
+    assert made
+    for file in made:
+        other = tmp_path / "b" / file.relative_to(tmp_path / "a")
+        assert file.read_bytes() == other.read_bytes()
+    wrong = run("visualize", "--input", sample_tree, "nowhere", tmp_path / "c", *only)
+    assert wrong.returncode == 2
+    assert "there is no such episode" in wrong.stderr
+
+
+# Cubes and viewpoints
+
+
+def test_cubes_show_each_outer_face_once():
+    rng = np.random.default_rng(5)
+    cells = np.unique(rng.integers(0, 5, (60, 3)), axis=0)
+    faces = cube_faces(cells * 0.5 + 3.0, 0.5)
+    there = {tuple(c) for c in cells.tolist()}
+    expected = set()
+    steps = [(1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1)]
+    for cell in there:
+        for n, step in enumerate(steps):
+            if tuple(np.add(cell, step)) not in there:
+                expected.add((*cell, n))
+    found = [(*cells[o], d) for o, d in zip(faces.owner, faces.direction, strict=True)]
+    assert len(found) == len(set(found))
+    assert {tuple(map(int, f)) for f in found} == expected
+    centres = faces.corners.mean(axis=1)
+    wanted = cells[faces.owner] * 0.5 + 3.0 + np.array(steps)[faces.direction] * 0.25
+    np.testing.assert_allclose(centres, wanted, atol=1e-5)
+
+
+def test_the_automatic_viewpoint_frames_the_scene(trajectory):
+    points, poses = trajectory.cloud().points, trajectory.world_from_camera()
+    view = automatic(points, poses, SIZE)
+    pose, K = view.world_from_camera(), view.intrinsics(SIZE)
+    local = (poses[:, :3, 3] - pose[:3, 3]) @ pose[:3, :3]
+    pixels = local[:, :2] / local[:, 2:] * K[0, 0] + K[:2, 2]
+    assert (local[:, 2] > 0).all()
+    assert ((pixels > 0) & (pixels < SIZE)).all()
+    assert view.position[2] > poses[:, 2, 3].max()  # From above: the sample's z is up.
+
+
+def test_a_viewpoint_survives_its_file(tmp_path):
+    view = Viewpoint((1.0, 2.0, 3.0), (0.0, 0.5, 0.0), (0.0, 0.0, 1.0), 40.0)
+    view.save(tmp_path / "camera.json")
+    assert Viewpoint.load(tmp_path / "camera.json") == view
+    for wrong in ({}, {"position": [0, 0, 1], "target": [0, 0, 0], "up": [0, 0, 1]}):
+        (tmp_path / "camera.json").write_text(json.dumps(wrong))
+        with pytest.raises(UsageError, match="is no viewpoint"):
+            Viewpoint.load(tmp_path / "camera.json")
+
+
+# render
+
+
+def test_cells_are_drawn_where_their_rays_end(trajectory):
+    """Against a traversal of the grid, pixel by pixel."""
+    from occgen_hub.visual.ego import EgoView
+
+    view = EgoView(trajectory, trajectory.image_size)
+    for frame in islice(frames(trajectory), 3):
+        drawn = (view(frame) != PAPER).any(axis=2)
+        state = np.zeros(trajectory.grid.cells, np.uint8)
+        state[frame.cells.columns] = OCCUPIED
+        hit = first_occupied(trajectory.grid, frame.intrinsics, trajectory.image_size, state) >= 0
+        assert 0.05 < hit.mean() < 1
+        assert (drawn & hit).sum() / (drawn | hit).sum() > 0.98
+    view.close()
+
+
+def test_the_world_view_has_the_camera_where_it_is(trajectory):
+    """The image on the frustum lies where its middle projects, and moves with the frames."""
+    from occgen_hub.visual.world import WorldView
+
+    view = WorldView(trajectory, (640, 360))
+    pose, K = view.viewpoint.world_from_camera(), view.viewpoint.intrinsics((640, 360))
+    green = np.zeros((*trajectory.image_size[::-1], 3), np.uint8)
+    green[..., 1] = 255
+    for frame in frames(trajectory, 2, 1):
+        picture = view(frame, green).astype(int)
+        shown = (picture[..., 1] > 240) & (picture[..., [0, 2]].max(axis=2) < 15)
+        assert shown.sum() > 20
+        camera = frame.world_from_camera
+        middle = camera[:3, 3] + camera[:3, 2] * view.reach
+        x, y, z = (middle - pose[:3, 3]) @ pose[:3, :3]
+        v, u = np.nonzero(shown)
+        assert abs(np.median(u) - (K[0, 0] * x / z + K[0, 2])) < 8
+        assert abs(np.median(v) - (K[1, 1] * y / z + K[1, 2])) < 8
+    view.close()
+
+
+def test_a_video_is_one_that_browsers_play(trajectory, tmp_path):
+    place = tmp_path / "room.mp4"
+    said = run("render", trajectory.path, place, "--size", "480x180", "--fps", "5")
+    assert said.returncode == 0, said.stderr
+    assert said.stderr == ""
+    with av.open(str(place)) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        assert (stream.width, stream.height, float(stream.average_rate)) == (480, 180, 5.0)
+    content = place.read_bytes()
+    assert content.index(b"moov") < content.index(b"mdat")  # It plays as it arrives.
+    shown = list(video_frames(place))
+    assert len(shown) == len(trajectory.world_from_camera())
+    for number, picture in enumerate(shown):
+        assert picture.std() > 20
+        # The first panel is the recorded image.
+        image = Image.fromarray(trajectory.rgb(number))
+        left = picture[:, 2:158].astype(int)
+        height = round(154 * image.height / image.width)
+        middle = left[90 - height // 4 : 90 + height // 4].mean(axis=(0, 1))
+        core = np.asarray(image.resize((154, height)))[height // 4 : 3 * height // 4]
+        assert np.abs(middle - core.mean(axis=(0, 1))).max() < 12
+    assert np.abs(shown[0].astype(int) - shown[-1]).mean() > 1
+
+
+def test_render_says_what_is_wrong(trajectory, dataset, tmp_path):
+    for arguments, words in (
+        ((trajectory.path, tmp_path / "a.gif"), "ends in .mp4"),
+        ((trajectory.path, tmp_path / "a.png", "--frame", "999"), "numbered from 0"),
+        ((trajectory.path, tmp_path / "a.mp4", "--size", "481x180"), "even numbers"),
+        ((dataset, tmp_path / "a.mp4"), "holds 2 trajectories"),
+    ):
+        said = run("render", *arguments)
+        assert said.returncode == 2, said.stderr
+        assert words in said.stderr
+        assert "Traceback" not in said.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["render", "view"])
+def test_without_the_extra_the_command_says_how_to_get_it(command, trajectory, tmp_path):
+    code = (
+        "import sys; sys.modules['pyvista'] = sys.modules['rerun'] = None\n"
+        "from occgen_hub.cli import main\n"
+        f"sys.argv = ['occgen-hub', '{command}', {str(trajectory.path)!r}, *{{}}]\n"
+        "main()"
+    )
+    more = [str(tmp_path / "a.mp4")] if command == "render" else ["--save", str(tmp_path / "a.rrd")]
+    said = subprocess.run(
+        [sys.executable, "-c", code.format(more)], capture_output=True, text=True, check=False
+    )
+    assert said.returncode == 2
+    assert "pip install 'occgen-hub[visual]'" in said.stderr
+    assert len(said.stderr.splitlines()) == 1
+
+
+# view
+
+
+def test_a_recording_holds_the_trajectory_over_time(trajectory, tmp_path):
+    experimental = pytest.importorskip("rerun.experimental")
+    said = run("view", trajectory.path, "--save", tmp_path / "room.rrd")
+    assert said.returncode == 0, said.stderr
+    store = experimental.RrdReader(tmp_path / "room.rrd").store()
+    columns = {c.entity_path for c in store.schema().component_columns()}
+    assert {
+        *("/world/cloud", "/world/path", "/world/camera", "/world/camera/image"),
+        *("/world/camera/depth", "/world/camera/occupied", "/world/camera/observed"),
+    } <= columns
+    found: dict[int, np.ndarray] = {}
+    for chunk in store.stream():
+        if chunk.entity_path == "/world/camera":
+            batch = chunk.to_record_batch()
+            names = {n.split(":")[-1]: n for n in batch.schema.names}
+            moves = batch.column(names["translation"]).to_pylist()
+            for frame, place in zip(batch.column("frame").to_pylist(), moves, strict=True):
+                found[frame] = np.array(place[0])
+    poses = trajectory.world_from_camera()
+    assert sorted(found) == list(range(len(poses)))
+    for frame, place in found.items():
+        np.testing.assert_allclose(place, poses[frame, :3, 3], atol=1e-5)
+
+
+def test_the_viewer_is_served_until_ctrl_c(trajectory):
+    import socket
+
+    with socket.socket() as one, socket.socket() as two:
+        for probe in (one, two):
+            probe.bind(("127.0.0.1", 0))
+        ports = [str(probe.getsockname()[1]) for probe in (one, two)]
+    command = [sys.executable, "-m", "occgen_hub", "view", str(trajectory.path), "--web", "--ports"]
+    process = subprocess.Popen([*command, *ports], stdout=subprocess.PIPE, text=True)
+    guard = threading.Timer(60, process.kill)
+    guard.start()
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().split()[1]
+        for _ in range(100):
+            try:
+                page = urllib.request.urlopen(address, timeout=5).read()
+                break
+            except OSError:
+                threading.Event().wait(0.2)
+        assert b"erun" in page
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 0
+    finally:
+        guard.cancel()
+        process.kill()
+
+
+def test_view_without_a_screen_says_what_to_do(trajectory, tmp_path):
+    said = run("view", trajectory.path)
+    assert said.returncode == 2
+    assert "--web" in said.stderr
+    said = run("view", trajectory.path, "--choose-camera", tmp_path / "camera.json")
+    assert said.returncode == 2
+    assert "no screen" in said.stderr
+
+
+def test_the_viewpoint_found_in_the_window_is_the_one_rendered(trajectory):
+    from occgen_hub.visual.chooser import look_from, viewpoint_of, window
+
+    plotter = window(trajectory, off_screen=True)
+    view = Viewpoint((-20.0, -30.0, 6.0), (-27.0, -18.0, 0.0), (0.0, 0.0, 1.0), 31.0)
+    look_from(plotter, view)
+    plotter.show(auto_close=False, interactive=False)
+    found = viewpoint_of(plotter)
+    plotter.close()
+    np.testing.assert_allclose(found.world_from_camera(), view.world_from_camera(), atol=1e-6)
+    assert found.field_of_view == 31.0
+
+
+# report
+
+
+HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+
+
+@pytest.fixture(scope="module")
+def page(dataset, tmp_path_factory) -> Path:
+    """A report of a dataset whose words are hostile, one of whose trajectories is broken."""
+    out = tmp_path_factory.mktemp("report")
+    root = shutil.copytree(dataset, out / "set")
+    first, second = trajectories(root)
+    (first / "meta" / "tasks.jsonl").write_text(json.dumps({"task_index": 0, "task": HOSTILE}))
+    failure = {"id": HOSTILE, "reason": f"{HOSTILE} is broken"}
+    (root / "failures.jsonl").write_text(json.dumps(failure) + "\n")
+    broken = second.with_name("trajectory_9")
+    shutil.copytree(second, broken)
+    next(broken.rglob("occ_sequence.npz")).write_bytes(b"no")
+    said = run("report", root, "--output", out / "page.html")
+    assert said.returncode == 0, said.stderr
+    return out / "page.html"
+
+
+def test_the_report_needs_nothing_else(page):
+    text = page.read_text("utf-8")
+    assert "http://" not in text
+    assert "https://" not in text
+    places = re.findall(r'<[^>]*? (?:src|href)="([^"]*)"', text)
+    assert len(places) > 8
+    assert all(place.startswith(("data:", "#")) for place in places)
+    assert "<script>document" not in text
+    assert page.stat().st_size < 600_000
+
+
+def test_the_report_works_in_a_browser(page):
+    webdriver = pytest.importorskip("selenium.webdriver")
+    browser = shutil.which("chromium") or shutil.which("chromium-browser")
+    driver = shutil.which("chromedriver")
+    if not (browser and driver):
+        pytest.skip("chromium and chromium-driver are not installed")
+    from selenium.webdriver.chrome.service import Service
+    from selenium.webdriver.common.by import By
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    chrome = webdriver.Chrome(options=options, service=Service(driver))
+    try:
+        chrome.get(page.as_uri())
+        assert "OccGen" in chrome.title
+        sizes = chrome.execute_script(
+            "return [...document.images].map(i => i.complete ? i.naturalWidth : 0)"
+        )
+        assert len(sizes) == 2 * 4
+        assert min(sizes) > 100
+
+        def column(number: int) -> list[str]:
+            rows = chrome.find_elements(By.CSS_SELECTOR, "#trajectories tbody tr")
+            return [
+                row.find_elements(By.TAG_NAME, "td")[number].get_attribute("data-value")
+                for row in rows
+            ]
+
+        heads = chrome.find_elements(By.CSS_SELECTOR, "#trajectories th button")
+        heads[2].click()
+        rising = column(2)
+        heads[2].click()
+        falling = column(2)
+        known = [float(value) for value in rising if value]
+        assert known == sorted(known)
+        assert len(set(known)) == 2
+        assert [float(value) for value in falling if value] == known[::-1]
+        assert (rising[-1], falling[-1]) == ("", "")  # The broken one comes last both ways.
+        assert HOSTILE in chrome.find_element(By.ID, "failures").text
+        chrome.find_element(By.ID, "search").send_keys("trajectory_9")
+        shown = chrome.find_elements(By.CSS_SELECTOR, "#trajectories tbody tr:not([hidden])")
+        assert len(shown) == 1
+        assert "OccGen" in chrome.title  # Nothing of the data was run.
+        assert chrome.get_log("browser") == []
+    finally:
+        chrome.quit()
