@@ -22,6 +22,7 @@ import bench_visibility
 import numba
 import numpy as np
 from bench_loading import loading, loading_table
+from bench_visual import visual, visual_table
 
 from occgen_hub.builder import Settings, load_builder
 from occgen_hub.config import Config
@@ -177,6 +178,7 @@ def table(report: dict[str, Any]) -> None:
         for label, value in rows:
             print(f"  {label:<34}{value}")
         loading_table(part["loading"])
+        visual_table(part["visual"])
 
 
 def main() -> int:
@@ -207,6 +209,7 @@ def main() -> int:
                     "kernel": kernel(path, options.repeats),
                     "build": build(path, 1),
                     "loading": loading(path),
+                    "visual": visual(path),
                 }
                 for name, path in sources.items()
             },

@@ -1,4 +1,7 @@
-"""How many frames a second `render` makes of each view, encoding included."""
+"""How many frames a second `render` makes of each view, encoding included.
+
+Called by scripts/bench; alone, `python scripts/bench_visual.py` prints the same figures.
+"""
 
 from __future__ import annotations
 
@@ -7,45 +10,60 @@ import json
 import tempfile
 import time
 from pathlib import Path
+from typing import Any, get_args
 
-from occgen_hub.builder import Settings, load_builder
+from occgen_hub import build
 from occgen_hub.loading import Trajectory, trajectories
-from occgen_hub.runtime.loop import list_episodes, run
-from occgen_hub.sample import make_sample
-from occgen_hub.visual.film import Shot, render
+from occgen_hub.visual.film import Shot, View, render
+
+SIZE = (1280, 480)
 
 
-def rates(trajectory: Trajectory, size: tuple[int, int]) -> dict[str, dict[str, float]]:
-    found = {}
-    for view in ("world", "ego", "panels"):
-        with tempfile.TemporaryDirectory() as folder:
-            times = [time.perf_counter()]
-            shot = Shot(view, size)  # type: ignore[arg-type]  # one of them
-            render(
-                trajectory, Path(folder, "out.mp4"), shot,
-                progress=lambda *_, times=times: times.append(time.perf_counter()),
-            )  # fmt: skip
-        found[view] = {
-            "frames_per_second": (len(times) - 2) / (times[-1] - times[1]),
-            "seconds_to_first_frame": times[1] - times[0],
-        }
-    return found
+def visual(source: Path, size: tuple[int, int] = SIZE) -> dict[str, dict[str, float]]:
+    """Of the first trajectory that a source gives; what comes before the first frame, by itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        summary = build("internnav", source, folder, limit=1)
+        assert not summary.failures, summary.failures
+        (place,) = trajectories(Path(folder))
+        return {view: _rate(Trajectory.open(place), view, size) for view in get_args(View)}
+
+
+def _rate(trajectory: Trajectory, view: Any, size: tuple[int, int]) -> dict[str, float]:
+    times = [time.perf_counter()]
+
+    def progress(done: int, total: int) -> None:
+        times.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        render(trajectory, Path(folder, "out.mp4"), Shot(view, size), progress=progress)
+        end = time.perf_counter()
+    return {
+        "frames_per_second": (len(times) - 2) / (end - times[1]),
+        "seconds_to_first_frame": times[1] - times[0],
+    }
+
+
+def visual_table(found: dict[str, dict[str, float]]) -> None:
+    """Print what `visual` found."""
+    print(f"\nrender at {SIZE[0]} x {SIZE[1]}, frames a second, and seconds before the first")
+    for view, row in found.items():
+        print(f"  {view:<34}{row['frames_per_second']:<8.1f}{row['seconds_to_first_frame']:.1f}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("trajectory", type=Path, nargs="?", help="a built one; else the sample's")
-    parser.add_argument("--size", type=int, nargs=2, default=(1280, 480))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("input", type=Path, nargs="?", help="an InternData-N1 tree; else a sample")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        place = options.trajectory
-        if place is None:
-            source, out = Path(folder, "source"), Path(folder, "out")
+        source = options.input
+        if source is None:
+            from occgen_hub.sample import make_sample
+
+            source = Path(folder, "sample")
             make_sample(source, trajectories=1, frames=24)
-            builder = load_builder("internnav", source)
-            run(builder, list_episodes(builder), out, Settings())
-            (place,) = trajectories(out)
-        print(json.dumps(rates(Trajectory.open(place), tuple(options.size)), indent=1))
+        found = visual(source)
+    visual_table(found)
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occgen_hub.config import Config, decimal
+from occgen_hub.geometry.cloud import REACH
 
 
 @dataclass(frozen=True)
@@ -83,3 +84,20 @@ def scene_grid(points: NDArray[np.float32], voxel_size: float) -> SceneGrid:
     origin = low * voxel_size
     centres = (origin + (index + 0.5) * voxel_size).astype(np.float32)
     return SceneGrid(centres, origin, (nx, ny, nz), voxel_size)
+
+
+def cell_numbers(points: NDArray[np.floating], voxel_size: float) -> NDArray[np.int64]:
+    """(n,) numbers of the cells of the world's grid that (n, 3) points, metres, lie in.
+
+    They ascend as the cells (i, j, k) do. The points are finite and within 2^20 cells of the
+    world's origin.
+    """
+    cells = np.floor(points.astype(np.float64) / voxel_size).astype(np.int64) + REACH
+    return (cells[:, 0] << 42) | (cells[:, 1] << 21) | cells[:, 2]
+
+
+def cell_centres(numbers: NDArray[np.int64], voxel_size: float) -> NDArray[np.float32]:
+    """(n, 3) float32 centres, world metres, of cells by their numbers."""
+    cells = np.stack([numbers >> 42, numbers >> 21 & 0x1FFFFF, numbers & 0x1FFFFF], axis=-1)
+    centres: NDArray[np.float32] = ((cells - REACH + 0.5) * voxel_size).astype(np.float32)
+    return centres

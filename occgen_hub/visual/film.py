@@ -15,7 +15,8 @@ from PIL import Image
 
 from occgen_hub.errors import DatasetError, UsageError
 from occgen_hub.loading import REBUILD, Trajectory
-from occgen_hub.media import write_video
+from occgen_hub.media import VideoWriter
+from occgen_hub.prefetch import behind
 from occgen_hub.visual.ego import EgoView
 from occgen_hub.visual.frames import Frame, frames
 from occgen_hub.visual.panels import Panels
@@ -149,14 +150,11 @@ def render(
         return
     if place.suffix.lower() != ".mp4" or frame is not None:
         raise UsageError(f"{place}: give a name that ends in .mp4 or, for one frame, in .png.")
-    made = _counted(pictures(trajectory, shot), count, progress)
-    with written_for(place) as partial:
-        write_video(partial, made, fps or rate(trajectory))
-
-
-def _counted(
-    made: Iterator[NDArray[np.uint8]], total: int, progress: Callable[[int, int], None]
-) -> Iterator[NDArray[np.uint8]]:
-    for done, picture in enumerate(made, 1):
-        yield picture
-        progress(done, total)
+    with (
+        written_for(place) as partial,
+        VideoWriter(partial, fps or rate(trajectory)) as video,
+        behind(video.append) as encode,  # While the next picture is drawn.
+    ):
+        for done, picture in enumerate(pictures(trajectory, shot), 1):
+            encode(picture)
+            progress(done, count)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from occgen_hub.errors import DatasetError
 from occgen_hub.loading import REBUILD, Trajectory
-from occgen_hub.occupancy.grid import Grid, scene_grid
+from occgen_hub.occupancy.grid import Grid, cell_centres, cell_numbers
 from occgen_hub.occupancy.history import moved, past_frames
 
 
@@ -31,6 +32,15 @@ class FrameCells:
         """(n, 3) centres of the cells, world, metres."""
         pose = self.world_from_camera
         return self.grid.centres(self.columns).astype(np.float64) @ pose[:3, :3].T + pose[:3, 3]
+
+    @cached_property
+    def world_cells(self) -> NDArray[np.int64]:
+        """(m,) numbers, ascending, of the cells of the world's own grid that these lie in.
+
+        Worked out once: a frame is among the past of many.
+        """
+        places = self.in_world().astype(np.float32)
+        return np.unique(cell_numbers(places, self.grid.voxel_size))
 
 
 @dataclass(frozen=True)
@@ -55,14 +65,18 @@ class Frame:
         columns: NDArray[np.integer] = np.unique(np.concatenate([self.cells.columns, *older]))
         return columns
 
+    @cached_property
+    def accumulated_world_cells(self) -> NDArray[np.int64]:
+        """(n,) numbers, ascending, of the cells of the world's own grid that all of them lie in."""
+        every = [cells.world_cells for cells in (self.cells, *self.past)]
+        return np.unique(np.concatenate(every))
+
     def accumulated_in_world(self) -> NDArray[np.float32]:
         """(n, 3) centres, metres, of the cells of the world's own grid that those cells lie in.
 
         The world's grid is that of the whole scene's occupancy; nothing leaves it.
         """
-        every = [cells.in_world() for cells in (self.cells, *self.past)]
-        points = np.concatenate(every).astype(np.float32)
-        return scene_grid(points, self.cells.grid.voxel_size).centres
+        return cell_centres(self.accumulated_world_cells, self.cells.grid.voxel_size)
 
 
 def frames(trajectory: Trajectory, history_len: int = 0, history_step: int = 1) -> Iterator[Frame]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from occgen_hub.geometry.cloud import REACH, Cloud, voxel_downsample
+from occgen_hub.geometry.cloud import Cloud, voxel_downsample
 from occgen_hub.loading import Trajectory
-from occgen_hub.occupancy.grid import scene_grid
+from occgen_hub.occupancy.grid import cell_numbers, scene_grid
 from occgen_hub.visual.blend import blended
 from occgen_hub.visual.colors import INK, PATH
 from occgen_hub.visual.cubes import Faces, cube_faces, lit
@@ -92,11 +92,11 @@ class WorldView:
 
     def _put_occupancy(self, frame: Frame) -> None:
         every = frame.accumulated_in_world()
-        every = every[self._heights.below_ceiling(every)]
-        own = scene_grid(frame.cells.in_world().astype(np.float32), self._voxel).centres
+        shown = self._heights.below_ceiling(every)
+        every, numbers = every[shown], frame.accumulated_world_cells[shown]
         colors = self._heights.colors(every).astype(np.float32)
         true, known = self._true.of(every)
-        among = np.isin(cell_numbers(every, self._voxel), cell_numbers(own, self._voxel))
+        among = np.isin(numbers, frame.cells.world_cells, assume_unique=True)
         share = np.where(among, OWN, PAST) * known
         colors += share[:, None] * (true - colors)
         faces = cube_faces(every, self._voxel, np.asarray(self.viewpoint.position))
@@ -146,9 +146,3 @@ class _TrueColors:
         numbers = cell_numbers(points, self._edge)
         place = np.searchsorted(self._keys, numbers).clip(max=len(self._keys) - 1)
         return self._colors[place], self._keys[place] == numbers
-
-
-def cell_numbers(points: NDArray[np.floating], edge: float) -> NDArray[np.int64]:
-    """(n, 3) points, metres, to (n,) numbers of the cells of the world's grid that they lie in."""
-    cells = np.floor(points.astype(np.float64) / edge).astype(np.int64) + REACH
-    return (cells[:, 0] << 42) | (cells[:, 1] << 21) | cells[:, 2]
