@@ -69,6 +69,9 @@ class Config(BaseModel):
     condition: tuple[Condition, ...] = Field(
         (), description="pi3x: what it is told besides the images: depth, intrinsics, poses"
     )
+    compile: bool = Field(
+        False, description="networks: compile them first (torch.compile), for long builds"
+    )
     mesh: bool = Field(
         False, description="close small holes along a Poisson surface through the cloud"
     )

@@ -335,3 +335,18 @@ def test_tensors_that_do_not_fit_are_told_as_well():
     del tensors["register_token"]
     with pytest.raises(WeightsError, match=r"the weights: .* lacks register_token"):
         load_network("pi3", tensors, sizes=TINY)
+
+
+@pytest.mark.slow
+def test_compiled_it_computes_the_same_for_any_number_of_views():
+    tensors = random_weights("pi3x")
+    plain, compiled = (load_network("pi3x", tensors, sizes=TINY) for _ in range(2))
+    compiled.compile_blocks()
+    programs = []
+    for views, size in ((2, (56, 70)), (3, (56, 70)), (4, (70, 84)), (3, (84, 56))):
+        images = torch.rand(views, 3, *size, generator=torch.Generator().manual_seed(views))
+        expected, found = outputs(plain, images), outputs(compiled, images)
+        for key, value in expected.items():
+            np.testing.assert_allclose(found[key], value, rtol=1e-3, atol=1e-4)
+        programs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert 0 < programs[1] == programs[-1]

@@ -89,7 +89,7 @@ class NetworkEngine(Engine):
         """
         self.check(config)
         _check_conditions(episode, config)
-        network = _loaded(self.name, self.found, self.device)
+        network = _loaded(self.name, self.found, self.device, config.compile)
         frames = np.arange(0, episode.length, config.interval)
         inputs = Inputs(episode, config, network.sizes.patch)
         size = config.window or window_size(inputs.size, network.sizes.patch, self.device)
@@ -150,10 +150,13 @@ def _device(name: str | None) -> str:
 
 
 @lru_cache(maxsize=1)
-def _loaded(name: Name, weights: Weights, device: str) -> Pi3 | Pi3X:
+def _loaded(name: Name, weights: Weights, device: str, compiled: bool) -> Pi3 | Pi3X:
     """The network, kept for the episodes to come."""
     sizes = weights.checkpoint.sizes
-    return load_network(name, weights.path, sizes=sizes, device=device)
+    network = load_network(name, weights.path, sizes=sizes, device=device)
+    if compiled:
+        network.compile_blocks()
+    return network
 
 
 def _check_conditions(episode: Episode, config: Config) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from occgen_hub.engines.pi3.blocks import Block, Rotary, full_precision
+from occgen_hub.engines.pi3.blocks import Block, CrossBlock, Rotary, full_precision
 from occgen_hub.engines.pi3.encoder import Encoder, PatchEmbed
 from occgen_hub.engines.pi3.heads import (
     CameraHead,
@@ -63,6 +63,16 @@ class Trunk(nn.Module):
     def _head_decoder(self, width_out: int) -> HeadDecoder:
         s = self.sizes
         return HeadDecoder(2 * s.width, s.width, width_out, s.heads, s.head_depth)
+
+    def compile_blocks(self) -> None:
+        """Have torch.compile make a program of each kind of block, for any number of tokens.
+
+        The blocks alone, since they are alike: a few programs instead of one for the whole, which
+        would take minutes. They are made as the first views come.
+        """
+        for module in self.modules():
+            if isinstance(module, Block | CrossBlock | PoseBlock):
+                module.compile(dynamic=True)
 
     def patches(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of patches of (..., H, W) images.
