@@ -411,8 +411,8 @@ def test_a_pool_that_breaks_loses_no_episode(source: Path, tmp_path: Path) -> No
 
     builder = InternNavBuilder(source)
     waiting, suspects = deque(list_episodes(builder)), list[EpisodeRef]()
-    order = Order(builder, tmp_path, Settings(), {})
-    assert not list(_feed(Broken(), waiting, suspects, order, 2))
+    order = Order(builder, tmp_path, Settings(), {}, 2)
+    assert not list(_feed(Broken(), waiting, suspects, order))
     assert len(waiting) + len(suspects) == 3
 
 

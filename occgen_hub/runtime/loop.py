@@ -200,7 +200,7 @@ def run_job(job: Job, workers: int = 1, listener: Listener | None = None) -> Sum
             build_each(job.builder, job.refs, job.out, job.settings, listener, failed)
             if workers <= 1
             else in_processes(
-                Order(job.builder, job.out, job.settings, failed), job.refs, workers, listener
+                Order(job.builder, job.out, job.settings, failed, workers), job.refs, listener
             )
         )
         summary = summed(results, listener, lambda result: witness(job.out, result))

@@ -27,12 +27,15 @@ _frames_done: Counts | None = None
 
 @dataclass(frozen=True)
 class Order:
-    """What every process is told besides the episode. failed: see `work.build_one`."""
+    """What every process is told besides the episode. failed: see `work.build_one`; workers: how
+    many processes share the cores.
+    """
 
     builder: DatasetBuilder
     out: Path
     settings: Settings
     failed: Mapping[str, Failure]
+    workers: int
 
     def submit(self, pool: ProcessPoolExecutor, ref: EpisodeRef) -> Future[Result]:
         """Give an episode to the pool, which starts its processes now: they leave Ctrl-C to the
@@ -43,7 +46,8 @@ class Order:
         failed = self.failed.get(ref.id)
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            return pool.submit(_task, self.builder, ref, self.out, self.settings, failed)
+            with shared(self.workers):
+                return pool.submit(_task, self.builder, ref, self.out, self.settings, failed)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -56,7 +60,7 @@ class Order:
 
 
 def in_processes(
-    order: Order, refs: Sequence[EpisodeRef], workers: int, listener: Listener
+    order: Order, refs: Sequence[EpisodeRef], listener: Listener
 ) -> Generator[Result, None, None]:
     """Episodes in a pool of processes; those that a dying process takes along are tried alone.
 
@@ -70,13 +74,12 @@ def in_processes(
     waiting = deque(sorted(refs, key=order.builder.work, reverse=True))
     suspects = list[EpisodeRef]()
     try:
-        with shared(workers):
-            while waiting:
-                with _pool(workers, context, done) as pool:
-                    yield from _feed(pool, waiting, suspects, order, workers)
-            while suspects:
-                with _pool(1, context, done) as pool:
-                    yield from _alone(pool, suspects, order)
+        while waiting:
+            with _pool(order.workers, context, done) as pool:
+                yield from _feed(pool, waiting, suspects, order)
+        while suspects:
+            with _pool(1, context, done) as pool:
+                yield from _alone(pool, suspects, order)
     finally:
         done.send(None)
         reader.join(timeout=5)
@@ -89,13 +92,12 @@ def _feed(
     waiting: deque[EpisodeRef],
     suspects: list[EpisodeRef],
     order: Order,
-    workers: int,
 ) -> Generator[Result, None, None]:
     """Keep the pool busy until nothing waits or it breaks; then what it held becomes suspect."""
     running: dict[Future[Result], EpisodeRef] = {}
     try:
         while waiting or running:
-            while waiting and len(running) < workers + 1:
+            while waiting and len(running) < order.workers + 1:
                 running[order.submit(pool, waiting[0])] = waiting[0]
                 waiting.popleft()  # Only now: a broken pool takes no more.
             for future in wait(running, return_when=FIRST_COMPLETED).done:

@@ -36,7 +36,7 @@ def logged(out: Path, name: str = "build") -> Iterator[None]:
     """
     handler: logging.Handler
     try:
-        (out / LOGS).mkdir(exist_ok=True)
+        (out / LOGS).mkdir(parents=True, exist_ok=True)  # Others may not have made `out` yet.
         handler = _File(out / LOGS / f"{name}.log", encoding="utf-8", errors="backslashreplace")
     except OSError:
         handler = logging.NullHandler()

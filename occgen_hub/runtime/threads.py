@@ -17,7 +17,10 @@ def share(processes: int) -> int:
 
 @contextmanager
 def shared(processes: int) -> Iterator[None]:
-    """For processes that are started in the block: each with its share of the cores."""
+    """For processes that are started in the block: each with its share of the cores.
+
+    Nothing else is to happen in it: numba looks again whenever it compiles, in this process too.
+    """
     before = {name: os.environ.get(name) for name in LIMITS}
     os.environ.update(dict.fromkeys(LIMITS, str(share(processes))))
     try:
@@ -33,5 +36,11 @@ def shared(processes: int) -> Iterator[None]:
 def limit(count: int) -> None:
     """For this process: use so many cores, and no more."""
     os.environ.update(dict.fromkeys(LIMITS, str(count)))
-    if numba := sys.modules.get("numba"):
+    numba = sys.modules.get("numba")
+    if numba is None:
+        return
+    try:
+        numba.config.reload_config()
+    except RuntimeError:  # Its threads are there already, and it insists on that number being set.
+        os.environ["NUMBA_NUM_THREADS"] = str(numba.config.NUMBA_NUM_THREADS)
         numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
