@@ -1,4 +1,5 @@
-"""How fast and how large: kernel, whole build by stage, memory, bytes on disk, networks.
+"""How fast and how large: kernel, whole build by stage, memory, bytes on disk, loading, pictures,
+visibility next to other ways, networks, processes and threads.
 
 Times on a shared machine differ from run to run by half; what is compared here was measured in one
 run. The exactness of the kernel is a matter of the tests, not of this script.
@@ -17,12 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import bench_runtime
-import bench_visibility
 import numba
 import numpy as np
-from bench_loading import loading, loading_table
-from bench_visual import visual, visual_table
 
 from occgen_hub.builder import Settings, load_builder
 from occgen_hub.config import Config
@@ -159,32 +156,34 @@ def network_table(found: list[dict[str, Any]]) -> None:
             )
 
 
-def table(report: dict[str, Any]) -> None:
-    print(f"{report['machine']}, {report['threads']} threads")
-    for name, part in report["sources"].items():
-        k, b = part["kernel"], part["build"]
-        print(f"\n{name}")
-        rows = [
-            ("kernel, a frame (median)", f"{k['frame_ms']:.1f} ms"),
-            ("kernel, a frame (best)", f"{k['frame_ms_best']:.1f} ms"),
-            ("  of it the rays", f"{k['rays_ms']:.1f} ms for {k['rays']:,} rays"),
-            ("  memory beyond the input", f"{k['memory_mb']:.0f} MB"),
-            ("build", f"{b['frames_per_second']:.1f} frames/s, {b['seconds']:.1f} s"),
-            *((f"  {s}", f"{ms:.1f} ms a frame") for s, ms in b["stages_ms_a_frame"].items()),
-            ("peak memory", f"{b['peak_memory_mb']:.0f} MB"),
-            *((f"on disk: {f}", f"{n:,} bytes a frame") for f, n in b["bytes_a_frame"].items()),
-            ("  as a share of the npz", f"{b['parquet_share_of_npz']:.1%}"),
-        ]
-        for label, value in rows:
-            print(f"  {label:<34}{value}")
-        loading_table(part["loading"])
-        visual_table(part["visual"])
+def table(name: str, part: dict[str, Any]) -> None:
+    k, b = part["kernel"], part["build"]
+    print(f"\n{name}")
+    rows = [
+        ("kernel, a frame (median)", f"{k['frame_ms']:.1f} ms"),
+        ("kernel, a frame (best)", f"{k['frame_ms_best']:.1f} ms"),
+        ("  of it the rays", f"{k['rays_ms']:.1f} ms for {k['rays']:,} rays"),
+        ("  memory beyond the input", f"{k['memory_mb']:.0f} MB"),
+        ("build", f"{b['frames_per_second']:.1f} frames/s, {b['seconds']:.1f} s"),
+        *((f"  {s}", f"{ms:.1f} ms a frame") for s, ms in b["stages_ms_a_frame"].items()),
+        ("peak memory", f"{b['peak_memory_mb']:.0f} MB"),
+        *((f"on disk: {f}", f"{n:,} bytes a frame") for f, n in b["bytes_a_frame"].items()),
+        ("  as a share of the npz", f"{b['parquet_share_of_npz']:.1%}"),
+    ]
+    for label, value in rows:
+        print(f"  {label:<34}{value}")
 
 
 def main() -> int:
     if sys.argv[1:2] == ["--build"]:
         print(json.dumps(build_here(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))))
         return 0
+    # Here, since they load torch and more, which is not to count for a build's memory.
+    import bench_runtime
+    import bench_visibility
+    from bench_loading import loading, loading_table
+    from bench_visual import visual, visual_table
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--frames", type=int, default=24, help="of the sample trajectory")
     parser.add_argument("--repeats", type=int, default=5)
@@ -218,7 +217,11 @@ def main() -> int:
         if options.views:
             report["networks"] = networks(options.views)
     report["runtime"] = bench_runtime.measure()
-    table(report)
+    print(f"{report['machine']}, {report['threads']} threads")
+    for name, part in report["sources"].items():
+        table(name, part)
+        loading_table(part["loading"])
+        visual_table(part["visual"])
     bench_visibility.table(report["visibility"])
     network_table(report.get("networks", []))
     bench_runtime.runtime_table(report["runtime"])

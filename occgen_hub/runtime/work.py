@@ -188,14 +188,25 @@ def summed(
     finally:
         results.close()  # So that an interruption here stops what is under way as well.
     summary.seconds = time.perf_counter() - start
-    whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     built = Process(
         host=socket.gethostname(),
         device=device,
         episodes=summary.built,
         frames=summary.frames,
         seconds=round(summary.seconds, 3),
-        peak_memory=max(resource.getrusage(who).ru_maxrss for who in whose) << 10,
+        peak_memory=_peak_memory(),
     )
     summary.processes.append(built)
     return summary
+
+
+def _peak_memory() -> int:
+    """Bytes that this process, or one that it started, had in memory at most."""
+    own, others = (
+        resource.getrusage(who).ru_maxrss << 10
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    # That begins with what the process had from which this one was started; Linux knows better.
+    with suppress(OSError, ValueError, IndexError):
+        own = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10
+    return max(own, others)
