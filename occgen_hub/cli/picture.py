@@ -13,18 +13,10 @@ import click
 from occgen_hub.cli.command import FOLDER, Examples, progress_bar
 from occgen_hub.cli.stopping import Stopped
 from occgen_hub.errors import OccGenError, UsageError
+from occgen_hub.visual import SEQUENCES
 
 if TYPE_CHECKING:
     from occgen_hub.loading import Trajectory
-
-SEQUENCES = (
-    "merge_npy_sequence_cam",
-    "merge_npy_sequence_world",
-    "merge_ply_sequence_cam",
-    "merge_ply_sequence_world",
-    "occ_only_cam_npy",
-    "occ_only_cam_ply",
-)
 
 TRAJECTORY = click.argument("trajectory")
 

@@ -1,1 +1,11 @@
 """Pictures of what was built."""
+
+SEQUENCES = (
+    "merge_npy_sequence_cam",
+    "merge_npy_sequence_world",
+    "merge_ply_sequence_cam",
+    "merge_ply_sequence_world",
+    "occ_only_cam_npy",
+    "occ_only_cam_ply",
+)
+"""The folders that `sequences.write_sequences` can make, each with a file a frame."""

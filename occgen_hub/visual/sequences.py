@@ -16,6 +16,7 @@ from occgen_hub.geometry.cloud import Cloud
 from occgen_hub.geometry.ply import write_ply
 from occgen_hub.geometry.poses import transform
 from occgen_hub.loading import Trajectory
+from occgen_hub.visual import SEQUENCES
 from occgen_hub.visual.colors import PATH
 from occgen_hub.visual.frames import Frame, frames
 from occgen_hub.visual.heights import Heights
@@ -24,15 +25,6 @@ from occgen_hub.visual.places import fresh_folder
 BACKGROUND, TRAJECTORY, OCCUPIED = 0, 1, 2
 """The labels of points."""
 
-SEQUENCES = (
-    "merge_npy_sequence_cam",
-    "merge_npy_sequence_world",
-    "merge_ply_sequence_cam",
-    "merge_ply_sequence_world",
-    "occ_only_cam_npy",
-    "occ_only_cam_ply",
-)
-"""The folders that `write_sequences` can make, each with a file a frame."""
 
 MAX_STEPS = 10_000
 """Points between two cameras of the path."""
