@@ -33,6 +33,9 @@ from occgen_hub.schema import Schema, load_schema
 
 REBUILD = "remove this trajectory's folder and build it again"
 NOT_BUILT = "give the folder that occgen-hub build wrote or, if it is that, run the build again"
+EXPORT = "meta/occgen_export.json"
+"""The record of an export, which `lerobot.exported` reads."""
+
 MAX_ARRAY_BYTES = 1 << 31
 CHUNK = 1 << 22
 SCHEMA = "trajectory"
@@ -43,13 +46,16 @@ RECORD = {"schema": dict, "source": dict, "grid": dict, "scene": dict, "notes": 
 def trajectories(root: Path) -> list[Path]:
     """The trajectories below a folder, or the folder itself if it is one, sorted.
 
-    One that lacks a meta file is among them, so that it is missed by whoever opens it.
+    One that lacks a meta file is among them, so that it is missed by whoever opens it. An export
+    is none, though it looks like one.
     """
     schema = load_schema(SCHEMA)
     marks = [schema.path(key) for key in ("record", "info")]
     found = []
     for parent, folders, _ in os.walk(root):
-        if any(Path(parent, mark).exists() for mark in marks):
+        if Path(parent, EXPORT).exists():
+            folders.clear()
+        elif any(Path(parent, mark).exists() for mark in marks):
             found.append(Path(parent))
             folders.clear()
         else:

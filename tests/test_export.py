@@ -444,6 +444,7 @@ def test_the_command(built, tmp_path):
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 2
     assert again.stderr == f"Error: {out}: is there already; --overwrite replaces it.\n"
+    assert not (out / "images").exists()
     modes = {path.stat().st_mode & 0o777 for path in out.rglob("*") if path.is_file()}
     assert modes == {0o666 & ~_umask()}
 
@@ -533,3 +534,15 @@ def test_occupancy_of_other_frames_is_refused(built, mine, tmp_path):
     shutil.rmtree(mine / "occupancy")
     with pytest.raises(UsageError, match="has no occupancy"):
         with_occupancy(mine)
+
+
+@pytest.mark.parametrize("command", ["inspect", "report", "render"])
+def test_what_is_for_trajectories_refuses_an_export(made, command):
+    more = ["out.mp4"] if command == "render" else []
+    done = subprocess.run(
+        [sys.executable, "-m", "occgen_hub", command, made, *more],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    (said,) = done.stderr.splitlines()
+    assert said.startswith(f"Error: {made}: holds no trajectory; give ")

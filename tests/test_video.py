@@ -706,7 +706,8 @@ def test_what_is_no_source_is_a_wrong_command(tmp_path: Path) -> None:
     wrong: list[tuple[Callable[[], object], str]] = [
         (lambda: list_episodes(VideoBuilder(tmp_path / "in")), "neither videos (mp4"),
         (lambda: list_episodes(load_builder("internnav", tmp_path / "clip.mp4")),
-         "is not a folder; give the root of the source tree as --input."),
+         "is not a folder; give the root of the source tree as --input, or another --source than "
+         "internnav: internnav, video."),
         (lambda: check_places(tmp_path / "no", tmp_path / "out"), "is not a folder, nor a file"),
         (lambda: check_places(Path("/dev/null"), tmp_path / "out"), "is not a folder, nor a file"),
         (lambda: check_places(tmp_path / "in", tmp_path / "in" / "out"), "inside the input"),

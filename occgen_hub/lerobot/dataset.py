@@ -31,8 +31,8 @@ NAMES = {
 class LeRobotOccupancyDataset(LeRobotDataset):  # type: ignore[misc]  # lerobot comes without types
     """A LeRobotDataset of an export, with the occupancy of each frame in its items.
 
-    repo_id, root and all further arguments are LeRobotDataset's. Added to an item are those of
-    `occupancy`, both by default:
+    repo_id, root and all further arguments, by their names, are LeRobotDataset's. Added to an item
+    are those of `occupancy`, both by default:
 
     - "observation.occ.view": occupied and visible cells of the grid in the camera's frame (OpenCV
       axes). dense: (nx, ny, nz) bool; else (n, 3) int32, cells (i, j, k), ascending
@@ -54,7 +54,7 @@ class LeRobotOccupancyDataset(LeRobotDataset):  # type: ignore[misc]  # lerobot 
         self,
         repo_id: str,
         root: str | Path | None = None,
-        *args: Any,
+        *,
         occupancy: Sequence[str] = tuple(NAMES),
         dense: bool = True,
         delta_timestamps: dict[str, list[float]] | None = None,
@@ -67,7 +67,9 @@ class LeRobotOccupancyDataset(LeRobotDataset):  # type: ignore[misc]  # lerobot 
         own = {name: deltas.pop(name) for name in NAMES if name in deltas}
         if stray := sorted(own.keys() - {*occupancy}):
             raise UsageError(f"delta_timestamps: {stray[0]} is not among what occupancy asks for.")
-        super().__init__(repo_id, root, *args, delta_timestamps=deltas or None, **options)
+        if options.get("video_backend") is None:
+            options["video_backend"] = _video_backend()
+        super().__init__(repo_id, root, delta_timestamps=deltas or None, **options)
         check_delta_timestamps(own, self.meta.fps, self.tolerance_s)
         self._deltas: dict[str, list[int]] = get_delta_indices(own, self.meta.fps)
         self._names = tuple(occupancy)
@@ -121,3 +123,12 @@ class LeRobotOccupancyDataset(LeRobotDataset):  # type: ignore[misc]  # lerobot 
                 f"{self.root}: has no {FOLDER}/*.parquet, and they cannot be had from the Hub "
                 f"({said.rstrip('.')}); give what occgen-hub export wrote."
             ) from error
+
+
+def _video_backend() -> str:
+    """The one that LeRobot would take, without its pages of warnings where FFmpeg is missing."""
+    try:
+        import torchcodec  # noqa: F401  # asked whether it can be loaded
+    except (ImportError, OSError, RuntimeError):
+        return "pyav"
+    return "torchcodec"

@@ -21,12 +21,12 @@ from occgen_hub.files import (
     sha256,
 )
 from occgen_hub.lerobot.v30 import CODEBASE
-from occgen_hub.loading import SCHEMA
+from occgen_hub.loading import EXPORT, SCHEMA
 from occgen_hub.media import video_facts
 from occgen_hub.schema import load_schema
 from occgen_hub.shards import FEATURES, FOLDER, shards
 
-RECORD = "meta/occgen_export.json"
+RECORD = EXPORT
 AGAIN = "export the dataset again, with --overwrite"
 FOLDERS = ("data", "meta", "videos", FOLDER)
 """What an export is made of, beside its card."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -140,6 +141,7 @@ def write(
         if dataset is not None:
             dataset.finalize()
             stats.write(dataset)
+            shutil.rmtree(out / "images", ignore_errors=True)  # Where LeRobot had its own way.
             _share(out)
 
 

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import shlex
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -238,6 +239,11 @@ def run_cluster(job: Job, executor: str, resources: Resources) -> Summary | None
     is not installed, or lacks what it needs to know, and when another build is at it.
     """
     check(executor, resources)
+    if executor == "slurm" and shutil.which("sbatch") is None:
+        raise UsageError(
+            "--executor slurm: there is no sbatch here; run it where jobs are submitted, or see "
+            "with --dry-run what would be."
+        )
     plan = make_plan(job, resources.tasks)
     with sole_use(job.out):
         plan.folder.mkdir(parents=True, exist_ok=True)

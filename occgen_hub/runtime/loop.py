@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from occgen_hub.builder import DatasetBuilder, EpisodeRef, Settings, load_builder
+from occgen_hub.builder import (
+    DatasetBuilder,
+    EpisodeRef,
+    Settings,
+    builder_names,
+    load_builder,
+)
 from occgen_hub.card import is_own, write_card
 from occgen_hub.config import Config
 from occgen_hub.engines import AUTO, Auto, Engine, load_engine, network_engine
@@ -49,7 +55,8 @@ def list_episodes(builder: DatasetBuilder, limit: int | None = None) -> list[Epi
     """The episodes to build, at most `limit`; raises UsageError when there are none."""
     if builder.root.is_file() and not builder.takes_file:
         raise UsageError(
-            f"{builder.root}: is not a folder; give the root of the source tree as --input."
+            f"{builder.root}: is not a folder; give the root of the source tree as --input, or "
+            f"another --source than {builder.name}: {', '.join(builder_names())}."
         )
     refs: list[EpisodeRef] = []
     for ref in builder.episodes():
@@ -59,7 +66,8 @@ def list_episodes(builder: DatasetBuilder, limit: int | None = None) -> list[Epi
     if not refs:
         raise UsageError(
             f"{builder.root}: holds no episode that the source {builder.name} knows; give the root "
-            "of the tree, above its groups and scenes."
+            "of the tree, above its groups and scenes, or another --source: "
+            f"{', '.join(builder_names())}."
         )
     seen = Counter(ref.id for ref in refs)
     if twice := [name for name, count in seen.items() if count > 1]:
