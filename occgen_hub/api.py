@@ -149,8 +149,7 @@ class LoadedEpisode:
         The files are compressed as a whole: going back starts them over. For random access there
         is OccupancyDataset. Raises IndexError where there is no such frame, and DatasetError.
         """
-        if not 0 <= number < len(self):
-            raise IndexError(f"frame {number} of an episode of {len(self)}")
+        self._check(number)
         if number < self._next:
             self._frames, self._next = self._decoded(), 0
         for frame in self._frames:
@@ -162,12 +161,24 @@ class LoadedEpisode:
         raise DatasetError(path, f"ends before frame {number}", REBUILD)
 
     def rgb(self, number: int) -> NDArray[np.uint8] | None:
-        """(H, W, 3) uint8, or None where the dataset was built without media."""
+        """(H, W, 3) uint8, or None where the dataset was built without media.
+
+        Raises IndexError where there is no such frame.
+        """
+        self._check(number)
         return self.trajectory.rgb(number)
 
     def depth(self, number: int) -> NDArray[np.float64] | None:
-        """(H, W) float64 metres along the optical axis, 0 for none; None where there is none."""
+        """(H, W) float64 metres along the optical axis, 0 for none; None where there is none.
+
+        Raises IndexError where there is no such frame.
+        """
+        self._check(number)
         return self.trajectory.depth(number)
+
+    def _check(self, number: int) -> None:
+        if not 0 <= number < len(self):
+            raise IndexError(f"frame {number} of an episode of {len(self)}")
 
     def _decoded(self) -> Iterator[Frame]:
         visible, observed = self.trajectory.visible_frames(), self.trajectory.observed_packed()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections import Counter
@@ -23,18 +24,21 @@ from occgen_hub.shards import FOLDER, shards, write_shards
 
 Format = Literal["lerobot-v3.0"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-MAX_FPS = 1000
+MAX_FPS = 240
+"""Frames a second: what the encoder takes at most."""
+
 MIN_SIDE = 64
 """Pixels: encoders refuse smaller images, or crash."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What an export will hold. names: the trajectories' ids, sorted, and folders; remarks: what a
-    user should know of what is not kept as it was.
+    """What an export will hold. names: the trajectories' ids, sorted, and folders; leave_out: the
+    folders of others; remarks: what a user should know of what is not kept as it was.
     """
 
     names: tuple[tuple[str, Path], ...]
+    leave_out: tuple[Path, ...]
     facts: Facts
     layout: Layout
     remarks: tuple[str, ...]
@@ -64,6 +68,8 @@ def export(
     OccGenError where a trajectory cannot be read or written.
     """
     root, out = Path(root), Path(out)
+    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int)):
+        raise UsageError(f"fps: {fps!r} is no whole number.")
     if to not in FORMATS:
         raise UsageError(f"--to {to}: is no form to export to; give one of {', '.join(FORMATS)}.")
     _check_places(root, out, overwrite=overwrite)
@@ -77,8 +83,9 @@ def export(
 
     progress(0, total)
     with _staged(out) as folder:
+        _check_places(root, out, overwrite=overwrite)  # Another may have been faster.
         write(folder, plan.layout, (Trajectory.open(path) for _, path in plan.names), count)
-        _add_occupancy(root, folder)
+        _add_occupancy(root, folder, plan.leave_out)
         picture = root / PICTURE
         if picture.is_file():
             shutil.copyfile(picture, folder / PICTURE)
@@ -92,15 +99,15 @@ def export(
 
 def plan_export(root: Path, fps: int | None = None) -> Plan:
     """What an export of a dataset will hold; raises UsageError where it cannot be one dataset."""
-    found = trajectories(root)
-    names = tuple(sorted((path.relative_to(root).as_posix(), path) for path in found))
+    remarks: list[str] = []
+    kept, leave_out = _long_enough(root, remarks)
+    names = tuple(sorted((path.relative_to(root).as_posix(), path) for path in kept))
     facts = survey(list(names))
     if len(facts.grids) > 1:
         raise UsageError(
             f"{root}: its trajectories have {len(facts.grids)} different grids, which no batch can "
             "hold together; build the whole dataset with one configuration."
         )
-    remarks: list[str] = []
     opened = [Trajectory.open(path) for _, path in names]
     layout = Layout(
         fps=_rate(root, opened, fps, remarks),
@@ -110,7 +117,22 @@ def plan_export(root: Path, fps: int | None = None) -> Plan:
         rgb=_all_have(opened, ("rgb", "video"), "RGB", remarks),
         depth=_all_have(opened, ("depth",), "depth", remarks),
     )
-    return Plan(names, facts, layout, tuple(remarks))
+    return Plan(names, leave_out, facts, layout, tuple(remarks))
+
+
+def _long_enough(root: Path, remarks: list[str]) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """The trajectories that LeRobot can hold, and those of one frame, which it cannot.
+
+    Its statistics of one frame are of other shapes than those of several.
+    """
+    found = trajectories(root)
+    single = tuple(path for path in found if Trajectory.open(path).info().get("total_frames") == 1)
+    if len(single) == len(found):
+        raise UsageError(f"{root}: has only trajectories of one frame, which LeRobot cannot hold.")
+    if single:
+        of = f"{len(single)} of {len(found)} trajectories, {single[0]} for one"
+        remarks.append(f"LeRobot holds no episodes of one frame, which leaves out {of}")
+    return tuple(path for path in found if path not in single), single
 
 
 def _features(facts: Facts, remarks: list[str]) -> dict[str, Feature]:
@@ -187,12 +209,12 @@ def _all_have(
     return all(have)
 
 
-def _add_occupancy(root: Path, folder: Path) -> None:
+def _add_occupancy(root: Path, folder: Path, leave_out: tuple[Path, ...]) -> None:
     """The dataset's shards, copied, and made anew where they are missing or out of date."""
     for path in shards(root):
         (folder / FOLDER).mkdir(exist_ok=True)
         shutil.copyfile(path, folder / FOLDER / path.name)
-    write_shards(root, out=folder)
+    write_shards(root, out=folder, leave_out=leave_out)
 
 
 def _write_record(folder: Path, plan: Plan) -> None:
@@ -243,6 +265,8 @@ def _check_places(root: Path, out: Path, *, overwrite: bool) -> None:
         )
     if found == [root]:
         raise UsageError(f"{root}: is one trajectory; give the dataset's folder, three above it.")
+    if out.name in ("", ".."):
+        raise UsageError(f"{out}: give the name of a new folder as OUT.")
     source, target = root.resolve(), out.resolve()
     if target == source or source in target.parents or target in source.parents:
         raise UsageError(f"{out}: lies inside {root}, or holds it; choose a folder beside it.")
@@ -257,24 +281,50 @@ def _check_places(root: Path, out: Path, *, overwrite: bool) -> None:
 
 @contextmanager
 def _staged(out: Path) -> Iterator[Path]:
-    """A path beside `out` for a new folder, which takes its place when the block ends well."""
-    partial, old = (out.with_name(f".{out.resolve().name}.{kind}") for kind in ("partial", "old"))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for left in (partial, old):
-        shutil.rmtree(left, ignore_errors=True)
+    """A path beside `out` for a new folder, which takes its place when the block ends well.
+
+    Raises UsageError where another export is at it, OccGenError for what a disk does not take.
+    """
+    partial, old, lock = (out.with_name(f".{out.name}.{kind}") for kind in _BESIDE)
     try:
-        yield partial
-        if out.exists():
-            out.rename(old)
-        partial.rename(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(out, lock):
+            for left in (partial, old):
+                shutil.rmtree(left, ignore_errors=True)
+            try:
+                yield partial
+                if out.exists():
+                    out.rename(old)
+                partial.rename(out)
+            finally:
+                if old.exists() and not out.exists():
+                    os.rename(old, out)  # noqa: PTH104  # nothing is to be looked up any more
+                for left in (partial, old):
+                    shutil.rmtree(left, ignore_errors=True)
     except OSError as error:
         place = error.filename or out
         raise OccGenError(
             f"{place}: cannot be read or written ({error.strerror or error}); mend that and export "
             "again."
         ) from error
-    finally:
-        if old.exists() and not out.exists():
-            os.rename(old, out)  # noqa: PTH104  # nothing is to be looked up any more
-        for left in (partial, old):
-            shutil.rmtree(left, ignore_errors=True)
+
+
+_BESIDE = ("partial", "old", "lock")
+
+
+@contextmanager
+def _alone(out: Path, lock: Path) -> Iterator[None]:
+    """Hold the place of an export; raises UsageError where another export holds it."""
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"{out}: another export is writing there; wait for it or choose another place."
+            ) from None
+        except OSError:
+            pass  # A file system without locks: go on without.
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import batched, chain, islice, pairwise
@@ -99,6 +99,7 @@ def write_shards(
     workers: int = 1,
     *,
     out: Path | None = None,
+    leave_out: Collection[Path] = (),
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> int:
@@ -107,14 +108,14 @@ def write_shards(
     Shards that hold what they should are left alone; the bytes are those of a fresh start. Returns
     how many were written. Raises DatasetError for a trajectory that cannot be read, and OSError.
 
-    workers: shards written at once; overwrite: whether those that are right are written as well;
-    shard_bytes: of npz that go into one.
+    workers: shards written at once; leave_out: folders of trajectories to go without; overwrite:
+    whether those that are right are written as well; shard_bytes: of npz that go into one.
     """
     out = root if out is None else out
     folder = out / FOLDER
     for partial in folder.glob(".*.partial"):
         partial.unlink()
-    plan = _plan(_pieces(root, shard_bytes), shard_bytes)
+    plan = _plan(_pieces(root, shard_bytes, leave_out), shard_bytes)
     places = [folder / NAME.format(n, len(plan)) for n in range(len(plan))]
     there = {path: None if overwrite else _origin(path) for path in shards(out)}
     missing = []
@@ -148,9 +149,10 @@ def remove_shards(root: Path) -> None:
 # What goes where
 
 
-def _pieces(root: Path, shard_bytes: int) -> Iterator[Piece]:
+def _pieces(root: Path, shard_bytes: int, leave_out: Collection[Path] = ()) -> Iterator[Piece]:
     """The trajectories in the order of their ids, those too long for one shard in equal parts."""
-    for episode, path in sorted((p.relative_to(root).as_posix(), p) for p in trajectories(root)):
+    found = (path for path in trajectories(root) if path not in leave_out)
+    for episode, path in sorted((p.relative_to(root).as_posix(), p) for p in found):
         trajectory = Trajectory.open(path)
         record, schema = trajectory.record, trajectory.schema
         sources = [record["files"].get(schema.path(k)) for k in ("visible", "observed", "frames")]

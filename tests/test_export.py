@@ -337,7 +337,7 @@ def test_what_only_some_have_is_left_out_and_said(built, tmp_path):
 
 
 def test_without_media_there_are_tables_and_occupancy(tmp_path):
-    make_sample(tmp_path / "tree", trajectories=1, frames=1)
+    make_sample(tmp_path / "tree", trajectories=1, frames=2)
     builder = load_builder("internnav", tmp_path / "tree")
     how = Settings(load_config(None, ("voxel_size=0.1",)), media="none")
     run(builder, list_episodes(builder), tmp_path / "built", how)
@@ -348,8 +348,8 @@ def test_without_media_there_are_tables_and_occupancy(tmp_path):
     assert validate(tmp_path / "out").valid
 
 
-def test_an_episode_of_one_frame_and_frames_from_the_video(tmp_path):
-    make_sample(tmp_path / "tree", trajectories=1, frames=1)
+def test_frames_come_from_the_video_where_there_are_no_images(tmp_path):
+    make_sample(tmp_path / "tree", trajectories=1, frames=2)
     built = build(tmp_path / "tree", tmp_path / "built")
     shutil.rmtree(opened(built)[0].file("rgb", 0).parent)
     export(built, tmp_path / "out")
@@ -400,12 +400,52 @@ def test_images_that_no_encoder_takes_are_made_larger(built, tmp_path):
     assert lerobot(tmp_path / "out")[0][DEPTH].shape == (1, 64, 64)
 
 
-@pytest.mark.parametrize("place", ["inside", "above", "full", "file", "itself", "trajectory", "no"])
+def test_trajectories_of_one_frame_are_left_out_and_said(built, tmp_path):
+    make_sample(tmp_path / "tree", trajectories=1, frames=1)
+    one = build(tmp_path / "tree", tmp_path / "one")
+    with pytest.raises(UsageError, match="only trajectories of one frame"):
+        export(one, tmp_path / "none")
+    mine = Path(shutil.copytree(built, tmp_path / "mine"))
+    for name in ("a", "z"):
+        shutil.copytree(one / "sample_zed", mine / name)
+    remarks = export(mine, tmp_path / "out")
+    assert any(r.startswith("LeRobot holds no episodes of one frame, which leaves out 2 of 5 ")
+               for r in remarks)  # fmt: skip
+    ours, frames = OccupancyDataset(built), with_occupancy(tmp_path / "out")
+    assert len(frames) == len(ours)
+    assert torch.equal(frames[3][VIEW], ours[3]["occupancy"])
+
+
+def test_two_exports_to_one_place_are_one(built, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "occgen_hub", "export", built, out]
+    first, second = (
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    )
+    said = [process.communicate()[1] for process in (first, second)]
+    assert sorted((first.returncode, second.returncode)) == [0, 2]
+    refused = said[first.returncode == 0]
+    assert "another export is writing there" in refused or "is there already" in refused
+    assert validate(out).valid
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("fps", [2.5, "10", True, 0, 241])
+def test_rates_that_are_none(built, tmp_path, fps):
+    with pytest.raises(UsageError, match="fps"):
+        export(built, tmp_path / "out", fps=fps)
+
+
+@pytest.mark.parametrize(
+    "place", ["dot", "inside", "above", "full", "file", "itself", "trajectory", "no"]
+)
 def test_places_that_will_not_do(built, made, tmp_path, place):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("x")
     (tmp_path / "file").write_text("x")
     root, out, said = {
+        "dot": (built, Path(), "give the name of a new folder"),
         "inside": (built, built / "x", "lies inside"),
         "above": (built, built.parent, "lies inside"),
         "full": (built, tmp_path / "full", "holds files that no export wrote"),

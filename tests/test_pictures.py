@@ -349,7 +349,7 @@ def page(dataset, tmp_path_factory) -> Path:
     root = shutil.copytree(dataset, out / "set")
     first, second = trajectories(root)
     (first / "meta" / "tasks.jsonl").write_text(json.dumps({"task_index": 0, "task": HOSTILE}))
-    failure = {"id": HOSTILE, "reason": f"{HOSTILE} is broken"}
+    failure = {"episode": HOSTILE, "reason": f"{HOSTILE} is broken"}
     (root / "failures.jsonl").write_text(json.dumps(failure) + "\n")
     broken = second.with_name("trajectory_9")
     shutil.copytree(second, broken)

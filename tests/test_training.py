@@ -530,8 +530,10 @@ def test_an_episode_is_loaded(many, truth):
         np.testing.assert_array_equal(episode.world_from_camera[t], expected["pose"])
         np.testing.assert_array_equal(episode.intrinsics[t], expected["intrinsics"])
         assert episode.rgb(t).shape == (*episode.depth(t).shape, 3)
-    with pytest.raises(IndexError, match=f"frame {len(frames)}"):
-        episode.frame(len(frames))
+    for ask in (episode.frame, episode.rgb, episode.depth):
+        for number in (len(frames), -1):
+            with pytest.raises(IndexError, match=f"frame {number}"):
+                ask(number)
     with pytest.raises(DatasetError, match=r"occgen\.json"):
         occgen_hub.load_episode(many)
 

@@ -13,7 +13,7 @@ import click
 
 from occgen_hub.cli.command import FOLDER, Examples, no_bar, progress_bar
 from occgen_hub.cli.stopping import stop_if_asked, stopped_by
-from occgen_hub.errors import OccGenError
+from occgen_hub.errors import OccGenError, UsageError
 
 if TYPE_CHECKING:
     from occgen_hub.builder import EpisodeRef
@@ -171,6 +171,13 @@ def build(
     if condition is not None:
         settings += (f"condition=[{condition}]",)
     remote = executor in cluster.EXECUTORS
+    if not remote and (tasks or cpus_per_task or gpus_per_task is not None or slurm):
+        raise UsageError(
+            "--tasks, --cpus-per-task, --gpus-per-task and --slurm are for clusters; say which "
+            f"with --executor {', '.join(cluster.EXECUTORS)}."
+        )
+    if slurm and executor != "slurm":
+        raise UsageError(f"--slurm: is not for --executor {executor}; leave it out.")
     resources = cluster.Resources(
         tasks=tasks,
         workers=workers,

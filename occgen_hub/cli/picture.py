@@ -149,7 +149,7 @@ def _size(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
     if value is None:
         return None
     width, x, height = value.partition("x")
-    if not (x and width.isdigit() and height.isdigit() and len(value) < 20):
+    if not (x and width.isdecimal() and height.isdecimal() and value.isascii() and len(value) < 20):
         raise click.BadParameter("give width and height as in 1280x480")
     return int(width), int(height)
 

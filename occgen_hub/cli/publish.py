@@ -19,7 +19,7 @@ from occgen_hub.cli.command import FOLDER, Examples, no_bar, progress_bar
     help="What to make of it.",
 )  # fmt: skip
 @click.option(
-    "--fps", type=click.IntRange(1, 1000),
+    "--fps", type=click.IntRange(1, 240),
     help="Frames a second, where the trajectories have several rates.",
 )  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export at OUT.")

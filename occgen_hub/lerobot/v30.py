@@ -31,7 +31,8 @@ RESERVED = ("task", "size")
 DEPTH_MAX = 6.5535
 """Metres: the farthest that depth images of 16 bits and 10,000 units a metre can hold."""
 
-QUIET_LOSSLESS = {"x265-params": "lossless=1:log-level=none"}
+QUIET_LOSSLESS = {"x265-params": "lossless=1:bframes=0:log-level=none"}
+"""Without B-frames, for which x265 makes up times that nothing can read where frames are few."""
 
 
 @dataclass(frozen=True)

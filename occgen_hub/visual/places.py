@@ -14,6 +14,8 @@ from occgen_hub.files import written_whole
 @contextmanager
 def written_for(place: Path) -> Iterator[Path]:
     """`written_whole`, where what goes wrong with the place is said as wrong use."""
+    if not place.name or place.is_dir():
+        raise UsageError(f"{place}: is a folder; give the name of a file.")
     try:
         with written_whole(place) as partial:
             yield partial
@@ -28,6 +30,8 @@ def written_for(place: Path) -> Iterator[Path]:
 @contextmanager
 def fresh_folder(out: Path) -> Iterator[Path]:
     """A folder to write to that becomes `out`, which is to be new, when the block ends well."""
+    if out.name in ("", ".."):
+        raise UsageError(f"{out}: give the name of a new folder.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: is there already; give a new folder, or remove it.")
     partial = out.with_name(f".{out.name}.partial")

@@ -90,7 +90,9 @@ def _failures(root: Path) -> list[dict[str, str]]:
     path = root / FAILURES
     if not path.is_file():
         return []
-    return [{key: _short(line.get(key)) for key in ("id", "reason")} for line in read_jsonl(path)]
+    return [
+        {key: _short(line.get(key)) for key in ("episode", "reason")} for line in read_jsonl(path)
+    ]
 
 
 def _short(text: object) -> str:

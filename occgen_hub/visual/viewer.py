@@ -216,6 +216,7 @@ def save(
     The place is the caller's to make whole. Raises what `fill` does.
     """
     stream = need("rerun").RecordingStream(APPLICATION, recording_id=called(trajectory))
+    place.touch()  # Raises OSError where rerun says it in its own way.
     stream.save(place, default_blueprint=_blueprint(trajectory))
     fill(stream, trajectory, progress)
     stream.flush()
