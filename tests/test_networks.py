@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ from conftest import ROOT
 from pydantic import ValidationError
 from reference import stand_in
 from standin import TINY, random_weights, save
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from occgen_hub.engines.pi3 import load_network
+from occgen_hub.engines.pi3.blocks import Block, Rotary
 from occgen_hub.engines.pi3.network import NETWORKS, relative_poses
 from occgen_hub.engines.pi3.sizes import Sizes
 from occgen_hub.engines.pi3.weights import Checkpoint, WeightsError, published
@@ -194,6 +197,47 @@ def test_under_autocast_heads_and_cameras_stay_exact(tiny, images):
             assert coarse[name][key].dtype == torch.float32
             error = (coarse[name][key] - values).norm() / values.norm()
             assert error < 0.05, (name, key)
+
+
+class Activations(TorchDispatchMode):
+    """While it lasts: bytes of tensors that are made and not yet let go, at most, and what made
+    float32 heads, as (B, heads, tokens, head width).
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self.wide = {}, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            if tensor.ndim >= 4 and tensor.dtype == torch.float32:
+                self.wide.add(str(function))
+            key, storage = tensor.untyped_storage().data_ptr(), tensor.untyped_storage()
+            if key not in self.live:
+                self.live[key] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, key, None)
+                self.peak = max(self.peak, sum(self.live.values()))
+        return out
+
+
+def test_in_bfloat16_no_block_makes_float32_of_its_heads():
+    """Of queries and keys float32 would be twice as large as they are, and so it was once."""
+    block = Block(64, 4, qk_norm=True)
+    rotary = Rotary.of_patches(20, 30, 5, 16, torch.device("cpu"))
+    tokens = torch.randn(2, 605, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        with Activations() as exact:
+            expected = block(tokens, rotary)
+        with torch.autocast("cpu", torch.bfloat16), Activations() as coarse:
+            found = block(tokens, rotary)
+    assert found.dtype == torch.float32  # What blocks add up stays exact.
+    assert (found - expected).norm() / expected.norm() < 0.01
+    assert exact.wide
+    assert not coarse.wide
+    assert coarse.peak < 0.7 * exact.peak, (coarse.peak, exact.peak)
 
 
 # Weights

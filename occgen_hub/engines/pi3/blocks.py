@@ -7,11 +7,31 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention
 
 ROTARY_BASE = 100.0
 Rotate = Callable[[Tensor], Tensor]
 """Tells (B, heads, tokens, head width) queries or keys where their tokens stand."""
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """What linear layers compute in where x is: autocast's type, else x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class Norm(nn.LayerNorm):
+    """Layer normalisation that gives what the next linear layer computes in.
+
+    Autocast makes float32 of it, twice bfloat16's size, which the layer would round at once.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) to the same shape; means and variances are in float32 all the same."""
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        to = working_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(to)
 
 
 class Attention(nn.Module):
@@ -21,8 +41,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
+        self.q_norm = Norm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = Norm(width // heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,8 +80,8 @@ class CrossAttention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(head width)) v, in the precision of the values."""
-    out: Tensor = scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
+    """softmax(q k^T / sqrt(head width)) v; all three of one precision."""
+    out: Tensor = scaled_dot_product_attention(q, k, v)
     return out
 
 
@@ -102,10 +122,10 @@ class Block(nn.Module):
         self, width: int, heads: int, *, qk_norm: bool = False, scaled: bool = True
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = Norm(width, eps=1e-6)
         self.attn = Attention(width, heads, qk_norm)
         self.ls1 = LayerScale(width) if scaled else nn.Identity()
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = Norm(width, eps=1e-6)
         self.mlp = Mlp(width)
         self.ls2 = LayerScale(width) if scaled else nn.Identity()
 
@@ -120,10 +140,10 @@ class CrossBlock(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.norm_y = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = Norm(width, eps=1e-6)
+        self.norm_y = Norm(width, eps=1e-6)
         self.cross_attn = CrossAttention(width, heads)
-        self.norm3 = nn.LayerNorm(width, eps=1e-6)
+        self.norm3 = Norm(width, eps=1e-6)
         self.mlp = Mlp(width)
 
     def forward(self, x: Tensor, y: Tensor, rotate: Rotate) -> Tensor:
@@ -162,10 +182,14 @@ class Rotary:
         return cls(place[:, 0], place[:, 1], head_width)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(B, heads, views * L, head width) queries or keys, rotated by their tokens' places."""
+        """(B, heads, views * L, head width) queries or keys, rotated by their tokens' places.
+
+        In their own precision: the small tables are rounded to it, not they to the tables'.
+        """
         length, _, planes = self.cos.shape
         split = x.unflatten(2, (-1, length)).unflatten(-1, (2, 2 * planes))
-        return half_turned(split, self.cos, self.sin).flatten(-2).flatten(2, 3)
+        cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
+        return half_turned(split, cos, sin).flatten(-2).flatten(2, 3)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from occgen_hub.engines.pi3.blocks import (
     Attention,
     LayerScale,
     Mlp,
+    Norm,
     attend,
     full_precision,
     half_turned,
@@ -56,10 +57,11 @@ class Cameras:
     def moved(self, x: Tensor, matrices: Tensor, *, back: bool = False) -> Tensor:
         """(B, heads, N * L, head width), half of it as 4-vectors times (B, N, 4, 4) matrices.
 
-        The other half is turned clockwise by the patch's column and row, or back again.
+        The other half is turned clockwise by the patch's column and row, or back again. Reckoned
+        in float32, because translations may be large, and given in the precision of x.
         """
         with full_precision(x.device):
-            return self._moved(x.float(), matrices, back)
+            return self._moved(x.float(), matrices, back).to(x.dtype)
 
     def _moved(self, x: Tensor, matrices: Tensor, back: bool) -> Tensor:
         views = matrices.shape[1]
@@ -77,10 +79,10 @@ class PoseBlock(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = Norm(width, eps=1e-6)
         self.attn = Attention(width, heads, qk_norm=True)
         self.ls1 = LayerScale(width)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = Norm(width, eps=1e-6)
         self.mlp = Mlp(width)
         self.ls2 = LayerScale(width)
 
@@ -91,8 +93,6 @@ class PoseBlock(nn.Module):
     def _attention(self, x: Tensor, cameras: Cameras) -> Tensor:
         P, P_inverse = cameras.camera_from_world, cameras.world_from_camera
         q, k, v = self.attn.split(x)
-        precision = v.dtype
         q = cameras.moved(q, P.transpose(-1, -2))
         k, v = (cameras.moved(t, P_inverse) for t in (k, v))
-        out = attend(q, k, v.to(precision))
-        return self.attn.proj(merged(cameras.moved(out, P, back=True).to(precision)))
+        return self.attn.proj(merged(cameras.moved(attend(q, k, v), P, back=True)))

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from occgen_hub.engines.pi3.blocks import Block, CrossBlock, Rotary, full_precision
+from occgen_hub.engines.pi3.blocks import (
+    Block,
+    CrossBlock,
+    Rotary,
+    full_precision,
+    working_dtype,
+)
 from occgen_hub.engines.pi3.encoder import Encoder, PatchEmbed
 from occgen_hub.engines.pi3.heads import (
     CameraHead,
@@ -114,7 +120,7 @@ class Trunk(nn.Module):
                 x = block(x, rotary)
             x = after(number, x)
             if number >= len(self.decoder) - 2:
-                kept.append(x)
+                kept.append(x.to(working_dtype(x)))  # All heads begin with a linear layer.
         return torch.cat(kept, dim=-1)
 
     def cameras(self, hidden: Tensor, rotary: Rotary) -> Tensor:
