@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections import Counter
@@ -15,7 +14,7 @@ from typing import Literal, get_args
 
 from occgen_hub.card import PICTURE, Facts, survey, write_export_card
 from occgen_hub.errors import DatasetError, OccGenError, UsageError
-from occgen_hub.files import dump_json, files_under, printable, sha256
+from occgen_hub.files import dump_json, files_under, hold, printable, sha256
 from occgen_hub.lerobot.exported import RECORD, check_content, exported
 from occgen_hub.lerobot.v30 import CODEBASE, DEPTH_MAX, OWN, RESERVED, Fit, Layout, write
 from occgen_hub.loading import REBUILD, SCHEMA, Trajectory, trajectories
@@ -316,14 +315,10 @@ _BESIDE = ("partial", "old", "lock")
 def _alone(out: Path, lock: Path) -> Iterator[None]:
     """Hold the place of an export; raises UsageError where another export holds it."""
     with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not hold(file.fileno()):
             raise UsageError(
                 f"{out}: another export is writing there; wait for it or choose another place."
-            ) from None
-        except OSError:
-            pass  # A file system without locks: go on without.
+            )
         try:
             yield
         finally:

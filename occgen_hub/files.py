@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -128,9 +129,8 @@ def read_parquet(path: Path) -> pa.Table:
 
     Read bit by bit, since a small file may stand for terabytes: what repeats is stored once.
     """
-    with opened(path) as source:
-        try:
-            file = pq.ParquetFile(source)
+    try:
+        with parquet_file(path) as file:
             if file.metadata.num_rows > MAX_TABLE_ROWS:
                 problem = f"claims {file.metadata.num_rows} rows, more than an episode has"
                 raise SourceError(path, problem, "check that it is the right file")
@@ -144,11 +144,22 @@ def read_parquet(path: Path) -> pa.Table:
                     raise _too_large(path)
             table = plain(pa.Table.from_batches(batches, file.schema_arrow))
             table.validate(full=True)
-        except PARQUET_DAMAGE as error:
-            raise SourceError(path, no_parquet(error), "restore it from the source") from None
+    except PARQUET_DAMAGE as error:
+        raise SourceError(path, no_parquet(error), "restore it from the source") from None
     if len(set(table.column_names)) < table.num_columns:
         raise SourceError(path, "has two columns of one name", "restore it from the source")
     return table
+
+
+@contextmanager
+def parquet_file(path: Path) -> Iterator[pq.ParquetFile]:
+    """A parquet file, open for reading; raises as `opened` does, and PARQUET_DAMAGE.
+
+    Arrow opens it itself: of a file of Python's its threads would hold bytes that they can let go
+    of only while there is an interpreter, and the process would be aborted when it ends early.
+    """
+    with opened(path), pa.OSFile(os.fsencode(path)) as file:
+        yield pq.ParquetFile(file)
 
 
 PARQUET_DAMAGE = (pa.ArrowException, OSError, ValueError, MemoryError)
@@ -215,6 +226,20 @@ def written_whole(path: Path) -> Iterator[Path]:
         flush([path.parent])
     finally:
         partial.unlink(missing_ok=True)
+
+
+def hold(handle: int, *, shared: bool = False) -> bool:
+    """Hold an open file or folder until it is closed; False where another process holds it.
+
+    shared: beside others that hold it so. On a file system without locks everyone gets it.
+    """
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def flush(paths: Iterable[Path]) -> None:

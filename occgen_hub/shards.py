@@ -27,6 +27,7 @@ from occgen_hub.files import (
     dump_json,
     no_parquet,
     opened,
+    parquet_file,
     plain,
     printable,
     written_whole,
@@ -337,8 +338,7 @@ def _groups(path: Path) -> Iterator[pa.Table]:
     """The row groups of a shard, one in memory; raises DatasetError when it is none."""
     schema = plain(_schema().empty_table()).schema
     try:
-        with opened(path) as source:
-            file = pq.ParquetFile(source)
+        with parquet_file(path) as file:
             if not plain(file.schema_arrow.empty_table()).schema.equals(schema):
                 raise DatasetError(path, "has other columns than a shard of occupancy", REMAKE)
             for n in range(file.num_row_groups):

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from occgen_hub.errors import DatasetError, SourceError
 from occgen_hub.files import (
     PARQUET_DAMAGE,
     files_under,
     no_parquet,
-    opened,
+    parquet_file,
     plain,
     read_json,
     sha256,
@@ -161,8 +160,7 @@ def _read(paths: list[Path], columns: dict[str, pa.DataType]) -> Iterator[tuple[
     """The rows of these columns in several parquet files, some hundred in memory at a time."""
     for path in paths:
         try:
-            with opened(path) as source:
-                file = pq.ParquetFile(source)
+            with parquet_file(path) as file:
                 types = plain(file.schema_arrow.empty_table()).schema
                 for name, kind in columns.items():
                     if name not in types.names or types.field(name).type != kind:

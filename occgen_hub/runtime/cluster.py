@@ -7,7 +7,6 @@ is scheduled here: which tasks there are is said, and when and where they run is
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from occgen_hub.errors import OccGenError, UsageError
-from occgen_hub.files import dump_json, read_bytes, read_json, written_whole
+from occgen_hub.files import dump_json, hold, read_bytes, read_json, written_whole
 from occgen_hub.runtime import failures, threads
 from occgen_hub.runtime.loop import Job, conclude, sole_use, witness
 from occgen_hub.runtime.plan import shares
@@ -220,12 +219,8 @@ def _check_current(plan: Plan) -> None:
 def _alone(lock: Path) -> Iterator[None]:
     """Hold a task, so that the same one, submitted twice, does not run beside itself."""
     with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OccGenError(f"{lock}: the same task is running already; wait for it.") from None
-        except OSError:
-            pass  # A file system without locks: go on without.
+        if not hold(file.fileno()):
+            raise OccGenError(f"{lock}: the same task is running already; wait for it.")
         yield
 
 
@@ -410,8 +405,20 @@ def _ray() -> Iterator[None]:
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
+        runtime_env={"worker_process_setup_hook": f"{__name__}.{begin_anew.__name__}"},
     )
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def begin_anew() -> None:
+    """In a worker of Ray's: have datatrove start the tasks' processes afresh, not as copies of it.
+
+    A worker has dozens of threads, and a copy has none of them but all their locks, as they were:
+    now and then it waits for one for ever, at a core's full speed.
+    """
+    import multiprocess
+
+    multiprocess.set_start_method("spawn", force=True)

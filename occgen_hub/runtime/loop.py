@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import time
@@ -24,7 +23,7 @@ from occgen_hub.card import is_own, write_card
 from occgen_hub.config import Config
 from occgen_hub.engines import AUTO, Auto, Engine, load_engine, network_engine
 from occgen_hub.errors import OccGenError, UsageError
-from occgen_hub.files import printable
+from occgen_hub.files import hold, printable
 from occgen_hub.lerobot.writer import Media
 from occgen_hub.loading import trajectories
 from occgen_hub.runtime import failures
@@ -299,15 +298,10 @@ def sole_use(out: Path, *, shared: bool = False) -> Iterator[None]:
             f"{out}: cannot be made or opened ({error.strerror}); choose another --output."
         ) from error
     try:
-        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise UsageError(
-            f"{out}: another build is writing here; wait for it or choose another --output."
-        ) from None
-    except OSError:
-        pass  # A file system without locks: go on without.
-    try:
+        if not hold(handle, shared=shared):
+            raise UsageError(
+                f"{out}: another build is writing here; wait for it or choose another --output."
+            )
         yield
     finally:
         os.close(handle)
