@@ -22,22 +22,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
-from occgen_hub import media
 from occgen_hub.config import MAX_CELLS
 from occgen_hub.errors import DatasetError, SourceError, UsageError
 from occgen_hub.files import opened, plain
 from occgen_hub.geometry.poses import RIGID, rigidity_error
 from occgen_hub.loading import REBUILD, SCHEMA, Trajectory
+from occgen_hub.media import SeekingVideo, read_depth, read_rgb
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.history import moved, past_frames
 from occgen_hub.schema import load_schema
 from occgen_hub.shards import FEATURES, FOLDER, NAME, REMAKE, shards
 
 if TYPE_CHECKING:
-    import av
+    pass
 
 KEYS = (
     *("occupancy", "mask", "pose", "intrinsics", "image", "depth", "history", "task"),
@@ -471,7 +470,7 @@ class _Reader:
         """(3, H, W) uint8 RGB."""
         path = _place(self._index.root, episode, "rgb", frame)
         if path.is_file():
-            pixels = media.read_rgb(path, self._image_size(episode))
+            pixels = read_rgb(path, self._image_size(episode))
         else:
             pixels = self._video(episode)(frame)
         return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
@@ -479,7 +478,7 @@ class _Reader:
     def depth(self, episode: str, frame: int) -> torch.Tensor:
         """(H, W) float32 metres."""
         path = _place(self._index.root, episode, "depth", frame)
-        units = media.read_depth(path, self._image_size(episode))
+        units = read_depth(path, self._image_size(episode))
         return torch.from_numpy((units / 10_000).astype(np.float32))
 
     def task(self, episode: str, frame: int) -> str:
@@ -544,9 +543,9 @@ class _Reader:
     def _read_image_size(self, episode: str) -> tuple[int, int]:
         return Trajectory.open(self._index.root / episode).image_size
 
-    def _open_video(self, episode: str) -> _Video:
+    def _open_video(self, episode: str) -> SeekingVideo:
         path = _place(self._index.root, episode, "video")
-        return _Video(path, self._image_size(episode))
+        return SeekingVideo(path, self._image_size(episode))
 
 
 def _keep_freed_memory(size: int) -> None:
@@ -557,63 +556,3 @@ def _keep_freed_memory(size: int) -> None:
     """
     block = np.empty(min(size, 31 << 20), np.uint8)
     del block
-
-
-class _Video:
-    """Frames of a video by number, each decoded from the keyframe before it, or from the last."""
-
-    def __init__(self, path: Path, size: tuple[int, int]) -> None:
-        self._path, self._size = path, size
-        self._container = media._video(path)
-        self._stream = media._stream(self._container)
-        self._stream.codec_context.thread_count = 1  # Loaders have their own processes.
-        self._upright = media._Upright(self._stream)
-        with self._damage():
-            packets = media._from_keyframe(self._container.demux(self._stream), path)
-            known = [(p.pts, p.is_keyframe) for p in packets if p.size and not p.is_discard]
-        if any(time is None for time, _ in known):
-            raise SourceError(path, "has frames without a time", media.MEND)
-        self._times = sorted(time for time, _ in known if time is not None)
-        self._keys = sorted(time for time, key in known if key and time is not None)
-        self._frames: Iterator[av.VideoFrame] = iter(())
-        self._last: int | None = None
-
-    def __call__(self, number: int) -> NDArray[np.uint8]:
-        """(H, W, 3) uint8 RGB, upright, resized to the size asked for."""
-        if number >= len(self._times):
-            raise SourceError(self._path, f"ends before frame {number}", media.RESTORE)
-        with self._damage():
-            image = Image.fromarray(self._upright(self._decoded(self._times[number])))
-        if image.size != self._size:
-            image = image.resize(self._size, Image.Resampling.BILINEAR)
-        return np.asarray(image)
-
-    def _decoded(self, time: int) -> av.VideoFrame:
-        """The frame of that time, in the stream's units."""
-        key = self._keys[max(0, bisect_right(self._keys, time) - 1)]
-        # From the last frame on, unless a keyframe is nearer. The first time may be shown by a
-        # decoder that needs more than the keyframe: then all of it is decoded.
-        ahead = self._last is not None and key <= self._last < time
-        for start in (None,) * ahead + (key, self._times[0]):
-            if start is not None:
-                self._container.seek(start, stream=self._stream)
-                self._frames = self._container.decode(self._stream)
-            for frame in self._frames:
-                self._last = frame.pts
-                if frame.pts is not None and frame.pts >= time:
-                    break
-            else:
-                continue
-            if frame.pts == time and not frame.is_corrupt:
-                return frame
-        self._last = None
-        raise SourceError(self._path, "is damaged", media.MEND)
-
-    @contextmanager
-    def _damage(self) -> Iterator[None]:
-        """Has what goes wrong in decoding name the video."""
-        try:
-            yield
-        except media._video_damage() as error:
-            self._last = None
-            raise media._damaged(self._path, error) from None

@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader, Subset
 import occgen_hub
 from occgen_hub.errors import DatasetError, SourceError, UsageError
 from occgen_hub.loading import Trajectory, trajectories
-from occgen_hub.media import video_frames
+from occgen_hub.media import SeekingVideo, video_frames
 from occgen_hub.shards import shards, write_shards
-from occgen_hub.training import KEYS, OccupancyDataset, _Video, collate
+from occgen_hub.training import KEYS, OccupancyDataset, collate
 
 COLUMNS = {
     "pose": "observation.camera_extrinsic_occ",
@@ -300,7 +300,7 @@ def test_any_frame_of_a_video_is_found(tmp_path, options):
             out.mux(stream.encode(av.VideoFrame.from_image(small.resize((64, 48)))))
         out.mux(stream.encode())
     expected = list(video_frames(path))
-    video = _Video(path, (64, 48))
+    video = SeekingVideo(path, (64, 48))
     for n in [59, 0, 1, 2, 30, 29, 31, *rng.integers(0, 60, 40).tolist()]:
         np.testing.assert_array_equal(video(n), expected[n])
     with pytest.raises(SourceError, match="ends before frame 60"):

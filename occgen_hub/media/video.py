@@ -1,30 +1,27 @@
-"""Images and videos, decoded at a bounded cost and with errors that name the file."""
+"""Videos, decoded at a bounded cost and with errors that name the file."""
 
 from __future__ import annotations
 
-import struct
 import threading
+from bisect import bisect_right
 from collections.abc import Buffer, Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image
 
 from occgen_hub.errors import SourceError
-from occgen_hub.files import MAX_TABLE_ROWS, opened
+from occgen_hub.files import MAX_TABLE_ROWS
+from occgen_hub.media.damage import DAMAGE, MAX_PIXELS, MEND, RESTORE, brief, check_pixels, damaged
 
 if TYPE_CHECKING:
     import av
-
-MAX_PIXELS = 1 << 26
-"""64 megapixels: over any camera's frame, under what would fill a machine's memory."""
 
 SQUARE = 0.01
 """Pixels whose sides differ by less are square: encoders that scale a little say such things."""
@@ -34,164 +31,6 @@ STRETCH = 4
 
 ON_TIME = 1e-4
 """Seconds; LeRobot's own tolerance for the time of a frame that it asks for."""
-
-SAME_BYTES = "threads=1:bframes=0:mbtree=0:rc-lookahead=0"
-"""x264's output depends on its threads, and its looking ahead reads memory that it never set."""
-
-RESTORE = "restore it from the source or leave this trajectory out"
-MEND = "encode it anew, which passes over what is damaged, or leave this trajectory out"
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) from an image's header, nothing decoded."""
-    with _opened(path) as image:
-        return image.size
-
-
-def read_rgb(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 RGB of an image that has to be of `size` (width, height)."""
-    with _opened(path, size) as image:
-        try:
-            return np.asarray(image.convert("RGB"))
-        except _DAMAGE as error:
-            raise _damaged(path, error) from None
-
-
-def read_depth(path: Path, size: tuple[int, int]) -> NDArray[np.uint16]:
-    """(H, W) uint16 of a 16-bit grey image that has to be of `size` (width, height)."""
-    with _opened(path, size) as image:
-        if image.mode not in ("I;16", "I;16B", "I"):
-            raise SourceError(
-                path,
-                f"is not a 16-bit grey image (its mode is {image.mode})",
-                "save depth as 16-bit PNG, 10,000 units a metre",
-            )
-        try:
-            values = np.asarray(image)
-        except _DAMAGE as error:
-            raise _damaged(path, error) from None
-    if values.dtype != np.uint16:
-        if values.min() < 0 or values.max() > 65535:
-            raise SourceError(path, "has values beyond 16 bits", RESTORE)
-        values = values.astype(np.uint16)
-    return values
-
-
-@dataclass(frozen=True)
-class PictureFacts:
-    """size: (width, height) upright; plain: whether it is an RGB JPEG whose rows are upright."""
-
-    size: tuple[int, int]
-    plain: bool
-
-
-def picture_facts(path: Path) -> PictureFacts:
-    """Of a camera's picture, from its header, nothing decoded."""
-    with _opened(path) as image:
-        turn = _TURNS.get(_orientation(image))
-        plain = turn is None and image.format in ("JPEG", "MPO") and image.mode == "RGB"
-        return PictureFacts(image.size[::-1] if turn in _SIDEWAYS else image.size, plain)
-
-
-def read_picture(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 RGB of a camera's picture, turned upright as its EXIF data has it.
-
-    `size` is (width, height) upright. Grey and 16-bit images, palettes and CMYK are converted; what
-    is transparent lies over black.
-    """
-    with _opened(path) as image:
-        try:
-            turn = _TURNS.get(_orientation(image))
-            flat = _in_rgb(image)
-        except _DAMAGE as error:
-            raise _damaged(path, error) from None
-        upright = np.array(flat if turn is None else flat.transpose(turn))
-    if upright.shape[1::-1] != size:
-        text = f"is {upright.shape[1]} x {upright.shape[0]} pixels, expected {size[0]} x {size[1]}"
-        raise SourceError(path, text, RESTORE)
-    return upright
-
-
-def _in_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits; Pillow would cut off what is over 255.
-        values = np.asarray(image).astype(np.int64) >> 8
-        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        return Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
-
-
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What turns an image upright, by its EXIF orientation."""
-
-_SIDEWAYS = tuple(_TURNS[n] for n in (5, 6, 7, 8))
-
-
-def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; 1 where there is none, or none that can be read.
-
-    Read here, since Pillow warns of damaged EXIF data, and decodes a PNG to find out whether it has
-    any.
-    """
-    tiff = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
-    order = ">" if tiff.startswith(b"MM") else "<"
-    try:
-        (start,) = struct.unpack_from(f"{order}I", tiff, 4)
-        (count,) = struct.unpack_from(f"{order}H", tiff, start)
-        for place in range(start + 2, start + 2 + 12 * count, 12):
-            tag, kind = struct.unpack_from(f"{order}HH", tiff, place)
-            if tag == ExifTags.Base.Orientation:
-                size = "I" if kind == _LONG else "H"
-                (number,) = struct.unpack_from(f"{order}{size}", tiff, place + 8)
-                return int(number) if number in _TURNS else 1
-    except struct.error:  # The data end before what they speak of.
-        pass
-    return 1
-
-
-_LONG = 4
-"""EXIF's type of 32-bit numbers; orientations are 16-bit ones, if not always."""
-
-
-@contextmanager
-def _opened(path: Path, size: tuple[int, int] | None = None) -> Iterator[Image.Image]:
-    """A JPEG or PNG of `size`, its header read; no other of Pillow's many formats is tried."""
-    with opened(path) as file:
-        try:
-            image = Image.open(file, formats=("JPEG", "PNG"))
-        except UnidentifiedImageError:
-            raise SourceError(path, "is not a JPEG or PNG image", RESTORE) from None
-        except (*_DAMAGE, Image.DecompressionBombError) as error:
-            raise _damaged(path, error) from None
-        if image.width * image.height > MAX_PIXELS:
-            raise SourceError(path, f"claims {image.width} x {image.height} pixels", RESTORE)
-        if size is not None and image.size != size:
-            text = f"is {image.width} x {image.height} pixels, expected {size[0]} x {size[1]}"
-            raise SourceError(path, text, RESTORE)
-        yield image
-
-
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError)
-"""What Pillow raises in the middle of a damaged file."""
-
-
-def _damaged(path: Path, error: BaseException) -> SourceError:
-    return SourceError(path, f"is damaged ({_brief(error)})", RESTORE)
-
-
-def _brief(error: BaseException) -> str:
-    said = getattr(error, "strerror", None) or str(error)
-    text = said.splitlines()[0] if said else type(error).__name__
-    return text.split(": '")[0].rstrip(".")[:120]
 
 
 @dataclass(frozen=True)
@@ -217,7 +56,7 @@ def video_facts(path: Path) -> VideoFacts:
                         first = next(iter(stream.decode(packet)), None)
                         size = _Upright(stream).size(first) if first is not None else size
         except _video_damage() as error:
-            raise _damaged(path, error) from None
+            raise damaged(path, error) from None
     return VideoFacts(size, float(rate) if rate else 0.0, frames)
 
 
@@ -339,7 +178,7 @@ def _converted(upright: _Upright, frame: av.VideoFrame, path: Path) -> NDArray[n
     try:
         return upright(frame)
     except _video_damage() as error:
-        raise _damaged(path, error) from None
+        raise damaged(path, error) from None
 
 
 def _decoded(container: av.container.InputContainer, path: Path) -> Iterator[av.VideoFrame]:
@@ -360,11 +199,11 @@ def _decoded(container: av.container.InputContainer, path: Path) -> Iterator[av.
                     continue
                 if spoilt:
                     raise SourceError(path, f"is damaged at frame {seen}", MEND)
-                _check_pixels(path, *upright.size(frame))
+                check_pixels(path, *upright.size(frame))
                 seen += 1
                 yield frame
     except damage as error:
-        problem = f"is damaged at frame {seen} or soon after ({_brief(error)})"
+        problem = f"is damaged at frame {seen} or soon after ({brief(error)})"
         raise SourceError(path, problem, MEND) from None
 
 
@@ -432,7 +271,7 @@ class _Upright:
         return max(1, round(frame.width * self._aspect))
 
 
-_UNTAGGED, _BT601, _LIMITED, _FULL = 2, 6, 1, 2
+_UNTAGGED, BT601, LIMITED, _FULL = 2, 6, 1, 2
 """AVCOL_SPC_UNSPECIFIED and AVCOL_SPC_SMPTE170M; AVCOL_RANGE_MPEG and AVCOL_RANGE_JPEG."""
 
 _DEFAULT = 5
@@ -491,7 +330,7 @@ class VideoReader:
                 self._waiting.remove(number)
             self._busy = True
         try:
-            return self._resized(self._picture(number)())
+            return _resized(self._picture(number)(), self._size)
         finally:
             with self._turn:
                 self._busy = False
@@ -510,76 +349,76 @@ class VideoReader:
             self._passed[self._next - 1] = picture
         raise SourceError(self._path, f"ends before frame {number}", RESTORE)
 
-    def _resized(self, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        image = Image.fromarray(frame)
-        if image.size != self._size:
-            image = image.resize(self._size, Image.Resampling.BILINEAR)
-        return np.asarray(image)
+
+class SeekingVideo:
+    """Frames of a video by number, each decoded from the keyframe before it, or from the last."""
+
+    def __init__(self, path: Path, size: tuple[int, int]) -> None:
+        self._path, self._size = path, size
+        self._container = _video(path)
+        self._stream = _stream(self._container)
+        self._stream.codec_context.thread_count = 1  # Loaders have their own processes.
+        self._upright = _Upright(self._stream)
+        with self._damage():
+            packets = _from_keyframe(self._container.demux(self._stream), path)
+            known = [(p.pts, p.is_keyframe) for p in packets if p.size and not p.is_discard]
+        if any(time is None for time, _ in known):
+            raise SourceError(path, "has frames without a time", MEND)
+        self._times = sorted(time for time, _ in known if time is not None)
+        self._keys = sorted(time for time, key in known if key and time is not None)
+        self._frames: Iterator[av.VideoFrame] = iter(())
+        self._last: int | None = None
+
+    def __call__(self, number: int) -> NDArray[np.uint8]:
+        """(H, W, 3) uint8 RGB, upright, resized to the size asked for."""
+        if number >= len(self._times):
+            raise SourceError(self._path, f"ends before frame {number}", RESTORE)
+        with self._damage():
+            frame = self._upright(self._decoded(self._times[number]))
+        return _resized(frame, self._size)
+
+    def _decoded(self, time: int) -> av.VideoFrame:
+        """The frame of that time, in the stream's units."""
+        key = self._keys[max(0, bisect_right(self._keys, time) - 1)]
+        # From the last frame on, unless a keyframe is nearer. The first time may be shown by a
+        # decoder that needs more than the keyframe: then all of it is decoded.
+        ahead = self._last is not None and key <= self._last < time
+        for start in (None,) * ahead + (key, self._times[0]):
+            if start is not None:
+                self._container.seek(start, stream=self._stream)
+                self._frames = self._container.decode(self._stream)
+            for frame in self._frames:
+                self._last = frame.pts
+                if frame.pts is not None and frame.pts >= time:
+                    break
+            else:
+                continue
+            if frame.pts == time and not frame.is_corrupt:
+                return frame
+        self._last = None
+        raise SourceError(self._path, "is damaged", MEND)
+
+    @contextmanager
+    def _damage(self) -> Iterator[None]:
+        """Has what goes wrong in decoding name the video."""
+        try:
+            yield
+        except _video_damage() as error:
+            self._last = None
+            raise damaged(self._path, error) from None
 
 
-class VideoWriter:
-    """H.264 that plays in a browser, from (H, W, 3) uint8 RGB frames, one after another.
-
-    Odd sizes lose a row or a column, which yuv420p cannot have. Equal frames give equal bytes. The
-    file is complete when it is closed.
-    """
-
-    def __init__(self, path: Path, fps: float) -> None:
-        import av
-
-        self._rate = Fraction(fps).limit_denominator(1001)
-        faststart = {"movflags": "faststart"}
-        self._container = av.open(str(path), "w", format="mp4", options=faststart)
-        self._stream: av.VideoStream | None = None
-
-    def append(self, image: NDArray[np.uint8]) -> None:
-        """Encode the next frame."""
-        import av
-
-        height, width = image.shape[0] // 2 * 2, image.shape[1] // 2 * 2
-        if self._stream is None:
-            self._stream = self._begun(width, height)
-        picture = np.ascontiguousarray(image[:height, :width])
-        frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-        self._container.mux(self._stream.encode(frame))
-
-    def _begun(self, width: int, height: int) -> av.VideoStream:
-        options = {"crf": "18", "x264-params": SAME_BYTES}
-        stream = self._container.add_stream("libx264", rate=self._rate, options=options)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        # As swscale makes it; players take another matrix for large frames, if not told.
-        stream.codec_context.colorspace, stream.codec_context.color_range = _BT601, _LIMITED
-        return stream
-
-    def close(self) -> None:
-        """Finish the file."""
-        if self._stream is not None:
-            self._container.mux(self._stream.encode())
-        self._container.close()
-
-    def __enter__(self) -> Self:
-        """For `with`."""
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        """Finish the file, or leave it as it is after an error."""
-        if kind is None:
-            self.close()
-        else:
-            self._container.close()
-
-
-def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], fps: float) -> None:
-    """All frames with a `VideoWriter`."""
-    with VideoWriter(path, fps) as video:
-        for image in frames:
-            video.append(image)
+def _resized(frame: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    image = Image.fromarray(frame)
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.BILINEAR)
+    return np.asarray(image)
 
 
 def _video_damage() -> tuple[type[Exception], ...]:
     import av
 
-    return (*_DAMAGE, av.FFmpegError)
+    return (*DAMAGE, av.FFmpegError)
 
 
 _CONTAINERS = {
@@ -598,7 +437,7 @@ def _video(path: Path) -> av.container.InputContainer:
         container = av.open(f"file:{path}", container_options=_CONTAINERS)
     except _video_damage() as error:
         raise SourceError(
-            path, f"is not a video that can be read ({_brief(error)})", RESTORE
+            path, f"is not a video that can be read ({brief(error)})", RESTORE
         ) from None
     try:
         _check_video(container, path)
@@ -614,13 +453,8 @@ def _check_video(container: av.container.InputContainer, path: Path) -> None:
     stream = _stream(container)
     if getattr(stream, "codec_context", None) is None:
         raise SourceError(path, "is of no codec that can be read", RESTORE)
-    _check_pixels(path, stream.width, stream.height)
+    check_pixels(path, stream.width, stream.height)
     stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # Should it change midway.
-
-
-def _check_pixels(path: Path, width: int, height: int) -> None:
-    if not 0 < width * height <= MAX_PIXELS:
-        raise SourceError(path, f"claims {width} x {height} pixels", RESTORE)
 
 
 def _stream(container: av.container.InputContainer) -> av.VideoStream:

@@ -1,0 +1,44 @@
+"""Images and videos."""
+
+from occgen_hub.media.damage import MAX_PIXELS, MEND, RESTORE
+from occgen_hub.media.pictures import (
+    PictureFacts,
+    image_size,
+    picture_facts,
+    read_depth,
+    read_picture,
+    read_rgb,
+)
+from occgen_hub.media.video import (
+    SeekingVideo,
+    VideoFacts,
+    VideoReader,
+    VideoSurvey,
+    stated_pixels,
+    survey_video,
+    video_facts,
+    video_frames,
+)
+from occgen_hub.media.writing import VideoWriter, write_video
+
+__all__ = [
+    "MAX_PIXELS",
+    "MEND",
+    "RESTORE",
+    "PictureFacts",
+    "SeekingVideo",
+    "VideoFacts",
+    "VideoReader",
+    "VideoSurvey",
+    "VideoWriter",
+    "image_size",
+    "picture_facts",
+    "read_depth",
+    "read_picture",
+    "read_rgb",
+    "stated_pixels",
+    "survey_video",
+    "video_facts",
+    "video_frames",
+    "write_video",
+]

@@ -1,0 +1,159 @@
+"""Pictures, decoded at a bounded cost and with errors that name the file."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from occgen_hub.errors import SourceError
+from occgen_hub.files import opened
+from occgen_hub.media.damage import DAMAGE, MAX_PIXELS, RESTORE, damaged
+
+if TYPE_CHECKING:
+    pass
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) from an image's header, nothing decoded."""
+    with _opened(path) as image:
+        return image.size
+
+
+def read_rgb(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 RGB of an image that has to be of `size` (width, height)."""
+    with _opened(path, size) as image:
+        try:
+            return np.asarray(image.convert("RGB"))
+        except DAMAGE as error:
+            raise damaged(path, error) from None
+
+
+def read_depth(path: Path, size: tuple[int, int]) -> NDArray[np.uint16]:
+    """(H, W) uint16 of a 16-bit grey image that has to be of `size` (width, height)."""
+    with _opened(path, size) as image:
+        if image.mode not in ("I;16", "I;16B", "I"):
+            raise SourceError(
+                path,
+                f"is not a 16-bit grey image (its mode is {image.mode})",
+                "save depth as 16-bit PNG, 10,000 units a metre",
+            )
+        try:
+            values = np.asarray(image)
+        except DAMAGE as error:
+            raise damaged(path, error) from None
+    if values.dtype != np.uint16:
+        if values.min() < 0 or values.max() > 65535:
+            raise SourceError(path, "has values beyond 16 bits", RESTORE)
+        values = values.astype(np.uint16)
+    return values
+
+
+@dataclass(frozen=True)
+class PictureFacts:
+    """size: (width, height) upright; plain: whether it is an RGB JPEG whose rows are upright."""
+
+    size: tuple[int, int]
+    plain: bool
+
+
+def picture_facts(path: Path) -> PictureFacts:
+    """Of a camera's picture, from its header, nothing decoded."""
+    with _opened(path) as image:
+        turn = _TURNS.get(_orientation(image))
+        plain = turn is None and image.format in ("JPEG", "MPO") and image.mode == "RGB"
+        return PictureFacts(image.size[::-1] if turn in _SIDEWAYS else image.size, plain)
+
+
+def read_picture(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 RGB of a camera's picture, turned upright as its EXIF data has it.
+
+    `size` is (width, height) upright. Grey and 16-bit images, palettes and CMYK are converted; what
+    is transparent lies over black.
+    """
+    with _opened(path) as image:
+        try:
+            turn = _TURNS.get(_orientation(image))
+            flat = _in_rgb(image)
+        except DAMAGE as error:
+            raise damaged(path, error) from None
+        upright = np.array(flat if turn is None else flat.transpose(turn))
+    if upright.shape[1::-1] != size:
+        text = f"is {upright.shape[1]} x {upright.shape[0]} pixels, expected {size[0]} x {size[1]}"
+        raise SourceError(path, text, RESTORE)
+    return upright
+
+
+def _in_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits; Pillow would cut off what is over 255.
+        values = np.asarray(image).astype(np.int64) >> 8
+        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+        return Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by its EXIF orientation."""
+
+_SIDEWAYS = tuple(_TURNS[n] for n in (5, 6, 7, 8))
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 to 8; 1 where there is none, or none that can be read.
+
+    Read here, since Pillow warns of damaged EXIF data, and decodes a PNG to find out whether it has
+    any.
+    """
+    tiff = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
+    order = ">" if tiff.startswith(b"MM") else "<"
+    try:
+        (start,) = struct.unpack_from(f"{order}I", tiff, 4)
+        (count,) = struct.unpack_from(f"{order}H", tiff, start)
+        for place in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind = struct.unpack_from(f"{order}HH", tiff, place)
+            if tag == ExifTags.Base.Orientation:
+                size = "I" if kind == _LONG else "H"
+                (number,) = struct.unpack_from(f"{order}{size}", tiff, place + 8)
+                return int(number) if number in _TURNS else 1
+    except struct.error:  # The data end before what they speak of.
+        pass
+    return 1
+
+
+_LONG = 4
+"""EXIF's type of 32-bit numbers; orientations are 16-bit ones, if not always."""
+
+
+@contextmanager
+def _opened(path: Path, size: tuple[int, int] | None = None) -> Iterator[Image.Image]:
+    """A JPEG or PNG of `size`, its header read; no other of Pillow's many formats is tried."""
+    with opened(path) as file:
+        try:
+            image = Image.open(file, formats=("JPEG", "PNG"))
+        except UnidentifiedImageError:
+            raise SourceError(path, "is not a JPEG or PNG image", RESTORE) from None
+        except (*DAMAGE, Image.DecompressionBombError) as error:
+            raise damaged(path, error) from None
+        if image.width * image.height > MAX_PIXELS:
+            raise SourceError(path, f"claims {image.width} x {image.height} pixels", RESTORE)
+        if size is not None and image.size != size:
+            text = f"is {image.width} x {image.height} pixels, expected {size[0]} x {size[1]}"
+            raise SourceError(path, text, RESTORE)
+        yield image
