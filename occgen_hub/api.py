@@ -48,6 +48,8 @@ def build(
     no other and is listed in the summary's `failures`, with its reason. With several workers the
     calling script needs `if __name__ == "__main__":`, since processes are spawned.
     """
+    if config is not None and not isinstance(config, Config):
+        raise UsageError(f"config is a {type(config).__name__}; give an occgen_hub.Config.")
     if media not in get_args(Media):
         raise UsageError(f"media is {media!r}; give one of {', '.join(get_args(Media))}.")
     if workers < 1 or (limit is not None and limit < 1):

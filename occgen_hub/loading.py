@@ -355,17 +355,9 @@ class Trajectory:
     def images(self) -> Callable[[int], NDArray[np.uint8] | None]:
         """`rgb` for many frames, best asked for in order: a video is opened once."""
         size, video = self.image_size, self.file("video")
-        opened_once: list[VideoReader] = []
-
-        def read(frame: int) -> NDArray[np.uint8] | None:
-            image = self.file("rgb", frame)
-            if image.is_file():
-                return read_rgb(image, size)
-            if not opened_once and video.is_file():
-                opened_once.append(VideoReader(video, size))
-            return opened_once[0](frame) if opened_once else None
-
-        return read
+        if self.file("rgb", 0).parent.is_dir():  # Then a frame that is missing is a fault.
+            return lambda frame: read_rgb(self.file("rgb", frame), size)
+        return VideoReader(video, size) if video.is_file() else lambda _: None
 
     def depth(self, frame: int) -> NDArray[np.float64] | None:
         """(H, W) float64 metres, or None where depth was left out."""

@@ -6,6 +6,7 @@ each; images, depth and tasks come from the trajectories' folders. Needs torch.
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 from bisect import bisect_right
@@ -140,9 +141,10 @@ class OccupancyDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """One frame, as the class says; raises IndexError where there is none."""
+        number = operator.index(number)  # TypeError for a slice: see torch.utils.data.Subset
         if not -len(self) <= number < len(self):
             raise IndexError(f"frame {number} of a dataset of {len(self)}")
-        number = int(number) % len(self)
+        number %= len(self)
         episode = bisect_right(self.starts, number) - 1
         frame = number - int(self.starts[episode])
         reader = self._reader
@@ -469,7 +471,7 @@ class _Reader:
     def image(self, episode: str, frame: int) -> torch.Tensor:
         """(3, H, W) uint8 RGB."""
         path = _place(self._index.root, episode, "rgb", frame)
-        if path.is_file():
+        if path.parent.is_dir():  # Then a frame that is missing is a fault.
             pixels = read_rgb(path, self._image_size(episode))
         else:
             pixels = self._video(episode)(frame)

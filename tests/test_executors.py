@@ -173,6 +173,8 @@ def test_two_processes_of_torchrun(source: Path, expected: Tree, tmp_path: Path)
     assert done.stdout.count("8 built, 0 already there, 0 failed of 8 episodes") == 1
     assert tree(out) == expected
     said = report(out)
+    assert said["notes"]
+    assert done.stderr.count("note    ") == len(said["notes"])  # One of each kind, told once.
     assert said["executor"] == "accelerate"
     assert [process["device"] for process in said["processes"]] == ["cpu:0", "cpu:0"]
     assert sorted(process["episodes"] for process in said["processes"]) != [0, 8]
@@ -206,7 +208,9 @@ def test_datatrove_here_and_again(three: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "3 built, 0 already there, 0 failed of 3 episodes" in done.stdout
     assert tree(out) == tree(tmp_path / "one")
-    assert report(out)["executor"] == "datatrove"
+    said = report(out)
+    assert said["executor"] == "datatrove"
+    assert done.stderr.count("note    ") == len(said["notes"]) > 0
     (logs,) = (path for path in (out / ".logs").iterdir() if path.is_dir())
     assert len(list((logs / "completions").iterdir())) == 2
     assert {path.name for path in (logs / "logs").iterdir()} == {
@@ -282,7 +286,7 @@ def test_slurm_runs_the_tasks_and_then_the_last_one(
     assert dry.returncode == 0, dry.stderr
     assert not out.exists()
     for line in (
-        "3 episodes in 2 tasks of 1 to 2 episodes",
+        "Tasks: 2, 2 of them with something to do. Episodes: 3, 1 to 2 a task; ",
         "#SBATCH --partition=gpu",
         "#SBATCH --account=me",
         "#SBATCH --array=0-1",

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Subset
 
 import occgen_hub
 from occgen_hub.errors import DatasetError, SourceError, UsageError
+from occgen_hub.exporting import export
 from occgen_hub.loading import Trajectory, trajectories
 from occgen_hub.media import SeekingVideo, video_frames
 from occgen_hub.shards import shards, write_shards
@@ -286,6 +287,22 @@ def test_without_images_they_come_from_the_video(many, truth, tmp_path):
         np.testing.assert_array_equal(frames[n]["image"].permute(1, 2, 0), expected)
 
 
+def test_one_image_that_is_missing_is_a_fault(many, truth, tmp_path):
+    """The video would do, but it is not what the other frames are taken from."""
+    root = copied(many, tmp_path / "gap")
+    trajectory = Trajectory.open(root / truth[0]["episode"])
+    trajectory.file("rgb", 0).unlink()
+    frames = OccupancyDataset(root, keys=("image",))
+    for look in (
+        lambda: frames[0],
+        lambda: trajectory.rgb(0),
+        lambda: export(root, tmp_path / "x"),
+    ):
+        with pytest.raises(SourceError, match=r"/0\.jpg: is missing"):
+            look()
+    assert frames[1]["image"].any()
+
+
 @pytest.mark.parametrize(
     "options", ["keyint=12:bframes=3:open-gop=1", "keyint=250:bframes=0", "keyint=7:bframes=0"]
 )
@@ -316,6 +333,15 @@ def test_without_shards_it_says_how_to_get_them(dataset, tmp_path):
     shutil.rmtree(root / "occupancy")
     with pytest.raises(UsageError, match=r"has no occupancy as Parquet.* run occgen-hub build"):
         OccupancyDataset(root)
+
+
+def test_frames_are_asked_for_by_number(many):
+    frames = OccupancyDataset(many, keys=("occupancy",))
+    last = frames[np.int64(len(frames) - 1)]["occupancy"]
+    assert torch.equal(frames[-1]["occupancy"], last)
+    for wrong in (slice(0, 2), 1.0, "1"):
+        with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+            frames[wrong]
 
 
 def test_wrong_arguments(many, tmp_path):
@@ -538,6 +564,15 @@ def test_an_episode_is_loaded(many, truth):
         occgen_hub.load_episode(many)
 
 
+WRONG = (
+    {"media": "all"},
+    {"workers": 0},
+    {"limit": 0},
+    {"engine": "none"},
+    {"config": {"voxel_size": 0.1}},
+)
+
+
 def test_a_dataset_is_built_and_read_from_python(sample_tree, tmp_path):
     config = occgen_hub.Config(voxel_size=0.1, pc_range=(-2, -1.5, 0, 2, 1, 4))
     out = tmp_path / "out"
@@ -549,7 +584,7 @@ def test_a_dataset_is_built_and_read_from_python(sample_tree, tmp_path):
     frames = occgen_hub.OccupancyDataset(str(out), keys=CAMERA)
     assert frames[0]["occupancy"].shape == config.grid_shape == (40, 25, 40)
     assert frames.grid.lower == config.pc_range[:3]
-    for wrong in ({"media": "all"}, {"workers": 0}, {"limit": 0}, {"engine": "none"}):
+    for wrong in WRONG:
         with pytest.raises(UsageError):
             occgen_hub.build("internnav", sample_tree, tmp_path / "other", **wrong)
     assert not (tmp_path / "other").exists()

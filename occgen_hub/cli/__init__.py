@@ -49,11 +49,10 @@ def main() -> None:
     except OccGenError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(error.exit_code)
-    except (Stopped, click.Abort, KeyboardInterrupt):
+    except (Stopped, click.Abort, KeyboardInterrupt) as stopped:
         if QUIET not in os.environ:
-            click.echo(
-                "Stopped. What was finished stays; the same command goes on from there.", err=True
-            )
+            more = " What was finished stays; the same command goes on from there."
+            click.echo(f"Stopped.{more * getattr(stopped, 'goes_on', False)}", err=True)
         sys.exit(128 + (received[0] if received else signal.SIGINT))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,15 +10,28 @@ from typing import Any
 
 import click
 
+from occgen_hub.cli.stopping import Stopped
+
 FOLDER = click.Path(file_okay=True, dir_okay=True, path_type=Path)
 
 
 class Examples(click.Command):
-    """A command whose help ends with an example, printed as it stands."""
+    """A command whose help ends with an example, printed as it stands.
 
-    def __init__(self, *args: Any, example: str = "", **kwargs: Any) -> None:
+    goes_on: whether it goes on from where it was stopped when it is given again.
+    """
+
+    def __init__(self, *args: Any, example: str = "", goes_on: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.example = example
+        self.example, self.goes_on = example, goes_on
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it; what stops it is told whether it goes on."""
+        try:
+            return super().invoke(ctx)
+        except Stopped as stopped:
+            stopped.goes_on = self.goes_on
+            raise
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Print the example."""

@@ -54,6 +54,7 @@ def sample(out: Path, trajectories: int, frames: int, seed: int, layout: Any, fa
 @click.command(
     cls=Examples,
     example="occgen-hub build --source internnav --input traj_data --output out --workers 8",
+    goes_on=True,
 )
 @click.option("--source", default="internnav", show_default=True, help="What kind of source it is.")
 @click.option(
@@ -218,13 +219,14 @@ def _plan(job: Job, executor: str, resources: Resources) -> int:
     from occgen_hub.runtime import cluster
     from occgen_hub.runtime.failures import known
 
+    if executor in cluster.EXECUTORS:
+        cluster.check(executor, resources)
     failed, missing = known(job.out), 0
     for ref in job.refs:
         state, to_do = _state(job, ref, failed.get(ref.id))
         missing += to_do
         click.echo(f"{ref.id}  {state}")
     if executor in cluster.EXECUTORS:
-        cluster.check(executor, resources)
         plan = cluster.make_plan(job, resources.tasks)
         click.echo(plan.told())
         if executor == "slurm":
@@ -279,9 +281,10 @@ def _build_shared(open_it: Callable[[str | None], Job], device: str | None) -> i
     with joined(device) as group:
         own = group.device if group.device.startswith("cuda") else "cpu"
         job = together(group, lambda: open_it(own))
-        with _build_bar(len(job.refs), shown=group.local_rank == 0) as (show, news):
+        told: set[str] | None = set() if group.rank == 0 else None
+        with _build_bar(len(job.refs), told, shown=group.local_rank == 0) as (show, news):
             summary = run_shared(job, group, show, news)
-    return 0 if summary is None else _ended(summary, job)
+    return 0 if summary is None else _ended(summary, job, told)
 
 
 def _build(job: Job, workers: int) -> int:
@@ -296,23 +299,25 @@ def _build(job: Job, workers: int) -> int:
             err=True,
         )
     warm_up()
-    total = len(job.refs)
-    with _build_bar(total) as (show, news):
+    total, told = len(job.refs), set[str]()
+    with _build_bar(total, told) as (show, news):
         listener = Tally().listener(lambda tally: show(tally, total), news)
         summary = run_job(job, workers, listener)
-    return _ended(summary, job)
+    return _ended(summary, job, told)
 
 
 @contextmanager
 def _build_bar(
-    total: int, *, shown: bool = True
+    total: int, told: set[str] | None, *, shown: bool = True
 ) -> Iterator[tuple[Callable[[Tally, int], None], Callable[[Result], None]]]:
-    """A bar over episodes: how to show how far it is, and how to tell what became of one."""
+    """A bar over episodes: how to show how far it is, and how to tell what became of one.
+
+    told: gathers the kinds of notes that were told; None for a process that tells of none.
+    """
     from threading import Lock
 
     from tqdm import tqdm
 
-    seen: set[str] = set()
     turn = Lock()  # Frames are counted in threads of their own.
     disable = no_bar() if shown else True
     with tqdm(
@@ -332,21 +337,23 @@ def _build_bar(
 
         def news(result: Result) -> None:
             stop_if_asked()
-            for line in _news(result, seen):
+            for line in _news(result, told):
                 with turn:
                     bar.write(line, file=sys.stderr)
 
         yield show, news
 
 
-def _news(result: Result, seen: set[str]) -> list[str]:
+def _news(result: Result, told: set[str] | None) -> list[str]:
     """Lines to print about an episode: its failure, or those of its notes that are new in kind."""
     from occgen_hub.runtime.results import Failure
 
     if isinstance(result, Failure):
         return [] if result.repeated else [f"failed  {_said(result)}"]
-    new = [note for note in result.notes if note.code not in seen]
-    seen.update(note.code for note in new)
+    if told is None:
+        return []
+    new = [note for note in result.notes if note.code not in told]
+    told.update(note.code for note in new)
     return [f"note    {result.id}: {note.text}" for note in new]
 
 
@@ -355,8 +362,8 @@ def _said(failure: Failure) -> str:
     return f"{failure.id}: {failure.reason.removeprefix(f'{failure.id}: ')}"
 
 
-def _ended(summary: Summary, job: Job) -> int:
-    """Say what a run did, and give the exit code."""
+def _ended(summary: Summary, job: Job, told: set[str] | None = None) -> int:
+    """Say what a run did, and give the exit code. told: kinds of notes that were told by then."""
     from occgen_hub.runtime.failures import FAILURES
 
     rate = f", {summary.frames / summary.seconds:.1f} frames/s" if summary.frames else ""
@@ -367,6 +374,9 @@ def _ended(summary: Summary, job: Job) -> int:
     if total := sum(summary.stages.values()):
         shares = ", ".join(f"{k} {v / total:.0%}" for k, v in summary.stages.most_common())
         click.echo(f"Time spent: {shares}.")
+    for code, text in summary.examples.items():
+        if code not in (told or ()):
+            click.echo(f"note    {text}", err=True)
     repeated = [f"{code} ({n})" for code, n in sorted(summary.notes.items()) if n > 1]
     if repeated:
         click.echo(f"Notes that were on several episodes, and on how many: {', '.join(repeated)}.")

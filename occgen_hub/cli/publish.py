@@ -41,7 +41,9 @@ def export(folder: Path, out: Path, to: Any, fps: int | None, overwrite: bool) -
 
 
 @click.command(
-    cls=Examples, example="occgen-hub push out --repo-id my-org/rooms-occupancy --private"
+    cls=Examples,
+    example="occgen-hub push out --repo-id my-org/rooms-occupancy --private",
+    goes_on=True,
 )
 @click.argument("folder", metavar="DIR", type=FOLDER)
 @click.option("--repo-id", required=True, metavar="ORG/NAME", help="The dataset on the Hub.")

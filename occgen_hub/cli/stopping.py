@@ -12,7 +12,12 @@ received: list[int] = []
 
 
 class Stopped(BaseException):
-    """Ctrl-C, or a scheduler's SIGTERM. (Python remembers a KeyboardInterrupt that was caught.)"""
+    """Ctrl-C, or a scheduler's SIGTERM. (Python remembers a KeyboardInterrupt that was caught.)
+
+    goes_on: whether the command that it stopped goes on from there when it is given again.
+    """
+
+    goes_on = False
 
 
 def stop_in_order() -> None:

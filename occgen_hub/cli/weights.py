@@ -18,7 +18,7 @@ def weights() -> None:
 NETWORK = click.argument("name", type=click.Choice(["pi3", "pi3x"]))
 
 
-@weights.command(cls=Examples, example="occgen-hub weights pull pi3x")
+@weights.command(cls=Examples, example="occgen-hub weights pull pi3x", goes_on=True)
 @NETWORK
 @click.option("--revision", help="A commit or tag on the Hub; the one in ckpt/ if not given.")
 def pull(name: Any, revision: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ class LeRobotOccupancyDataset(LeRobotDataset):  # type: ignore[misc]  # lerobot 
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """One frame, as the class says."""
-        item: dict[str, Any] = super().__getitem__(number)
+        item: dict[str, Any] = super().__getitem__(operator.index(number))
         index, episode = int(item["index"]), int(item["episode_index"])
         now = self.occupancy[index]
         for name in self._names:

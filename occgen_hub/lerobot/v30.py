@@ -18,7 +18,6 @@ from PIL import Image
 from occgen_hub.errors import DatasetError, OccGenError
 from occgen_hub.files import files_under
 from occgen_hub.loading import REBUILD, Trajectory
-from occgen_hub.media import VideoReader, read_rgb
 from occgen_hub.schema import Feature, Schema
 
 CODEBASE = "v3.0"
@@ -231,14 +230,17 @@ def _frames(
         if len(feature.shape) > 1:
             stats.add(name, columns[name])
     tasks, task_index = trajectory.tasks(), trajectory.column("task_index").tolist()
-    rgb = rgb_reader(trajectory) if layout.rgb else None
+    rgb = trajectory.images()
     for t in range(table.num_rows):
         if not 0 <= task_index[t] < len(tasks):
             problem = f"has no task {task_index[t]}, which frame {t} has"
             raise DatasetError(trajectory.file("tasks"), problem, REBUILD)
         frame = {name: _value(values[t], layout.features[name]) for name, values in columns.items()}
-        if rgb is not None:
-            frame[schema.folder("rgb")] = fit.image(rgb(t), Image.Resampling.BILINEAR)
+        if layout.rgb:
+            image = rgb(t)
+            if image is None:
+                raise DatasetError(trajectory.file("video"), "is missing", REBUILD)
+            frame[schema.folder("rgb")] = fit.image(image, Image.Resampling.BILINEAR)
         if layout.depth:
             depth = trajectory.depth(t)
             if depth is None:
@@ -246,16 +248,6 @@ def _frames(
             metres = fit.image(depth.astype(np.float32), Image.Resampling.NEAREST)
             frame[schema.folder("depth")] = metres[..., None]
         yield {**frame, "task": tasks[task_index[t]]}
-
-
-def rgb_reader(trajectory: Trajectory) -> Callable[[int], NDArray[np.uint8]]:
-    """A function that gives (H, W, 3) uint8 of a frame, best asked for in order.
-
-    From the images where they are there, else from the video, which is opened once.
-    """
-    if trajectory.file("rgb", 0).is_file():
-        return lambda t: read_rgb(trajectory.file("rgb", t), trajectory.image_size)
-    return VideoReader(trajectory.file("video"), trajectory.image_size)
 
 
 def _value(value: Any, feature: Feature) -> Any:

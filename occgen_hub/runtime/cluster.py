@@ -14,7 +14,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -80,11 +80,16 @@ class Plan:
         """The plan in a few lines."""
         episodes, work = [len(taken) for taken in self.taken], [w / 1e6 for w in self.work]
         return (
-            f"{sum(episodes)} episodes in {len(episodes)} tasks of {min(episodes)} to "
-            f"{max(episodes)} episodes, {min(work):.1f} to {max(work):.1f} megapixels each; "
-            f"{len(self.todo)} tasks have something to do.\n"
+            f"Tasks: {len(episodes)}, {len(self.todo)} of them with something to do. "
+            f"Episodes: {sum(episodes)}, {_range(episodes)} a task; "
+            f"megapixels: {_range([round(pixels, 1) for pixels in work])} a task.\n"
             f"Logs: {self.folder}"
         )
+
+
+def _range(numbers: Sequence[float]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def make_plan(job: Job, tasks: int | None = None) -> Plan:
@@ -416,8 +421,8 @@ def _ray() -> Iterator[None]:
 def begin_anew() -> None:
     """In a worker of Ray's: have datatrove start the tasks' processes afresh, not as copies of it.
 
-    A worker has dozens of threads, and a copy has none of them but all their locks, as they were:
-    now and then it waits for one for ever, at a core's full speed.
+    A worker has dozens of threads; a copy has none of them but all their locks, as they were, and
+    may wait for one for ever (documentation of os.fork).
     """
     import multiprocess
 

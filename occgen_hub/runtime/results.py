@@ -47,7 +47,8 @@ _ROWS: dict[str, Any] = {"failures": Failure, "processes": Process}
 @dataclass
 class Summary:
     """What a run did. seconds: of the whole run; stages: added up over episodes and threads;
-    remarks: on the files of the whole dataset.
+    remarks: on the files of the whole dataset; notes: on how many episodes there is one of each
+    kind; examples: the first of each kind, with its episode.
     """
 
     built: int = 0
@@ -57,6 +58,7 @@ class Summary:
     failures: list[Failure] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
     stages: Counter[str] = field(default_factory=Counter)
     processes: list[Process] = field(default_factory=list)
 
@@ -79,6 +81,8 @@ class Summary:
         self.present += result.status == "present"
         self.frames += result.frames
         self.notes.update(note.code for note in result.notes)
+        for note in result.notes:
+            self.examples.setdefault(note.code, f"{result.id}: {note.text}")
         for stage, seconds in result.seconds.items():
             self.stages[stage] += seconds  # type: ignore[assignment]  # a Counter adds up floats as well
 
@@ -91,6 +95,7 @@ class Summary:
         self.failures += other.failures
         self.remarks += other.remarks
         self.notes.update(other.notes)
+        self.examples = other.examples | self.examples
         self.stages.update(other.stages)
         self.processes += other.processes
 
