@@ -340,10 +340,11 @@ def test_interval_uses_every_nth_frame_and_still_writes_every_frame(sample_tree,
 def test_without_datasets_the_matrices_are_lists(trajectory):
     """In a process that never imports `datasets`, as with pandas or polars alone."""
     code = (
-        "import sys, pandas as pd, numpy as np; "
+        "import os, sys, pandas as pd, numpy as np; "
         "table = pd.read_parquet(sys.argv[1]); "
         "poses = np.array([[*map(list, pose)] for pose in table['action']]); "
-        "sys.exit('datasets' in sys.modules or poses.shape[1:] != (4, 4))"
+        # At once: pandas gives Arrow files of Python's (see files.parquet_file).
+        "os._exit('datasets' in sys.modules or poses.shape[1:] != (4, 4))"
     )
     path = trajectory / "data/chunk-000/episode_000000.parquet"
     subprocess.run([sys.executable, "-c", code, path], check=True)
