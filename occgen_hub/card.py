@@ -296,18 +296,22 @@ import numpy as np
 from datasets import load_dataset
 
 rows = load_dataset("DATASET", "occupancy", split="train", streaming=True)
-row = next(iter(rows))
-shape = tuple(row["shape"])
-occupied = np.zeros(shape, bool)
-occupied.reshape(-1)[row["occupied"]] = True  # i * ny * nz + j * nz + k
-packed = np.frombuffer(row["observed"], np.uint8)
-observed = np.unpackbits(packed, count=occupied.size).reshape(shape).astype(bool)
-free = observed & ~occupied
+for row in rows:
+    shape = tuple(row["shape"])
+    occupied = np.zeros(shape, bool)
+    occupied.reshape(-1)[row["occupied"]] = True  # i * ny * nz + j * nz + k
+    packed = np.frombuffer(row["observed"], np.uint8)
+    observed = np.unpackbits(packed, count=occupied.size).reshape(shape).astype(bool)
+    free = observed & ~occupied
 
-in_camera = np.array(row["pc_range"][:3]) + (np.argwhere(occupied) + 0.5) * row["voxel_size"]
-world_from_camera = np.array(row["camera_extrinsic"])
-in_world = in_camera @ world_from_camera[:3, :3].T + world_from_camera[:3, 3]
+    in_camera = np.array(row["pc_range"][:3]) + (np.argwhere(occupied) + 0.5) * row["voxel_size"]
+    world_from_camera = np.array(row["camera_extrinsic"])
+    in_world = in_camera @ world_from_camera[:3, :3].T + world_from_camera[:3, 3]
 """)
+    yield (
+        "Read a stream to its end: a script that leaves one early may not end, for a fault of "
+        "pyarrow's (apache/arrow#45214). For single frames leave `streaming=True` out.\n"
+    )
     yield "Tensors for training, with the history of each frame, where OccGen Hub is installed:\n"
     yield _python("""\
 from occgen_hub import OccupancyDataset
