@@ -138,6 +138,7 @@ class LoadedEpisode:
         self.intrinsics = trajectory.intrinsics()
         self.tasks = trajectory.tasks()
         self.task_index: NDArray[np.int64] = trajectory.column("task_index")
+        self._images = trajectory.images()
         self._frames: Iterator[Frame] = iter(())
         self._next = len(self)
 
@@ -168,7 +169,7 @@ class LoadedEpisode:
         Raises IndexError where there is no such frame.
         """
         self._check(number)
-        return self.trajectory.rgb(number)
+        return self._images(number)
 
     def depth(self, number: int) -> NDArray[np.float64] | None:
         """(H, W) float64 metres along the optical axis, 0 for none; None where there is none.

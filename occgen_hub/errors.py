@@ -20,6 +20,10 @@ class UsageError(OccGenError):
     exit_code = 2
 
 
+class MachineError(OccGenError):
+    """The machine's fault and no file's: the same may go well another time."""
+
+
 class SourceError(OccGenError):
     """A file of the source cannot be used: says which, what is wrong and what to do."""
 

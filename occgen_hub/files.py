@@ -19,10 +19,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from occgen_hub.errors import SourceError
+from occgen_hub.errors import MachineError, SourceError
 
 MAX_DOCUMENT_BYTES = 64 << 20
 """Far above any real meta file: a line a trajectory, some kilobytes each."""
+
+_THE_MACHINES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
+"""Of the errors on opening a file, those that say nothing about the file."""
 
 MAX_DEPTH = 64
 """Levels of a JSON document; ours and the sources' have seven."""
@@ -45,6 +48,10 @@ def opened(path: Path) -> BufferedReader:
     except IsADirectoryError:
         raise SourceError(path, "is a folder", "put the file in its place") from None
     except OSError as error:
+        if error.errno in _THE_MACHINES:
+            raise MachineError(
+                f"{path}: cannot be read ({error.strerror}); mend that and run again."
+            ) from error
         raise SourceError(
             path, f"cannot be read ({error.strerror})", "check the path and its permissions"
         ) from error

@@ -300,6 +300,10 @@ class Trajectory:
         self._check_columns(columns)
         return ends, columns
 
+    def visible_ends(self) -> NDArray[np.integer]:
+        """(T + 1,) row ends of the visible occupied cells, as in a CSR matrix."""
+        return self._visible_rows()[0]
+
     def visible_frames(self) -> Iterator[NDArray[np.integer]]:
         """(n,) columns of the visible occupied cells of each frame in order, one in memory."""
         ends, stored = self._visible_rows()

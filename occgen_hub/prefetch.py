@@ -13,6 +13,10 @@ from contextlib import contextmanager
 _END = object()
 
 
+GPU_SHARED_BY = "OCCGEN_GPU_SHARED_BY"
+"""Where it is said how many processes use this process's GPU; it is set for them, not by users."""
+
+
 def own_threads() -> int:
     """This process's share of the cores: NUMBA_NUM_THREADS, where it is set."""
     return int(os.environ.get("NUMBA_NUM_THREADS") or len(os.sched_getaffinity(0)))

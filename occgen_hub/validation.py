@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -322,12 +321,12 @@ class _Check:
             self.say(path, f"is a matrix of {shape}, expected {expected}")
         if data.dtype != np.dtype(spec.dtype):
             self.say(path, f"is {data.dtype.name}, the schema says {spec.dtype}")
-        ends, columns = self.trajectory.visible()
-        if len(ends) != self.frames + 1 or data.shape != columns.shape:
+        ends = self.trajectory.visible_ends()
+        if len(ends) != self.frames + 1 or data.shape != (ends[-1],):
             self.say(
                 path, f"has {len(ends) - 1} rows and {data.shape} values for {self.frames} frames"
             )
-        if not (data.load() == 1).all():
+        if not all((row == 1).all() for row in data.pieces(ends, self.trajectory.grid.cells)):
             self.say(path, "has values other than 1")
 
     # What has to agree
@@ -414,11 +413,10 @@ class _Check:
                 self.trajectory.file("observed"), f"says the grid is {shape}, not {grid.shape}"
             )
             return
-        ends, columns = self.trajectory.visible()
         state: NDArray[np.uint8] = np.zeros(grid.cells, np.uint8)
-        rows = zip(pairwise(ends.tolist()), self.trajectory.observed(), intrinsics, strict=True)
-        for frame, ((start, end), observed, K) in enumerate(rows):
-            visible = columns[start:end]
+        frames = self.trajectory.visible_frames()
+        rows = zip(frames, self.trajectory.observed(), intrinsics, strict=True)
+        for frame, (visible, observed, K) in enumerate(rows):
             if not (visible[1:] > visible[:-1]).all():
                 self.say(self.trajectory.file("visible"), f"frame {frame}: columns are not sorted")
             if not observed[visible].all():

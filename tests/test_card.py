@@ -86,7 +86,9 @@ def test_its_examples_run(dataset):
     assert len(examples) == 4
     places: list[dict[str, Any]] = [{} for _ in examples]
     for code, names in zip(examples, places, strict=True):
-        exec(code.replace('"DATASET', f'"{dataset}'), names)
+        # Of the stream, which is read to its end, the first frame is looked at.
+        first = code.replace("for row in rows:", "for row in [*rows][:1]:")
+        exec(first.replace('"DATASET', f'"{dataset}'), names)
     frames, streamed, ours, files = places
     assert frames["world_from_camera"].shape == (4, 4)
     np.testing.assert_array_equal(streamed["occupied"], files["occupied"])

@@ -20,7 +20,7 @@ from PIL import Image
 from scipy import sparse
 
 from occgen_hub.files import read_parquet
-from occgen_hub.loading import Trajectory, trajectories
+from occgen_hub.loading import NpzArray, Trajectory, trajectories
 from occgen_hub.media import video_facts, video_frames
 from occgen_hub.schema import load_schema
 from occgen_hub.shards import write_shards
@@ -37,6 +37,15 @@ def trajectory(dataset: Path) -> Path:
 @pytest.fixture(scope="module")
 def source(trajectory: Path, dataset: Path, sample_tree: Path) -> Path:
     return sample_tree / trajectory.relative_to(dataset)
+
+
+def test_visible_cells_are_checked_frame_by_frame(dataset, monkeypatch):
+    """Those of half an hour are more than may be loaded at once."""
+    loaded, load = [], NpzArray.load
+    monkeypatch.setattr(NpzArray, "load", lambda array: (loaded.append(array.name), load(array))[1])
+    assert validate(dataset).findings == ()
+    assert "indptr" in loaded
+    assert "indices" not in loaded
 
 
 def test_it_is_valid(dataset):

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -26,8 +27,8 @@ from occgen_hub import cli
 from occgen_hub.builder import Built, EpisodeRef, Found, Settings
 from occgen_hub.builders.internnav import InternNavBuilder
 from occgen_hub.config import load_config
-from occgen_hub.errors import OccGenError, UsageError
-from occgen_hub.files import sha256
+from occgen_hub.errors import MachineError, OccGenError, UsageError
+from occgen_hub.files import read_json, sha256
 from occgen_hub.prefetch import behind
 from occgen_hub.runtime import cluster, failures, loop, work
 from occgen_hub.runtime.plan import shares
@@ -442,6 +443,52 @@ def test_what_failed_is_left_alone_until_something_changes(three: Path, tmp_path
     mended = build()
     assert (mended.built, mended.failures) == (1, [])
     assert not (out / "failures.jsonl").exists()
+
+
+def test_a_failure_does_not_outlive_the_episode_that_was_built_after_it(
+    three: Path, tmp_path: Path
+) -> None:
+    """The run that built it did not come to its end, and so the failure stayed in the list."""
+    out = tmp_path / "out"
+    loop.run_job(job(three, out))
+    builder, settings = InternNavBuilder(three), job(three, out).settings
+    ref = next(ref for ref in loop.list_episodes(builder) if ref.id == SECOND)
+    stale = Failure(SECOND, "was broken", state=builder.state(ref, settings))
+    failures.write(out, [stale])
+    assert set(failures.known(out)) == {SECOND}
+    plan = cluster.make_plan(job(three.absolute(), out.absolute()), 2)
+    assert plan.todo == []
+    summary = loop.run_job(job(three, out))
+    assert (summary.present, summary.failures) == (3, [])
+    assert not (out / "failures.jsonl").exists()
+
+
+def test_what_another_command_built_since_is_no_failure_of_a_cluster(
+    three: Path, tmp_path: Path
+) -> None:
+    """A task that has nothing to do tells what is there now, not what its last run made of it."""
+    pytest.importorskip("datatrove")
+    out, good = tmp_path / "out", (three / SECOND / INFO).read_bytes()
+    (three / SECOND / INFO).write_bytes(b"{")
+    options = ("--executor", "datatrove", "--tasks", "2", "--workers", "1")
+    assert finished(command(three, out, *options)).returncode == 1
+    (three / SECOND / INFO).write_bytes(good)
+    assert loop.run_job(job(three, out)).failures == []
+    done = finished(command(three, out, *options))
+    assert done.returncode == 0, done.stdout
+    assert "0 built, 3 already there, 0 failed of 3 episodes" in done.stdout
+    assert failures.known(out) == {}
+
+
+def test_a_machine_without_handles_is_not_held_against_the_episode(tmp_path: Path) -> None:
+    (tmp_path / "info.json").write_text("{}")
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limit[1]))
+    try:
+        with pytest.raises(MachineError, match=r"info\.json: cannot be read"):
+            read_json(tmp_path / "info.json")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
 
 
 def test_a_limit_forgets_no_failure_but_that_of_an_episode_that_is_gone(

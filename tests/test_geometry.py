@@ -238,6 +238,18 @@ def test_what_is_no_ply_of_points_is_refused_at_once(tmp_path, header):
         read_ply(tmp_path / "bad.ply")
 
 
+def test_however_many_points_a_voxel_gets_its_mean_stays_theirs():
+    """Sums in float32 lose what is added to them from 2^24 on: white became black."""
+    fused, rng = VoxelDownsample(0.1), np.random.default_rng(0)
+    white = np.full((40_000, 3), 255, np.uint8)
+    for _ in range(10):
+        fused.add(0.3 + 0.1 * rng.random((40_000, 3)), white)
+    cloud = fused.cloud()
+    assert len(cloud) == 1
+    np.testing.assert_array_equal(cloud.colors, white[:1])
+    np.testing.assert_allclose(cloud.points, 0.35, atol=1e-3)
+
+
 def test_the_table_of_blocks_grows_no_faster_than_they_do():
     """Points far apart have a block each, as those of a network seen across a street."""
     fused = VoxelDownsample(0.01)

@@ -31,6 +31,7 @@ from occgen_hub.geometry.poses import transform
 from occgen_hub.geometry.sim3 import Sim3
 from occgen_hub.loading import trajectories
 from occgen_hub.media import write_video
+from occgen_hub.prefetch import GPU_SHARED_BY
 from occgen_hub.runtime.loop import choose_engine, list_episodes, run
 from occgen_hub.sample import make_sample
 from occgen_hub.scene import settle
@@ -199,6 +200,17 @@ def test_window_sizes_are_round_and_grow_with_smaller_frames():
     sizes = [window_size(size, 14, "cpu") for size in ((672, 378), (308, 224), (112, 98))]
     assert sizes == sorted(sizes)
     assert set(sizes) <= {4, 6, 8, 12, 16, 24, 32}
+
+
+def test_a_gpu_of_its_own_is_a_process_s_alone(monkeypatch):
+    """However few of the cores it has; processes that share one share its memory."""
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda _: 0)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda _: 0)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (75 << 30, 80 << 30))
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "1")
+    alone = window_size((672, 378), 14, "cuda:0")
+    monkeypatch.setenv(GPU_SHARED_BY, "8")
+    assert alone == 128 > window_size((672, 378), 14, "cuda:0") >= 8
 
 
 PEAK = """

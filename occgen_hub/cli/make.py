@@ -243,7 +243,7 @@ def _state(job: Job, ref: EpisodeRef, failed: Failure | None) -> tuple[str, bool
     from occgen_hub.runtime.work import is_repeated
 
     settings = job.settings
-    if failed is not None and is_repeated(job.builder, ref, settings, failed):
+    if failed is not None and is_repeated(job.builder, ref, job.out, settings, failed):
         return "failed before: see --retry-failed", False
     try:
         reason = job.builder.outdated(ref, job.out, settings)

@@ -25,6 +25,11 @@ class Cloud:
         return len(self.points)
 
 
+ENOUGH = 1 << 15
+"""Points of a voxel that its mean is of, the first ones: sums of more colours than twice as many
+would not fit into float32, and the mean is that of a cube's edge by then."""
+
+
 class VoxelDownsample:
     """One point for each voxel that points fell into: their mean, with their mean colour.
 
@@ -146,11 +151,12 @@ def _insert(points, colors, start, size, table, block_keys, blocks, keys, sums, 
             keys[voxel] = i << 42 | j << 21 | k
             sums[voxel] = 0.0
             used[0] += 1
-        sums[voxel, 0] += x - fx
-        sums[voxel, 1] += y - fy
-        sums[voxel, 2] += z - fz
-        sums[voxel, 3] += colors[n, 0]
-        sums[voxel, 4] += colors[n, 1]
-        sums[voxel, 5] += colors[n, 2]
-        sums[voxel, 6] += 1.0
+        if sums[voxel, 6] < ENOUGH:
+            sums[voxel, 0] += x - fx
+            sums[voxel, 1] += y - fy
+            sums[voxel, 2] += z - fz
+            sums[voxel, 3] += colors[n, 0]
+            sums[voxel, 4] += colors[n, 1]
+            sums[voxel, 5] += colors[n, 2]
+            sums[voxel, 6] += 1.0
     return len(points)

@@ -181,8 +181,9 @@ def _mark_cloud(points, starts, low, high, camera_from_world, lower, voxel_size,
             centre = t[row]
             reach = 0.0
             for axis in range(3):
-                centre += R[row, axis] * 0.5 * (low[brick, axis] + high[brick, axis])
-                reach += abs(R[row, axis]) * 0.5 * (high[brick, axis] - low[brick, axis])
+                first, last = np.float64(low[brick, axis]), np.float64(high[brick, axis])
+                centre += R[row, axis] * 0.5 * (first + last)
+                reach += abs(R[row, axis]) * 0.5 * (last - first)
             reach += 1e-6
             upper = lower[row] + voxel_size * shape[row]
             if centre + reach < lower[row] or centre - reach > upper:

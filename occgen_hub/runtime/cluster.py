@@ -109,9 +109,7 @@ def _left(job: Job, numbers: list[int], known: dict[str, Failure]) -> bool:
     """Whether one of the episodes has to be built, or tried."""
     for ref in (job.refs[number] for number in numbers):
         before = known.get(ref.id)
-        if before is not None:
-            if not is_repeated(job.builder, ref, job.settings, before):
-                return True
+        if before and is_repeated(job.builder, ref, job.out, job.settings, before):
             continue
         try:
             reason = job.builder.outdated(ref, job.out, job.settings)
@@ -128,8 +126,8 @@ def _left(job: Job, numbers: list[int], known: dict[str, Failure]) -> bool:
 class BuildShare:
     """A step of datatrove's: builds the episodes of one task."""
 
-    def __init__(self, plan: Plan, cores: int, device: str | None) -> None:
-        self.plan, self.cores, self.device = plan, cores, device
+    def __init__(self, plan: Plan, cores: int, device: str | None, on_a_gpu: int = 1) -> None:
+        self.plan, self.cores, self.device, self.on_a_gpu = plan, cores, device, on_a_gpu
 
     def __repr__(self) -> str:
         """What datatrove logs of it."""
@@ -138,7 +136,7 @@ class BuildShare:
     def __call__(self, _: object, rank: int, world_size: int) -> None:
         """Build them; raises OccGenError where another build is at it."""
         plan, job = self.plan, self.plan.job
-        threads.limit(self.cores)
+        threads.limit(self.cores, self.on_a_gpu)
         place = plan.folder / "results" / f"{rank:05d}.json"
         place.parent.mkdir(parents=True, exist_ok=True)
         with _alone(place.with_suffix(".lock")), sole_use(job.out, shared=True):
@@ -185,15 +183,28 @@ class Finish:
 
 
 def _told(plan: Plan, rank: int) -> Summary:
-    """What a task did in this run; what an earlier run did is there already."""
+    """What a task did in this run; where nothing was left to do, what is there already."""
+    if rank not in plan.todo:
+        return _before(plan, rank)
     try:
-        summary = Summary.from_json(read_json(plan.folder / "results" / f"{rank:05d}.json"))
+        return Summary.from_json(read_json(plan.folder / "results" / f"{rank:05d}.json"))
     except (OccGenError, TypeError, KeyError):
         return _unfinished(plan, rank)
-    if rank in plan.todo:
-        return summary
-    again = [replace(failure, repeated=True) for failure in summary.failures]
-    return Summary(present=summary.built + summary.present, failures=again)
+
+
+def _before(plan: Plan, rank: int) -> Summary:
+    """Of a task that had nothing to do: its episodes are there, or failed before and still would.
+
+    By what the dataset says now, since another command may have built them since.
+    """
+    summary, job, known = Summary(), plan.job, failures.known(plan.job.out)
+    for ref in (job.refs[number] for number in plan.taken[rank]):
+        failed = known.get(ref.id)
+        if failed and is_repeated(job.builder, ref, job.out, job.settings, failed):
+            summary.failures.append(replace(failed, repeated=True))
+        else:
+            summary.present += 1
+    return summary
 
 
 def _unfinished(plan: Plan, rank: int) -> Summary:
@@ -312,7 +323,7 @@ def executors(
         from datatrove.executor import LocalPipelineExecutor
 
         workers = min(resources.workers or cores, tasks)
-        build = BuildShare(plan, threads.share(workers), resources.device)
+        build = BuildShare(plan, threads.share(workers), resources.device, workers)
         main = LocalPipelineExecutor(
             [build], tasks=tasks, workers=workers, logging_dir=str(plan.folder)
         )

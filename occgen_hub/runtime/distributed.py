@@ -171,9 +171,17 @@ def run_shared(
             for rank in range(1, group.size if group.rank == 0 else 1):
                 summary.merge(_awaited(place / f"{rank}.json"))
         if group.rank:
-            _say(place / f"{group.rank}.json", summary.to_json())
+            said = place / f"{group.rank}.json"
+            _say(said, summary.to_json())
+            # Until the first process takes it away, at the end of all: where a host's launcher
+            # leaves earlier, it may take the point where the others meet along.
+            while said.exists():
+                time.sleep(SECOND)
             return None
-        conclude(job, summary, group.size, "accelerate")
+        try:
+            conclude(job, summary, group.size, "accelerate")
+        finally:
+            shutil.rmtree(job.out / RUN, ignore_errors=True)  # The others wait for that.
         return summary
 
 

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from occgen_hub.prefetch import GPU_SHARED_BY
+
 LIMITS = ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -21,8 +23,9 @@ def shared(processes: int) -> Iterator[None]:
 
     Nothing else is to happen in it: numba looks again whenever it compiles, in this process too.
     """
-    before = {name: os.environ.get(name) for name in LIMITS}
+    before = {name: os.environ.get(name) for name in (*LIMITS, GPU_SHARED_BY)}
     os.environ.update(dict.fromkeys(LIMITS, str(share(processes))))
+    os.environ[GPU_SHARED_BY] = str(processes)
     try:
         yield
     finally:
@@ -33,9 +36,10 @@ def shared(processes: int) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def limit(count: int) -> None:
-    """For this process: use so many cores, and no more."""
+def limit(count: int, on_a_gpu: int = 1) -> None:
+    """For this process: use so many cores, and no more. on_a_gpu: processes that share its GPU."""
     os.environ.update(dict.fromkeys(LIMITS, str(count)))
+    os.environ[GPU_SHARED_BY] = str(on_a_gpu)
     numba = sys.modules.get("numba")
     if numba is None:
         return

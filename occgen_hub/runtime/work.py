@@ -22,7 +22,7 @@ from occgen_hub.builder import (
     Settings,
     Stage,
 )
-from occgen_hub.errors import OccGenError
+from occgen_hub.errors import MachineError, OccGenError
 from occgen_hub.runtime.failures import FAILURES
 from occgen_hub.runtime.results import Failure, Listener, Process, Result, Summary
 
@@ -61,21 +61,27 @@ def find_one(
     failed: Failure | None = None,
 ) -> Found | Result:
     """The first half of `build_one`: an episode that is to be written, or what became of it."""
-    if failed is not None and is_repeated(builder, ref, settings, failed):
+    if failed is not None and is_repeated(builder, ref, out, settings, failed):
         return replace(failed, repeated=True)
     return _guarded(builder, ref, out, settings, lambda: builder.find(ref, out, settings, progress))
 
 
 def is_repeated(
-    builder: DatasetBuilder, ref: EpisodeRef, settings: Settings, failed: Failure
+    builder: DatasetBuilder, ref: EpisodeRef, out: Path, settings: Settings, failed: Failure
 ) -> bool:
     """Whether an episode that failed before is as it was then, and is not to be tried all the same.
 
-    Where the machine was at fault, a full disk for instance, it is always tried.
+    Where the machine was at fault, a full disk for instance, it is always tried. One that is there
+    by now was built by a run that did not come to its end.
     """
     if settings.retry_failed or not failed.state:
         return False
-    return builder.state(ref, settings) == failed.state
+    if builder.state(ref, settings) != failed.state:
+        return False
+    try:
+        return builder.outdated(ref, out, settings) is not None
+    except OccGenError:
+        return True  # As then.
 
 
 def write_one(
@@ -96,7 +102,7 @@ def _guarded[Result](
     trace = ""
     try:
         return work()
-    except ChangedError as error:
+    except (ChangedError, MachineError) as error:
         return Failure(ref.id, str(error))
     except OccGenError as error:
         reason = str(error)

@@ -116,7 +116,7 @@ def _line(path: Path, root: Path) -> str:
     try:
         trajectory = Trajectory.open(path)
         width, height = trajectory.image_size
-        length, (ends, _) = _frames(trajectory), trajectory.visible()
+        length, ends = _frames(trajectory), trajectory.visible_ends()
     except SourceError as error:
         return f"  {_called(path, root)}: cannot be read: {error}"
     mean = int(ends[-1]) // max(length, 1)

@@ -25,11 +25,11 @@ from occgen_hub.engines.pi3.sizes import HEAD_VIEWS
 from occgen_hub.engines.pi3.weights import Name, Weights, find, load_network
 from occgen_hub.engines.pi3.windows import POOR_SEAM, Assembly, Window, plan
 from occgen_hub.episode import Episode, Note, Reconstruction
-from occgen_hub.errors import OccGenError, UsageError
+from occgen_hub.errors import MachineError, OccGenError, UsageError
 from occgen_hub.geometry.alignment import align_poses
 from occgen_hub.geometry.camera import scale_intrinsics
 from occgen_hub.geometry.trajectory import interpolate_poses
-from occgen_hub.prefetch import ahead, own_threads
+from occgen_hub.prefetch import GPU_SHARED_BY, ahead, own_threads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -235,8 +235,11 @@ def _infer(network: Pi3 | Pi3X, views: list[View], config: Config, device: str) 
         if "linalg" in str(error):
             raise OccGenError(NO_CAMERAS) from error
         if "memory" not in str(error).lower() and "alloc" not in str(error).lower():
-            raise
-        raise OccGenError(
+            if "CUDA error" not in str(error):
+                raise
+            said = str(error).splitlines()[0].rstrip(".")
+            raise MachineError(f"{device}: failed ({said}); run the same build again.") from error
+        raise MachineError(
             f"{len(views)} frames at once need more memory than the device {device} has free; "
             f"set a smaller window, as with --set window={max(1, len(views) // 2)}."
         ) from error
@@ -384,6 +387,6 @@ def _free_memory(device: str) -> float:
     if device.startswith("cuda"):
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + cached
-    else:
-        free = psutil.virtual_memory().available
-    return free * own_threads() / len(os.sched_getaffinity(0))
+        return free / int(os.environ.get(GPU_SHARED_BY) or 1)
+    share = own_threads() / len(os.sched_getaffinity(0))
+    return float(psutil.virtual_memory().available * share)
