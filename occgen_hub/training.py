@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,9 +35,6 @@ from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.history import moved, past_frames
 from occgen_hub.schema import load_schema
 from occgen_hub.shards import FEATURES, FOLDER, NAME, REMAKE, shards
-
-if TYPE_CHECKING:
-    pass
 
 KEYS = (
     *("occupancy", "mask", "pose", "intrinsics", "image", "depth", "history", "task"),
