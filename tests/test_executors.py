@@ -179,7 +179,11 @@ def test_two_processes_of_torchrun(source: Path, expected: Tree, tmp_path: Path)
     assert said["executor"] == "accelerate"
     assert [process["device"] for process in said["processes"]] == ["cpu:0", "cpu:0"]
     assert sorted(process["episodes"] for process in said["processes"]) != [0, 8]
-    assert {path.name for path in (out / ".logs").iterdir()} == {"build.log", "build-1.log"}
+    assert {path.name for path in (out / ".logs").iterdir()} == {
+        "build.log",
+        "build-1.log",
+        "lock",
+    }
 
 
 @pytest.mark.slow

@@ -711,10 +711,11 @@ def test_dry_run_writes_nothing(mine: Path, out: Path, command: Command) -> None
 
 
 def test_one_build_at_a_time(source: Path, out: Path, expected: Tree, command: Command) -> None:
-    handle = os.open(out, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    code, _, errors = command(source, out, "--overwrite")
-    os.close(handle)
+    lock = out / ".logs" / "lock"
+    assert not lock.stat().st_size
+    with lock.open("r+") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        code, _, errors = command(source, out, "--overwrite")
     assert code == 2
     assert errors == (
         f"Error: {out}: another build is writing here; wait for it or choose another --output.\n"

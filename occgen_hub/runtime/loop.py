@@ -28,13 +28,16 @@ from occgen_hub.lerobot.writer import Media
 from occgen_hub.loading import trajectories
 from occgen_hub.runtime import failures
 from occgen_hub.runtime.pool import Order, in_processes
-from occgen_hub.runtime.report import begin_report, logged, note, say, write_report
+from occgen_hub.runtime.report import LOGS, begin_report, logged, note, say, write_report
 from occgen_hub.runtime.results import Failure, Listener, Result, Summary
 from occgen_hub.runtime.work import build_each, summed
 from occgen_hub.shards import remove_shards, write_shards
 
 RUN = ".run"
 """Where the processes of a run tell one another how far they are; gone when it ends."""
+
+LOCK = "lock"
+"""Among the logs: the file that whoever writes into an output holds."""
 
 
 def check_places(root: Path, out: Path) -> None:
@@ -292,7 +295,7 @@ def sole_use(out: Path, *, shared: bool = False) -> Iterator[None]:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        handle = os.open(out, os.O_RDONLY)
+        handle = _lockable(out)
     except OSError as error:
         raise UsageError(
             f"{out}: cannot be made or opened ({error.strerror}); choose another --output."
@@ -305,3 +308,14 @@ def sole_use(out: Path, *, shared: bool = False) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _lockable(out: Path) -> int:
+    """A handle of what stands for the folder: a file open for writing, as NFS asks of a lock that
+    other hosts see (flock(2)), or the folder itself where none can be made.
+    """
+    try:
+        (out / LOGS).mkdir(exist_ok=True)
+        return os.open(out / LOGS / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError:
+        return os.open(out, os.O_RDONLY | os.O_CLOEXEC)
