@@ -151,10 +151,26 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _explain(error: ValidationError, path: Path | None) -> str:
     first = error.errors(include_url=False, include_input=False)[0]
-    where = ".".join(str(part) for part in first["loc"][:3])[:80]
-    known = ", ".join(Config.model_fields)
-    reason = first["msg"].removeprefix("Value error, ")[:300]
-    if first["type"] == "extra_forbidden":
-        reason = f"there is no such setting; the settings are {known}"
     place = f"{path}: " if path is not None else ""
-    return f"{place}{where + ': ' if where else ''}{reason}."
+    if not first["loc"]:
+        return f"{place}{first['msg'].removeprefix('Value error, ')}."
+    key = str(first["loc"][0])
+    if key not in Config.model_fields:
+        known = ", ".join(Config.model_fields)
+        return f"{place}{key[:80]}: there is no such setting; the settings are {known}."
+    return f"{place}{key}: {_wanted(first, key)} ({Config.model_fields[key].description})."
+
+
+_EXPECTED = {"float": "a number", "int": "a whole number", "bool": "true or false"}
+
+
+def _wanted(error: Any, key: str) -> str:
+    """What a setting should be instead, by pydantic's error on it."""
+    kind, default = error["type"], Config.model_fields[key].default
+    if kind in ("missing", "too_long", "tuple_type"):
+        count = f"{len(default)} numbers" if default else "some of them"
+        return f"expected {count} in square brackets, separated by commas"
+    for prefix, words in _EXPECTED.items():
+        if kind.startswith(f"{prefix}_"):
+            return f"expected {words}"
+    return str(error["msg"].replace("Input should be", "has to be", 1))[:300]

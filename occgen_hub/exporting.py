@@ -17,7 +17,7 @@ from occgen_hub.errors import DatasetError, OccGenError, UsageError
 from occgen_hub.files import dump_json, files_under, hold, printable, sha256
 from occgen_hub.lerobot.exported import RECORD, check_content, exported
 from occgen_hub.lerobot.v30 import CODEBASE, DEPTH_MAX, OWN, RESERVED, Fit, Layout, write
-from occgen_hub.loading import REBUILD, SCHEMA, Trajectory, trajectories
+from occgen_hub.loading import REBUILD, SCHEMA, Trajectory, built, trajectories
 from occgen_hub.schema import Feature, load_schema
 from occgen_hub.shards import FOLDER, shards, write_shards
 
@@ -257,12 +257,7 @@ def _check_places(root: Path, out: Path, *, overwrite: bool) -> None:
     """Raise UsageError where reading from `root` and writing to `out` would go wrong."""
     if exported(root):
         raise UsageError(f"{root}: is an export already; give the dataset that it was made from.")
-    found = trajectories(root)
-    if not found:
-        raise UsageError(
-            f"{root}: holds no trajectory; give the folder that occgen-hub build wrote."
-        )
-    if found == [root]:
+    if built(root) == [root]:
         raise UsageError(f"{root}: is one trajectory; give the dataset's folder, three above it.")
     if out.name in ("", ".."):
         raise UsageError(f"{out}: give the name of a new folder as OUT.")

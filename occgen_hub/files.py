@@ -24,6 +24,9 @@ from occgen_hub.errors import MachineError, SourceError
 MAX_DOCUMENT_BYTES = 64 << 20
 """Far above any real meta file: a line a trajectory, some kilobytes each."""
 
+ABSENT = "restore it from the source or, if a build wrote it, run the same build again"
+"""What to do about a file that is not there."""
+
 _THE_MACHINES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
 """Of the errors on opening a file, those that say nothing about the file."""
 
@@ -44,7 +47,7 @@ def opened(path: Path) -> BufferedReader:
         file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115  # the caller closes it
         kind = os.fstat(file.fileno()).st_mode
     except FileNotFoundError:
-        raise SourceError(path, "is missing", "restore it from the source") from None
+        raise SourceError(path, "is missing", ABSENT) from None
     except IsADirectoryError:
         raise SourceError(path, "is a folder", "put the file in its place") from None
     except OSError as error:

@@ -6,6 +6,7 @@ Headers are checked against the schema before anything is allocated, and pickles
 from __future__ import annotations
 
 import os
+import shlex
 import struct
 import zipfile
 import zlib
@@ -22,7 +23,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from occgen_hub.config import MAX_CELLS
-from occgen_hub.errors import DatasetError, SourceError
+from occgen_hub.errors import DatasetError, SourceError, UsageError
 from occgen_hub.files import opened, read_json, read_jsonl, read_parquet
 from occgen_hub.geometry.cloud import Cloud
 from occgen_hub.geometry.ply import read_ply
@@ -61,6 +62,24 @@ def trajectories(root: Path) -> list[Path]:
         else:
             folders[:] = sorted(name for name in folders if not name.startswith("."))
     return found
+
+
+def built(root: Path) -> list[Path]:
+    """`trajectories`, one of which at least was built; raises UsageError saying what is there else.
+
+    One that is damaged is among them all the same.
+    """
+    found, mark = trajectories(root), load_schema(SCHEMA).path("record")
+    if any((path / mark).exists() for path in found):
+        return found
+    if found:
+        raise UsageError(
+            f"{root}: holds trajectories, but none that was built, of which there is no {mark}; "
+            f"give the folder that occgen-hub build --input {shlex.quote(str(root))} wrote."
+        )
+    if (root / EXPORT).exists():
+        raise UsageError(f"{root}: is an export; give the dataset that it was made from.")
+    raise UsageError(f"{root}: holds no trajectory; give the folder that occgen-hub build wrote.")
 
 
 @dataclass(frozen=True)

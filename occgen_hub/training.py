@@ -29,7 +29,7 @@ from occgen_hub.config import MAX_CELLS
 from occgen_hub.errors import DatasetError, SourceError, UsageError
 from occgen_hub.files import opened, plain
 from occgen_hub.geometry.poses import RIGID, rigidity_error
-from occgen_hub.loading import REBUILD, SCHEMA, Trajectory
+from occgen_hub.loading import EXPORT, REBUILD, SCHEMA, Trajectory
 from occgen_hub.media import SeekingVideo, read_depth, read_rgb
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.history import moved, past_frames
@@ -170,6 +170,12 @@ class OccupancyDataset(Dataset[dict[str, Any]]):
 
     def _check_media(self) -> None:
         """Whether there are images and depth where they are asked for, by the first frame."""
+        asked = [key for key in ("image", "depth", "task") if key in self.keys]
+        if asked and (self.root / EXPORT).exists():
+            raise UsageError(
+                f"{self.root}: is an export, of which LeRobotOccupancyDataset reads images, depth "
+                f"and tasks; take that one, or leave {', '.join(asked)} out of keys."
+            )
         for key, files in {"image": ("rgb", "video"), "depth": ("depth",)}.items():
             places = [_place(self.root, self.episodes[0], file, 0) for file in files]
             if key in self.keys and not any(place.is_file() for place in places):

@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator
 from numpy.typing import NDArray
 
 from occgen_hub.errors import SourceError
-from occgen_hub.files import files_under, printable, read_json, read_jsonl, sha256
+from occgen_hub.files import ABSENT, files_under, printable, read_json, read_jsonl, sha256
 from occgen_hub.geometry.camera import intrinsics_problem
 from occgen_hub.geometry.ply import check_ply, read_ply
 from occgen_hub.geometry.poses import RIGID, rigidity_error
@@ -260,7 +260,7 @@ class _Check:
         path = self.trajectory.file(key)
         if not path.is_file():
             if spec.required:
-                self.say(path, "is missing")
+                self.say(path, "is missing", ABSENT)
             return
         if spec.kind in ("npz", "mask"):
             self._arrays(path, {name: npz_array(path, name) for name in spec.arrays}, spec.arrays)
@@ -284,7 +284,7 @@ class _Check:
             return
         for path, exists in zip(paths, there, strict=True):
             if not exists:
-                self.say(path, "is missing")
+                self.say(path, "is missing", ABSENT)
             elif image_size(path) != self.trajectory.image_size:
                 width, height = image_size(path)
                 self.say(
@@ -450,7 +450,7 @@ class _Check:
             if name not in held:
                 path = self.trajectory.path / name
                 if str(path) not in {finding.file for finding in self.findings}:
-                    self.say(path, "is in the record but missing", RESTORE)
+                    self.say(path, "is in the record but missing", ABSENT)
             elif sha256(self.trajectory.path / name) != digest:
                 self.say(self.trajectory.path / name, "is not what was built", RESTORE)
 

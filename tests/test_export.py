@@ -576,6 +576,11 @@ def test_occupancy_of_other_frames_is_refused(built, mine, tmp_path):
         with_occupancy(mine)
 
 
+def test_our_own_dataset_names_the_one_for_an_export(made):
+    with pytest.raises(UsageError, match=r"is an export, of which LeRobotOccupancyDataset reads"):
+        OccupancyDataset(made)
+
+
 @pytest.mark.parametrize("command", ["inspect", "report", "render"])
 def test_what_is_for_trajectories_refuses_an_export(made, command):
     more = ["out.mp4"] if command == "render" else []
@@ -585,4 +590,4 @@ def test_what_is_for_trajectories_refuses_an_export(made, command):
     )  # fmt: skip
     assert done.returncode == 2
     (said,) = done.stderr.splitlines()
-    assert said.startswith(f"Error: {made}: holds no trajectory; give ")
+    assert said == f"Error: {made}: is an export; give the dataset that it was made from."

@@ -210,6 +210,17 @@ def test_a_card_that_the_hub_does_not_take_is_told(hub, desk, folder):
     assert not [line for line in hub.asked if "/commit/" in line or "/xet/" in line]
 
 
+def test_a_dataset_that_is_not_whole_is_told_of(desk, folder):
+    (folder / ".logs").mkdir(exist_ok=True)
+    (folder / ".logs/lock").touch()
+    (folder / "report.json").unlink(missing_ok=True)
+    (folder / "failures.jsonl").write_text('{"episode": "a/b/c", "reason": "d"}\n')
+    result = desk.push(folder, "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert "Warning: the last build has not ended (no report.json)" in result.stderr
+    assert f"Warning: 1 episode failed: {folder}/failures.jsonl says why." in result.stderr
+
+
 def test_a_dry_run_says_what_would_go_and_sends_nothing(hub, desk, folder):
     result = desk.push(folder, "--dry-run", HF_TOKEN="")
     assert result.returncode == 0, result.stderr

@@ -708,7 +708,7 @@ def test_what_is_no_source_is_a_wrong_command(tmp_path: Path) -> None:
         (lambda: list_episodes(load_builder("internnav", tmp_path / "clip.mp4")),
          "is not a folder; give the root of the source tree as --input, or another --source than "
          "internnav: internnav, video."),
-        (lambda: check_places(tmp_path / "no", tmp_path / "out"), "is not a folder, nor a file"),
+        (lambda: check_places(tmp_path / "no", tmp_path / "out"), "is not there; give what to"),
         (lambda: check_places(Path("/dev/null"), tmp_path / "out"), "is not a folder, nor a file"),
         (lambda: check_places(tmp_path / "in", tmp_path / "in" / "out"), "inside the input"),
         (lambda: check_places(tmp_path / "clip.mp4", tmp_path / "clip.mp4"), "inside the input"),

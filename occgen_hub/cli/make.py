@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     show_default=True,
     help="A folder a trajectory, or the newer one of many episodes in a scene's folder.",
 )
-@click.option("--faults", is_flag=True, help="With the mistakes in meta files that real data has.")
+@click.option(
+    "--faults", is_flag=True, help="With some of the mistakes that meta files of real data have."
+)
 def sample(out: Path, trajectories: int, frames: int, seed: int, layout: Any, faults: bool) -> None:
     """Make a source tree like InternData-N1's, of ray-traced rooms, with the true mesh."""
 
@@ -394,5 +396,8 @@ def _ended(summary: Summary, job: Job, told: set[str] | None = None) -> int:
             "tried again; --retry-failed tries them."
         )
     place = shlex.quote(str(job.out))
-    click.echo(f"Next: occgen-hub validate {place}" if summary.built else f"Dataset: {job.out}")
+    if summary.built:
+        click.echo(f"Next: occgen-hub validate {place}")
+    elif summary.present:
+        click.echo(f"Dataset: {job.out}")
     return 1 if summary.failures else 0

@@ -89,20 +89,20 @@ def _opened(trajectory: str, root: Path | None, how: dict[str, Any]) -> Iterator
 
 def _folder(place: Path) -> Path:
     """A trajectory's folder, or the only one in a dataset."""
-    from occgen_hub.loading import trajectories
+    from occgen_hub.loading import built
 
-    found = trajectories(place)
-    if len(found) == 1:
-        return found[0]
-    if found:
+    if not place.is_dir():
+        raise UsageError(
+            f"{place}: there is no such folder; give <group>/<scene>/<trajectory> of a dataset "
+            "that occgen-hub build wrote or, with --input, the id of an episode of a source."
+        )
+    found = built(place)
+    if len(found) > 1:
         names = ", ".join(shlex.quote(str(path)) for path in found[:3])
         raise UsageError(
             f"{place}: holds {len(found)} trajectories; name one, for example {names}."
         )
-    raise UsageError(
-        f"{place}: holds no trajectory; give a folder <group>/<scene>/<trajectory> of a dataset "
-        "that occgen-hub build wrote or, with --input, the id of an episode of a source."
-    )
+    return found[0]
 
 
 @click.command(
@@ -251,6 +251,8 @@ def view(
         need_pyvista()
     else:
         need("rerun")
+    if root is None:
+        _folder(Path(trajectory))
     if not (save or web or choose_camera or has_screen()):
         raise UsageError(
             "there is no screen here for the viewer; --web serves it to a browser, and --save "

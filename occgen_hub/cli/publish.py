@@ -63,6 +63,7 @@ def push(
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     from occgen_hub import hub
+    from occgen_hub.runtime.report import unfinished
 
     hub.check_target(repo_id, revision, create_pr)
     if not dry_run:
@@ -71,7 +72,7 @@ def push(
         disable_progress_bars()
     with progress_bar("validate", unit="trajectory") as progress:
         files = hub.prepare(folder, progress)
-    for warning in hub.warnings(files):
+    for warning in (*(f"{remark}." for remark in unfinished(folder)), *hub.warnings(files)):
         click.echo(f"Warning: {warning}", err=True)
     if dry_run:
         for path, size in files.items():

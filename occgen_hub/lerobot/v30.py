@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from occgen_hub.errors import DatasetError, OccGenError
-from occgen_hub.files import files_under
+from occgen_hub.files import ABSENT, files_under
 from occgen_hub.loading import REBUILD, Trajectory
 from occgen_hub.schema import Feature, Schema
 
@@ -239,12 +239,12 @@ def _frames(
         if layout.rgb:
             image = rgb(t)
             if image is None:
-                raise DatasetError(trajectory.file("video"), "is missing", REBUILD)
+                raise DatasetError(trajectory.file("video"), "is missing", ABSENT)
             frame[schema.folder("rgb")] = fit.image(image, Image.Resampling.BILINEAR)
         if layout.depth:
             depth = trajectory.depth(t)
             if depth is None:
-                raise DatasetError(trajectory.file("depth", t), "is missing", REBUILD)
+                raise DatasetError(trajectory.file("depth", t), "is missing", ABSENT)
             metres = fit.image(depth.astype(np.float32), Image.Resampling.NEAREST)
             frame[schema.folder("depth")] = metres[..., None]
         yield {**frame, "task": tasks[task_index[t]]}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from occgen_hub.errors import SourceError
-from occgen_hub.files import MAX_TABLE_ROWS
+from occgen_hub.files import ABSENT, MAX_TABLE_ROWS
 from occgen_hub.media.damage import DAMAGE, MAX_PIXELS, MEND, RESTORE, brief, check_pixels, damaged
 
 if TYPE_CHECKING:
@@ -432,7 +432,7 @@ def _video(path: Path) -> av.container.InputContainer:
     import av
 
     if not path.is_file():
-        raise SourceError(path, "is missing", RESTORE)
+        raise SourceError(path, "is missing", ABSENT)
     try:
         container = av.open(f"file:{path}", container_options=_CONTAINERS)
     except _video_damage() as error:

@@ -28,7 +28,7 @@ from occgen_hub.lerobot.writer import Media
 from occgen_hub.loading import trajectories
 from occgen_hub.runtime import failures
 from occgen_hub.runtime.pool import Order, in_processes
-from occgen_hub.runtime.report import LOGS, begin_report, logged, note, say, write_report
+from occgen_hub.runtime.report import LOCK, LOGS, begin_report, logged, note, say, write_report
 from occgen_hub.runtime.results import Failure, Listener, Result, Summary
 from occgen_hub.runtime.work import build_each, summed
 from occgen_hub.shards import remove_shards, write_shards
@@ -36,14 +36,12 @@ from occgen_hub.shards import remove_shards, write_shards
 RUN = ".run"
 """Where the processes of a run tell one another how far they are; gone when it ends."""
 
-LOCK = "lock"
-"""Among the logs: the file that whoever writes into an output holds."""
-
 
 def check_places(root: Path, out: Path) -> None:
     """Raise UsageError where reading from `root` and writing to `out` would go wrong."""
     if not (root.is_dir() or root.is_file()):
-        raise UsageError(f"{root}: is not a folder, nor a file; give what to read as --input.")
+        problem = "is not a folder, nor a file" if root.exists() else "is not there"
+        raise UsageError(f"{root}: {problem}; give what to read as --input.")
     source, target = root.resolve(), out.resolve()
     if target == source or source in target.parents:
         raise UsageError(

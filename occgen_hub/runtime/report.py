@@ -11,12 +11,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from occgen_hub.files import dump_json, written_whole
+from occgen_hub.files import dump_json, hold, opened, written_whole
+from occgen_hub.runtime.failures import FAILURES, known
 from occgen_hub.runtime.results import Failure, Result, Summary
 
 REPORT = "report.json"
 LOGS = ".logs"
 """Hidden, since a folder of any other name may be a group of the source."""
+
+LOCK = "lock"
+"""Among the logs: the file that whoever writes into an output holds."""
 
 _LOG = logging.getLogger("occgen_hub.runtime")
 
@@ -90,6 +94,25 @@ def write_report(out: Path, summary: Summary, run: dict[str, Any]) -> None:
             partial.write_text(text, encoding="utf-8")
     except OSError as error:
         summary.remarks.append(f"{out / REPORT} could not be written ({error.strerror})")
+
+
+def unfinished(out: Path) -> list[str]:
+    """Why a dataset may not be all that was to be built, as far as its last run left word of it.
+
+    Nothing of one that came from elsewhere, without its logs.
+    """
+    said, lock = [], out / LOGS / LOCK
+    if lock.is_file():
+        with opened(lock) as file:
+            held = not hold(file.fileno(), shared=True)
+        if held:
+            said.append("a build is writing here just now")
+        elif not (out / REPORT).exists():
+            said.append(f"the last build has not ended (no {REPORT}); wait for it, or run it again")
+    if count := len(known(out)):
+        s = "" if count == 1 else "s"
+        said.append(f"{count} episode{s} failed: {out / FAILURES} says why")
+    return said
 
 
 def describe(summary: Summary, run: dict[str, Any]) -> dict[str, Any]:

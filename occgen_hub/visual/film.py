@@ -103,7 +103,7 @@ def _renderer(trajectory: Trajectory, shot: Shot) -> Iterator[_Renderer]:
 
             def draw(frame: Frame, image: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
                 line = (
-                    f"{name}  \u00b7  frame {frame.number + 1} of {count}  \u00b7  "
+                    f"{name}  \u00b7  frame {frame.number} of {count}  \u00b7  "
                     f"{frame.number / fps:.1f} s  \u00b7  "
                     f"{len(frame.cells.columns):,} visible occupied cells"
                 )

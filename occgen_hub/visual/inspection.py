@@ -8,7 +8,7 @@ from typing import Any
 
 from occgen_hub.errors import SourceError, UsageError
 from occgen_hub.files import files_under, written_whole
-from occgen_hub.loading import Trajectory, npz_array, trajectories
+from occgen_hub.loading import Trajectory, built, npz_array
 from occgen_hub.visual.preview import preview
 
 SHOWN = 20
@@ -19,7 +19,7 @@ def describe(root: Path, trajectory: str | None = None) -> Iterator[str]:
 
     Raises UsageError when there is no trajectory, SourceError when that one cannot be read.
     """
-    found = _found(root)
+    found = built(root)
     path = _chosen(root, found, trajectory)
     opened = Trajectory.open(path)
     grid, record = opened.grid, opened.record
@@ -64,7 +64,7 @@ def picture(
     root: Path, place: Path, trajectory: str | None = None, frame: int | None = None
 ) -> None:
     """Write a PNG of one frame of a trajectory (its path below `root`; the first if None)."""
-    path = _chosen(root, _found(root), trajectory)
+    path = _chosen(root, built(root), trajectory)
     opened = Trajectory.open(path)
     length = _frames(opened)
     if frame is not None and frame >= length:
@@ -79,15 +79,6 @@ def picture(
         raise UsageError(
             f"--preview {place}: cannot be written ({error.strerror}); choose another place."
         ) from error
-
-
-def _found(root: Path) -> list[Path]:
-    found = trajectories(root)
-    if not found:
-        raise UsageError(
-            f"{root}: holds no trajectory; give the folder that occgen-hub build wrote."
-        )
-    return found
 
 
 def _frames(trajectory: Trajectory) -> int:

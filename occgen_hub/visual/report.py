@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from occgen_hub.errors import OccGenError, UsageError
+from occgen_hub.errors import OccGenError
 from occgen_hub.files import printable, read_jsonl
-from occgen_hub.loading import Trajectory, trajectories
+from occgen_hub.loading import Trajectory, built, trajectories
 from occgen_hub.visual.places import written_for
 from occgen_hub.visual.preview import from_above, from_camera
 
@@ -67,12 +67,8 @@ def write_report(
     One that cannot be read is listed with the reason. Raises UsageError where there is nothing to
     report, or `place` cannot be written.
     """
-    found = trajectories(root)
     failures = _failures(root)
-    if not found and not failures:
-        raise UsageError(
-            f"{root}: holds no trajectory; give the folder that occgen-hub build wrote."
-        )
+    found = trajectories(root) if failures else built(root)
     rows = []
     for number, path in enumerate(found):
         rows.append(_row(path, _called(path, root), pictured=number < PICTURED))

@@ -108,7 +108,7 @@ def find(name: Name, path: Path | None = None, *, fetching: bool = True) -> Weig
     elif fetching:
         weights = fetch(name)
     else:
-        raise _none(name, "not tried")
+        raise _none(name)
     check(weights)
     return Weights(weights.path, weights.checkpoint, _digest(weights.path))
 
@@ -147,11 +147,13 @@ def fetch(name: Name, revision: str | None = None) -> Weights:
     return Weights(Path(path), checkpoint)
 
 
-def _none(name: Name, reason: str) -> WeightsError:
+def _none(name: Name, reason: str = "") -> WeightsError:
+    """Of weights that are not there. reason: why they could not be fetched, if that was tried."""
     checkpoint = published(name)
+    tried = f"; {checkpoint.repo_id} could not be fetched ({reason.rstrip('.')})" if reason else ""
     return WeightsError(
-        f"there are no weights for {name}: none at ckpt/{name}/{FILE}, none in the Hub's cache, "
-        f"and {checkpoint.repo_id} was not fetched ({reason.rstrip('.')}).\n"
+        f"there are no weights for {name}: none at ckpt/{name}/{FILE}, none in the Hub's cache"
+        f"{tried}.\n"
         f"Fetch them where the Hub can be reached: occgen-hub weights pull {name}\n"
         f"Or put {FILE} of {checkpoint.repo_id} by hand at ckpt/{name}/{FILE}, or name its place "
         f"with --weights."
