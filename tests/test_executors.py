@@ -6,14 +6,17 @@ import itertools
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -184,6 +187,92 @@ def test_two_processes_of_torchrun(source: Path, expected: Tree, tmp_path: Path)
         "build-1.log",
         "lock",
     }
+
+
+MORTAL = """
+import os, signal
+from occgen_hub.builders.internnav import InternNavBuilder
+from occgen_hub.cli import main
+from occgen_hub.runtime import distributed
+
+distributed.LOST = 10.0
+read, seen = InternNavBuilder.read, []
+
+def mortal(self, ref):
+    seen.append(ref)
+    if os.environ["GROUP_RANK"] == os.environ["DIES"] and len(seen) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read(self, ref)
+
+InternNavBuilder.read = mortal
+main()
+"""
+"""`occgen-hub`, on host number DIES dying in the middle of a build."""
+
+
+def on_two_hosts(
+    arguments: list[str], tmp_path: Path, dies: str = ""
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run a command as torchrun does on two hosts, of a process each, both of them here."""
+    (tmp_path / "mortal.py").write_text(MORTAL)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    python, _, _, *rest = arguments
+    meeting = ["--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", port]
+
+    def host(number: int) -> subprocess.CompletedProcess[str]:
+        launcher = [python, "-m", "torch.distributed.run", *meeting, "--node_rank", str(number)]
+        return finished([*launcher, str(tmp_path / "mortal.py"), *rest], DIES=dies)
+
+    with ThreadPoolExecutor(2) as both:
+        return list(both.map(host, range(2)))
+
+
+@pytest.mark.slow
+def test_two_hosts(source: Path, expected: Tree, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first, second = on_two_hosts(command(source, out), tmp_path)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "Traceback" not in first.stderr + second.stderr
+    assert "8 built, 0 already there, 0 failed of 8 episodes" in first.stdout
+    assert tree(out) == expected
+    assert len(report(out)["processes"]) == 2
+    assert not (out / ".run").exists()
+
+
+@pytest.mark.slow
+def test_a_host_that_is_lost_is_told_of_and_holds_up_nobody(
+    source: Path, expected: Tree, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    first, second = on_two_hosts(command(source, out), tmp_path, dies="1")
+    assert second.returncode == 1
+    assert first.returncode == 1
+    assert first.stderr.count("Traceback") == first.stderr.count("ChildFailedError(")  # torchrun's
+    assert re.search(r"\d built, [12] already there, [1-5] failed of 8 episodes", first.stdout)
+    assert (
+        "process 1 was lost; see what its host says, and run the same build again." in first.stdout
+    )
+    assert not (out / ".run").exists()
+    done = finished(command(source, out))
+    assert done.returncode == 0, done.stderr
+    assert tree(out) == expected
+
+
+@pytest.mark.slow
+def test_without_the_first_host_the_other_ends_as_well(
+    source: Path, expected: Tree, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    first, second = on_two_hosts(command(source, out), tmp_path, dies="0")
+    assert first.returncode == 1
+    assert second.returncode == 1
+    assert not (out / "report.json").exists()
+    done = finished(command(source, out))
+    assert done.returncode == 0, done.stderr
+    assert tree(out) == expected
+    assert not (out / ".run").exists()
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.files import dump_json, hold, read_bytes, read_json, written_whole
 from occgen_hub.runtime import failures, threads
-from occgen_hub.runtime.loop import Job, conclude, sole_use, witness
+from occgen_hub.runtime.loop import Job, conclude, left, sole_use, witness
 from occgen_hub.runtime.plan import shares
 from occgen_hub.runtime.report import LOGS, begin_report, logged, say
 from occgen_hub.runtime.results import Failure, Listener, Summary
@@ -208,19 +208,10 @@ def _before(plan: Plan, rank: int) -> Summary:
 
 
 def _unfinished(plan: Plan, rank: int) -> Summary:
-    """Of a task that did not end: its episodes that are there, and a failure of each other one."""
-    summary, job = Summary(), plan.job
-    for ref in (job.refs[number] for number in plan.taken[rank]):
-        try:
-            if job.builder.outdated(ref, job.out, job.settings) is None:
-                summary.present += 1
-                continue
-        except OccGenError:
-            pass
-        log = plan.folder / f"logs/task_{rank:05d}.log"
-        reason = f"task {rank} did not end; see {log} and run the same build again."
-        summary.failures.append(Failure(ref.id, f"{ref.path}: {reason}"))
-    return summary
+    """Of a task that did not end."""
+    refs = [plan.job.refs[number] for number in plan.taken[rank]]
+    log = plan.folder / f"logs/task_{rank:05d}.log"
+    return left(plan.job, refs, f"task {rank} did not end; see {log} and run the same build again.")
 
 
 def _check_current(plan: Plan) -> None:

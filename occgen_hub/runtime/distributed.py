@@ -4,6 +4,9 @@ Each process has a device of its own and builds its share without a word to the 
 did they say in small files in a hidden folder of the output, which all of them see anyway; so none
 depends on a connection that has been silent for days. The first process waits for the others'
 files and then writes what belongs to the dataset as a whole.
+
+Where a process dies, its launcher stops those beside it, but not those on other hosts. So each says
+every second how far it is, and one that has said nothing for long is given up.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from occgen_hub.builder import EpisodeRef
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.files import dump_json, parse_json, read_json
 from occgen_hub.runtime import failures
-from occgen_hub.runtime.loop import RUN, Job, conclude, sole_use, witness
+from occgen_hub.runtime.loop import RUN, Job, conclude, left, sole_use, witness
 from occgen_hub.runtime.plan import shares
 from occgen_hub.runtime.report import begin_report, logged, say
 from occgen_hub.runtime.results import Result, Summary, Tally
@@ -34,6 +37,8 @@ from occgen_hub.runtime.work import build_each, summed
 SECOND = 1.0
 """How often processes say how far they are, and the first one looks."""
 
+LOST = 600.0
+"""After so many seconds without a word, a process is taken for dead."""
 
 MEETING = timedelta(hours=12)
 """How long the processes wait for one another at the start, where one may have to fetch weights."""
@@ -105,12 +110,26 @@ def together[Value](group: Group, work: Callable[[], Value]) -> Value:
         value = work()
     except OccGenError as problem:
         error = problem
-    errors = [problem for problem in gather_object([error]) if problem is not None]
+    with _meeting():
+        errors = [problem for problem in gather_object([error]) if problem is not None]
     if errors and group.rank == 0:
         raise errors[0]
     if errors:
         sys.exit(0)
     return value  # type: ignore[return-value]  # no error, hence a value
+
+
+@contextmanager
+def _meeting() -> Iterator[None]:
+    """Around what all processes do together; raises OccGenError where one is lost meanwhile."""
+    try:
+        yield
+    except RuntimeError as error:  # torch's, of a connection that broke.
+        reason = (str(error).splitlines() or [""])[0][:200].rstrip(".")
+        raise OccGenError(
+            f"--executor accelerate: a process was lost while all of them met ({reason}); see what "
+            "the others say and run the same build again."
+        ) from error
 
 
 def agreed(job: Job, group: Group) -> list[list[str]]:
@@ -121,7 +140,8 @@ def agreed(job: Job, group: Group) -> list[list[str]]:
     if group.rank == 0:
         taken = shares([job.builder.work(ref) for ref in job.refs], group.size)
         plan = [[job.refs[number].id for number in numbers] for numbers in taken]
-    broadcast_object_list(plan)
+    with _meeting():
+        broadcast_object_list(plan)
     return plan
 
 
@@ -148,13 +168,10 @@ def run_shared(
     has; news: called with each result of this process. Returns the summary of all in the first
     process and None in the others. Raises as `run_job` does, in the first process.
     """
-    from accelerate.utils import broadcast_object_list
-
     with ExitStack() as held:
+        together(group, lambda: _cleared(job, group))
         together(group, lambda: _held(held, job, group))
-        name = [uuid.uuid4().hex]
-        broadcast_object_list(name)
-        place, failed = job.out / RUN / name[0], failures.known(job.out)
+        place, failed = _place(job.out), failures.known(job.out)
         together(group, lambda: _made(place))
         plan = agreed(job, group)
         refs = together(group, lambda: _own(job, plan[group.rank]))
@@ -168,30 +185,39 @@ def run_shared(
             summary = summed(
                 results, listener, lambda result: witness(job.out, result, process), group.device
             )
-            for rank in range(1, group.size if group.rank == 0 else 1):
-                summary.merge(_awaited(place / f"{rank}.json"))
-        if group.rank:
-            said = place / f"{group.rank}.json"
-            _say(said, summary.to_json())
-            # Until the first process takes it away, at the end of all: where a host's launcher
-            # leaves earlier, it may take the point where the others meet along.
-            while said.exists():
-                time.sleep(SECOND)
-            return None
-        try:
-            conclude(job, summary, group.size, "accelerate")
-        finally:
-            shutil.rmtree(job.out / RUN, ignore_errors=True)  # The others wait for that.
-        return summary
+            if group.rank == 0:
+                for other in _awaited(job, place, plan):
+                    summary.merge(other)
+                conclude(job, summary, group.size, "accelerate")
+                return summary
+        _until_the_end(place, group.rank, summary)
+        return None
+
+
+def _cleared(job: Job, group: Group) -> None:
+    """Find the output free, and take away what an earlier run left of itself."""
+    if group.rank == 0:
+        with sole_use(job.out):
+            shutil.rmtree(job.out / RUN, ignore_errors=True)
+            begin_report(job.out)
 
 
 def _held(held: ExitStack, job: Job, group: Group) -> None:
-    """Take the output folder for the whole group."""
+    """Hold the output, each process for itself: one that is lost, but alive, still does."""
+    held.enter_context(sole_use(job.out, shared=True))
     if group.rank == 0:
-        held.enter_context(sole_use(job.out))
-        shutil.rmtree(job.out / RUN, ignore_errors=True)
-        begin_report(job.out)
+        held.callback(shutil.rmtree, job.out / RUN, ignore_errors=True)
     held.enter_context(logged(job.out, f"build-{group.rank}" if group.rank else "build"))
+
+
+def _place(out: Path) -> Path:
+    """Where the processes of this run tell one another of themselves: the same for all of them."""
+    from accelerate.utils import broadcast_object_list
+
+    name = [uuid.uuid4().hex]
+    with _meeting():
+        broadcast_object_list(name)
+    return out / RUN / name[0]
 
 
 def _made(folder: Path) -> None:
@@ -210,11 +236,62 @@ def _say(path: Path, value: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def _awaited(path: Path) -> Summary:
-    """What another process did, when it has. If it dies, its launcher stops this one as well."""
-    while not path.exists():
+class _Silence:
+    """For how long a process has not said how far it is, by the clock of the one that listens."""
+
+    def __init__(self, place: Path, rank: int) -> None:
+        self._path = place / f"{rank}.tally"
+        self._heard, self._since = self._word(), time.monotonic()
+
+    def is_long(self) -> bool:
+        """Whether it is over LOST."""
+        if (heard := self._word()) != self._heard:
+            self._heard, self._since = heard, time.monotonic()
+        return time.monotonic() - self._since > LOST
+
+    def _word(self) -> tuple[int, int] | None:
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
+
+def _awaited(job: Job, place: Path, plan: list[list[str]]) -> list[Summary]:
+    """What the other processes did, when they have; of one that is lost, what is there."""
+    silences = {rank: _Silence(place, rank) for rank in range(1, len(plan))}
+    told: dict[int, Summary] = {}
+    while waiting := silences.keys() - told.keys():
+        for rank in waiting:
+            said = place / f"{rank}.json"
+            if said.exists():
+                told[rank] = Summary.from_json(read_json(said))
+            elif silences[rank].is_long():
+                reason = f"process {rank} was lost; see what its host says, and run the same build"
+                told[rank] = left(job, _own(job, plan[rank]), f"{reason} again.")
         time.sleep(SECOND / 10)
-    return Summary.from_json(read_json(path))
+    return [told[rank] for rank in sorted(told)]
+
+
+def _until_the_end(place: Path, rank: int, summary: Summary) -> None:
+    """Say what this process did, and stay until the first one has heard it and done the rest.
+
+    Where a host's launcher leaves earlier, it may take the point where the others meet along.
+    Raises OccGenError where the first process is lost, or went on without this one.
+    """
+    said, first = place / f"{rank}.json", _Silence(place, 0)
+    again = "run the same build again, which goes on from there"
+    try:
+        _say(said, summary.to_json())
+    except OSError as error:
+        raise OccGenError(
+            f"{said}: cannot be written ({error.strerror}), so that the first process ended "
+            f"without this one, or will; {again}."
+        ) from error
+    while said.exists():
+        if first.is_long():
+            raise OccGenError(f"{place}: the first process was lost; {again}.")
+        time.sleep(SECOND)
 
 
 @contextmanager

@@ -223,6 +223,20 @@ def witness(out: Path, result: Result, process: str = "0") -> None:
         failures.record(out, result, process)
 
 
+def left(job: Job, refs: Sequence[EpisodeRef], reason: str) -> Summary:
+    """Of a process that did not end: its episodes that are there, and each other one as failed."""
+    summary = Summary()
+    for ref in refs:
+        try:
+            if job.builder.outdated(ref, job.out, job.settings) is None:
+                summary.present += 1
+                continue
+        except OccGenError:
+            pass
+        summary.failures.append(Failure(ref.id, f"{ref.path}: {reason}"))
+    return summary
+
+
 def conclude(job: Job, summary: Summary, workers: int, executor: str) -> None:
     """When all episodes are done, by whomever: failures, the files of the dataset, the report.
 
