@@ -324,10 +324,6 @@ def test_datatrove_here_and_again(three: Path, tmp_path: Path) -> None:
     assert len(kept) == 1  # The other task was not even started.
 
 
-@pytest.mark.skipif(
-    "OCCGEN_RAY" not in os.environ,
-    reason="OCCGEN_RAY is not set: now and then Ray's workers spin and starve all else",
-)
 @pytest.mark.slow
 def test_a_real_ray_cluster(source: Path, expected: Tree, tmp_path: Path) -> None:
     pytest.importorskip("ray")
