@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from occgen_hub.cli import cli
+from occgen_hub.visual.colors import ramp
 
 ROOT = Path(__file__).parent.parent
 
@@ -86,6 +87,9 @@ def test_inspect_tells_and_draws(dataset, tmp_path):
     assert image.shape == (720, 1280, 3)
     quarters = [image[r : r + 360, c : c + 640] for r in (0, 360) for c in (0, 640)]
     assert all(quarter.std() > 10 for quarter in quarters)
+    for quarter in quarters[1:]:  # Depth and both heights have their scale in the corner.
+        scale = ramp(np.linspace(1, 0, 96))
+        assert any((quarter[250:346, x] == scale).all() for x in range(560, 640))
 
 
 def test_inspect_without_media_shows_the_cloud(sample_tree, tmp_path):

@@ -27,13 +27,18 @@ def ramp(values: NDArray[np.floating], stops: NDArray[np.int64] = RAMP) -> NDArr
     return colors
 
 
-def by_height(values: NDArray[np.floating], *, flip: bool) -> NDArray[np.uint8]:
-    """(n,) heights to (n, 3) colours, the lowest and highest hundredth left out of the scale."""
+def limits(values: NDArray[np.floating]) -> tuple[float, float]:
+    """The ends of a scale for (n,) values, n > 0: their lowest and highest hundredth left out."""
+    low, high = np.percentile(values, [1, 99])
+    return float(low), float(high)
+
+
+def by_height(values: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """(n,) heights to (n, 3) colours between their `limits`."""
     if not len(values):
         return np.zeros((0, 3), np.uint8)
-    low, high = np.percentile(values, [1, 99])
-    part = (values - low) / max(high - low, 1e-6)
-    return ramp(1 - part if flip else part)
+    low, high = limits(values)
+    return ramp((values - low) / max(high - low, 1e-6))
 
 
 def shade_depth(depth: NDArray[np.float64]) -> NDArray[np.uint8]:
@@ -42,7 +47,7 @@ def shade_depth(depth: NDArray[np.float64]) -> NDArray[np.uint8]:
     if not some.any():
         return np.zeros((*depth.shape, 3), np.uint8)
     inverse = np.divide(1.0, depth, out=np.zeros_like(depth), where=some)
-    low, high = np.percentile(inverse[some], [1, 99])
+    low, high = limits(inverse[some])
     picture = ramp((inverse - low) / max(high - low, 1e-9))
     picture[~some] = 0
     return picture

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from occgen_hub.errors import DatasetError
 from occgen_hub.loading import REBUILD, Trajectory
+from occgen_hub.occupancy.codec import unpack
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.visibility import OCCUPIED, first_occupied
-from occgen_hub.visual.colors import INK, PAPER, PATH, by_height, shade_depth
+from occgen_hub.visual.colors import INK, PAPER, PATH, by_height, limits, ramp, shade_depth
 
 PANEL = (640, 360)
 
@@ -32,13 +35,18 @@ def preview(trajectory: Trajectory, frame: int | None = None) -> Image.Image:
         second = _panel(_splat(local, cloud.colors, 0.01, K, size), "reconstructed cloud")
     else:
         second = _panel(shade_depth(depth), "depth")
+        if (depth > 0).any():
+            low, high = limits(1 / depth[depth > 0])
+            _draw_scale(second, 1 / high, 1 / low)
     first = (
         _panel(rgb, f"frame {frame} of {len(poses)}")
         if rgb is not None
         else _panel(np.zeros((*size[::-1], 3), np.uint8), "images were left out")
     )
-    cells = _cells_from_camera(grid, visible, K, size)
-    third = _panel(cells, f"{len(visible):,} visible occupied cells, by height")
+    cells, heights = _cells_from_camera(grid, visible, K, size)
+    third = _panel(cells, f"{len(visible):,} visible occupied cells, by height over the camera")
+    if len(heights):
+        _draw_scale(third, *limits(heights)[::-1])
     fourth = _above(trajectory, poses, frame, grid, observed)
 
     width, height = PANEL
@@ -59,21 +67,22 @@ def from_camera(trajectory: Trajectory, frame: int) -> NDArray[np.uint8]:
     """(H, W, 3) uint8: the occupied cells that a frame's camera sees, by height."""
     visible, _ = _occupancy(trajectory, frame, len(trajectory.world_from_camera()))
     K, size = trajectory.intrinsics()[frame], trajectory.image_size
-    return _cells_from_camera(trajectory.grid, visible, K, size)
+    return _cells_from_camera(trajectory.grid, visible, K, size)[0]
 
 
 def _occupancy(
     trajectory: Trajectory, frame: int, length: int
 ) -> tuple[NDArray[np.integer], NDArray[np.bool_]]:
     """(n,) columns of a frame's visible occupied cells, and (cells,) bool of its observed ones."""
-    ends, columns = trajectory.visible()
-    if not frame < length == len(ends) - 1:
-        problem = f"has {len(ends) - 1} rows where the parquet has {length}"
+    rows = len(trajectory.visible_ends()) - 1
+    if not frame < length == rows:
+        problem = f"has {rows} rows where the parquet has {length}"
         raise DatasetError(trajectory.file("visible"), problem, REBUILD)
-    observed = next((m for n, m in enumerate(trajectory.observed()) if n == frame), None)
-    if observed is None:
+    visible = next(islice(trajectory.visible_frames(), frame, None))
+    packed = next(islice(trajectory.observed_packed(), frame, None), None)
+    if packed is None:
         raise DatasetError(trajectory.file("observed"), f"ends before frame {frame}", REBUILD)
-    return columns[ends[frame] : ends[frame + 1]], observed
+    return visible, unpack(packed, trajectory.grid.cells)
 
 
 def _panel(picture: NDArray[np.uint8] | Image.Image, title: str) -> Image.Image:
@@ -92,17 +101,33 @@ def _panel(picture: NDArray[np.uint8] | Image.Image, title: str) -> Image.Image:
     return panel
 
 
+def _draw_scale(panel: Image.Image, top: float, foot: float) -> None:
+    """Draw the colours of a scale onto a panel, in its corner, with the metres at its ends."""
+    draw, (right, bottom), height = ImageDraw.Draw(panel), PANEL, 96
+    labels = [f"{value:.1f} m" for value in (top, foot)]
+    width = int(max(map(draw.textlength, labels)))
+    left, upper = right - width - 30, bottom - height - 14
+    draw.rectangle((left, upper - 6, right, bottom), fill=PAPER)
+    for line, color in enumerate(ramp(np.linspace(1, 0, height))):
+        draw.rectangle((left + 6, upper + line, left + 16, upper + line), fill=tuple(color))
+    draw.text((left + 22, upper - 3), labels[0], fill=INK)
+    draw.text((left + 22, upper + height - 10), labels[1], fill=INK)
+
+
 def _cells_from_camera(
     grid: Grid, visible: NDArray[np.integer], K: NDArray[np.float64], size: tuple[int, int]
-) -> NDArray[np.uint8]:
-    """The cells that the pixels' rays end in, as solid cubes: faces are lit by their direction."""
+) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """The cells that the pixels' rays end in, as solid cubes: faces are lit by their direction.
+
+    Also (n,) metres: how high over the camera they are, by which they have their colours.
+    """
     state = np.zeros(grid.cells, np.uint8)
     state[visible] = OCCUPIED
     ends = first_occupied(grid, K, size, state)
     picture = np.full((size[1], size[0], 3), PAPER, np.uint8)
     hit = ends >= 0
     if not hit.any():
-        return picture
+        return picture, np.empty(0)
     centre = grid.centres(ends[hit]).astype(np.float64)
     v, u = np.nonzero(hit)
     ray = np.stack([(u + 0.5 - K[0, 2]) / K[0, 0], (v + 0.5 - K[1, 2]) / K[1, 1]], axis=-1)
@@ -112,8 +137,9 @@ def _cells_from_camera(
         reached = (centre - np.sign(ray) * grid.voxel_size / 2) / ray
     face = np.where(ray == 0, -np.inf, reached).argmax(axis=1)
     light = np.array([0.8, 1.0, 0.9])[face] * np.clip(1.2 - centre[:, 2] / 8, 0.5, 1.0)
-    picture[hit] = (by_height(centre[:, 1], flip=True) * light[:, None]).astype(np.uint8)
-    return picture
+    heights = -centre[:, 1]  # y points down.
+    picture[hit] = (by_height(heights) * light[:, None]).astype(np.uint8)
+    return picture, heights
 
 
 def _splat(
@@ -178,7 +204,7 @@ def _above(
     shown = height < (poses[:, axis, 3] * sign).max() + 0.6
     order = np.argsort(height[shown])
     spots = np.clip(place(cells[shown][order]), 1, (PANEL[0] - 2, PANEL[1] - 2))
-    colors = by_height(height[shown][order], flip=False)
+    colors = by_height(height[shown][order])
     edge = max(1, int(np.ceil(grid.voxel_size * scale)))
     for dx, dy in np.ndindex(edge, edge):
         x, y = spots[:, 0] + dx - edge // 2, spots[:, 1] + dy - edge // 2
@@ -191,4 +217,7 @@ def _above(
     eye = poses[frame, :3, 3]
     corners = [eye + poses[frame, :3, :3] @ np.array([x, 0, 0.5]) for x in (-0.5, 0.5)]
     draw.polygon([tuple(p) for p in place(np.stack([eye, *corners])).tolist()], outline=INK)
-    return _panel(image, "scene from above by height; path in red; observed in grey")
+    panel = _panel(image, "scene from above by height; path in red; observed in grey")
+    if shown.any():
+        _draw_scale(panel, *limits(height[shown])[::-1])
+    return panel
