@@ -23,6 +23,7 @@ from occgen_hub.errors import UsageError
 from occgen_hub.geometry.ply import read_ply
 from occgen_hub.loading import Trajectory, trajectories
 from occgen_hub.media import video_frames
+from occgen_hub.occupancy.grid import cell_numbers
 from occgen_hub.occupancy.history import moved
 from occgen_hub.occupancy.visibility import OCCUPIED, first_occupied
 from occgen_hub.visual.colors import PAPER
@@ -180,6 +181,41 @@ def test_cells_are_drawn_where_their_rays_end(trajectory):
         assert 0.05 < hit.mean() < 1
         assert (drawn & hit).sum() / (drawn | hit).sum() > 0.98
     view.close()
+
+
+def test_which_points_a_frames_cells_hold(trajectory):
+    frame = next(frames(trajectory))
+    cells, grid = frame.cells, trajectory.grid
+    centres, half = cells.in_world(), grid.voxel_size / 2
+    rng = np.random.default_rng(0)
+    within = (
+        rng.uniform(-0.99 * half, 0.99 * half, centres.shape) @ cells.world_from_camera[:3, :3].T
+    )
+    assert cells.hold(centres + within).all()
+    points = rng.uniform(centres.min(axis=0) - 0.1, centres.max(axis=0) + 0.1, (300, 3))
+    axes = cells.world_from_camera[:3, :3]
+    near = [bool((np.abs((p - centres) @ axes).max(axis=1) < half).any()) for p in points]
+    assert 0 < sum(near) < 300
+    assert cells.hold(points).tolist() == near
+
+
+def test_the_world_view_fills_what_turned_cells_leave_open(trajectory):
+    """Every cell of the cloud is drawn in which a point lies that the frame's cells hold."""
+    from occgen_hub.visual.world import _Occupied
+
+    cloud, size = trajectory.cloud(), trajectory.grid.voxel_size
+    drawn = _Occupied(cloud, size, size)
+    coarser = _Occupied(cloud, 2 * size, size)
+    gained = 0
+    for frame in frames(trajectory, 2, 1):
+        numbers, own = drawn.of(frame)
+        assert (np.diff(numbers) > 0).all()
+        held = cell_numbers(cloud.points[frame.cells.hold(cloud.points)], size)
+        assert np.isin(held, numbers[own]).all()
+        assert np.isin(frame.accumulated_world_cells, numbers).all()
+        assert np.array_equal(coarser.of(frame)[0], frame.accumulated_world_cells)
+        gained += len(numbers) - len(frame.accumulated_world_cells)
+    assert gained > 0
 
 
 def test_the_world_view_has_the_camera_where_it_is(trajectory):

@@ -7,11 +7,11 @@ from numpy.typing import NDArray
 
 from occgen_hub.geometry.cloud import Cloud, voxel_downsample
 from occgen_hub.loading import Trajectory
-from occgen_hub.occupancy.grid import cell_numbers, scene_grid
+from occgen_hub.occupancy.grid import cell_centres, cell_numbers, scene_grid
 from occgen_hub.visual.blend import blended
 from occgen_hub.visual.colors import INK, PATH
 from occgen_hub.visual.cubes import Faces, cube_faces, lit
-from occgen_hub.visual.frames import Frame
+from occgen_hub.visual.frames import Frame, FrameCells
 from occgen_hub.visual.heights import Heights
 from occgen_hub.visual.stage import Picture, Stage
 from occgen_hub.visual.viewpoint import Viewpoint, automatic
@@ -45,6 +45,7 @@ class WorldView:
         self._voxel = trajectory.grid.voxel_size
         cloud, edge = _thinned(trajectory.cloud(), self._voxel)
         self._true = _TrueColors(cloud, edge)
+        self._occupied = _Occupied(cloud, edge, self._voxel)
         path = self._poses[:, :3, 3]
         self.viewpoint = viewpoint or automatic(cloud.points, self._poses, size)
         pose = self.viewpoint.world_from_camera()
@@ -91,12 +92,12 @@ class WorldView:
         return picture
 
     def _put_occupancy(self, frame: Frame) -> None:
-        every = frame.accumulated_in_world()
+        numbers, among = self._occupied.of(frame)
+        every = cell_centres(numbers, self._voxel)
         shown = self._heights.below_ceiling(every)
-        every, numbers = every[shown], frame.accumulated_world_cells[shown]
+        every, among = every[shown], among[shown]
         colors = self._heights.colors(every).astype(np.float32)
         true, known = self._true.of(every)
-        among = np.isin(numbers, frame.cells.world_cells, assume_unique=True)
         share = np.where(among, OWN, PAST) * known
         colors += share[:, None] * (true - colors)
         faces = cube_faces(every, self._voxel, np.asarray(self.viewpoint.position))
@@ -129,6 +130,36 @@ def _thinned(cloud: Cloud, edge: float) -> tuple[Cloud, float]:
         edge *= 1.5
         cloud = voxel_downsample(cloud, edge)
     return cloud, edge
+
+
+class _Occupied:
+    """The cells of the world's grid that are drawn as a frame's occupancy.
+
+    Those that centres of its cells lie in and, as cells that are turned against one another leave
+    holes so, those of the cloud's points in its cells. edge: metres of the cloud's own cells, one
+    point in each; where they are coarser than the occupancy's, centres have to do.
+    """
+
+    def __init__(self, cloud: Cloud, edge: float, voxel_size: float) -> None:
+        self._points = cloud.points.astype(np.float64) if edge == voxel_size else np.empty((0, 3))
+        self._numbers = cell_numbers(self._points, voxel_size)
+        self._known: dict[int, tuple[FrameCells, NDArray[np.int64]]] = {}
+
+    def of(self, frame: Frame) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """(n,) numbers, ascending, of the cells of a frame and of its past, and (n,) whether they
+        are its own.
+        """
+        cells = (frame.cells, *frame.past)
+        self._known = {
+            id(each): self._known.get(id(each)) or self._worked_out(each) for each in cells
+        }
+        own = self._known[id(frame.cells)][1]
+        every = np.unique(np.concatenate([numbers for _, numbers in self._known.values()]))
+        return every, np.isin(every, own, assume_unique=True)
+
+    def _worked_out(self, cells: FrameCells) -> tuple[FrameCells, NDArray[np.int64]]:
+        held = self._numbers[cells.hold(self._points)]
+        return cells, np.unique(np.concatenate([cells.world_cells, held]))
 
 
 class _TrueColors:
