@@ -329,7 +329,7 @@ def test_a_real_ray_cluster(source: Path, expected: Tree, tmp_path: Path) -> Non
     pytest.importorskip("ray")
     out = tmp_path / "out"
     options = ("--executor", "ray", "--tasks", "2", "--workers", "2", "--cpus-per-task", "1")
-    done = finished(command(source, out, *options, "--mem-per-cpu", "1"))
+    done = finished(command(source, out, *options, "--mem-per-cpu", "1"), timeout=400)
     assert done.returncode == 0, done.stderr
     assert "8 built, 0 already there, 0 failed of 8 episodes" in done.stdout
     assert tree(out) == expected
