@@ -119,9 +119,10 @@ def load_config(path: Path | None = None, settings: tuple[str, ...] = ()) -> Con
     Raises UsageError when the file cannot be read or a value does not fit.
     """
     values: dict[str, Any] = {} if path is None else _read_yaml(path)
+    config = _config(values, path)
     for setting in settings:
         key, equals, text = setting.partition("=")
-        if not equals or not key:
+        if not equals or not key.strip():
             raise UsageError(
                 f"--set {setting}: expected key=value, for example --set voxel_size=0.05."
             )
@@ -129,10 +130,20 @@ def load_config(path: Path | None = None, settings: tuple[str, ...] = ()) -> Con
             values[key.strip()] = yaml.safe_load(text)
         except (yaml.YAMLError, RecursionError, ValueError) as error:
             raise UsageError(f"--set {setting}: the value is not valid YAML.") from error
+    return _config(values, None) if settings else config
+
+
+def _config(values: dict[str, Any], path: Path | None) -> Config:
+    """A configuration of values, those of a file where one is given."""
+    place = f"{path}: " if path is not None else ""
+    for key, value in values.items():  # To pydantic, true is the number 1.
+        field = Config.model_fields.get(key)
+        if field and field.annotation is not bool and isinstance(value, bool):
+            raise UsageError(f"{place}{key}: expected no yes or no ({field.description}).")
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UsageError(_explain(error, path)) from None
+        raise UsageError(place + _explain(error)) from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -149,16 +160,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _explain(error: ValidationError, path: Path | None) -> str:
+def _explain(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False)[0]
-    place = f"{path}: " if path is not None else ""
     if not first["loc"]:
-        return f"{place}{first['msg'].removeprefix('Value error, ')}."
+        return f"{first['msg'].removeprefix('Value error, ')[:300]}."
     key = str(first["loc"][0])
     if key not in Config.model_fields:
         known = ", ".join(Config.model_fields)
-        return f"{place}{key[:80]}: there is no such setting; the settings are {known}."
-    return f"{place}{key}: {_wanted(first, key)} ({Config.model_fields[key].description})."
+        return f"{key[:80]}: there is no such setting; the settings are {known}."
+    return f"{key}: {_wanted(first, key)} ({Config.model_fields[key].description})."
 
 
 _EXPECTED = {"float": "a number", "int": "a whole number", "bool": "true or false"}

@@ -48,12 +48,12 @@ def trajectories(root: Path) -> list[Path]:
     """The trajectories below a folder, or the folder itself if it is one, sorted.
 
     One that lacks a meta file is among them, so that it is missed by whoever opens it. An export
-    is none, though it looks like one.
+    is none, though it looks like one. Raises DatasetError where a folder cannot be listed.
     """
     schema = load_schema(SCHEMA)
     marks = [schema.path(key) for key in ("record", "info")]
     found = []
-    for parent, folders, _ in os.walk(root):
+    for parent, folders, _ in os.walk(root, onerror=_unlisted):
         if Path(parent, EXPORT).exists():
             folders.clear()
         elif any(Path(parent, mark).exists() for mark in marks):
@@ -62,6 +62,15 @@ def trajectories(root: Path) -> list[Path]:
         else:
             folders[:] = sorted(name for name in folders if not name.startswith("."))
     return found
+
+
+def _unlisted(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        problem, remedy = (
+            f"cannot be listed ({error.strerror})",
+            "check its permissions and its disk",
+        )
+        raise DatasetError(error.filename, problem, remedy) from error
 
 
 def built(root: Path) -> list[Path]:
@@ -75,11 +84,13 @@ def built(root: Path) -> list[Path]:
     if found:
         raise UsageError(
             f"{root}: holds trajectories, but none that was built, of which there is no {mark}; "
-            f"give the folder that occgen-hub build --input {shlex.quote(str(root))} wrote."
+            f"give the folder that occgen-hub build --input {shlex.quote(str(root))} wrote or, if "
+            "this is it, run the build again."
         )
     if (root / EXPORT).exists():
         raise UsageError(f"{root}: is an export; give the dataset that it was made from.")
-    raise UsageError(f"{root}: holds no trajectory; give the folder that occgen-hub build wrote.")
+    problem = "holds no trajectory" if root.is_dir() else "is not a folder"
+    raise UsageError(f"{root}: {problem}; give the folder that occgen-hub build wrote.")
 
 
 @dataclass(frozen=True)

@@ -351,6 +351,7 @@ def _indexed(root: Path) -> _Index:
             _count_frames(file.read(["episode", "frame_index"], use_threads=False), lengths)
             if number == 0:
                 grid = _grid(file)
+            _check_grids(path, file, grid)
         groups += [(number, n) for n in range(len(rows))]
         sizes += rows
     starts, group_starts = (np.cumsum([0, *v], dtype=np.int64) for v in (lengths.values(), sizes))
@@ -396,6 +397,16 @@ def _grid(file: pq.ParquetFile) -> Grid:
     if grid.cells > MAX_CELLS:
         raise ValueError(f"its grid has more than {MAX_CELLS} cells")
     return grid
+
+
+def _check_grids(path: Path, file: pq.ParquetFile, grid: Grid) -> None:
+    """Raise DatasetError where a shard's frames have another grid."""
+    table = plain(file.read(["shape", "voxel_size", "pc_range"], use_threads=False))
+    shapes, lows = (FEATURES[name].to_numpy(table[name]) for name in ("shape", "pc_range"))
+    same = (shapes == grid.shape).all() and (lows[:, :3] == grid.lower).all()
+    if not same or not (table["voxel_size"].to_numpy() == grid.voxel_size).all():
+        problem = "has frames of several grids, which no batch can hold together"
+        raise DatasetError(path, problem, "build the whole dataset with one configuration")
 
 
 def _open(path: Path) -> pq.ParquetFile:

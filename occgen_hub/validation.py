@@ -73,10 +73,13 @@ def validate(
     root = Path(root)
     if exported(root):
         return _exported(root, progress)
-    found = trajectories(root)
     findings: list[Finding] = []
-    frames = 0
-    if not found:
+    found, frames = [], 0
+    try:
+        found = trajectories(root)
+    except SourceError as error:
+        findings.append(Finding(error.path, error.problem, error.remedy))
+    if not found and not findings:
         problem = "holds no trajectory" if root.is_dir() else "is not a folder"
         findings.append(Finding(str(root), problem, "give the folder that occgen-hub build wrote"))
     for number, path in enumerate(found):

@@ -128,6 +128,12 @@ def test_inspect_without_media_shows_the_cloud(sample_tree, tmp_path):
             "pc_range: expected 6 numbers in square brackets",
         ),
         (["build", "--input", "EMPTY", "--output", "OUT", "--set", "mesh=maybe"], "true or false"),
+        (
+            ["build", "--input", "EMPTY", "--output", "OUT", "--set", "interval=yes"],
+            "interval: expected no yes or no",
+        ),
+        (["build", "--input", "EMPTY", "--output", "OUT", "--set", " =1"], "expected key=value"),
+        (["build", "--input", "SAMPLE", "--output", ""], "'--output': is empty"),
         (["build", "--output", "OUT"], "--input"),
         (["sample", "DATASET"], "DATASET"),
     ],

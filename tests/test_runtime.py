@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,9 @@ from occgen_hub.builder import Built, EpisodeRef, Settings, load_builder
 from occgen_hub.builders.internnav import InternNavBuilder
 from occgen_hub.config import load_config
 from occgen_hub.episode import Episode
+from occgen_hub.errors import DatasetError
 from occgen_hub.files import sha256
+from occgen_hub.loading import trajectories
 from occgen_hub.runtime.loop import list_episodes, run
 from occgen_hub.runtime.pool import Order, _feed
 from occgen_hub.runtime.report import unfinished
@@ -720,6 +723,10 @@ def test_one_build_at_a_time(source: Path, out: Path, expected: Tree, command: C
     lock = out / ".logs" / "lock"
     assert not lock.stat().st_size
     assert unfinished(out) == []
+    handle = os.open(out, os.O_RDONLY)  # Of who cannot write the file, the folder.
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    assert command(source, out, "--overwrite")[0] == 2
+    os.close(handle)
     with lock.open("r+") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert unfinished(out) == ["a build is writing here just now"]
@@ -752,6 +759,31 @@ def test_progress_counts_every_frame_and_episode(source: Path, tmp_path: Path) -
     build(source, tmp_path / "out", listener=listener)
     assert frames == {"reconstructed": 9, "built": 9}
     assert episodes == [FIRST, SECOND, THIRD]
+
+
+def test_what_a_dataset_lacks_is_said_as_far_as_it_is_known(out: Path, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(out, tmp_path / "copy"))
+    failed = '{"episode": "a/b/c", "reason": "d"}\n'
+    (place / ".failures-0.jsonl").write_text(failed)  # Of a run that did not end: nobody counts it.
+    assert unfinished(place) == []
+    (place / "failures.jsonl").write_text(failed)
+    assert unfinished(place) == [f"1 episode failed: {place / 'failures.jsonl'} says why"]
+    (place / "report.json").unlink()
+    assert "has not ended" in unfinished(place)[0]
+    (place / ".logs/lock").unlink()
+    (place / ".logs/lock").mkdir()  # Not ours to read.
+    assert unfinished(place) == [f"1 episode failed: {place / 'failures.jsonl'} says why"]
+
+
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(out: Path) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limit[1]))
+    try:
+        with pytest.raises(DatasetError, match="cannot be listed"):
+            trajectories(out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert len(trajectories(out)) == 3
 
 
 # Folders that cannot be written
@@ -789,6 +821,7 @@ def test_full_disk(
             break
         assert code == 1, size
         assert "No space left on device" in errors, size
+        assert not re.search(rf"{root}\S*: cannot be", errors), size  # What is full is the output.
         assert "unforeseen" not in errors + said
         assert "not foreseen" not in errors + said
         assert "Traceback" not in errors

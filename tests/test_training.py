@@ -344,6 +344,14 @@ def test_frames_are_asked_for_by_number(many):
             frames[wrong]
 
 
+def test_frames_of_several_grids_are_no_dataset(sample_tree, tmp_path):
+    for size, limit in ((0.2, None), (0.1, 1)):
+        config = occgen_hub.Config(voxel_size=size)
+        occgen_hub.build("internnav", sample_tree, tmp_path / "out", config=config, limit=limit)
+    with pytest.raises(DatasetError, match="frames of several grids"):
+        OccupancyDataset(tmp_path / "out", keys=("occupancy",))
+
+
 def test_wrong_arguments(many, tmp_path):
     for wrong in (tmp_path / "none", str(tmp_path / "none"), "/no/such/folder", "plain"):
         with pytest.raises(UsageError, match="is not a folder"):

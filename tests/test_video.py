@@ -703,6 +703,7 @@ def test_what_is_no_source_is_a_wrong_command(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text("x")
     (tmp_path / "clip.mp4").write_bytes(b"")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     wrong: list[tuple[Callable[[], object], str]] = [
         (lambda: list_episodes(VideoBuilder(tmp_path / "in")), "neither videos (mp4"),
         (lambda: list_episodes(load_builder("internnav", tmp_path / "clip.mp4")),
@@ -711,6 +712,8 @@ def test_what_is_no_source_is_a_wrong_command(tmp_path: Path) -> None:
         (lambda: check_places(tmp_path / "no", tmp_path / "out"), "is not there; give what to"),
         (lambda: check_places(Path("/dev/null"), tmp_path / "out"), "is not a folder, nor a file"),
         (lambda: check_places(tmp_path / "in", tmp_path / "in" / "out"), "inside the input"),
+        (lambda: check_places(tmp_path / "in", tmp_path), "lies inside the output"),
+        (lambda: check_places(tmp_path / "in", tmp_path / "loop"), "cannot be followed"),
         (lambda: check_places(tmp_path / "clip.mp4", tmp_path / "clip.mp4"), "inside the input"),
         (lambda: check_places(tmp_path / "clip.mp4", tmp_path / "clip.mp4" / "x"), "inside"),
     ]  # fmt: skip

@@ -12,7 +12,25 @@ import click
 
 from occgen_hub.cli.stopping import Stopped
 
-FOLDER = click.Path(file_okay=True, dir_okay=True, path_type=Path)
+
+class _Place(click.Path):
+    """A path; none that is empty, as of a shell's variable that is not set, which would be `.`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path; a failure of usage where it is empty."""
+        if not str(value):
+            self.fail("is empty; give a path, . for this folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+FOLDER = _Place(file_okay=True, dir_okay=True, path_type=Path)
+
+
+def beside(folder: Path, ending: str) -> Path:
+    """Where a picture or a page about a dataset goes by itself: here, but not into the dataset."""
+    dataset, here = folder.resolve(), Path().resolve()
+    name = f"{dataset.name}{ending}"
+    return dataset.parent / name if dataset == here or dataset in here.parents else Path(name)
 
 
 class Examples(click.Command):

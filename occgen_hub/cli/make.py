@@ -220,6 +220,7 @@ def build(
 def _plan(job: Job, executor: str, resources: Resources) -> int:
     from occgen_hub.runtime import cluster
     from occgen_hub.runtime.failures import known
+    from occgen_hub.runtime.launch import processes
 
     if executor in cluster.EXECUTORS:
         cluster.check(executor, resources)
@@ -234,7 +235,7 @@ def _plan(job: Job, executor: str, resources: Resources) -> int:
         if executor == "slurm":
             click.echo(f"The batch script:\n\n{cluster.batch_script(plan, resources)}")
     elif resources.workers or executor == "accelerate":
-        _print_shares(job, resources.workers or 1)
+        _print_shares(job, resources.workers or processes())
     whole = len(job.refs)
     click.echo(f"{missing} of {whole} episodes would be built into {job.out}; nothing was done.")
     return 0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from occgen_hub.cli.command import FOLDER, Examples, progress_bar
+from occgen_hub.cli.command import FOLDER, Examples, beside, progress_bar
 from occgen_hub.cli.stopping import Stopped
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.visual import SEQUENCES
@@ -319,7 +319,7 @@ def report(folder: Path, output: Path | None) -> None:
     """
     from occgen_hub.visual.report import write_report
 
-    place = output or Path(f"{folder.resolve().name}_report.html")
+    place = output or beside(folder, "_report.html")
     with progress_bar("report", unit="trajectory") as progress:
         count = write_report(folder, place, progress)
     s = "y" if count == 1 else "ies"

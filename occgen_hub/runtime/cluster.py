@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from occgen_hub.errors import OccGenError, UsageError
-from occgen_hub.files import dump_json, hold, read_bytes, read_json, written_whole
+from occgen_hub.files import dump_json, hold, read_json, written_whole
 from occgen_hub.runtime import failures, threads
-from occgen_hub.runtime.loop import Job, conclude, left, sole_use, witness
+from occgen_hub.runtime.loop import Job, conclude, left, witness
+from occgen_hub.runtime.output import check_current, make_current, sole_use
 from occgen_hub.runtime.plan import shares
 from occgen_hub.runtime.report import LOGS, begin_report, logged, say
 from occgen_hub.runtime.results import Failure, Listener, Summary
@@ -38,9 +39,6 @@ EPISODES_A_TASK = 8
 CPUS = 4
 MAX_TASKS = 1000
 """Of an array of Slurm's, as most clusters have it."""
-
-CURRENT = "current"
-"""In the folder of logs: which plan the tasks are of that may run."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,7 @@ class BuildShare:
         place = plan.folder / "results" / f"{rank:05d}.json"
         place.parent.mkdir(parents=True, exist_ok=True)
         with _alone(place.with_suffix(".lock")), sole_use(job.out, shared=True):
-            _check_current(plan)
+            check_current(job.out, plan.name)
             engine = job.settings.engine
             if engine.uses_device():
                 engine = engine.on(self.device)
@@ -173,7 +171,7 @@ class Finish:
         """Write them; raises OccGenError where that cannot be done."""
         plan, job = self.plan, self.plan.job
         with sole_use(job.out), logged(job.out):
-            _check_current(plan)
+            check_current(job.out, plan.name)
             summary = Summary()
             for rank in range(len(plan.taken)):
                 summary.merge(_told(plan, rank))
@@ -211,15 +209,7 @@ def _unfinished(plan: Plan, rank: int) -> Summary:
     """Of a task that did not end."""
     refs = [plan.job.refs[number] for number in plan.taken[rank]]
     log = plan.folder / f"logs/task_{rank:05d}.log"
-    return left(plan.job, refs, f"task {rank} did not end; see {log} and run the same build again.")
-
-
-def _check_current(plan: Plan) -> None:
-    path = plan.folder.parent / CURRENT
-    if read_bytes(path).decode(errors="replace").strip() != plan.name:
-        raise OccGenError(
-            f"{path}: a newer build into {plan.job.out} took this one's place; cancel this one."
-        )
+    return left(plan.job, refs, f"task {rank} did not end; see {log} and run the same build again")
 
 
 @contextmanager
@@ -249,8 +239,7 @@ def run_cluster(job: Job, executor: str, resources: Resources) -> Summary | None
     plan = make_plan(job, resources.tasks)
     with sole_use(job.out):
         plan.folder.mkdir(parents=True, exist_ok=True)
-        with written_whole(plan.folder.parent / CURRENT) as partial:
-            partial.write_text(plan.name + "\n")
+        make_current(job.out, plan.name, job.choices)
         for rank in plan.todo:
             for name in (f"completions/{rank:05d}", f"results/{rank:05d}.json"):
                 (plan.folder / name).unlink(missing_ok=True)

@@ -28,7 +28,8 @@ from occgen_hub.builder import EpisodeRef
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.files import dump_json, parse_json, read_json
 from occgen_hub.runtime import failures
-from occgen_hub.runtime.loop import RUN, Job, conclude, left, sole_use, witness
+from occgen_hub.runtime.loop import RUN, Job, conclude, left, witness
+from occgen_hub.runtime.output import check_current, make_current, sole_use
 from occgen_hub.runtime.plan import shares
 from occgen_hub.runtime.report import begin_report, logged, say
 from occgen_hub.runtime.results import Result, Summary, Tally
@@ -169,9 +170,10 @@ def run_shared(
     process and None in the others. Raises as `run_job` does, in the first process.
     """
     with ExitStack() as held:
-        together(group, lambda: _cleared(job, group))
-        together(group, lambda: _held(held, job, group))
-        place, failed = _place(job.out), failures.known(job.out)
+        name = _name()
+        together(group, lambda: _cleared(job, group, name))
+        together(group, lambda: _held(held, job, group, name))
+        place, failed = job.out / RUN / name, failures.known(job.out)
         together(group, lambda: _made(place))
         plan = agreed(job, group)
         refs = together(group, lambda: _own(job, plan[group.rank]))
@@ -194,30 +196,32 @@ def run_shared(
         return None
 
 
-def _cleared(job: Job, group: Group) -> None:
-    """Find the output free, and take away what an earlier run left of itself."""
+def _cleared(job: Job, group: Group, name: str) -> None:
+    """Find the output free, take earlier runs' place, and take away what they left there."""
     if group.rank == 0:
         with sole_use(job.out):
+            make_current(job.out, name, job.choices)
             shutil.rmtree(job.out / RUN, ignore_errors=True)
             begin_report(job.out)
 
 
-def _held(held: ExitStack, job: Job, group: Group) -> None:
+def _held(held: ExitStack, job: Job, group: Group, name: str) -> None:
     """Hold the output, each process for itself: one that is lost, but alive, still does."""
     held.enter_context(sole_use(job.out, shared=True))
+    check_current(job.out, name)  # Another run may have come between.
     if group.rank == 0:
         held.callback(shutil.rmtree, job.out / RUN, ignore_errors=True)
     held.enter_context(logged(job.out, f"build-{group.rank}" if group.rank else "build"))
 
 
-def _place(out: Path) -> Path:
-    """Where the processes of this run tell one another of themselves: the same for all of them."""
+def _name() -> str:
+    """What this run is called: the same in all processes."""
     from accelerate.utils import broadcast_object_list
 
     name = [uuid.uuid4().hex]
     with _meeting():
         broadcast_object_list(name)
-    return out / RUN / name[0]
+    return name[0]
 
 
 def _made(folder: Path) -> None:
@@ -237,17 +241,24 @@ def _say(path: Path, value: dict[str, Any]) -> None:
 
 
 class _Silence:
-    """For how long a process has not said how far it is, by the clock of the one that listens."""
+    """For how long a process has not said how far it is, by the clock of the one that listens.
+
+    From one look to the next two seconds count at most: whoever was stopped meanwhile, as jobs are
+    by their schedulers, could not listen.
+    """
 
     def __init__(self, place: Path, rank: int) -> None:
         self._path = place / f"{rank}.tally"
-        self._heard, self._since = self._word(), time.monotonic()
+        self._heard, self._looked, self._silent = self._word(), time.monotonic(), 0.0
 
     def is_long(self) -> bool:
         """Whether it is over LOST."""
+        now = time.monotonic()
+        self._silent += min(now - self._looked, 2 * SECOND)
+        self._looked = now
         if (heard := self._word()) != self._heard:
-            self._heard, self._since = heard, time.monotonic()
-        return time.monotonic() - self._since > LOST
+            self._heard, self._silent = heard, 0.0
+        return self._silent > LOST
 
     def _word(self) -> tuple[int, int] | None:
         try:
@@ -268,7 +279,7 @@ def _awaited(job: Job, place: Path, plan: list[list[str]]) -> list[Summary]:
                 told[rank] = Summary.from_json(read_json(said))
             elif silences[rank].is_long():
                 reason = f"process {rank} was lost; see what its host says, and run the same build"
-                told[rank] = left(job, _own(job, plan[rank]), f"{reason} again.")
+                told[rank] = left(job, _own(job, plan[rank]), f"{reason} again")
         time.sleep(SECOND / 10)
     return [told[rank] for rank in sorted(told)]
 

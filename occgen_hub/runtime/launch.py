@@ -36,14 +36,20 @@ def executor_for(named: str | None, workers: int | None) -> str:
     return chosen
 
 
+def processes() -> int:
+    """How many there are without a number of them: one a GPU or, without GPUs, one a core."""
+    import torch
+
+    return torch.cuda.device_count() or len(os.sched_getaffinity(0))
+
+
 def launch(count: int | None) -> int:
     """Run this very command in `count` processes on this host, and return its exit code.
 
     That is the number of a signal below zero, if one stopped it, of which the processes leave it to
-    the caller to speak. There are as many as there are GPUs if no number is given or, without GPUs,
-    cores. They are started by torch's elastic launcher, which torchrun and accelerate's use.
+    the caller to speak. They are started by torch's elastic launcher, which torchrun and
+    accelerate's use.
     """
-    import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -51,7 +57,7 @@ def launch(count: int | None) -> int:
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=count or torch.cuda.device_count() or len(os.sched_getaffinity(0)),
+        nproc_per_node=count or processes(),
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
 import shutil
 import time
+import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,15 @@ from occgen_hub.card import is_own, write_card
 from occgen_hub.config import Config
 from occgen_hub.engines import AUTO, Auto, Engine, load_engine, network_engine
 from occgen_hub.errors import OccGenError, UsageError
-from occgen_hub.files import hold, printable
+from occgen_hub.files import printable
 from occgen_hub.lerobot.writer import Media
 from occgen_hub.loading import trajectories
 from occgen_hub.runtime import failures
+from occgen_hub.runtime.output import current, make_current, sole_use
 from occgen_hub.runtime.pool import Order, in_processes
-from occgen_hub.runtime.report import LOCK, LOGS, begin_report, logged, note, say, write_report
+from occgen_hub.runtime.report import begin_report, logged, note, say, write_report
 from occgen_hub.runtime.results import Failure, Listener, Result, Summary
-from occgen_hub.runtime.work import build_each, summed
+from occgen_hub.runtime.work import build_each, is_repeated, summed
 from occgen_hub.shards import remove_shards, write_shards
 
 RUN = ".run"
@@ -42,10 +44,20 @@ def check_places(root: Path, out: Path) -> None:
     if not (root.is_dir() or root.is_file()):
         problem = "is not a folder, nor a file" if root.exists() else "is not there"
         raise UsageError(f"{root}: {problem}; give what to read as --input.")
-    source, target = root.resolve(), out.resolve()
+    try:
+        source, target = root.resolve(), out.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: of a link to itself.
+        raise UsageError(
+            f"{out}: cannot be followed ({error}); choose another --output."
+        ) from error
     if target == source or source in target.parents:
         raise UsageError(
             f"{out}: the output lies inside the input {root}; choose an --output outside it."
+        )
+    if target in source.parents and root.is_dir():
+        raise UsageError(
+            f"{out}: the input {root} lies inside the output, and would be taken for a part of the "
+            "dataset; choose an --output beside it."
         )
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; give a folder as --output.")
@@ -134,6 +146,12 @@ class Job:
     settings: Settings
     parquet_occupancy: bool = True
 
+    @property
+    def choices(self) -> str:
+        """A digest of how its episodes are built."""
+        settings = replace(self.settings, overwrite=False, retry_failed=False)
+        return hashlib.sha256(str(settings).encode()).hexdigest()[:12]
+
     def described(self) -> dict[str, Any]:
         """What a report says of it."""
         settings = self.settings
@@ -202,6 +220,9 @@ def run_job(job: Job, workers: int = 1, listener: Listener | None = None) -> Sum
     workers = min(workers, len(job.refs))
     with sole_use(job.out), logged(job.out):
         failed = failures.known(job.out)
+        if current(job.out)[1:] != [job.choices]:
+            with suppress(OccGenError):  # Where that cannot be written, no task can write either.
+                make_current(job.out, uuid.uuid4().hex, job.choices)
         say(f"begins: {len(job.refs)} episodes, {workers} processes")
         begin_report(job.out)
         results = (
@@ -224,16 +245,26 @@ def witness(out: Path, result: Result, process: str = "0") -> None:
 
 
 def left(job: Job, refs: Sequence[EpisodeRef], reason: str) -> Summary:
-    """Of a process that did not end: its episodes that are there, and each other one as failed."""
-    summary = Summary()
+    """Of a process that did not end: its episodes that are there, and each other one as failed.
+
+    With the reason that it recorded itself, where it came to that. Which of them it built anew
+    nobody knows, so that none counts as there where all were to be.
+    """
+    summary, known = Summary(remarks=[reason]), failures.known(job.out)
+    tried = replace(job.settings, retry_failed=False)
     for ref in refs:
+        failed = known.get(ref.id)
+        if failed and is_repeated(job.builder, ref, job.out, tried, failed):
+            summary.failures.append(failed)
+            continue
         try:
-            if job.builder.outdated(ref, job.out, job.settings) is None:
-                summary.present += 1
-                continue
+            there = job.builder.outdated(ref, job.out, job.settings) is None
         except OccGenError:
-            pass
-        summary.failures.append(Failure(ref.id, f"{ref.path}: {reason}"))
+            there = False
+        if there and not job.settings.overwrite:
+            summary.present += 1
+        else:
+            summary.failures.append(Failure(ref.id, f"{ref.path}: {reason}."))
     return summary
 
 
@@ -293,41 +324,3 @@ def finish(
     if is_own(card):
         return []
     return [f"{card} is not occgen-hub's, and was left as it was; move it away to have a card made"]
-
-
-# The output folder
-
-
-@contextmanager
-def sole_use(out: Path, *, shared: bool = False) -> Iterator[None]:
-    """Hold the output folder, so that two builds do not write the same trajectory at once.
-
-    shared: beside others that hold it so, as the tasks of one build do. Raises UsageError where
-    the folder cannot be made, or is held.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        handle = _lockable(out)
-    except OSError as error:
-        raise UsageError(
-            f"{out}: cannot be made or opened ({error.strerror}); choose another --output."
-        ) from error
-    try:
-        if not hold(handle, shared=shared):
-            raise UsageError(
-                f"{out}: another build is writing here; wait for it or choose another --output."
-            )
-        yield
-    finally:
-        os.close(handle)
-
-
-def _lockable(out: Path) -> int:
-    """A handle of what stands for the folder: a file open for writing, as NFS asks of a lock that
-    other hosts see (flock(2)), or the folder itself where none can be made.
-    """
-    try:
-        (out / LOGS).mkdir(exist_ok=True)
-        return os.open(out / LOGS / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError:
-        return os.open(out, os.O_RDONLY | os.O_CLOEXEC)

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from occgen_hub.errors import OccGenError
 from occgen_hub.files import dump_json, hold, opened, written_whole
 from occgen_hub.runtime.failures import FAILURES, known
 from occgen_hub.runtime.results import Failure, Result, Summary
@@ -101,18 +102,18 @@ def unfinished(out: Path) -> list[str]:
 
     Nothing of one that came from elsewhere, without its logs.
     """
-    said, lock = [], out / LOGS / LOCK
-    if lock.is_file():
-        with opened(lock) as file:
-            held = not hold(file.fileno(), shared=True)
-        if held:
-            said.append("a build is writing here just now")
-        elif not (out / REPORT).exists():
-            said.append(f"the last build has not ended (no {REPORT}); wait for it, or run it again")
-    if count := len(known(out)):
+    try:
+        with opened(out / LOGS / LOCK) as file:
+            if not hold(file.fileno(), shared=True):
+                return ["a build is writing here just now"]
+        if not (out / REPORT).exists():
+            return [f"the last build has not ended (no {REPORT}); wait for it, or run it again"]
+    except (OSError, OccGenError):  # Then nobody left word.
+        pass
+    if (out / FAILURES).is_file() and (count := len(known(out))):
         s = "" if count == 1 else "s"
-        said.append(f"{count} episode{s} failed: {out / FAILURES} says why")
-    return said
+        return [f"{count} episode{s} failed: {out / FAILURES} says why"]
+    return []
 
 
 def describe(summary: Summary, run: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import resource
 import socket
 import threading
@@ -109,7 +110,9 @@ def _guarded[Result](
     except MemoryError:
         return Failure(ref.id, f"{ref.path}: needs more memory than there is; use fewer --workers.")
     except OSError as error:
-        place = error.filename or out / ref.id
+        # Of a copy, the place that it goes to; where that is full, no file is at fault.
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        place = out if full else error.filename2 or error.filename or out / ref.id
         said = error.strerror or str(error)
         return Failure(
             ref.id, f"{place}: cannot be read or written ({said}); mend that and run again."
