@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from occgen_hub.errors import OccGenError, UsageError
-from occgen_hub.files import hold, read_bytes, written_whole
+from occgen_hub.files import hold, read_bytes
 from occgen_hub.runtime.report import LOCK, LOGS
 
 CURRENT = "current"
@@ -19,13 +19,14 @@ CURRENT = "current"
 def make_current(out: Path, name: str, choices: str) -> None:
     """Have a run take the place of earlier ones, of which tasks may still be waiting somewhere.
 
-    choices: a digest of what it was asked for. Raises OccGenError where that cannot be written.
+    choices: a digest of what it was asked for. To be called while the output is held, as whoever
+    reads it does, so that it is written in place: a file of another inode under the same name is
+    seen late over NFS. Raises OccGenError where that cannot be written.
     """
     path = out / LOGS / CURRENT
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as partial:
-            partial.write_text(f"{name}\n{choices}\n", encoding="utf-8")
+        path.write_text(f"{name}\n{choices}\n", encoding="utf-8")
     except OSError as error:
         raise OccGenError(
             f"{path}: cannot be written ({error.strerror}); mend that and run again."
