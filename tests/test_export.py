@@ -576,6 +576,42 @@ def test_occupancy_of_other_frames_is_refused(built, mine, tmp_path):
         with_occupancy(mine)
 
 
+URGENT = """
+import os, sys, threading, time
+from pathlib import Path
+from occgen_hub.exporting import export
+
+seen, done = set(), threading.Event()
+
+def look():
+    while not done.is_set():
+        for thread in os.listdir("/proc/self/task"):
+            try:
+                seen.add(os.sched_getscheduler(int(thread)))
+            except ProcessLookupError:
+                pass
+        time.sleep(0.005)
+
+looking = threading.Thread(target=look)
+looking.start()
+export(Path(sys.argv[1]), Path(sys.argv[2]))
+done.set()
+looking.join()
+assert "libSvtAv1Enc" in Path("/proc/self/maps").read_text()
+print(seen, os.sched_getscheduler(0))
+"""
+
+
+def test_an_export_is_no_more_urgent_than_other_work(built, tmp_path):
+    """SVT-AV1 would schedule itself, and all that follows, before everything else (as root)."""
+    done = subprocess.run(
+        [sys.executable, "-c", URGENT, built, tmp_path / "out"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[-2] == "{0} 0"
+
+
 def test_our_own_dataset_names_the_one_for_an_export(made):
     with pytest.raises(UsageError, match=r"is an export, of which LeRobotOccupancyDataset reads"):
         OccupancyDataset(made)

@@ -17,6 +17,7 @@ from PIL import Image
 
 from occgen_hub.errors import DatasetError, OccGenError
 from occgen_hub.files import ABSENT, files_under
+from occgen_hub.lerobot.urgency import never_urgent
 from occgen_hub.loading import REBUILD, Trajectory
 from occgen_hub.schema import Feature, Schema
 
@@ -122,7 +123,7 @@ def write(
     frames done since it was last told. Raises DatasetError for a trajectory that cannot be read,
     OccGenError for what LeRobot does not take, and OSError.
     """
-    with _hushed():
+    with _hushed(), never_urgent():
         dataset, stats = None, MatrixStatistics()
         try:
             for trajectory in found:
