@@ -452,7 +452,7 @@ def test_places_that_will_not_do(built, made, tmp_path, place):
         "file": (built, tmp_path / "file", "no folder"),
         "itself": (made, tmp_path / "x", "is an export already"),
         "trajectory": (trajectories(built)[0], tmp_path / "x", "is one trajectory"),
-        "no": (tmp_path / "no", tmp_path / "x", "holds no trajectory"),
+        "no": (tmp_path / "no", tmp_path / "x", "is not a folder"),
     }[place]
     with pytest.raises(UsageError, match=said):
         export(root, out)

@@ -218,6 +218,9 @@ def test_a_dataset_that_is_not_whole_is_told_of(desk, folder):
     result = desk.push(folder, "--dry-run")
     assert result.returncode == 0, result.stderr
     assert "Warning: the last build has not ended (no report.json)" in result.stderr
+    (folder / "report.json").write_text("{}")
+    result = desk.push(folder, "--dry-run")
+    assert result.returncode == 0, result.stderr
     assert f"Warning: 1 episode failed: {folder}/failures.jsonl says why." in result.stderr
 
 
