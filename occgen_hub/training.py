@@ -72,7 +72,7 @@ class OccupancyDataset(Dataset[dict[str, Any]]):
 
     source: the dataset's folder, or its name on the Hub, "org/name", of which `revision` is
     fetched into the Hub's cache, as far as `keys` need it. Opening reads the shards' metadata and
-    two small columns, an item one row group of occupancy, and of media the one image asked for.
+    their small columns, an item one row group of occupancy, and of media the one image asked for.
     Processes of a DataLoader, forked or spawned, open the files each for itself.
 
     An item is a dict of those of `keys` that were asked for, all but depth by default:

@@ -232,6 +232,14 @@ def on_two_hosts(
         return list(both.map(host, range(2)))
 
 
+def check_goes_on(source: Path, out: Path, expected: Tree) -> None:
+    """The same build, started again, does what the one before left."""
+    done = finished(command(source, out))
+    assert done.returncode == 0, done.stderr
+    assert tree(out) == expected
+    assert not (out / ".run").exists()
+
+
 @pytest.mark.slow
 def test_two_hosts(source: Path, expected: Tree, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -259,9 +267,7 @@ def test_a_host_that_is_lost_is_told_of_and_holds_up_nobody(
         "process 1 was lost; see what its host says, and run the same build again." in first.stdout
     )
     assert not (out / ".run").exists()
-    done = finished(command(source, out))
-    assert done.returncode == 0, done.stderr
-    assert tree(out) == expected
+    check_goes_on(source, out, expected)
 
 
 @pytest.mark.slow
@@ -273,10 +279,7 @@ def test_without_the_first_host_the_other_ends_as_well(
     assert first.returncode == 1
     assert second.returncode == 1
     assert not (out / "report.json").exists()
-    done = finished(command(source, out))
-    assert done.returncode == 0, done.stderr
-    assert tree(out) == expected
-    assert not (out / ".run").exists()
+    check_goes_on(source, out, expected)
 
 
 @pytest.mark.slow

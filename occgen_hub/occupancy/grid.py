@@ -52,6 +52,16 @@ class Grid:
         ).astype(np.float32)
         return centres
 
+    def columns(self, places: NDArray[np.floating]) -> tuple[NDArray[np.bool_], NDArray[np.int32]]:
+        """(n,) whether (n, 3) places lie in the grid, and (m,) the columns of those that do.
+
+        places: counted in cells from the lower corner.
+        """
+        inside = np.asarray(((places >= 0) & (places < self.shape)).all(axis=1))
+        i, j, k = places[inside].astype(np.int32).T
+        _, ny, nz = self.shape
+        return inside, (i * ny + j) * nz + k
+
 
 @dataclass(frozen=True)
 class SceneGrid:

@@ -24,8 +24,4 @@ def moved(cells: NDArray[np.integer], motion: NDArray[np.float64], grid: Grid) -
     camera = grid.camera_in_cells
     centres = np.stack(np.unravel_index(cells, grid.shape), axis=-1) + 0.5 - camera
     there = centres @ motion[:3, :3].T + motion[:3, 3] / grid.voxel_size + camera
-    inside = ((there >= 0) & (there < grid.shape)).all(axis=1)
-    i, j, k = there[inside].astype(np.int32).T
-    _, ny, nz = grid.shape
-    found: NDArray[np.int32] = np.unique((i * ny + j) * nz + k)
-    return found
+    return np.unique(grid.columns(there)[1])

@@ -95,8 +95,7 @@ def make_plan(job: Job, tasks: int | None = None) -> Plan:
     count = min(tasks or min(MAX_TASKS, -(-len(job.refs) // EPISODES_A_TASK)), len(job.refs))
     work = [job.builder.work(ref) for ref in job.refs]
     taken = shares(work, count)
-    settings = replace(job.settings, overwrite=False, retry_failed=False)
-    said = [[[job.refs[n].id for n in numbers] for numbers in taken], str(settings)]
+    said = [[[job.refs[n].id for n in numbers] for numbers in taken], job.asked]
     name = hashlib.sha256(dump_json(said).encode()).hexdigest()[:12]
     known = failures.known(job.out)
     todo = [rank for rank, numbers in enumerate(taken) if _left(job, numbers, known)]

@@ -147,10 +147,14 @@ class Job:
     parquet_occupancy: bool = True
 
     @property
+    def asked(self) -> str:
+        """How its episodes are built, whichever of them are."""
+        return str(replace(self.settings, overwrite=False, retry_failed=False))
+
+    @property
     def choices(self) -> str:
-        """A digest of how its episodes are built."""
-        settings = replace(self.settings, overwrite=False, retry_failed=False)
-        return hashlib.sha256(str(settings).encode()).hexdigest()[:12]
+        """A digest of `asked`."""
+        return hashlib.sha256(self.asked.encode()).hexdigest()[:12]
 
     def described(self) -> dict[str, Any]:
         """What a report says of it."""

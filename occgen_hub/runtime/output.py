@@ -12,6 +12,9 @@ from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.files import hold, read_bytes
 from occgen_hub.runtime.report import LOCK, LOGS
 
+_PAUSES = (0, 0.01, 0.05, 0.2)
+"""Seconds before each try to hold an output."""
+
 CURRENT = "current"
 """Among the logs: the run that may write, and a digest of what it was asked for."""
 
@@ -25,7 +28,6 @@ def make_current(out: Path, name: str, choices: str) -> None:
     """
     path = out / LOGS / CURRENT
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{name}\n{choices}\n", encoding="utf-8")
     except OSError as error:
         raise OccGenError(
@@ -74,17 +76,13 @@ def sole_use(out: Path, *, shared: bool = False) -> Iterator[None]:
 
 def _held(handle: int, out: Path, *, shared: bool) -> None:
     """Hold it, if need be after a moment, for which others look whether it is held."""
-    for moment in (*_MOMENTS, None):
+    for pause in _PAUSES:
+        time.sleep(pause)
         if hold(handle, shared=shared):
             return
-        if moment is not None:
-            time.sleep(moment)
     raise UsageError(
         f"{out}: another build is writing here; wait for it or choose another --output."
     )
-
-
-_MOMENTS = (0.01, 0.05, 0.2)
 
 
 def _lockable(out: Path) -> list[int]:

@@ -46,13 +46,10 @@ class FrameCells:
         """(n,) whether (n, 3) points, world, metres, lie in one of the cells."""
         pose, grid = self.world_from_camera, self.grid
         local = (points - pose[:3, 3]) @ pose[:3, :3]
-        there = local / grid.voxel_size + grid.camera_in_cells
-        inside = np.flatnonzero(((there >= 0) & (there < grid.shape)).all(axis=1))
-        i, j, k = there[inside].astype(np.int64).T
+        found, columns = grid.columns(local / grid.voxel_size + grid.camera_in_cells)
         taken = np.zeros(grid.cells, np.bool_)
         taken[self.columns] = True
-        found = np.zeros(len(points), np.bool_)
-        found[inside] = taken[(i * grid.shape[1] + j) * grid.shape[2] + k]
+        found[found] = taken[columns]
         return found
 
 
