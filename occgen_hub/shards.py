@@ -23,8 +23,11 @@ from numpy.typing import NDArray
 
 from occgen_hub.errors import DatasetError, SourceError
 from occgen_hub.files import (
+    LINK_OUT,
     PARQUET_DAMAGE,
+    PUT_FILE,
     dump_json,
+    leads_out,
     no_parquet,
     opened,
     parquet_file,
@@ -91,8 +94,16 @@ class Row(NamedTuple):
 
 
 def shards(root: Path) -> list[Path]:
-    """The shards of a dataset, sorted; none where they were left out."""
-    return sorted((root / FOLDER).glob(PATTERN))
+    """The shards of a dataset, sorted; none where they were left out.
+
+    Raises DatasetError where one of them, or their folder, is a link out of the dataset.
+    """
+    folder = root / FOLDER
+    found = sorted(folder.glob(PATTERN))
+    for path in (folder, *found):
+        if leads_out(path, root):
+            raise DatasetError(path, LINK_OUT, PUT_FILE)
+    return found
 
 
 def write_shards(
