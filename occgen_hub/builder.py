@@ -161,6 +161,7 @@ class DatasetBuilder(ABC):
         """
         place = out / ref.id
         clear_leftovers(place)
+        check_replaceable(place, load_schema(self.schema))
         engine = settings.engine.for_episode(ref.id, has_depth=self.has_depth(ref))
         provenance = self.provenance(engine, settings)
         reason = None
@@ -190,6 +191,7 @@ class DatasetBuilder(ABC):
             _write(folder, schema, episode, found.scene, found.provenance, clock, progress)
             if _stamps(found.sources) != found.stamps:
                 raise ChangedError(ref.path, "changed while it was read", "run the build again")
+            check_replaceable(out / ref.id, schema)
             _remember(folder, _newest(found.sources))
         notes = (*episode.notes, *found.scene.notes)
         if found.reason not in (None, "is not there"):
@@ -242,8 +244,9 @@ class DatasetBuilder(ABC):
     def outdated(self, ref: EpisodeRef, out: Path, settings: Settings) -> str | None:
         """Why `out / ref.id` is not what building would give, as far as its record tells.
 
-        None if it is; "is not there" if there is nothing.
+        None if it is; "is not there" if there is nothing. Raises as `check_replaceable` does.
         """
+        check_replaceable(out / ref.id, load_schema(self.schema))
         engine = settings.engine.for_episode(ref.id, has_depth=self.has_depth(ref))
         return self._compare(ref, out, self.provenance(engine, settings))[0]
 
@@ -378,6 +381,23 @@ def _next(frames: Iterator[FrameOccupancy], clock: Stopwatch) -> FrameOccupancy 
     """The next frame, the wait for it counted as occupancy."""
     with clock("occupancy"):
         return next(frames, None)
+
+
+def check_replaceable(place: Path, schema: Schema) -> None:
+    """Raise UsageError where a trajectory's place holds something that no build wrote.
+
+    What a build wrote has a record, be it a damaged one. An empty folder may be replaced as well.
+    """
+    if not os.path.lexists(place) or os.path.lexists(place / schema.path("record")):
+        return
+    with suppress(OSError):
+        if not place.is_symlink() and not any(place.iterdir()):
+            return
+    kind = "folder" if place.is_dir() else "file"
+    raise UsageError(
+        f"{place}: is a {kind} that occgen-hub did not build (it has no {schema.path('record')}), "
+        "and is left as it is; choose another --output, or move it away."
+    )
 
 
 def clear_leftovers(place: Path) -> None:

@@ -106,6 +106,24 @@ def shards(root: Path) -> list[Path]:
     return found
 
 
+def _own_shards(root: Path) -> list[Path]:
+    """`shards`, which may be replaced; raises DatasetError where a file is none that we wrote.
+
+    One that cannot be read may be one of ours.
+    """
+    found = shards(root)
+    for path in found:
+        try:
+            with opened(path) as file:
+                ours = _KEY in (pq.read_metadata(file).metadata or {})
+        except (SourceError, pa.ArrowException, OSError, ValueError):
+            continue
+        if not ours:
+            problem = "stands in the place of a shard, and occgen-hub did not write it"
+            raise DatasetError(path, problem, "move it away, and run the build again")
+    return found
+
+
 def write_shards(
     root: Path,
     workers: int = 1,
@@ -129,7 +147,7 @@ def write_shards(
         partial.unlink()
     plan = _plan(_pieces(root, shard_bytes, leave_out), shard_bytes)
     places = [folder / NAME.format(n, len(plan)) for n in range(len(plan))]
-    there = {path: None if overwrite else _origin(path) for path in shards(out)}
+    there = {path: None if overwrite else _origin(path) for path in _own_shards(out)}
     missing = []
     for place, pieces in zip(places, plan, strict=True):
         origin = _describe(pieces)
@@ -152,7 +170,7 @@ def write_shards(
 def remove_shards(root: Path) -> None:
     """Remove the shards of a dataset, and their folder if nothing else is in it."""
     folder = root / FOLDER
-    for path in (*shards(root), *folder.glob(".*.partial")):
+    for path in (*_own_shards(root), *folder.glob(".*.partial")):
         path.unlink()
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
