@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from occgen_hub.builder import Settings, load_builder
+from occgen_hub.builder import Settings, load_builder, source_stamp
 from occgen_hub.cli import cli
 from occgen_hub.config import Config
 from occgen_hub.errors import OccGenError, UsageError
@@ -122,3 +124,99 @@ def test_an_empty_folder_and_a_damaged_trajectory_are_replaced(source, tmp_path)
     (there / RECORD).write_text("{}")
     assert build(source, out).status == "built"
     assert build(source, out).status == "present"
+
+
+# When it is replaced
+
+FUTURE = 4_102_444_800
+"""The first second of the year 2100, as a camera whose clock is wrong has it."""
+
+
+def touch(path: Path, seconds: float) -> None:
+    os.utime(path, (seconds, seconds))
+
+
+def other_bytes(path: Path) -> None:
+    """Another JPEG of the same size: one byte of its header differs."""
+    data = bytearray(path.read_bytes())
+    data[15] ^= 1
+    path.write_bytes(data)
+
+
+def another_size(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def other_bytes_at_the_same_time(path: Path) -> None:
+    stat = path.stat()
+    other_bytes(path)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def another_file_moved_there(path: Path) -> None:
+    """With the size and times of the old one."""
+    stat, new = path.stat(), path.with_name("new")
+    shutil.copy(path, new)
+    other_bytes(new)
+    os.utime(new, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    new.replace(path)
+
+
+@pytest.mark.parametrize(
+    "change", [other_bytes, another_size, other_bytes_at_the_same_time, another_file_moved_there]
+)
+@pytest.mark.parametrize("which", ["the same file", "another file"])
+def test_a_change_is_noticed_though_a_file_is_of_the_future(mine, tmp_path, change, which):
+    images = sorted((place(mine, mine) / RGB).iterdir())
+    touch(images[0], FUTURE)
+    out = tmp_path / "out"
+    assert build(mine, out).status == "built"
+    assert build(mine, out).status == "present"
+    changed = images[0] if which == "the same file" else images[1]
+    change(changed)
+    if changed == images[0]:
+        touch(changed, FUTURE)
+    assert build(mine, out).status == "built"
+    assert build(mine, out).status == "present"
+
+
+def test_unchanged_files_of_the_future_are_not_read_again(mine, tmp_path, monkeypatch):
+    builder = load_builder("internnav", mine)
+    (ref,) = builder.episodes()
+    for path in builder.sources(ref):
+        touch(path, FUTURE)
+    out = tmp_path / "out"
+    assert build(mine, out).status == "built"
+    read = []
+    own = type(builder).fingerprint
+    monkeypatch.setattr(
+        type(builder), "fingerprint", lambda self, paths: read.append(1) or own(self, paths)
+    )
+    assert build(mine, out).status == "present"
+    assert not read
+    touch(builder.sources(ref)[-1], FUTURE + 1)
+    for _ in range(2):
+        assert build(mine, out).status == "present"
+        assert read == [1]
+
+
+def test_the_stamp_tells_files_apart_and_not_where_they_are(tmp_path):
+    home = tmp_path / "top/home"
+    (home / "inner").mkdir(parents=True)
+    paths = [home / "a", home / "inner/b"]
+    for path in paths:
+        path.write_text("content")
+    first = source_stamp(paths)
+    assert source_stamp(paths) == first
+    (tmp_path / "top").rename(tmp_path / "moved")
+    moved = [tmp_path / "moved/home/a", tmp_path / "moved/home/inner/b"]
+    assert source_stamp(moved) == first
+    assert source_stamp(moved[::-1]) != first
+    assert source_stamp(moved[:1]) != first
+    assert abs(first / 10**9 - time.time()) < 60
+
+
+def test_a_time_beyond_what_a_file_system_has_is_no_error(mine, tmp_path):
+    touch(sorted((place(mine, mine) / RGB).iterdir())[0], 9_000_000_000)
+    assert build(mine, tmp_path / "out").status == "built"
+    assert build(mine, tmp_path / "out").status == "present"
