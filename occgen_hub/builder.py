@@ -161,13 +161,14 @@ class DatasetBuilder(ABC):
         """
         place = out / ref.id
         clear_leftovers(place)
+        check_replaceable(place, load_schema(self.schema))
         engine = settings.engine.for_episode(ref.id, has_depth=self.has_depth(ref))
         provenance = self.provenance(engine, settings)
         reason = None
         if not settings.overwrite:  # Comparing may mean reading all sources.
-            reason, changed = self._compare(ref, out, provenance)
+            reason, stamp = self._compare(ref, out, provenance)
             if reason is None:
-                _remember(place, changed)
+                _remember(place, stamp)
                 return Built(ref.id, "present", 0)
 
         clock = Stopwatch()
@@ -190,7 +191,8 @@ class DatasetBuilder(ABC):
             _write(folder, schema, episode, found.scene, found.provenance, clock, progress)
             if _stamps(found.sources) != found.stamps:
                 raise ChangedError(ref.path, "changed while it was read", "run the build again")
-            _remember(folder, _newest(found.sources))
+            check_replaceable(out / ref.id, schema)
+            _remember(folder, source_stamp(found.sources))
         notes = (*episode.notes, *found.scene.notes)
         if found.reason not in (None, "is not there"):
             notes = (Note("built again", f"what was there {found.reason}: built again"), *notes)
@@ -242,15 +244,16 @@ class DatasetBuilder(ABC):
     def outdated(self, ref: EpisodeRef, out: Path, settings: Settings) -> str | None:
         """Why `out / ref.id` is not what building would give, as far as its record tells.
 
-        None if it is; "is not there" if there is nothing.
+        None if it is; "is not there" if there is nothing. Raises as `check_replaceable` does.
         """
+        check_replaceable(out / ref.id, load_schema(self.schema))
         engine = settings.engine.for_episode(ref.id, has_depth=self.has_depth(ref))
         return self._compare(ref, out, self.provenance(engine, settings))[0]
 
     def _compare(
         self, ref: EpisodeRef, out: Path, provenance: Provenance
     ) -> tuple[str | None, int]:
-        """`outdated`, and when the sources last changed (0 if it does not come to that)."""
+        """`outdated`, and the stamp of the sources (0 if it does not come to that)."""
         place, schema = out / ref.id, load_schema(self.schema)
         mark = place / schema.path("record")
         if not place.exists():
@@ -270,9 +273,9 @@ class DatasetBuilder(ABC):
         if not all((place / name).is_file() for name in files):
             return "lacks files", 0
         sources = self.sources(ref)
-        changed = _newest(sources)
-        if changed == place.stat().st_mtime_ns or self.fingerprint(sources) == recorded:
-            return None, changed
+        stamp = source_stamp(sources)
+        if stamp == place.stat().st_mtime_ns or self.fingerprint(sources) == recorded:
+            return None, stamp
         return "was built from a source that has changed", 0
 
 
@@ -380,6 +383,23 @@ def _next(frames: Iterator[FrameOccupancy], clock: Stopwatch) -> FrameOccupancy 
         return next(frames, None)
 
 
+def check_replaceable(place: Path, schema: Schema) -> None:
+    """Raise UsageError where a trajectory's place holds something that no build wrote.
+
+    What a build wrote has a record, be it a damaged one. An empty folder may be replaced as well.
+    """
+    if not os.path.lexists(place) or os.path.lexists(place / schema.path("record")):
+        return
+    with suppress(OSError):
+        if not place.is_symlink() and not any(place.iterdir()):
+            return
+    kind = "folder" if place.is_dir() else "file"
+    raise UsageError(
+        f"{place}: is a {kind} that occgen-hub did not build (it has no {schema.path('record')}), "
+        "and is left as it is; choose another --output, or move it away."
+    )
+
+
 def clear_leftovers(place: Path) -> None:
     """Undo what an interrupted build left beside `place`."""
     partial, old = _beside(place)
@@ -439,15 +459,15 @@ def _beside(place: Path) -> tuple[Path, Path]:
     return place.with_name(f".{place.name}.partial"), place.with_name(f".{place.name}.old")
 
 
-def _remember(place: Path, changed: int) -> None:
-    """Give a trajectory's folder the time of its sources' last change.
+def _remember(place: Path, stamp: int) -> None:
+    """Give a trajectory's folder the stamp of its sources as its time.
 
-    A later run that finds them equal knows the sources unchanged without reading them: no change
-    leaves a file's change time as it was. Whatever else the times are, the contents decide.
+    A later run that finds it equal knows the sources unchanged without reading them. Whatever else
+    it is, the contents decide.
     """
     with suppress(OSError):
-        if place.stat().st_mtime_ns != changed:
-            os.utime(place, ns=(changed, changed))
+        if place.stat().st_mtime_ns != stamp:
+            os.utime(place, ns=(stamp, stamp))
 
 
 def _stamps(paths: Iterable[Path]) -> list[tuple[int, int]]:
@@ -455,12 +475,28 @@ def _stamps(paths: Iterable[Path]) -> list[tuple[int, int]]:
         return [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in paths)]
 
 
-def _newest(paths: Iterable[Path]) -> int:
-    """The latest change, in nanoseconds, of the files and of the folders that hold them."""
+def source_stamp(paths: Iterable[Path]) -> int:
+    """A time in nanoseconds that stands for the names, sizes and times of files.
+
+    Its seconds are those of the latest change. The nanoseconds are a checksum over every file, and
+    over the folders that hold them: the latest time alone would hide changes once it lies in the
+    future. The time of change is among them, which no program can set back.
+    """
     files = list(paths)
+    shared = os.path.commonpath([path.parent for path in files])
+    digest, newest = hashlib.sha256(), 0
     with _named_errors():
-        stats = [path.stat() for path in (*files, *{path.parent for path in files})]
-    return max(max(stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats)
+        for path in (*files, *sorted({path.parent for path in files})):
+            stat = path.stat()
+            facts = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+            digest.update(os.fsencode(path.relative_to(shared)) + repr(facts).encode())
+            newest = max(newest, *facts[1:])
+    seconds = min(newest // 10**9, _LAST_SECOND)
+    return seconds * 10**9 + int.from_bytes(digest.digest()[:8]) % 10**9
+
+
+_LAST_SECOND = (1 << 31) - 1
+"""The latest time that every file system can give a folder."""
 
 
 @contextmanager

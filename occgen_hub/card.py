@@ -18,7 +18,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from occgen_hub.errors import DatasetError, OccGenError, UsageError
-from occgen_hub.files import dump_json, printable, read_bytes, sha256, written_whole
+from occgen_hub.files import (
+    dump_json,
+    leads_out,
+    printable,
+    read_bytes,
+    sha256,
+    written_whole,
+)
 from occgen_hub.lerobot.exported import RECORD
 from occgen_hub.loading import NOT_BUILT, REBUILD, SCHEMA, Trajectory, trajectories
 from occgen_hub.schema import Feature, Schema, load_schema
@@ -122,6 +129,8 @@ def _plain(feature: dict[str, Any]) -> dict[str, Any]:
 
 def is_own(card: Path) -> bool:
     """Whether a card may be written there: there is none, or one that bears our mark."""
+    if leads_out(card, card.parent):
+        return False
     if not card.exists() and not card.is_symlink():
         return True
     try:
@@ -170,7 +179,12 @@ def _declared(trajectory: Trajectory) -> tuple[dict[str, Feature], int]:
 
 
 def _picture(place: Path, path: Path) -> bool:
-    """Have a picture of a trajectory at `place`; whether there is one. A user's own is left."""
+    """Have a picture of a trajectory at `place`; whether there is one. A user's own is left.
+
+    So is a link out of the dataset, which does not count as one.
+    """
+    if leads_out(place, place.parent):
+        return False
     trajectory = Trajectory.open(path)
     origin = sha256(trajectory.file("record"))
     if place.exists():

@@ -14,7 +14,16 @@ from typing import Literal, get_args
 
 from occgen_hub.card import PICTURE, Facts, survey, write_export_card
 from occgen_hub.errors import DatasetError, OccGenError, UsageError
-from occgen_hub.files import dump_json, files_under, hold, printable, sha256
+from occgen_hub.files import (
+    LINK_OUT,
+    PUT_FILE,
+    dump_json,
+    files_under,
+    hold,
+    links_out,
+    printable,
+    sha256,
+)
 from occgen_hub.lerobot.exported import RECORD, check_content, exported
 from occgen_hub.lerobot.v30 import CODEBASE, DEPTH_MAX, OWN, RESERVED, Fit, Layout, write
 from occgen_hub.loading import REBUILD, SCHEMA, Trajectory, built, trajectories
@@ -97,7 +106,12 @@ def export(
 
 
 def plan_export(root: Path, fps: int | None = None) -> Plan:
-    """What an export of a dataset will hold; raises UsageError where it cannot be one dataset."""
+    """What an export of a dataset will hold; raises UsageError where it cannot be one dataset.
+
+    Raises DatasetError where a link leads out of the dataset: what it leads to is no part of it.
+    """
+    for link in links_out(root):
+        raise DatasetError(link, LINK_OUT, PUT_FILE)
     remarks: list[str] = []
     kept, leave_out = _long_enough(root, remarks)
     names = tuple(sorted((path.relative_to(root).as_posix(), path) for path in kept))

@@ -212,13 +212,59 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def leads_out(path: Path, folder: Path) -> bool:
+    """Whether `path`, which is below `folder`, is a symbolic link out of it, or behind one.
+
+    This is the rule for all that reads, copies or uploads a dataset: a link is followed where it
+    leads to another place in the folder. In a snapshot of the Hub's cache, whose files are links,
+    it may also lead to the blobs of the same repository.
+    """
+    between = (path, *path.parents[: len(path.parts) - len(folder.parts) - 1])
+    if not any(place.is_symlink() for place in between):
+        return False
+    target, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    return not any(target.is_relative_to(allowed) for allowed in (home, *_blobs(home)))
+
+
+def _blobs(folder: Path) -> Iterator[Path]:
+    """Where the Hub's client keeps the content of a folder that lies in one of its snapshots.
+
+    A repository in its cache is datasets--ORG--NAME/, with snapshots/COMMIT/ and blobs/.
+    """
+    for snapshot in (folder, *folder.parents):
+        repository = snapshot.parent.parent
+        if snapshot.parent.name == "snapshots" and repository.name.startswith("datasets--"):
+            yield repository / "blobs"
+
+
+def links_out(root: Path) -> Iterator[Path]:
+    """The links below `root` that lead out of it (see `leads_out`), without hidden ones, sorted."""
+    for parent, folders, names in os.walk(root):
+        for name in sorted((*folders, *names)):
+            path = Path(parent, name)
+            if not name.startswith(".") and path.is_symlink() and leads_out(path, root):
+                yield path
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+
+
+LINK_OUT = "is a link that leads out of the dataset"
+"""What is wrong with a file for which `leads_out` is true."""
+
+PUT_FILE = "put the file itself in its place, or remove the link"
+"""What to do about it."""
+
+
 def files_under(folder: Path) -> Iterator[Path]:
-    """Every regular file below `folder`, sorted by its path; links are not followed."""
+    """Every regular file below `folder`, sorted by its path.
+
+    Links to files are among them, but not those that lead out of `folder` (see `leads_out`); links
+    to folders are not followed.
+    """
     for parent, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names):
             path = Path(parent, name)
-            if path.is_file() and not path.is_symlink():
+            if path.is_file() and not (path.is_symlink() and leads_out(path, folder)):
                 yield path
 
 

@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from occgen_hub.card import write_card
 from occgen_hub.errors import OccGenError, UsageError
+from occgen_hub.files import files_under, links_out
 from occgen_hub.lerobot.exported import FOLDERS, exported
 from occgen_hub.lerobot.v30 import CODEBASE
 from occgen_hub.loading import Trajectory, trajectories
@@ -99,11 +100,11 @@ def prepare(
 
 def contents(root: Path) -> dict[str, int]:
     """The files of a dataset that go to the Hub, sorted, and their bytes."""
-    paths = {path.relative_to(root).as_posix(): path for path in sorted(root.glob("**/*"))}
+    paths = {path.relative_to(root).as_posix(): path for path in sorted(files_under(root))}
     return {
         name: path.stat().st_size
         for name, path in paths.items()
-        if path.is_file() and not any(fnmatchcase(name, pattern) for pattern in LEFT_OUT)
+        if not any(fnmatchcase(name, pattern) for pattern in LEFT_OUT)
     }
 
 
@@ -163,6 +164,8 @@ def push(
     from huggingface_hub import HfApi
 
     api = HfApi(library_name="occgen-hub")
+    # `prepare` found none; one that came since would be followed by the Hub's client.
+    links = [glob.escape(path.relative_to(root).as_posix()) for path in links_out(root)]
     with _quiet(), _told(repo_id, api.endpoint):
         _make_repository(api, repo_id, private)
         target, page = MAIN, ""
@@ -176,7 +179,7 @@ def push(
             folder_path=root,
             revision=target,
             commit_message=TITLE,
-            ignore_patterns=[*LEFT_OUT],
+            ignore_patterns=[*LEFT_OUT, *links],
             delete_patterns=_outdated(api, repo_id, target, root) or None,
         )
         if target == MAIN:

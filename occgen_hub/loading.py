@@ -24,7 +24,14 @@ from numpy.typing import NDArray
 
 from occgen_hub.config import MAX_CELLS
 from occgen_hub.errors import DatasetError, SourceError, UsageError
-from occgen_hub.files import opened, read_json, read_jsonl, read_parquet
+from occgen_hub.files import (
+    PUT_FILE,
+    leads_out,
+    opened,
+    read_json,
+    read_jsonl,
+    read_parquet,
+)
 from occgen_hub.geometry.cloud import Cloud
 from occgen_hub.geometry.ply import read_ply
 from occgen_hub.media import MAX_PIXELS, VideoReader, read_depth, read_rgb
@@ -221,6 +228,14 @@ def npz_array(path: Path, name: str) -> NpzArray:
         return array
 
 
+def _place(folder: Path, name: str) -> Path:
+    """Where a file of a trajectory is; raises DatasetError for a link that leads elsewhere."""
+    place = folder / name
+    if leads_out(place, folder):
+        raise DatasetError(place, "is a link that leads out of the trajectory", PUT_FILE)
+    return place
+
+
 @dataclass(frozen=True)
 class Trajectory:
     """A built trajectory on disk; each call reads the file that it needs, and no other."""
@@ -233,7 +248,7 @@ class Trajectory:
     def open(cls, path: Path) -> Trajectory:
         """The trajectory in a folder; raises SourceError when it has no usable record."""
         schema = load_schema(SCHEMA)
-        mark = path / schema.path("record")
+        mark = _place(path, schema.path("record"))
         try:
             record = read_json(mark)
         except SourceError as error:
@@ -244,8 +259,8 @@ class Trajectory:
         return cls(path, schema, record)
 
     def file(self, key: str, frame: int | None = None) -> Path:
-        """The place of a file of the schema."""
-        return self.path / self.schema.path(key, frame)
+        """The place of a file of the schema; raises DatasetError for a link out of the folder."""
+        return _place(self.path, self.schema.path(key, frame))
 
     @property
     def grid(self) -> Grid:

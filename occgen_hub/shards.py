@@ -23,8 +23,11 @@ from numpy.typing import NDArray
 
 from occgen_hub.errors import DatasetError, SourceError
 from occgen_hub.files import (
+    LINK_OUT,
     PARQUET_DAMAGE,
+    PUT_FILE,
     dump_json,
+    leads_out,
     no_parquet,
     opened,
     parquet_file,
@@ -91,8 +94,34 @@ class Row(NamedTuple):
 
 
 def shards(root: Path) -> list[Path]:
-    """The shards of a dataset, sorted; none where they were left out."""
-    return sorted((root / FOLDER).glob(PATTERN))
+    """The shards of a dataset, sorted; none where they were left out.
+
+    Raises DatasetError where one of them, or their folder, is a link out of the dataset.
+    """
+    folder = root / FOLDER
+    found = sorted(folder.glob(PATTERN))
+    for path in (folder, *found):
+        if leads_out(path, root):
+            raise DatasetError(path, LINK_OUT, PUT_FILE)
+    return found
+
+
+def _own_shards(root: Path) -> list[Path]:
+    """`shards`, which may be replaced; raises DatasetError where a file is none that we wrote.
+
+    One that cannot be read may be one of ours.
+    """
+    found = shards(root)
+    for path in found:
+        try:
+            with opened(path) as file:
+                ours = _KEY in (pq.read_metadata(file).metadata or {})
+        except (SourceError, pa.ArrowException, OSError, ValueError):
+            continue
+        if not ours:
+            problem = "stands in the place of a shard, and occgen-hub did not write it"
+            raise DatasetError(path, problem, "move it away, and run the build again")
+    return found
 
 
 def write_shards(
@@ -118,7 +147,7 @@ def write_shards(
         partial.unlink()
     plan = _plan(_pieces(root, shard_bytes, leave_out), shard_bytes)
     places = [folder / NAME.format(n, len(plan)) for n in range(len(plan))]
-    there = {path: None if overwrite else _origin(path) for path in shards(out)}
+    there = {path: None if overwrite else _origin(path) for path in _own_shards(out)}
     missing = []
     for place, pieces in zip(places, plan, strict=True):
         origin = _describe(pieces)
@@ -141,7 +170,7 @@ def write_shards(
 def remove_shards(root: Path) -> None:
     """Remove the shards of a dataset, and their folder if nothing else is in it."""
     folder = root / FOLDER
-    for path in (*shards(root), *folder.glob(".*.partial")):
+    for path in (*_own_shards(root), *folder.glob(".*.partial")):
         path.unlink()
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

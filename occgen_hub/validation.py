@@ -12,7 +12,17 @@ from jsonschema import Draft202012Validator
 from numpy.typing import NDArray
 
 from occgen_hub.errors import SourceError
-from occgen_hub.files import ABSENT, files_under, printable, read_json, read_jsonl, sha256
+from occgen_hub.files import (
+    ABSENT,
+    LINK_OUT,
+    PUT_FILE,
+    files_under,
+    links_out,
+    printable,
+    read_json,
+    read_jsonl,
+    sha256,
+)
 from occgen_hub.geometry.camera import intrinsics_problem
 from occgen_hub.geometry.ply import check_ply, read_ply
 from occgen_hub.geometry.poses import RIGID, rigidity_error
@@ -68,11 +78,13 @@ def validate(
     the schema and each other, poses, intrinsics, and that the visible cells of each frame are
     those that its rays, stopped by those cells, reach: what `occ.mask` says was observed. Then the
     Parquet shards of the whole dataset, where there are some, row by row against its trajectories.
-    An export is checked against its record and itself (see `lerobot.exported.check_export`).
+    An export is checked against its record and itself (see `lerobot.exported.check_export`). Links
+    that lead out of the dataset are findings, and what they lead to is not read.
     """
     root = Path(root)
+    links = {str(path): Finding(str(path), LINK_OUT, PUT_FILE) for path in links_out(root)}
     if exported(root):
-        return _exported(root, progress)
+        return _exported(root, tuple(links.values()), progress)
     findings: list[Finding] = []
     found, frames = [], 0
     try:
@@ -90,11 +102,19 @@ def validate(
     findings += _unlike(found)
     findings += _shards(root, findings)
     findings += _leftovers(root)
-    return Report(str(root), len(found), frames, tuple(findings))
+    others = (finding for finding in findings if finding.file not in links)
+    return Report(str(root), len(found), frames, (*links.values(), *others))
 
 
-def _exported(root: Path, progress: Callable[[int, int], None]) -> Report:
-    """The report on an export, whose episodes count as trajectories."""
+def _exported(
+    root: Path, links: tuple[Finding, ...], progress: Callable[[int, int], None]
+) -> Report:
+    """The report on an export, whose episodes count as trajectories.
+
+    links: findings for those that lead out of it; where there is one, nothing is read.
+    """
+    if links:
+        return Report(str(root), 0, 0, links)
     findings = tuple(Finding(e.path, e.problem, e.remedy) for e in check_export(root))
     try:
         episodes = lengths(root)

@@ -177,7 +177,7 @@ root = pathlib.Path(sys.argv[1])
 digest = hashlib.sha256()
 for part in (sys.version, platform.machine(), str(root)):
     digest.update(part.encode() + b"\0")
-for name in ("requirements.lock", "pyproject.toml"):
+for name in ("requirements.lock", "pyproject.toml", "setup.py"):
     digest.update((root / name).read_bytes() + b"\0")
 print(digest.hexdigest())
 '
@@ -278,8 +278,8 @@ make_environment() {
 }
 
 cd -- "$root"
-if [ ! -f requirements.lock ] || [ ! -f pyproject.toml ]; then
-    die "requirements.lock or pyproject.toml is missing from $root; get a whole clone."
+if [ ! -f requirements.lock ] || [ ! -f pyproject.toml ] || [ ! -f setup.py ]; then
+    die "requirements.lock, pyproject.toml or setup.py is missing from $root; get a whole clone."
 fi
 # Two runs at once would write over each other: the second waits for the first.
 if type -P flock >/dev/null; then

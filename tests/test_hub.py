@@ -398,3 +398,37 @@ def test_an_export_is_pushed_and_loaded_by_lerobot(hub, desk, dataset, tmp_path)
     repository.commit("main", dict(repository.files()) | stale, "more")
     assert desk.push(tmp_path / "lerobot").returncode == 0
     assert held(hub) == local(tmp_path / "lerobot") | {"LICENSE": b"theirs"}
+
+
+FETCHED = """
+import sys
+from huggingface_hub import snapshot_download
+print(snapshot_download(sys.argv[1], repo_type="dataset"))
+"""
+
+
+def test_what_was_fetched_is_valid_and_can_be_pushed_again(hub, desk, folder):
+    """The Hub's client keeps files as links to their content."""
+    assert desk.push(folder).returncode == 0
+    sent = held(hub)
+    fetched = desk.run("-c", FETCHED, REPO)
+    assert fetched.returncode == 0, fetched.stderr
+    snapshot = Path(fetched.stdout.strip())
+    assert any(path.is_symlink() for path in snapshot.rglob("*"))
+    checked = desk.run("-m", "occgen_hub", "validate", snapshot)
+    assert checked.returncode == 0, checked.stdout
+    again = desk.push(snapshot)
+    assert again.returncode == 0, again.stderr
+    assert held(hub) == sent
+    copied = desk.push(snapshot, repo_id="org/copy")
+    assert copied.returncode == 0, copied.stderr
+    files = dict(hub.repositories["org/copy"].files("main"))
+    files.pop(".gitattributes")
+    assert files == sent
+
+
+def test_a_link_to_a_file_elsewhere_is_refused(hub, desk, folder, tmp_path):
+    (tmp_path / "secret").write_text("hidden from all")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret")
+    refused(desk.push(folder), 1, "notes.txt", "leads out of the dataset", "nothing was sent")
+    assert REPO not in hub.repositories

@@ -23,11 +23,12 @@ from scipy import sparse
 
 from occgen_hub.builder import Settings, load_builder
 from occgen_hub.config import Config
+from occgen_hub.errors import DatasetError
 from occgen_hub.files import sha256
 from occgen_hub.loading import Trajectory, trajectories
 from occgen_hub.runtime.loop import list_episodes, run
 from occgen_hub.sample import make_sample
-from occgen_hub.shards import GROUP, NAME, shards, write_shards
+from occgen_hub.shards import GROUP, NAME, remove_shards, shards, write_shards
 from occgen_hub.validation import validate
 
 COARSE = Settings(Config(voxel_size=0.1), media="none")
@@ -264,6 +265,19 @@ def test_a_damaged_shard_is_written_anew(source, mine, built):
     }  # fmt: skip
     build(source, mine)
     assert content(mine) == content(built)
+
+
+@pytest.mark.parametrize("change", [write_shards, remove_shards])
+def test_a_table_that_is_not_ours_is_neither_replaced_nor_removed(mine, change):
+    """Others call the parts of a dataset so as well."""
+    theirs = mine / "occupancy" / NAME.format(7, 9)
+    pq.write_table(pa.table({"mine": [1, 2]}), theirs)
+    content = theirs.read_bytes()
+    with pytest.raises(DatasetError, match="did not write it; move it away"):
+        change(mine)
+    assert theirs.read_bytes() == content
+    theirs.unlink()
+    change(mine)
 
 
 def test_with_failures_the_others_are_there(source, tmp_path, own_cache):

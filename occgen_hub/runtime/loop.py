@@ -18,6 +18,7 @@ from occgen_hub.builder import (
     EpisodeRef,
     Settings,
     builder_names,
+    check_replaceable,
     load_builder,
 )
 from occgen_hub.card import is_own, write_card
@@ -33,6 +34,7 @@ from occgen_hub.runtime.pool import Order, in_processes
 from occgen_hub.runtime.report import begin_report, logged, note, say, write_report
 from occgen_hub.runtime.results import Failure, Listener, Result, Summary
 from occgen_hub.runtime.work import build_each, is_repeated, summed
+from occgen_hub.schema import load_schema
 from occgen_hub.shards import remove_shards, write_shards
 
 RUN = ".run"
@@ -191,6 +193,8 @@ def open_job(
     check_places(root, out)
     builder = load_builder(source, root)
     refs = list_episodes(builder, limit)
+    for ref in refs:
+        check_replaceable(out / ref.id, load_schema(builder.schema))
     chosen = choose_engine(builder, refs, engine, weights, device)
     chosen.check(config)
     check_conditions(builder, refs, config)

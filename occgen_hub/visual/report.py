@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from occgen_hub.errors import OccGenError
-from occgen_hub.files import printable, read_jsonl
+from occgen_hub.files import leads_out, printable, read_jsonl
 from occgen_hub.loading import Trajectory, built, trajectories
 from occgen_hub.visual.places import written_for
 from occgen_hub.visual.preview import from_above, from_camera
@@ -84,7 +84,7 @@ def _called(path: Path, root: Path) -> str:
 
 def _failures(root: Path) -> list[dict[str, str]]:
     path = root / FAILURES
-    if not path.is_file():
+    if not path.is_file() or leads_out(path, root):
         return []
     return [
         {key: _short(line.get(key)) for key in ("episode", "reason")} for line in read_jsonl(path)

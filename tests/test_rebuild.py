@@ -1,0 +1,222 @@
+"""When a build replaces what is there: only what a build wrote, and whenever its source changed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from occgen_hub.builder import Settings, load_builder, source_stamp
+from occgen_hub.cli import cli
+from occgen_hub.config import Config
+from occgen_hub.errors import OccGenError, UsageError
+from occgen_hub.sample import make_sample
+
+RGB = "videos/chunk-000/observation.images.rgb"
+RECORD = "meta/occgen.json"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A source of one trajectory. Not to be changed by tests."""
+    out = tmp_path_factory.mktemp("rebuild") / "rooms"
+    make_sample(out, trajectories=1, frames=2)
+    return out
+
+
+@pytest.fixture
+def mine(source, tmp_path):
+    """A copy that a test may change."""
+    return Path(shutil.copytree(source, tmp_path / "mine"))
+
+
+def build(source: Path, out: Path, **settings):
+    """Build the one trajectory of a source; what became of it."""
+    builder = load_builder("internnav", source)
+    (ref,) = builder.episodes()
+    return builder.build(ref, out, Settings(config=Config(voxel_size=0.1), **settings))
+
+
+def place(source: Path, out: Path) -> Path:
+    """Where its trajectory goes."""
+    (ref,) = load_builder("internnav", source).episodes()
+    return out / ref.id
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+# What is replaced
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_recordings_in_the_place_of_a_trajectory_are_left_as_they_are(mine, tmp_path, overwrite):
+    """As where --output names another tree of recordings by mistake."""
+    recordings = Path(shutil.copytree(mine, tmp_path / "recordings"))
+    before = content(recordings)
+    with pytest.raises(OccGenError, match=r"did not build.*choose another --output") as e:
+        build(mine, recordings, overwrite=overwrite)
+    assert str(place(mine, recordings)) in str(e.value)
+    assert content(recordings) == before
+
+
+def test_the_command_says_so_and_builds_it_once_they_are_moved_away(mine, tmp_path):
+    recordings = Path(shutil.copytree(mine, tmp_path / "recordings"))
+    theirs = place(mine, recordings)
+    command = ["build", "--input", str(mine), "--output", str(recordings), "--set",
+               "voxel_size=0.1"]  # fmt: skip
+    before = content(recordings)
+    for option in ("--dry-run", "--overwrite", "--limit=1"):
+        failed = CliRunner().invoke(cli, [*command, option], standalone_mode=False)
+        assert isinstance(failed.exception, UsageError)
+        assert f"{theirs}: is a folder that occgen-hub did not build" in str(failed.exception)
+        assert content(recordings) == before
+
+    theirs.rename(tmp_path / "moved")
+    done = CliRunner().invoke(cli, command, standalone_mode=False)
+    assert done.exit_code == 0, done.output
+    assert (theirs / RECORD).is_file()
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link to a folder", "a link to nothing"])
+def test_whatever_else_is_there_is_left_as_well(source, tmp_path, kind):
+    out = tmp_path / "out"
+    there = place(source, out)
+    there.parent.mkdir(parents=True)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/notes").write_text("mine")
+    if kind == "a file":
+        there.write_text("mine")
+    else:
+        there.symlink_to(tmp_path / ("theirs" if kind == "a link to a folder" else "nothing"))
+    with pytest.raises(OccGenError, match="did not build"):
+        build(source, out, overwrite=True)
+    assert there.is_symlink() or there.read_text() == "mine"
+    assert (tmp_path / "theirs/notes").read_text() == "mine"
+
+
+def test_what_comes_while_it_is_built_is_left_as_well(source, tmp_path):
+    out = tmp_path / "out"
+    builder = load_builder("internnav", source)
+    (ref,) = builder.episodes()
+    found = builder.find(ref, out, Settings(config=Config(voxel_size=0.1)))
+    (out / ref.id).mkdir(parents=True)
+    (out / ref.id / "notes").write_text("mine")
+    with pytest.raises(OccGenError, match="did not build"):
+        builder.write(found, out)
+    assert content(out) == {f"{ref.id}/notes": b"mine"}
+
+
+def test_an_empty_folder_and_a_damaged_trajectory_are_replaced(source, tmp_path):
+    out = tmp_path / "out"
+    there = place(source, out)
+    there.mkdir(parents=True)
+    assert build(source, out).status == "built"
+    (there / RECORD).write_text("{}")
+    assert build(source, out).status == "built"
+    assert build(source, out).status == "present"
+
+
+# When it is replaced
+
+FUTURE = 4_102_444_800
+"""The first second of the year 2100, as a camera whose clock is wrong has it."""
+
+
+def touch(path: Path, seconds: float) -> None:
+    os.utime(path, (seconds, seconds))
+
+
+def other_bytes(path: Path) -> None:
+    """Another JPEG of the same size: one byte of its header differs."""
+    data = bytearray(path.read_bytes())
+    data[15] ^= 1
+    path.write_bytes(data)
+
+
+def another_size(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def other_bytes_at_the_same_time(path: Path) -> None:
+    stat = path.stat()
+    other_bytes(path)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def another_file_moved_there(path: Path) -> None:
+    """With the size and times of the old one."""
+    stat, new = path.stat(), path.with_name("new")
+    shutil.copy(path, new)
+    other_bytes(new)
+    os.utime(new, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    new.replace(path)
+
+
+@pytest.mark.parametrize(
+    "change", [other_bytes, another_size, other_bytes_at_the_same_time, another_file_moved_there]
+)
+@pytest.mark.parametrize("which", ["the same file", "another file"])
+def test_a_change_is_noticed_though_a_file_is_of_the_future(mine, tmp_path, change, which):
+    images = sorted((place(mine, mine) / RGB).iterdir())
+    touch(images[0], FUTURE)
+    out = tmp_path / "out"
+    assert build(mine, out).status == "built"
+    assert build(mine, out).status == "present"
+    changed = images[0] if which == "the same file" else images[1]
+    change(changed)
+    if changed == images[0]:
+        touch(changed, FUTURE)
+    assert build(mine, out).status == "built"
+    assert build(mine, out).status == "present"
+
+
+def test_unchanged_files_of_the_future_are_not_read_again(mine, tmp_path, monkeypatch):
+    builder = load_builder("internnav", mine)
+    (ref,) = builder.episodes()
+    for path in builder.sources(ref):
+        touch(path, FUTURE)
+    out = tmp_path / "out"
+    assert build(mine, out).status == "built"
+    read = []
+    own = type(builder).fingerprint
+    monkeypatch.setattr(
+        type(builder), "fingerprint", lambda self, paths: read.append(1) or own(self, paths)
+    )
+    assert build(mine, out).status == "present"
+    assert not read
+    touch(builder.sources(ref)[-1], FUTURE + 1)
+    for _ in range(2):
+        assert build(mine, out).status == "present"
+        assert read == [1]
+
+
+def test_the_stamp_tells_files_apart_and_not_where_they_are(tmp_path):
+    home = tmp_path / "top/home"
+    (home / "inner").mkdir(parents=True)
+    paths = [home / "a", home / "inner/b"]
+    for path in paths:
+        path.write_text("content")
+    first = source_stamp(paths)
+    assert source_stamp(paths) == first
+    (tmp_path / "top").rename(tmp_path / "moved")
+    moved = [tmp_path / "moved/home/a", tmp_path / "moved/home/inner/b"]
+    assert source_stamp(moved) == first
+    assert source_stamp(moved[::-1]) != first
+    assert source_stamp(moved[:1]) != first
+    assert abs(first / 10**9 - time.time()) < 60
+
+
+def test_a_time_beyond_what_a_file_system_has_is_no_error(mine, tmp_path):
+    touch(sorted((place(mine, mine) / RGB).iterdir())[0], 9_000_000_000)
+    assert build(mine, tmp_path / "out").status == "built"
+    assert build(mine, tmp_path / "out").status == "present"
