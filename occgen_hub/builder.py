@@ -14,20 +14,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import ClassVar, Literal
-
-import numpy as np
 
 from occgen_hub.config import Condition, Config
 from occgen_hub.engines import AUTO, Auto, Engine
-from occgen_hub.episode import Episode, Note, Scene
+from occgen_hub.episode import Episode, Note
 from occgen_hub.errors import OccGenError, SourceError, UsageError
 from occgen_hub.files import dump_json, flush, flush_tree, read_json, sha256
 from occgen_hub.lerobot.writer import Media, Provenance, TrajectoryWriter
-from occgen_hub.occupancy.frames import observe_each
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.visibility import FrameOccupancy
-from occgen_hub.scene import settle
+from occgen_hub.pipeline import observe, reconstruct
+from occgen_hub.scene import Scene
 from occgen_hub.schema import Schema, load_schema
 
 Stage = Literal["reconstructed", "built"]
@@ -71,6 +70,10 @@ class Built:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+SCRATCH = ".scratch"
+"""In an output: depth maps of networks, while an episode is built."""
+
+
 class ChangedError(SourceError):
     """A file of the source changed while it was read; the next run finds it as it is then."""
 
@@ -80,7 +83,7 @@ class Found:
     """An episode that is read and reconstructed, and has yet to be written.
 
     stamps: of its sources before they were read; reason: why it is built, "is not there" if so;
-    clock: the seconds spent on it.
+    clock: the seconds spent on it; scratch: a folder that the scene needs.
     """
 
     ref: EpisodeRef
@@ -91,6 +94,7 @@ class Found:
     stamps: list[tuple[int, int]]
     reason: str | None
     clock: Stopwatch
+    scratch: TemporaryDirectory[str]
 
 
 class DatasetBuilder(ABC):
@@ -176,12 +180,16 @@ class DatasetBuilder(ABC):
         stamps = _stamps(sources)
         with clock("read"):
             episode = self.read(ref)
+        scratch = TemporaryDirectory(prefix="occgen-", dir=_scratch_root(out))
         with clock("reconstruct"):
-            found = engine.reconstruct(
-                episode, settings.config, lambda frames: progress("reconstructed", frames)
+            scene = reconstruct(
+                episode,
+                engine,
+                settings.config,
+                Path(scratch.name),
+                lambda frames: progress("reconstructed", frames),
             )
-            scene = settle(episode, found, settings.config)
-        return Found(ref, episode, scene, provenance, sources, stamps, reason, clock)
+        return Found(ref, episode, scene, provenance, sources, stamps, reason, clock, scratch)
 
     def write(self, found: Found, out: Path, progress: Progress = lambda *_: None) -> Built:
         """The second half of `build`: occupancy, visibility, and every file."""
@@ -193,6 +201,7 @@ class DatasetBuilder(ABC):
                 raise ChangedError(ref.path, "changed while it was read", "run the build again")
             check_replaceable(out / ref.id, schema)
             _remember(folder, source_stamp(found.sources))
+        found.scratch.cleanup()
         notes = (*episode.notes, *found.scene.notes)
         if found.reason not in (None, "is not there"):
             notes = (Note("built again", f"what was there {found.reason}: built again"), *notes)
@@ -277,6 +286,13 @@ class DatasetBuilder(ABC):
         if stamp == place.stat().st_mtime_ns or self.fingerprint(sources) == recorded:
             return None, stamp
         return "was built from a source that has changed", 0
+
+
+def _scratch_root(out: Path) -> Path:
+    """Where what does not fit into memory waits: in the output, which has room for datasets."""
+    folder = out / SCRATCH
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _difference(was: object, now: object) -> str:
@@ -364,14 +380,7 @@ def frames_occupancy(
     progress: Progress = lambda *_: None,
 ) -> Iterator[FrameOccupancy]:
     """Occupancy and visibility of each frame of an episode, in order."""
-    frames = observe_each(
-        grid,
-        scene.cloud.points,
-        scene.world_from_camera,
-        # As they will be written, so that a reader who traces the same rays sees the same.
-        scene.intrinsics.astype(np.float32).astype(np.float64),
-        episode.image_size,
-    )
+    frames = observe(scene, episode, grid)
     while (frame := _next(frames, clock)) is not None:
         yield frame
         progress("built", 1)

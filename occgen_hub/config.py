@@ -21,6 +21,11 @@ MAX_CELLS = 1 << 29
 Condition = Literal["depth", "intrinsics", "poses"]
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Noise = (
+    Literal["auto", "simulated", "kinect", "stereo", "tof"]
+    | tuple[NotNegative, NotNegative, NotNegative]
+)
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -45,6 +50,18 @@ class Config(BaseModel):
     )
     depth_edge: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         0.03, description="drop pixels that float between two surfaces, relative; 0 keeps all"
+    )
+    fusion: Literal["evidence", "union"] = Field(
+        "evidence",
+        description="evidence keeps what frames agree on; union every point, as the seed does",
+    )
+    noise: Noise = Field(
+        "auto",
+        description="of depth: auto estimates it; simulated, kinect, stereo, tof; or [a, b, c], "
+        "sigma = sqrt(a^2 + (b z)^2 + (c z^2)^2) in metres",
+    )
+    refine_poses: bool = Field(
+        False, description="align each frame to the fused scene, for poses that drift"
     )
     fusion_voxel_size: Positive | None = Field(
         None, description="resolution of the fused cloud; half of voxel_size if not set"

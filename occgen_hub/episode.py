@@ -1,17 +1,19 @@
-"""The values that flow: an episode as it was recorded, and what was reconstructed from it."""
+"""An episode as it was recorded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from occgen_hub.geometry.alignment import Alignment
-from occgen_hub.geometry.cloud import Cloud
+from occgen_hub.errors import OccGenError
+from occgen_hub.geometry.camera import intrinsics_problem
+from occgen_hub.geometry.poses import RIGID, rigidity_error
 from occgen_hub.schema import Feature
 
 
@@ -76,36 +78,89 @@ class Episode:
     notes: tuple[Note, ...] = ()
 
 
-@dataclass(frozen=True)
-class Reconstruction:
-    """What an engine makes of an episode.
+def check_episode(episode: Episode) -> Episode:
+    """The episode, whose frames are checked as they are read; raises OccGenError where it is wrong.
 
-    cloud: the fused scene; world_from_camera: (T, 4, 4) float64, OpenCV axes; intrinsics:
-    (T, 3, 3) float64, pixels of the episode's images; in_source_world: whether that is the
-    source's world, in metres, else one of the engine's own; frames: numbers of those that the
-    engine looked at, None for all.
+    Sources may come from other packages, so every field is looked at: shapes, dtypes, rigid finite
+    poses, intrinsics of a pinhole camera that fits the image, and of each frame its size, its type
+    and, for depth, finite values of 0 and more.
     """
+    T, (width, height) = episode.length, episode.image_size
+    wrong = partial(_wrong, episode.id)
+    if T < 1:
+        raise wrong("length", f"is {T}", "at least one frame")
+    if width < 1 or height < 1:
+        raise wrong("image_size", f"is {episode.image_size}", "(width, height) in pixels")
+    if not (np.isfinite(episode.fps) and episode.fps > 0):
+        raise wrong("fps", f"is {episode.fps}", "frames a second, over 0")
+    if not episode.tasks:
+        raise wrong("tasks", "is empty", "at least one instruction, for example Task('navigate')")
+    index = np.asarray(episode.task_index)
+    if index.shape != (T,) or index.min() < 0 or index.max() >= len(episode.tasks):
+        expected = f"({T},) numbers of the {len(episode.tasks)} tasks"
+        raise wrong("task_index", f"has shape {index.shape} or other numbers", expected)
+    if episode.world_from_camera is not None:
+        _check_array(wrong, "world_from_camera", episode.world_from_camera, (T, 4, 4))
+        bad = np.flatnonzero(~(rigidity_error(episode.world_from_camera) <= RIGID))
+        if len(bad):
+            raise wrong("world_from_camera", f"of frame {bad[0]} is not rigid and finite", "a pose")
+    if episode.intrinsics is not None:
+        _check_array(wrong, "intrinsics", episode.intrinsics, (T, 3, 3))
+        for frame, K in enumerate(episode.intrinsics):
+            problem = intrinsics_problem(K)
+            if problem is None and not (0 < K[0, 2] < width and 0 < K[1, 2] < height):
+                problem = (
+                    f"has its principal point ({K[0, 2]:g}, {K[1, 2]:g}) outside the image of "
+                    f"{width} x {height} pixels"
+                )
+                if 0 < K[0, 2] < height and 0 < K[1, 2] < width:
+                    problem += " (are width and height swapped?)"
+            if problem is not None:
+                raise wrong("intrinsics", f"of frame {frame} {problem}", "a pinhole camera's")
+    read_rgb, read_depth = episode.read_rgb, episode.read_depth
 
-    engine: str
-    cloud: Cloud
-    world_from_camera: NDArray[np.float64]
-    intrinsics: NDArray[np.float64]
-    in_source_world: bool = True
-    frames: NDArray[np.int64] | None = None
-    notes: tuple[Note, ...] = ()
+    def rgb(frame: int) -> NDArray[np.uint8]:
+        image = read_rgb(frame)
+        if image.dtype != np.uint8 or image.shape != (height, width, 3):
+            found = _described(image, width, height)
+            raise wrong(f"read_rgb({frame})", found, f"uint8 {(height, width, 3)}")
+        return image
+
+    def depth(frame: int) -> NDArray[np.float64]:
+        assert read_depth is not None
+        metres = read_depth(frame)
+        if metres.dtype.kind != "f" or metres.shape != (height, width):
+            found = _described(metres, width, height)
+            raise wrong(f"read_depth({frame})", found, f"float metres {(height, width)}")
+        if not np.isfinite(metres).all() or metres.min(initial=0) < 0:
+            expected = "finite metres, 0 for none"
+            raise wrong(f"read_depth({frame})", "holds negative or infinite values", expected)
+        return metres
+
+    return replace(episode, read_rgb=rgb, read_depth=None if read_depth is None else depth)
 
 
-@dataclass(frozen=True)
-class Scene:
-    """What is written of an episode: its reconstruction, in the source's world where it has one.
+def _wrong(episode: str, name: str, found: str, expected: str) -> OccGenError:
+    return OccGenError(f"{episode}: {name} {found}; the source has to give {expected}.")
 
-    scale: what the engine's lengths were multiplied by to become metres; alignment: how well the
-    engine's cameras fit onto the source's, None where that was not asked.
-    """
 
-    cloud: Cloud
-    world_from_camera: NDArray[np.float64]
-    intrinsics: NDArray[np.float64]
-    scale: float = 1.0
-    alignment: Alignment | None = None
-    notes: tuple[Note, ...] = ()
+def _check_array(
+    wrong: Callable[[str, str, str], OccGenError],
+    name: str,
+    array: NDArray[Any],
+    shape: tuple[int, ...],
+) -> None:
+    if array.shape != shape or array.dtype != np.float64:
+        raise wrong(name, f"is {array.dtype} of shape {array.shape}", f"float64 of shape {shape}")
+
+
+def _described(image: NDArray[Any], width: int, height: int) -> str:
+    """What an image is, and what may be wrong with its size."""
+    found = f"gives {image.dtype} of shape {image.shape}"
+    if image.shape[:2] == (width, height) and width != height:
+        return f"{found} (are width and height of image_size swapped?)"
+    if image.ndim >= 2 and 0 not in image.shape and image.shape[:2] != (height, width):
+        factor = (height / image.shape[0], width / image.shape[1])
+        if factor[0] == factor[1]:
+            return f"{found}, 1/{factor[0]:g} of the image's size"
+    return found

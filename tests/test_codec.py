@@ -16,7 +16,7 @@ from zlib_ng import zlib_ng
 from occgen_hub.config import Config
 from occgen_hub.errors import DatasetError
 from occgen_hub.loading import npz_array
-from occgen_hub.occupancy.codec import NpzWriter, ObservedWriter, VisibleWriter, unpack
+from occgen_hub.occupancy.codec import CellsWriter, NpzWriter, ObservedWriter, unpack
 from occgen_hub.occupancy.grid import Grid, scene_grid
 
 
@@ -32,7 +32,7 @@ def test_occupancy_comes_back_through_scipy_and_numpy(frames, shape, fill, seed)
     cells = int(np.prod(shape))
     occupied, seen = rng.random((2, frames, cells)) < fill
     with tempfile.TemporaryDirectory() as folder:
-        visible = VisibleWriter(Path(folder, "occ_sequence.npz"), cells)
+        visible = CellsWriter(Path(folder, "occ_sequence.npz"), cells)
         observed = ObservedWriter(Path(folder, "mask_sequence.npz"), frames, shape)
         for t in range(frames):
             visible.append(np.flatnonzero(occupied[t]).astype(np.int32))

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from occgen_hub.config import Config
-from occgen_hub.episode import Episode, Reconstruction
+from occgen_hub.episode import Episode
 from occgen_hub.errors import OccGenError, UsageError
+from occgen_hub.views import Views
 
 AUTO = "auto"
 Progress = Callable[[int], None]
@@ -52,9 +53,13 @@ class Engine(ABC):
 
     @abstractmethod
     def reconstruct(
-        self, episode: Episode, config: Config, progress: Progress = lambda _: None
-    ) -> Reconstruction:
-        """The scene that an episode shows; raises OccGenError when it cannot be had."""
+        self, episode: Episode, config: Config, scratch: Path, progress: Progress = lambda _: None
+    ) -> Views:
+        """The depth and the cameras of an episode's frames.
+
+        scratch: an empty folder for what does not belong in memory. It stays as long as the views
+        are used. Raises OccGenError when the episode cannot be reconstructed.
+        """
 
 
 Opener = Callable[[Path | None, str | None], Engine]
@@ -100,11 +105,11 @@ class Auto(Engine):
         return self if self.network is None else replace(self, network=self.network.on(device))
 
     def reconstruct(
-        self, episode: Episode, config: Config, progress: Progress = lambda _: None
-    ) -> Reconstruction:
+        self, episode: Episode, config: Config, scratch: Path, progress: Progress = lambda _: None
+    ) -> Views:
         """As the engine that suits the episode does."""
         engine = self.for_episode(episode.id, has_depth=episode.read_depth is not None)
-        return engine.reconstruct(episode, config, progress)
+        return engine.reconstruct(episode, config, scratch, progress)
 
 
 def engine_names() -> list[str]:

@@ -109,9 +109,18 @@ def unproject(
     Returns (n, 3) float64 points and their (n,) flat pixel numbers, row after row.
     """
     kept = continues(depth, depth_edge) if depth_edge > 0 else np.ones(depth.shape, np.bool_)
-    points, pixels = _unproject(
-        depth, kept, K[0, 0], K[1, 1], K[0, 2], K[1, 2], depth_range[0], depth_range[1]
-    )
+    return unproject_trusted(depth, kept, K, depth_range)
+
+
+def unproject_trusted(
+    depth: NDArray[np.floating],
+    trusted: NDArray[np.bool_],
+    K: NDArray[np.floating],
+    depth_range: tuple[float, float],
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """As `unproject`, of the pixels that (H, W) `trusted` names."""
+    near, far = np.asarray(depth_range).astype(depth.dtype)
+    points, pixels = _unproject(depth, trusted, K[0, 0], K[1, 1], K[0, 2], K[1, 2], near, far)
     return points, pixels
 
 

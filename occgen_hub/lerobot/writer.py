@@ -14,18 +14,20 @@ import pyarrow.parquet as pq
 from pyarrow import Table
 
 from occgen_hub.config import Config
-from occgen_hub.episode import Column, Episode, Scene
+from occgen_hub.episode import Column, Episode
 from occgen_hub.errors import SourceError
 from occgen_hub.files import dump_json, files_under, printable, sha256
+from occgen_hub.fusion.quality import Quality
 from occgen_hub.geometry.alignment import Alignment
 from occgen_hub.geometry.cloud import voxel_downsample
 from occgen_hub.geometry.ply import write_ply
 from occgen_hub.lerobot.stats import episode_stats
 from occgen_hub.media import RESTORE, write_video
-from occgen_hub.occupancy.codec import NpzWriter, ObservedWriter, VisibleWriter
+from occgen_hub.occupancy.codec import CellsWriter, NpzWriter, ObservedWriter
 from occgen_hub.occupancy.grid import Grid, scene_grid
 from occgen_hub.occupancy.visibility import FrameOccupancy
 from occgen_hub.prefetch import behind
+from occgen_hub.scene import Scene
 from occgen_hub.schema import Schema
 
 Media = Literal["copy", "link", "none"]
@@ -61,6 +63,7 @@ class TrajectoryWriter:
 
     def __init__(self, folder: Path, schema: Schema, episode: Episode, grid: Grid) -> None:
         self.folder, self.schema, self.episode, self.grid = folder, schema, episode, grid
+        self.moving = 0.0
 
     def path(self, file: str, frame: int | None = None) -> Path:
         """Where a file of the schema goes; its folder is made."""
@@ -69,15 +72,25 @@ class TrajectoryWriter:
         return path
 
     def write_occupancy(self, frames: Iterable[FrameOccupancy]) -> None:
-        """The visible cells and the observed ones, frame after frame, compressed in threads."""
-        visible = VisibleWriter(self.path("visible"), self.grid.cells)
+        """The visible cells and the observed ones, frame after frame, compressed in threads.
+
+        Where cells move in any frame, they have a file of their own.
+        """
+        visible = CellsWriter(self.path("visible"), self.grid.cells)
+        dynamic = CellsWriter(self.path("dynamic"), self.grid.cells)
         observed = ObservedWriter(self.path("observed"), self.episode.length, self.grid.shape)
         with behind(observed.append) as pack:
             for frame in frames:
                 pack(frame.observed)
                 visible.append(frame.visible)
+                dynamic.append(frame.dynamic)
             visible.close()
         observed.close()
+        dynamic.close()
+        self.moving = dynamic.count / max(visible.count, 1)
+        if not dynamic.count:
+            self.path("dynamic").unlink()
+            self.path("dynamic").parent.rmdir()
 
     def write_scene(self, scene: Scene, config: Config) -> None:
         """The scene's occupied cells and its cloud."""
@@ -167,10 +180,15 @@ class TrajectoryWriter:
                 "scale": scene.scale,
                 **({} if scene.alignment is None else {"alignment": _fit(scene.alignment)}),
             },
+            **({} if scene.quality is None else {"quality": self._quality(scene.quality)}),
             "notes": [note.text for note in (*self.episode.notes, *scene.notes)],
             "files": files,
         }
         self._write("record", [record], indent=1)
+
+    def _quality(self, quality: Quality) -> dict[str, Any]:
+        """The figures of fusion, and the share of the visible cells that move."""
+        return {**quality.record(), "moving": round(self.moving, 6)}
 
     def _info(self, columns: dict[str, Column]) -> dict[str, Any]:
         return {

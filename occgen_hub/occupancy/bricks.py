@@ -25,9 +25,14 @@ class BrickedCloud:
 
 def into_bricks(points: NDArray[np.float32]) -> BrickedCloud:
     """Sort (n, 3) finite world points by brick, keeping their order within a brick."""
+    return sorted_into_bricks(points)[0]
+
+
+def sorted_into_bricks(points: NDArray[np.float32]) -> tuple[BrickedCloud, NDArray[np.int64]]:
+    """The same, and the (n,) numbers of the points in their new order."""
     if not len(points):
         none = np.zeros((0, 3), np.float32)
-        return BrickedCloud(none, np.zeros(1, np.int64), none, none)
+        return BrickedCloud(none, np.zeros(1, np.int64), none, none), np.zeros(0, np.int64)
     brick = np.floor(points / np.float32(BRICK)).astype(np.int64)
     brick -= brick.min(axis=0)
     _, ny, nz = brick.max(axis=0) + 1
@@ -40,4 +45,4 @@ def into_bricks(points: NDArray[np.float32]) -> BrickedCloud:
     starts = np.append(first, len(points)).astype(np.int64)
     lower = np.minimum.reduceat(points, first, axis=0)
     upper = np.maximum.reduceat(points, first, axis=0)
-    return BrickedCloud(points, starts, lower, upper)
+    return BrickedCloud(points, starts, lower, upper), order

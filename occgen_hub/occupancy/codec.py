@@ -74,18 +74,23 @@ class NpzWriter:
         self._zip.close()
 
 
-class VisibleWriter:
-    """The CSR matrix (frames, cells) of the visible occupied cells, a row for each `append`."""
+class CellsWriter:
+    """A CSR matrix (frames, cells) of cells, such as the visible ones, a row for each `append`."""
 
     def __init__(self, path: Path, cells: int) -> None:
         self._path, self._cells = path, cells
         self._ends = [0]
         self._columns = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115  # closed by close()
 
-    def append(self, visible: NDArray[np.int32]) -> None:
-        """visible: (n,) int32, sorted columns of one frame."""
-        self._columns.write(visible.tobytes())
-        self._ends.append(self._ends[-1] + len(visible))
+    @property
+    def count(self) -> int:
+        """How many cells all frames have together so far."""
+        return self._ends[-1]
+
+    def append(self, columns: NDArray[np.int32]) -> None:
+        """columns: (n,) int32, sorted, of one frame."""
+        self._columns.write(columns.tobytes())
+        self._ends.append(self._ends[-1] + len(columns))
 
     def close(self) -> None:
         """Write the file; the columns wait on disk until their number is known."""

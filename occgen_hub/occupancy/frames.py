@@ -7,7 +7,7 @@ the process, which reconstructs or compresses, takes one of them for a while.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numba
 import numpy as np
@@ -23,17 +23,19 @@ SAFE = ("omp", "tbb")
 """Of numba's threading layers, those that several threads may call at once."""
 
 
-def observe_each(
+def observe_frames(
     grid: Grid,
     points: NDArray[np.float32],
     world_from_camera: NDArray[np.float64],
     intrinsics: NDArray[np.float64],
     size: tuple[int, int],
+    moving: Callable[[int], NDArray[np.float32]] | None = None,
 ) -> Iterator[FrameOccupancy]:
     """What each frame sees of a scene, in order; see `observe` for one.
 
     points: (n, 3) float32, world metres; world_from_camera: (T, 4, 4), OpenCV axes, metres;
-    intrinsics: (T, 3, 3), pixels; size: (width, height) of the images.
+    intrinsics: (T, 3, 3), pixels; size: (width, height) of the images; moving: the points of a
+    frame that are there in no other, (n, 3) float32, world metres.
     """
     cloud = into_bricks(points)
     prepare(grid, intrinsics, size)
@@ -45,7 +47,10 @@ def observe_each(
             own.state = np.empty(grid.cells, np.uint8)
             if not alone:
                 numba.set_num_threads(1)  # Of this thread's calls.
-        return observe(grid, cloud, world_from_camera[t], intrinsics[t], size, own.state)
+        own_points = None if moving is None else moving(t)
+        return observe(
+            grid, cloud, world_from_camera[t], intrinsics[t], size, own.state, own_points
+        )
 
     numbers = range(len(world_from_camera))
     return map(frame, numbers) if alone else ahead(frame, numbers)

@@ -14,7 +14,7 @@ is what the memory order (z innermost) wants.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numba
@@ -22,6 +22,7 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
+from occgen_hub.geometry.poses import transform
 from occgen_hub.occupancy.bricks import BrickedCloud, into_bricks
 from occgen_hub.occupancy.bundles import Bundles, bundles_when_worth, follow_bundles
 from occgen_hub.occupancy.grid import Grid
@@ -56,11 +57,13 @@ class FrameOccupancy:
     """What one frame sees.
 
     visible: (n,) int32, sorted columns of the cells that are occupied and observed;
-    observed: (ceil(cells / 8),) uint8, `np.packbits` of the observed cells, free and occupied.
+    observed: (ceil(cells / 8),) uint8, `np.packbits` of the observed cells, free and occupied;
+    dynamic: (n,) int32, those of the visible cells that hold something that moves, sorted.
     """
 
     visible: NDArray[np.int32]
     observed: NDArray[np.uint8]
+    dynamic: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
 
 
 def observe(
@@ -70,6 +73,7 @@ def observe(
     intrinsics: NDArray[np.float64],
     size: tuple[int, int],
     state: NDArray[np.uint8] | None = None,
+    moving: NDArray[np.float32] | None = None,
 ) -> FrameOccupancy:
     """Occupancy and visibility of one frame.
 
@@ -77,14 +81,15 @@ def observe(
     where it then is worked on; world_from_camera: (4, 4), OpenCV axes, metres;
     intrinsics: (3, 3), pixels; size: (width, height) of the image, a ray a pixel through its
     centre (u + 0.5, v + 0.5); state: a (grid.cells,) buffer to work in, to save allocating one, not
-    used for a tensor.
+    used for a tensor; moving: (n, 3) points that are there in this frame alone, world coordinates.
     """
-    if not isinstance(cloud, BrickedCloud):
+    if not isinstance(cloud, BrickedCloud) and moving is None:
         from occgen_hub.occupancy.tensors import observe_tensor
 
         found = observe_tensor(grid, cloud, world_from_camera, intrinsics, size)
         if found is not None:
             return FrameOccupancy(*found)
+    if not isinstance(cloud, BrickedCloud):
         cloud = into_bricks(cloud.cpu().numpy().astype(np.float32, copy=False))
     if state is None:
         state = np.empty(grid.cells, np.uint8)
@@ -96,9 +101,14 @@ def observe(
         cloud.points, cloud.starts, cloud.lower, cloud.upper,
         camera_from_world, lower, grid.voxel_size, shape, state,
     )  # fmt: skip
+    moving_cells: NDArray[np.int32] = np.zeros(0, np.int32)
+    if moving is not None and len(moving):
+        in_camera = transform(camera_from_world, moving.astype(np.float64))
+        _, moving_cells = grid.columns(np.floor((in_camera - lower) / grid.voxel_size))
+        state[moving_cells] = OCCUPIED
     trace(grid, intrinsics, size, state)
     visible, observed = _collect(state)
-    return FrameOccupancy(visible, observed)
+    return FrameOccupancy(visible, observed, np.intersect1d(visible, moving_cells))
 
 
 def trace(

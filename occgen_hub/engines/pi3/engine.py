@@ -1,4 +1,4 @@
-"""RGB frames in, a scene out: the networks pi3 and pi3x, window after window."""
+"""RGB frames in, views out: the networks pi3 and pi3x, window after window."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ from occgen_hub.engines.pi3.frames import (
 from occgen_hub.engines.pi3.sizes import HEAD_VIEWS
 from occgen_hub.engines.pi3.weights import Name, Weights, find, load_network
 from occgen_hub.engines.pi3.windows import POOR_SEAM, Assembly, Window, plan
-from occgen_hub.episode import Episode, Note, Reconstruction
+from occgen_hub.engines.store import FrameStore
+from occgen_hub.episode import Episode, Note
 from occgen_hub.errors import MachineError, OccGenError, UsageError
-from occgen_hub.geometry.alignment import align_poses
 from occgen_hub.geometry.camera import scale_intrinsics
 from occgen_hub.geometry.trajectory import interpolate_poses
 from occgen_hub.prefetch import GPU_SHARED_BY, ahead, own_threads
+from occgen_hub.views import Views
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,9 +50,6 @@ NO_CAMERAS = (
 
 USUAL_VIEW = 60
 """Degrees across the longer side, where nothing tells."""
-
-FINER = 0.5
-"""Of the fusion's voxels, while the scale that the source will give is only estimated."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +78,9 @@ class NetworkEngine(Engine):
         return replace(self, device=_device(device))
 
     def reconstruct(
-        self, episode: Episode, config: Config, progress: Progress = lambda _: None
-    ) -> Reconstruction:
-        """The scene of an episode's frames, in the world of its first camera.
+        self, episode: Episode, config: Config, scratch: Path, progress: Progress = lambda _: None
+    ) -> Views:
+        """Depth and cameras of an episode's frames, in the world of its first camera.
 
         Every `config.interval`-th frame is used; the others' cameras are interpolated. Raises
         OccGenError where what the network finds is no camera's, or a condition is not there.
@@ -94,27 +92,44 @@ class NetworkEngine(Engine):
         inputs = Inputs(episode, config, network.sizes.patch)
         size = config.window or window_size(inputs.size, network.sizes.patch, self.device)
         windows = plan(len(frames), size, min(config.overlap, size // 2))
-        assembly: Assembly | None = None
+        store = FrameStore(scratch, inputs.size)
+        assembly = Assembly(store, episode.image_size)
         views = inputs.views(frames)
         held: list[View] = []
         for number, window in enumerate(windows):
             before = len(held)
             held += [next(views) for _ in range(len(window) - before)]
             found = _infer(network, held, config, self.device)
-            if assembly is None:
-                assembly = _begun(found, frames[: len(found)], episode, config)
             after = 0
             if number + 1 < len(windows):
                 after = window.stop - windows[number + 1].start
             assembly.add(found, before, after)
             progress(len(window) - before)
             held = held[len(held) - after :]
-        assert assembly is not None
         notes = _notes(self.name, assembly, frames, episode)
         if config.window is None and len(windows) > 1:
             text = f"reconstructed in windows of {size} frames, by the memory that was free"
             notes.append(Note("window", text))
-        return _reconstruction(self.name, assembly, frames, episode, notes)
+        poses = interpolate_poses(frames, np.stack(assembly.world_from_camera), episode.length)
+        intrinsics, further = _intrinsics(assembly.intrinsics, frames, episode)
+
+        def place(frame: int) -> int:
+            return frame // config.interval
+
+        return Views(
+            engine=self.name,
+            world_from_camera=poses,
+            intrinsics=intrinsics,
+            image_size=episode.image_size,
+            depth_size=inputs.size,
+            frames=frames,
+            read_depth=lambda frame: store.depth(place(frame)),
+            read_color=lambda frame: store.color(place(frame)),
+            read_confidence=lambda frame: store.confidence(place(frame)),
+            edges="network",
+            in_source_world=False,
+            notes=(*notes, *further),
+        )
 
 
 def open_pi3(weights: Path | None, device: str | None) -> NetworkEngine:
@@ -249,36 +264,18 @@ def _infer(network: Pi3 | Pi3X, views: list[View], config: Config, device: str) 
 def _believed(found: dict[str, Tensor], colors: NDArray[np.uint8], config: Config) -> Window:
     local = found["local_points"][0].cpu().numpy()
     logit = found["conf"][0, ..., 0].cpu().numpy()
+    there = np.isfinite(local).all(axis=-1) & (local[..., 2] > 0)
     with np.errstate(over="ignore", invalid="ignore"):
-        confident = 1 / (1 + np.exp(-logit)) > config.confidence
-        kept = confident & np.isfinite(local).all(axis=-1) & (local[..., 2] > 0)
-        kept &= ~depth_edges(local[..., 2], config.depth_edge)
+        confidence = np.where(there, 1 / (1 + np.exp(-logit)), 0).astype(np.float32)
+    confidence = np.nan_to_num(confidence)
+    kept = (confidence > config.confidence) & ~depth_edges(local[..., 2], config.depth_edge)
     poses = found["camera_poses"][0].cpu().numpy().astype(np.float64)
     if not np.isfinite(poses).all():
         raise OccGenError(NO_CAMERAS)
-    return Window(poses, local, kept, colors)
+    return Window(poses, local, kept, confidence, colors)
 
 
 # What comes out
-
-
-def _begun(window: Window, frames: NDArray[np.int64], episode: Episode, config: Config) -> Assembly:
-    """An empty scene, its resolution and its farthest depth in the network's scale.
-
-    A metre is taken to be what the first window's cameras say where the source has poses; the
-    whole path's cameras say it better in the end, and then the cloud is thinned to size. Where the
-    first window's cameras hardly move, the cloud is as fine as the network's own pixels.
-    """
-    size, (near, far) = episode.image_size, config.depth_range
-    if episode.world_from_camera is None:
-        return Assembly(config.fusion_size, size, (near, far))
-    fit = align_poses(window.world_from_camera, episode.world_from_camera[frames])
-    if fit.scaled:
-        metre = 1 / fit.sim3.scale
-        return Assembly(FINER * config.fusion_size * metre, size, (near * metre, far * metre))
-    depth = window.local[..., 2][window.kept]
-    pixel = float(np.median(depth)) / window.local.shape[2] if len(depth) else config.fusion_size
-    return Assembly(min(pixel, FINER * config.fusion_size), size)
 
 
 def _notes(
@@ -286,12 +283,6 @@ def _notes(
 ) -> list[Note]:
     """What a user should know of a reconstruction."""
     notes = []
-    if not assembly.points:
-        text = (
-            "no point is left: the network is sure of none, or they lie on depth edges or outside "
-            "depth_range; ALL that is in view counts as free, do not use it"
-        )
-        notes.append(Note("no points", text))
     if len(frames) == 1 < episode.length:
         text = f"one of {episode.length} frames was looked at: set a smaller interval"
         notes.append(Note("interval", text))
@@ -311,21 +302,6 @@ def _notes(
         )
         notes.append(Note("seam", text))
     return notes
-
-
-def _reconstruction(
-    name: Name,
-    assembly: Assembly,
-    frames: NDArray[np.int64],
-    episode: Episode,
-    notes: list[Note],
-) -> Reconstruction:
-    poses = interpolate_poses(frames, np.stack(assembly.world_from_camera), episode.length)
-    intrinsics, further = _intrinsics(assembly.intrinsics, frames, episode)
-    return Reconstruction(
-        name, assembly.cloud(), poses, intrinsics, frames=frames, in_source_world=False,
-        notes=(*notes, *further),
-    )  # fmt: skip
 
 
 def _intrinsics(

@@ -1,21 +1,20 @@
-"""Long videos: windows that overlap, joined one after the other into one scene.
+"""Long videos: windows that overlap, joined one after the other into one world.
 
-What is kept is the fused cloud, the cameras, and the frames that the next window will share.
+In memory are the cameras, and the frames that the next window will share; the depth of frames that
+are done is in a store on disk.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from occgen_hub.engines.store import FrameStore
 from occgen_hub.geometry.camera import fit_intrinsics
-from occgen_hub.geometry.cloud import Cloud, VoxelDownsample
 from occgen_hub.geometry.joining import Overlap, blend, join
-from occgen_hub.geometry.poses import transform
 from occgen_hub.geometry.sim3 import Sim3
 
 JOIN_POINTS = 20_000
@@ -41,12 +40,14 @@ class Window:
     """What a network makes of n views, in a world of its own.
 
     world_from_camera: (n, 4, 4) float64; local: (n, h, w, 3) float32 points in the cameras'
-    frames; kept: (n, h, w) bool, those to believe; colors: (n, h, w, 3) uint8.
+    frames; kept: (n, h, w) bool, those to join and fit by: sure, and not at an edge; confidence:
+    (n, h, w) float32 in [0, 1], 0 where there is no point; colors: (n, h, w, 3) uint8.
     """
 
     world_from_camera: NDArray[np.float64]
     local: NDArray[np.float32]
     kept: NDArray[np.bool_]
+    confidence: NDArray[np.float32]
     colors: NDArray[np.uint8]
 
     def __len__(self) -> int:
@@ -56,22 +57,17 @@ class Window:
     def __getitem__(self, part: slice) -> Window:
         """Some of the views."""
         return Window(
-            self.world_from_camera[part], self.local[part], self.kept[part], self.colors[part]
+            self.world_from_camera[part],
+            self.local[part],
+            self.kept[part],
+            self.confidence[part],
+            self.colors[part],
         )
 
     def moved(self, sim3: Sim3) -> Window:
         """The same in another world."""
         local = self.local * np.float32(sim3.scale)
-        return Window(sim3.poses(self.world_from_camera), local, self.kept, self.colors)
-
-    def points(
-        self, view: int, depth_range: tuple[float, float]
-    ) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
-        """(m, 3) points of a view in the world, those within a range of depth, and colours."""
-        depth = self.local[view][..., 2]
-        kept = self.kept[view] & (depth >= depth_range[0]) & (depth <= depth_range[1])
-        local = self.local[view][kept].astype(np.float64)
-        return transform(self.world_from_camera[view], local), self.colors[view][kept]
+        return replace(self, world_from_camera=sim3.poses(self.world_from_camera), local=local)
 
 
 def concatenated(first: Window, second: Window) -> Window:
@@ -80,26 +76,23 @@ def concatenated(first: Window, second: Window) -> Window:
         np.concatenate([first.world_from_camera, second.world_from_camera]),
         np.concatenate([first.local, second.local]),
         np.concatenate([first.kept, second.kept]),
+        np.concatenate([first.confidence, second.confidence]),
         np.concatenate([first.colors, second.colors]),
     )
 
 
 class Assembly:
-    """A scene made of windows, in the world of the first camera and the scale of the first window.
+    """Views of all windows, in the world of the first camera and the scale of the first window.
 
-    voxel_size: of the fused cloud, in that scale; image_size: (width, height) that intrinsics
-    are for; depth_range: nearest and farthest depth that is fused, in that scale: what lies far off
-    shares no voxel with anything, and would take memory for each pixel.
+    store: where the depth of views goes that are done; image_size: (width, height) that intrinsics
+    are for.
+
+    Attributes: world_from_camera, (4, 4) of each view that is done; intrinsics, (3, 3) of each,
+    None where none fits; residuals and unscaled, of the joins: see `geometry.joining.join`.
     """
 
-    def __init__(
-        self,
-        voxel_size: float,
-        image_size: tuple[int, int],
-        depth_range: tuple[float, float] = (0.0, math.inf),
-    ) -> None:
-        self._fused = VoxelDownsample(voxel_size)
-        self._size, self._depth_range = image_size, depth_range
+    def __init__(self, store: FrameStore, image_size: tuple[int, int]) -> None:
+        self._store, self._size = store, image_size
         self._tail: Window | None = None
         self.world_from_camera: list[NDArray[np.float64]] = []
         self.intrinsics: list[NDArray[np.float64] | None] = []
@@ -112,22 +105,13 @@ class Assembly:
             window = window.moved(_inverse(window.world_from_camera[0]))
         else:
             window = self._joined(self._tail, window, shared_before)
-        settled = len(window) - shared_after
-        for view in range(settled):
-            self._settle(window, view)
-        self._tail = concatenated(window[settled:], window[:0])  # A copy: the rest is let go.
-
-    @property
-    def points(self) -> int:
-        """How many the fused cloud has so far."""
-        return len(self._fused)
-
-    def cloud(self) -> Cloud:
-        """The fused cloud so far."""
-        return self._fused.cloud()
+        done = len(window) - shared_after
+        for view in range(done):
+            self._keep(window, view)
+        self._tail = concatenated(window[done:], window[:0])  # A copy: the rest is let go.
 
     def _joined(self, tail: Window, window: Window, shared: int) -> Window:
-        """A window in the scene's world, with what the tail says of the views that both have.
+        """A window in the first one's world, with what the tail says of the views that both have.
 
         Their poses go over from the one's to the other's; of their points the nearer one's are
         taken: what a network sees at a window's end is seen from fewer sides.
@@ -139,13 +123,13 @@ class Assembly:
         poses = blend(tail.world_from_camera, window.world_from_camera[:shared])
         poses = np.concatenate([poses, window.world_from_camera[shared:]])
         merged = concatenated(tail[: shared // 2], window[shared // 2 :])
-        return Window(poses, merged.local, merged.kept, merged.colors)
+        return replace(merged, world_from_camera=poses)
 
-    def _settle(self, window: Window, view: int) -> None:
-        """Take a view into the scene for good."""
-        points, colors = window.points(view, self._depth_range)
-        near = (np.abs(points) < self._fused.reach).all(axis=1)
-        self._fused.add(points[near], colors[near])
+    def _keep(self, window: Window, view: int) -> None:
+        """Store a view that no later window changes."""
+        confidence = window.confidence[view]
+        depth = np.where(confidence > 0, window.local[view][..., 2], np.float32(0))
+        self._store.add(depth, confidence, window.colors[view])
         self.world_from_camera.append(window.world_from_camera[view])
         self.intrinsics.append(fit_intrinsics(window.local[view], window.kept[view], self._size))
 

@@ -1,0 +1,163 @@
+"""Wrong units, axes or directions of poses, told by whether frames then agree with one another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from occgen_hub.config import Config
+from occgen_hub.episode import Note
+from occgen_hub.errors import OccGenError
+from occgen_hub.fusion.depth_map import DepthMap
+from occgen_hub.fusion.noise import compare
+from occgen_hub.geometry.poses import OPENGL_FROM_OPENCV
+from occgen_hub.geometry.sim3 import rotation_angle
+from occgen_hub.views import Views
+
+PAIRS = 12
+"""Pairs of frames that are compared."""
+
+MOVED = (0.04, np.radians(4.0))
+"""Share of the median depth, and angle, of which two cameras have to be apart by one at least.
+Frames of a camera that stands still agree whatever is wrong."""
+
+AGREES = (0.03, 0.01)
+"""Share of the depth, and metres: two depths that differ by no more than both together agree."""
+
+LEAST_POINTS = 200
+"""Compared, for a share of them to say something."""
+
+GOOD, POOR, BETTER = 0.6, 0.8, 0.25
+"""Shares of depth that agree: what another convention has to reach to be named; what is so poor
+that others are tried; and by how much another has to be better."""
+
+HARDLY = 0.25
+"""Where less agrees and no other convention is better, that is told."""
+
+
+@dataclass(frozen=True)
+class Convention:
+    """Another way in which poses or depth may have been meant.
+
+    meaning: after "as if"; remedy: what to do.
+    """
+
+    meaning: str
+    remedy: str
+    poses: Callable[[NDArray[np.float64]], NDArray[np.float64]] = lambda poses: poses
+    factor: float = 1.0
+
+
+def _opengl(poses: NDArray[np.float64]) -> NDArray[np.float64]:
+    flipped: NDArray[np.float64] = poses @ OPENGL_FROM_OPENCV
+    return flipped
+
+
+def _inverse(poses: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(np.linalg.inv(poses), np.float64)
+
+
+def _scaled(factor: float) -> Convention:
+    return Convention(
+        f"depth were {factor:g} times as large",
+        f"check the unit of depth: what the source gives has to be multiplied by {factor:g} to be "
+        "metres",
+        factor=factor,
+    )
+
+
+CONVENTIONS = (
+    Convention(
+        "the cameras' axes were OpenGL's (y up, z backward)",
+        "convert the poses with occgen_hub.geometry.poses.from_opengl",
+        _opengl,
+    ),
+    Convention(
+        "the poses were camera_from_world",
+        "invert them: world_from_camera is wanted",
+        _inverse,
+    ),
+    Convention(
+        "the poses were camera_from_world with OpenGL's axes",
+        "invert them and convert them with occgen_hub.geometry.poses.from_opengl",
+        lambda poses: _opengl(_inverse(poses)),
+    ),
+    *(_scaled(factor) for factor in (0.001, 0.1, 0.2, 0.5, 2.0, 5.0, 10.0, 1000.0)),
+)
+
+
+def check_conventions(views: Views, episode: str, config: Config) -> list[Note]:
+    """Compare frames that see the same places from different sides.
+
+    Raises OccGenError where they contradict one another, but agree under another convention of
+    poses or unit of depth, which it names. Returns a note where they contradict one another for
+    another reason. What a network found for itself has no conventions and is not looked at.
+    """
+    if not views.in_source_world or len(views.frames) < 2:
+        return []
+    pairs = _pairs(views, config)
+    given = _agreement(pairs, Convention("", ""))
+    if given is None or given >= POOR:
+        return []
+    tried = [(_agreement(pairs, other), other) for other in CONVENTIONS]
+    found = [(share, other) for share, other in tried if share is not None]
+    if found:
+        share, other = max(found, key=lambda row: row[0])
+        if share >= max(GOOD, given + BETTER):
+            raise OccGenError(
+                f"{episode}: frames contradict one another (only {given:.0%} of the depth agrees "
+                f"from one to another), but would agree ({share:.0%}) as if {other.meaning}; "
+                f"{other.remedy}."
+            )
+    if given >= HARDLY:
+        return []
+    text = (
+        f"only {given:.0%} of the depth agrees from one frame to another: check that poses, depth "
+        "and intrinsics belong together; do not use this unless nearly everything moved"
+    )
+    return [Note("frames disagree", text)]
+
+
+def _pairs(views: Views, config: Config) -> list[tuple[DepthMap, DepthMap]]:
+    """Pairs of frames whose cameras are apart, in two steps from each of a few frames."""
+    read = cache(partial(DepthMap.of, views, confidence=config.confidence))
+    frames, pairs = views.frames.tolist(), []
+    starts = np.unique(np.linspace(0, len(frames) - 2, PAIRS // 2).astype(int))
+    for start in starts.tolist():
+        here = read(frames[start])
+        measured = here.depth[here.depth > 0]
+        if not len(measured):
+            continue
+        change = np.linalg.inv(here.world_from_camera) @ views.world_from_camera[views.frames]
+        apart = np.maximum(
+            np.linalg.norm(change[:, :3, 3], axis=1) / (MOVED[0] * float(np.median(measured))),
+            rotation_angle(np.eye(3), change[:, :3, :3]) / MOVED[1],
+        )
+        for steps in (1, 3):
+            later = np.flatnonzero(apart[start:] >= steps)
+            if len(later):
+                pairs.append((here, read(frames[start + int(later[0])])))
+    return pairs
+
+
+def _agreement(pairs: list[tuple[DepthMap, DepthMap]], convention: Convention) -> float | None:
+    """Share of the compared points that agree; None where too few can be compared."""
+    count = agreeing = 0
+    for pair in pairs:
+        here, there = (_meant(view, convention) for view in pair)
+        z, behind = compare(here, there, farthest=np.inf)
+        count += len(z)
+        agreeing += int((np.abs(behind) <= AGREES[0] * z + AGREES[1]).sum())
+    return agreeing / count if count >= LEAST_POINTS else None
+
+
+def _meant(view: DepthMap, convention: Convention) -> DepthMap:
+    """A depth map with its pose and depth as a convention has them."""
+    factor = np.float32(convention.factor)
+    pixels = view.pixels * np.array([factor, 1 / factor, 1 / factor, factor], np.float32)
+    pose = np.ascontiguousarray(convention.poses(view.world_from_camera))
+    return replace(view, depth=view.depth * factor, pixels=pixels, world_from_camera=pose)

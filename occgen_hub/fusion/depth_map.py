@@ -1,0 +1,174 @@
+"""A depth map as fusion looks at it: the surface through each pixel, and which pixels to trust."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from occgen_hub.geometry.camera import continues
+from occgen_hub.views import Views
+
+TURN = 5.0
+"""Degrees by which the normal of a surface has to turn at an edge between two objects."""
+
+
+_AROUND = np.array([(-1, 0), (0, 1), (1, 0), (0, -1)])
+"""Rows and columns to the four neighbours of a pixel, clockwise."""
+
+
+@dataclass(frozen=True)
+class DepthMap:
+    """One frame's depth, with its camera.
+
+    Near the centre of pixel (u, v) the inverse depth is taken to be
+    `1 / depth + along_x * du + along_y * dv`, which is exact for a plane at any slant.
+
+    Attributes:
+        depth: (h, w) float32, metres along the optical axis, 0 for none.
+        pixels: (h, w, 4) float32: the depth; `along_x` and `along_y`, the change of the inverse
+            depth per pixel, of which the smaller of the differences to the two neighbours counts,
+            so that a pixel beside an edge stays on its own surface; and the least depth in the
+            3 x 3 pixels around. All are 0 where there is no depth.
+        K: (3, 3) float64, intrinsics in pixels of this map.
+        world_from_camera: (4, 4) float64, OpenCV axes, metres.
+    """
+
+    depth: NDArray[np.float32]
+    pixels: NDArray[np.float32]
+    K: NDArray[np.float64]
+    world_from_camera: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, views: Views, frame: int, confidence: float = 0.0) -> DepthMap:
+        """The depth map of a frame. confidence: see `Views.depth`."""
+        depth = views.depth(frame, confidence)
+        pose = np.ascontiguousarray(views.world_from_camera[frame])
+        return cls(depth, _surface(depth), views.depth_intrinsics(frame), pose)
+
+    def camera(self) -> NDArray[np.float64]:
+        """See `camera_values`."""
+        return camera_values(self.world_from_camera, self.K)
+
+    def trusted(self, edges: str, tolerance: float) -> NDArray[np.bool_]:
+        """(h, w) bool: the pixels that lie on a surface, and not between two.
+
+        edges: see `Views.edges`; tolerance: relative, 0 trusts every pixel that has depth.
+        """
+        if tolerance <= 0:
+            return self.depth > 0
+        if edges == "network":
+            kept: NDArray[np.bool_] = _off_ramps(
+                self.depth, self.K, tolerance, np.cos(np.radians(TURN))
+            )
+            return kept
+        sensed: NDArray[np.bool_] = continues(self.depth, tolerance)
+        return sensed
+
+
+def camera_values(
+    world_from_camera: NDArray[np.float64], K: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """(16,) float64 for compiled code: rotation (9, row after row), position, fx, fy, cx, cy."""
+    R, t = world_from_camera[:3, :3], world_from_camera[:3, 3]
+    return np.concatenate([R.ravel(), t, [K[0, 0], K[1, 1], K[0, 2], K[1, 2]]])
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _surface(depth):
+    """(h, w, 4) float32 `pixels` of a `DepthMap`."""
+    height, width = depth.shape
+    none = np.float32(np.inf)
+    pixels = np.zeros((height, width, 4), np.float32)
+    inverse = np.empty((height, width), np.float32)
+    across = np.empty((height, width), np.float32)  # The least of three pixels of a row.
+    for v in range(height):
+        for u in range(width):
+            inverse[v, u] = np.float32(1) / depth[v, u] if depth[v, u] > 0 else none
+        for u in range(width):
+            least = depth[v, u] if depth[v, u] > 0 else none
+            if u > 0 and depth[v, u - 1] > 0:
+                least = min(least, depth[v, u - 1])
+            if u + 1 < width and depth[v, u + 1] > 0:
+                least = min(least, depth[v, u + 1])
+            across[v, u] = least
+    for v in range(height):
+        above, below = max(v - 1, 0), min(v + 1, height - 1)
+        for u in range(width):
+            here = inverse[v, u]
+            if here == none:
+                continue
+            left, right = max(u - 1, 0), min(u + 1, width - 1)
+            pixels[v, u, 0] = depth[v, u]
+            pixels[v, u, 1] = _smaller(
+                inverse[v, left], here, inverse[v, right], u > left, right > u
+            )
+            pixels[v, u, 2] = _smaller(
+                inverse[above, u], here, inverse[below, u], v > above, below > v
+            )
+            pixels[v, u, 3] = min(across[above, u], across[v, u], across[below, u])
+    return pixels
+
+
+@njit(cache=True, nogil=True, inline="always", error_model="numpy")
+def _smaller(before, here, after, has_before, has_after):
+    """The smaller of two differences of inverse depth, infinite where there is no depth."""
+    first = here - before if has_before else np.float32(np.inf)
+    second = after - here if has_after else np.float32(np.inf)
+    smaller = first if abs(first) < abs(second) else second
+    return smaller if np.isfinite(smaller) else np.float32(0)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _off_ramps(depth, K, tolerance, cosine):
+    """(h, w) bool: pixels not on a ramp that a network drew from one object to another.
+
+    A pixel is on one if the depth in the 3 x 3 pixels around ranges over more than `tolerance` of
+    its own, and the normals of the four triangles that it spans with its neighbours turn by more
+    than the angle of `cosine`. The first alone would drop floors seen at a grazing angle.
+    """
+    height, width = depth.shape
+    kept = np.zeros((height, width), np.bool_)
+    points = np.empty((4, 3))
+    normals = np.empty((4, 3))
+    for v in range(height):
+        for u in range(width):
+            here = depth[v, u]
+            if here <= 0:
+                continue
+            low, high = here, here
+            for j in range(max(v - 1, 0), min(v + 2, height)):
+                for i in range(max(u - 1, 0), min(u + 2, width)):
+                    if depth[j, i] > 0:
+                        low, high = min(low, depth[j, i]), max(high, depth[j, i])
+            kept[v, u] = high - low <= tolerance * here
+            if kept[v, u] or v == 0 or u == 0 or v == height - 1 or u == width - 1:
+                continue
+            whole = True
+            for n in range(4):
+                j, i = v + _AROUND[n, 0], u + _AROUND[n, 1]
+                z = depth[j, i]
+                whole = whole and z > 0
+                points[n, 0] = (i + 0.5 - K[0, 2]) / K[0, 0] * z - (u + 0.5 - K[0, 2]) / K[
+                    0, 0
+                ] * here
+                points[n, 1] = (j + 0.5 - K[1, 2]) / K[1, 1] * z - (v + 0.5 - K[1, 2]) / K[
+                    1, 1
+                ] * here
+                points[n, 2] = z - here
+            if not whole:
+                continue
+            for n in range(4):
+                a, b = points[n], points[(n + 1) % 4]
+                normals[n, 0] = a[1] * b[2] - a[2] * b[1]
+                normals[n, 1] = a[2] * b[0] - a[0] * b[2]
+                normals[n, 2] = a[0] * b[1] - a[1] * b[0]
+                normals[n] /= np.sqrt((normals[n] ** 2).sum()) + 1e-30
+            turned = False
+            for n in range(4):
+                for m in range(n):
+                    turned = turned or (normals[n] * normals[m]).sum() < cosine
+            kept[v, u] = not turned
+    return kept

@@ -1,0 +1,209 @@
+"""What the frames say of each point of a surface: seen there, seen through, and by how much off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numba import njit, prange
+from numpy.typing import NDArray
+
+from occgen_hub.fusion.depth_map import DepthMap
+from occgen_hub.fusion.noise import NoiseModel
+from occgen_hub.occupancy.bricks import BrickedCloud
+from occgen_hub.prefetch import ahead
+from occgen_hub.views import Views
+
+SIGMAS = 3.0
+"""A depth within so many standard deviations of a point supports it."""
+
+SLANT = 1.0
+"""Pixels by which a surface may be displaced in the image, in how far depths may differ: at a
+grazing angle the depth changes a lot from one pixel to the next, and says nothing against a point
+beside it."""
+
+SLANT_SIGMA = 0.3
+"""Pixels: standard deviation of that displacement, in what a depth weighs."""
+
+FLOOR = 0.1
+"""Share of a cell's edge by which depths may differ whatever their noise."""
+
+NEAREST = 0.05
+"""Metres in front of a camera; what is nearer is not seen."""
+
+LOOKS = (8, 32)
+"""Frames that say something of a point, at least and at most, before no more are asked."""
+
+AVERAGED = 1 / 16
+"""Share of a cell's edge that the error of the mean of that many depths should not exceed."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What frames say of n points.
+
+    supports: (n,) uint16, frames that measured a surface there; contradictions: (n,) uint16, frames
+    that saw through; moves: (n, 4) float32, the sum of weights, and of weighted displacements onto
+    the measured surfaces along the rays, world metres.
+    """
+
+    supports: NDArray[np.uint16]
+    contradictions: NDArray[np.uint16]
+    moves: NDArray[np.float32]
+
+    def displacement(self) -> NDArray[np.float32]:
+        """(n, 3) float32 world metres: the weighted mean displacement, 0 without support."""
+        mean: NDArray[np.float32] = self.moves[:, 1:] / np.maximum(self.moves[:, :1], 1e-12)
+        return mean
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a measured depth may be from a point and still be that of the same surface.
+
+    floor: metres, of whatever else is not exact; looks: how many frames are asked of a point. They
+    are taken in an order that spreads them over the recording.
+    """
+
+    noise: NoiseModel
+    floor: float
+    looks: int
+
+    @classmethod
+    def of(cls, noise: NoiseModel, voxel_size: float) -> Tolerance:
+        """The one for cells of an edge, metres: the noisier the depth, the more frames."""
+        needed = (float(noise.sigma(2.0)) / (AVERAGED * voxel_size)) ** 2
+        looks = int(min(max(np.ceil(needed), LOOKS[0]), LOOKS[1]))
+        return cls(noise, FLOOR * voxel_size, looks)
+
+    def values(self) -> NDArray[np.float64]:
+        """(4,) float64 for compiled code."""
+        return np.append(self.noise.coefficients(), self.floor)
+
+
+def gather_evidence(
+    cloud: BrickedCloud,
+    views: Views,
+    tolerance: Tolerance,
+    confidence: float,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Evidence:
+    """What the depth of every frame says of each point of a cloud.
+
+    A frame supports a point if it measured a depth within the tolerance of it at the point's
+    projection; it contradicts the point if all that it measured in the 3 x 3 pixels around lies
+    behind; if it measured something in front, the point is hidden, which says nothing. So only a
+    frame that saw through a place speaks against it. Frames are taken one after the other and
+    points in parallel: the result does not depend on the number of threads.
+    """
+    count = len(cloud.points)
+    found = Evidence(
+        np.zeros(count, np.uint16), np.zeros(count, np.uint16), np.zeros((count, 4), np.float32)
+    )
+    read = partial(DepthMap.of, views, confidence=confidence)
+    for view in ahead(read, spread(views.frames)):
+        _look(
+            cloud.points, cloud.starts, cloud.lower, cloud.upper, view.pixels, view.camera(),
+            tolerance.values(), tolerance.looks, found.supports, found.contradictions, found.moves,
+        )  # fmt: skip
+        progress(1)
+    return found
+
+
+def spread(frames: NDArray[np.int64]) -> Iterator[int]:
+    """Frame numbers in an order whose every beginning is spread over all of them.
+
+    The order of the van der Corput sequence: by the bits of their places, reversed.
+    """
+    bits = max(len(frames) - 1, 1).bit_length()
+    for n in range(1 << bits):
+        place = int(f"{n:0{bits}b}"[::-1], 2)
+        if place < len(frames):
+            yield int(frames[place])
+
+
+@njit(cache=True, nogil=True, inline="always", error_model="numpy")
+def allowed(z, slope, tolerance):
+    """Metres by which a depth may be off at `z`, where it changes by `slope` metres per pixel."""
+    square = z * z
+    variance = tolerance[0] + tolerance[1] * square + tolerance[2] * square * square
+    return SIGMAS * np.sqrt(variance) + SLANT * slope + tolerance[3]
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def in_sight(low, high, camera, width, height):
+    """Whether a box of world coordinates may reach into a camera's view."""
+    least, most = np.empty(3), np.empty(3)
+    for row in range(3):
+        centre, reach = 0.0, 1e-6
+        for axis in range(3):
+            first, last = np.float64(low[axis]), np.float64(high[axis])
+            turn = camera[3 * axis + row]
+            centre += turn * (0.5 * (first + last) - camera[9 + axis])
+            reach += abs(turn) * 0.5 * (last - first)
+        least[row], most[row] = centre - reach, centre + reach
+    if most[2] <= NEAREST:
+        return False
+    near, far = max(least[2], NEAREST), most[2]
+    for axis, size in ((0, width), (1, height)):
+        first = -camera[14 + axis] / camera[12 + axis]
+        last = (size - camera[14 + axis]) / camera[12 + axis]
+        if most[axis] < min(first * near, first * far) or least[axis] > max(
+            last * near, last * far
+        ):
+            return False
+    return True
+
+
+@njit(cache=True, nogil=True, parallel=True, error_model="numpy")
+def _look(
+    points, starts, low, high, pixels, camera, tolerance, looks, supports, contradictions, moves
+):
+    height, width = pixels.shape[:2]
+    # In variables of their own: what is read from an array may have changed with every store.
+    px, py, pz = camera[9], camera[10], camera[11]
+    r00, r10, r20, r01, r11, r21 = camera[0], camera[3], camera[6], camera[1], camera[4], camera[7]
+    r02, r12, r22 = camera[2], camera[5], camera[8]
+    fx, fy, cx, cy = camera[12], camera[13], camera[14], camera[15]
+    constant, linear, quadratic, floor = tolerance[0], tolerance[1], tolerance[2], tolerance[3]
+    for brick in prange(len(starts) - 1):
+        if not in_sight(low[brick], high[brick], camera, width, height):
+            continue
+        for n in range(starts[brick], starts[brick + 1]):
+            if supports[n] + contradictions[n] >= looks:
+                continue
+            x, y, z = points[n, 0] - px, points[n, 1] - py, points[n, 2] - pz
+            depth = r02 * x + r12 * y + r22 * z
+            if depth <= NEAREST:
+                continue
+            nearness = 1 / depth
+            u = fx * (r00 * x + r10 * y + r20 * z) * nearness + cx
+            v = fy * (r01 * x + r11 * y + r21 * z) * nearness + cy
+            if not (0 <= u < width and 0 <= v < height):
+                continue
+            i, j = int(u), int(v)
+            pixel = pixels[j, i]
+            seen = np.float64(pixel[0])
+            if seen <= 0:
+                continue
+            gx, gy = np.float64(pixel[1]), np.float64(pixel[2])
+            inverse = 1 / seen + gx * (u - 0.5 - i) + gy * (v - 0.5 - j)
+            behind = (1 / inverse if inverse > 0 else seen) - depth
+            slope = seen * seen * (abs(gx) + abs(gy))
+            square = depth * depth
+            variance = constant + (linear + quadratic * square) * square
+            noisy = SIGMAS * np.sqrt(variance) + floor
+            within = noisy + SLANT * slope
+            if abs(behind) <= within:
+                supports[n] += 1
+                weight = 1 / (variance + (SLANT_SIGMA * slope) ** 2 + 1e-8)
+                # No farther than noise explains: beside edges a slope is that of nothing real.
+                along_ray = weight * min(max(behind, -noisy), noisy) * nearness
+                moves[n, 0] += weight
+                moves[n, 1] += along_ray * x
+                moves[n, 2] += along_ray * y
+                moves[n, 3] += along_ray * z
+            elif pixel[3] - depth > within:
+                contradictions[n] += 1

@@ -1,0 +1,148 @@
+"""Views of a recording in, what is really there out: a static surface, and what moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from occgen_hub.config import Config
+from occgen_hub.episode import Note
+from occgen_hub.errors import OccGenError
+from occgen_hub.fusion.depth_map import DepthMap
+from occgen_hub.fusion.evidence import Tolerance, gather_evidence
+from occgen_hub.fusion.moving import MovingPoints
+from occgen_hub.fusion.noise import noise_model
+from occgen_hub.fusion.quality import Agreement, Quality, assess
+from occgen_hub.fusion.refine import refine_poses
+from occgen_hub.geometry.camera import unproject_trusted
+from occgen_hub.geometry.cloud import Cloud, VoxelDownsample, voxel_downsample
+from occgen_hub.geometry.poses import transform
+from occgen_hub.occupancy.bricks import into_bricks, sorted_into_bricks
+from occgen_hub.prefetch import ahead
+from occgen_hub.views import Views
+
+ROUNDS = 2
+"""Times that points are moved to where frames agree and doubtful ones are left out."""
+
+CONTRADICTED = 0.25
+"""A point goes where more frames saw through it than this share of those that saw it."""
+
+STILL = 0.05
+"""Share of a cell's edge: where most points moved less, another round changes nothing."""
+
+REFINEMENTS = 4
+"""Times that poses are refined and the surface is fused anew."""
+
+Progress = Callable[[int], None]
+"""Called with the number of frames done since the last call."""
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What fusion makes of views.
+
+    cloud: the static surface, one point for each voxel of `Config.fusion_size`, world metres;
+    views: as given, with refined poses where that was asked for; moving: a frame's own points,
+    (n, 3) float32 world metres, None where nothing is looked for; quality: figures; notes: what a
+    user should know.
+    """
+
+    cloud: Cloud
+    views: Views
+    moving: MovingPoints | None
+    quality: Quality | None
+    notes: tuple[Note, ...] = ()
+
+
+def fuse(views: Views, config: Config, progress: Progress = lambda _: None) -> Fused:
+    """Decide what is there from what several frames say.
+
+    A point of the surface is kept if no more frames saw through it than `CONTRADICTED` of those
+    that measured a surface there, and moved along their rays to where they measured it, weighted
+    by the inverse variance of their noise. What other frames contradict, but hangs together in its
+    own, moves and belongs to that frame alone. With `fusion: union` every measured point is kept
+    where it is.
+
+    The result is the same whatever the number of threads. Raises OccGenError where points lie too
+    far from the world's origin.
+    """
+    measured = union(views, config, progress)
+    if config.fusion == "union" or not len(measured):
+        return Fused(measured, views, None, None)
+    noise = noise_model(views, config.noise, config.confidence)
+    tolerance = Tolerance.of(noise, config.voxel_size)
+    agreement = agree(measured, views, tolerance, config)
+    if config.refine_poses:
+        for _ in range(REFINEMENTS):
+            refined = refine_poses(agreement.cloud, views, tolerance, config.confidence)
+            views = replace(views, world_from_camera=refined)
+            noise = noise_model(views, config.noise, config.confidence)
+            tolerance = Tolerance.of(noise, config.voxel_size)
+            agreement = agree(union(views, config), views, tolerance, config)
+    static = into_bricks(agreement.cloud.points)
+    moving = MovingPoints(
+        static, agreement.seen_through, views, tolerance, config.fusion_size, config.depth_range,
+        config.depth_edge, config.confidence,
+    )  # fmt: skip
+    quality = assess(static, views, tolerance, config.confidence, agreement)
+    notes = quality.notes(refined=config.refine_poses)
+    return Fused(agreement.cloud, views, moving, quality, tuple(notes))
+
+
+def union(views: Views, config: Config, progress: Progress = lambda _: None) -> Cloud:
+    """Every trusted point of every frame, one for each voxel of `Config.fusion_size`."""
+    fused = VoxelDownsample(config.fusion_size)
+    check_reach(views, config, fused.reach)
+    for points, colors in ahead(partial(_measured, views, config), views.frames.tolist()):
+        fused.add(points, colors)
+        progress(1)
+    return fused.cloud()
+
+
+def _measured(
+    views: Views, config: Config, frame: int
+) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
+    """(n, 3) world points of a frame's trusted pixels, and their (n, 3) colours."""
+    view = DepthMap.of(views, frame, config.confidence)
+    trusted = view.trusted(views.edges, config.depth_edge)
+    points, pixels = unproject_trusted(view.depth, trusted, view.K, config.depth_range)
+    colors = views.read_color(frame).reshape(-1, 3)[pixels]
+    return transform(view.world_from_camera, points), colors
+
+
+def agree(cloud: Cloud, views: Views, tolerance: Tolerance, config: Config) -> Agreement:
+    """The points of a cloud that frames agree on, moved to where they measured them."""
+    seen_through = []
+    for _ in range(ROUNDS):
+        bricks, order = sorted_into_bricks(cloud.points)
+        evidence = gather_evidence(bricks, views, tolerance, config.confidence)
+        kept = evidence.contradictions <= CONTRADICTED * np.maximum(evidence.supports, 1)
+        seen_through.append(bricks.points[~kept])
+        shift = evidence.displacement()[kept]
+        points, colors = bricks.points[kept] + shift, cloud.colors[order][kept]
+        cloud = voxel_downsample(Cloud(points, colors), config.fusion_size)
+        still = np.mean(np.abs(shift).max(axis=1, initial=0) < STILL * config.voxel_size)
+        if not len(cloud) or still > 0.9:
+            break
+    removed = np.concatenate(seen_through)
+    share = len(seen_through[0]) / len(order)
+    return Agreement(cloud, into_bricks(removed), float(np.median(evidence.supports)), share)
+
+
+def check_reach(views: Views, config: Config, reach: float) -> None:
+    """Raise OccGenError where a camera may see beyond what voxels can number."""
+    centres, K = np.abs(views.world_from_camera[:, :3, 3]).max(), views.intrinsics
+    size = np.asarray(views.image_size)
+    middle, focal = K[:, :2, 2], K[:, [0, 1], [0, 1]]
+    slope = np.maximum(np.abs(middle), np.abs(size - middle)) / focal
+    ray = config.depth_range[1] * float(np.sqrt(1 + (slope**2).sum(axis=1)).max())
+    if centres + ray > reach:
+        raise OccGenError(
+            f"a camera may see {centres + ray:.0f} m from the world's origin, beyond the "
+            f"{reach:.0f} m that can be fused; subtract an offset from the source's poses or set "
+            "a larger fusion_voxel_size."
+        )

@@ -1,0 +1,228 @@
+"""What moves: connected points of one frame that the static surface does not explain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from occgen_hub.fusion.depth_map import DepthMap, camera_values
+from occgen_hub.fusion.evidence import NEAREST, Tolerance, allowed, in_sight
+from occgen_hub.occupancy.bricks import BrickedCloud
+from occgen_hub.views import Views
+
+LEAST_AREA = 0.01
+"""Square metres of what moves, as the camera sees it: a hand, and no group of wrong pixels."""
+
+LEAST_PIXELS = 25
+"""Fewer are noise, however far away they are."""
+
+CORE = 0.4
+"""Share of the pixels of what moves whose four neighbours belong to it too. A seam of wrong depths
+along an edge is long and thin and has fewer."""
+
+WIDEST_SPLAT = 4
+"""Pixels that a point of the static surface covers to each side at most."""
+
+
+@dataclass(frozen=True)
+class MovingPoints:
+    """Finds what moves in the frames of a recording.
+
+    static: the surface that does not move; seen_through: measured points that other frames saw
+    through, without which nothing moves; views: the recording; tolerance: of their depth;
+    spacing: metres between the points of the static surface; depth_range: metres, what is nearer
+    or farther counts as not measured; edge, confidence: see `DepthMap.trusted` and `Views.depth`.
+    """
+
+    static: BrickedCloud
+    seen_through: BrickedCloud
+    views: Views
+    tolerance: Tolerance
+    spacing: float
+    depth_range: tuple[float, float]
+    edge: float
+    confidence: float
+
+    def __call__(self, frame: int) -> NDArray[np.float32]:
+        """(n, 3) float32 world metres: the points of a frame that belong to it alone.
+
+        A pixel is one if it lies well in front of all static surface in the 3 x 3 pixels around,
+        and so do enough connected pixels around it. Its depth is the mean over those of its 3 x 3
+        neighbours that lie on the same surface, since no other frame tells it better. Empty for a
+        frame without depth. May be called from several threads at once.
+        """
+        place = np.searchsorted(self.views.frames, frame)
+        if place == len(self.views.frames) or self.views.frames[place] != frame:
+            return np.zeros((0, 3), np.float32)
+        if not self._may_move(frame):
+            return np.zeros((0, 3), np.float32)
+        view = DepthMap.of(self.views, frame, self.confidence)
+        static, tolerance, camera = self.static, self.tolerance.values(), view.camera()
+        surface = _render(
+            static.points, static.starts, static.lower, static.upper, camera, view.depth.shape,
+            self.spacing,
+        )  # fmt: skip
+        trusted = view.trusted(self.views.edges, self.edge)
+        trusted &= (view.depth >= self.depth_range[0]) & (view.depth <= self.depth_range[1])
+        in_front = _in_front(view.pixels, trusted, surface, tolerance)
+        kept = _connected(view.depth, in_front, camera, tolerance)
+        points: NDArray[np.float32] = _smoothed(view.depth, kept, camera, tolerance)
+        return points
+
+    def _may_move(self, frame: int) -> bool:
+        """Whether enough of what other frames saw through lies in a frame's sight."""
+        points = self.seen_through
+        width, height = self.views.depth_size
+        camera = camera_values(
+            self.views.world_from_camera[frame], self.views.depth_intrinsics(frame)
+        )
+        visible = _in_image(
+            points.points, points.starts, points.lower, points.upper, camera, width, height
+        )
+        return bool(visible >= LEAST_PIXELS)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _in_image(points, starts, low, high, camera, width, height):
+    """How many points project into an image, counted up to LEAST_PIXELS."""
+    count = 0
+    for brick in range(len(starts) - 1):
+        if not in_sight(low[brick], high[brick], camera, width, height):
+            continue
+        for n in range(starts[brick], starts[brick + 1]):
+            x = points[n, 0] - camera[9]
+            y = points[n, 1] - camera[10]
+            z = points[n, 2] - camera[11]
+            depth = camera[2] * x + camera[5] * y + camera[8] * z
+            if depth <= NEAREST:
+                continue
+            u = camera[12] * (camera[0] * x + camera[3] * y + camera[6] * z) / depth + camera[14]
+            v = camera[13] * (camera[1] * x + camera[4] * y + camera[7] * z) / depth + camera[15]
+            count += 0 <= u < width and 0 <= v < height
+            if count >= LEAST_PIXELS:
+                return count
+    return count
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _render(points, starts, low, high, camera, shape, spacing):
+    """(h, w) float32: depth of the nearest static point at each pixel, infinite for none."""
+    height, width = shape
+    surface = np.full((height, width), np.inf, np.float32)
+    for brick in range(len(starts) - 1):
+        if not in_sight(low[brick], high[brick], camera, width, height):
+            continue
+        for n in range(starts[brick], starts[brick + 1]):
+            x = points[n, 0] - camera[9]
+            y = points[n, 1] - camera[10]
+            z = points[n, 2] - camera[11]
+            depth = camera[2] * x + camera[5] * y + camera[8] * z
+            if depth <= NEAREST:
+                continue
+            u = camera[12] * (camera[0] * x + camera[3] * y + camera[6] * z) / depth + camera[14]
+            v = camera[13] * (camera[1] * x + camera[4] * y + camera[7] * z) / depth + camera[15]
+            if not (-WIDEST_SPLAT <= u < width + WIDEST_SPLAT):
+                continue
+            if not (-WIDEST_SPLAT <= v < height + WIDEST_SPLAT):
+                continue
+            i, j = int(np.floor(u)), int(np.floor(v))
+            reach = min(int(0.6 * spacing * camera[12] / depth + 0.5), WIDEST_SPLAT)
+            for row in range(max(j - reach, 0), min(j + reach + 1, height)):
+                for column in range(max(i - reach, 0), min(i + reach + 1, width)):
+                    if depth < surface[row, column]:
+                        surface[row, column] = depth
+    return surface
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _in_front(pixels, trusted, surface, tolerance):
+    """(h, w) bool: trusted pixels well in front of all static surface around them."""
+    height, width = surface.shape
+    found = np.zeros((height, width), np.bool_)
+    for v in range(height):
+        for u in range(width):
+            if not trusted[v, u]:
+                continue
+            here = np.float64(pixels[v, u, 0])
+            static = np.inf
+            for j in range(max(v - 1, 0), min(v + 2, height)):
+                for i in range(max(u - 1, 0), min(u + 2, width)):
+                    static = min(static, surface[j, i])
+            slope = here * here * (abs(pixels[v, u, 1]) + abs(pixels[v, u, 2]))
+            found[v, u] = static - here > allowed(here, slope, tolerance)
+    return found
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _same_surface(first, second, tolerance):
+    """Whether two neighbouring depths may belong to one object."""
+    return abs(first - second) <= allowed(first, 0.0, tolerance) + 0.05 * first
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _connected(depth, candidates, camera, tolerance):
+    """The candidates that belong to groups large and thick enough; (h, w) bool."""
+    height, width = depth.shape
+    left, kept = candidates.copy(), np.zeros((height, width), np.bool_)
+    stack = np.empty((height * width, 2), np.int32)
+    for row in range(height):
+        for column in range(width):
+            if not left[row, column]:
+                continue
+            left[row, column] = False
+            stack[0, 0], stack[0, 1] = row, column
+            end, done, core, area = 1, 0, 0, 0.0
+            while done < end:  # What is done stays on the stack: it is the group.
+                v, u = stack[done]
+                done += 1
+                area += depth[v, u] ** 2 / (camera[12] * camera[13])
+                inside = 0 < v < height - 1 and 0 < u < width - 1
+                core += (
+                    inside
+                    and candidates[v - 1, u]
+                    and candidates[v + 1, u]
+                    and candidates[v, u - 1]
+                    and candidates[v, u + 1]
+                )
+                for j in range(max(v - 1, 0), min(v + 2, height)):
+                    for i in range(max(u - 1, 0), min(u + 2, width)):
+                        if left[j, i] and _same_surface(depth[v, u], depth[j, i], tolerance):
+                            left[j, i] = False
+                            stack[end, 0], stack[end, 1] = j, i
+                            end += 1
+            if end >= LEAST_PIXELS and area >= LEAST_AREA and core >= CORE * end:
+                for n in range(end):
+                    kept[stack[n, 0], stack[n, 1]] = True
+    return kept
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _smoothed(depth, kept, camera, tolerance):
+    """(n, 3) float32 world points of the kept pixels."""
+    height, width = depth.shape
+    points = np.empty((np.count_nonzero(kept), 3), np.float32)
+    count = 0
+    for v in range(height):
+        for u in range(width):
+            if not kept[v, u]:
+                continue
+            total, number = 0.0, 0
+            for j in range(max(v - 1, 0), min(v + 2, height)):
+                for i in range(max(u - 1, 0), min(u + 2, width)):
+                    near = abs(depth[j, i] - depth[v, u]) <= allowed(depth[v, u], 0.0, tolerance)
+                    if kept[j, i] and near:
+                        total += depth[j, i]
+                        number += 1
+            z = total / number
+            x = (u + 0.5 - camera[14]) / camera[12] * z
+            y = (v + 0.5 - camera[15]) / camera[13] * z
+            for axis in range(3):
+                points[count, axis] = (
+                    camera[3 * axis] * x + camera[3 * axis + 1] * y + camera[3 * axis + 2] * z
+                    + camera[9 + axis]
+                )  # fmt: skip
+            count += 1
+    return points

@@ -1,0 +1,182 @@
+"""How far a depth is off: the noise of a sensor or network, named, given, or estimated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+from occgen_hub.fusion.depth_map import DepthMap
+from occgen_hub.prefetch import ahead
+from occgen_hub.views import Views
+
+PAIRS = 12
+"""Pairs of frames that an estimate compares at most."""
+
+STRIDE = 5
+"""Of a frame's rows and columns, every so many are compared."""
+
+BIN_EDGES = np.arange(0.25, 20.0, 0.5)
+"""Metres: the spread of differences is taken in such ranges of depth."""
+
+LEAST_DIFFERENCES = 100
+"""In a range of depth, for its spread to count."""
+
+LARGEST = 0.25
+"""A difference over this share of the depth is that of another object and says nothing of noise."""
+
+
+@dataclass(frozen=True)
+class NoiseModel:
+    """Standard deviation of a depth: sqrt(constant^2 + (linear z)^2 + (quadratic z^2)^2) metres.
+
+    constant: metres; linear: metres a metre; quadratic: metres a metre squared. A surface seen at
+    a slant is allowed for apart from this, where depths are compared.
+    """
+
+    constant: float
+    linear: float
+    quadratic: float
+
+    def sigma(self, depth: NDArray[np.floating] | float) -> NDArray[np.float64]:
+        """Metres, for depths in metres."""
+        z = np.asarray(depth, np.float64)
+        variance = self.constant**2 + (self.linear * z) ** 2 + (self.quadratic * z * z) ** 2
+        return np.sqrt(variance)
+
+    def coefficients(self) -> NDArray[np.float64]:
+        """(3,) float64: the variance as a polynomial of the squared depth."""
+        return np.array([self.constant, self.linear, self.quadratic]) ** 2
+
+
+NAMED = {
+    "simulated": NoiseModel(0.0005, 0.0, 0.0),
+    # Nguyen, Izadi and Lovell, "Modeling Kinect sensor noise for improved 3D reconstruction and
+    # tracking", 2012: .0012 + .0019 (z - .4)^2 metres along the optical axis.
+    "kinect": NoiseModel(0.0012, 0.0, 0.0016),
+    # z^2 s / (f B), for a subpixel error s of 0.1, 425 pixels and a baseline of 5 cm, as Intel's
+    # tuning guide for the D400 series gives them.
+    "stereo": NoiseModel(0.001, 0.0, 0.0047),
+    # Time of flight: about constant, growing with the square of the distance as light gets less.
+    "tof": NoiseModel(0.003, 0.0, 0.0006),
+}
+
+
+def noise_model(views: Views, setting: str | Sequence[float], confidence: float) -> NoiseModel:
+    """The noise model that a configuration asks for.
+
+    setting: "auto" estimates it from the views, see `estimate_noise`; else a name of `NAMED`, or
+    the three numbers of a `NoiseModel`.
+    """
+    if not isinstance(setting, str):
+        return NoiseModel(*setting)
+    if setting != "auto":
+        return NAMED[setting]
+    return estimate_noise(views, confidence) or NAMED["simulated"]
+
+
+def estimate_noise(views: Views, confidence: float = 0.0) -> NoiseModel | None:
+    """The noise of a recording, from how much the depths of its frames differ from one another.
+
+    Points of one frame are compared with the depth of another, near in time and far. The spread in
+    each range of depth is a robust one, the median of absolute differences; two frames differ by
+    sqrt(2) of what one is off. It holds what poses add to it. None where frames share too little.
+    """
+    depths, differences = [], []
+    for z, difference in ahead(lambda pair: _compared(views, *pair, confidence), _pairs(views)):
+        depths.append(z)
+        differences.append(difference)
+    if not depths:
+        return None
+    z, difference = np.concatenate(depths), np.abs(np.concatenate(differences))
+    rows, variances = [], []
+    for low, high in pairwise(BIN_EDGES):
+        inside = (z >= low) & (z < high)
+        if np.count_nonzero(inside) < LEAST_DIFFERENCES:
+            continue
+        middle = float(np.median(z[inside]))
+        rows.append([1.0, middle**2, middle**4])
+        variances.append((1.4826 * float(np.median(difference[inside]))) ** 2 / 2)
+    if not rows:
+        return None
+    # Relative errors count alike: the spread of near depths matters as much as that of far ones.
+    weight = 1 / (np.asarray(variances) + 1e-8)
+    fitted, _ = nnls(np.asarray(rows) * weight[:, None], np.asarray(variances) * weight)
+    return NoiseModel(*np.sqrt(fitted).tolist())
+
+
+def _pairs(views: Views) -> list[tuple[int, int]]:
+    """Pairs of frames with depth, from neighbours to half the recording apart."""
+    count = len(views.frames)
+    gaps = sorted({gap for gap in (1, 2, 3, count // 4, count // 2) if 0 < gap < count})
+    pairs = []
+    for gap in gaps:
+        step = max(1, (count - gap) * len(gaps) // PAIRS)
+        pairs += [(n, n + gap) for n in range(0, count - gap, step)]
+    numbers = views.frames.tolist()
+    return [(numbers[a], numbers[b]) for a, b in pairs]
+
+
+def _compared(
+    views: Views, first: int, second: int, confidence: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Depths of the first frame's points in the second, and how far the second's lie behind."""
+    here, there = (DepthMap.of(views, frame, confidence) for frame in (first, second))
+    return compare(here, there)
+
+
+def compare(
+    here: DepthMap, there: DepthMap, stride: int = STRIDE, farthest: float = LARGEST
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """How the points that one depth map measured agree with another.
+
+    Returns (n,) float64 depths of the points in the other's camera, metres, and (n,) float64
+    metres by which the other's surface lies behind them, for points that fall onto a pixel with
+    depth, on a surface that is not at a grazing angle, and no farther from it than `farthest` of
+    their depth.
+    """
+    return _compare(  # type: ignore[no-any-return]  # compiled
+        here.depth, here.camera(), there.pixels, there.camera(), stride, farthest,
+
+    )  # fmt: skip
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _compare(depth, camera, pixels, other_camera, stride, farthest):
+    height, width = depth.shape
+    size = ((height + stride - 1) // stride) * ((width + stride - 1) // stride)
+    found, behind = np.empty(size), np.empty(size)
+    count = 0
+    R, t = camera[:9].reshape(3, 3), camera[9:12]
+    S, s = other_camera[:9].reshape(3, 3), other_camera[9:12]
+    for v in range(0, height, stride):
+        for u in range(0, width, stride):
+            here = depth[v, u]
+            if here <= 0:
+                continue
+            x = (u + 0.5 - camera[14]) / camera[12] * here
+            y = (v + 0.5 - camera[15]) / camera[13] * here
+            world = R[:, 0] * x + R[:, 1] * y + R[:, 2] * here + t - s
+            z = (S[:, 2] * world).sum()
+            if z <= 0.05:
+                continue
+            a = other_camera[12] * (S[:, 0] * world).sum() / z + other_camera[14]
+            b = other_camera[13] * (S[:, 1] * world).sum() / z + other_camera[15]
+            if not (0 <= a < pixels.shape[1] and 0 <= b < pixels.shape[0]):
+                continue
+            i, j = int(a), int(b)
+            seen, gx, gy = pixels[j, i, 0], pixels[j, i, 1], pixels[j, i, 2]
+            if seen <= 0:
+                continue
+            if seen * (abs(gx) + abs(gy)) > 0.02:
+                continue
+            inverse = 1 / seen + gx * (a - 0.5 - i) + gy * (b - 0.5 - j)
+            if inverse > 0 and abs(1 / inverse - z) <= farthest * z:
+                found[count], behind[count] = z, 1 / inverse - z
+                count += 1
+    return found[:count], behind[:count]

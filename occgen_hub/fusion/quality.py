@@ -1,0 +1,109 @@
+"""Figures of how well the frames of an episode agree, from the evidence of fusion."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import numpy as np
+
+from occgen_hub.episode import Note
+from occgen_hub.fusion.depth_map import DepthMap
+from occgen_hub.fusion.evidence import Tolerance, spread
+from occgen_hub.fusion.refine import correction
+from occgen_hub.geometry.cloud import Cloud
+from occgen_hub.occupancy.bricks import BrickedCloud
+from occgen_hub.prefetch import ahead
+from occgen_hub.views import Views
+
+FRAMES = 8
+"""Frames whose residual against the scene is measured."""
+
+POOR_POSES = (0.008, 0.15)
+"""Metres and degrees by which frames would have to be moved, median, for a note to suggest
+refined poses."""
+
+POOR_CONTRADICTED = 0.3
+"""Share of contradicted points over which a note says that the frames do not agree."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The static surface that frames agree on.
+
+    cloud: its points, world metres; seen_through: measured points that are not part of it, since
+    other frames saw through them; supports: median number of frames that saw a point;
+    contradicted: share of the measured points that other frames saw through.
+    """
+
+    cloud: Cloud
+    seen_through: BrickedCloud
+    supports: float
+    contradicted: float
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well an episode's frames agree.
+
+    sigma: estimated standard deviation of depth at 1, 2 and 4 m, metres; contradicted: share of the
+    measured points that other frames saw through; supports: median number of frames that saw a
+    point of the scene; residual: median distance of the scene from the surfaces that frames
+    measured, metres; shift, turn: median over frames of how far each would have to be moved to fit
+    the scene best, metres and degrees.
+    """
+
+    sigma: tuple[float, float, float]
+    contradicted: float
+    supports: float
+    residual: float
+    shift: float
+    turn: float
+
+    def record(self) -> dict[str, object]:
+        """As `meta/occgen.json` has it."""
+        return {
+            key: [round(v, 6) for v in value] if isinstance(value, tuple) else round(value, 6)
+            for key, value in asdict(self).items()
+        }
+
+    def notes(self, *, refined: bool) -> list[Note]:
+        """What a user should know."""
+        notes = []
+        if self.contradicted > POOR_CONTRADICTED:
+            text = (
+                f"frames contradict one another: {self.contradicted:.0%} of the measured points "
+                "were seen through by other frames; check units, poses and that depth and images "
+                "belong together"
+            )
+            notes.append(Note("frames disagree", text))
+        if not refined and (self.shift > POOR_POSES[0] or self.turn > POOR_POSES[1]):
+            text = (
+                f"frames lie {1000 * self.shift:.0f} mm and {self.turn:.2f} degrees off the scene "
+                "(median): its poses may drift; try --set refine_poses=true"
+            )
+            notes.append(Note("poses", text))
+        return notes
+
+
+def assess(
+    static: BrickedCloud,
+    views: Views,
+    tolerance: Tolerance,
+    confidence: float,
+    agreement: Agreement,
+) -> Quality:
+    """The figures of a fused scene. static: its surface."""
+    frames = list(spread(views.frames))[:FRAMES]
+    read = partial(DepthMap.of, views, confidence=confidence)
+    steps = [correction(static, view, tolerance) for view in ahead(read, frames)]
+    residual, shift, turn = (float(np.median(column)) for column in zip(*steps, strict=True))
+    one, two, four = tolerance.noise.sigma(np.array([1.0, 2.0, 4.0])).tolist()
+    return Quality(
+        sigma=(one, two, four),
+        contradicted=agreement.contradicted,
+        supports=agreement.supports,
+        residual=residual,
+        shift=shift,
+        turn=turn,
+    )

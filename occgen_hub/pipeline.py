@@ -1,0 +1,112 @@
+"""One episode, step by step: reconstruct, align, fuse, observe.
+
+    episode = source.read(ref)                     # what was recorded
+    views   = engine.reconstruct(episode, config)  # per frame: depth, confidence, pose, intrinsics
+    views   = align(views, episode)                # into the source's world, metres
+    scene   = fuse(views, config)                  # what several frames agree on; what moves
+    frames  = observe(scene, episode, grid)        # occupied and observed cells of every frame
+
+The same episode and configuration give the same result, whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from occgen_hub.config import Config
+from occgen_hub.engines import Engine
+from occgen_hub.episode import Episode, Note, check_episode
+from occgen_hub.errors import OccGenError
+from occgen_hub.fusion.conventions import check_conventions
+from occgen_hub.fusion.fuse import fuse
+from occgen_hub.geometry.alignment import Alignment, align_poses
+from occgen_hub.geometry.surface import poisson_surface
+from occgen_hub.occupancy.frames import observe_frames
+from occgen_hub.occupancy.grid import Grid
+from occgen_hub.occupancy.visibility import FrameOccupancy
+from occgen_hub.scene import Scene
+from occgen_hub.views import Views, check_views
+
+FEW_CELLS = 100
+"""Fewer occupied cells in a scene are told: hardly anything was measured."""
+
+Progress = Callable[[int], None]
+"""Called with the number of frames done since the last call."""
+
+
+def reconstruct(
+    episode: Episode,
+    engine: Engine,
+    config: Config,
+    scratch: Path,
+    progress: Progress = lambda _: None,
+) -> Scene:
+    """The scene of an episode, in the source's world where the source has poses.
+
+    scratch: an empty folder, needed as long as the scene is used. Raises OccGenError where the
+    episode cannot be reconstructed, or where its units, axes or poses are wrong.
+    """
+    episode = check_episode(episode)
+    views = engine.reconstruct(episode, config, scratch, progress)
+    check_views(views, episode)
+    views, alignment = align(views, episode)
+    convention_notes = check_conventions(views, episode.id, config)
+    try:
+        fused = fuse(views, config)
+    except OccGenError as error:
+        raise OccGenError(f"{episode.id}: {error}") from error
+    views, cloud = fused.views, fused.cloud
+    if config.mesh:
+        centres = views.world_from_camera[:, :3, 3]
+        cloud = poisson_surface(cloud, centres, config.voxel_size, config.mesh_density_cut)
+    notes = [*views.notes, *convention_notes, *fused.notes, *_notes(alignment, len(cloud))]
+    return Scene(
+        cloud=cloud,
+        world_from_camera=views.world_from_camera,
+        intrinsics=views.intrinsics,
+        moving=fused.moving,
+        scale=1.0 if alignment is None else alignment.sim3.scale,
+        alignment=alignment,
+        quality=fused.quality,
+        notes=tuple(notes),
+    )
+
+
+def align(views: Views, episode: Episode) -> tuple[Views, Alignment | None]:
+    """Views that an engine found in a world of its own, in the source's, if that has poses."""
+    if views.in_source_world or episode.world_from_camera is None:
+        return views, None
+    frames = views.frames
+    alignment = align_poses(views.world_from_camera[frames], episode.world_from_camera[frames])
+    return views.moved(alignment.sim3), alignment
+
+
+def observe(scene: Scene, episode: Episode, grid: Grid) -> Iterator[FrameOccupancy]:
+    """Occupancy and visibility of each frame, in order."""
+    # Intrinsics as they will be written, so that a reader who traces the same rays sees the same.
+    intrinsics = scene.intrinsics.astype(np.float32).astype(np.float64)
+    return observe_frames(
+        grid,
+        scene.cloud.points,
+        scene.world_from_camera,
+        intrinsics,
+        episode.image_size,
+        scene.moving,
+    )
+
+
+def _notes(alignment: Alignment | None, points: int) -> list[Note]:
+    notes = []
+    if alignment is not None and alignment.problem is not None:
+        notes.append(Note("alignment", f"the alignment {alignment.problem}"))
+    if points < FEW_CELLS:
+        text = (
+            f"the scene has {points or 'no'} points: depth is missing, outside depth_range or in "
+            "another unit, or no two frames agree; ALL that is in view counts as free, do not use "
+            "it"
+        )
+        notes.append(Note("empty scene", text))
+    return notes
