@@ -72,7 +72,8 @@ class _Size(click.ParamType[tuple[float, float]]):
 )  # fmt: skip
 @click.option(
     "--pose-drift", type=_Size(), is_flag=False, flag_value="0.02,0.3",
-    help="The stated poses drift smoothly, by this much at the end; 0.02,0.3 if no value is given.",
+    help="The stated poses drift smoothly, at most by this much for each axis; 0.02,0.3 if no "
+    "value is given.",
 )  # fmt: skip
 @click.option(
     "--people", default=0, show_default=True,

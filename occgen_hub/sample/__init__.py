@@ -42,8 +42,8 @@ def make_sample(
             "speckle", which are applied in this order; see `occgen_hub.sample.sensors`.
         pose_noise: the deviation for each axis, metres and degrees, of an error that each stated
             pose has of its own.
-        pose_drift: the error of the last stated pose, metres and degrees; it grows smoothly from
-            nothing at the first.
+        pose_drift: the largest error for each axis, metres and degrees, of a smooth drift of the
+            stated poses, which is nothing at the first.
         people: how many people are in each trajectory. They walk, or walk and then stand still.
         progress: called after each frame with the frames done and the frames in all.
 
