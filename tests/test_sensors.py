@@ -481,10 +481,11 @@ def test_command_line(tmp_path: Path) -> None:
     )  # fmt: skip
     assert files(out) == files(same)
     wrong = (
-        ("--noise", "fog"), ("--pose-noise", "0.1"), ("--pose-drift=1,b",), ("--people", "-1"),
+        ("--noise", "fog"), ("--pose-noise", "0.1"), ("--pose-drift=1,b",),
     )  # fmt: skip
     for arguments in wrong:
         refused = call(str(tmp_path / "wrong"), *short, *arguments)
         assert refused.exit_code == 2
         assert not (tmp_path / "wrong").exists()
+    assert isinstance(call(str(tmp_path / "wrong"), "--people", "-1").exception, UsageError)
     assert "metres,degrees" in call(str(tmp_path / "wrong"), "--pose-noise", "0.1").output

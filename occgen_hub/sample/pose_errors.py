@@ -8,7 +8,7 @@ from scipy.spatial.transform import Rotation
 from occgen_hub.sample.mesh import Floats
 
 Size = tuple[float, float]  # metres, degrees
-WAVES = 3  # half waves along a trajectory that are summed
+WAVES = 3  # waves that are summed: a quarter, three and five quarters of one
 
 
 def with_noise(poses: Floats, size: Size, rng: np.random.Generator) -> Floats:
@@ -34,7 +34,7 @@ def _curves(count: int, rng: np.random.Generator) -> Floats:
     """Three smooth random curves (count, 3) that start at 0; the largest magnitude of each is 1."""
     t = np.linspace(0, 1, count)[:, None]
     waves = np.arange(1, WAVES + 1)
-    basis = np.sin(np.pi * waves * t)
+    basis = np.sin(np.pi * (waves - 0.5) * t)  # None of them returns to 0 at the end.
     curves = basis @ rng.standard_normal((WAVES, 3))
     peak = np.abs(curves).max(axis=0)
     return np.asarray(curves / np.where(peak > 0, peak, 1))
