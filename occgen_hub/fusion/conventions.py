@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from occgen_hub.config import Config
 from occgen_hub.episode import Note
 from occgen_hub.errors import OccGenError
-from occgen_hub.fusion.depth_map import DepthMap
+from occgen_hub.fusion.depth_map import DepthMap, DepthMaps
 from occgen_hub.fusion.noise import compare
 from occgen_hub.geometry.poses import OPENGL_FROM_OPENCV
 from occgen_hub.geometry.sim3 import rotation_angle
@@ -124,7 +124,7 @@ def check_conventions(views: Views, episode: str, config: Config) -> list[Note]:
 
 def _pairs(views: Views, config: Config) -> list[tuple[DepthMap, DepthMap]]:
     """Pairs of frames whose cameras are apart, in two steps from each of a few frames."""
-    read = cache(partial(DepthMap.of, views, confidence=config.confidence))
+    read = cache(DepthMaps(views, config.confidence, config.depth_edge))
     frames, pairs = views.frames.tolist(), []
     starts = np.unique(np.linspace(0, len(frames) - 2, PAIRS // 2).astype(int))
     for start in starts.tolist():

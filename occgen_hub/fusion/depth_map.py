@@ -28,44 +28,55 @@ class DepthMap:
 
     Attributes:
         depth: (h, w) float32, metres along the optical axis, 0 for none.
-        pixels: (h, w, 4) float32: the depth; `along_x` and `along_y`, the change of the inverse
-            depth per pixel, of which the smaller of the differences to the two neighbours counts,
-            so that a pixel beside an edge stays on its own surface; and the least depth in the
-            3 x 3 pixels around. All are 0 where there is no depth.
+        trusted: (h, w) bool, pixels that lie on a surface, and not between two.
+        pixels: (h, w, 4) float32: the depth, 0 where it is not trusted; `along_x` and `along_y`,
+            the change of the inverse depth per pixel, of which the smaller of the differences to the
+            two neighbours counts, so that a pixel beside an edge stays on its own surface; and the
+            least depth in the 3 x 3 pixels around, trusted or not, 0 where there is no depth.
         K: (3, 3) float64, intrinsics in pixels of this map.
         world_from_camera: (4, 4) float64, OpenCV axes, metres.
     """
 
     depth: NDArray[np.float32]
+    trusted: NDArray[np.bool_]
     pixels: NDArray[np.float32]
     K: NDArray[np.float64]
     world_from_camera: NDArray[np.float64]
-
-    @classmethod
-    def of(cls, views: Views, frame: int, confidence: float = 0.0) -> DepthMap:
-        """The depth map of a frame. confidence: see `Views.depth`."""
-        depth = views.depth(frame, confidence)
-        pose = np.ascontiguousarray(views.world_from_camera[frame])
-        return cls(depth, _surface(depth), views.depth_intrinsics(frame), pose)
 
     def camera(self) -> NDArray[np.float64]:
         """See `camera_values`."""
         return camera_values(self.world_from_camera, self.K)
 
-    def trusted(self, edges: str, tolerance: float) -> NDArray[np.bool_]:
-        """(h, w) bool: the pixels that lie on a surface, and not between two.
 
-        edges: see `Views.edges`; tolerance: relative, 0 trusts every pixel that has depth.
-        """
-        if tolerance <= 0:
-            return self.depth > 0
-        if edges == "network":
-            kept: NDArray[np.bool_] = _off_ramps(
-                self.depth, self.K, tolerance, np.cos(np.radians(TURN))
-            )
-            return kept
-        sensed: NDArray[np.bool_] = continues(self.depth, tolerance)
-        return sensed
+@dataclass(frozen=True)
+class DepthMaps:
+    """The depth maps of views, made when asked for, from several threads at once if need be.
+
+    confidence: depth that the engine is no surer of counts as none; edge: relative tolerance of the
+    rules that find pixels between two surfaces, 0 trusts every pixel that has depth.
+    """
+
+    views: Views
+    confidence: float
+    edge: float
+
+    def __call__(self, frame: int) -> DepthMap:
+        """The depth map of a frame."""
+        views = self.views
+        depth, K = views.depth(frame, self.confidence), views.depth_intrinsics(frame)
+        if self.edge <= 0:
+            trusted = depth > 0
+        elif views.edges == "network":
+            trusted = _off_ramps(depth, K, self.edge, float(np.cos(np.radians(TURN))))
+        else:
+            trusted = continues(depth, self.edge)
+        pose = np.ascontiguousarray(views.world_from_camera[frame])
+        return DepthMap(depth, trusted, _surface(depth, trusted), K, pose)
+
+    @property
+    def frames(self) -> NDArray[np.int64]:
+        """(n,) int64, the numbers of the frames that have depth, ascending."""
+        return self.views.frames
 
 
 def camera_values(
@@ -77,7 +88,7 @@ def camera_values(
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _surface(depth):
+def _surface(depth, trusted):
     """(h, w, 4) float32 `pixels` of a `DepthMap`."""
     height, width = depth.shape
     none = np.float32(np.inf)
@@ -86,7 +97,7 @@ def _surface(depth):
     across = np.empty((height, width), np.float32)  # The least of three pixels of a row.
     for v in range(height):
         for u in range(width):
-            inverse[v, u] = np.float32(1) / depth[v, u] if depth[v, u] > 0 else none
+            inverse[v, u] = np.float32(1) / depth[v, u] if trusted[v, u] else none
         for u in range(width):
             least = depth[v, u] if depth[v, u] > 0 else none
             if u > 0 and depth[v, u - 1] > 0:
@@ -97,6 +108,8 @@ def _surface(depth):
     for v in range(height):
         above, below = max(v - 1, 0), min(v + 1, height - 1)
         for u in range(width):
+            if depth[v, u] > 0:
+                pixels[v, u, 3] = min(across[above, u], across[v, u], across[below, u])
             here = inverse[v, u]
             if here == none:
                 continue
@@ -108,7 +121,6 @@ def _surface(depth):
             pixels[v, u, 2] = _smaller(
                 inverse[above, u], here, inverse[below, u], v > above, below > v
             )
-            pixels[v, u, 3] = min(across[above, u], across[v, u], across[below, u])
     return pixels
 
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
-from occgen_hub.fusion.depth_map import DepthMap
+from occgen_hub.fusion.depth_map import DepthMaps
 from occgen_hub.fusion.noise import NoiseModel
 from occgen_hub.occupancy.bricks import BrickedCloud
 from occgen_hub.prefetch import ahead
-from occgen_hub.views import Views
 
 SIGMAS = 3.0
 """A depth within so many standard deviations of a point supports it."""
@@ -45,12 +43,14 @@ class Evidence:
     """What frames say of n points.
 
     supports: (n,) uint16, frames that measured a surface there; contradictions: (n,) uint16, frames
-    that saw through; moves: (n, 4) float32, the sum of weights, and of weighted displacements onto
+    that saw through; doubts: (n,) uint16, frames in which an edge runs past it, so that what they
+    measured says neither; moves: (n, 4) float32, the sum of weights, and of weighted displacements onto
     the measured surfaces along the rays, world metres.
     """
 
     supports: NDArray[np.uint16]
     contradictions: NDArray[np.uint16]
+    doubts: NDArray[np.uint16]
     moves: NDArray[np.float32]
 
     def displacement(self) -> NDArray[np.float32]:
@@ -85,28 +85,27 @@ class Tolerance:
 
 def gather_evidence(
     cloud: BrickedCloud,
-    views: Views,
+    maps: DepthMaps,
     tolerance: Tolerance,
-    confidence: float,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Evidence:
     """What the depth of every frame says of each point of a cloud.
 
-    A frame supports a point if it measured a depth within the tolerance of it at the point's
-    projection; it contradicts the point if all that it measured in the 3 x 3 pixels around lies
-    behind; if it measured something in front, the point is hidden, which says nothing. So only a
-    frame that saw through a place speaks against it. Frames are taken one after the other and
+    A frame supports a point if it measured a depth to trust within the tolerance of it at the
+    point's projection; it contradicts the point if all that it measured in the 3 x 3 pixels around
+    lies behind; if it measured something in front, the point is hidden, which says nothing. So only
+    a frame that saw through a place speaks against it. Frames are taken one after the other and
     points in parallel: the result does not depend on the number of threads.
     """
     count = len(cloud.points)
     found = Evidence(
-        np.zeros(count, np.uint16), np.zeros(count, np.uint16), np.zeros((count, 4), np.float32)
+        *(np.zeros(count, np.uint16) for _ in range(3)), np.zeros((count, 4), np.float32)
     )
-    read = partial(DepthMap.of, views, confidence=confidence)
-    for view in ahead(read, spread(views.frames)):
+    for view in ahead(maps, spread(maps.frames)):
         _look(
             cloud.points, cloud.starts, cloud.lower, cloud.upper, view.pixels, view.camera(),
-            tolerance.values(), tolerance.looks, found.supports, found.contradictions, found.moves,
+            tolerance.values(), tolerance.looks, found.supports, found.contradictions,
+            found.doubts, found.moves,
         )  # fmt: skip
         progress(1)
     return found
@@ -159,7 +158,18 @@ def in_sight(low, high, camera, width, height):
 
 @njit(cache=True, nogil=True, parallel=True, error_model="numpy")
 def _look(
-    points, starts, low, high, pixels, camera, tolerance, looks, supports, contradictions, moves
+    points,
+    starts,
+    low,
+    high,
+    pixels,
+    camera,
+    tolerance,
+    looks,
+    supports,
+    contradictions,
+    doubts,
+    moves,
 ):
     height, width = pixels.shape[:2]
     # In variables of their own: what is read from an array may have changed with every store.
@@ -187,6 +197,7 @@ def _look(
             pixel = pixels[j, i]
             seen = np.float64(pixel[0])
             if seen <= 0:
+                doubts[n] += pixel[3] > 0
                 continue
             gx, gy = np.float64(pixel[1]), np.float64(pixel[2])
             inverse = 1 / seen + gx * (u - 0.5 - i) + gy * (v - 0.5 - j)
@@ -207,3 +218,5 @@ def _look(
                 moves[n, 3] += along_ray * z
             elif pixel[3] - depth > within:
                 contradictions[n] += 1
+            elif behind > 0:
+                doubts[n] += 1

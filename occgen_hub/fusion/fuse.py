@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from occgen_hub.config import Config
 from occgen_hub.episode import Note
 from occgen_hub.errors import OccGenError
-from occgen_hub.fusion.depth_map import DepthMap
+from occgen_hub.fusion.depth_map import DepthMaps
 from occgen_hub.fusion.evidence import Tolerance, gather_evidence
 from occgen_hub.fusion.moving import MovingPoints
 from occgen_hub.fusion.noise import noise_model
@@ -30,6 +30,10 @@ ROUNDS = 2
 
 CONTRADICTED = 0.25
 """A point goes where more frames saw through it than this share of those that saw it."""
+
+SURE = 0.33
+"""A point stays where, of the frames that saw a surface there or an edge beside it, this share
+saw the surface: what floats between two surfaces lies beside an edge wherever it is seen from."""
 
 STILL = 0.05
 """Share of a cell's edge: where most points moved less, another round changes nothing."""
@@ -70,57 +74,60 @@ def fuse(views: Views, config: Config, progress: Progress = lambda _: None) -> F
     The result is the same whatever the number of threads. Raises OccGenError where points lie too
     far from the world's origin.
     """
-    measured = union(views, config, progress)
+    maps = DepthMaps(views, config.confidence, config.depth_edge)
+    measured = union(maps, config, progress)
     if config.fusion == "union" or not len(measured):
         return Fused(measured, views, None, None)
-    noise = noise_model(views, config.noise, config.confidence)
+    noise = noise_model(maps, config.noise)
     tolerance = Tolerance.of(noise, config.voxel_size)
-    agreement = agree(measured, views, tolerance, config)
+    agreement = agree(measured, maps, tolerance, config)
     if config.refine_poses:
         for _ in range(REFINEMENTS):
-            refined = refine_poses(agreement.cloud, views, tolerance, config.confidence)
+            refined = refine_poses(agreement.cloud, maps, tolerance)
             views = replace(views, world_from_camera=refined)
-            noise = noise_model(views, config.noise, config.confidence)
+            maps = replace(maps, views=views)
+            noise = noise_model(maps, config.noise)
             tolerance = Tolerance.of(noise, config.voxel_size)
-            agreement = agree(union(views, config), views, tolerance, config)
+            agreement = agree(union(maps, config), maps, tolerance, config)
     static = into_bricks(agreement.cloud.points)
     moving = MovingPoints(
-        static, agreement.seen_through, views, tolerance, config.fusion_size, config.depth_range,
-        config.depth_edge, config.confidence,
-    )  # fmt: skip
-    quality = assess(static, views, tolerance, config.confidence, agreement)
+        static, agreement.seen_through, maps, tolerance, config.fusion_size, config.depth_range
+    )
+    quality = assess(static, maps, tolerance, agreement)
     notes = quality.notes(refined=config.refine_poses)
     return Fused(agreement.cloud, views, moving, quality, tuple(notes))
 
 
-def union(views: Views, config: Config, progress: Progress = lambda _: None) -> Cloud:
+def union(maps: DepthMaps, config: Config, progress: Progress = lambda _: None) -> Cloud:
     """Every trusted point of every frame, one for each voxel of `Config.fusion_size`."""
     fused = VoxelDownsample(config.fusion_size)
-    check_reach(views, config, fused.reach)
-    for points, colors in ahead(partial(_measured, views, config), views.frames.tolist()):
+    check_reach(maps.views, config, fused.reach)
+    measured = ahead(partial(_measured, maps, config.depth_range), maps.frames.tolist())
+    for points, colors in measured:
         fused.add(points, colors)
         progress(1)
     return fused.cloud()
 
 
 def _measured(
-    views: Views, config: Config, frame: int
+    maps: DepthMaps, depth_range: tuple[float, float], frame: int
 ) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
     """(n, 3) world points of a frame's trusted pixels, and their (n, 3) colours."""
-    view = DepthMap.of(views, frame, config.confidence)
-    trusted = view.trusted(views.edges, config.depth_edge)
-    points, pixels = unproject_trusted(view.depth, trusted, view.K, config.depth_range)
-    colors = views.read_color(frame).reshape(-1, 3)[pixels]
+    view = maps(frame)
+    points, pixels = unproject_trusted(view.depth, view.trusted, view.K, depth_range)
+    colors = maps.views.read_color(frame).reshape(-1, 3)[pixels]
     return transform(view.world_from_camera, points), colors
 
 
-def agree(cloud: Cloud, views: Views, tolerance: Tolerance, config: Config) -> Agreement:
+def agree(cloud: Cloud, maps: DepthMaps, tolerance: Tolerance, config: Config) -> Agreement:
     """The points of a cloud that frames agree on, moved to where they measured them."""
     seen_through = []
     for _ in range(ROUNDS):
         bricks, order = sorted_into_bricks(cloud.points)
-        evidence = gather_evidence(bricks, views, tolerance, config.confidence)
-        kept = evidence.contradictions <= CONTRADICTED * np.maximum(evidence.supports, 1)
+        evidence = gather_evidence(bricks, maps, tolerance)
+        supports = evidence.supports.astype(np.float32)
+        kept = (supports > 0) & (evidence.contradictions <= CONTRADICTED * supports)
+        kept &= supports >= SURE * (supports + evidence.doubts)
         seen_through.append(bricks.points[~kept])
         shift = evidence.displacement()[kept]
         points, colors = bricks.points[kept] + shift, cloud.colors[order][kept]

@@ -8,10 +8,9 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from occgen_hub.fusion.depth_map import DepthMap, camera_values
+from occgen_hub.fusion.depth_map import DepthMaps, camera_values
 from occgen_hub.fusion.evidence import NEAREST, Tolerance, allowed, in_sight
 from occgen_hub.occupancy.bricks import BrickedCloud
-from occgen_hub.views import Views
 
 LEAST_AREA = 0.01
 """Square metres of what moves, as the camera sees it: a hand, and no group of wrong pixels."""
@@ -32,19 +31,17 @@ class MovingPoints:
     """Finds what moves in the frames of a recording.
 
     static: the surface that does not move; seen_through: measured points that other frames saw
-    through, without which nothing moves; views: the recording; tolerance: of their depth;
+    through, without which nothing moves; maps: the recording; tolerance: of their depth;
     spacing: metres between the points of the static surface; depth_range: metres, what is nearer
-    or farther counts as not measured; edge, confidence: see `DepthMap.trusted` and `Views.depth`.
+    or farther counts as not measured.
     """
 
     static: BrickedCloud
     seen_through: BrickedCloud
-    views: Views
+    maps: DepthMaps
     tolerance: Tolerance
     spacing: float
     depth_range: tuple[float, float]
-    edge: float
-    confidence: float
 
     def __call__(self, frame: int) -> NDArray[np.float32]:
         """(n, 3) float32 world metres: the points of a frame that belong to it alone.
@@ -54,19 +51,20 @@ class MovingPoints:
         neighbours that lie on the same surface, since no other frame tells it better. Empty for a
         frame without depth. May be called from several threads at once.
         """
-        place = np.searchsorted(self.views.frames, frame)
-        if place == len(self.views.frames) or self.views.frames[place] != frame:
+        frames = self.maps.frames
+        place = np.searchsorted(frames, frame)
+        known = place < len(frames) and frames[place] == frame
+        if not known or not self._may_move(frame):
             return np.zeros((0, 3), np.float32)
-        if not self._may_move(frame):
-            return np.zeros((0, 3), np.float32)
-        view = DepthMap.of(self.views, frame, self.confidence)
+        view = self.maps(frame)
         static, tolerance, camera = self.static, self.tolerance.values(), view.camera()
         surface = _render(
             static.points, static.starts, static.lower, static.upper, camera, view.depth.shape,
             self.spacing,
         )  # fmt: skip
-        trusted = view.trusted(self.views.edges, self.edge)
-        trusted &= (view.depth >= self.depth_range[0]) & (view.depth <= self.depth_range[1])
+        trusted = (
+            view.trusted & (view.depth >= self.depth_range[0]) & (view.depth <= self.depth_range[1])
+        )
         in_front = _in_front(view.pixels, trusted, surface, tolerance)
         kept = _connected(view.depth, in_front, camera, tolerance)
         points: NDArray[np.float32] = _smoothed(view.depth, kept, camera, tolerance)
@@ -75,10 +73,9 @@ class MovingPoints:
     def _may_move(self, frame: int) -> bool:
         """Whether enough of what other frames saw through lies in a frame's sight."""
         points = self.seen_through
-        width, height = self.views.depth_size
-        camera = camera_values(
-            self.views.world_from_camera[frame], self.views.depth_intrinsics(frame)
-        )
+        views = self.maps.views
+        width, height = views.depth_size
+        camera = camera_values(views.world_from_camera[frame], views.depth_intrinsics(frame))
         visible = _in_image(
             points.points, points.starts, points.lower, points.upper, camera, width, height
         )

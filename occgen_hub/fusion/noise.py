@@ -11,9 +11,8 @@ from numba import njit
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from occgen_hub.fusion.depth_map import DepthMap
+from occgen_hub.fusion.depth_map import DepthMap, DepthMaps
 from occgen_hub.prefetch import ahead
-from occgen_hub.views import Views
 
 PAIRS = 12
 """Pairs of frames that an estimate compares at most."""
@@ -67,20 +66,20 @@ NAMED = {
 }
 
 
-def noise_model(views: Views, setting: str | Sequence[float], confidence: float) -> NoiseModel:
+def noise_model(maps: DepthMaps, setting: str | Sequence[float]) -> NoiseModel:
     """The noise model that a configuration asks for.
 
-    setting: "auto" estimates it from the views, see `estimate_noise`; else a name of `NAMED`, or
-    the three numbers of a `NoiseModel`.
+    setting: "auto" estimates it from the depth maps, see `estimate_noise`; else a name of `NAMED`,
+    or the three numbers of a `NoiseModel`.
     """
     if not isinstance(setting, str):
         return NoiseModel(*setting)
     if setting != "auto":
         return NAMED[setting]
-    return estimate_noise(views, confidence) or NAMED["simulated"]
+    return estimate_noise(maps) or NAMED["simulated"]
 
 
-def estimate_noise(views: Views, confidence: float = 0.0) -> NoiseModel | None:
+def estimate_noise(maps: DepthMaps) -> NoiseModel | None:
     """The noise of a recording, from how much the depths of its frames differ from one another.
 
     Points of one frame are compared with the depth of another, near in time and far. The spread in
@@ -88,7 +87,9 @@ def estimate_noise(views: Views, confidence: float = 0.0) -> NoiseModel | None:
     sqrt(2) of what one is off. It holds what poses add to it. None where frames share too little.
     """
     depths, differences = [], []
-    for z, difference in ahead(lambda pair: _compared(views, *pair, confidence), _pairs(views)):
+    for z, difference in ahead(
+        lambda pair: compare(maps(pair[0]), maps(pair[1])), _pairs(maps.frames)
+    ):
         depths.append(z)
         differences.append(difference)
     if not depths:
@@ -110,24 +111,15 @@ def estimate_noise(views: Views, confidence: float = 0.0) -> NoiseModel | None:
     return NoiseModel(*np.sqrt(fitted).tolist())
 
 
-def _pairs(views: Views) -> list[tuple[int, int]]:
+def _pairs(frames: NDArray[np.int64]) -> list[tuple[int, int]]:
     """Pairs of frames with depth, from neighbours to half the recording apart."""
-    count = len(views.frames)
+    count = len(frames)
     gaps = sorted({gap for gap in (1, 2, 3, count // 4, count // 2) if 0 < gap < count})
     pairs = []
     for gap in gaps:
         step = max(1, (count - gap) * len(gaps) // PAIRS)
         pairs += [(n, n + gap) for n in range(0, count - gap, step)]
-    numbers = views.frames.tolist()
-    return [(numbers[a], numbers[b]) for a, b in pairs]
-
-
-def _compared(
-    views: Views, first: int, second: int, confidence: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Depths of the first frame's points in the second, and how far the second's lie behind."""
-    here, there = (DepthMap.of(views, frame, confidence) for frame in (first, second))
-    return compare(here, there)
+    return [(int(frames[a]), int(frames[b])) for a, b in pairs]
 
 
 def compare(

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import numpy as np
 
 from occgen_hub.episode import Note
-from occgen_hub.fusion.depth_map import DepthMap
+from occgen_hub.fusion.depth_map import DepthMaps
 from occgen_hub.fusion.evidence import Tolerance, spread
 from occgen_hub.fusion.refine import correction
 from occgen_hub.geometry.cloud import Cloud
 from occgen_hub.occupancy.bricks import BrickedCloud
 from occgen_hub.prefetch import ahead
-from occgen_hub.views import Views
 
 FRAMES = 8
 """Frames whose residual against the scene is measured."""
@@ -88,15 +86,13 @@ class Quality:
 
 def assess(
     static: BrickedCloud,
-    views: Views,
+    maps: DepthMaps,
     tolerance: Tolerance,
-    confidence: float,
     agreement: Agreement,
 ) -> Quality:
     """The figures of a fused scene. static: its surface."""
-    frames = list(spread(views.frames))[:FRAMES]
-    read = partial(DepthMap.of, views, confidence=confidence)
-    steps = [correction(static, view, tolerance) for view in ahead(read, frames)]
+    frames = list(spread(maps.frames))[:FRAMES]
+    steps = [correction(static, view, tolerance) for view in ahead(maps, frames)]
     residual, shift, turn = (float(np.median(column)) for column in zip(*steps, strict=True))
     one, two, four = tolerance.noise.sigma(np.array([1.0, 2.0, 4.0])).tolist()
     return Quality(

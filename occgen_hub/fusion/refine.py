@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from occgen_hub.fusion.depth_map import DepthMap
+from occgen_hub.fusion.depth_map import DepthMap, DepthMaps
 from occgen_hub.fusion.evidence import NEAREST, Tolerance, in_sight
 from occgen_hub.geometry.cloud import Cloud
 from occgen_hub.occupancy.bricks import BrickedCloud, into_bricks
 from occgen_hub.prefetch import ahead
-from occgen_hub.views import Views
 
 STEPS = 4
 """Gauss-Newton steps of a frame against one surface."""
@@ -35,9 +33,7 @@ POINTS = 200.0
 pixels err alike."""
 
 
-def refine_poses(
-    cloud: Cloud, views: Views, tolerance: Tolerance, confidence: float
-) -> NDArray[np.float64]:
+def refine_poses(cloud: Cloud, maps: DepthMaps, tolerance: Tolerance) -> NDArray[np.float64]:
     """(T, 4, 4) float64 world_from_camera of all frames, those with depth aligned to a cloud.
 
     Point to plane, as in Chen and Medioni, "Object modelling by registration of multiple range
@@ -46,11 +42,10 @@ def refine_poses(
     frame with depth before them.
     """
     bricks = into_bricks(cloud.points)
+    views, frames = maps.views, maps.frames.tolist()
     refined = views.world_from_camera.copy()
-    read = partial(DepthMap.of, views, confidence=confidence)
-    frames = views.frames.tolist()
-    maps = ahead(lambda frame: _aligned(bricks, read(frame), tolerance), frames)
-    for frame, pose in zip(frames, maps, strict=True):
+    poses = ahead(lambda frame: _aligned(bricks, maps(frame), tolerance), frames)
+    for frame, pose in zip(frames, poses, strict=True):
         refined[frame] = pose
     places = np.maximum(np.searchsorted(views.frames, np.arange(len(refined)), "right") - 1, 0)
     for frame in np.setdiff1d(np.arange(len(refined)), views.frames):

@@ -32,12 +32,12 @@ SUBPIXEL = 0.08  # pixels: the deviation of a disparity
 WINDOW = 7  # pixels: the side of a matching window
 COARSE = 12.0  # pixels: the deviation of the filter of the coarser component
 COARSE_SHARE = 0.35  # of the variance
-FATTENING = 2  # pixels
+FATTENING = 1  # pixels
 # Network
 SCALE = 0.01  # the deviation of a frame's scale
-FIELD = 0.02  # the deviation of a smooth factor at its nodes
+FIELD = 0.01  # the deviation of a smooth factor at its nodes: about 2 % to either side
 NODES = (4, 5)  # of the factor, down and across
-BLUR = 1.0  # pixels: makes edges into ramps that go from 5 % to 95 % in 3.3 pixels
+BLUR = 0.4  # pixels: makes edges into ramps that go from 5 % to 95 % in 1.3 pixels
 # Flying pixels
 FLYING = 0.5  # the share of the pixels beside a discontinuity
 # Speckle
@@ -94,12 +94,11 @@ def flying(view: View, depth: Floats, rng: np.random.Generator) -> Floats:
 
     A pixel there collects light of both surfaces, as in time-of-flight cameras and laser scanners
     (Sabov and Krueger, "Identification and correction of flying pixels in range camera data",
-    2008). The pixels are those on either side and their neighbours.
+    2008). The pixels are those on either side.
     """
-    reach = ndimage.binary_dilation(view.edges, np.ones((3, 3)))
     far = ndimage.maximum_filter(depth, 5, mode="nearest")
     near = 1 / ndimage.maximum_filter(_inverse(depth), 5, mode="nearest").clip(1e-6)
-    chosen = reach & (depth > 0) & (rng.random(depth.shape) < FLYING)
+    chosen = view.edges & (depth > 0) & (rng.random(depth.shape) < FLYING)
     share = rng.random(depth.shape)
     return np.where(chosen, near + share * (far - near), depth)
 
@@ -108,7 +107,7 @@ def network(view: View, depth: Floats, rng: np.random.Generator) -> Floats:
     """A network's depth: wrong in scale, wrong smoothly over the image, and blurred at edges.
 
     Each frame has a scale of its own (deviation 1 %) and a smooth factor with a few bumps across:
-    bicubic between values of deviation 2 % on a coarse grid. These magnitudes are assumptions, of
+    bicubic between values of deviation 1 % on a coarse grid, so about 2 % to either side. These magnitudes are assumptions, of
     the order that feed-forward networks reach on rooms after their depth is aligned to the world.
     """
     inverse, known = _inverse(depth), (depth > 0).astype(np.float64)
