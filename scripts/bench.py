@@ -23,11 +23,12 @@ import numpy as np
 
 from occgen_hub.builder import Settings, load_builder
 from occgen_hub.config import Config
-from occgen_hub.engines.rgbd import reconstruct
+from occgen_hub.engines import load_engine
 from occgen_hub.files import files_under
 from occgen_hub.occupancy.bricks import into_bricks
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.visibility import OBSERVED, observe, trace, warm_up
+from occgen_hub.pipeline import reconstruct
 from occgen_hub.runtime.loop import list_episodes, run
 from occgen_hub.sample import make_sample
 from occgen_hub.shards import shards
@@ -51,7 +52,8 @@ def kernel(source: Path, repeats: int) -> dict[str, Any]:
     config = Config()
     builder = load_builder("internnav", source)
     episode = builder.read(next(builder.episodes()))
-    scene = reconstruct(episode, config)
+    with tempfile.TemporaryDirectory() as scratch:
+        scene = reconstruct(episode, load_engine("rgbd"), config, Path(scratch))
     assert episode.intrinsics is not None
     grid, cloud = Grid.of(config), into_bricks(scene.cloud.points)
     warm_up()
