@@ -121,7 +121,7 @@ def _measured(
 
 def agree(cloud: Cloud, maps: DepthMaps, tolerance: Tolerance, config: Config) -> Agreement:
     """The points of a cloud that frames agree on, moved to where they measured them."""
-    seen_through = []
+    seen_through, measured = [], len(cloud)
     for _ in range(ROUNDS):
         bricks, order = sorted_into_bricks(cloud.points)
         evidence = gather_evidence(bricks, maps, tolerance)
@@ -136,7 +136,7 @@ def agree(cloud: Cloud, maps: DepthMaps, tolerance: Tolerance, config: Config) -
         if not len(cloud) or still > 0.9:
             break
     removed = np.concatenate(seen_through)
-    share = len(seen_through[0]) / len(order)
+    share = len(seen_through[0]) / measured
     return Agreement(cloud, into_bricks(removed), float(np.median(evidence.supports)), share)
 
 
