@@ -225,6 +225,13 @@ def test_frames_without_depth_do_no_harm():
     assert [len(moving(fused, frame)) for frame in range(7)] == [0] * 7
 
 
+@pytest.mark.parametrize("voxel_size", [0.02, 0.1, 0.25, 0.5])
+def test_nothing_moves_in_a_still_room_whatever_the_size_of_cells(voxel_size):
+    poses = path(6)
+    fused = fuse(views_of(seen(room(), poses), poses), Config(voxel_size=voxel_size))
+    assert [len(moving(fused, frame)) for frame in range(6)] == [0] * 6
+
+
 def test_one_frame_is_enough():
     fused = fuse(views_of(seen(room(), path(1)), path(1)), CONFIG)
     union = fuse(views_of(seen(room(), path(1)), path(1)), UNION)

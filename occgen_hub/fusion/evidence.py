@@ -99,7 +99,10 @@ def gather_evidence(
     """
     count = len(cloud.points)
     found = Evidence(
-        *(np.zeros(count, np.uint16) for _ in range(3)), np.zeros((count, 4), np.float32)
+        np.zeros(count, np.uint16),
+        np.zeros(count, np.uint16),
+        np.zeros(count, np.uint16),
+        np.zeros((count, 4), np.float32),
     )
     for view in ahead(maps, spread(maps.frames)):
         _look(
