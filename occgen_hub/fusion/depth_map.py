@@ -30,9 +30,9 @@ class DepthMap:
         depth: (h, w) float32, metres along the optical axis, 0 for none.
         trusted: (h, w) bool, pixels that lie on a surface, and not between two.
         pixels: (h, w, 4) float32: the depth, 0 where it is not trusted; `along_x` and `along_y`,
-            the change of the inverse depth per pixel, of which the smaller of the differences to the
-            two neighbours counts, so that a pixel beside an edge stays on its own surface; and the
-            least depth in the 3 x 3 pixels around, trusted or not, 0 where there is no depth.
+            the change of the inverse depth per pixel, of which the smaller of the differences to
+            the two neighbours counts, so that a pixel beside an edge stays on its own surface; and
+            the least depth in the 3 x 3 pixels around, trusted or not, 0 where there is none.
         K: (3, 3) float64, intrinsics in pixels of this map.
         world_from_camera: (4, 4) float64, OpenCV axes, metres.
     """
