@@ -13,6 +13,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from occgen_hub.episode import Episode, MediaFile, Note, Task
 from occgen_hub.errors import OccGenError, SourceError, UsageError
 from occgen_hub.files import MAX_TABLE_ROWS, opened
 from occgen_hub.media import (
+    ImageSequence,
     VideoReader,
     VideoSurvey,
     picture_facts,
@@ -275,12 +277,16 @@ def _image_footage(paths: list[Path]) -> Footage:
                 f"{size[0]} x {size[1]}"
             )
             raise SourceError(path, problem, "give images of each size a folder of their own")
-    media = tuple(MediaFile("rgb", path, frame) for frame, path in enumerate(paths))
+    images = ImageSequence(paths, size, read_picture)
+    media = tuple(
+        MediaFile("rgb", path, frame, partial(images.check, frame))
+        for frame, path in enumerate(paths)
+    )
     return Footage(
         size=size,
         length=len(paths),
         fps=USUAL_FPS,
-        read=lambda t: read_picture(paths[t], size),
+        read=images,
         media=media if all(own.plain for own in facts) else (),
         notes=(Note("fps", f"images do not say their rate: {USUAL_FPS:g} fps is assumed"),),
     )
