@@ -96,10 +96,13 @@ JPEG_QUALITY = 95
 
 @dataclass(frozen=True)
 class PictureFacts:
-    """size: (width, height) upright; plain: whether it is an RGB JPEG whose rows are upright."""
+    """size: (width, height) upright; plain: whether it is an RGB JPEG whose rows are upright;
+    depth: whether it is a 16-bit grey image, as depth is stored.
+    """
 
     size: tuple[int, int]
     plain: bool
+    depth: bool
 
 
 def picture_facts(path: Path) -> PictureFacts:
@@ -107,14 +110,15 @@ def picture_facts(path: Path) -> PictureFacts:
     with _opened(path) as image:
         turn = _TURNS.get(_orientation(image))
         plain = turn is None and image.format in ("JPEG", "MPO") and image.mode == "RGB"
-        return PictureFacts(image.size[::-1] if turn in _SIDEWAYS else image.size, plain)
+        size = image.size[::-1] if turn in _SIDEWAYS else image.size
+        return PictureFacts(size, plain, depth=image.mode.startswith("I"))
 
 
 def read_picture(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
     """(H, W, 3) uint8 RGB of a camera's picture, turned upright as its EXIF data has it.
 
-    `size` is (width, height) upright. Grey and 16-bit images, palettes and CMYK are converted; what
-    is transparent lies over black.
+    `size` is (width, height) upright. Grey images, palettes and CMYK are converted; what is
+    transparent lies over black.
     """
     with _opened(path) as image:
         try:
@@ -130,9 +134,6 @@ def read_picture(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
 
 
 def _in_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits; Pillow would cut off what is over 255.
-        values = np.asarray(image).astype(np.int64) >> 8
-        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
         return Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
