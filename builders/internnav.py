@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,11 @@ from occgen_hub.geometry.ply import check_ply
 from occgen_hub.geometry.poses import RIGID, from_opengl, rigidity_error
 from occgen_hub.media import (
     RESTORE,
+    ImageSequence,
     VideoFacts,
     VideoReader,
     image_size,
+    is_jpeg,
     read_depth,
     read_rgb,
     stated_pixels,
@@ -135,6 +138,8 @@ class InternNavBuilder(DatasetBuilder):
         K = _intrinsics(columns, left_out, files.parquet)
         size, K, size_notes = _image_size(rgb, depth, video, files, K)
         _check_view(K, size, files.parquet)
+        images = ImageSequence(rgb, size, read_rgb)
+        depths = ImageSequence(depth, size, read_depth)
         fps, rate_notes = _rate(info, video, files)
         tasks, task_index, task_notes = _tasks(files, columns, ref, length)
         cloud, cloud_notes = _cloud(files)
@@ -145,16 +150,28 @@ class InternNavBuilder(DatasetBuilder):
             fps=fps,
             robot_type=_text(info.get("robot_type")) or "unknown",
             image_size=size,
-            read_rgb=_rgb_reader(rgb, files.video, size),
-            read_depth=_depth_reader(depth, size) if depth else None,
+            read_rgb=images if rgb or files.video is None else VideoReader(files.video, size),
+            read_depth=(lambda t: depths(t) / DEPTH_UNITS) if depth else None,
             world_from_camera=_poses(columns, left_out, files.parquet),
             intrinsics=K,
             tasks=tasks,
             task_index=task_index,
             columns={name: c for name, c in columns.items() if name not in LEROBOT},
-            media=tuple(_media(files, rgb, depth)),
+            media=(
+                *_image_media("rgb", rgb, images),
+                *_image_media("depth", depth, depths),
+                *_other_media(files),
+            ),
             fingerprint=self.fingerprint(sources),
-            notes=(*notes, *video_notes, *size_notes, *rate_notes, *task_notes, *cloud_notes),
+            notes=(
+                *notes,
+                *video_notes,
+                *size_notes,
+                *_format_notes(rgb),
+                *rate_notes,
+                *task_notes,
+                *cloud_notes,
+            ),
         )
 
 
@@ -484,18 +501,12 @@ def _image_size(
     return video.size, scale_intrinsics(intrinsics, *factors), [Note("video only", text)]
 
 
-def _rgb_reader(
-    rgb: tuple[Path, ...], video: Path | None, size: tuple[int, int]
-) -> Callable[[int], NDArray[np.uint8]]:
-    if rgb or video is None:
-        return lambda t: read_rgb(rgb[t], size)
-    return VideoReader(video, size)
-
-
-def _depth_reader(
-    depth: tuple[Path, ...], size: tuple[int, int]
-) -> Callable[[int], NDArray[np.float64]]:
-    return lambda t: read_depth(depth[t], size) / DEPTH_UNITS
+def _format_notes(rgb: tuple[Path, ...]) -> list[Note]:
+    """Where the images are not what they are called, told by the first of them."""
+    if not rgb or is_jpeg(rgb[0]):
+        return []
+    text = f"{rgb[0].name} is a PNG, whatever it is called: such images are stored as JPEG"
+    return [Note("image format", text)]
 
 
 def _cloud(files: Files) -> tuple[Path | None, list[Note]]:
@@ -508,11 +519,14 @@ def _cloud(files: Files) -> tuple[Path | None, list[Note]]:
     return files.cloud, []
 
 
-def _media(files: Files, rgb: tuple[Path, ...], depth: tuple[Path, ...]) -> Iterator[MediaFile]:
-    for frame, path in enumerate(rgb):
-        yield MediaFile("rgb", path, frame)
-    for frame, path in enumerate(depth):
-        yield MediaFile("depth", path, frame)
+def _image_media[Pixel: np.generic](
+    file: str, paths: tuple[Path, ...], images: ImageSequence[Pixel]
+) -> Iterator[MediaFile]:
+    for frame, path in enumerate(paths):
+        yield MediaFile(file, path, frame, partial(images.check, frame))
+
+
+def _other_media(files: Files) -> Iterator[MediaFile]:
     if files.video is not None:
         yield MediaFile("video", files.video)
     if files.cloud is not None:

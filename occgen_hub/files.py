@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from occgen_hub.errors import MachineError, SourceError
+from occgen_hub.errors import MachineError, SourceError, in_brief
 
 MAX_DOCUMENT_BYTES = 64 << 20
 """Far above any real meta file: a line a trajectory, some kilobytes each."""
@@ -178,8 +178,8 @@ PARQUET_DAMAGE = (pa.ArrowException, OSError, ValueError, MemoryError)
 
 def no_parquet(error: BaseException) -> str:
     """What is wrong with a file of which Arrow raised one of PARQUET_DAMAGE."""
-    text = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-    return f"is not a parquet file that can be read ({text.rstrip('.')})"
+    said = in_brief(str(error) or type(error).__name__, 120)
+    return f"is not a parquet file that can be read ({said})"
 
 
 def plain(table: pa.Table) -> pa.Table:

@@ -28,8 +28,9 @@ from occgen_hub.geometry.ply import check_ply, read_ply
 from occgen_hub.geometry.poses import RIGID, rigidity_error
 from occgen_hub.lerobot.exported import check_export, exported, lengths
 from occgen_hub.loading import REBUILD, NpzArray, Trajectory, npz_array, trajectories
-from occgen_hub.media import image_size, read_depth, read_rgb, video_facts
+from occgen_hub.media import read_depth, read_rgb, video_facts
 from occgen_hub.occupancy.visibility import OBSERVED, OCCUPIED, trace
+from occgen_hub.prefetch import ahead
 from occgen_hub.schema import ArraySpec, Feature, FileSpec
 from occgen_hub.shards import check_shards
 
@@ -300,7 +301,7 @@ class _Check:
                 self.say(path, f"has {facts.frames} frames, the parquet {self.frames}")
 
     def _images(self, key: str, spec: FileSpec) -> None:
-        """All frames or none; sizes by their headers, the first and last decoded whole."""
+        """All frames or none, each decoded whole."""
         paths = [self.trajectory.file(key, frame) for frame in range(self.frames)]
         there = [path.is_file() for path in paths]
         if not any(there) and not spec.required:
@@ -308,13 +309,19 @@ class _Check:
         for path, exists in zip(paths, there, strict=True):
             if not exists:
                 self.say(path, "is missing", ABSENT)
-            elif image_size(path) != self.trajectory.image_size:
-                width, height = image_size(path)
-                self.say(
-                    path, f"is {width} x {height}, the record says {self.trajectory.image_size}"
-                )
-        for path in {paths[0], paths[-1]} if all(there) else ():
-            (read_rgb if "RGB" in spec.modes else read_depth)(path, self.trajectory.image_size)
+        size, read = self.trajectory.image_size, read_rgb if "RGB" in spec.modes else read_depth
+
+        def problem(path: Path) -> SourceError | None:
+            try:
+                read(path, size)
+            except SourceError as error:
+                return error
+            return None
+
+        held = [path for path, exists in zip(paths, there, strict=True) if exists]
+        for error in ahead(problem, held):
+            if error is not None:
+                self.say(Path(error.path), error.problem, RESTORE)
 
     def _sizes(self) -> dict[str, int]:
         cells = self.trajectory.grid.cells

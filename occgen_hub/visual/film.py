@@ -18,7 +18,7 @@ from occgen_hub.loading import REBUILD, Trajectory
 from occgen_hub.media import VideoWriter
 from occgen_hub.prefetch import behind
 from occgen_hub.visual.ego import EgoView
-from occgen_hub.visual.frames import Frame, frames
+from occgen_hub.visual.frames import Frame, frame_title, frames
 from occgen_hub.visual.panels import Panels
 from occgen_hub.visual.places import written_for
 from occgen_hub.visual.viewpoint import Viewpoint
@@ -103,7 +103,7 @@ def _renderer(trajectory: Trajectory, shot: Shot) -> Iterator[_Renderer]:
 
             def draw(frame: Frame, image: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
                 line = (
-                    f"{name}  \u00b7  frame {frame.number} of {count}  \u00b7  "
+                    f"{name}  \u00b7  {frame_title(frame.number, count)}  \u00b7  "
                     f"{frame.number / fps:.1f} s  \u00b7  "
                     f"{len(frame.cells.columns):,} visible occupied cells"
                 )

@@ -16,6 +16,11 @@ from occgen_hub.occupancy.grid import Grid, cell_centres, cell_numbers
 from occgen_hub.occupancy.history import moved, past_frames
 
 
+def frame_title(number: int, count: int) -> str:
+    """Which frame a picture is of, and which is the last; they are numbered from 0."""
+    return f"frame {number} / {count - 1}"
+
+
 @dataclass(frozen=True)
 class FrameCells:
     """The occupied cells that a camera sees.

@@ -110,8 +110,8 @@ def _line(path: Path, root: Path) -> str:
         length, ends = _frames(trajectory), trajectory.visible_ends()
     except SourceError as error:
         return f"  {_called(path, root)}: cannot be read: {error}"
-    mean = int(ends[-1]) // max(length, 1)
+    mean = int(ends[-1]) / max(length, 1)
     return (
         f"  {_called(path, root)}: {length} frames of {width} x {height}, "
-        f"{mean:,} visible occupied cells a frame"
+        f"{mean:,.0f} visible occupied cells a frame"
     )

@@ -14,6 +14,7 @@ from occgen_hub.occupancy.codec import unpack
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.visibility import OCCUPIED, first_occupied
 from occgen_hub.visual.colors import INK, PAPER, PATH, by_height, limits, ramp, shade_depth
+from occgen_hub.visual.frames import frame_title
 
 PANEL = (640, 360)
 
@@ -39,7 +40,7 @@ def preview(trajectory: Trajectory, frame: int | None = None) -> Image.Image:
             low, high = limits(1 / depth[depth > 0])
             _draw_scale(second, 1 / high, 1 / low)
     first = (
-        _panel(rgb, f"frame {frame} of {len(poses)}")
+        _panel(rgb, frame_title(frame, len(poses)))
         if rgb is not None
         else _panel(np.zeros((*size[::-1], 3), np.uint8), "images were left out")
     )
