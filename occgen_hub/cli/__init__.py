@@ -9,7 +9,7 @@ import sys
 
 import click
 
-from occgen_hub.cli import look, make, picture, publish, weights
+from occgen_hub.cli import build, look, picture, publish, sample, weights
 from occgen_hub.cli.stopping import STOPS, Stopped, received, stop_at_once, stop_in_order
 from occgen_hub.errors import OccGenError
 from occgen_hub.runtime.launch import QUIET
@@ -28,7 +28,7 @@ def cli() -> None:
 
 
 for command in (
-    *(make.sample, make.build, look.validate, look.inspect),
+    *(sample.sample, build.build, look.validate, look.inspect),
     *(picture.visualize, picture.render, picture.view, picture.report),
     *(publish.export, publish.push, weights.weights),
 ):
