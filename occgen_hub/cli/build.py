@@ -1,25 +1,36 @@
-"""The command `build`."""
+"""The commands `build` and `finalize`."""
 
 from __future__ import annotations
 
 import shlex
 import sys
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from occgen_hub.cli.command import FOLDER, Examples, no_bar
-from occgen_hub.cli.stopping import stop_if_asked, stopped_by
-from occgen_hub.errors import OccGenError, UsageError
+from occgen_hub.cli.stopping import stop_if_asked
+from occgen_hub.errors import UsageError
 
 if TYPE_CHECKING:
-    from occgen_hub.builder import EpisodeRef
     from occgen_hub.runtime.cluster import Resources
-    from occgen_hub.runtime.loop import Job
-    from occgen_hub.runtime.results import Failure, Result, Summary, Tally
+    from occgen_hub.runtime.job import Job
+    from occgen_hub.runtime.results import Failure, Listener, Result, Summary
+    from occgen_hub.runtime.shard import Shard
+
+USES = {
+    "datatrove": ("tasks",),
+    "slurm": ("tasks", "cpus_per_task", "gpus_per_task", "mem_per_cpu", "slurm"),
+    "ray": ("tasks", "cpus_per_task", "gpus_per_task", "mem_per_cpu"),
+}
+"""The options of clusters that each executor uses; the others use none."""
 
 
 @click.command(
@@ -64,14 +75,19 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--workers", type=click.IntRange(1),
-    help="Processes, which share the cores; tasks at once on a cluster.  [default: 1, or as many "
-    "as the executor has room for]",
+    help="Processes, which share the cores and GPUs; tasks at once on a cluster.  [default: 1, or "
+    "as many as the executor has room for]",
+)  # fmt: skip
+@click.option(
+    "--shard", metavar="I/N",
+    help="Build share I of N of the episodes, numbered from 0 as ranks and array tasks are: from "
+    "0/N to N-1/N. Then run finalize.",
 )  # fmt: skip
 @click.option(
     "--executor",
     type=click.Choice(["local", "accelerate", "datatrove", "slurm", "ray"]),
-    help="Who runs the episodes: processes of this command, accelerate (a process a GPU), or "
-    "datatrove, here or on a cluster.  [default: local, or accelerate where that started it]",
+    help="Who builds the shards: this command, accelerate (a process a GPU), or datatrove, here or "
+    "on a cluster.  [default: local, or accelerate where that started it]",
 )
 @click.option("--limit", type=click.IntRange(1), help="Build only the first so many episodes.")
 @click.option("--overwrite", is_flag=True, help="Build also what is there already.")
@@ -81,46 +97,32 @@ if TYPE_CHECKING:
     show_default=True,
     help="Write the occupancy as Parquet as well, in occupancy/, which the Hub can stream.",
 )
-@click.option("--retry-failed", is_flag=True, help="Try also what failed before, unchanged.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be built, and by whom.")
-@click.option("--tasks", type=click.IntRange(1), help="Cluster: tasks to make of the episodes.")
+@click.option("--tasks", type=click.IntRange(1), help="Cluster: shards to make of the episodes.")
 @click.option("--cpus-per-task", type=click.IntRange(1), help="Cluster: cores.  [default: 4]")
 @click.option(
-    "--gpus-per-task",
-    type=click.IntRange(0),
+    "--gpus-per-task", type=click.IntRange(0),
     help="Cluster: GPUs.  [default: 1 if there is a network to run]",
-)
-@click.option(
-    "--mem-per-cpu", type=click.IntRange(1), default=2, show_default=True, help="Cluster: GB."
-)
+)  # fmt: skip
+@click.option("--mem-per-cpu", type=click.IntRange(1), help="Cluster: GB.  [default: 2]")
 @click.option(
     "--slurm", multiple=True, metavar="KEY=VALUE",
-    help="An option of sbatch: partition=NAME, which it needs, time=24:00:00, qos, account; "
-    "repeatable.",
+    help="An option of sbatch: partition=NAME, time=24:00:00, qos, account; repeatable.",
 )  # fmt: skip
 def build(
-    source: str,
-    root: Path,
-    out: Path,
-    engine: str,
-    weights: Path | None,
-    device: str | None,
     condition: str | None,
     config: Path | None,
     settings: tuple[str, ...],
-    media: Any,
     workers: int | None,
+    shard: str | None,
     executor: str | None,
-    limit: int | None,
-    overwrite: bool,
-    parquet_occupancy: bool,
-    retry_failed: bool,
     dry_run: bool,
     tasks: int | None,
     cpus_per_task: int | None,
     gpus_per_task: int | None,
-    mem_per_cpu: int,
+    mem_per_cpu: int | None,
     slurm: tuple[str, ...],
+    **options: Any,
 ) -> int:
     """Build an occupancy dataset from a source.
 
@@ -128,192 +130,238 @@ def build(
     started again. Ends with 0 when all was built, 1 when some episodes failed, 2 when used wrongly.
     """
     from occgen_hub.runtime import threads
-    from occgen_hub.runtime.launch import executor_for, launch, peers
+    from occgen_hub.runtime.ranks import launched
 
-    executor = executor_for(executor, workers)
-    if executor == "accelerate" and not dry_run:
-        if not peers():
-            return stopped_by(launch(workers))
-        threads.limit(threads.share(peers()))  # Before numba and torch look for it.
+    ranks = launched()
+    executor = executor or ("accelerate" if ranks and shard is None else "local")
+    own = {
+        "tasks": tasks,
+        "cpus_per_task": cpus_per_task,
+        "gpus_per_task": gpus_per_task,
+        "mem_per_cpu": mem_per_cpu,
+        "slurm": slurm or None,
+    }
+    _check_usage(executor, ranks, workers, shard, own)
+    if ranks and executor == "accelerate":
+        threads.limit(threads.cores_each(ranks))  # Before numba and torch look for it.
 
     from occgen_hub.config import load_config
+    from occgen_hub.engines import without_fetching
     from occgen_hub.runtime import cluster
-    from occgen_hub.runtime.loop import open_job
+    from occgen_hub.runtime.job import open_job
+    from occgen_hub.runtime.shard import Shard
 
+    part = Shard.parse(shard) if shard else None
+    resources = cluster.Resources(
+        tasks, workers, cpus_per_task, mem_per_cpu, gpus_per_task, cluster.parse_slurm(slurm)
+    )
     if condition is not None:
         settings += (f"condition=[{condition}]",)
-    remote = executor in cluster.EXECUTORS
-    if not remote and (tasks or cpus_per_task or gpus_per_task is not None or slurm):
-        raise UsageError(
-            "--tasks, --cpus-per-task, --gpus-per-task and --slurm are for clusters; say which "
-            f"with --executor {', '.join(cluster.EXECUTORS)}."
-        )
-    if slurm and executor != "slurm":
-        raise UsageError(f"--slurm: is not for --executor {executor}; leave it out.")
-    resources = cluster.Resources(
-        tasks=tasks,
-        workers=workers,
-        cpus=cpus_per_task,
-        memory=mem_per_cpu,
-        gpus=gpus_per_task,
-        device=device,
-        slurm=cluster.parse_slurm(slurm),
-    )
+    options["config"] = load_config(config, settings)
 
-    def job(device: str | None) -> Job:
-        return open_job(
-            source,
-            # Tasks have working folders of their own.
-            root.absolute() if remote else root,
-            out.absolute() if remote else out,
-            engine=engine,
-            weights=weights,
-            device=device,
-            config=load_config(config, settings),
-            media=media,
-            limit=limit,
-            overwrite=overwrite,
-            retry_failed=retry_failed,
-            parquet_occupancy=parquet_occupancy,
-        )
+    def job() -> Job:
+        if executor not in cluster.EXECUTORS:
+            return open_job(**options)
+        # Tasks have working folders and devices of their own.
+        places = {"root": options["root"].absolute(), "out": options["out"].absolute()}
+        return replace(open_job(**options | places | {"device": "cpu"}), device=options["device"])
 
     if dry_run:
-        return _plan(job("cpu" if remote else device), executor, resources)
-    if remote:
-        return _submit(job("cpu"), executor, resources)
+        with without_fetching():
+            return _dry_run(job(), executor, resources, part)
+    if executor in cluster.EXECUTORS:
+        return _build_on_cluster(job(), executor, resources)
+    if ranks and executor == "accelerate":
+        return _build_rank(options)
     if executor == "accelerate":
-        return _build_shared(job, device)
-    return _build(job(device), workers or 1)
+        workers = workers or threads.gpus() or threads.cores()
+    return _build_here(job(), workers or 1, part)
 
 
-def _plan(job: Job, executor: str, resources: Resources) -> int:
+@click.command(cls=Examples, example="occgen-hub finalize out")
+@click.argument("out", type=FOLDER)
+def finalize(out: Path) -> int:
+    """Write what belongs to a dataset as a whole, when all its shards are built.
+
+    That is the card, the occupancy as Parquet, report.json and failures.jsonl. It may be run again
+    at any time. Ends with 1 when some episodes failed or are missing.
+    """
+    from occgen_hub.runtime.finalize import finalize as finalize_dataset
+    from occgen_hub.runtime.threads import cores
+
+    return _report(finalize_dataset(out, cores()), out)
+
+
+def _check_usage(
+    executor: str, ranks: int, workers: int | None, shard: str | None, own: dict[str, Any]
+) -> None:
+    """Raise UsageError for options that do not fit the executor. own: those of clusters."""
+    for name, value in own.items():
+        if value is not None and name not in USES.get(executor, ()):
+            raise UsageError(
+                f"--{name.replace('_', '-')}: is not used by --executor {executor}; leave it out "
+                f"or choose one of {', '.join(key for key in USES if name in USES[key])}."
+            )
+    if shard and executor != "local":
+        raise UsageError(
+            f"--shard {shard}: --executor {executor} makes shards itself; leave it out."
+        )
+    if ranks and executor != "accelerate" and not shard:
+        raise UsageError(
+            f"--executor {executor}: {ranks} processes were started beside one another, which only "
+            "--executor accelerate shares the episodes among; leave the option out."
+        )
+    if ranks and executor == "accelerate" and workers not in (None, ranks):
+        raise UsageError(
+            f"--workers {workers}: {ranks} processes were started already; leave the option out."
+        )
+
+
+def _dry_run(job: Job, executor: str, resources: Resources, part: Shard | None) -> int:
     from occgen_hub.runtime import cluster
-    from occgen_hub.runtime.failures import known
-    from occgen_hub.runtime.launch import processes
+    from occgen_hub.runtime.records import make_plan
 
+    refs, missing = job.refs, 0
+    if part is not None:
+        own = set(make_plan(job, part.count).shards[part.index])
+        refs = [ref for ref in refs if ref.id in own]
+    for ref in refs:
+        reason = job.reason_to_build(ref)
+        missing += reason is not None
+        click.echo(f"{ref.id}  {reason or 'present'}")
     if executor in cluster.EXECUTORS:
-        cluster.check(executor, resources)
-    failed, missing = known(job.out), 0
-    for ref in job.refs:
-        state, to_do = _state(job, ref, failed.get(ref.id))
-        missing += to_do
-        click.echo(f"{ref.id}  {state}")
-    if executor in cluster.EXECUTORS:
-        plan = cluster.make_plan(job, resources.tasks)
-        click.echo(plan.told())
-        if executor == "slurm":
-            click.echo(f"The batch script:\n\n{cluster.batch_script(plan, resources)}")
-    elif resources.workers or executor == "accelerate":
-        _print_shares(job, resources.workers or processes())
-    whole = len(job.refs)
-    click.echo(f"{missing} of {whole} episodes would be built into {job.out}; nothing was done.")
+        cluster.check_installed(executor)
+        tasks = cluster.make_tasks(job, resources.tasks)
+        click.echo(tasks)
+        if executor == "slurm" and tasks.todo:
+            click.echo(f"The batch script:\n\n{cluster.batch_script(tasks, resources)}")
+    click.echo(
+        f"{missing} of {len(refs)} episodes would be built into {job.out}; nothing was done."
+    )
     return 0
 
 
-def _state(job: Job, ref: EpisodeRef, failed: Failure | None) -> tuple[str, bool]:
-    """What would become of an episode, and whether it would be built or tried."""
-    from occgen_hub.runtime.work import is_repeated
+def _build_here(job: Job, workers: int, part: Shard | None) -> int:
+    from occgen_hub.occupancy.visibility import warm_up
+    from occgen_hub.runtime.build import build_dataset, build_shard
+    from occgen_hub.runtime.records import make_plan
 
-    settings = job.settings
-    if failed is not None and is_repeated(job.builder, ref, job.out, settings, failed):
-        return "failed before: see --retry-failed", False
-    try:
-        reason = job.builder.outdated(ref, job.out, settings)
-    except OccGenError as error:
-        return f"would fail: {error}", True
-    if reason is None and not settings.overwrite:
-        return "present", False
-    return f"to build: {reason or 'is there, --overwrite'}", True
-
-
-def _print_shares(job: Job, processes: int) -> None:
-    from occgen_hub.runtime.plan import shares
-
-    work = [job.builder.work(ref) for ref in job.refs]
-    for number, share in enumerate(shares(work, processes)):
-        pixels = sum(work[item] for item in share) / 1e6
-        click.echo(f"process {number}: {len(share)} episodes, {pixels:.1f} megapixels")
+    warm_up()
+    told = set[str]()
+    if part is None:
+        with _progress(len(job.refs), told) as listener:
+            return _report(build_dataset(job, workers, listener), job.out, told)
+    plan = make_plan(job, part.count)
+    with _progress(len(plan.shards[part.index]), told) as listener:
+        summary = build_shard(job, part, workers, listener)
+    code = _report(summary, job.out, told)
+    click.echo(f"When all shards are built: occgen-hub finalize {shlex.quote(str(job.out))}")
+    return code
 
 
-def _submit(job: Job, executor: str, resources: Resources) -> int:
+def _build_rank(options: dict[str, Any]) -> int:
+    """Build as one of the processes that accelerate or torchrun started."""
+    from occgen_hub.runtime.build import build_shard
+    from occgen_hub.runtime.finalize import finalize as finalize_dataset
+    from occgen_hub.runtime.job import open_job
+    from occgen_hub.runtime.ranks import joined, on_all_ranks
+    from occgen_hub.runtime.records import count_finished
+    from occgen_hub.runtime.shard import Shard
+    from occgen_hub.runtime.threads import cores
+
+    out = options["out"]
+    with joined(options["device"]) as state:
+        shard = Shard(state.process_index, state.num_processes)
+        device = str(state.device) if state.device.type == "cuda" else "cpu"
+        told: set[str] | None = set() if state.is_main_process else None
+
+        def build_own() -> None:
+            job = open_job(**options | {"device": device})
+            counted = partial(count_finished, out, shard.count)
+            shown = state.is_local_main_process
+            with _progress(len(job.refs), told, shown=shown, counted=counted) as listener:
+                build_shard(job, shard, listener=listener, executor="accelerate")
+
+        on_all_ranks(state, build_own)
+        if state.is_main_process:
+            return _report(finalize_dataset(out, cores()), out, told)
+    return 0
+
+
+def _build_on_cluster(job: Job, executor: str, resources: Resources) -> int:
     from occgen_hub.runtime import cluster
-    from occgen_hub.runtime.report import LOGS, REPORT
+    from occgen_hub.runtime.records import count_finished
+    from occgen_hub.runtime.report import REPORT
 
-    summary = cluster.run_cluster(job, executor, resources)
+    tasks = cluster.make_tasks(job, resources.tasks)
+    counted = partial(count_finished, job.out, len(tasks.plan.shards))
+    with _progress(len(job.refs), None, shown=executor != "slurm", counted=counted):
+        summary = cluster.run_tasks(tasks, executor, resources)
     if summary is None:
         click.echo(f"The tasks were given to Slurm; {job.out / REPORT} is there when all is done.")
-        click.echo(f"Logs: {job.out / LOGS}")
         return 0
-    return _ended(summary, job)
-
-
-def _build_shared(open_it: Callable[[str | None], Job], device: str | None) -> int:
-    from occgen_hub.runtime.distributed import joined, run_shared, together
-
-    with joined(device) as group:
-        own = group.device if group.device.startswith("cuda") else "cpu"
-        job = together(group, lambda: open_it(own))
-        told: set[str] | None = set() if group.rank == 0 else None
-        with _build_bar(len(job.refs), told, shown=group.local_rank == 0) as (show, news):
-            summary = run_shared(job, group, show, news)
-    return 0 if summary is None else _ended(summary, job, told)
-
-
-def _build(job: Job, workers: int) -> int:
-    from occgen_hub.occupancy.visibility import warm_up
-    from occgen_hub.runtime.loop import run_job
-    from occgen_hub.runtime.results import Tally
-
-    if workers > 1 and job.settings.engine.uses_device():
-        click.echo(
-            f"Note: each of {workers} processes loads the network; --executor accelerate gives "
-            "each a GPU of its own.",
-            err=True,
-        )
-    warm_up()
-    total, told = len(job.refs), set[str]()
-    with _build_bar(total, told) as (show, news):
-        listener = Tally().listener(lambda tally: show(tally, total), news)
-        summary = run_job(job, workers, listener)
-    return _ended(summary, job, told)
+    return _report(summary, job.out)
 
 
 @contextmanager
-def _build_bar(
-    total: int, told: set[str] | None, *, shown: bool = True
-) -> Iterator[tuple[Callable[[Tally, int], None], Callable[[Result], None]]]:
-    """A bar over episodes: how to show how far it is, and how to tell what became of one.
+def _progress(
+    total: int,
+    told: set[str] | None,
+    *,
+    shown: bool = True,
+    counted: Callable[[], int] | None = None,
+) -> Iterator[Listener]:
+    """A bar over episodes while the block lasts, and lines on failures and notes.
 
-    told: gathers the kinds of notes that were told; None for a process that tells of none.
+    told: gathers the kinds of notes that were printed; None to print none. counted: how many
+    episodes are finished, where other processes build some of them.
     """
-    from threading import Lock
-
     from tqdm import tqdm
 
-    turn = Lock()  # Frames are counted in threads of their own.
+    from occgen_hub.runtime.results import Failure, Listener
+
+    turn, ended = threading.Lock(), threading.Event()  # Frames are counted in other threads.
+    counts: Counter[str] = Counter()
     disable = no_bar() if shown else True
     with tqdm(
-        total=total, unit="episode", desc="build", dynamic_ncols=True, disable=disable
+        total=total, unit="episode", desc="build", disable=disable, dynamic_ncols=True
     ) as bar:
 
-        def show(tally: Tally, total: int) -> None:
+        def show(finished: int) -> None:
             with turn:
                 elapsed = max(bar.format_dict["elapsed"], 1e-9)
-                bar.total = total
                 bar.set_postfix_str(
-                    f"{tally.built / elapsed:.1f} frames/s, {tally.reconstructed} reconstructed, "
-                    f"{tally.failed} failed",
+                    f"{counts['built'] / elapsed:.1f} frames/s, {counts['reconstructed']} "
+                    f"reconstructed, {counts['failed']} failed",
                     refresh=False,
                 )
-                bar.update(tally.episodes - bar.n)
+                bar.update(finished - bar.n)
 
-        def news(result: Result) -> None:
+        def poll() -> None:
+            while counted is not None and not ended.wait(2):
+                show(counted())
+
+        def finished(result: Result) -> None:
             stop_if_asked()
+            counts["episodes"] += 1
+            counts["failed"] += isinstance(result, Failure)
             for line in _news(result, told):
                 with turn:
                     bar.write(line, file=sys.stderr)
+            if counted is None:
+                show(counts["episodes"])
 
-        yield show, news
+        def frames(stage: str, count: int) -> None:
+            counts[stage] += count
+            show(int(bar.n) if counted is not None else counts["episodes"])
+
+        thread = threading.Thread(target=poll, daemon=True)
+        thread.start()
+        try:
+            yield Listener(finished, frames)
+        finally:
+            ended.set()
+            thread.join()
 
 
 def _news(result: Result, told: set[str] | None) -> list[str]:
@@ -321,7 +369,7 @@ def _news(result: Result, told: set[str] | None) -> list[str]:
     from occgen_hub.runtime.results import Failure
 
     if isinstance(result, Failure):
-        return [] if result.repeated else [f"failed  {_said(result)}"]
+        return [f"failed  {_text(result)}"]
     if told is None:
         return []
     new = [note for note in result.notes if note.code not in told]
@@ -329,14 +377,14 @@ def _news(result: Result, told: set[str] | None) -> list[str]:
     return [f"note    {result.id}: {note.text}" for note in new]
 
 
-def _said(failure: Failure) -> str:
-    """An episode and why it failed; reasons that begin with the episode are not told it twice."""
+def _text(failure: Failure) -> str:
+    """An episode and why it failed; a reason that begins with the episode does not repeat it."""
     return f"{failure.id}: {failure.reason.removeprefix(f'{failure.id}: ')}"
 
 
-def _ended(summary: Summary, job: Job, told: set[str] | None = None) -> int:
-    """Say what a run did, and give the exit code. told: kinds of notes that were told by then."""
-    from occgen_hub.runtime.failures import FAILURES
+def _report(summary: Summary, out: Path, told: set[str] | None = None) -> int:
+    """Print what a build did, and return the exit code. told: kinds of notes printed by then."""
+    from occgen_hub.runtime.report import FAILURES
 
     rate = f", {summary.frames / summary.seconds:.1f} frames/s" if summary.frames else ""
     click.echo(
@@ -355,19 +403,13 @@ def _ended(summary: Summary, job: Job, told: set[str] | None = None) -> int:
     for remark in summary.remarks:
         click.echo(f"Note: {remark}.")
     if summary.failures:
-        click.echo(f"The failures are listed in {job.out / FAILURES}:")
+        click.echo(f"The failures are listed in {out / FAILURES}:")
         for failure in summary.failures[:20]:
-            click.echo(f"  {_said(failure)}")
+            click.echo(f"  {_text(failure)}")
         if len(summary.failures) > 20:
             click.echo(f"  and {len(summary.failures) - 20} more.")
-    if before := summary.repeated:
-        click.echo(
-            f"{before} of them failed before, with the same source and settings, and were not "
-            "tried again; --retry-failed tries them."
-        )
-    place = shlex.quote(str(job.out))
     if summary.built:
-        click.echo(f"Next: occgen-hub validate {place}")
+        click.echo(f"Next: occgen-hub validate {shlex.quote(str(out))}")
     elif summary.present:
-        click.echo(f"Dataset: {job.out}")
+        click.echo(f"Dataset: {out}")
     return 1 if summary.failures else 0
