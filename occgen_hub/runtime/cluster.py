@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,16 +74,12 @@ def parse_slurm(options: tuple[str, ...]) -> dict[str, str]:
 
 def check_installed(executor: str) -> None:
     """Raise UsageError where datatrove or Ray is not installed."""
-    try:
-        import datatrove.executor  # noqa: F401  # asked whether it is there
-
-        if executor == "ray":
-            import ray  # noqa: F401  # likewise
-    except ImportError as error:
-        raise UsageError(
-            f"--executor {executor}: {error.name} is not installed; run "
-            "pip install 'occgen-hub[cluster]'."
-        ) from error
+    for library in ("datatrove", "ray"):
+        if library in ("datatrove", executor) and find_spec(library) is None:
+            raise UsageError(
+                f"--executor {executor}: {library} is not installed; run "
+                "pip install 'occgen-hub[cluster]'."
+            )
 
 
 # The tasks
@@ -280,20 +277,19 @@ def batch_script(tasks: Tasks, resources: Resources) -> str:
 @contextmanager
 def _ray() -> Iterator[None]:
     """The cluster that RAY_ADDRESS names, or one on this machine for as long as the block lasts."""
-    import ray
-
-    own: dict[str, Any] = {}
     if "RAY_ADDRESS" not in os.environ:
         # Ray's own is 15, which beside other work leaves a build a thirtieth of a core.
         os.environ.setdefault("RAY_worker_niceness", "0")
-        own["_node_ip_address"] = "127.0.0.1"  # Nobody else is to reach it.
+        # Without a cluster, Ray listens to this machine alone. It looks when it is imported.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    import ray
+
     ray.init(
         ignore_reinit_error=True,
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
         runtime_env={"worker_process_setup_hook": f"{__name__}.{begin_anew.__name__}"},
-        **own,
     )
     try:
         yield
