@@ -539,7 +539,7 @@ def test_slurm_without_a_partition_takes_the_default(three: Path, tmp_path: Path
     done = occgen_hub(*command(three, tmp_path / "out", "--executor", "slurm", "--dry-run"))
     assert done.returncode == 0, done.stderr
     assert "#SBATCH --array=0-0" in done.stdout
-    assert "partition" not in script_of(done.stdout)
+    assert "--partition" not in script_of(done.stdout)
 
 
 def test_options_of_sbatch_are_checked() -> None:

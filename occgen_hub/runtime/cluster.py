@@ -179,7 +179,7 @@ def run_tasks(tasks: Tasks, executor: str, resources: Resources) -> Summary | No
         )
     _begin(tasks, executor)
     if tasks.todo and executor == "slurm":
-        build, last = _slurm(tasks, resources, tasks.folder)
+        build, last = _slurm(tasks, resources)
         last.depends = build
         last.run()
         return None
@@ -229,12 +229,9 @@ def _each_task(job: Job, resources: Resources) -> dict[str, Any]:
 
 
 def _slurm(
-    tasks: Tasks, resources: Resources, folder: Path
+    tasks: Tasks, resources: Resources
 ) -> tuple[SlurmPipelineExecutor, SlurmPipelineExecutor]:
-    """datatrove's executors for Slurm: of the tasks, and of the last one, which finalizes.
-
-    folder: where they keep their logs.
-    """
+    """datatrove's executors for Slurm: of the tasks, and of the last one, which finalizes."""
     from datatrove.executor import SlurmPipelineExecutor
 
     class Slurm(SlurmPipelineExecutor):  # type: ignore[misc]  # datatrove has no types
@@ -242,9 +239,10 @@ def _slurm(
 
         def get_launch_file_contents(self, sbatch_args: dict[str, Any], run_script: str) -> str:
             given = {k: v and shlex.quote(str(v)) for k, v in sbatch_args.items() if v is not None}
-            command = run_script.replace(str(folder), shlex.quote(str(folder)))
+            command = run_script.replace(folder, shlex.quote(folder))
             return str(super().get_launch_file_contents(given, command))
 
+    folder = str(tasks.folder)
     slurm = {"time": "24:00:00", "job-name": "occgen-hub"} | resources.slurm
     each = _each_task(tasks.job, resources)
     given: dict[str, Any] = each | {
@@ -259,19 +257,20 @@ def _slurm(
         "skip_completed": False,
     }
     steps = [BuildTask(tasks, "slurm", each["cpus_per_task"])], [FinalizeTask(tasks.job.out)]
-    build = Slurm(steps[0], tasks=len(tasks.todo), logging_dir=str(folder), **given)
+    build = Slurm(steps[0], tasks=len(tasks.todo), logging_dir=folder, **given)
     given |= {"gpus_per_task": 0, "workers": -1, "run_on_dependency_fail": True}
-    return build, Slurm(steps[1], tasks=1, logging_dir=str(folder / "finalize"), **given)
+    return build, Slurm(steps[1], tasks=1, logging_dir=f"{folder}/finalize", **given)
 
 
 def batch_script(tasks: Tasks, resources: Resources) -> str:
-    """The script that datatrove would give to sbatch, but for its time and place."""
+    """The script that datatrove would give to sbatch; nothing is written."""
+    build, _ = _slurm(tasks, resources)
     with tempfile.TemporaryDirectory() as folder:  # datatrove makes the folder of Slurm's output.
-        build, _ = _slurm(tasks, resources, Path(folder))
+        kept, build.slurm_logs_folder = str(build.slurm_logs_folder), folder
         arguments = build.get_sbatch_args(min(len(tasks.todo), build.max_array_size))
-        command = f"srun -l -n 1 launch_pickled_pipeline {folder}/executor.pik"
-        script = str(build.get_launch_file_contents(arguments, command))
-        return script.replace(folder, shlex.quote(str(tasks.folder)))
+    arguments |= {key: arguments[key].replace(folder, kept) for key in ("output", "error")}
+    command = f"srun  -l -n 1 launch_pickled_pipeline {tasks.folder}/executor.pik"
+    return str(build.get_launch_file_contents(arguments, command))
 
 
 @contextmanager
