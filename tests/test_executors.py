@@ -405,7 +405,7 @@ def test_datatrove_here_and_again(three: Path, tmp_path: Path) -> None:
     assert {path.name for path in logs.iterdir()} == {"task_00000.log", "task_00001.log"}
 
     shutil.rmtree(out / SECOND)
-    tasks = cluster.make_tasks(job(three, out), 2)
+    tasks = cluster.make_tasks(job(three, out), "datatrove", 2)
     assert len(tasks.todo) == 1
     shutil.rmtree(logs)
     done = occgen_hub(*command(three, out, *options))

@@ -20,17 +20,16 @@ from occgen_hub.cli.stopping import stop_if_asked
 from occgen_hub.errors import UsageError
 
 if TYPE_CHECKING:
-    from occgen_hub.runtime.cluster import Resources
     from occgen_hub.runtime.job import Job
     from occgen_hub.runtime.results import Failure, Listener, Result, Summary
     from occgen_hub.runtime.shard import Shard
 
-USES = {
+CLUSTERS = {
     "datatrove": ("tasks",),
     "slurm": ("tasks", "cpus_per_task", "gpus_per_task", "mem_per_cpu", "slurm"),
     "ray": ("tasks", "cpus_per_task", "gpus_per_task", "mem_per_cpu"),
 }
-"""The options of clusters that each executor uses; the others use none."""
+"""The executors of datatrove, and which of the options of clusters each uses."""
 
 
 @click.command(
@@ -113,15 +112,9 @@ def build(
     condition: str | None,
     config: Path | None,
     settings: tuple[str, ...],
-    workers: int | None,
     shard: str | None,
     executor: str | None,
     dry_run: bool,
-    tasks: int | None,
-    cpus_per_task: int | None,
-    gpus_per_task: int | None,
-    mem_per_cpu: int | None,
-    slurm: tuple[str, ...],
     **options: Any,
 ) -> int:
     """Build an occupancy dataset from a source.
@@ -131,51 +124,30 @@ def build(
     """
     from occgen_hub.runtime import threads
     from occgen_hub.runtime.ranks import launched
+    from occgen_hub.runtime.shard import Shard
 
-    ranks = launched()
-    executor = executor or ("accelerate" if ranks and shard is None else "local")
-    own = {
-        "tasks": tasks,
-        "cpus_per_task": cpus_per_task,
-        "gpus_per_task": gpus_per_task,
-        "mem_per_cpu": mem_per_cpu,
-        "slurm": slurm or None,
-    }
-    _check_usage(executor, ranks, workers, shard, own)
-    if ranks and executor == "accelerate":
+    names = ("workers", "tasks", "cpus_per_task", "gpus_per_task", "mem_per_cpu", "slurm")
+    running = {name: options.pop(name) for name in names}
+    executor = executor or ("accelerate" if launched() and shard is None else "local")
+    own = Shard.parse(shard) if shard else None
+    _check_usage(executor, own, running)
+    if executor == "accelerate" and (ranks := launched()):
         threads.limit(threads.cores_each(ranks))  # Before numba and torch look for it.
 
     from occgen_hub.config import load_config
-    from occgen_hub.engines import without_fetching
-    from occgen_hub.runtime import cluster
-    from occgen_hub.runtime.job import open_job
-    from occgen_hub.runtime.shard import Shard
 
-    part = Shard.parse(shard) if shard else None
-    resources = cluster.Resources(
-        tasks, workers, cpus_per_task, mem_per_cpu, gpus_per_task, cluster.parse_slurm(slurm)
-    )
     if condition is not None:
         settings += (f"condition=[{condition}]",)
     options["config"] = load_config(config, settings)
-
-    def job() -> Job:
-        if executor not in cluster.EXECUTORS:
-            return open_job(**options)
-        # Tasks have working folders and devices of their own.
-        places = {"root": options["root"].absolute(), "out": options["out"].absolute()}
-        return replace(open_job(**options | places | {"device": "cpu"}), device=options["device"])
-
     if dry_run:
-        with without_fetching():
-            return _dry_run(job(), executor, resources, part)
-    if executor in cluster.EXECUTORS:
-        return _build_on_cluster(job(), executor, resources)
-    if ranks and executor == "accelerate":
+        return _dry_run(options, executor, own, running)
+    if executor == "accelerate" and launched():
         return _build_rank(options)
+    if executor in CLUSTERS:
+        return _build_on_cluster(options, executor, running)
     if executor == "accelerate":
-        workers = workers or threads.gpus() or threads.cores()
-    return _build_here(job(), workers or 1, part)
+        running["workers"] = running["workers"] or threads.gpus() or threads.cores()
+    return _build_here(options, running["workers"] or 1, own)
 
 
 @click.command(cls=Examples, example="occgen-hub finalize out")
@@ -189,72 +161,85 @@ def finalize(out: Path) -> int:
     from occgen_hub.runtime.finalize import finalize as finalize_dataset
     from occgen_hub.runtime.threads import cores
 
-    return _report(finalize_dataset(out, cores()), out)
+    return _print_summary(finalize_dataset(out, cores()), out)
 
 
-def _check_usage(
-    executor: str, ranks: int, workers: int | None, shard: str | None, own: dict[str, Any]
-) -> None:
-    """Raise UsageError for options that do not fit the executor. own: those of clusters."""
-    for name, value in own.items():
-        if value is not None and name not in USES.get(executor, ()):
+def _check_usage(executor: str, shard: Shard | None, running: dict[str, Any]) -> None:
+    """Raise UsageError for options that do not fit the executor."""
+    from occgen_hub.runtime.ranks import launched
+
+    for name, value in running.items():
+        takers = [key for key, names in CLUSTERS.items() if name in names]
+        if value not in (None, ()) and takers and executor not in takers:
             raise UsageError(
                 f"--{name.replace('_', '-')}: is not used by --executor {executor}; leave it out "
-                f"or choose one of {', '.join(key for key in USES if name in USES[key])}."
+                f"or choose one of {', '.join(takers)}."
             )
     if shard and executor != "local":
-        raise UsageError(
-            f"--shard {shard}: --executor {executor} makes shards itself; leave it out."
-        )
-    if ranks and executor != "accelerate" and not shard:
+        raise UsageError(f"--shard: --executor {executor} makes shards itself; leave it out.")
+    if (ranks := launched()) and executor != "accelerate" and not shard:
         raise UsageError(
             f"--executor {executor}: {ranks} processes were started beside one another, which only "
             "--executor accelerate shares the episodes among; leave the option out."
         )
-    if ranks and executor == "accelerate" and workers not in (None, ranks):
+    if ranks and executor == "accelerate" and running["workers"] not in (None, ranks):
         raise UsageError(
-            f"--workers {workers}: {ranks} processes were started already; leave the option out."
+            f"--workers {running['workers']}: {ranks} processes were started already; leave the "
+            "option out."
         )
 
 
-def _dry_run(job: Job, executor: str, resources: Resources, part: Shard | None) -> int:
+def _open_cluster_job(options: dict[str, Any]) -> Job:
+    """A job whose tasks have working folders and devices of their own."""
+    from occgen_hub.runtime.job import open_job
+
+    absolute = {name: options[name].absolute() for name in ("root", "out")}
+    return replace(open_job(**options | absolute | {"device": "cpu"}), device=options["device"])
+
+
+def _dry_run(
+    options: dict[str, Any], executor: str, shard: Shard | None, running: dict[str, Any]
+) -> int:
+    from occgen_hub.engines import without_fetching
     from occgen_hub.runtime import cluster
+    from occgen_hub.runtime.job import open_job
     from occgen_hub.runtime.records import make_plan
 
-    refs, missing = job.refs, 0
-    if part is not None:
-        own = set(make_plan(job, part.count).shards[part.index])
-        refs = [ref for ref in refs if ref.id in own]
+    with without_fetching():
+        job = _open_cluster_job(options) if executor in CLUSTERS else open_job(**options)
+    mine = None if shard is None else set(make_plan(job, shard.count).shards[shard.index])
+    refs = [ref for ref in job.refs if mine is None or ref.id in mine]
+    missing = 0
     for ref in refs:
         reason = job.reason_to_build(ref)
         missing += reason is not None
         click.echo(f"{ref.id}  {reason or 'present'}")
-    if executor in cluster.EXECUTORS:
-        cluster.check_installed(executor)
-        tasks = cluster.make_tasks(job, resources.tasks)
+    if executor in CLUSTERS:
+        tasks = cluster.make_tasks(job, executor, running["tasks"])
         click.echo(tasks)
         if executor == "slurm" and tasks.todo:
-            click.echo(f"The batch script:\n\n{cluster.batch_script(tasks, resources)}")
+            click.echo(f"The batch script:\n\n{cluster.batch_script(tasks, running)}")
     click.echo(
         f"{missing} of {len(refs)} episodes would be built into {job.out}; nothing was done."
     )
     return 0
 
 
-def _build_here(job: Job, workers: int, part: Shard | None) -> int:
+def _build_here(options: dict[str, Any], workers: int, shard: Shard | None) -> int:
     from occgen_hub.occupancy.visibility import warm_up
     from occgen_hub.runtime.build import build_dataset, build_shard
+    from occgen_hub.runtime.job import open_job
     from occgen_hub.runtime.records import make_plan
 
+    job = open_job(**options)
     warm_up()
     told = set[str]()
-    if part is None:
+    if shard is None:
         with _progress(len(job.refs), told) as listener:
-            return _report(build_dataset(job, workers, listener), job.out, told)
-    plan = make_plan(job, part.count)
-    with _progress(len(plan.shards[part.index]), told) as listener:
-        summary = build_shard(job, part, workers, listener)
-    code = _report(summary, job.out, told)
+            return _print_summary(build_dataset(job, workers, listener), job.out, told)
+    with _progress(len(make_plan(job, shard.count).shards[shard.index]), told) as listener:
+        summary = build_shard(job, shard, workers, listener)
+    code = _print_summary(summary, job.out, told, whole=False)
     click.echo(f"When all shards are built: occgen-hub finalize {shlex.quote(str(job.out))}")
     return code
 
@@ -274,33 +259,34 @@ def _build_rank(options: dict[str, Any]) -> int:
         shard = Shard(state.process_index, state.num_processes)
         device = str(state.device) if state.device.type == "cuda" else "cpu"
         told: set[str] | None = set() if state.is_main_process else None
+        counted = partial(count_finished, out, shard.count)
 
         def build_own() -> None:
             job = open_job(**options | {"device": device})
-            counted = partial(count_finished, out, shard.count)
             shown = state.is_local_main_process
             with _progress(len(job.refs), told, shown=shown, counted=counted) as listener:
                 build_shard(job, shard, listener=listener, executor="accelerate")
 
         on_all_ranks(state, build_own)
         if state.is_main_process:
-            return _report(finalize_dataset(out, cores()), out, told)
+            return _print_summary(finalize_dataset(out, cores()), out, told)
     return 0
 
 
-def _build_on_cluster(job: Job, executor: str, resources: Resources) -> int:
+def _build_on_cluster(options: dict[str, Any], executor: str, running: dict[str, Any]) -> int:
     from occgen_hub.runtime import cluster
     from occgen_hub.runtime.records import count_finished
     from occgen_hub.runtime.report import REPORT
 
-    tasks = cluster.make_tasks(job, resources.tasks)
+    job = _open_cluster_job(options)
+    tasks = cluster.make_tasks(job, executor, running["tasks"])
     counted = partial(count_finished, job.out, len(tasks.plan.shards))
     with _progress(len(job.refs), None, shown=executor != "slurm", counted=counted):
-        summary = cluster.run_tasks(tasks, executor, resources)
+        summary = cluster.run_tasks(tasks, running)
     if summary is None:
         click.echo(f"The tasks were given to Slurm; {job.out / REPORT} is there when all is done.")
         return 0
-    return _report(summary, job.out)
+    return _print_summary(summary, job.out)
 
 
 @contextmanager
@@ -382,8 +368,13 @@ def _text(failure: Failure) -> str:
     return f"{failure.id}: {failure.reason.removeprefix(f'{failure.id}: ')}"
 
 
-def _report(summary: Summary, out: Path, told: set[str] | None = None) -> int:
-    """Print what a build did, and return the exit code. told: kinds of notes printed by then."""
+def _print_summary(
+    summary: Summary, out: Path, told: set[str] | None = None, *, whole: bool = True
+) -> int:
+    """Print what a build did, and return the exit code.
+
+    told: the kinds of notes that were printed by then; whole: whether it was more than a shard.
+    """
     from occgen_hub.runtime.report import FAILURES
 
     rate = f", {summary.frames / summary.seconds:.1f} frames/s" if summary.frames else ""
@@ -402,14 +393,14 @@ def _report(summary: Summary, out: Path, told: set[str] | None = None) -> int:
         click.echo(f"Notes that were on several episodes, and on how many: {', '.join(repeated)}.")
     for remark in summary.remarks:
         click.echo(f"Note: {remark}.")
-    if summary.failures:
+    if summary.failures and whole:
         click.echo(f"The failures are listed in {out / FAILURES}:")
         for failure in summary.failures[:20]:
             click.echo(f"  {_text(failure)}")
         if len(summary.failures) > 20:
             click.echo(f"  and {len(summary.failures) - 20} more.")
-    if summary.built:
+    if summary.built and whole:
         click.echo(f"Next: occgen-hub validate {shlex.quote(str(out))}")
-    elif summary.present:
+    elif whole and summary.present:
         click.echo(f"Dataset: {out}")
     return 1 if summary.failures else 0

@@ -7,8 +7,8 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -52,12 +52,19 @@ def build_in_workers(
         process = context.Process(
             target=_work, args=(there, replace(job, refs=()), own), daemon=True
         )
-        with (
-            _uninterrupted(),
-            threads.limited_children(workers, on_a_gpu=-(-workers // max(gpus, 1))),
-        ):
-            process.start()
+
+        def begin() -> None:
+            # Blocked signals are inherited: the workers leave Ctrl-C to this process.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            on_a_gpu = -(-workers // max(gpus, 1))
+            with threads.limited_children(workers, on_a_gpu):
+                process.start()
             running[here] = _Worker(number, process)
+
+        # In a thread, which no signal's handler interrupts while a process is half started.
+        beginning = threading.Thread(target=begin)
+        beginning.start()
+        beginning.join()
         there.close()
         hand_out(here)
 
@@ -103,28 +110,6 @@ def build_in_workers(
         # On Ctrl-C, episodes under way are not waited for; the next run clears what they leave.
         for worker in running.values():
             worker.process.terminate()
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Start processes in this block: they leave Ctrl-C to this one, which it reaches afterwards.
-
-    What is blocked here they inherit. Any other thread may still receive a signal, whose handler
-    then runs in this one, and a process that was half started would print a traceback.
-    """
-    came: list[int] = []
-    stops = (signal.SIGINT, signal.SIGTERM)
-    main = threading.current_thread() is threading.main_thread()
-    handlers = {n: signal.signal(n, lambda n, _: came.append(n)) for n in stops if main}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number in came[:1]:
-            signal.raise_signal(number)
 
 
 def _killed(ref: EpisodeRef) -> Failure:
