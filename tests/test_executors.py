@@ -933,9 +933,9 @@ def test_killed_at_random_moments(
 ) -> None:
     """All processes at once, anywhere between the start and the end; one output for all kills."""
     rng, out, whole = random.Random(workers), tmp_path / "out", 0
-    start = time.monotonic()
+    began = time.monotonic()
     assert occgen_hub(*command(source, out, "--workers", str(workers))).returncode == 0
-    usual = time.monotonic() - start
+    usual = time.monotonic() - began
     shutil.rmtree(out)
     for number in range(KILLS // 2):
         process = start(*command(source, out, "--workers", str(workers)))
@@ -943,7 +943,7 @@ def test_killed_at_random_moments(
         ended = process.poll() is not None
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.communicate()
         there = list(out.glob("*/*/trajectory_*"))
         for path in there:
             name = path.relative_to(out).as_posix()

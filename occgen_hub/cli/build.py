@@ -139,6 +139,10 @@ def build(
     if condition is not None:
         settings += (f"condition=[{condition}]",)
     options["config"] = load_config(config, settings)
+    if executor == "slurm":
+        from occgen_hub.runtime.cluster import parse_slurm
+
+        running["slurm"] = parse_slurm(running["slurm"])
     if dry_run:
         return _dry_run(options, executor, own, running)
     if executor == "accelerate" and launched():

@@ -184,7 +184,7 @@ def _slurm(
             command = run_script.replace(folder, shlex.quote(folder))
             return str(super().get_launch_file_contents(given, command))
 
-    folder, slurm = str(tasks.folder), parse_slurm(options["slurm"])
+    folder, slurm = str(tasks.folder), dict(options["slurm"])
     each = _each_task(tasks.job, options)
     given: dict[str, Any] = each | {
         "time": slurm.pop("time", "24:00:00"),
