@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from occgen_hub.config import Config
 from occgen_hub.engines import AUTO
 from occgen_hub.errors import DatasetError, UsageError
+from occgen_hub.job import open_job
 from occgen_hub.lerobot.writer import Media
 from occgen_hub.loading import REBUILD, Trajectory
 from occgen_hub.occupancy.codec import unpack
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.runtime.build import build_dataset, build_shard
 from occgen_hub.runtime.finalize import finalize as finalize_dataset
-from occgen_hub.runtime.job import open_job
 from occgen_hub.runtime.results import Summary
 from occgen_hub.runtime.shard import Shard
 

@@ -25,11 +25,11 @@ from occgen_hub.builder import Settings, load_builder
 from occgen_hub.config import Config
 from occgen_hub.engines.rgbd import reconstruct
 from occgen_hub.files import files_under
+from occgen_hub.job import Job, list_episodes
 from occgen_hub.occupancy.bricks import into_bricks
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.visibility import OBSERVED, observe, trace, warm_up
 from occgen_hub.runtime.build import build_dataset
-from occgen_hub.runtime.job import Job, list_episodes
 from occgen_hub.sample import make_sample
 from occgen_hub.shards import shards
 

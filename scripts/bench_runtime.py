@@ -32,9 +32,9 @@ def build_share(
     os.sched_setaffinity(0, cores)
     os.environ["NUMBA_NUM_THREADS"] = str(len(cores))
     from occgen_hub.builder import Settings, load_builder
+    from occgen_hub.job import list_episodes
     from occgen_hub.occupancy.visibility import warm_up
     from occgen_hub.runtime.episodes import build_episodes
-    from occgen_hub.runtime.job import list_episodes
     from occgen_hub.runtime.results import Summary
     from occgen_hub.runtime.shard import share_out
 

@@ -19,9 +19,9 @@ from occgen_hub.card import MARK, is_own, write_card
 from occgen_hub.config import Config
 from occgen_hub.errors import DatasetError, UsageError
 from occgen_hub.files import sha256
+from occgen_hub.job import Job, list_episodes
 from occgen_hub.loading import trajectories
 from occgen_hub.runtime.build import build_dataset
-from occgen_hub.runtime.job import Job, list_episodes
 from occgen_hub.validation import validate
 
 COARSE = Settings(Config(voxel_size=0.1))

@@ -31,12 +31,12 @@ from occgen_hub.builders.internnav import InternNavBuilder
 from occgen_hub.config import load_config
 from occgen_hub.errors import MachineError, UsageError
 from occgen_hub.files import read_json
+from occgen_hub.job import Job, check_conditions, list_episodes, open_job
 from occgen_hub.prefetch import behind
 from occgen_hub.runtime import cluster, records
 from occgen_hub.runtime.build import build_dataset, build_shard
 from occgen_hub.runtime.episodes import build_episodes
 from occgen_hub.runtime.finalize import finalize, unfinished
-from occgen_hub.runtime.job import Job, check_conditions, list_episodes, open_job
 from occgen_hub.runtime.lock import output_lock
 from occgen_hub.runtime.report import read_failures
 from occgen_hub.runtime.results import Summary
@@ -240,6 +240,29 @@ def test_finalize_lists_what_no_shard_has_done(three: Path, expected: Tree, tmp_
     assert read_failures(out) == []
     build_dataset(job(three, tmp_path / "one"))
     assert tree(out) == tree(tmp_path / "one")
+
+
+def test_the_same_command_does_what_a_killed_shard_left(
+    source: Path, expected: Tree, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    first = start(*command(source, out, "--shard", "0/2"))
+    end = time.monotonic() + 100
+    while not list(out.glob("*/*/trajectory_*/meta/occgen.json")):
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    second = occgen_hub(*command(source, out, "--shard", "1/2"))
+    assert second.returncode == 0, second.stderr
+    early = occgen_hub("finalize", out)
+    assert early.returncode == 1
+    assert "shard 0/2 did not end; run the same build again." in early.stdout
+    again = occgen_hub(*command(source, out, "--shard", "0/2"))
+    assert again.returncode == 0, again.stderr
+    assert "0 already there" not in again.stdout
+    assert occgen_hub("finalize", out).returncode == 0
+    assert tree(out) == expected
 
 
 def test_shards_of_one_build_run_together_and_no_other_does(three: Path, tmp_path: Path) -> None:

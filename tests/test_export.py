@@ -22,11 +22,11 @@ from occgen_hub.builder import Settings, load_builder
 from occgen_hub.config import load_config
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.exporting import export, plan_export
+from occgen_hub.job import Job, list_episodes
 from occgen_hub.lerobot.exported import RECORD
 from occgen_hub.lerobot.v30 import DEPTH_MAX, Fit
 from occgen_hub.loading import Trajectory, trajectories
 from occgen_hub.runtime.build import build_dataset
-from occgen_hub.runtime.job import Job, list_episodes
 from occgen_hub.sample import make_sample
 from occgen_hub.shards import shards
 from occgen_hub.training import OccupancyDataset, collate

@@ -18,10 +18,10 @@ from occgen_hub.config import load_config
 from occgen_hub.engines.rgbd import reconstruct
 from occgen_hub.episode import Episode
 from occgen_hub.errors import OccGenError, SourceError
+from occgen_hub.job import Job, list_episodes
 from occgen_hub.loading import Trajectory
 from occgen_hub.media import write_video
 from occgen_hub.runtime.build import build_dataset
-from occgen_hub.runtime.job import Job, list_episodes
 from occgen_hub.runtime.results import Summary
 from occgen_hub.sample import make_sample
 from occgen_hub.validation import validate

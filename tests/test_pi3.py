@@ -29,11 +29,11 @@ from occgen_hub.engines.pi3.windows import Assembly, Window, plan
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.geometry.poses import transform
 from occgen_hub.geometry.sim3 import Sim3
+from occgen_hub.job import Job, choose_engine, list_episodes
 from occgen_hub.loading import trajectories
 from occgen_hub.media import write_video
 from occgen_hub.prefetch import GPU_SHARED_BY
 from occgen_hub.runtime.build import build_dataset
-from occgen_hub.runtime.job import Job, choose_engine, list_episodes
 from occgen_hub.sample import make_sample
 from occgen_hub.scene import settle
 from occgen_hub.validation import validate
@@ -220,7 +220,7 @@ from pathlib import Path
 from occgen_hub.builder import load_builder
 from occgen_hub.config import Config
 from occgen_hub.engines import load_engine
-from occgen_hub.runtime.job import list_episodes
+from occgen_hub.job import list_episodes
 builder = load_builder("video", Path(sys.argv[1]))
 episode = builder.read(list_episodes(builder)[0])
 config = Config(max_pixels=40_000, window=8, overlap=2, voxel_size=0.1)

@@ -30,10 +30,10 @@ from occgen_hub.builders.internnav import InternNavBuilder
 from occgen_hub.config import load_config
 from occgen_hub.episode import Episode
 from occgen_hub.errors import DatasetError
+from occgen_hub.job import Job, list_episodes
 from occgen_hub.loading import trajectories
 from occgen_hub.runtime.build import build_dataset
 from occgen_hub.runtime.finalize import unfinished
-from occgen_hub.runtime.job import Job, list_episodes
 from occgen_hub.runtime.results import Listener, Summary
 from occgen_hub.sample import make_sample
 
@@ -476,7 +476,7 @@ def test_an_interruption_that_a_library_swallowed_still_stops(
                 raise RuntimeError("half imported") from None
             raise AssertionError
 
-    monkeypatch.setattr("occgen_hub.runtime.job.load_builder", lambda name, root: Swallowing(root))
+    monkeypatch.setattr("occgen_hub.job.load_builder", lambda name, root: Swallowing(root))
     code, _, errors = command(source, tmp_path / "out")
     assert (code, tree(tmp_path / "out")) == (130, {})
     assert errors.strip() == (

@@ -24,9 +24,9 @@ from scipy import sparse
 from occgen_hub.builder import Settings, load_builder
 from occgen_hub.config import Config
 from occgen_hub.files import sha256
+from occgen_hub.job import Job, list_episodes
 from occgen_hub.loading import Trajectory, trajectories
 from occgen_hub.runtime.build import build_dataset
-from occgen_hub.runtime.job import Job, list_episodes
 from occgen_hub.sample import make_sample
 from occgen_hub.shards import GROUP, NAME, shards, write_shards
 from occgen_hub.validation import validate

@@ -22,10 +22,10 @@ from occgen_hub.builders.video import VideoBuilder
 from occgen_hub.config import Config
 from occgen_hub.episode import Episode
 from occgen_hub.errors import SourceError, UsageError
+from occgen_hub.job import check_paths, list_episodes
 from occgen_hub.lerobot.writer import Media, TrajectoryWriter
 from occgen_hub.media import VideoReader, survey_video, video_facts, video_frames, write_video
 from occgen_hub.occupancy.grid import Grid
-from occgen_hub.runtime.job import check_paths, list_episodes
 from occgen_hub.schema import load_schema
 
 RED, GREEN, BLUE, WHITE = (220, 30, 30), (30, 200, 30), (30, 30, 220), (240, 240, 240)

@@ -20,7 +20,7 @@ from occgen_hub.cli.stopping import stop_if_asked
 from occgen_hub.errors import UsageError
 
 if TYPE_CHECKING:
-    from occgen_hub.runtime.job import Job
+    from occgen_hub.job import Job
     from occgen_hub.runtime.results import Failure, Listener, Result, Summary
     from occgen_hub.runtime.shard import Shard
 
@@ -195,7 +195,7 @@ def _check_usage(executor: str, shard: Shard | None, running: dict[str, Any]) ->
 
 def _open_cluster_job(options: dict[str, Any]) -> Job:
     """A job whose tasks have working folders and devices of their own."""
-    from occgen_hub.runtime.job import open_job
+    from occgen_hub.job import open_job
 
     absolute = {name: options[name].absolute() for name in ("root", "out")}
     return replace(open_job(**options | absolute | {"device": "cpu"}), device=options["device"])
@@ -205,8 +205,8 @@ def _dry_run(
     options: dict[str, Any], executor: str, shard: Shard | None, running: dict[str, Any]
 ) -> int:
     from occgen_hub.engines import without_fetching
+    from occgen_hub.job import open_job
     from occgen_hub.runtime import cluster
-    from occgen_hub.runtime.job import open_job
     from occgen_hub.runtime.records import make_plan
 
     with without_fetching():
@@ -230,29 +230,29 @@ def _dry_run(
 
 
 def _build_here(options: dict[str, Any], workers: int, shard: Shard | None) -> int:
+    from occgen_hub.job import open_job
     from occgen_hub.occupancy.visibility import warm_up
     from occgen_hub.runtime.build import build_dataset, build_shard
-    from occgen_hub.runtime.job import open_job
-    from occgen_hub.runtime.records import make_plan
 
     job = open_job(**options)
     warm_up()
     told = set[str]()
-    if shard is None:
-        with _progress(len(job.refs), told) as listener:
-            return _print_summary(build_dataset(job, workers, listener), job.out, told)
-    with _progress(len(make_plan(job, shard.count).shards[shard.index]), told) as listener:
-        summary = build_shard(job, shard, workers, listener)
-    code = _print_summary(summary, job.out, told, whole=False)
-    click.echo(f"When all shards are built: occgen-hub finalize {shlex.quote(str(job.out))}")
+    with _progress(len(job.refs) if shard is None else None, told) as listener:
+        if shard is None:
+            summary = build_dataset(job, workers, listener)
+        else:
+            summary = build_shard(job, shard, workers, listener)
+    code = _print_summary(summary, job.out, told, whole=shard is None)
+    if shard is not None:
+        click.echo(f"When all shards are built: occgen-hub finalize {shlex.quote(str(job.out))}")
     return code
 
 
 def _build_rank(options: dict[str, Any]) -> int:
     """Build as one of the processes that accelerate or torchrun started."""
+    from occgen_hub.job import open_job
     from occgen_hub.runtime.build import build_shard
     from occgen_hub.runtime.finalize import finalize as finalize_dataset
-    from occgen_hub.runtime.job import open_job
     from occgen_hub.runtime.ranks import joined, on_all_ranks
     from occgen_hub.runtime.records import count_finished
     from occgen_hub.runtime.shard import Shard
@@ -295,7 +295,7 @@ def _build_on_cluster(options: dict[str, Any], executor: str, running: dict[str,
 
 @contextmanager
 def _progress(
-    total: int,
+    total: int | None,
     told: set[str] | None,
     *,
     shown: bool = True,
@@ -303,8 +303,8 @@ def _progress(
 ) -> Iterator[Listener]:
     """A bar over episodes while the block lasts, and lines on failures and notes.
 
-    told: gathers the kinds of notes that were printed; None to print none. counted: how many
-    episodes are finished, where other processes build some of them.
+    total: None where it is not known; told: gathers the kinds of notes that were printed, None to
+    print none; counted: how many episodes are finished, where other processes build some of them.
     """
     from tqdm import tqdm
 

@@ -70,7 +70,7 @@ def _opened(trajectory: str, root: Path | None, how: dict[str, Any]) -> Iterator
         yield Trajectory.open(_folder(Path(trajectory)))
         return
     from occgen_hub.config import load_config
-    from occgen_hub.runtime.temporary_build import temporary_build
+    from occgen_hub.temporary_build import temporary_build
 
     options = {name: how[name] for name in ("source", "engine", "weights", "device")}
     options["config"] = load_config(how["config"], how["settings"])

@@ -5,14 +5,13 @@ from __future__ import annotations
 import resource
 import socket
 import time
-from contextlib import suppress
 from pathlib import Path
 
+from occgen_hub.job import Job
 from occgen_hub.runtime.episodes import build_episodes
 from occgen_hub.runtime.finalize import finalize
-from occgen_hub.runtime.job import Job
 from occgen_hub.runtime.lock import output_lock
-from occgen_hub.runtime.records import join_build, make_plan, recording
+from occgen_hub.runtime.records import join_build, make_plan, read_plan, recording
 from occgen_hub.runtime.results import Listener, Process, Summary
 from occgen_hub.runtime.shard import Shard
 from occgen_hub.runtime.workers import build_in_workers
@@ -41,17 +40,17 @@ def build_shard(
     Raises UsageError where another build, or the same shard of this one, is running.
     """
     plan, listener, summary = make_plan(job, shard.count), listener or Listener(), Summary()
-    own = set(plan.shards[shard.index])
-    refs = [ref for ref in job.refs if ref.id in own]
-    workers, start = min(workers, len(refs)), time.perf_counter()
+    start = time.perf_counter()
     with (
         output_lock(job.out, lambda alone: join_build(job.out, plan, alone=alone)),
         recording(job.out, shard.index, executor, overwrite=job.settings.overwrite) as record,
     ):
-        if workers <= 1:
-            results = build_episodes(job.builder, refs, job.out, job.settings, listener.frames)
+        own = set((read_plan(job.out) or plan).shards[shard.index])  # As all shards have it.
+        refs = [ref for ref in job.refs if ref.id in own]
+        if min(workers, len(refs)) > 1:
+            results = build_in_workers(job, refs, min(workers, len(refs)), listener.frames)
         else:
-            results = build_in_workers(job, refs, workers, listener.frames)
+            results = build_episodes(job.builder, refs, job.out, job.settings, listener.frames)
         try:
             for result in results:
                 listener.finished(result)  # It may stop the build, whose failures are none then.
@@ -75,11 +74,7 @@ def build_shard(
 
 def _peak_memory() -> int:
     """Bytes that this process, or one that it started, had in memory at most."""
-    own, others = (
-        resource.getrusage(who).ru_maxrss << 10
-        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
-    # That begins with what the process had from which this one was started; Linux knows better.
-    with suppress(OSError, ValueError, IndexError):
-        own = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10
-    return max(own, others)
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10
+    # Of this process, getrusage may tell what was there before it was this one.
+    status = Path("/proc/self/status").read_text()
+    return max(children, int(status.split("VmHWM:")[1].split()[0]) << 10)

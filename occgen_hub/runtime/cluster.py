@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from occgen_hub.errors import UsageError
+from occgen_hub.job import Job
 from occgen_hub.runtime import threads
 from occgen_hub.runtime.build import build_shard
 from occgen_hub.runtime.finalize import finalize
-from occgen_hub.runtime.job import Job
 from occgen_hub.runtime.lock import LOGS, output_lock
 from occgen_hub.runtime.records import Plan, join_build, make_plan, record_present
 from occgen_hub.runtime.results import Summary

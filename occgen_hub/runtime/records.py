@@ -20,7 +20,7 @@ from occgen_hub.builder import Built
 from occgen_hub.episode import Note
 from occgen_hub.errors import OccGenError
 from occgen_hub.files import dump_json, hold, parse_json, read_bytes, read_json
-from occgen_hub.runtime.job import Job
+from occgen_hub.job import Job
 from occgen_hub.runtime.lock import LOGS, busy
 from occgen_hub.runtime.results import Failure, Process, Result
 from occgen_hub.runtime.shard import share_out

@@ -15,9 +15,9 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from occgen_hub.builder import EpisodeRef, Progress
+from occgen_hub.job import Job
 from occgen_hub.runtime import threads
 from occgen_hub.runtime.episodes import build_episodes
-from occgen_hub.runtime.job import Job
 from occgen_hub.runtime.results import Failure, Result
 
 
@@ -133,8 +133,9 @@ def _work(connection: Connection[Any, Any], job: Job, device: str | None) -> Non
 
     refs = iter(connection.recv, None)
     settings = (job if device is None else job.on(device)).settings
-    for result in build_episodes(job.builder, refs, job.out, settings, lambda *n: tell(n)):
-        tell(result)
+    with suppress(BrokenPipeError, EOFError):  # The parent has ended.
+        for result in build_episodes(job.builder, refs, job.out, settings, lambda *n: tell(n)):
+            tell(result)
 
 
 def _end_with(sentinel: int) -> None:

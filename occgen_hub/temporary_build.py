@@ -10,7 +10,7 @@ from typing import Any
 
 from occgen_hub.builder import EpisodeRef, Stage
 from occgen_hub.errors import UsageError
-from occgen_hub.runtime.job import open_job
+from occgen_hub.job import open_job
 
 
 @contextmanager

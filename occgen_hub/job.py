@@ -20,7 +20,6 @@ from occgen_hub.engines import AUTO, Auto, Engine, load_engine, network_engine
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.files import printable
 from occgen_hub.lerobot.writer import Media
-from occgen_hub.runtime.threads import gpus
 
 
 def check_paths(root: Path, out: Path) -> None:
@@ -156,7 +155,9 @@ class Job:
         """Where its networks run, "cpu" if there are none."""
         if not self.settings.engine.uses_device():
             return "cpu"
-        return self.device or ("cuda" if gpus() else "cpu")
+        import torch
+
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     @property
     def choices(self) -> str:
