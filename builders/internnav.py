@@ -102,9 +102,16 @@ class InternNavBuilder(DatasetBuilder):
                 yield EpisodeRef("/".join(_name(self.root, folder, 3)), folder, index)
 
     def has_depth(self, ref: EpisodeRef) -> bool:
-        """Whether there is a depth image."""
+        """Whether there is a depth image; in a scene's folder, one of this episode's frames."""
         folders = ref.path.glob("videos/chunk-*/observation.images.depth")
-        return any(path.suffix == ".png" for folder in folders for path in folder.iterdir())
+        if not any(path.suffix == ".png" for folder in folders for path in folder.iterdir()):
+            return False
+        if not _is_scene(ref.path, _parquets(ref.path)):
+            return True
+        try:
+            return bool(_locate(ref).depth)
+        except OccGenError:
+            return True  # Reading it says what is wrong.
 
     def work(self, ref: EpisodeRef) -> float:
         """Its images times the pixels of the first or, without images, those of its video."""

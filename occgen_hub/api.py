@@ -13,12 +13,15 @@ from numpy.typing import NDArray
 from occgen_hub.config import Config
 from occgen_hub.engines import AUTO
 from occgen_hub.errors import DatasetError, UsageError
+from occgen_hub.job import open_job
 from occgen_hub.lerobot.writer import Media
 from occgen_hub.loading import REBUILD, Trajectory
 from occgen_hub.occupancy.codec import unpack
 from occgen_hub.occupancy.grid import Grid
-from occgen_hub.runtime.loop import open_job, run_job
+from occgen_hub.runtime.build import build_dataset, build_shard
+from occgen_hub.runtime.finalize import finalize as finalize_dataset
 from occgen_hub.runtime.results import Summary
+from occgen_hub.runtime.shard import Shard
 
 
 def build(
@@ -34,14 +37,15 @@ def build(
     workers: int = 1,
     limit: int | None = None,
     overwrite: bool = False,
-    retry_failed: bool = False,
+    shard: tuple[int, int] | None = None,
     parquet_occupancy: bool = True,
 ) -> Summary:
     """Build an occupancy dataset from a source, as `occgen-hub build` does.
 
     source: what kind it is, "internnav" or "video"; root: where it is; out: the dataset's folder;
     config: the settings, metres where they are lengths; workers: processes; limit: the first so
-    many episodes only; the others as the command's options of their names. What is there already
+    many episodes only; shard: (i, n) to build share i of n, numbered from 0, of the episodes, for
+    `finalize`; the others as the command's options of their names. What is there already
     and up to date is left alone.
 
     Raises UsageError when an argument is wrong; then nothing was done. An episode that fails stops
@@ -65,10 +69,20 @@ def build(
         media=media,
         limit=limit,
         overwrite=overwrite,
-        retry_failed=retry_failed,
         parquet_occupancy=parquet_occupancy,
     )
-    return run_job(job, workers)
+    if shard is not None:
+        return build_shard(job, Shard.parse(f"{shard[0]}/{shard[1]}"), workers)
+    return build_dataset(job, workers)
+
+
+def finalize(out: str | Path) -> Summary:
+    """Write the files of the whole dataset, as `occgen-hub finalize` does, when shards were built.
+
+    Raises UsageError where there is no build or one is running, and OccGenError where a file cannot
+    be read or written.
+    """
+    return finalize_dataset(Path(out))
 
 
 def push(

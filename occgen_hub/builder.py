@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points, version
+from importlib.metadata import entry_points
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import ClassVar, Literal
@@ -21,7 +21,7 @@ from occgen_hub.config import Condition, Config
 from occgen_hub.engines import AUTO, Auto, Engine
 from occgen_hub.episode import Episode, Note
 from occgen_hub.errors import OccGenError, SourceError, UsageError
-from occgen_hub.files import dump_json, flush, flush_tree, read_json, sha256
+from occgen_hub.files import flush, flush_tree, read_json, sha256
 from occgen_hub.lerobot.writer import Media, Provenance, TrajectoryWriter
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.visibility import FrameOccupancy
@@ -49,14 +49,13 @@ class EpisodeRef:
 class Settings:
     """How to build: the configuration, the engine, the media.
 
-    overwrite: build also what is there; retry_failed: also what failed before and is unchanged.
+    overwrite: build also what is there.
     """
 
     config: Config = field(default_factory=lambda: Config())
     engine: Engine = field(default_factory=Auto)
     media: Media = "copy"
     overwrite: bool = False
-    retry_failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -206,26 +205,6 @@ class DatasetBuilder(ABC):
         if found.reason not in (None, "is not there"):
             notes = (Note("built again", f"what was there {found.reason}: built again"), *notes)
         return Built(ref.id, "built", episode.length, notes, clock.seconds)
-
-    def state(self, ref: EpisodeRef, settings: Settings) -> str:
-        """What an episode would be built from, as a SHA-256: its files, the settings, our version.
-
-        Of the files it takes names, sizes and times of change: whatever happens to one, also to its
-        permissions, changes it, and nothing is read. Where there is nothing to build from, why not.
-        """
-        try:
-            engine = settings.engine.for_episode(ref.id, has_depth=self.has_depth(ref))
-            schema, sources = load_schema(self.schema), self.sources(ref)
-            stats = [(path, path.stat()) for path in sources]
-            files: list[object] = [
-                [os.path.relpath(path, ref.path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-                for path, stat in stats
-            ]
-            given = self.provenance(engine, settings).record(schema, ref.id, "")
-        except (OccGenError, OSError) as error:
-            files, given = [str(error)], {"config": settings.config.model_dump(mode="json")}
-        said = dump_json([version("occgen-hub"), given, files])
-        return hashlib.sha256(said.encode()).hexdigest()
 
     def fingerprint(self, sources: Iterable[Path]) -> str:
         """SHA-256 over the names and contents of files, in their order.

@@ -30,9 +30,10 @@ from tqdm import tqdm
 
 from occgen_hub.builder import Settings, load_builder
 from occgen_hub.config import load_config
+from occgen_hub.job import Job, list_episodes
 from occgen_hub.loading import Trajectory, trajectories
 from occgen_hub.occupancy.visibility import OBSERVED, OCCUPIED, first_occupied, trace
-from occgen_hub.runtime.loop import list_episodes, run
+from occgen_hub.runtime.build import build_dataset
 from occgen_hub.sample import make_sample
 
 TARGETS = {"precision": 0.98, "recall": 0.99, "leaks": 0.005}
@@ -237,7 +238,7 @@ def main() -> int:
         )
         builder = load_builder("internnav", sample)
         settings = Settings(load_config(None, tuple(options.settings)), media="none")
-        summary = run(builder, list_episodes(builder), dataset, settings)
+        summary = build_dataset(Job(builder, list_episodes(builder), dataset, settings))
         if summary.failures:
             print(summary.failures[0].reason, file=sys.stderr)
             return 1

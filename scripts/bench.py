@@ -25,10 +25,11 @@ from occgen_hub.builder import Settings, load_builder
 from occgen_hub.config import Config
 from occgen_hub.engines.rgbd import reconstruct
 from occgen_hub.files import files_under
+from occgen_hub.job import Job, list_episodes
 from occgen_hub.occupancy.bricks import into_bricks
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.visibility import OBSERVED, observe, trace, warm_up
-from occgen_hub.runtime.loop import list_episodes, run
+from occgen_hub.runtime.build import build_dataset
 from occgen_hub.sample import make_sample
 from occgen_hub.shards import shards
 
@@ -111,7 +112,7 @@ def build_here(source: Path, out: Path, workers: int) -> dict[str, Any]:
     builder = load_builder("internnav", source)
     refs = list_episodes(builder)
     warm_up()
-    summary = run(builder, refs, out, Settings(), workers)
+    summary = build_dataset(Job(builder, refs, out, Settings()), workers)
     assert not summary.failures, summary.failures
     return {
         "workers": workers,

@@ -41,11 +41,12 @@ def sample_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dataset(sample_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The dataset built from `sample_tree`. Not to be changed by tests."""
     from occgen_hub.builder import Settings, load_builder
-    from occgen_hub.runtime.loop import list_episodes, run
+    from occgen_hub.job import Job, list_episodes
+    from occgen_hub.runtime.build import build_dataset
 
     out = tmp_path_factory.mktemp("dataset") / "out"
     builder = load_builder("internnav", sample_tree)
-    summary = run(builder, list_episodes(builder), out, Settings())
+    summary = build_dataset(Job(builder, list_episodes(builder), out, Settings()))
     assert not summary.failures
     return out
 

@@ -31,13 +31,14 @@ def hub():
 def small(tmp_path_factory):
     """A dataset of one trajectory, quick to validate. Not to be changed by tests."""
     from occgen_hub.builder import Settings, load_builder
-    from occgen_hub.runtime.loop import list_episodes, run
+    from occgen_hub.job import Job, list_episodes
+    from occgen_hub.runtime.build import build_dataset
     from occgen_hub.sample import make_sample
 
     place = tmp_path_factory.mktemp("hub")
     make_sample(place / "rooms", trajectories=1, frames=2)
     builder = load_builder("internnav", place / "rooms")
-    run(builder, list_episodes(builder), place / "out", Settings())
+    build_dataset(Job(builder, list_episodes(builder), place / "out", Settings()))
     return place / "out"
 
 

@@ -29,6 +29,8 @@ GROUND_TO_ROOF = [
     "card",
     "validation",
     "builder",
+    "job",
+    "temporary_build",
     "runtime",
     "exporting",
     "hub",

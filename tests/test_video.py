@@ -25,6 +25,7 @@ from occgen_hub.builders.video import VideoBuilder
 from occgen_hub.config import Config
 from occgen_hub.episode import Episode
 from occgen_hub.errors import SourceError, UsageError
+from occgen_hub.job import check_paths, list_episodes
 from occgen_hub.lerobot.writer import Media, TrajectoryWriter
 from occgen_hub.media import (
     VideoReader,
@@ -36,7 +37,6 @@ from occgen_hub.media import (
 )
 from occgen_hub.media.hdr import compressed, to_sdr
 from occgen_hub.occupancy.grid import Grid
-from occgen_hub.runtime.loop import check_places, list_episodes
 from occgen_hub.schema import load_schema
 
 RED, GREEN, BLUE, WHITE = (220, 30, 30), (30, 200, 30), (30, 30, 220), (240, 240, 240)
@@ -720,20 +720,20 @@ def test_what_is_no_source_is_a_wrong_command(tmp_path: Path) -> None:
         (lambda: list_episodes(load_builder("internnav", tmp_path / "clip.mp4")),
          "is not a folder; give the root of the source tree as --input, or another --source than "
          "internnav: internnav, video."),
-        (lambda: check_places(tmp_path / "no", tmp_path / "out"), "is not there; give what to"),
-        (lambda: check_places(Path("/dev/null"), tmp_path / "out"), "is not a folder, nor a file"),
-        (lambda: check_places(tmp_path / "in", tmp_path / "in" / "out"), "inside the input"),
-        (lambda: check_places(tmp_path / "in", tmp_path), "lies inside the output"),
-        (lambda: check_places(tmp_path / "in", tmp_path / "loop"), "cannot be followed"),
-        (lambda: check_places(tmp_path / "clip.mp4", tmp_path / "clip.mp4"), "inside the input"),
-        (lambda: check_places(tmp_path / "clip.mp4", tmp_path / "clip.mp4" / "x"), "inside"),
+        (lambda: check_paths(tmp_path / "no", tmp_path / "out"), "is not there; give what to"),
+        (lambda: check_paths(Path("/dev/null"), tmp_path / "out"), "is not a folder, nor a file"),
+        (lambda: check_paths(tmp_path / "in", tmp_path / "in" / "out"), "inside the input"),
+        (lambda: check_paths(tmp_path / "in", tmp_path), "lies inside the output"),
+        (lambda: check_paths(tmp_path / "in", tmp_path / "loop"), "cannot be followed"),
+        (lambda: check_paths(tmp_path / "clip.mp4", tmp_path / "clip.mp4"), "inside the input"),
+        (lambda: check_paths(tmp_path / "clip.mp4", tmp_path / "clip.mp4" / "x"), "inside"),
     ]  # fmt: skip
     for command, problem in wrong:
         with pytest.raises(UsageError) as caught:
             command()
         assert problem in str(caught.value)
-    check_places(tmp_path / "clip.mp4", tmp_path)
-    check_places(tmp_path / "clip.mp4", tmp_path / "clip")
+    check_paths(tmp_path / "clip.mp4", tmp_path)
+    check_paths(tmp_path / "clip.mp4", tmp_path / "clip")
 
 
 # What is written

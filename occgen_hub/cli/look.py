@@ -19,7 +19,7 @@ def validate(folder: Path, as_json: bool) -> int:
     """
 
     from occgen_hub.files import dump_json
-    from occgen_hub.runtime.report import unfinished
+    from occgen_hub.runtime.finalize import unfinished
     from occgen_hub.validation import validate as check
 
     with progress_bar("validate", unit="trajectory") as progress:
