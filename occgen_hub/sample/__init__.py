@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -17,12 +17,18 @@ def make_sample(
     seed: int = 0,
     layout: Literal["trajectories", "scenes"] = "trajectories",
     faults: bool = False,
+    noise: Sequence[str] = (),
+    pose_noise: tuple[float, float] | None = None,
+    pose_drift: tuple[float, float] | None = None,
+    people: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
     """Write a recording of furnished houses under `out` as InternData-N1 lays one out.
 
     `out/ground_truth/mesh.ply` is the one true mesh of every scene, in world coordinates (metres,
-    z up). The same arguments give the same bytes, and trajectory k is the same however many follow.
+    z up). `out/ground_truth/ID.npz` is the truth of every frame of episode ID, see
+    `occgen_hub.sample.truth`. The same arguments give the same bytes, and trajectory k is the same
+    however many follow.
 
     Args:
         out: a folder that does not exist yet, or is empty.
@@ -32,6 +38,13 @@ def make_sample(
         layout: "trajectories" has a folder for each; in "scenes", the newer release's way, a scene
             folder holds its episodes together. Its path.ply is meta/pointcloud.ply there.
         faults: the metadata is wrong in the ways that the real release's is.
+        noise: errors of the depth images: any of "flying", "network", "stereo", "kinect" and
+            "speckle", which are applied in this order; see `occgen_hub.sample.sensors`.
+        pose_noise: the deviation for each axis, metres and degrees, of an error that each stated
+            pose has of its own.
+        pose_drift: the error of the last stated pose, metres and degrees; it grows smoothly from
+            nothing at the first.
+        people: how many people are in each trajectory. They walk, or walk and then stand still.
         progress: called after each frame with the frames done and the frames in all.
 
     Returns:
@@ -40,6 +53,8 @@ def make_sample(
     Raises:
         UsageError: an argument is out of range, or `out` is not empty.
     """
-    from occgen_hub.sample.tree import write_tree
+    from occgen_hub.sample.tree import Corruptions, write_tree
 
-    return write_tree(Path(out), trajectories, frames, seed, layout, faults, progress)
+    names = (noise,) if isinstance(noise, str) else tuple(noise)
+    corruptions = Corruptions(names, pose_noise, pose_drift, people)
+    return write_tree(Path(out), trajectories, frames, seed, layout, faults, corruptions, progress)

@@ -9,8 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from occgen_hub.sample.materials import Array
-
 Bytes = NDArray[np.uint8]
 UNITS = 10_000  # depth units a metre
 VIDEO_FPS = 10
@@ -21,7 +19,7 @@ SAME_BYTES = "threads=1:bframes=0:mbtree=0:rc-lookahead=0"
 GREY_RANGE = 6.5535  # metres: white in the depth video
 
 
-def depth_units(depth: Array) -> NDArray[np.uint16]:
+def depth_units(depth: NDArray[np.floating[Any]]) -> NDArray[np.uint16]:
     """Depth (H, W) in metres as the PNG has it; 0 where there is none or it is too far."""
     units = np.rint(depth.astype(np.float64) * UNITS)
     return np.where(units <= 65535, units, 0).astype(np.uint16)

@@ -5,25 +5,63 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from occgen_hub.errors import UsageError
 from occgen_hub.sample.episode import CAMERAS, OPENCV, Episode, length_of, plan_episode
 from occgen_hub.sample.images import Video, depth_picture, depth_units, write_colour, write_depth
+from occgen_hub.sample.materials import Array
 from occgen_hub.sample.mesh import Floats
 from occgen_hub.sample.ply import cloud_of, write_cloud, write_mesh
+from occgen_hub.sample.pose_errors import Size, with_drift, with_noise
 from occgen_hub.sample.records import Recorder
 from occgen_hub.sample.render import Renderer
 from occgen_hub.sample.scene import Scene, build_scene
+from occgen_hub.sample.sensors import MODELS, corrupt
+from occgen_hub.sample.truth import write_truth
 
 GROUP = "sample_zed"
 PER_SCENE = 2
 LAYOUTS = ("trajectories", "scenes")
 VIDEOS = "videos/chunk-000"
 Tick = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Corruptions:
+    """What makes a recording harder than a perfect one; see `make_sample`."""
+
+    noise: tuple[str, ...] = ()
+    pose_noise: Size | None = None
+    pose_drift: Size | None = None
+    people: int = 0
+
+    def check(self) -> None:
+        """Raises UsageError for values out of range."""
+        for name in self.noise:
+            if name not in MODELS:
+                raise UsageError(f"noise is {name!r}; give some of {', '.join(MODELS)}.")
+        for name, size in (("pose_noise", self.pose_noise), ("pose_drift", self.pose_drift)):
+            if size is not None and not _is_size(size):
+                raise UsageError(
+                    f"{name} is {size!r}; give metres and degrees, two finite numbers of 0 or more."
+                )
+        if self.people < 0:
+            raise UsageError(f"people is {self.people}; give 0 or more.")
+
+
+def _is_size(size: Size) -> bool:
+    values = np.asarray(size)
+    return (
+        values.shape == (2,)
+        and values.dtype.kind in "iuf"
+        and bool((np.isfinite(values) & (values >= 0)).all())
+    )
 
 
 def write_tree(
@@ -33,10 +71,12 @@ def write_tree(
     seed: int,
     layout: str,
     faults: bool,
+    corruptions: Corruptions,
     progress: Callable[[int, int], None] | None,
 ) -> list[Path]:
     """See `make_sample`."""
     _check(out, trajectories, frames, seed, layout)
+    corruptions.check()
     total = sum(length_of(k, frames) for k in range(trajectories))
     done = 0
 
@@ -48,16 +88,18 @@ def write_tree(
 
     written: list[Path] = []
     scenes: list[Scene] = []
-    for number in range(-(-trajectories // PER_SCENE)):
-        mine = range(number * PER_SCENE, min((number + 1) * PER_SCENE, trajectories))
-        stage = _Stage(seed, number, frames, faults, tick)
-        scenes.append(stage.scene)
-        folder = out / GROUP / f"house_{number:03d}"
-        if layout == "scenes":
-            written.append(stage.film_together(folder, mine))
-        else:
-            written += [stage.film_alone(folder / f"trajectory_{k % PER_SCENE}", k) for k in mine]
     with _whole(out / "ground_truth") as truth:
+        for number in range(-(-trajectories // PER_SCENE)):
+            mine = range(number * PER_SCENE, min((number + 1) * PER_SCENE, trajectories))
+            place = Path(GROUP, f"house_{number:03d}")
+            stage = _Stage(seed, number, frames, faults, corruptions, truth / place, tick)
+            scenes.append(stage.scene)
+            if layout == "scenes":
+                written.append(stage.film_together(out / place, mine))
+            else:
+                written += [
+                    stage.film_alone(out / place / f"trajectory_{k % PER_SCENE}", k) for k in mine
+                ]
         write_mesh(truth / "mesh.ply", scenes)
     return written
 
@@ -85,9 +127,18 @@ class _Shot:
 class _Stage:
     """A scene, ready to be filmed."""
 
-    def __init__(self, seed: int, number: int, frames: int, faults: bool, tick: Tick) -> None:
+    def __init__(
+        self,
+        seed: int,
+        number: int,
+        frames: int,
+        faults: bool,
+        corruptions: Corruptions,
+        truth: Path,
+        tick: Tick,
+    ) -> None:
         self.seed, self.number, self.frames = seed, number, frames
-        self.faults, self.tick = faults, tick
+        self.faults, self.corruptions, self.truth, self.tick = faults, corruptions, truth, tick
         self.scene = build_scene(seed, number)
         self.renderer = Renderer(self.scene)
         self.cloud = cloud_of(self.scene, np.random.default_rng([seed, number, 1]))
@@ -97,7 +148,7 @@ class _Stage:
         with _whole(folder) as part:
             _make_folders(part)
             recorder = Recorder(part, self.faults, image_ranges=False)
-            episode = self._film(part, trajectory, _Shot(0, 0, trajectory))
+            episode = self._film(part, trajectory, _Shot(0, 0, trajectory), folder.name)
             recorder.add(episode)
             recorder.close()
             walked = episode.world_from_camera[:, :3, 3]
@@ -112,7 +163,7 @@ class _Stage:
             walked: list[Floats] = []
             for number, trajectory in enumerate(trajectories):
                 shot = _Shot(number, recorder.frames, self.number)
-                episode = self._film(part, trajectory, shot)
+                episode = self._film(part, trajectory, shot, f"episode_{number:06d}")
                 recorder.add(episode)
                 walked.append(episode.world_from_camera[:, :3, 3])
             recorder.close()
@@ -120,8 +171,11 @@ class _Stage:
             write_cloud(part / "meta/pointcloud.ply", self.scene, self.cloud, path)
         return folder
 
-    def _film(self, folder: Path, trajectory: int, shot: _Shot) -> Episode:
-        """Render an episode and write its images and videos."""
+    def _film(self, folder: Path, trajectory: int, shot: _Shot, name: str) -> Episode:
+        """Render an episode and write its images, its videos and, as `name`, its truth.
+
+        Returns it with the poses that the records state.
+        """
         camera = CAMERAS[shot.camera % len(CAMERAS)]
         n = length_of(trajectory, self.frames)
         seed = [self.seed, self.number, 2, trajectory]
@@ -135,13 +189,33 @@ class _Stage:
                 stack.callback(films[-1].close)
             for i, pose in enumerate(episode.house_from_camera, shot.first):
                 colour, metres = self.renderer.picture(camera, pose @ OPENCV)
-                units = depth_units(metres)
+                units = depth_units(self._measured(metres, camera.K, [trajectory, i - shot.first]))
                 write_colour(rgb / f"{i}.jpg", colour)
                 write_depth(depth / f"{i}.png", units)
                 films[0].add(colour)
                 films[1].add(depth_picture(units))
                 self.tick()
-        return episode
+        write_truth(self.truth / f"{name}.npz", episode)
+        return self._stated(episode, trajectory)
+
+    def _measured(self, depth: Array, K: Floats, own: list[int]) -> NDArray[np.floating[Any]]:
+        """Depth (H, W), metres, as the sensor measures it; `own` is the frame's seed."""
+        noise = self.corruptions.noise
+        return corrupt(depth, K, noise, [self.seed, self.number, 3, *own]) if noise else depth
+
+    def _stated(self, episode: Episode, trajectory: int) -> Episode:
+        """The episode with the errors that its stated poses have."""
+        seed = [self.seed, self.number, 4, trajectory]
+        poses = episode.world_from_camera
+        if self.corruptions.pose_drift:
+            poses = with_drift(
+                poses, self.corruptions.pose_drift, np.random.default_rng([*seed, 0])
+            )
+        if self.corruptions.pose_noise:
+            poses = with_noise(
+                poses, self.corruptions.pose_noise, np.random.default_rng([*seed, 1])
+            )
+        return replace(episode, world_from_camera=poses)
 
 
 def _make_folders(folder: Path) -> None:
