@@ -41,13 +41,16 @@ def crossed_cells(
     return out
 
 
-def beside(cells: NDArray[np.bool_], columns: NDArray[np.integer]) -> NDArray[np.bool_]:
-    """(n,) whether a cell, or one of its 26 neighbours, is set in `cells`, (nx, ny, nz).
+def beside(
+    cells: NDArray[np.bool_], columns: NDArray[np.integer], reach: int = 1
+) -> NDArray[np.bool_]:
+    """(n,) whether a cell, or another at most `reach` cells away, is set in `cells`, (nx, ny, nz).
 
     columns: (n,) cells of that grid, counted as the dataset counts them (the last axis runs
-    fastest).
+    fastest). Cells are also counted as one away from those that touch them at a corner.
     """
-    return _beside(cells, np.ascontiguousarray(columns, np.int64))
+    found: NDArray[np.bool_] = _beside(cells, np.ascontiguousarray(columns, np.int64), reach)
+    return found
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -148,16 +151,16 @@ def _mark_crossed(lower, size, triangles, out):
 
 
 @njit(cache=True, nogil=True)
-def _beside(cells, columns):
+def _beside(cells, columns, reach):
     nx, ny, nz = cells.shape
     out = np.zeros(len(columns), np.bool_)
     for n in range(len(columns)):
         i, rest = divmod(columns[n], ny * nz)
         j, k = divmod(rest, nz)
         found = False
-        for a in range(max(0, i - 1), min(nx, i + 2)):
-            for b in range(max(0, j - 1), min(ny, j + 2)):
-                for c in range(max(0, k - 1), min(nz, k + 2)):
+        for a in range(max(0, i - reach), min(nx, i + reach + 1)):
+            for b in range(max(0, j - reach), min(ny, j + reach + 1)):
+                for c in range(max(0, k - reach), min(nz, k + reach + 1)):
                     found |= cells[a, b, c]
         out[n] = found
     return out

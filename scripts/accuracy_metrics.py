@@ -32,8 +32,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from typing import Self
 
 import numba
 import numpy as np
@@ -45,6 +47,7 @@ from occgen_hub.loading import Trajectory, trajectories
 from occgen_hub.occupancy.codec import unpack
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.visibility import OBSERVED, OCCUPIED, first_occupied, trace
+from occgen_hub.prefetch import own_threads
 
 NEAR, GHOST = 0.02, 0.1
 """Metres between a cell's centre and the truth: within the first it is right, beyond the second it
@@ -55,21 +58,74 @@ THIN, FALLS_AWAY = 0.04, 0.05
 
 RANGES = (0.0, 1.0, 2.0, 3.5)
 INCIDENCES = (0.0, 45.0, 70.0, 90.0)
-THREADS = 2
 
 Counts = Counter[str]
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class FrameTruth:
-    """What is really there in one frame, in the frame of its true camera.
+class Seen:
+    """What a method says of one frame, in the camera's grid.
 
-    triangles: (m, 3, 3) metres, OpenCV axes; person: (m,) bool, which of them are of people.
+    visible: (n,) columns of the visible occupied cells; observed: (ceil(cells / 8),) uint8,
+    `np.packbits` of the observed cells, free and occupied.
     """
 
-    triangles: Floats
+    visible: NDArray[np.integer]
+    observed: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class View:
+    """A frame's camera. K: (3, 3), pixels; size: (width, height) of the image."""
+
+    grid: Grid
+    K: Floats
+    size: tuple[int, int]
+
+    def directions(self) -> Floats:
+        """(H, W, 3) of the rays through the pixels' centres, of depth 1."""
+        v, u = np.mgrid[: self.size[1], : self.size[0]] + 0.5
+        x, y = (u - self.K[0, 2]) / self.K[0, 0], (v - self.K[1, 2]) / self.K[1, 1]
+        return np.stack([x, y, np.ones_like(u)], axis=-1)
+
+
+@dataclass(frozen=True)
+class FrameTruth:
+    """What is really there in one frame, in the frame of its true camera, and what its rays meet.
+
+    crossed: packed bits of the cells that the truth crosses, of the grid and a layer around it;
+    scene: of the triangles, None without any; the others are (H, W), of the first hits: depth
+    (metres along the optical axis, infinite for none), cosine of incidence, on a person, thin.
+    """
+
+    crossed: NDArray[np.uint8]
+    scene: o3d.t.geometry.RaycastingScene | None
+    depth: Floats
+    cosine: Floats
     person: NDArray[np.bool_]
+    thin: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, view: View, triangles: Floats, person: NDArray[np.bool_] | None = None) -> Self:
+        """Of (m, 3, 3) triangles, metres, OpenCV axes; person: (m,) which of them are of people."""
+        if person is None:
+            person = np.zeros(len(triangles), np.bool_)
+        grid, size = view.grid, view.grid.voxel_size
+        lower, shape = np.asarray(grid.lower) - size, tuple(np.asarray(grid.shape) + 2)
+        crossed = np.packbits(crossed_cells(lower, size, shape, triangles))
+        scene = _scene(triangles)
+        depth, cosine, on_person = _first_hits(scene, person, view.directions())
+        thin = thin_pixels(depth, view.K[0, 0], view.K[1, 1], THIN, FALLS_AWAY) & ~on_person
+        return cls(crossed, scene, depth, cosine, on_person, thin)
+
+    def around(self, grid: Grid) -> NDArray[np.bool_]:
+        """(nx + 2, ny + 2, nz + 2) bool: the cells that the truth crosses, with a layer around the
+        grid, as a neighbour of a cell at its edge lies there.
+        """
+        shape = np.asarray(grid.shape) + 2
+        bits: NDArray[np.bool_] = np.unpackbits(self.crossed, count=shape.prod()).astype(np.bool_)
+        return bits.reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -86,8 +142,8 @@ class Truth:
     people_vertices: Floats
     people_faces: NDArray[np.int64]
 
-    def frame(self, t: int, grid: Grid) -> FrameTruth:
-        """The truth of frame t around a camera's grid."""
+    def frame(self, t: int, view: View) -> FrameTruth:
+        """The truth of frame t, as its camera sees it."""
         pose = self.world_from_camera[t]
         parts, person = [], []
         for moving, vertices, faces in (
@@ -95,10 +151,10 @@ class Truth:
             (True, self.people_vertices[t], self.people_faces),
         ):
             local = (vertices - pose[:3, 3]) @ pose[:3, :3]
-            near = _around(grid, local[faces])
+            near = _around(view.grid, local[faces])
             parts.append(near)
             person.append(np.full(len(near), moving))
-        return FrameTruth(np.concatenate(parts), np.concatenate(person))
+        return FrameTruth.of(view, np.concatenate(parts), np.concatenate(person))
 
 
 def _around(grid: Grid, triangles: Floats) -> Floats:
@@ -135,63 +191,35 @@ def read_truth(sample: Path, episode: str, recorded: Floats) -> Truth:
         return Truth(vertices, faces, stored["world_from_camera"].astype(np.float64), *people)
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What a method says of one frame, in the camera's grid.
-
-    visible: (n,) columns of the visible occupied cells; observed: (cells,) bool, free and occupied.
-    """
-
-    visible: NDArray[np.integer]
-    observed: NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class View:
-    """A frame's camera. K: (3, 3), pixels; size: (width, height) of the image."""
-
-    grid: Grid
-    K: Floats
-    size: tuple[int, int]
-
-    def directions(self) -> Floats:
-        """(H, W, 3) of the rays through the pixels' centres, of depth 1."""
-        v, u = np.mgrid[: self.size[1], : self.size[0]] + 0.5
-        x, y = (u - self.K[0, 2]) / self.K[0, 0], (v - self.K[1, 2]) / self.K[1, 1]
-        return np.stack([x, y, np.ones_like(u)], axis=-1)
-
-
 def frame_counts(view: View, truth: FrameTruth, seen: Seen, *, with_bound: bool = False) -> Counts:
     """What the figures are made of, of one frame; counts of several frames are added up."""
     grid, size = view.grid, view.grid.voxel_size
     lower, shape = np.asarray(grid.lower), np.asarray(grid.shape)
-    # With a layer of cells around the grid: a neighbour of a cell at its edge lies there.
-    around = crossed_cells(lower - size, size, tuple(shape + 2), truth.triangles)
+    around = truth.around(grid)
     crossed = np.ascontiguousarray(around[1:-1, 1:-1, 1:-1])
     occupied = np.zeros(grid.cells, np.bool_)
     occupied[seen.visible] = True
 
+    free = unpack(seen.observed, grid.cells) & ~occupied
     visible = np.asarray(seen.visible, np.int64)
     place = np.stack(np.unravel_index(visible, grid.shape), axis=-1)
     near = beside(around, np.ravel_multi_index((place + 1).T, tuple(shape + 2)))
     centres = lower + (place + 0.5) * size
-    scene = _scene(truth.triangles)
-    distance = _distances(scene, centres)
-    free_crossed = np.flatnonzero(crossed.ravel() & seen.observed & ~occupied)
+    distance = _distances(truth.scene, centres)
+    free_crossed = np.flatnonzero(crossed.ravel() & free)
     counts = Counts(
         visible=len(visible),
         exact=int(crossed.ravel()[visible].sum()),
         near=int(near.sum()),
         within_2cm=int((distance <= NEAR).sum()),
         ghosts=int((distance > GHOST).sum()),
-        free=int((seen.observed & ~occupied).sum()),
+        free=int(free.sum()),
         false_free=len(free_crossed),
         false_free_alone=int((~beside(occupied.reshape(grid.shape), free_crossed)).sum()),
     )
 
     # The true first hits, and where the rays of the method end.
-    directions = view.directions()
-    depth, cosine, person = _first_hits(scene, truth, directions)
+    directions, depth, cosine = view.directions(), truth.depth, truth.cosine
     ends = first_occupied(grid, view.K, view.size, occupied.astype(np.uint8) * OCCUPIED)
     ended = ends >= 0
     behind = _entries(grid, ends[ended], directions[ended]) - depth[ended]
@@ -211,9 +239,7 @@ def frame_counts(view: View, truth: FrameTruth, seen: Seen, *, with_bound: bool 
     counts["recall_strict"] = int(occupied[hits].sum())
     angle = _mean_of_cells(hit_of_ray, np.degrees(np.arccos(cosine[inside])), hits)
     _count_bins(counts, "recall", found, grid.centres(hits)[:, 2], angle)
-    static = np.where(person, np.inf, depth)
-    thin = thin_pixels(depth, view.K[0, 0], view.K[1, 1], THIN, FALLS_AWAY) & np.isfinite(static)
-    for name, rays in (("people", person), ("thin", thin)):
+    for name, rays in (("people", truth.person), ("thin", truth.thin)):
         of_kind = np.isin(hits, hit_of_ray[rays[inside]])
         counts[f"{name}_hits"], counts[name] = int(of_kind.sum()), int(found[of_kind].sum())
 
@@ -245,7 +271,9 @@ def _distances(scene: o3d.t.geometry.RaycastingScene | None, points: Floats) -> 
 
 
 def _first_hits(
-    scene: o3d.t.geometry.RaycastingScene | None, truth: FrameTruth, directions: Floats
+    scene: o3d.t.geometry.RaycastingScene | None,
+    of_person: NDArray[np.bool_],
+    directions: Floats,
 ) -> tuple[Floats, Floats, NDArray[np.bool_]]:
     """(H, W) each: depth of the first hit (infinite for none), cosine of incidence, on a person."""
     if scene is None:
@@ -258,7 +286,7 @@ def _first_hits(
     normals = answer["primitive_normals"].numpy().astype(np.float64)
     cosine = np.abs((normals * directions).sum(-1)) / np.linalg.norm(directions, axis=-1)
     person = np.zeros(depth.shape, np.bool_)
-    person[hit] = truth.person[answer["primitive_ids"].numpy()[hit]]
+    person[hit] = of_person[answer["primitive_ids"].numpy()[hit]]
     return depth, np.clip(np.where(hit, cosine, 1.0), 0, 1), person
 
 
@@ -295,7 +323,7 @@ def _count_bins(
 ) -> None:
     """Count a figure by range and by incidence."""
     for kind, edges, values in (("range", RANGES, ranges), ("incidence", INCIDENCES, angles)):
-        for low, high in zip(edges, edges[1:], strict=False):
+        for low, high in pairwise(edges):
             last = high == edges[-1]
             with np.errstate(invalid="ignore"):
                 inside = (values >= low) & ((values <= high) if last else (values < high))
@@ -328,8 +356,48 @@ def figures(counts: Counts) -> dict[str, float]:
     return found
 
 
+@dataclass
+class SampleTruth:
+    """The truth of a sample, each frame worked out once for all methods that are measured on it."""
+
+    sample: Path
+    _frames: dict[tuple[str, int], FrameTruth] = field(default_factory=dict)
+
+    def counts(
+        self,
+        episode: str,
+        recorded: Floats,
+        views: list[View],
+        seen: Iterable[Seen],
+        bounds: int = 0,
+        frames: Iterable[int] | None = None,
+        progress: Callable[[], object] = lambda: None,
+    ) -> Counts:
+        """What a method says of an episode's frames against the truth, added up.
+
+        recorded: (T, 4, 4) the episode's poses, which are the true ones where the sample has no
+        file of true poses; views: the frames' cameras; bounds: on how many frames recall's bound is
+        measured; frames: numbers of those to measure, all if None; progress: called after each.
+        """
+        truth = read_truth(self.sample, episode, recorded)
+        wanted = set(range(len(views)) if frames is None else frames)
+        bounded = set(np.linspace(0, len(views) - 1, bounds + 2)[1:-1].astype(int).tolist())
+
+        def one(t: int, frame: Seen) -> Counts:
+            numba.set_num_threads(1)  # Of this thread's calls.
+            if (episode, t) not in self._frames:
+                self._frames[episode, t] = truth.frame(t, views[t])
+            found = frame_counts(views[t], self._frames[episode, t], frame, with_bound=t in bounded)
+            progress()
+            return found
+
+        with ThreadPoolExecutor(own_threads()) as pool:
+            jobs = [pool.submit(one, t, frame) for t, frame in enumerate(seen) if t in wanted]
+            return sum((job.result() for job in jobs), Counts())
+
+
 def measure(
-    sample: Path,
+    truth: SampleTruth,
     dataset: Path,
     bounds: int = 0,
     frames: Iterable[int] | None = None,
@@ -337,57 +405,39 @@ def measure(
 ) -> dict[str, Counts]:
     """Counts of each trajectory of a dataset that was built from a sample, by its id.
 
-    bounds: on how many frames of a trajectory the bound of recall is measured; frames: numbers of
-    those to measure, all if None; progress: called after each frame.
+    The other arguments are those of `SampleTruth.counts`.
     """
     counts = {}
     for path in trajectories(dataset):
         trajectory = Trajectory.open(path)
         name = path.relative_to(dataset).as_posix()
-        truth = read_truth(sample, name, trajectory.world_from_camera())
-        intrinsics, grid = trajectory.intrinsics(), trajectory.grid
-        views = [View(grid, K, trajectory.image_size) for K in intrinsics]
-        counts[name] = count_frames(views, truth, _stored(trajectory), bounds, frames, progress)
+        views = [View(trajectory.grid, K, trajectory.image_size) for K in trajectory.intrinsics()]
+        counts[name] = truth.counts(
+            name,
+            trajectory.world_from_camera(),
+            views,
+            stored(trajectory),
+            bounds,
+            frames,
+            progress,
+        )
     return counts
 
 
-def _stored(trajectory: Trajectory) -> Iterator[Callable[[], Seen]]:
-    cells = trajectory.grid.cells
-    for visible, packed in zip(
-        trajectory.visible_frames(), trajectory.observed_packed(), strict=True
-    ):
-        yield lambda visible=visible, packed=packed: Seen(visible, unpack(packed, cells))
-
-
-def count_frames(
-    views: list[View],
-    truth: Truth,
-    seen: Iterable[Callable[[], Seen]],
-    bounds: int = 0,
-    frames: Iterable[int] | None = None,
-    progress: Callable[[], object] = lambda: None,
-) -> Counts:
-    """Counts over the frames of a trajectory, some at once; see `measure`."""
-    wanted = set(range(len(views)) if frames is None else frames)
-    bounded = set(np.linspace(0, len(views) - 1, bounds + 2)[1:-1].astype(int).tolist())
-
-    def one(t: int, frame: Callable[[], Seen]) -> Counts:
-        numba.set_num_threads(1)
-        found = frame_counts(
-            views[t], truth.frame(t, views[t].grid), frame(), with_bound=t in bounded
-        )
-        progress()
-        return found
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        jobs = [pool.submit(one, t, frame) for t, frame in enumerate(seen) if t in wanted]
-        return sum((job.result() for job in jobs), Counts())
+def stored(trajectory: Trajectory) -> Iterator[Seen]:
+    """What a dataset says of each frame of a trajectory, in order."""
+    rows = zip(trajectory.visible_frames(), trajectory.observed_packed(), strict=True)
+    for visible, observed in rows:
+        yield Seen(visible, observed)
 
 
 def evaluate(
     sample: Path, dataset: Path, frames: Iterable[int] | None = None
 ) -> dict[str, dict[str, float]]:
-    """The figures of each trajectory of a dataset built from a sample, by its id, and of "all"."""
-    counts = measure(sample, dataset, frames=frames)
+    """The figures of each trajectory of a dataset built from a sample, by its id, and of "all".
+
+    frames: numbers of those to measure, all if None.
+    """
+    counts = measure(SampleTruth(sample), dataset, frames=frames)
     found = {name: figures(value) for name, value in counts.items()}
     return {**found, "all": figures(sum(counts.values(), Counts()))}
