@@ -1,9 +1,9 @@
 """Built occupancy against the truth of made-up rooms: kinds of corruption against methods.
 
 Each row is a kind of corruption of made-up recordings, each line of it a method: ours with the
-settings `fusion: union` and `evidence`, OctoMap, Open3D's TSDF and DUFOMap. All methods of a row get
-the same recordings and are looked at through the same exact visibility. What the columns are is said
-in accuracy_metrics.py. Figures of our default are held to targets; the exit status is 1 if one is
+settings `fusion: union` and `evidence`, OctoMap, Open3D's TSDF and DUFOMap. All methods of a row
+get the same recordings and are looked at through the same exact visibility. accuracy_metrics.py
+defines the columns. Figures of our default are held to targets; the exit status is 1 if one is
 missed.
 
 With --kinect FOLDER, real frames are built instead and compared with the depth that they measured.
@@ -17,7 +17,9 @@ import multiprocessing
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,22 @@ def measure_row(
     return found
 
 
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Processes that are started in the block have one thread of each kind, not one a core."""
+    names = ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def measure_table(options: argparse.Namespace) -> dict[str, Any]:
     """All rows and methods asked for; some rows at once, a process each."""
     methods = []
@@ -78,14 +96,12 @@ def measure_table(options: argparse.Namespace) -> dict[str, Any]:
             methods.append(name)
     rows = options.row or list(ROWS)
     seeds = range(options.seed, options.seed + options.seeds)
-    # A process has one thread of each kind, and there are as many processes as cores.
-    for name in ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = "1"
     counts: dict[str, dict[str, dict[int, Counts]]] = {
         row: {name: {} for name in methods} for row in rows
     }
     context = multiprocessing.get_context("spawn")
     with (
+        one_thread_each(),
         ProcessPoolExecutor(options.processes, mp_context=context) as pool,
         tqdm(total=len(rows) * len(seeds), unit="sample", desc="accuracy") as bar,
     ):
@@ -161,13 +177,21 @@ def show_kinect(found: dict[str, float]) -> bool:
     return all(met.values())
 
 
+def _row(text: str) -> str:
+    found = [name for name in ROWS if name.startswith(text)]
+    if len(found) != 1:
+        raise argparse.ArgumentTypeError(f"{text!r} begins {len(found) or 'none'} of {list(ROWS)}")
+    return found[0]
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--row", action="append", choices=list(ROWS), help="only this row; may be repeated")
-    add("--method", action="append", choices=list(METHODS), help="only this one; may be repeated")
+    add("--row", action="append", type=_row, metavar="NAME",
+        help=f"only this row, by how its name begins; repeatable: {'; '.join(ROWS)}")  # fmt: skip
+    add("--method", action="append", choices=list(METHODS), help="only this one; repeatable")
     add("--seeds", type=int, default=3, help="how many samples of each row")
     add("--seed", type=int, default=100, help="the first of the seeds")
     add("--trajectories", type=int, default=2, help="of each sample")

@@ -2,8 +2,8 @@
 
 A part of scripts/accuracy. Reads a folder as 7-Scenes lays one out: frame-NNNNNN.depth.png (uint16
 millimetres, 0 and 65535 for none), frame-NNNNNN.color.jpg or .png, frame-NNNNNN.pose.txt (4 x 4
-world_from_camera, OpenCV axes, metres), all with the same numbers, and camera-intrinsics.txt (3 x 3,
-pixels) beside them or in the folder above.
+world_from_camera, OpenCV axes, metres), all with the same numbers, and camera-intrinsics.txt
+(3 x 3, pixels) beside them or in the folder above.
 """
 
 from __future__ import annotations

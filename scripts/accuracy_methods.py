@@ -40,7 +40,8 @@ default)."""
 
 DUFO_VOXEL, DUFO_HIT, DUFO_UNKNOWN = 0.05, 0.1, 1
 """DUFOMap: edge of its voxels and how far a hit reaches along its ray, metres; by how many voxels
-the unknown is grown. The authors' values for lidar (0.1, 0.2, 1), with lengths halved for a room."""
+the unknown is grown. The authors' values for lidar are 0.1, 0.2 and 1; lengths are halved for a
+room."""
 
 Points = NDArray[np.float32]
 
