@@ -46,7 +46,7 @@ def walk(scene: Scene, renderer: Renderer, frames: int, height: float, seed: lis
     passes a doorway if it can.
     """
     floor = scene.floor()
-    planner = _Planner(floor)
+    planner = Planner(floor)
     for attempt in range(ATTEMPTS):
         rng = np.random.default_rng([*seed, attempt])
         pace = Pace(rng.uniform(0.05, 0.075), np.radians(rng.uniform(3.5, 5.0)))
@@ -63,7 +63,7 @@ def walk(scene: Scene, renderer: Renderer, frames: int, height: float, seed: lis
     raise RuntimeError(f"no free walk of {frames} frames in the house of seed {seed}")
 
 
-class _Planner:
+class Planner:
     """Shortest ways over the floor, keeping to the open."""
 
     def __init__(self, floor: FloorMap) -> None:
@@ -111,15 +111,17 @@ class _Planner:
 
 
 @dataclass(frozen=True)
-class _Route:
+class Route:
+    """A way over the floor, and when a walk is where on it."""
+
     xy: Floats  # (N, 2), FINE apart
     course: Floats  # (N,) radians, unwrapped
     frame: Floats  # (N,): the frame, a fraction, at which the walk is there
 
 
 def _long_route(
-    planner: _Planner, pace: Pace, frames: int, rng: np.random.Generator
-) -> _Route | None:
+    planner: Planner, pace: Pace, frames: int, rng: np.random.Generator
+) -> Route | None:
     """A smooth way over goals all over the house, for at least `frames` frames."""
     at = int(rng.choice(planner.goals))
     cells = [at]
@@ -130,13 +132,16 @@ def _long_route(
             goal = int(goals[np.hypot(away[:, 0], away[:, 1]).argmax()])
             cells += planner.way(at, goal)[1:]
             at = goal
-        route = _smooth(planner, planner.floor.centres(planner.cells[cells]), pace)
+        route = smooth_route(planner, planner.floor.centres(planner.cells[cells]), pace)
         if route is None or route.frame[-1] > frames + 20:
             return route
 
 
-def _smooth(planner: _Planner, corners: Floats, pace: Pace) -> _Route | None:
-    """The route rounded off, as much as what stands about it allows."""
+def smooth_route(planner: Planner, corners: Floats, pace: Pace) -> Route | None:
+    """The way along `corners` (N, 2), metres, rounded off as much as what is near it allows.
+
+    None if it comes too near to something even when it is hardly rounded off.
+    """
     even = _every(corners, FINE)
     for radius in (0.3, 0.2, 0.13, 0.08):
         xy = _every(ndimage.gaussian_filter1d(even, radius / FINE, axis=0, mode="nearest"), FINE)
@@ -149,7 +154,7 @@ def _smooth(planner: _Planner, corners: Floats, pace: Pace) -> _Route | None:
     course = ndimage.gaussian_filter1d(course, 0.2 / FINE, mode="nearest")
     # A frame is a step ahead or a turn, or less of each of them.
     effort = np.hypot(np.diff(course) / pace.turn, FINE / pace.step)
-    return _Route(xy, course, np.concatenate([[0], np.cumsum(effort)]))
+    return Route(xy, course, np.concatenate([[0], np.cumsum(effort)]))
 
 
 def _every(points: Floats, spacing: float) -> Floats:
@@ -160,7 +165,7 @@ def _every(points: Floats, spacing: float) -> Floats:
 
 
 def _best_stretch(
-    route: _Route, scene: Scene, renderer: Renderer, frames: int, height: float
+    route: Route, scene: Scene, renderer: Renderer, frames: int, height: float
 ) -> tuple[Floats, Floats] | None:
     """Positions (T, 2) and courses (T,) of the stretch to film, if one is free throughout."""
     frame = np.arange(int(route.frame[-1]) + 1)

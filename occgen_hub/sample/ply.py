@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,7 +76,7 @@ def cloud_of(scene: Scene, rng: np.random.Generator) -> Floats:
     return _thinned(points[_seen(scene, points, np.zeros(len(points)))])
 
 
-def to_world(scene: Scene, points: Floats) -> Floats:
+def to_world(scene: Scene, points: NDArray[np.floating[Any]]) -> Floats:
     """Points (N, 3) of the house's frame in the world's, metres."""
     T = scene.world_from_house
     return np.asarray(points @ T[:3, :3].T + T[:3, 3])

@@ -8,7 +8,7 @@ from scipy.spatial.transform import Rotation
 from occgen_hub.sample.mesh import Floats
 
 Size = tuple[float, float]  # metres, degrees
-BEND = 0.3  # of the drift's size, aside of the straight line to where it ends
+WAVES = 3  # half waves along a trajectory that are summed
 
 
 def with_noise(poses: Floats, size: Size, rng: np.random.Generator) -> Floats:
@@ -21,22 +21,23 @@ def with_noise(poses: Floats, size: Size, rng: np.random.Generator) -> Floats:
 
 
 def with_drift(poses: Floats, size: Size, rng: np.random.Generator) -> Floats:
-    """Poses (T, 4, 4), world_from_camera, whose error grows smoothly along the trajectory.
+    """Poses (T, 4, 4), world_from_camera, whose error changes smoothly along the trajectory.
 
-    size: the error of the last pose, metres and degrees; the first has none.
+    size: the largest error of the position, metres, and of the rotation, degrees, for each axis.
+        The first pose has none.
     """
-    shift, turn = _curve(len(poses), rng), _curve(len(poses), rng)
+    shift, turn = _curves(len(poses), rng), _curves(len(poses), rng)
     return _moved(poses, size[0] * shift, np.radians(size[1]) * turn)
 
 
-def _curve(count: int, rng: np.random.Generator) -> Floats:
-    """A bent line (count, 3) from 0 to a random point at distance 1."""
-    along, aside = rng.standard_normal((2, 3))
-    along /= np.linalg.norm(along)
-    aside -= (aside @ along) * along
-    aside /= np.linalg.norm(aside)
+def _curves(count: int, rng: np.random.Generator) -> Floats:
+    """Three smooth random curves (count, 3) that start at 0; the largest magnitude of each is 1."""
     t = np.linspace(0, 1, count)[:, None]
-    return np.asarray(along * t + aside * BEND * np.sin(np.pi * t))
+    waves = np.arange(1, WAVES + 1)
+    basis = np.sin(np.pi * waves * t)
+    curves = basis @ rng.standard_normal((WAVES, 3))
+    peak = np.abs(curves).max(axis=0)
+    return np.asarray(curves / np.where(peak > 0, peak, 1))
 
 
 def _moved(poses: Floats, shift: Floats, turn: Floats) -> Floats:

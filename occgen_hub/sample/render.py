@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from occgen_hub.sample.figure import Posed
 from occgen_hub.sample.furnish import CELL
 from occgen_hub.sample.house import HEIGHT
 from occgen_hub.sample.materials import Array
@@ -50,15 +51,10 @@ class Renderer:
         """Make the tree of the scene's triangles."""
         import open3d
 
-        o3d: Any = open3d
-        self._tensor = o3d.core.Tensor
+        self._o3d: Any = open3d
+        self._tensor = self._o3d.core.Tensor
         self.scene = scene
-        # One thread builds the tree, so that it is the same tree each time.
-        self.tracer = o3d.t.geometry.RaycastingScene(nthreads=1)
-        self.tracer.add_triangles(
-            self._tensor(scene.mesh.vertices.astype(np.float32)),
-            self._tensor(scene.mesh.triangles.astype(np.uint32)),
-        )
+        self.tracer = self._tracer(scene.mesh.vertices, scene.mesh.triangles)
         self.normals = scene.mesh.normals.astype(np.float32)
         self.curved = (np.ptp(scene.mesh.normals, axis=1) > 1e-6).any(axis=1)
         self.low, self.rooms = room_map(scene)
@@ -72,10 +68,12 @@ class Renderer:
     def range(self, origins: Floats, directions: Floats) -> Array:
         """How many times its direction (N, 3) a ray goes before it meets something."""
         rays = np.concatenate([origins, directions], axis=1).astype(np.float32)
-        return np.asarray(self._cast(rays)["t_hit"], np.float32)
+        return np.asarray(self._cast(self.tracer, rays)["t_hit"], np.float32)
 
-    def picture(self, camera: Camera, house_from_camera: Floats) -> tuple[Bytes, Array]:
-        """The view of a camera whose pose (4, 4) has OpenCV axes.
+    def picture(
+        self, camera: Camera, house_from_camera: Floats, people: Posed | None = None
+    ) -> tuple[Bytes, Array]:
+        """The view of a camera whose pose (4, 4) has OpenCV axes, with people if there are any.
 
         Returns:
             colour (H, W, 3), and depth (H, W) along the optical axis in metres, inf where nothing.
@@ -85,26 +83,51 @@ class Renderer:
         rays = np.concatenate(
             [np.broadcast_to(t.astype(np.float32), direction.shape), direction], 1
         )
-        hit = self._cast(rays)
+        moving = self._tracer(people.vertices, people.faces) if people else None
+        hit = self._cast(self.tracer, rays)
         depth = hit["t_hit"]
         colour = np.full((len(rays), 3), SKY, np.float32)
+        if people:
+            met = self._cast(moving, rays)
+            front = np.flatnonzero(met["t_hit"] < depth)
+            depth[front] = met["t_hit"][front]
+            hit["primitive_ids"][front] = 0  # Of no matter: their colour is set below.
         seen = np.flatnonzero(np.isfinite(depth))
         colour[seen] = self._shade(
             rays[seen], depth[seen], hit["primitive_ids"][seen].astype(np.int64),
-            hit["primitive_uvs"][seen], min(camera.fx, camera.fy),
+            hit["primitive_uvs"][seen], min(camera.fx, camera.fy), moving,
         )  # fmt: skip
+        if people:
+            colour[front] = self._shade_people(
+                people, rays[front], depth[front], met["primitive_ids"][front].astype(np.int64),
+                met["primitive_uvs"][front], moving,
+            )  # fmt: skip
         shape = (camera.height, camera.width)
         picture = (np.clip(colour, 0, 1) * 255 + 0.5).astype(np.uint8)
         return picture.reshape(*shape, 3), depth.reshape(shape)
 
-    def _cast(self, rays: Array) -> dict[str, NDArray[Any]]:
-        answer = self.tracer.cast_rays(self._tensor(rays))
+    def _tracer(self, vertices: NDArray[Any], triangles: NDArray[Any]) -> Any:
+        # One thread builds the tree, so that it is the same tree each time.
+        tracer = self._o3d.t.geometry.RaycastingScene(nthreads=1)
+        tracer.add_triangles(
+            self._tensor(vertices.astype(np.float32)), self._tensor(triangles.astype(np.uint32))
+        )
+        return tracer
+
+    def _cast(self, tracer: Any, rays: Array) -> dict[str, NDArray[Any]]:
+        answer = tracer.cast_rays(self._tensor(rays))
         return {k: answer[k].numpy() for k in ("t_hit", "primitive_ids", "primitive_uvs")}
 
     def _shade(
-        self, rays: Array, depth: Array, triangle: NDArray[np.int64], uv: Array, focal: float
+        self,
+        rays: Array,
+        depth: Array,
+        triangle: NDArray[np.int64],
+        uv: Array,
+        focal: float,
+        moving: Any,
     ) -> Array:
-        """Lit colours (N, 3) of what rays (N, 6) meet."""
+        """Lit colours (N, 3) of what rays (N, 6) meet; `moving` traces what casts shadows too."""
         scene, direction = self.scene, rays[:, 3:]
         point = rays[:, :3] + depth[:, None] * direction
         normal = self.normals[triangle, 0]
@@ -119,10 +142,28 @@ class Renderer:
         blur = depth / focal / np.maximum(facing / _length(direction), 0.1)
         material = scene.material[triangle]
         albedo = scene.palette.colours(material, u, v, blur)
-        light = self._light(point, normal)
+        light = self._light(point, normal, moving)
         light[scene.palette.glows[material]] = 1.0
         # Colours are as on screen; squares and roots are near enough to a screen's gamma.
         return np.asarray(np.sqrt(albedo**2 * light[:, None]))
+
+    def _shade_people(
+        self,
+        people: Posed,
+        rays: Array,
+        depth: Array,
+        triangle: NDArray[np.int64],
+        uv: Array,
+        moving: Any,
+    ) -> Array:
+        """Lit colours (N, 3) of the people that rays (N, 6) meet."""
+        corners = people.faces[triangle]
+        share = np.stack([1 - uv.sum(axis=1), uv[:, 0], uv[:, 1]], axis=1)
+        normal = np.einsum("nij,ni->nj", people.normals[corners], share)
+        normal /= _length(normal)[:, None]
+        albedo = np.einsum("nij,ni->nj", people.colours[corners], share)
+        light = self._light(rays[:, :3] + depth[:, None] * rays[:, 3:], normal, moving)
+        return np.asarray(np.sqrt(np.clip(albedo, 0, 1) ** 2 * light[:, None]))
 
     def _on_object(
         self, point: Array, normal: Array, part: NDArray[np.int32]
@@ -138,7 +179,7 @@ class Renderer:
         side = ~level & (np.abs(nx) > np.abs(ny))
         return np.where(side, y, x), np.where(level, y, q[:, 2])
 
-    def _light(self, point: Array, normal: Array) -> Array:
+    def _light(self, point: Array, normal: Array, moving: Any) -> Array:
         """How brightly each point (N,) is lit: by its room's lamp, and dimly from all about."""
         off = point + normal * np.float32(2e-3)
         cell = ((off[:, :2] - self.low.astype(np.float32)) / CELL).astype(np.int64)
@@ -147,6 +188,9 @@ class Renderer:
         to_lamp = self.scene.lights.astype(np.float32)[room] - off
         rays = np.concatenate([off, to_lamp], axis=1)
         hidden = self.tracer.test_occlusions(self._tensor(rays), 0.0, 0.999).numpy()
+        if moving is not None:
+            # Triangles beside a point of a round body must not shade it.
+            hidden = hidden | moving.test_occlusions(self._tensor(rays), 0.01, 0.999).numpy()
         far = _length(to_lamp)
         cosine = np.clip(np.einsum("ij,ij->i", normal, to_lamp) / far, 0, 1)
         lamp = np.where(hidden, 0.25, 1.0) * cosine / (0.6 + 0.22 * far**2)

@@ -35,9 +35,9 @@ COARSE_SHARE = 0.35  # of the variance
 FATTENING = 2  # pixels
 # Network
 SCALE = 0.01  # the deviation of a frame's scale
-FIELD = 0.02  # the deviation of the factor over an image
-BUMPS = (4, 5)  # nodes of the field down and across
-BLUR = 1.3  # pixels: makes edges into ramps that go from 10 % to 90 % in 3.3 pixels
+FIELD = 0.02  # the deviation of a smooth factor at its nodes
+NODES = (4, 5)  # of the factor, down and across
+BLUR = 1.0  # pixels: makes edges into ramps that go from 5 % to 95 % in 3.3 pixels
 # Flying pixels
 FLYING = 0.5  # the share of the pixels beside a discontinuity
 # Speckle
@@ -107,16 +107,16 @@ def flying(view: View, depth: Floats, rng: np.random.Generator) -> Floats:
 def network(view: View, depth: Floats, rng: np.random.Generator) -> Floats:
     """A network's depth: wrong in scale, wrong smoothly over the image, and blurred at edges.
 
-    Each frame has a scale of its own (deviation 1 %) and a smooth factor (deviation 2 %) with a
-    few bumps across. These magnitudes are assumptions, of the order that feed-forward networks
-    reach on rooms after their depth is aligned to the world.
+    Each frame has a scale of its own (deviation 1 %) and a smooth factor with a few bumps across:
+    bicubic between values of deviation 2 % on a coarse grid. These magnitudes are assumptions, of
+    the order that feed-forward networks reach on rooms after their depth is aligned to the world.
     """
     inverse, known = _inverse(depth), (depth > 0).astype(np.float64)
     weight = ndimage.gaussian_filter(known, BLUR, mode="nearest", truncate=3)
     # Planes are linear in inverse depth, so that the blur leaves them as they are.
     blurred = ndimage.gaussian_filter(inverse, BLUR, mode="nearest", truncate=3)
     scale = np.exp(SCALE * rng.standard_normal())
-    factor = np.exp(FIELD * smooth_field(depth.shape, BUMPS, rng))
+    factor = np.exp(FIELD * smooth_field(depth.shape, NODES, rng))
     return np.where(depth > 0, weight / blurred.clip(1e-6) * scale * factor, 0)
 
 
@@ -237,11 +237,9 @@ def correlated(shape: tuple[int, ...], rng: np.random.Generator) -> Floats:
 def smooth_field(
     shape: tuple[int, ...], nodes: tuple[int, int], rng: np.random.Generator
 ) -> Floats:
-    """Noise (H, W) of unit variance: cubic between normal values at `nodes`, down and across."""
+    """Smooth noise (H, W): cubic between normal values of unit variance at `nodes`."""
     down, across = (_cubic(n, count) for n, count in zip(shape, nodes, strict=True))
-    field = down @ rng.standard_normal(nodes) @ across.T
-    variance = np.outer((down**2).sum(axis=1), (across**2).sum(axis=1))
-    return np.asarray(field / np.sqrt(variance))
+    return np.asarray(down @ rng.standard_normal(nodes) @ across.T)
 
 
 def _cubic(n: int, nodes: int) -> Floats:

@@ -17,7 +17,8 @@ from occgen_hub.sample.episode import CAMERAS, OPENCV, Episode, length_of, plan_
 from occgen_hub.sample.images import Video, depth_picture, depth_units, write_colour, write_depth
 from occgen_hub.sample.materials import Array
 from occgen_hub.sample.mesh import Floats
-from occgen_hub.sample.ply import cloud_of, write_cloud, write_mesh
+from occgen_hub.sample.people import plan_people
+from occgen_hub.sample.ply import cloud_of, to_world, write_cloud, write_mesh
 from occgen_hub.sample.pose_errors import Size, with_drift, with_noise
 from occgen_hub.sample.records import Recorder
 from occgen_hub.sample.render import Renderer
@@ -180,6 +181,10 @@ class _Stage:
         n = length_of(trajectory, self.frames)
         seed = [self.seed, self.number, 2, trajectory]
         episode = plan_episode(self.renderer, camera, trajectory, n, seed)
+        people = plan_people(
+            self.renderer, episode, self.corruptions.people, [self.seed, self.number, 5, trajectory]
+        )
+        bodies: list[Array] = []
         rgb, depth = (folder / VIDEOS / f"observation.images.{k}" for k in ("rgb", "depth"))
         with ExitStack() as stack:
             films = []
@@ -188,14 +193,18 @@ class _Stage:
                 films.append(Video(path, camera.width, camera.height))
                 stack.callback(films[-1].close)
             for i, pose in enumerate(episode.house_from_camera, shot.first):
-                colour, metres = self.renderer.picture(camera, pose @ OPENCV)
+                posed = people.at(i - shot.first)
+                bodies.append(posed.vertices)
+                present = posed if people.strolls else None
+                colour, metres = self.renderer.picture(camera, pose @ OPENCV, present)
                 units = depth_units(self._measured(metres, camera.K, [trajectory, i - shot.first]))
                 write_colour(rgb / f"{i}.jpg", colour)
                 write_depth(depth / f"{i}.png", units)
                 films[0].add(colour)
                 films[1].add(depth_picture(units))
                 self.tick()
-        write_truth(self.truth / f"{name}.npz", episode)
+        vertices = np.stack([to_world(self.scene, body) for body in bodies])
+        write_truth(self.truth / f"{name}.npz", episode, people, vertices)
         return self._stated(episode, trajectory)
 
     def _measured(self, depth: Array, K: Floats, own: list[int]) -> NDArray[np.floating[Any]]:

@@ -16,17 +16,22 @@ from pathlib import Path
 import numpy as np
 
 from occgen_hub.sample.episode import OPENCV, Episode
+from occgen_hub.sample.figure import People
+from occgen_hub.sample.mesh import Floats
 
 
-def write_truth(path: Path, episode: Episode) -> None:
-    """Write an episode's truth. Equal content gives equal bytes."""
+def write_truth(path: Path, episode: Episode, people: People, vertices: Floats) -> None:
+    """Write an episode's truth. Equal content gives equal bytes.
+
+    vertices: (T, V, 3) the people's, world coordinates, metres.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(
         path,
         world_from_camera=episode.world_from_camera @ OPENCV,
         # As the records state them, in single precision, and as the rays are cast.
         intrinsics=episode.camera.K.astype(np.float32).astype(np.float64),
-        people_vertices=np.zeros((len(episode), 0, 3), np.float32),
-        people_faces=np.zeros((0, 3), np.int32),
-        people_labels=np.zeros(0, np.int32),
+        people_vertices=vertices.astype(np.float32),
+        people_faces=people.faces,
+        people_labels=people.labels,
     )
