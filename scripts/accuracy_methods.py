@@ -38,10 +38,11 @@ TRUNCATION, LEAST_WEIGHT = 4.0, 3.0
 """TSDF: voxels within which a depth counts, and how many frames have to have seen a voxel (Open3D's
 default)."""
 
-DUFO_VOXEL, DUFO_HIT, DUFO_UNKNOWN = 0.05, 0.1, 1
+DUFO_VOXEL, DUFO_HIT, DUFO_UNKNOWN = 0.02, 0.04, 1
 """DUFOMap: edge of its voxels and how far a hit reaches along its ray, metres; by how many voxels
-the unknown is grown. The authors' values for lidar are 0.1, 0.2 and 1; lengths are halved for a
-room."""
+the unknown is grown. The authors' values for lidar are 0.1, 0.2 and 1; these are the same for voxels
+of 2 cm, which found more of what moves in rooms than theirs did.
+"""
 
 Points = NDArray[np.float32]
 
