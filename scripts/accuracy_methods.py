@@ -26,8 +26,9 @@ from occgen_hub.errors import OccGenError
 from occgen_hub.geometry.camera import continues, unproject
 from occgen_hub.geometry.cloud import VoxelDownsample
 from occgen_hub.geometry.poses import transform
-from occgen_hub.occupancy.frames import observe_each
+from occgen_hub.occupancy.bricks import into_bricks
 from occgen_hub.occupancy.grid import Grid, cell_centres, cell_numbers
+from occgen_hub.occupancy.visibility import observe
 from occgen_hub.prefetch import own_threads
 from occgen_hub.runtime.loop import list_episodes, run
 
@@ -40,8 +41,8 @@ default)."""
 
 DUFO_VOXEL, DUFO_HIT, DUFO_UNKNOWN = 0.02, 0.04, 1
 """DUFOMap: edge of its voxels and how far a hit reaches along its ray, metres; by how many voxels
-the unknown is grown. The authors' values for lidar are 0.1, 0.2 and 1; these are the same for voxels
-of 2 cm, which found more of what moves in rooms than theirs did.
+the unknown is grown. The authors' values for lidar are 0.1, 0.2 and 1; these are the same for
+voxels of 2 cm, which found more of what moves in rooms than theirs did.
 """
 
 Points = NDArray[np.float32]
@@ -108,8 +109,9 @@ def build(builder: DatasetBuilder, out: Path, config: Config) -> None:
 
 def observed(episode: Episode, points: Points, config: Config) -> Iterator[Seen]:
     """What each frame sees of (n, 3) points, world metres, from the recorded poses."""
-    poses, K = _cameras(episode)
-    for frame in observe_each(Grid.of(config), points, poses, K, episode.image_size):
+    cloud, grid = into_bricks(points), Grid.of(config)
+    for pose, K in zip(*_cameras(episode), strict=True):
+        frame = observe(grid, cloud, pose, K, episode.image_size)
         yield Seen(frame.visible, frame.observed)
 
 
