@@ -171,6 +171,10 @@ def show_kinect(found: dict[str, float]) -> bool:
         verdict = "met" if met[name] else "MISSED"
         print(f"{text:<60}{found[name]:>10{spec}}  {bound} {KINECT[name]:g}  {verdict}")
     print(
+        "in front of the median measured by all rays that end in a cell: "
+        f"{found['in_front_by_rays']:.2%}, median {found['median_by_rays']:.4f} m"
+    )
+    print(
         f"cells of the scene: {found['scene_cells']:,.0f}; of Open3D's TSDF surface: "
         f"{found['tsdf_cells']:,.0f}; {found['times_tsdf']:.2f} times as many"
     )

@@ -27,7 +27,7 @@ from occgen_hub.occupancy.grid import Grid, cell_numbers
 from occgen_hub.occupancy.visibility import OCCUPIED, first_occupied
 
 FRONT = 0.04
-"""Metres: a cell so far in front of what was measured at its pixels was not there."""
+"""Metres: a cell so far in front of what was measured at its pixel was not there."""
 
 NONE = 65535
 FPS = 30.0
@@ -108,16 +108,31 @@ def _matrix(path: Path, n: int) -> NDArray[np.float64]:
 
 
 def in_front(
-    grid: Grid,
-    K: NDArray[np.float64],
-    visible: NDArray[np.integer],
-    depth: NDArray[np.float64],
+    grid: Grid, K: NDArray[np.float64], visible: NDArray[np.integer], depth: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """(m,) metres by which visible cells lie in front of the measured depth, each along the optical
-    axis from its centre to the median of what was measured at the pixels whose rays end in it.
+    """(m,) metres by which visible cells lie in front of the measured depth.
 
-    visible: (n,) columns; depth: (H, W), metres, 0 for none. Cells without a measured pixel are
-    left out.
+    Each is measured along the optical axis, from the cell's centre to what the pixel measured that
+    the centre falls into. visible: (n,) columns; depth: (H, W), metres, 0 for none. Cells without a
+    measured pixel are left out.
+    """
+    height, width = depth.shape
+    x, y, z = grid.centres(visible).astype(np.float64).T
+    u = np.floor(x / z * K[0, 0] + K[0, 2]).astype(np.int64)
+    v = np.floor(y / z * K[1, 1] + K[1, 2]).astype(np.int64)
+    inside = (u >= 0) & (u < width) & (v >= 0) & (v < height)
+    measured = depth[v[inside], u[inside]]
+    ahead: NDArray[np.float64] = (measured - z[inside])[measured > 0]
+    return ahead
+
+
+def in_front_by_rays(
+    grid: Grid, K: NDArray[np.float64], visible: NDArray[np.integer], depth: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """As `in_front`, but to the median of what was measured at all pixels whose rays end in a cell.
+
+    It is greater on slanted surfaces: of the rays through a cell, those that end in it are those
+    that the cells before it let pass.
     """
     height, width = depth.shape
     state = np.zeros(grid.cells, np.uint8)
@@ -161,21 +176,23 @@ def measure_kinect(
     trajectory = Trajectory.open(trajectories(out)[0])
     grid, intrinsics = trajectory.grid, trajectory.intrinsics()
     assert episode.read_depth is not None
-    ahead, measured, found = [], 0, 0
+    ahead, by_rays, measured, found = [], [], 0, 0
     for t, visible in enumerate(trajectory.visible_frames()):
         depth = episode.read_depth(t)
         ahead.append(in_front(grid, intrinsics[t], visible, depth))
+        by_rays.append(in_front_by_rays(grid, intrinsics[t], visible, depth))
         number, near = measured_found(grid, intrinsics[t], visible, depth, config.depth_range)
         measured, found = measured + number, found + near
         progress()
-    metres = np.concatenate(ahead)
+    metres, rays = np.concatenate(ahead), np.concatenate(by_rays)
     tsdf = len(np.unique(cell_numbers(tsdf_surface(episode, config), config.voxel_size)))
     cells = len(trajectory.scene_cells())
     return {
         "in_front": float((metres > FRONT).mean()),
         "median": float(np.median(metres)),
         "measured_found": found / max(measured, 1),
-        "visible_cells": float(len(metres)),
+        "in_front_by_rays": float((rays > FRONT).mean()),
+        "median_by_rays": float(np.median(rays)),
         "scene_cells": float(cells),
         "tsdf_cells": float(tsdf),
         "times_tsdf": cells / max(tsdf, 1),

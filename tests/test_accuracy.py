@@ -340,14 +340,16 @@ def test_a_wall_is_built_where_it_was_measured(folder, tmp_path):
     assert 0.5 < found["times_tsdf"] < 2
 
 
-def test_cells_in_front_of_the_measured_depth_are_told():
+@pytest.mark.parametrize("measure", [kinect.in_front, kinect.in_front_by_rays])
+def test_cells_in_front_of_the_measured_depth_are_told(measure):
     depth = np.full((80, 80), 1.01)
     depth[:20] = 0
-    ahead = kinect.in_front(GRID, VIEW.K, seen(layer(WALL - 6)).visible, depth)
+    early = seen(layer(WALL - 6)).visible
+    ahead = measure(GRID, VIEW.K, early, depth)
     np.testing.assert_allclose(ahead, 0.12, atol=1e-6)
-    assert len(ahead) < len(seen(layer(WALL - 6)).visible)
+    assert 0.5 * len(early) < len(ahead) < len(early)
     here = seen(layer(WALL)).visible
-    assert np.abs(kinect.in_front(GRID, VIEW.K, here, depth)).max() < 1e-6
+    assert np.abs(measure(GRID, VIEW.K, here, depth)).max() < 1e-6
 
 
 def test_measured_cells_without_a_visible_cell_within_two_are_told():
