@@ -119,21 +119,31 @@ def measure_table(options: argparse.Namespace) -> dict[str, Any]:
                     counts[row][name][seed] = found
                 bar.set_postfix_str(f"{row}, seed {seed}")
                 bar.update()
+                _write(options.json, report(options, counts))  # What is there, if it is stopped.
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    return report(options, counts)
+
+
+def report(
+    options: argparse.Namespace, counts: dict[str, dict[str, dict[int, Counts]]]
+) -> dict[str, Any]:
+    """The figures of what was counted by row, method and seed, and what was asked for."""
+    done = {row: {name: by for name, by in of.items() if by} for row, of in counts.items()}
+    done = {row: of for row, of in done.items() if of}
     return {
-        "seeds": list(seeds),
+        "seeds": list(range(options.seed, options.seed + options.seeds)),
         "trajectories": options.trajectories,
         "frames": options.frames,
         "settings": list(options.settings),
         "table": {
             row: {name: figures(sum(by.values(), Counts())) for name, by in of.items()}
-            for row, of in counts.items()
+            for row, of in done.items()
         },
         "by_seed": {
             row: {name: {s: figures(c) for s, c in sorted(by.items())} for name, by in of.items()}
-            for row, of in counts.items()
+            for row, of in done.items()
         },
     }
 
@@ -225,18 +235,22 @@ def main(arguments: list[str] | None = None) -> int:
         if options.kinect:
             config = load_config(None, tuple(options.settings))
             with tempfile.TemporaryDirectory() as folder, tqdm(unit="frame", leave=False) as bar:
-                found = measure_kinect(options.kinect, Path(folder, "out"), config, bar.update)
-            met = show_kinect(found)
-            report: dict[str, Any] = {"kinect": found, "targets": KINECT}
+                real = measure_kinect(options.kinect, Path(folder, "out"), config, bar.update)
+            met = show_kinect(real)
+            found: dict[str, Any] = {"kinect": real, "targets": KINECT}
         else:
-            report = _read(options.source) if options.source else measure_table(options)
-            met = show(report["table"], markdown=options.markdown, details=options.details)
+            found = _read(options.source) if options.source else measure_table(options)
+            met = show(found["table"], markdown=options.markdown, details=options.details)
     except OccGenError as error:
         print(error, file=sys.stderr)
         return 2
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    _write(options.json, found)
     return 0 if met else 1
+
+
+def _write(path: Path | None, found: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any]:
