@@ -11,17 +11,17 @@ from typing import Any
 from occgen_hub.builder import (
     DatasetBuilder,
     EpisodeRef,
-    Settings,
     builder_names,
-    check_replaceable,
     load_builder,
 )
 from occgen_hub.config import Config
 from occgen_hub.engines import AUTO, Auto, Engine, load_engine, network_engine
+from occgen_hub.episode_build import Settings, why_outdated
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.files import printable
 from occgen_hub.lerobot.writer import Media
 from occgen_hub.schema import load_schema
+from occgen_hub.up_to_date import check_replaceable
 
 
 def check_paths(root: Path, out: Path) -> None:
@@ -146,7 +146,7 @@ class Job:
     def reason_to_build(self, ref: EpisodeRef) -> str | None:
         """Why an episode would be built or tried; None if it is up to date."""
         try:
-            reason = self.builder.outdated(ref, self.out, self.settings)
+            reason = why_outdated(self.builder, ref, self.out, self.settings)
         except OccGenError as error:
             return f"would fail: {error}"
         if reason is None and not self.settings.overwrite:

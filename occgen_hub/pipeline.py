@@ -46,8 +46,8 @@ def reconstruct(
 ) -> Scene:
     """The scene of an episode, in the source's world where the source has poses.
 
-    scratch: an empty folder, needed as long as the scene is used. Raises OccGenError where the
-    episode cannot be reconstructed, or where its units, axes or poses are wrong.
+    scratch: a folder that the engine may make, needed as long as the scene is used. Raises
+    OccGenError where the episode cannot be reconstructed, or its units, axes or poses are wrong.
     """
     episode = check_episode(episode)
     views = engine.reconstruct(episode, config, scratch, progress)

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from occgen_hub.builder import EpisodeRef, Stage
+from occgen_hub.builder import EpisodeRef
+from occgen_hub.episode_build import Stage, build_episode
 from occgen_hub.errors import UsageError
 from occgen_hub.job import open_job
 
@@ -34,7 +35,7 @@ def temporary_build(
         # Links cost nothing, and are copies where the folder is on another disk.
         job = open_job(source, root, Path(folder), media="link", **options)
         ref = _find(job.refs, episode)
-        job.builder.build(ref, job.out, job.settings, count)
+        build_episode(job.builder, ref, job.out, job.settings, count)
         yield job.out / ref.id
 
 

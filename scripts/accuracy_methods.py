@@ -18,10 +18,11 @@ import open3d as o3d
 from accuracy_metrics import Counts, SampleTruth, Seen, View, measure
 from numpy.typing import NDArray
 
-from occgen_hub.builder import DatasetBuilder, EpisodeRef, Settings, load_builder
+from occgen_hub.builder import DatasetBuilder, EpisodeRef, load_builder
 from occgen_hub.config import Config, load_config
 from occgen_hub.engines import load_engine
 from occgen_hub.episode import Episode
+from occgen_hub.episode_build import Settings
 from occgen_hub.errors import OccGenError
 from occgen_hub.geometry.camera import continues, unproject
 from occgen_hub.geometry.cloud import VoxelDownsample

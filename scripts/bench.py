@@ -21,9 +21,10 @@ from typing import Any
 import numba
 import numpy as np
 
-from occgen_hub.builder import Settings, load_builder
+from occgen_hub.builder import load_builder
 from occgen_hub.config import Config
 from occgen_hub.engines.rgbd import reconstruct
+from occgen_hub.episode_build import Settings
 from occgen_hub.files import files_under
 from occgen_hub.job import Job, list_episodes
 from occgen_hub.occupancy.bricks import into_bricks

@@ -31,7 +31,8 @@ def build_share(
     """In a process of its own: build one share of the episodes, on these cores."""
     os.sched_setaffinity(0, cores)
     os.environ["NUMBA_NUM_THREADS"] = str(len(cores))
-    from occgen_hub.builder import Settings, load_builder
+    from occgen_hub.builder import load_builder
+    from occgen_hub.episode_build import Settings
     from occgen_hub.job import list_episodes
     from occgen_hub.occupancy.visibility import warm_up
     from occgen_hub.runtime.episodes import build_episodes

@@ -40,7 +40,8 @@ def sample_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def dataset(sample_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The dataset built from `sample_tree`. Not to be changed by tests."""
-    from occgen_hub.builder import Settings, load_builder
+    from occgen_hub.builder import load_builder
+    from occgen_hub.episode_build import Settings
     from occgen_hub.job import Job, list_episodes
     from occgen_hub.runtime.build import build_dataset
 

@@ -34,8 +34,9 @@ from numpy.lib import format as npy
 from PIL import Image
 
 from occgen_hub import cli
-from occgen_hub.builder import Settings, load_builder
+from occgen_hub.builder import load_builder
 from occgen_hub.config import load_config
+from occgen_hub.episode_build import Settings
 from occgen_hub.job import Job, list_episodes
 from occgen_hub.runtime.build import build_dataset
 from occgen_hub.sample import make_sample

@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from occgen_hub.builder import Settings, load_builder
+from occgen_hub.builder import load_builder
 from occgen_hub.card import MARK, is_own, write_card
 from occgen_hub.config import Config
+from occgen_hub.episode_build import Settings
 from occgen_hub.errors import DatasetError, UsageError
 from occgen_hub.files import sha256
 from occgen_hub.job import Job, list_episodes

@@ -26,9 +26,16 @@ from commands import Tree, occgen_hub, start, tree
 from hypothesis import given
 from hypothesis import strategies as st
 
-from occgen_hub.builder import Built, EpisodeRef, Found, Settings
+from occgen_hub.builder import EpisodeRef
 from occgen_hub.builders.internnav import InternNavBuilder
 from occgen_hub.config import load_config
+from occgen_hub.episode_build import (
+    Built,
+    ReconstructedEpisode,
+    Settings,
+    reconstruct_episode,
+    write_episode,
+)
 from occgen_hub.errors import MachineError, UsageError
 from occgen_hub.files import read_json
 from occgen_hub.job import Job, check_conditions, list_episodes, open_job
@@ -772,26 +779,27 @@ def test_a_condition_that_the_source_lacks_is_wrong_usage(three: Path, tmp_path:
 
 
 def test_the_next_is_reconstructed_while_one_is_written_and_no_more(
-    source: Path, tmp_path: Path
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[tuple[str, int]] = []
     number = {ref.id: n for n, ref in enumerate(InternNavBuilder(source).episodes())}
     next_found = threading.Event()
 
-    class Watched(InternNavBuilder):
-        def find(self, ref: EpisodeRef, *others: Any) -> Found | Built:
-            events.append(("find", number[ref.id]))
-            if number[ref.id] == 1:
-                next_found.set()
-            return super().find(ref, *others)
+    def reconstruct(builder: Any, ref: EpisodeRef, *others: Any) -> Any:
+        events.append(("reconstruct", number[ref.id]))
+        if number[ref.id] == 1:
+            next_found.set()
+        return reconstruct_episode(builder, ref, *others)
 
-        def write(self, found: Found, *others: Any) -> Built:
-            if number[found.ref.id] == 0:
-                assert next_found.wait(30)  # It comes while this one is written.
-            events.append(("write", number[found.ref.id]))
-            return super().write(found, *others)
+    def write(done: ReconstructedEpisode, *others: Any) -> Built:
+        if number[done.ref.id] == 0:
+            assert next_found.wait(30)  # It comes while this one is written.
+        events.append(("write", number[done.ref.id]))
+        return write_episode(done, *others)
 
-    builder = Watched(source)
+    monkeypatch.setattr("occgen_hub.runtime.episodes.reconstruct_episode", reconstruct)
+    monkeypatch.setattr("occgen_hub.runtime.episodes.write_episode", write)
+    builder = InternNavBuilder(source)
     refs = list_episodes(builder)
     settings = Settings(load_config(None, COARSE[1:]))
     summary = build_dataset(Job(builder, refs, tmp_path / "out", settings))
@@ -799,16 +807,19 @@ def test_the_next_is_reconstructed_while_one_is_written_and_no_more(
     written = -1
     for what, n in events:
         written = max(written, n) if what == "write" else written
-        assert n <= written + 2  # One is written, one is being found or waits.
+        assert n <= written + 2  # One is written, one is being reconstructed or waits.
     assert [n for what, n in events if what == "write"] == list(range(8))
 
 
-def test_an_interruption_does_not_wait_for_the_reconstruction(source: Path, tmp_path: Path) -> None:
-    class Endless(InternNavBuilder):
-        def find(self, ref: EpisodeRef, out: Path, settings: Settings, progress: Any) -> Any:
-            while True:
-                progress("reconstructed", 0)
-                time.sleep(0.01)
+def test_an_interruption_does_not_wait_for_the_reconstruction(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def endless(builder: Any, ref: Any, out: Any, settings: Any, progress: Any) -> Any:
+        while True:
+            progress("reconstructed", 0)
+            time.sleep(0.01)
+
+    monkeypatch.setattr("occgen_hub.runtime.episodes.reconstruct_episode", endless)
 
     class Impatient(BaseException):
         pass
@@ -817,7 +828,7 @@ def test_an_interruption_does_not_wait_for_the_reconstruction(source: Path, tmp_
         raise Impatient
 
     refs = list(InternNavBuilder(source).episodes())
-    results = build_episodes(Endless(source), refs, tmp_path / "out", Settings())
+    results = build_episodes(InternNavBuilder(source), refs, tmp_path / "out", Settings())
     before = signal.signal(signal.SIGALRM, leave)
     signal.setitimer(signal.ITIMER_REAL, 0.3)
     start = time.monotonic()

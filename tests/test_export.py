@@ -18,8 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from occgen_hub.builder import Settings, load_builder
+from occgen_hub.builder import load_builder
 from occgen_hub.config import load_config
+from occgen_hub.episode_build import Settings
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.exporting import export, plan_export
 from occgen_hub.job import Job, list_episodes

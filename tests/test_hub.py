@@ -30,7 +30,8 @@ def hub():
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A dataset of one trajectory, quick to validate. Not to be changed by tests."""
-    from occgen_hub.builder import Settings, load_builder
+    from occgen_hub.builder import load_builder
+    from occgen_hub.episode_build import Settings
     from occgen_hub.job import Job, list_episodes
     from occgen_hub.runtime.build import build_dataset
     from occgen_hub.sample import make_sample

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from occgen_hub.builder import Settings, load_builder
+from occgen_hub.builder import load_builder
 from occgen_hub.builders.internnav import InternNavBuilder
 from occgen_hub.config import Config
 from occgen_hub.episode import Episode
+from occgen_hub.episode_build import Settings, build_episode
 from occgen_hub.errors import SourceError
 from occgen_hub.loading import Trajectory, trajectories
 from occgen_hub.media import ImageSequence, read_rgb
@@ -51,7 +52,7 @@ def build(tree: Path, out: Path, interval: int = 1, kind=InternNavBuilder, **set
     builder = kind(tree)
     (ref,) = builder.episodes()
     config = Config(voxel_size=0.1, interval=interval)
-    return builder.build(ref, out, Settings(config=config, **settings))
+    return build_episode(builder, ref, out, Settings(config=config, **settings))
 
 
 def folder(tree: Path) -> Path:

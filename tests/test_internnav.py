@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from occgen_hub.builder import Settings, load_builder
+from occgen_hub.builder import load_builder
 from occgen_hub.config import load_config
 from occgen_hub.engines.rgbd import reconstruct
 from occgen_hub.episode import Episode
+from occgen_hub.episode_build import Settings
 from occgen_hub.errors import OccGenError, SourceError
 from occgen_hub.job import Job, list_episodes
 from occgen_hub.loading import Trajectory

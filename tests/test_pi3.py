@@ -20,12 +20,13 @@ from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 from standin import memorise, random_weights, save
 
-from occgen_hub.builder import Settings, load_builder
+from occgen_hub.builder import load_builder
 from occgen_hub.config import Config
 from occgen_hub.engines import Auto, load_engine
 from occgen_hub.engines.pi3.engine import window_size
 from occgen_hub.engines.pi3.frames import depth_edges, network_depth, network_image, network_size
 from occgen_hub.engines.pi3.windows import Assembly, Window, plan
+from occgen_hub.episode_build import Settings
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.geometry.poses import transform
 from occgen_hub.geometry.sim3 import Sim3

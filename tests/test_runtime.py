@@ -25,10 +25,11 @@ import pytest
 from commands import OF_THE_RUN, Tree, start, tree
 
 from occgen_hub import cli
-from occgen_hub.builder import Built, EpisodeRef, Settings, load_builder
+from occgen_hub.builder import EpisodeRef, load_builder
 from occgen_hub.builders.internnav import InternNavBuilder
 from occgen_hub.config import load_config
 from occgen_hub.episode import Episode
+from occgen_hub.episode_build import Built, Settings
 from occgen_hub.errors import DatasetError
 from occgen_hub.job import Job, list_episodes
 from occgen_hub.loading import trajectories

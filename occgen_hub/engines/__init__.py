@@ -59,8 +59,8 @@ class Engine(ABC):
     ) -> Views:
         """The depth and the cameras of an episode's frames.
 
-        scratch: an empty folder for what does not belong in memory. It stays as long as the views
-        are used. Raises OccGenError when the episode cannot be reconstructed.
+        scratch: a folder to make for what does not belong in memory. It stays as long as the
+        views are used. Raises OccGenError when the episode cannot be reconstructed.
         """
 
 

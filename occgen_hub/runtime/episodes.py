@@ -9,7 +9,15 @@ from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from queue import Queue
 
-from occgen_hub.builder import DatasetBuilder, EpisodeRef, Found, Progress, Settings, Stage
+from occgen_hub.builder import DatasetBuilder, EpisodeRef
+from occgen_hub.episode_build import (
+    Progress,
+    ReconstructedEpisode,
+    Settings,
+    Stage,
+    reconstruct_episode,
+    write_episode,
+)
 from occgen_hub.errors import OccGenError
 from occgen_hub.runtime.report import FAILURES
 from occgen_hub.runtime.results import Failure, Result
@@ -42,11 +50,13 @@ def build_episodes(
             raise Cancelled
         progress(stage, frames)
 
-    reconstructed: Queue[Found | Result | BaseException | None] = Queue(1)
+    reconstructed: Queue[ReconstructedEpisode | Result | BaseException | None] = Queue(1)
     turn = threading.Semaphore(1)  # The next one begins when this one is taken to be written.
 
-    def reconstruct(ref: EpisodeRef) -> Found | Result:
-        return _guarded(ref, out, lambda: builder.find(ref, out, settings, cancellable))
+    def reconstruct(ref: EpisodeRef) -> ReconstructedEpisode | Result:
+        return _guarded(
+            ref, out, lambda: reconstruct_episode(builder, ref, out, settings, cancellable)
+        )
 
     def reconstruct_all() -> None:
         try:
@@ -59,8 +69,8 @@ def build_episodes(
         except BaseException as error:
             reconstructed.put(error)
 
-    def write(found: Found) -> Result:
-        return _guarded(found.ref, out, lambda: builder.write(found, out, progress))
+    def write(found: ReconstructedEpisode) -> Result:
+        return _guarded(found.ref, out, lambda: write_episode(found, out, progress))
 
     thread = threading.Thread(target=reconstruct_all, name="reconstruct", daemon=True)
     try:
@@ -69,7 +79,7 @@ def build_episodes(
             turn.release()
             if isinstance(item, BaseException):
                 raise item
-            yield write(item) if isinstance(item, Found) else item
+            yield write(item) if isinstance(item, ReconstructedEpisode) else item
     finally:
         stop.set()
         turn.release()

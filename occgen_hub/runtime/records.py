@@ -16,8 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from occgen_hub.builder import Built
 from occgen_hub.episode import Note
+from occgen_hub.episode_build import Built
 from occgen_hub.errors import OccGenError
 from occgen_hub.files import dump_json, hold, parse_json, read_bytes, read_json
 from occgen_hub.job import Job

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from occgen_hub.builder import Built, Progress
+from occgen_hub.episode_build import Built, Progress
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
-from occgen_hub.builder import EpisodeRef, Progress
+from occgen_hub.builder import EpisodeRef
+from occgen_hub.episode_build import Progress
 from occgen_hub.job import Job
 from occgen_hub.runtime import threads
 from occgen_hub.runtime.episodes import build_episodes
