@@ -34,6 +34,7 @@ from occgen_hub.occupancy.visibility import (
     observe,
     warm_up,
 )
+from occgen_hub.pipeline import reconstruct
 
 RATIONAL_RAYS = 200
 Size = tuple[int, int]
