@@ -35,7 +35,7 @@ SURE = 0.33
 """A point stays where, of the frames that saw a surface there or an edge beside it, this share
 saw the surface: what floats between two surfaces lies beside an edge wherever it is seen from."""
 
-STILL = 0.05
+STILL = 0.1
 """Share of a cell's edge: where most points moved less, another round changes nothing."""
 
 REFINEMENTS = 4
