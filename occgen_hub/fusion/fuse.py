@@ -49,7 +49,7 @@ Progress = Callable[[int], None]
 class Fused:
     """What fusion makes of views.
 
-    cloud: the static surface, one point for each voxel of `Config.fusion_size`, world metres;
+    cloud: the static surface, about one point for each voxel of `Config.fusion_size`, world metres;
     views: as given, with refined poses where that was asked for; moving: a frame's own points,
     (n, 3) float32 world metres, None where nothing is looked for; quality: figures; notes: what a
     user should know.
@@ -130,11 +130,11 @@ def agree(cloud: Cloud, maps: DepthMaps, tolerance: Tolerance, config: Config) -
         kept &= supports >= SURE * (supports + evidence.doubts)
         seen_through.append(bricks.points[~kept])
         shift = evidence.displacement()[kept]
-        points, colors = bricks.points[kept] + shift, cloud.colors[order][kept]
-        cloud = voxel_downsample(Cloud(points, colors), config.fusion_size)
-        still = np.mean(np.abs(shift).max(axis=1, initial=0) < STILL * config.voxel_size)
-        if not len(cloud) or still > 0.9:
+        cloud = Cloud(bricks.points[kept] + shift, cloud.colors[order][kept])
+        still = np.abs(shift).max(axis=1, initial=0) < STILL * config.voxel_size
+        if not len(cloud) or still.mean() > 0.9:
             break
+        cloud = voxel_downsample(cloud, config.fusion_size)
     removed = np.concatenate(seen_through)
     share = len(seen_through[0]) / len(order)
     return Agreement(cloud, into_bricks(removed), float(np.median(evidence.supports)), share)
