@@ -79,7 +79,8 @@ def summarize(plan: Plan, records: Sequence[Record]) -> Summary:
             summary.add(record.results.get(name) or Failure(name, f"{name}: {undone}"))
     summary.failures.sort(key=lambda failure: failure.id)
     ended = [record for record in records if record.began and record.ended]
-    summary.processes = [record.ended["process"] for record in ended]
+    processes = [record.ended["process"] for record in ended]
+    summary.processes = [process for process in processes if process.seconds]  # See record_present.
     # The time in which some shard ran: they may run beside one another or one after the other.
     times = [[part["time"].timestamp() for part in (r.began, r.ended)] for r in ended]
     for start, stop in sorted(times):
