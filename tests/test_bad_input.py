@@ -448,7 +448,7 @@ def test_one_sentence_and_nothing_half_written(
 
 def only_failure(out: Path) -> str:
     (row,) = (json.loads(line) for line in (out / "failures.jsonl").read_text().splitlines())
-    assert set(row) == {"episode", "reason", "state"}
+    assert set(row) == {"episode", "reason"}
     assert row["episode"] == BAD
     return str(row["reason"])
 

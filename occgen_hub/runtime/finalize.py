@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +78,12 @@ def summarize(plan: Plan, records: Sequence[Record]) -> Summary:
         for name in ids:
             summary.add(record.results.get(name) or Failure(name, f"{name}: {undone}"))
     summary.failures.sort(key=lambda failure: failure.id)
-    ended = [record for record in records if record.ended]
-    summary.processes = [record.ended["process"] for record in ended]
+    ended = [record for record in records if record.began and record.ended]
+    processes = [record.ended["process"] for record in ended]
+    summary.processes = [process for process in processes if process.seconds]  # See record_present.
     # The time in which some shard ran: they may run beside one another or one after the other.
-    for record in sorted(ended, key=lambda record: str(record.began["time"])):
-        start, stop = (
-            datetime.fromisoformat(part["time"]).timestamp()
-            for part in (record.began, record.ended)
-        )
+    times = [[part["time"].timestamp() for part in (r.began, r.ended)] for r in ended]
+    for start, stop in sorted(times):
         summary.seconds += max(0.0, stop - max(start, end))
         end = max(end, stop)
     return summary
@@ -94,8 +91,9 @@ def summarize(plan: Plan, records: Sequence[Record]) -> Summary:
 
 def _times_and_executor(records: Sequence[Record]) -> dict[str, Any]:
     times = [part["time"] for record in records for part in (record.began, record.ended) if part]
-    executors = sorted({record.began["executor"] for record in records if record.began})
-    return {"finished": max(times, default=""), "executor": " ".join(executors)}
+    executors = sorted({str(record.began.get("executor")) for record in records if record.began})
+    finished = max(times).isoformat(timespec="seconds") if times else ""
+    return {"finished": finished, "executor": " ".join(executors)}
 
 
 def _other_failures(out: Path, plan: Plan) -> list[Failure]:

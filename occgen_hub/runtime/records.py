@@ -19,7 +19,7 @@ from typing import Any
 from occgen_hub.episode import Note
 from occgen_hub.episode_build import Built
 from occgen_hub.errors import OccGenError
-from occgen_hub.files import dump_json, hold, parse_json, read_bytes, read_json
+from occgen_hub.files import dump_json, hold, parse_json, read_bytes
 from occgen_hub.job import Job
 from occgen_hub.runtime.lock import LOGS, busy
 from occgen_hub.runtime.results import Failure, Process, Result
@@ -27,6 +27,9 @@ from occgen_hub.runtime.shard import share_out
 
 PLAN = "build.json"
 RECORD = "shard-{}.jsonl"
+
+MAX_BYTES = 1 << 32
+"""Of a plan or a record. Tens of millions of episodes have less."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,8 @@ def make_plan(job: Job, count: int) -> Plan:
 def read_plan(out: Path) -> Plan | None:
     """The plan of the last build; None where there is none."""
     try:
-        return Plan(**read_json(out / LOGS / PLAN))
-    except (OccGenError, TypeError):
+        return Plan(**parse_json(read_bytes(out / LOGS / PLAN, MAX_BYTES)))
+    except (OccGenError, ValueError, TypeError):
         return None
 
 
@@ -89,8 +92,8 @@ def join_build(out: Path, plan: Plan, *, alone: bool) -> bool:
 class Record:
     """What the last run of a shard did.
 
-    began: `time`, `executor`, `overwrite`; results: by the episode's id; ended: `time` and
-    `process`, empty where the run did not end.
+    began: `time` (a datetime), `executor`, `overwrite`; results: by the episode's id; ended: `time`
+    and `process`, empty where the run did not end.
     """
 
     began: dict[str, Any] = field(default_factory=dict)
@@ -118,9 +121,7 @@ def recording(
         values = row if isinstance(row, dict) else asdict(row)
         if isinstance(row, Process):
             values = {"ended": {"time": _now(), "process": values}}
-        waiting += (
-            f"\n{dump_json(values)}".encode()
-        )  # The break comes first: a row cut off harms none.
+        waiting += f"\n{dump_json(values)}".encode()  # The break comes first: after half a row.
         with suppress(OSError):
             waiting = waiting[os.write(handle, waiting) :]
 
@@ -148,9 +149,10 @@ def read_record(out: Path, shard: int) -> Record:
         with suppress(ValueError, TypeError, KeyError, AttributeError):
             row = parse_json(line)
             if "began" in row:
-                record = Record(dict(row["began"]))
+                record = Record(_with_time(row["began"]))
             elif "ended" in row:
-                record.ended = {**row["ended"], "process": Process(**row["ended"]["process"])}
+                process = Process(**row["ended"]["process"])
+                record.ended = {**_with_time(row["ended"]), "process": process}
             else:
                 record.results[row["id"]] = _result(row)
     return record
@@ -170,7 +172,7 @@ def records_digest(out: Path, plan: Plan) -> str:
 
 def _lines(out: Path, shard: int) -> list[bytes]:
     try:
-        return read_bytes(out / LOGS / RECORD.format(shard), 1 << 32).splitlines()
+        return read_bytes(out / LOGS / RECORD.format(shard), MAX_BYTES).splitlines()
     except OccGenError:
         return []
 
@@ -181,6 +183,10 @@ def _result(row: dict[str, Any]) -> Result:
     notes = tuple(Note(str(note["code"]), str(note["text"])) for note in row["notes"])
     seconds = {str(stage): float(spent) for stage, spent in row["seconds"].items()}
     return Built(str(row["id"]), row["status"], int(row["frames"]), notes, seconds)
+
+
+def _with_time(values: dict[str, Any]) -> dict[str, Any]:
+    return {**values, "time": datetime.fromisoformat(values["time"])}
 
 
 def _now() -> str:
