@@ -112,19 +112,24 @@ class Frame:
     """The occupancy of one frame, in the grid that stands in its camera's frame (OpenCV axes).
 
     columns: (n,) flat numbers `i * (ny * nz) + j * nz + k` of the occupied and visible cells,
-    ascending; packed: (ceil(cells / 8),) uint8, `np.packbits` of the observed ones.
+    ascending; packed: (ceil(cells / 8),) uint8, `np.packbits` of the observed ones;
+    dynamic_columns: (m,) those of `columns` that hold something that moves.
     """
 
     grid: Grid
     columns: NDArray[np.integer]
     packed: NDArray[np.uint8]
+    dynamic_columns: NDArray[np.integer]
 
     @property
     def occupancy(self) -> NDArray[np.bool_]:
         """(nx, ny, nz) bool: occupied and visible."""
-        dense = np.zeros(self.grid.cells, bool)
-        dense[self.columns] = True
-        return dense.reshape(self.grid.shape)
+        return self._dense(self.columns)
+
+    @property
+    def dynamic(self) -> NDArray[np.bool_]:
+        """(nx, ny, nz) bool: occupied and visible, and of something that moves."""
+        return self._dense(self.dynamic_columns)
 
     @property
     def cells(self) -> NDArray[np.int32]:
@@ -135,6 +140,11 @@ class Frame:
     def mask(self) -> NDArray[np.bool_]:
         """(nx, ny, nz) bool: observed, free and occupied alike."""
         return unpack(self.packed, self.grid.cells).reshape(self.grid.shape)
+
+    def _dense(self, columns: NDArray[np.integer]) -> NDArray[np.bool_]:
+        dense = np.zeros(self.grid.cells, bool)
+        dense[columns] = True
+        return dense.reshape(self.grid.shape)
 
 
 class LoadedEpisode:
@@ -198,9 +208,10 @@ class LoadedEpisode:
             raise IndexError(f"frame {number} of an episode of {len(self)}")
 
     def _decoded(self) -> Iterator[Frame]:
-        visible, observed = self.trajectory.visible_frames(), self.trajectory.observed_packed()
-        for columns, packed in zip(visible, observed, strict=False):
-            yield Frame(self.grid, columns, packed)
+        files = self.trajectory
+        rows = (files.visible_frames(), files.observed_packed(), files.dynamic_frames())
+        for columns, packed, dynamic in zip(*rows, strict=False):
+            yield Frame(self.grid, columns, packed, dynamic)
 
 
 def load_episode(folder: str | Path) -> LoadedEpisode:

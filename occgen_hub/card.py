@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import yaml
@@ -26,6 +27,7 @@ from occgen_hub.files import (
     sha256,
     written_whole,
 )
+from occgen_hub.fusion.quality import Quality
 from occgen_hub.lerobot.exported import RECORD
 from occgen_hub.loading import NOT_BUILT, REBUILD, SCHEMA, Trajectory, trajectories
 from occgen_hub.schema import Feature, Schema, load_schema
@@ -52,7 +54,8 @@ class Facts:
 
     features: the columns that all trajectories have alike; partial: the names of the others; grids:
     shape, voxel_size (metres) and pc_range (metres) of each that there is; records: what else was
-    found in the trajectories' records, by key, as JSON; licences: of weights, by network.
+    found in the trajectories' records, by key, as JSON; licences: of weights, by network; quality:
+    of each trajectory that has it; moving: how many trajectories have cells that move.
     """
 
     trajectories: int = 0
@@ -63,6 +66,8 @@ class Facts:
     grids: set[tuple[tuple[int, ...], float, tuple[float, ...]]] = field(default_factory=set)
     records: dict[str, set[str]] = field(default_factory=dict)
     licences: set[tuple[str, str]] = field(default_factory=set)
+    quality: list[Quality] = field(default_factory=list)
+    moving: int = 0
 
 
 def write_card(root: Path) -> Path:
@@ -88,6 +93,7 @@ def write_card(root: Path) -> Path:
         *_columns(facts.features),
         *_partial(facts),
         *_grids(facts),
+        *_quality(facts),
         *_origin(facts, RECORDS),
     )
     text = ("\n".join(parts) + "\n").encode()
@@ -115,6 +121,7 @@ def write_export_card(
         *_columns(shown),
         *(f"In the export, {remark}.\n" for remark in remarks),
         *_grids(facts),
+        *_quality(facts),
         *_origin(facts, EXPORT_RECORD),
     )
     with written_whole(out / CARD) as partial:
@@ -159,6 +166,9 @@ def survey(names: list[tuple[str, Path]]) -> Facts:
         for key in ("source", "engine", "config", "version"):
             if record.get(key) is not None:
                 facts.records.setdefault(key, set()).add(dump_json(record[key]))
+        facts.moving += trajectory.has_dynamic()
+        if (quality := Quality.from_record(trajectory.record)) is not None:
+            facts.quality.append(quality)
         if isinstance(weights := record.get("weights"), dict):
             facts.licences.add((str(weights.get("network")), str(weights.get("license"))))
     return facts
@@ -386,6 +396,26 @@ def _grids(facts: Facts) -> Iterator[str]:
         "of a pixel's centre crosses it before or at the ray's first occupied cell. Occupied cells "
         "that the camera does not see are not in a frame's occupancy.\n"
     )
+
+
+def _quality(facts: Facts) -> Iterator[str]:
+    """How well the frames agree, and what moves."""
+    if facts.moving:
+        yield (
+            f"Something moves in {_count(facts.moving, 'trajectory')}: the column `dynamic` of the "
+            "occupancy has those of the occupied cells that hold it.\n"
+        )
+    if facts.quality:
+        each = facts.quality
+        noise = ", ".join(f"{1000 * median(q.sigma[n] for q in each):.1f}" for n in range(3))
+        yield (
+            "How well frames agree, as medians over the trajectories: depth noise "
+            f"{noise} mm at 1, 2, 4 m; {median(q.contradicted for q in each):.1%} of the measured "
+            "points seen through by other frames; the scene "
+            f"{1000 * median(q.residual for q in each):.1f} mm off the measured depth; frames "
+            f"{1000 * median(q.shift for q in each):.1f} mm and "
+            f"{median(q.turn for q in each):.2f} degrees off the scene.\n"
+        )
 
 
 RECORDS = "Each trajectory's `meta/occgen.json` says how,"

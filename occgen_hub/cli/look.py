@@ -32,6 +32,8 @@ def validate(folder: Path, as_json: bool) -> int:
         verdict = "valid" if report.valid else f"{len(report.findings)} finding(s)"
         s = "y" if report.trajectories == 1 else "ies"
         click.echo(f"{report.trajectories} trajector{s}, {report.frames} frames: {verdict}.")
+    for warning in report.warnings:
+        click.echo(f"Warning: {warning}", err=True)
     for remark in unfinished(folder):
         click.echo(f"Note: {remark}.", err=True)
     return 0 if report.valid else 1

@@ -8,6 +8,7 @@ from typing import Any
 
 from occgen_hub.errors import SourceError, UsageError
 from occgen_hub.files import files_under, written_whole
+from occgen_hub.fusion.quality import Quality
 from occgen_hub.loading import Trajectory, built, npz_array
 from occgen_hub.visual.preview import preview
 
@@ -28,7 +29,7 @@ def describe(root: Path, trajectory: str | None = None) -> Iterator[str]:
     ending = "y" if len(found) == 1 else "ies"
     yield f"{root}: {len(found)} trajector{ending}, {size / 1e6:.1f} MB"
     for each in found[:SHOWN]:
-        yield _line(each, root)
+        yield _line(each, root) + _moving(each)
     if len(found) > SHOWN:
         yield f"  and {len(found) - SHOWN} more"
     yield f"{_called(path, root)}:"
@@ -41,6 +42,7 @@ def describe(root: Path, trajectory: str | None = None) -> Iterator[str]:
         f"from {tuple(low)} to {tuple(high)} m in the camera's frame (x right, y down, z forward)"
     )
     yield from _origin(record)
+    yield from _agreement(record)
     yield from (f"  note: {note}" for note in record["notes"])
     yield from (f"  task: {task}" for task in opened.tasks())
 
@@ -58,6 +60,32 @@ def _origin(record: dict[str, Any]) -> Iterator[str]:
             f"{fit['translation_rmse']:.3g} m (RMSE) and {fit['rotation_error']:.2g} degrees (mean)"
             f", {fit['inliers']} of {fit['frames']} frames agree"
         )
+
+
+def _agreement(record: dict[str, Any]) -> Iterator[str]:
+    """A line about how well the frames agree, where the record says it."""
+    quality = Quality.from_record(record)
+    if quality is None:
+        return
+    noise = " / ".join(f"{1000 * value:.1f}" for value in quality.sigma)
+    yield (
+        f"  frames: depth noise {noise} mm at 1 / 2 / 4 m; {quality.contradicted:.1%} of the "
+        f"measured points seen through by other frames; each point of the scene seen by "
+        f"{quality.supports:.0f} frames, {1000 * quality.residual:.1f} mm off their depth; frames "
+        f"{1000 * quality.shift:.1f} mm and {quality.turn:.2f} degrees off the scene (medians)"
+    )
+
+
+def _moving(path: Path) -> str:
+    """How many cells of a trajectory move, for its line; empty where none do."""
+    try:
+        trajectory = Trajectory.open(path)
+        if not trajectory.has_dynamic():
+            return ""
+        ends = trajectory.row_ends("dynamic")
+    except SourceError as error:
+        return f"; moving cells cannot be read: {error}"
+    return f", {int(ends[-1]) / max(len(ends) - 1, 1):,.0f} of them moving"
 
 
 def picture(
