@@ -32,8 +32,8 @@ POOR_CONTRADICTED = 0.3
 class Agreement:
     """The static surface that frames agree on.
 
-    cloud: its points, world metres; seen_through: measured points that are not part of it, since
-    other frames saw through them; supports: median number of frames that saw a point;
+    cloud: its points, world metres; seen_through: the measured points that other frames saw
+    through, which are no part of it; supports: median number of frames that saw a point;
     contradicted: share of the measured points that other frames saw through.
     """
 
