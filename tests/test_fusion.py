@@ -240,15 +240,18 @@ def test_nothing_measured_is_an_empty_cloud():
 
 
 @pytest.mark.parametrize("refine", [False, True])
-def test_frames_that_agree_on_nothing_leave_an_empty_cloud(refine):
-    """Each frame's wall is seen through by the frames after it and hides those before it."""
+def test_frames_that_contradict_one_another_are_told(refine):
+    """Each frame's wall is seen through by all frames after it; the last one's stays."""
     poses = np.tile(np.eye(4), (6, 1, 1))
-    depths = [np.full((60, 80), 1.0 + 0.6 * frame) for frame in range(6)]
+    depths = [np.full((60, 80), 0.7 * 1.5**frame) for frame in range(6)]
     fused = fuse(views_of(depths, poses), CONFIG.model_copy(update={"refine_poses": refine}))
+    np.testing.assert_allclose(fused.cloud.points[:, 2], 0.7 * 1.5**5, atol=1e-3)
+    union = fuse(views_of(depths, poses), UNION).cloud
     assert fused.quality is not None
-    assert np.isfinite(list(fused.quality.sigma)).all()
-    assert 0.5 < fused.quality.contradicted <= 1.0
-    assert "frames disagree" in [note.code for note in fused.notes]
+    share = (union.points[:, 2] < 5).mean()
+    assert fused.quality.contradicted == pytest.approx(share, abs=0.02)
+    (note,) = (note for note in fused.notes if note.code == "frames disagree")
+    assert f"{share:.0%} of the measured points" in note.text
     assert json.loads(json.dumps(fused.quality.record(), allow_nan=False))
 
 
@@ -342,19 +345,19 @@ def check_walker(fused: Fused, boxes: list[tuple[Array, Array]], poses: Array) -
 
 
 def test_what_moves_is_in_each_of_its_frames_and_in_no_other():
-    places = list(np.linspace(-1.2, 0.8, 9))
+    places = list(np.linspace(-0.9, 0.7, 9))
     depths, boxes, poses = walker(places)
     check_walker(fuse(views_of(depths, poses), CONFIG), boxes, poses)
 
 
 def test_with_noise_too():
-    depths, boxes, poses = walker(list(np.linspace(-1.2, 0.8, 9)))
+    depths, boxes, poses = walker(list(np.linspace(-0.9, 0.7, 9)))
     fused = fuse(views_of(noisy(depths, NoiseModel(0.003, 0, 0.001)), poses), CONFIG)
     check_walker(fused, boxes, poses)
 
 
 def test_what_moves_and_then_stands_is_where_it_is_in_every_frame():
-    places = [*np.linspace(-1.2, 0.2, 8), 0.2, 0.2, 0.2]
+    places = [*np.linspace(-0.9, 0.2, 8), 0.2, 0.2, 0.2]
     depths, boxes, poses = walker(places)
     check_walker(fuse(views_of(depths, poses), CONFIG), boxes, poses)
 
@@ -391,7 +394,7 @@ def test_what_stands_still_does_not_move():
 
 
 def test_moving_points_lie_within_the_depth_range():
-    depths, _, poses = walker(list(np.linspace(-1.2, 0.8, 9)))
+    depths, _, poses = walker(list(np.linspace(-0.9, 0.7, 9)))
     fused = fuse(views_of(depths, poses), CONFIG.model_copy(update={"depth_range": (2.3, 6.5)}))
     assert not any(len(moving(fused, frame)) for frame in range(9))
 
@@ -470,12 +473,11 @@ def trusted(depth: Array, edges: str, edge: float = 0.03) -> Array:
 
 def test_a_networks_ramp_between_two_walls_is_dropped_and_its_grazing_floor_kept():
     walls = np.where(np.arange(80) < 38, 1.5, 3.0) * np.ones((60, 1))
-    for step, column in enumerate(range(37, 41)):
-        walls[:, column] = 1.5 + 1.5 * (step + 0.5) / 4
+    walls[:, 38:40] = (2.0, 2.5)
     found = trusted(walls, "network")
-    assert not found[2:-2, 37:41].any()
-    assert found[2:-2, :36].all()
-    assert found[2:-2, 42:].all()
+    assert not found[1:-1, 38:40].any()
+    assert found[:, :36].all()
+    assert found[:, 42:].all()
     floor = depth_of([plane((0, 0.4, 0), (0, 1, 0))], np.eye(4))
     rows = floor[:, 40] > 0
     # The depth's range alone would drop this floor.
@@ -491,8 +493,8 @@ def test_a_sensors_pixels_between_two_surfaces_are_dropped():
     rng = np.random.default_rng(0)
     walls[:, 40] = rng.uniform(1.7, 2.8, 60)
     found = trusted(walls, "sensor")
-    assert found[:, 40].mean() < 0.1
-    assert np.delete(found, 40, axis=1).all()
+    assert found[:, 40].mean() < 0.2
+    assert np.delete(found, 40, axis=1).mean() > 0.999
 
 
 # Determinism
@@ -507,7 +509,7 @@ from made_up import path, views_of
 from test_fusion import CONFIG, disturbed, noisy, walker
 from occgen_hub.fusion.fuse import fuse
 from occgen_hub.fusion.noise import NoiseModel
-depths, _, poses = walker(list(np.linspace(-1.2, 0.8, 9)))
+depths, _, poses = walker(list(np.linspace(-0.9, 0.7, 9)))
 views = views_of(noisy(depths, NoiseModel(0.004, 0, 0.001)), disturbed(poses, 0.005, 0.1))
 fused = fuse(views, CONFIG.model_copy(update={"refine_poses": True}))
 digest = hashlib.sha256(fused.cloud.points.tobytes() + fused.cloud.colors.tobytes())

@@ -15,7 +15,7 @@ from PIL import Image
 
 from occgen_hub.builder import load_builder
 from occgen_hub.config import load_config
-from occgen_hub.engines.rgbd import reconstruct
+from occgen_hub.engines import load_engine
 from occgen_hub.episode import Episode
 from occgen_hub.episode_build import Settings
 from occgen_hub.errors import OccGenError, SourceError
@@ -260,7 +260,7 @@ def test_task_index_counts_among_all_tasks_of_a_scene(scenes: Path) -> None:
 # Only a video
 
 
-def test_only_a_video(source: Path, alone: Path) -> None:
+def test_only_a_video(source: Path, alone: Path, tmp_path: Path) -> None:
     """With its images gone, intrinsics are those of its frames: 480 x 272 for 480 x 270."""
     shutil.rmtree(source / TRAJECTORY / RGB)
     shutil.rmtree(source / TRAJECTORY / DEPTH)
@@ -275,7 +275,7 @@ def test_only_a_video(source: Path, alone: Path) -> None:
     assert np.abs(difference).mean() < 12
     assert episode.read_rgb(3).shape == (272, 480, 3)
     with pytest.raises(OccGenError, match="the engine rgbd needs depth, poses and intrinsics"):
-        reconstruct(episode, load_config())
+        load_engine("rgbd").reconstruct(episode, load_config(), tmp_path)
 
 
 def test_a_smaller_video_scales_both_axes(source: Path, alone: Path) -> None:

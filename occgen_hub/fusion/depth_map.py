@@ -138,49 +138,65 @@ def _off_ramps(depth, K, tolerance, cosine):
     """(h, w) bool: pixels not on a ramp that a network drew from one object to another.
 
     A pixel is on one if the depth in the 3 x 3 pixels around ranges over more than `tolerance` of
-    its own, and the normals of the four triangles that it spans with its neighbours turn by more
-    than the angle of `cosine`. The first alone would drop floors seen at a grazing angle.
+    its own, and the normal of one of them is turned from its own by more than the angle of
+    `cosine`. The first alone would drop floors seen at a grazing angle.
     """
     height, width = depth.shape
     kept = np.zeros((height, width), np.bool_)
-    points = np.empty((4, 3))
-    normals = np.empty((4, 3))
+    normals = _normals(depth, K)
     for v in range(height):
         for u in range(width):
             here = depth[v, u]
             if here <= 0:
                 continue
             low, high = here, here
+            same = normals[v, u, 2] != 0
             for j in range(max(v - 1, 0), min(v + 2, height)):
                 for i in range(max(u - 1, 0), min(u + 2, width)):
-                    if depth[j, i] > 0:
-                        low, high = min(low, depth[j, i]), max(high, depth[j, i])
-            kept[v, u] = high - low <= tolerance * here
-            if kept[v, u] or v == 0 or u == 0 or v == height - 1 or u == width - 1:
+                    if depth[j, i] <= 0:
+                        continue
+                    low, high = min(low, depth[j, i]), max(high, depth[j, i])
+                    turn = (normals[v, u] * normals[j, i]).sum()
+                    same = same and (turn >= cosine or normals[j, i, 2] == 0)
+            kept[v, u] = same or high - low <= tolerance * here
+    return kept
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _normals(depth, K):
+    """(h, w, 3) float32: the mean normal of the triangles that a pixel spans with its neighbours.
+
+    They have length 1, or 0 where there is no triangle.
+    """
+    height, width = depth.shape
+    normals = np.zeros((height, width, 3), np.float32)
+    points, there = np.empty((4, 3)), np.empty(4, np.bool_)
+    for v in range(height):
+        for u in range(width):
+            here = depth[v, u]
+            if here <= 0:
                 continue
-            whole = True
             for n in range(4):
                 j, i = v + _AROUND[n, 0], u + _AROUND[n, 1]
-                z = depth[j, i]
-                whole = whole and z > 0
-                points[n, 0] = (i + 0.5 - K[0, 2]) / K[0, 0] * z - (u + 0.5 - K[0, 2]) / K[
-                    0, 0
-                ] * here
-                points[n, 1] = (j + 0.5 - K[1, 2]) / K[1, 1] * z - (v + 0.5 - K[1, 2]) / K[
-                    1, 1
-                ] * here
-                points[n, 2] = z - here
-            if not whole:
-                continue
+                there[n] = 0 <= j < height and 0 <= i < width and depth[j, i] > 0
+                if there[n]:
+                    z = depth[j, i]
+                    points[n, 0] = ((i + 0.5 - K[0, 2]) * z - (u + 0.5 - K[0, 2]) * here) / K[0, 0]
+                    points[n, 1] = ((j + 0.5 - K[1, 2]) * z - (v + 0.5 - K[1, 2]) * here) / K[1, 1]
+                    points[n, 2] = z - here
+            x, y, z = 0.0, 0.0, 0.0
             for n in range(4):
-                a, b = points[n], points[(n + 1) % 4]
-                normals[n, 0] = a[1] * b[2] - a[2] * b[1]
-                normals[n, 1] = a[2] * b[0] - a[0] * b[2]
-                normals[n, 2] = a[0] * b[1] - a[1] * b[0]
-                normals[n] /= np.sqrt((normals[n] ** 2).sum()) + 1e-30
-            turned = False
-            for n in range(4):
-                for m in range(n):
-                    turned = turned or (normals[n] * normals[m]).sum() < cosine
-            kept[v, u] = not turned
-    return kept
+                if there[n] and there[(n + 1) % 4]:
+                    a, b = points[n], points[(n + 1) % 4]
+                    across = a[1] * b[2] - a[2] * b[1]
+                    down = a[2] * b[0] - a[0] * b[2]
+                    along = a[0] * b[1] - a[1] * b[0]
+                    length = np.sqrt(across**2 + down**2 + along**2) + 1e-30
+                    x += across / length
+                    y += down / length
+                    z += along / length
+            length = np.sqrt(x * x + y * y + z * z)
+            if length > 0:
+                normals[v, u, 0], normals[v, u, 1] = x / length, y / length
+                normals[v, u, 2] = z / length
+    return normals

@@ -109,8 +109,11 @@ def _render(points, starts, low, high, camera, shape, spacing):
     """(h, w) float32: depth of the nearest static point at each pixel, infinite for none."""
     height, width = shape
     surface = np.full((height, width), np.inf, np.float32)
+    wide = camera.copy()  # Points beside the image cover pixels of it too.
+    wide[14:16] += WIDEST_SPLAT
+    margin = 2 * WIDEST_SPLAT
     for brick in range(len(starts) - 1):
-        if not in_sight(low[brick], high[brick], camera, width, height):
+        if not in_sight(low[brick], high[brick], wide, width + margin, height + margin):
             continue
         for n in range(starts[brick], starts[brick + 1]):
             x = points[n, 0] - camera[9]
