@@ -53,6 +53,26 @@ def dataset(sample_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="session")
+def people_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source tree of a trajectory of 8 frames in which two people walk. Not to be changed."""
+    from occgen_hub.sample import make_sample
+
+    out = tmp_path_factory.mktemp("people_tree") / "tree"
+    make_sample(out, trajectories=1, frames=8, seed=1, people=2)
+    return out
+
+
+@pytest.fixture(scope="session")
+def people(people_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dataset built from `people_tree`. Not to be changed by tests."""
+    import occgen_hub
+
+    out = tmp_path_factory.mktemp("people") / "out"
+    assert not occgen_hub.build("internnav", people_tree, out).failures
+    return out
+
+
+@pytest.fixture(scope="session")
 def real_tree() -> Path:
     """The real InternData-N1 tree, where it is there."""
     if not REAL.is_dir():

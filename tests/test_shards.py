@@ -93,6 +93,7 @@ def expected(root: Path) -> Iterator[dict[str, Any]]:
                 "scene": path.parent.relative_to(root).as_posix(),
                 "frame_index": t,
                 "occupied": visible[t].indices.tolist(),
+                "dynamic": [],
                 "observed": mask["data"][t].tobytes(),
                 "shape": mask["shape"].tolist(),
                 "voxel_size": 0.1,
@@ -132,6 +133,7 @@ def test_loaded_it_has_the_columns_that_were_promised(built, own_cache):
         "scene": Value("string"),
         "frame_index": Value("int64"),
         "occupied": List(Value("int32")),
+        "dynamic": List(Value("int32")),
         "observed": Value("binary"),
         "shape": List(Value("int32")),
         "voxel_size": Value("float64"),
@@ -371,6 +373,7 @@ def bit_flipped(values: list[bytes]) -> None:
     ("harm", "words"),
     [
         (with_column("occupied", lambda v: v[11].pop()), "row 11, frame 11 of"),
+        (with_column("dynamic", lambda v: v[12].append(7)), "row 12, frame 0 of"),
         (with_column("observed", bit_flipped), "row 9, frame 9"),
         (with_column("camera_extrinsic", lambda v: v[0][0].__setitem__(3, 9.0)), "row 0"),
         (with_column("voxel_size", lambda v: v.__setitem__(30, 0.2)), "row 30"),
