@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import threading
@@ -21,14 +22,24 @@ import numpy as np
 from occgen_hub.config import Condition, Config
 from occgen_hub.engines import AUTO, Auto, Engine
 from occgen_hub.episode import Episode, Note, Scene
-from occgen_hub.errors import OccGenError, SourceError, UsageError
-from occgen_hub.files import dump_json, flush, flush_tree, read_json, sha256
+from occgen_hub.errors import MachineError, OccGenError, SourceError, UsageError
+from occgen_hub.files import (
+    MACHINE_FAULTS,
+    dump_json,
+    flush,
+    flush_tree,
+    printable,
+    read_json,
+    sha256,
+)
 from occgen_hub.lerobot.writer import Media, Provenance, TrajectoryWriter
 from occgen_hub.occupancy.frames import observe_each
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.visibility import FrameOccupancy
 from occgen_hub.scene import settle
 from occgen_hub.schema import Schema, load_schema
+
+logger = logging.getLogger(__name__)
 
 Stage = Literal["reconstructed", "built"]
 Progress = Callable[[Stage, int], None]
@@ -109,6 +120,22 @@ class DatasetBuilder(ABC):
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._passed_over: set[Path] = set()
+
+    def pass_over(self, path: Path, error: OSError) -> None:
+        """Warn, once, that something below the root cannot be looked into, and is left out.
+
+        For `episodes`, so that one bad folder does not end a build. Raises SourceError where it is
+        the root itself, MachineError where the machine is at fault.
+        """
+        problem = f"cannot be looked into ({error.strerror or error})"
+        if error.errno in MACHINE_FAULTS:
+            raise MachineError(f"{path}: {problem}; mend that and run again.") from error
+        if path == self.root:
+            raise SourceError(path, problem, "check its permissions") from error
+        if path not in self._passed_over:
+            self._passed_over.add(path)
+            logger.warning("Warning: %s: %s, and is passed over.", printable(str(path)), problem)
 
     @abstractmethod
     def episodes(self) -> Iterator[EpisodeRef]:
