@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from occgen_hub.builder import DatasetBuilder, EpisodeRef
 from occgen_hub.episode import Column, Episode, MediaFile, Note, Task
 from occgen_hub.errors import OccGenError, SourceError
-from occgen_hub.files import opened, parse_json, read_json, read_jsonl, read_parquet
+from occgen_hub.files import is_file, opened, parse_json, read_json, read_jsonl, read_parquet
 from occgen_hub.geometry.camera import intrinsics_problem, scale_intrinsics
 from occgen_hub.geometry.ply import check_ply
 from occgen_hub.geometry.poses import RIGID, from_opengl, rigidity_error
@@ -91,7 +91,7 @@ class InternNavBuilder(DatasetBuilder):
 
     def episodes(self) -> Iterator[EpisodeRef]:
         """Every trajectory folder, or every episode of a scene's folder, sorted."""
-        for folder in _dataset_folders(self.root):
+        for folder in _dataset_folders(self.root, self.pass_over):
             parquets = _parquets(folder)
             if _is_scene(folder, parquets):
                 parts = _name(self.root, folder, 2)
@@ -102,14 +102,14 @@ class InternNavBuilder(DatasetBuilder):
                 yield EpisodeRef("/".join(_name(self.root, folder, 3)), folder, index)
 
     def has_depth(self, ref: EpisodeRef) -> bool:
-        """Whether there is a depth image; in a scene's folder, one of this episode's frames."""
-        folders = ref.path.glob("videos/chunk-*/observation.images.depth")
-        if not any(path.suffix == ".png" for folder in folders for path in folder.iterdir()):
+        """Whether there is a depth image; in a scene's folder, one of this episode's frames.
+
+        So there is behind what should be a folder and is none: `read` says what is wrong with it.
+        """
+        if not any(map(_may_hold_depth, ref.path.glob("videos/chunk-*/observation.images.depth"))):
             return False
-        if not _is_scene(ref.path, _parquets(ref.path)):
-            return True
         try:
-            return bool(_locate(ref).depth)
+            return not _is_scene(ref.path, _parquets(ref.path)) or bool(_locate(ref).depth)
         except OccGenError:
             return True  # Reading it says what is wrong.
 
@@ -185,27 +185,43 @@ class InternNavBuilder(DatasetBuilder):
 # Finding the files
 
 
-def _dataset_folders(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
+def _may_hold_depth(folder: Path) -> bool:
+    try:
+        return any(path.suffix == ".png" for path in folder.iterdir())
+    except OSError:
+        return True
+
+
+def _dataset_folders(
+    folder: Path,
+    pass_over: Callable[[Path, OSError], None],
+    above: tuple[tuple[int, int], ...] = (),
+) -> Iterator[Path]:
     """Folders with two of `data`, `meta` and `videos`, sorted; nothing is sought below them.
 
-    Links to folders are followed, but not back to a folder `above`, given by device and inode.
+    Links to folders are followed, but not back to a folder `above`, given by device and inode. What
+    cannot be looked into goes to `pass_over`.
     """
     try:
-        stat = folder.stat()
+        stat, names = folder.stat(), []
         with os.scandir(folder) as entries:
-            names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+            for entry in entries:
+                try:
+                    if entry.is_dir() and not entry.name.startswith("."):
+                        names.append(entry.name)
+                except OSError as error:  # Of a link to itself, for one.
+                    pass_over(Path(entry.path), error)
     except OSError as error:
-        raise SourceError(
-            folder, f"cannot be listed ({error.strerror})", "check its permissions"
-        ) from error
+        pass_over(folder, error)
+        return
     here = (stat.st_dev, stat.st_ino)
     if here in above:
         return
     if len({"data", "meta", "videos"} & set(names)) >= 2:
         yield folder
         return
-    for name in names:
-        yield from _dataset_folders(folder / name, (*above, here))
+    for name in sorted(names):
+        yield from _dataset_folders(folder / name, pass_over, (*above, here))
 
 
 def _name(root: Path, folder: Path, least: int) -> tuple[str, ...]:
@@ -225,7 +241,7 @@ def _parquets(folder: Path) -> dict[int, Path]:
 
 def _is_scene(folder: Path, parquets: dict[int, Path]) -> bool:
     """Whether the folder is in the newer layout, of many episodes that share an image folder."""
-    return len(parquets) > 1 or (folder / "meta" / "pointcloud.ply").is_file()
+    return len(parquets) > 1 or is_file(folder / "meta" / "pointcloud.ply")
 
 
 def _locate(ref: EpisodeRef) -> Files:
@@ -253,17 +269,31 @@ def _locate(ref: EpisodeRef) -> Files:
         rgb=rgb,
         depth=depth,
         first=first,
-        video=video if video.is_file() else None,
-        cloud=next((path for path in clouds if path.is_file()), None),
+        video=video if is_file(video) else None,
+        cloud=next((path for path in clouds if is_file(path)), None),
     )
 
 
 def _numbered(folder: Path, suffixes: tuple[str, ...]) -> dict[int, Path]:
-    """Files named by a number, sorted by that number: 10.jpg comes after 9.jpg."""
-    if not folder.is_dir():
-        return {}
+    """Files named by a number, sorted by that number: 10.jpg comes after 9.jpg.
+
+    None where there is no such folder; raises SourceError where it is none, or cannot be listed.
+    """
+    try:
+        paths = sorted(folder.iterdir())
+    except FileNotFoundError:
+        if not folder.is_symlink():
+            return {}
+        raise SourceError(folder, "is a link to nothing", RESTORE) from None
+    except NotADirectoryError:
+        if not os.path.lexists(folder):  # Something above it is a file.
+            return {}
+        raise SourceError(folder, "is not a folder", RESTORE) from None
+    except OSError as error:
+        problem = f"cannot be listed ({error.strerror})"
+        raise SourceError(folder, problem, "check its permissions, or leave it out") from error
     found: dict[int, Path] = {}
-    for path in sorted(folder.iterdir()):
+    for path in paths:
         stem, _, suffix = path.name.partition(".")
         if suffix.lower() not in suffixes or not stem.isdecimal() or len(stem) > 9:
             continue

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from occgen_hub.builder import DatasetBuilder, EpisodeRef
 from occgen_hub.episode import Episode, MediaFile, Note, Task
 from occgen_hub.errors import OccGenError, SourceError, UsageError
-from occgen_hub.files import MAX_TABLE_ROWS, opened, read_json, read_parquet
+from occgen_hub.files import MAX_TABLE_ROWS, is_file, opened, read_json, read_parquet
 from occgen_hub.media import (
     ImageSequence,
     VideoReader,
@@ -89,7 +89,8 @@ class VideoBuilder(DatasetBuilder):
 
         A video file that is named as the root is taken whatever it is called.
         """
-        found = [self.root] if self.root.is_file() else list(_find(self.root))
+        whole = is_file(self.root)
+        found = [self.root] if whole else list(_find(self.root, self.pass_over))
         if not found:
             raise UsageError(
                 f"{self.root}: holds neither videos ({_spoken(VIDEOS)}) nor images "
@@ -147,15 +148,24 @@ class VideoBuilder(DatasetBuilder):
 # Finding the files
 
 
-def _find(root: Path) -> Iterator[Path]:
+def _find(root: Path, pass_over: Callable[[Path, OSError], None]) -> Iterator[Path]:
     """Videos, and folders of images without any, at any depth. What is hidden is passed over.
 
     Images beside videos are covers and thumbnails. Links to folders are followed, to each folder
-    once.
+    once. What cannot be looked into goes to `pass_over`.
     """
+
+    def unlisted(error: OSError) -> None:
+        pass_over(Path(error.filename), error)
+
     seen: set[tuple[int, int]] = set()
-    for parent, folders, names in os.walk(root, followlinks=True, onerror=_unlisted):
-        stat = Path(parent).stat()
+    for parent, folders, names in os.walk(root, followlinks=True, onerror=unlisted):
+        try:
+            stat = Path(parent).stat()
+        except OSError as error:
+            pass_over(Path(parent), error)
+            folders.clear()
+            continue
         if (stat.st_dev, stat.st_ino) in seen:
             folders.clear()
             continue

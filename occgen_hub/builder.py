@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -14,8 +15,10 @@ from typing import ClassVar
 from occgen_hub.config import Condition
 from occgen_hub.engines import AUTO
 from occgen_hub.episode import Episode
-from occgen_hub.errors import OccGenError, SourceError, UsageError
-from occgen_hub.files import sha256
+from occgen_hub.errors import MachineError, OccGenError, SourceError, UsageError
+from occgen_hub.files import MACHINE_FAULTS, printable, sha256
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,22 @@ class DatasetBuilder(ABC):
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._passed_over: set[Path] = set()
+
+    def pass_over(self, path: Path, error: OSError) -> None:
+        """Warn, once, that something below the root cannot be looked into, and is left out.
+
+        For `episodes`, so that one bad folder does not end a build. Raises SourceError where it is
+        the root itself, MachineError where the machine is at fault.
+        """
+        problem = f"cannot be looked into ({error.strerror or error})"
+        if error.errno in MACHINE_FAULTS:
+            raise MachineError(f"{path}: {problem}; mend that and run again.") from error
+        if path == self.root:
+            raise SourceError(path, problem, "check its permissions") from error
+        if path not in self._passed_over:
+            self._passed_over.add(path)
+            logger.warning("Warning: %s: %s, and is passed over.", printable(str(path)), problem)
 
     @abstractmethod
     def episodes(self) -> Iterator[EpisodeRef]:

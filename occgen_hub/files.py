@@ -27,8 +27,8 @@ MAX_DOCUMENT_BYTES = 64 << 20
 ABSENT = "restore it from the source or, if a build wrote it, run the same build again"
 """What to do about a file that is not there."""
 
-_THE_MACHINES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
-"""Of the errors on opening a file, those that say nothing about the file."""
+MACHINE_FAULTS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
+"""Of the errors on opening a file or folder, those that say nothing about it."""
 
 MAX_DEPTH = 64
 """Levels of a JSON document; ours and the sources' have seven."""
@@ -51,7 +51,7 @@ def opened(path: Path) -> BufferedReader:
     except IsADirectoryError:
         raise SourceError(path, "is a folder", "put the file in its place") from None
     except OSError as error:
-        if error.errno in _THE_MACHINES:
+        if error.errno in MACHINE_FAULTS:
             raise MachineError(
                 f"{path}: cannot be read ({error.strerror}); mend that and run again."
             ) from error
@@ -66,6 +66,14 @@ def opened(path: Path) -> BufferedReader:
 
 def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a regular file that can be looked up; raises nothing."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def read_bytes(path: Path, limit: int = MAX_DOCUMENT_BYTES) -> bytes:

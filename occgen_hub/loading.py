@@ -5,6 +5,7 @@ Headers are checked against the schema before anything is allocated, and pickles
 
 from __future__ import annotations
 
+import ast
 import os
 import shlex
 import struct
@@ -19,7 +20,6 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from occgen_hub.config import MAX_CELLS
@@ -211,15 +211,34 @@ def _member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether in Fortran order, and type; raises ValueError when it is no npy file."""
-    magic = npy.read_magic(file)  # type: ignore[no-untyped-call]  # numpy's own
-    read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(magic)
-    if read is None:
-        raise ValueError("of an unknown version")
-    shape, fortran, dtype = read(file)  # type: ignore[no-untyped-call]  # numpy's own
-    if min(shape, default=0) < 0:
-        raise ValueError("of a negative size")
-    return shape, fortran, dtype
+    """Shape, whether in Fortran order, and type; raises ValueError when it is no npy file.
+
+    Read here and not by numpy, which takes a damaged header for one of Python 2 and raises whatever
+    comes of that.
+    """
+    version = file.read(8).removeprefix(b"\x93NUMPY")
+    if version not in (b"\1\0", b"\2\0"):
+        raise ValueError("is no npy file of a known version")
+    length = int.from_bytes(file.read(2 if version == b"\1\0" else 4), "little")
+    text = file.read(min(length, _HEADER))
+    if len(text) < length or b"\\" in text:  # Of which Python would warn on the terminal.
+        raise ValueError("its header is damaged")
+    try:
+        said = ast.literal_eval(text.decode("latin1").strip())
+        shape, fortran, kind = said["shape"], said["fortran_order"], said["descr"]
+        dtype = np.dtype(kind) if isinstance(kind, str) else None
+    except (SyntaxError, ValueError, TypeError, KeyError, MemoryError, RecursionError):
+        raise ValueError("its header is damaged") from None
+    sizes = shape if isinstance(shape, tuple) else (None,)
+    if not all(type(size) is int and 0 <= size < 1 << 62 for size in sizes):
+        raise ValueError("its header says no shape")
+    if dtype is None or not dtype.itemsize or not isinstance(fortran, bool):
+        raise ValueError("its header says no type of numbers")
+    return sizes, fortran, dtype
+
+
+_HEADER = 10_000
+"""Bytes of a header at most; numpy's own have some hundred."""
 
 
 def npz_array(path: Path, name: str) -> NpzArray:
