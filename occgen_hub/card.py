@@ -402,8 +402,8 @@ def _quality(facts: Facts) -> Iterator[str]:
     """How well the frames agree, and what moves."""
     if facts.moving:
         yield (
-            f"Something moves in {_count(facts.moving, 'trajectory')}: the column `dynamic` of the "
-            "occupancy has those of the occupied cells that hold it.\n"
+            f"Something moves in {_count(facts.moving, 'trajectory')}: `dynamic`, beside the "
+            "occupied cells, has those of them that hold it.\n"
         )
     if facts.quality:
         each = facts.quality

@@ -37,7 +37,7 @@ from occgen_hub.schema import load_schema
 from occgen_hub.shards import FEATURES, FOLDER, NAME, REMAKE, shards
 
 KEYS = (
-    *("occupancy", "dynamic", "mask", "pose", "intrinsics", "image", "depth", "history"),
+    *("occupancy", "mask", "dynamic", "pose", "intrinsics", "image", "depth", "history"),
     *("task", "episode", "frame_index"),
 )
 """What an item may hold."""

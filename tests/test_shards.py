@@ -35,6 +35,7 @@ from occgen_hub.validation import validate
 
 COARSE = Settings(Config(voxel_size=0.1), media="none")
 VISIBLE = "videos/chunk-000/observation.occ.view/occ_sequence.npz"
+DYNAMIC = "videos/chunk-000/observation.occ.dynamic/dynamic_sequence.npz"
 OBSERVED = "videos/chunk-000/observation.occ.mask/mask_sequence.npz"
 
 
@@ -86,6 +87,9 @@ def expected(root: Path) -> Iterator[dict[str, Any]]:
     """Each frame, as scipy and numpy read it from the trajectories."""
     for path in sorted(root.glob("*/*/trajectory_*")):
         visible, mask = sparse.load_npz(path / VISIBLE), np.load(path / OBSERVED)
+        moving = sparse.csr_matrix(visible.shape, dtype=np.uint8)
+        if (path / DYNAMIC).exists():
+            moving = sparse.load_npz(path / DYNAMIC)
         table = pq.read_table(path / "data/chunk-000/episode_000000.parquet")
         for t in range(visible.shape[0]):
             yield {
@@ -93,7 +97,7 @@ def expected(root: Path) -> Iterator[dict[str, Any]]:
                 "scene": path.parent.relative_to(root).as_posix(),
                 "frame_index": t,
                 "occupied": visible[t].indices.tolist(),
-                "dynamic": [],
+                "dynamic": moving[t].indices.tolist(),
                 "observed": mask["data"][t].tobytes(),
                 "shape": mask["shape"].tolist(),
                 "voxel_size": 0.1,
