@@ -18,6 +18,7 @@ import yaml
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from occgen_hub.atomic import atomic_file
 from occgen_hub.errors import DatasetError, OccGenError, UsageError
 from occgen_hub.files import (
     dump_json,
@@ -25,7 +26,6 @@ from occgen_hub.files import (
     printable,
     read_bytes,
     sha256,
-    written_whole,
 )
 from occgen_hub.fusion.quality import Quality
 from occgen_hub.lerobot.exported import RECORD
@@ -98,7 +98,7 @@ def write_card(root: Path) -> Path:
     )
     text = ("\n".join(parts) + "\n").encode()
     if not card.exists() or card.read_bytes() != text:
-        with written_whole(card) as partial:
+        with atomic_file(card) as partial:
             partial.write_bytes(text)
     return card
 
@@ -124,7 +124,7 @@ def write_export_card(
         *_quality(facts),
         *_origin(facts, EXPORT_RECORD),
     )
-    with written_whole(out / CARD) as partial:
+    with atomic_file(out / CARD) as partial:
         partial.write_text("\n".join(parts) + "\n", encoding="utf-8")
     return out / CARD
 
@@ -209,7 +209,7 @@ def _picture(place: Path, path: Path) -> bool:
         return False
     said = PngInfo()
     said.add_text(_DRAWN, origin)
-    with written_whole(place) as partial:
+    with atomic_file(place) as partial:
         image.save(partial, "PNG", pnginfo=said)
     return True
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from occgen_hub.atomic import atomic_folder, clear_leftovers
 from occgen_hub.builder import DatasetBuilder, EpisodeRef
 from occgen_hub.config import Config
 from occgen_hub.engines import Auto, Engine
@@ -20,7 +23,6 @@ from occgen_hub.occupancy.visibility import FrameOccupancy
 from occgen_hub.pipeline import observe, reconstruct
 from occgen_hub.scene import Scene
 from occgen_hub.schema import Schema, load_schema
-from occgen_hub.staging import clear_leftovers, remove_scratch, scratch_folder, staged
 from occgen_hub.stopwatch import Stopwatch
 from occgen_hub.up_to_date import (
     check_replaceable,
@@ -111,6 +113,7 @@ def reconstruct_episode(
     """
     place = out / ref.id
     clear_leftovers(place)
+    remove_scratch(place)
     check_replaceable(place, load_schema(builder.schema))
     engine = settings.engine.for_episode(ref.id, has_depth=builder.has_depth(ref))
     made_by, reason = provenance(builder, engine, settings), None
@@ -148,7 +151,7 @@ def write_episode(
     ref, episode, clock, place = done.ref, done.episode, done.clock, out / done.ref.id
     schema = load_schema(done.builder.schema)
     try:
-        with staged(place, clock) as folder:
+        with atomic_folder(place, flushing=lambda: clock("flush")) as folder:
             _write(folder, schema, episode, done.scene, done.provenance, clock, progress)
             if sizes_and_times(done.sources) != done.stamps:
                 raise ChangedError(ref.path, "changed while it was read", "run the build again")
@@ -160,6 +163,21 @@ def write_episode(
     if done.reason not in (None, "is not there"):
         notes = (Note("built again", f"what was there {done.reason}: built again"), *notes)
     return Built(ref.id, "built", episode.length, notes, clock.seconds)
+
+
+def scratch_folder(place: Path) -> Path:
+    """Where depth that does not fit into memory waits while a trajectory is built."""
+    return place.with_name(f".{place.name}.scratch")
+
+
+def remove_scratch(place: Path) -> None:
+    """Remove the scratch folder of a trajectory, and those above it that then hold nothing."""
+    scratch = scratch_folder(place)
+    if scratch.exists():
+        shutil.rmtree(scratch, ignore_errors=True)
+        with suppress(OSError):
+            place.parent.rmdir()
+            place.parent.parent.rmdir()
 
 
 def why_outdated(

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from occgen_hub.atomic import atomic_file
 from occgen_hub.errors import DatasetError, SourceError
 from occgen_hub.files import (
     LINK_OUT,
@@ -33,7 +34,6 @@ from occgen_hub.files import (
     parquet_file,
     plain,
     printable,
-    written_whole,
 )
 from occgen_hub.loading import REBUILD, Trajectory, npz_array, trajectories
 from occgen_hub.schema import Feature, plain_arrow, plain_texts
@@ -325,7 +325,7 @@ def _write(place: Path, pieces: list[Piece], stop: Event) -> None:
             f"{name}.list.element": "DELTA_BINARY_PACKED" for name in ("occupied", "dynamic")
         },
     }
-    with written_whole(place) as partial, pq.ParquetWriter(partial, _schema(), **how) as writer:
+    with atomic_file(place) as partial, pq.ParquetWriter(partial, _schema(), **how) as writer:
         writer.add_key_value_metadata({_KEY: dump_json(_describe(pieces)).encode()})
         for rows in batched(chain.from_iterable(map(_rows, pieces)), GROUP):
             if stop.is_set():

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 GROUND_TO_ROOF = [
     "errors",
+    "atomic",
     "files",
     "prefetch",
     "media",
@@ -33,7 +34,6 @@ GROUND_TO_ROOF = [
     "validation",
     "builder",
     "stopwatch",
-    "staging",
     "up_to_date",
     "episode_build",
     "job",

@@ -9,8 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from occgen_hub.atomic import atomic_file
 from occgen_hub.errors import OccGenError
-from occgen_hub.files import dump_json, parse_json, read_bytes, read_json, written_whole
+from occgen_hub.files import dump_json, parse_json, read_bytes, read_json
 from occgen_hub.runtime.results import Failure, Summary
 
 FAILURES = "failures.jsonl"
@@ -77,7 +78,7 @@ def _write(path: Path, content: bytes) -> None:
         if path.exists():  # To remove what is not there fails in a read-only folder.
             path.unlink()
     elif not path.is_file() or path.read_bytes() != content:
-        with written_whole(path) as partial:
+        with atomic_file(path) as partial:
             partial.write_bytes(content)
 
 

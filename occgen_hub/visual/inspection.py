@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from occgen_hub.atomic import atomic_file
 from occgen_hub.errors import SourceError, UsageError
-from occgen_hub.files import files_under, written_whole
+from occgen_hub.files import files_under
 from occgen_hub.fusion.quality import Quality
 from occgen_hub.loading import Trajectory, built, npz_array
 from occgen_hub.visual.preview import preview
@@ -101,7 +102,7 @@ def picture(
         raise UsageError(f"--preview {place}: give a name that ends in .png.")
     image = preview(opened, frame)
     try:
-        with written_whole(place) as partial:
+        with atomic_file(place) as partial:
             image.save(partial, "PNG")
     except OSError as error:
         raise UsageError(
