@@ -22,7 +22,7 @@ CORE = 0.4
 """Share of the pixels of what moves whose four neighbours belong to it too. A seam of wrong depths
 along an edge is long and thin and has fewer."""
 
-WIDEST_SPLAT = 4
+WIDEST_SPLAT = 16
 """Pixels that a point of the static surface covers to each side at most."""
 
 
