@@ -101,9 +101,17 @@ def check_episode(episode: Episode) -> Episode:
     if not episode.tasks:
         raise wrong("tasks", "is empty", "at least one instruction, for example Task('navigate')")
     index = np.asarray(episode.task_index)
-    if index.shape != (T,) or index.min() < 0 or index.max() >= len(episode.tasks):
-        expected = f"({T},) numbers of the {len(episode.tasks)} tasks"
-        raise wrong("task_index", f"has shape {index.shape} or other numbers", expected)
+    if (
+        index.shape != (T,)
+        or index.dtype.kind not in "iu"
+        or index.min() < 0
+        or index.max() >= len(episode.tasks)
+    ):
+        found = f"is {index.dtype} of shape {index.shape} or holds other numbers"
+        raise wrong("task_index", found, f"({T},) whole numbers of the {len(episode.tasks)} tasks")
+    for name, column in episode.columns.items():
+        if len(column.values) != T:
+            raise wrong(f"the column {name}", f"has {len(column.values)} rows", f"{T}, one a frame")
     if episode.world_from_camera is not None:
         _check_array(wrong, "world_from_camera", episode.world_from_camera, (T, 4, 4))
         bad = np.flatnonzero(~(rigidity_error(episode.world_from_camera) <= RIGID))
@@ -125,7 +133,7 @@ def check_episode(episode: Episode) -> Episode:
     read_rgb, read_depth = episode.read_rgb, episode.read_depth
 
     def rgb(frame: int) -> NDArray[np.uint8]:
-        image = read_rgb(frame)
+        image = np.asarray(read_rgb(frame))
         if image.dtype != np.uint8 or image.shape != (height, width, 3):
             found = _described(image, width, height)
             raise wrong(f"read_rgb({frame})", found, f"uint8 {(height, width, 3)}")
@@ -133,7 +141,7 @@ def check_episode(episode: Episode) -> Episode:
 
     def depth(frame: int) -> NDArray[np.float64]:
         assert read_depth is not None
-        metres = read_depth(frame)
+        metres = np.asarray(read_depth(frame))
         if metres.dtype.kind != "f" or metres.shape != (height, width):
             found = _described(metres, width, height)
             raise wrong(f"read_depth({frame})", found, f"float metres {(height, width)}")
@@ -155,6 +163,8 @@ def _check_array(
     array: NDArray[Any],
     shape: tuple[int, ...],
 ) -> None:
+    if not isinstance(array, np.ndarray):
+        raise wrong(name, f"is a {type(array).__name__}", f"a float64 array of shape {shape}")
     if array.shape != shape or array.dtype != np.float64:
         raise wrong(name, f"is {array.dtype} of shape {array.shape}", f"float64 of shape {shape}")
 

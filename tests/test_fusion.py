@@ -555,7 +555,7 @@ def test_the_store_gives_back_what_was_added(tmp_path_factory, seed, width, heig
         np.testing.assert_array_equal(store.color(place), colors[place])
         found = store.confidence(place)
         assert found.dtype == np.float32
-        np.testing.assert_allclose(found, sure[place], atol=0.51 / 255)
+        np.testing.assert_allclose(found, sure[place], atol=0.51 / 65_535)
 
 
 # The kernels against plain Python

@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+SURE = 65_535
+"""How a confidence of 1 is stored."""
+
 
 class FrameStore:
     """Depth, confidence and colours of frames of one size, in the order in which they were added.
@@ -27,8 +30,10 @@ class FrameStore:
         color: NDArray[np.uint8],
     ) -> None:
         """One more frame: (h, w) depth, 0 for none; (h, w) confidence in [0, 1]; (h, w, 3) RGB."""
-        arrays = {"depth": depth, "confidence": np.rint(confidence * 255).astype(np.uint8)}
-        for name, array in {**arrays, "color": color}.items():
+        # In two bytes: in one, all that is surer than 0.998 would be entirely sure.
+        sure = np.rint(confidence * SURE).astype(np.uint16)
+        arrays = {"depth": depth.astype(np.float32), "confidence": sure, "color": color}
+        for name, array in arrays.items():
             with self._paths[name].open("ab") as file:
                 file.write(np.ascontiguousarray(array).tobytes())
 
@@ -37,9 +42,9 @@ class FrameStore:
         return self._read("depth", np.float32, place, self._shape)
 
     def confidence(self, place: int) -> NDArray[np.float32]:
-        """(h, w) float32 in [0, 1], to 1/255."""
-        stored = self._read("confidence", np.uint8, place, self._shape)
-        return stored.astype(np.float32) / np.float32(255)
+        """(h, w) float32 in [0, 1], to 1/65,535."""
+        stored = self._read("confidence", np.uint16, place, self._shape)
+        return stored.astype(np.float32) / np.float32(SURE)
 
     def color(self, place: int) -> NDArray[np.uint8]:
         """(h, w, 3) uint8."""

@@ -26,14 +26,20 @@ MOVED = (0.04, np.radians(4.0))
 Frames of a camera that stands still agree whatever is wrong."""
 
 AGREES = (0.03, 0.01)
-"""Share of the depth, and metres: two depths that differ by no more than both together agree."""
+"""Share of the depth, and metres: two depths that differ by no more than both together agree.
+Where another unit of depth is tried, the metres are in that unit too, or all near depth agreed."""
 
 LEAST_POINTS = 200
 """Compared, for a share of them to say something."""
 
-GOOD, POOR, BETTER = 0.6, 0.8, 0.25
+GOOD, POOR, BETTER = 0.6, 0.85, 0.25
 """Shares of depth that agree: what another convention has to reach to be named; what is so poor
 that others are tried; and by how much another has to be better."""
+
+NEARLY_ALL, LEFT = 0.9, 1 / 3
+"""A convention by which that share agrees is also better where no more disagrees than that share of
+what disagrees without it: a camera that mostly turns agrees with itself to a good part by any unit
+of depth."""
 
 HARDLY = 0.25
 """Where less agrees and no other convention is better, that is told."""
@@ -101,19 +107,21 @@ def check_conventions(views: Views, episode: str, config: Config) -> list[Note]:
         return []
     pairs = _pairs(views, config)
     given = _agreement(pairs, Convention("", ""))
-    if given is None or given >= POOR:
+    if not pairs or (given is not None and given >= POOR):
         return []
     tried = [(_agreement(pairs, other), other) for other in CONVENTIONS]
     found = [(share, other) for share, other in tried if share is not None]
     if found:
         share, other = max(found, key=lambda row: row[0])
-        if share >= max(GOOD, given + BETTER):
+        clear = share >= NEARLY_ALL and 1 - share <= LEFT * (1 - (given or 0.0))
+        if clear or (given is not None and share >= max(GOOD, given + BETTER)):
+            seen = "nothing" if given is None else f"only {given:.0%}"
             raise OccGenError(
-                f"{episode}: frames contradict one another (only {given:.0%} of the depth agrees "
-                f"from one to another), but would agree ({share:.0%}) as if {other.meaning}; "
+                f"{episode}: frames contradict one another ({seen} of the depth agrees from one "
+                f"to another), but would agree ({share:.0%}) as if {other.meaning}; "
                 f"{other.remedy}."
             )
-    if given >= HARDLY:
+    if given is None or given >= HARDLY:
         return []
     text = (
         f"only {given:.0%} of the depth agrees from one frame to another: check that poses, depth "
@@ -147,11 +155,12 @@ def _pairs(views: Views, config: Config) -> list[tuple[DepthMap, DepthMap]]:
 def _agreement(pairs: list[tuple[DepthMap, DepthMap]], convention: Convention) -> float | None:
     """Share of the compared points that agree; None where too few can be compared."""
     count = agreeing = 0
+    metres = AGREES[1] * convention.factor
     for pair in pairs:
         here, there = (_meant(view, convention) for view in pair)
         z, behind = compare(here, there, farthest=np.inf)
         count += len(z)
-        agreeing += int((np.abs(behind) <= AGREES[0] * z + AGREES[1]).sum())
+        agreeing += int((np.abs(behind) <= AGREES[0] * z + metres).sum())
     return agreeing / count if count >= LEAST_POINTS else None
 
 

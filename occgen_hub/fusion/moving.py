@@ -22,7 +22,7 @@ CORE = 0.4
 """Share of the pixels of what moves whose four neighbours belong to it too. A seam of wrong depths
 along an edge is long and thin and has fewer."""
 
-WIDEST_SPLAT = 16
+WIDEST_SPLAT = 64
 """Pixels that a point of the static surface covers to each side at most."""
 
 
@@ -65,7 +65,7 @@ class MovingPoints:
         trusted = (
             view.trusted & (view.depth >= self.depth_range[0]) & (view.depth <= self.depth_range[1])
         )
-        in_front = _in_front(view.pixels, trusted, surface, tolerance)
+        in_front = _in_front(view.pixels, trusted, surface, tolerance, self.spacing)
         kept = _connected(view.depth, in_front, camera, tolerance)
         points: NDArray[np.float32] = _smoothed(view.depth, kept, camera, tolerance)
         return points
@@ -138,8 +138,11 @@ def _render(points, starts, low, high, camera, shape, spacing):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _in_front(pixels, trusted, surface, tolerance):
-    """(h, w) bool: trusted pixels well in front of all static surface around them."""
+def _in_front(pixels, trusted, surface, tolerance, spacing):
+    """(h, w) bool: trusted pixels well in front of all static surface around them.
+
+    A point of that stands for all surface in a cube of edge `spacing`, so it may be that far off.
+    """
     height, width = surface.shape
     found = np.zeros((height, width), np.bool_)
     for v in range(height):
@@ -152,7 +155,7 @@ def _in_front(pixels, trusted, surface, tolerance):
                 for i in range(max(u - 1, 0), min(u + 2, width)):
                     static = min(static, surface[j, i])
             slope = here * here * (abs(pixels[v, u, 1]) + abs(pixels[v, u, 2]))
-            found[v, u] = static - here > allowed(here, slope, tolerance)
+            found[v, u] = static - here > allowed(here, slope, tolerance) + spacing
     return found
 
 
