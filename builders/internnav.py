@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,17 @@ from numpy.typing import NDArray
 from occgen_hub.builder import DatasetBuilder, EpisodeRef
 from occgen_hub.episode import Column, Episode, MediaFile, Note, Task
 from occgen_hub.errors import OccGenError, SourceError
-from occgen_hub.files import opened, parse_json, read_json, read_jsonl, read_parquet
+from occgen_hub.files import is_file, opened, parse_json, read_json, read_jsonl, read_parquet
 from occgen_hub.geometry.camera import intrinsics_problem, scale_intrinsics
 from occgen_hub.geometry.ply import check_ply
 from occgen_hub.geometry.poses import RIGID, from_opengl, rigidity_error
 from occgen_hub.media import (
     RESTORE,
+    ImageSequence,
     VideoFacts,
     VideoReader,
     image_size,
+    is_jpeg,
     read_depth,
     read_rgb,
     stated_pixels,
@@ -88,7 +91,7 @@ class InternNavBuilder(DatasetBuilder):
 
     def episodes(self) -> Iterator[EpisodeRef]:
         """Every trajectory folder, or every episode of a scene's folder, sorted."""
-        for folder in _dataset_folders(self.root):
+        for folder in _dataset_folders(self.root, self.pass_over):
             parquets = _parquets(folder)
             if _is_scene(folder, parquets):
                 parts = _name(self.root, folder, 2)
@@ -99,9 +102,16 @@ class InternNavBuilder(DatasetBuilder):
                 yield EpisodeRef("/".join(_name(self.root, folder, 3)), folder, index)
 
     def has_depth(self, ref: EpisodeRef) -> bool:
-        """Whether there is a depth image."""
-        folders = ref.path.glob("videos/chunk-*/observation.images.depth")
-        return any(path.suffix == ".png" for folder in folders for path in folder.iterdir())
+        """Whether there is a depth image; in a scene's folder, one of this episode's frames.
+
+        So there is behind what should be a folder and is none: `read` says what is wrong with it.
+        """
+        if not any(map(_may_hold_depth, ref.path.glob("videos/chunk-*/observation.images.depth"))):
+            return False
+        try:
+            return not _is_scene(ref.path, _parquets(ref.path)) or bool(_locate(ref).depth)
+        except OccGenError:
+            return True  # Reading it says what is wrong.
 
     def work(self, ref: EpisodeRef) -> float:
         """Its images times the pixels of the first or, without images, those of its video."""
@@ -135,6 +145,8 @@ class InternNavBuilder(DatasetBuilder):
         K = _intrinsics(columns, left_out, files.parquet)
         size, K, size_notes = _image_size(rgb, depth, video, files, K)
         _check_view(K, size, files.parquet)
+        images = ImageSequence(rgb, size, read_rgb)
+        depths = ImageSequence(depth, size, read_depth)
         fps, rate_notes = _rate(info, video, files)
         tasks, task_index, task_notes = _tasks(files, columns, ref, length)
         cloud, cloud_notes = _cloud(files)
@@ -145,43 +157,71 @@ class InternNavBuilder(DatasetBuilder):
             fps=fps,
             robot_type=_text(info.get("robot_type")) or "unknown",
             image_size=size,
-            read_rgb=_rgb_reader(rgb, files.video, size),
-            read_depth=_depth_reader(depth, size) if depth else None,
+            read_rgb=images if rgb or files.video is None else VideoReader(files.video, size),
+            read_depth=(lambda t: depths(t) / DEPTH_UNITS) if depth else None,
             world_from_camera=_poses(columns, left_out, files.parquet),
             intrinsics=K,
             tasks=tasks,
             task_index=task_index,
             columns={name: c for name, c in columns.items() if name not in LEROBOT},
-            media=tuple(_media(files, rgb, depth)),
+            media=(
+                *_image_media("rgb", rgb, images),
+                *_image_media("depth", depth, depths),
+                *_other_media(files),
+            ),
             fingerprint=self.fingerprint(sources),
-            notes=(*notes, *video_notes, *size_notes, *rate_notes, *task_notes, *cloud_notes),
+            notes=(
+                *notes,
+                *video_notes,
+                *size_notes,
+                *_format_notes(rgb),
+                *rate_notes,
+                *task_notes,
+                *cloud_notes,
+            ),
         )
 
 
 # Finding the files
 
 
-def _dataset_folders(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
+def _may_hold_depth(folder: Path) -> bool:
+    try:
+        return any(path.suffix == ".png" for path in folder.iterdir())
+    except OSError:
+        return True
+
+
+def _dataset_folders(
+    folder: Path,
+    pass_over: Callable[[Path, OSError], None],
+    above: tuple[tuple[int, int], ...] = (),
+) -> Iterator[Path]:
     """Folders with two of `data`, `meta` and `videos`, sorted; nothing is sought below them.
 
-    Links to folders are followed, but not back to a folder `above`, given by device and inode.
+    Links to folders are followed, but not back to a folder `above`, given by device and inode. What
+    cannot be looked into goes to `pass_over`.
     """
     try:
-        stat = folder.stat()
+        stat, names = folder.stat(), []
         with os.scandir(folder) as entries:
-            names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+            for entry in entries:
+                try:
+                    if entry.is_dir() and not entry.name.startswith("."):
+                        names.append(entry.name)
+                except OSError as error:  # Of a link to itself, for one.
+                    pass_over(Path(entry.path), error)
     except OSError as error:
-        raise SourceError(
-            folder, f"cannot be listed ({error.strerror})", "check its permissions"
-        ) from error
+        pass_over(folder, error)
+        return
     here = (stat.st_dev, stat.st_ino)
     if here in above:
         return
     if len({"data", "meta", "videos"} & set(names)) >= 2:
         yield folder
         return
-    for name in names:
-        yield from _dataset_folders(folder / name, (*above, here))
+    for name in sorted(names):
+        yield from _dataset_folders(folder / name, pass_over, (*above, here))
 
 
 def _name(root: Path, folder: Path, least: int) -> tuple[str, ...]:
@@ -201,7 +241,7 @@ def _parquets(folder: Path) -> dict[int, Path]:
 
 def _is_scene(folder: Path, parquets: dict[int, Path]) -> bool:
     """Whether the folder is in the newer layout, of many episodes that share an image folder."""
-    return len(parquets) > 1 or (folder / "meta" / "pointcloud.ply").is_file()
+    return len(parquets) > 1 or is_file(folder / "meta" / "pointcloud.ply")
 
 
 def _locate(ref: EpisodeRef) -> Files:
@@ -229,17 +269,31 @@ def _locate(ref: EpisodeRef) -> Files:
         rgb=rgb,
         depth=depth,
         first=first,
-        video=video if video.is_file() else None,
-        cloud=next((path for path in clouds if path.is_file()), None),
+        video=video if is_file(video) else None,
+        cloud=next((path for path in clouds if is_file(path)), None),
     )
 
 
 def _numbered(folder: Path, suffixes: tuple[str, ...]) -> dict[int, Path]:
-    """Files named by a number, sorted by that number: 10.jpg comes after 9.jpg."""
-    if not folder.is_dir():
-        return {}
+    """Files named by a number, sorted by that number: 10.jpg comes after 9.jpg.
+
+    None where there is no such folder; raises SourceError where it is none, or cannot be listed.
+    """
+    try:
+        paths = sorted(folder.iterdir())
+    except FileNotFoundError:
+        if not folder.is_symlink():
+            return {}
+        raise SourceError(folder, "is a link to nothing", RESTORE) from None
+    except NotADirectoryError:
+        if not os.path.lexists(folder):  # Something above it is a file.
+            return {}
+        raise SourceError(folder, "is not a folder", RESTORE) from None
+    except OSError as error:
+        problem = f"cannot be listed ({error.strerror})"
+        raise SourceError(folder, problem, "check its permissions, or leave it out") from error
     found: dict[int, Path] = {}
-    for path in sorted(folder.iterdir()):
+    for path in paths:
         stem, _, suffix = path.name.partition(".")
         if suffix.lower() not in suffixes or not stem.isdecimal() or len(stem) > 9:
             continue
@@ -484,18 +538,12 @@ def _image_size(
     return video.size, scale_intrinsics(intrinsics, *factors), [Note("video only", text)]
 
 
-def _rgb_reader(
-    rgb: tuple[Path, ...], video: Path | None, size: tuple[int, int]
-) -> Callable[[int], NDArray[np.uint8]]:
-    if rgb or video is None:
-        return lambda t: read_rgb(rgb[t], size)
-    return VideoReader(video, size)
-
-
-def _depth_reader(
-    depth: tuple[Path, ...], size: tuple[int, int]
-) -> Callable[[int], NDArray[np.float64]]:
-    return lambda t: read_depth(depth[t], size) / DEPTH_UNITS
+def _format_notes(rgb: tuple[Path, ...]) -> list[Note]:
+    """Where the images are not what they are called, told by the first of them."""
+    if not rgb or is_jpeg(rgb[0]):
+        return []
+    text = f"{rgb[0].name} is a PNG, whatever it is called: such images are stored as JPEG"
+    return [Note("image format", text)]
 
 
 def _cloud(files: Files) -> tuple[Path | None, list[Note]]:
@@ -508,11 +556,14 @@ def _cloud(files: Files) -> tuple[Path | None, list[Note]]:
     return files.cloud, []
 
 
-def _media(files: Files, rgb: tuple[Path, ...], depth: tuple[Path, ...]) -> Iterator[MediaFile]:
-    for frame, path in enumerate(rgb):
-        yield MediaFile("rgb", path, frame)
-    for frame, path in enumerate(depth):
-        yield MediaFile("depth", path, frame)
+def _image_media[Pixel: np.generic](
+    file: str, paths: tuple[Path, ...], images: ImageSequence[Pixel]
+) -> Iterator[MediaFile]:
+    for frame, path in enumerate(paths):
+        yield MediaFile(file, path, frame, partial(images.check, frame))
+
+
+def _other_media(files: Files) -> Iterator[MediaFile]:
     if files.video is not None:
         yield MediaFile("video", files.video)
     if files.cloud is not None:

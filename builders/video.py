@@ -1,7 +1,8 @@
 """RGB video: a file, a folder of images, or a folder of such files and folders.
 
 Each video file, and each folder that holds images and no video, is an episode of its own. There are
-no poses, no depth and no intrinsics: an engine with a network finds them.
+no poses, no depth and no intrinsics: an engine with a network finds them. Folders of depth images,
+16-bit grey ones, are passed over.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -22,8 +24,9 @@ from numpy.typing import NDArray
 from occgen_hub.builder import DatasetBuilder, EpisodeRef
 from occgen_hub.episode import Episode, MediaFile, Note, Task
 from occgen_hub.errors import OccGenError, SourceError, UsageError
-from occgen_hub.files import MAX_TABLE_ROWS, opened
+from occgen_hub.files import MAX_TABLE_ROWS, is_file, opened, read_json, read_parquet
 from occgen_hub.media import (
+    ImageSequence,
     VideoReader,
     VideoSurvey,
     picture_facts,
@@ -32,7 +35,16 @@ from occgen_hub.media import (
     survey_video,
 )
 
-VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".3gp", ".mpg", ".mpeg", ".mts", ".m2ts")
+PACKETS = ".ts"
+"""The suffix of MPEG transport streams, which they share with programs in TypeScript."""
+
+ANIMATION = ".gif"
+"""Of what is a video by itself, and beside images a preview of them."""
+
+VIDEOS = (
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".3gp", ".mpg", ".mpeg", ".mts", ".m2ts"),
+    *(".wmv", ".flv", ".h264", ".h265", ".hevc", PACKETS, ANIMATION),
+)
 IMAGES = (".jpg", ".jpeg", ".png")
 
 GROUP, TRAJECTORY = "custom_videos", "trajectory_0"
@@ -77,12 +89,13 @@ class VideoBuilder(DatasetBuilder):
 
         A video file that is named as the root is taken whatever it is called.
         """
-        found = [self.root] if self.root.is_file() else list(_find(self.root))
+        whole = is_file(self.root)
+        found = [self.root] if whole else list(_find(self.root, self.pass_over))
         if not found:
             raise UsageError(
                 f"{self.root}: holds neither videos ({_spoken(VIDEOS)}) nor images "
-                f"({_spoken(IMAGES)}); give a video, a folder of videos or a folder of images as "
-                "--input."
+                f"({_spoken(IMAGES)}; 16-bit grey ones are depth); give a video, a folder of "
+                "videos or a folder of images as --input."
             )
         for name, path in sorted(_named(self.root, found).items()):
             yield EpisodeRef(f"{GROUP}/{name}/{TRAJECTORY}", path)
@@ -107,6 +120,8 @@ class VideoBuilder(DatasetBuilder):
     def read(self, ref: EpisodeRef) -> Episode:
         """One episode, without poses, intrinsics and depth."""
         sources = self.sources(ref)
+        if not ref.path.is_dir():
+            _check_alone(ref.path)
         footage = _image_footage(sources) if ref.path.is_dir() else _video_footage(ref.path)
         if not SIDES[0] <= min(footage.size) <= max(footage.size) <= SIDES[1]:
             width, height = footage.size
@@ -133,24 +148,36 @@ class VideoBuilder(DatasetBuilder):
 # Finding the files
 
 
-def _find(root: Path) -> Iterator[Path]:
+def _find(root: Path, pass_over: Callable[[Path, OSError], None]) -> Iterator[Path]:
     """Videos, and folders of images without any, at any depth. What is hidden is passed over.
 
     Images beside videos are covers and thumbnails. Links to folders are followed, to each folder
-    once.
+    once. What cannot be looked into goes to `pass_over`.
     """
+
+    def unlisted(error: OSError) -> None:
+        pass_over(Path(error.filename), error)
+
     seen: set[tuple[int, int]] = set()
-    for parent, folders, names in os.walk(root, followlinks=True, onerror=_unlisted):
-        stat = Path(parent).stat()
+    for parent, folders, names in os.walk(root, followlinks=True, onerror=unlisted):
+        try:
+            stat = Path(parent).stat()
+        except OSError as error:
+            pass_over(Path(parent), error)
+            folders.clear()
+            continue
         if (stat.st_dev, stat.st_ino) in seen:
             folders.clear()
             continue
         seen.add((stat.st_dev, stat.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        videos = [name for name in sorted(names) if _is(name, VIDEOS)]
+        videos = [name for name in sorted(names) if _is_video(Path(parent, name))]
+        images = sorted(name for name in names if _is(name, IMAGES))
+        if images and all(_is(name, (ANIMATION,)) for name in videos):
+            if not _is_depth(Path(parent, images[0])):
+                yield Path(parent)
+            continue
         yield from (Path(parent, name) for name in videos)
-        if not videos and any(_is(name, IMAGES) for name in names):
-            yield Path(parent)
 
 
 def _unlisted(error: OSError) -> None:
@@ -162,6 +189,32 @@ def _unlisted(error: OSError) -> None:
 def _is(name: str, suffixes: tuple[str, ...]) -> bool:
     """Whether a file is of a kind, by its name. Names with a dot before them are hidden files."""
     return not name.startswith(".") and name.lower().endswith(suffixes)
+
+
+def _is_video(path: Path) -> bool:
+    """Whether a file is a video, by its name and, where that does not tell, by its beginning."""
+    if not _is(path.name, VIDEOS):
+        return False
+    if not _is(path.name, (PACKETS,)):
+        return True
+    try:
+        with opened(path) as file:
+            begun = file.read(_PACKET + 1)
+    except (OccGenError, OSError):
+        return True  # What is wrong with it is said when it is read.
+    return len(begun) <= _PACKET or begun[0] == begun[_PACKET] == _SYNC
+
+
+_PACKET, _SYNC = 188, 0x47
+"""Bytes of a packet of a transport stream, and the first of them."""
+
+
+def _is_depth(path: Path) -> bool:
+    """Whether an image is depth, by its header; one that cannot be read is not known to be."""
+    try:
+        return _is(path.name, (".png",)) and picture_facts(path).depth
+    except OccGenError:
+        return False
 
 
 def _images(folder: Path) -> list[Path]:
@@ -233,9 +286,50 @@ def _spoken(items: tuple[object, ...], between: str = ", ") -> str:
 # The frames
 
 
+def _check_alone(path: Path) -> None:
+    """Raise SourceError for a video in which LeRobot keeps several episodes, one after another."""
+    folder = next((parent for parent in path.parents if parent.name == "videos"), None)
+    if folder is None or not (folder.parent / "meta/info.json").is_file():
+        return
+    try:
+        info = read_json(folder.parent / "meta/info.json")
+    except SourceError:
+        return  # It may be anybody's.
+    if not str(info.get("codebase_version")).startswith("v3") or info.get("total_episodes") == 1:
+        return
+    try:
+        count = _episodes_in(folder, path)
+    except SourceError:
+        count = None
+    if count is None or count > 1:
+        held = "several" if count is None else str(count)
+        problem = f"holds {held} episodes of a LeRobot dataset, one after another"
+        raise SourceError(path, problem, "cut it into a video for each episode")
+
+
+def _episodes_in(folder: Path, path: Path) -> int | None:
+    """How many episodes a file below LeRobot's folder of videos holds; None if nothing says so."""
+    key = "/".join(path.relative_to(folder).parts[:-2])
+    number = re.fullmatch(r"chunk-([0-9]+)/file-([0-9]+)\..*", "/".join(path.parts[-2:]))
+    tables = sorted((folder.parent / "meta/episodes").glob("*/*.parquet"))
+    names = [f"videos/{key}/chunk_index", f"videos/{key}/file_index"]
+    if number is None or not tables:
+        return None
+    count = 0
+    for table in map(read_parquet, tables):
+        if not set(names) <= set(table.column_names):
+            return None
+        rows = zip(*(table[name].to_pylist() for name in names), strict=True)
+        count += sum(row == (int(number[1]), int(number[2])) for row in rows)
+    return count
+
+
 def _video_footage(path: Path) -> Footage:
     survey = survey_video(path)
     fps, notes = _rate(survey)
+    if survey.hdr is not None:
+        text = f"the video is HDR ({survey.hdr}): its colours are brought to SDR, those of BT.709"
+        notes.append(Note("hdr", text))
     if survey.stated not in (0, survey.frames):
         text = (
             f"the header speaks of {survey.stated} frames, {survey.frames} can be decoded: "
@@ -269,18 +363,27 @@ def _image_footage(paths: list[Path]) -> Footage:
     facts = [picture_facts(path) for path in paths]
     size = facts[0].size
     for path, own in zip(paths, facts, strict=True):
+        if own.depth:
+            problem = "is a 16-bit grey image, as depth is"
+            raise SourceError(
+                path, problem, "move depth away, or save it with 8 bits if it is none"
+            )
         if own.size != size:
             problem = (
                 f"is {own.size[0]} x {own.size[1]} pixels upright, {paths[0].name} "
                 f"{size[0]} x {size[1]}"
             )
             raise SourceError(path, problem, "give images of each size a folder of their own")
-    media = tuple(MediaFile("rgb", path, frame) for frame, path in enumerate(paths))
+    images = ImageSequence(paths, size, read_picture)
+    media = tuple(
+        MediaFile("rgb", path, frame, partial(images.check, frame))
+        for frame, path in enumerate(paths)
+    )
     return Footage(
         size=size,
         length=len(paths),
         fps=USUAL_FPS,
-        read=lambda t: read_picture(paths[t], size),
+        read=images,
         media=media if all(own.plain for own in facts) else (),
         notes=(Note("fps", f"images do not say their rate: {USUAL_FPS:g} fps is assumed"),),
     )

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from occgen_hub.api import build, load_episode, push
+    from occgen_hub.api import build, finalize, load_episode, push
     from occgen_hub.config import Config
     from occgen_hub.exporting import export
     from occgen_hub.lerobot.dataset import LeRobotOccupancyDataset
@@ -24,6 +24,7 @@ __all__ = [
     "build",
     "collate",
     "export",
+    "finalize",
     "load_episode",
     "push",
     "validate",
@@ -36,6 +37,7 @@ _PLACES = {
     "build": "api",
     "collate": "training",
     "export": "exporting",
+    "finalize": "api",
     "load_episode": "api",
     "push": "api",
     "validate": "validation",

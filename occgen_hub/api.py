@@ -13,12 +13,15 @@ from numpy.typing import NDArray
 from occgen_hub.config import Config
 from occgen_hub.engines import AUTO
 from occgen_hub.errors import DatasetError, UsageError
+from occgen_hub.job import open_job
 from occgen_hub.lerobot.writer import Media
 from occgen_hub.loading import REBUILD, Trajectory
 from occgen_hub.occupancy.codec import unpack
 from occgen_hub.occupancy.grid import Grid
-from occgen_hub.runtime.loop import open_job, run_job
+from occgen_hub.runtime.build import build_dataset, build_shard
+from occgen_hub.runtime.finalize import finalize as finalize_dataset
 from occgen_hub.runtime.results import Summary
+from occgen_hub.runtime.shard import Shard
 
 
 def build(
@@ -34,14 +37,15 @@ def build(
     workers: int = 1,
     limit: int | None = None,
     overwrite: bool = False,
-    retry_failed: bool = False,
+    shard: tuple[int, int] | None = None,
     parquet_occupancy: bool = True,
 ) -> Summary:
     """Build an occupancy dataset from a source, as `occgen-hub build` does.
 
     source: what kind it is, "internnav" or "video"; root: where it is; out: the dataset's folder;
     config: the settings, metres where they are lengths; workers: processes; limit: the first so
-    many episodes only; the others as the command's options of their names. What is there already
+    many episodes only; shard: (i, n) to build share i of n, numbered from 0, of the episodes, for
+    `finalize`; the others as the command's options of their names. What is there already
     and up to date is left alone.
 
     Raises UsageError when an argument is wrong; then nothing was done. An episode that fails stops
@@ -65,10 +69,20 @@ def build(
         media=media,
         limit=limit,
         overwrite=overwrite,
-        retry_failed=retry_failed,
         parquet_occupancy=parquet_occupancy,
     )
-    return run_job(job, workers)
+    if shard is not None:
+        return build_shard(job, Shard.parse(f"{shard[0]}/{shard[1]}"), workers)
+    return build_dataset(job, workers)
+
+
+def finalize(out: str | Path) -> Summary:
+    """Write the files of the whole dataset, as `occgen-hub finalize` does, when shards were built.
+
+    Raises UsageError where there is no build or one is running, and OccGenError where a file cannot
+    be read or written.
+    """
+    return finalize_dataset(Path(out))
 
 
 def push(
@@ -98,19 +112,24 @@ class Frame:
     """The occupancy of one frame, in the grid that stands in its camera's frame (OpenCV axes).
 
     columns: (n,) flat numbers `i * (ny * nz) + j * nz + k` of the occupied and visible cells,
-    ascending; packed: (ceil(cells / 8),) uint8, `np.packbits` of the observed ones.
+    ascending; packed: (ceil(cells / 8),) uint8, `np.packbits` of the observed ones;
+    dynamic_columns: (m,) those of `columns` that hold something that moves.
     """
 
     grid: Grid
     columns: NDArray[np.integer]
     packed: NDArray[np.uint8]
+    dynamic_columns: NDArray[np.integer]
 
     @property
     def occupancy(self) -> NDArray[np.bool_]:
         """(nx, ny, nz) bool: occupied and visible."""
-        dense = np.zeros(self.grid.cells, bool)
-        dense[self.columns] = True
-        return dense.reshape(self.grid.shape)
+        return self._dense(self.columns)
+
+    @property
+    def dynamic(self) -> NDArray[np.bool_]:
+        """(nx, ny, nz) bool: occupied and visible, and of something that moves."""
+        return self._dense(self.dynamic_columns)
 
     @property
     def cells(self) -> NDArray[np.int32]:
@@ -121,6 +140,11 @@ class Frame:
     def mask(self) -> NDArray[np.bool_]:
         """(nx, ny, nz) bool: observed, free and occupied alike."""
         return unpack(self.packed, self.grid.cells).reshape(self.grid.shape)
+
+    def _dense(self, columns: NDArray[np.integer]) -> NDArray[np.bool_]:
+        dense = np.zeros(self.grid.cells, bool)
+        dense[columns] = True
+        return dense.reshape(self.grid.shape)
 
 
 class LoadedEpisode:
@@ -184,9 +208,10 @@ class LoadedEpisode:
             raise IndexError(f"frame {number} of an episode of {len(self)}")
 
     def _decoded(self) -> Iterator[Frame]:
-        visible, observed = self.trajectory.visible_frames(), self.trajectory.observed_packed()
-        for columns, packed in zip(visible, observed, strict=False):
-            yield Frame(self.grid, columns, packed)
+        files = self.trajectory
+        rows = (files.visible_frames(), files.observed_packed(), files.dynamic_frames())
+        for columns, packed, dynamic in zip(*rows, strict=False):
+            yield Frame(self.grid, columns, packed, dynamic)
 
 
 def load_episode(folder: str | Path) -> LoadedEpisode:

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import yaml
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from occgen_hub.atomic import atomic_file
 from occgen_hub.errors import DatasetError, OccGenError, UsageError
 from occgen_hub.files import (
     dump_json,
@@ -24,8 +26,8 @@ from occgen_hub.files import (
     printable,
     read_bytes,
     sha256,
-    written_whole,
 )
+from occgen_hub.fusion.quality import Quality
 from occgen_hub.lerobot.exported import RECORD
 from occgen_hub.loading import NOT_BUILT, REBUILD, SCHEMA, Trajectory, trajectories
 from occgen_hub.schema import Feature, Schema, load_schema
@@ -52,7 +54,8 @@ class Facts:
 
     features: the columns that all trajectories have alike; partial: the names of the others; grids:
     shape, voxel_size (metres) and pc_range (metres) of each that there is; records: what else was
-    found in the trajectories' records, by key, as JSON; licences: of weights, by network.
+    found in the trajectories' records, by key, as JSON; licences: of weights, by network; quality:
+    of each trajectory that has it; moving: how many trajectories have cells that move.
     """
 
     trajectories: int = 0
@@ -63,6 +66,8 @@ class Facts:
     grids: set[tuple[tuple[int, ...], float, tuple[float, ...]]] = field(default_factory=set)
     records: dict[str, set[str]] = field(default_factory=dict)
     licences: set[tuple[str, str]] = field(default_factory=set)
+    quality: list[Quality] = field(default_factory=list)
+    moving: int = 0
 
 
 def write_card(root: Path) -> Path:
@@ -88,11 +93,12 @@ def write_card(root: Path) -> Path:
         *_columns(facts.features),
         *_partial(facts),
         *_grids(facts),
+        *_quality(facts),
         *_origin(facts, RECORDS),
     )
     text = ("\n".join(parts) + "\n").encode()
     if not card.exists() or card.read_bytes() != text:
-        with written_whole(card) as partial:
+        with atomic_file(card) as partial:
             partial.write_bytes(text)
     return card
 
@@ -115,9 +121,10 @@ def write_export_card(
         *_columns(shown),
         *(f"In the export, {remark}.\n" for remark in remarks),
         *_grids(facts),
+        *_quality(facts),
         *_origin(facts, EXPORT_RECORD),
     )
-    with written_whole(out / CARD) as partial:
+    with atomic_file(out / CARD) as partial:
         partial.write_text("\n".join(parts) + "\n", encoding="utf-8")
     return out / CARD
 
@@ -159,6 +166,9 @@ def survey(names: list[tuple[str, Path]]) -> Facts:
         for key in ("source", "engine", "config", "version"):
             if record.get(key) is not None:
                 facts.records.setdefault(key, set()).add(dump_json(record[key]))
+        facts.moving += trajectory.has_dynamic()
+        if (quality := Quality.from_record(trajectory.record)) is not None:
+            facts.quality.append(quality)
         if isinstance(weights := record.get("weights"), dict):
             facts.licences.add((str(weights.get("network")), str(weights.get("license"))))
     return facts
@@ -199,7 +209,7 @@ def _picture(place: Path, path: Path) -> bool:
         return False
     said = PngInfo()
     said.add_text(_DRAWN, origin)
-    with written_whole(place) as partial:
+    with atomic_file(place) as partial:
         image.save(partial, "PNG", pnginfo=said)
     return True
 
@@ -386,6 +396,26 @@ def _grids(facts: Facts) -> Iterator[str]:
         "of a pixel's centre crosses it before or at the ray's first occupied cell. Occupied cells "
         "that the camera does not see are not in a frame's occupancy.\n"
     )
+
+
+def _quality(facts: Facts) -> Iterator[str]:
+    """How well the frames agree, and what moves."""
+    if facts.moving:
+        yield (
+            f"Something moves in {_count(facts.moving, 'trajectory')}: `dynamic`, beside the "
+            "occupied cells, has those of them that hold it.\n"
+        )
+    if facts.quality:
+        each = facts.quality
+        noise = ", ".join(f"{1000 * median(q.sigma[n] for q in each):.1f}" for n in range(3))
+        yield (
+            "How well frames agree, as medians over the trajectories: depth noise "
+            f"{noise} mm at 1, 2, 4 m; {median(q.contradicted for q in each):.1%} of the measured "
+            "points seen through by other frames; the scene "
+            f"{1000 * median(q.residual for q in each):.1f} mm off the measured depth; frames "
+            f"{1000 * median(q.shift for q in each):.1f} mm and "
+            f"{median(q.turn for q in each):.2f} degrees off the scene.\n"
+        )
 
 
 RECORDS = "Each trajectory's `meta/occgen.json` says how,"

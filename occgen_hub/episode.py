@@ -43,11 +43,16 @@ class Column:
 
 @dataclass(frozen=True)
 class MediaFile:
-    """A file that goes with the episode; `file` is its key in the schema."""
+    """A file that goes with the episode; `file` is its key in the schema.
+
+    check: decodes an image, unless that was done already, and raises SourceError where it is
+    damaged; where it is None, the writer decodes the image.
+    """
 
     file: str
     path: Path
     frame: int | None = None
+    check: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -36,5 +36,14 @@ class SourceError(OccGenError):
         return type(self), (self.path, self.problem, self.remedy)
 
 
+def in_brief(text: str, limit: int = 160) -> str:
+    """The first line of what a library says, without its full stop, cut between words."""
+    line = (text.strip().splitlines() or [""])[0].rstrip(". ")
+    if len(line) <= limit:
+        return line
+    words = line[: limit + 1].rpartition(" ")[0] or line[:limit]
+    return f"{words.rstrip(' .,;:(')} ..."
+
+
 class DatasetError(SourceError):
     """A file of a built dataset cannot be used."""

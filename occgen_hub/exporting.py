@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, get_args
 
+from occgen_hub.atomic import atomic_folder
 from occgen_hub.card import PICTURE, Facts, survey, write_export_card
 from occgen_hub.errors import DatasetError, OccGenError, UsageError
 from occgen_hub.files import (
@@ -293,22 +294,11 @@ def _staged(out: Path) -> Iterator[Path]:
 
     Raises UsageError where another export is at it, OccGenError for what a disk does not take.
     """
-    partial, old, lock = (out.with_name(f".{out.name}.{kind}") for kind in _BESIDE)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(out, lock):
-            for left in (partial, old):
-                shutil.rmtree(left, ignore_errors=True)
-            try:
-                yield partial
-                if out.exists():
-                    out.rename(old)
-                partial.rename(out)
-            finally:
-                if old.exists() and not out.exists():
-                    os.rename(old, out)  # noqa: PTH104  # nothing is to be looked up any more
-                for left in (partial, old):
-                    shutil.rmtree(left, ignore_errors=True)
+        with _alone(out, out.with_name(f".{out.name}.lock")), atomic_folder(out) as partial:
+            partial.rmdir()  # LeRobot makes it; until then, and after, the lock keeps others out.
+            yield partial
     except OSError as error:
         place = error.filename or out
         raise OccGenError(
@@ -317,13 +307,11 @@ def _staged(out: Path) -> Iterator[Path]:
         ) from error
 
 
-_BESIDE = ("partial", "old", "lock")
-
-
 @contextmanager
 def _alone(out: Path, lock: Path) -> Iterator[None]:
     """Hold the place of an export; raises UsageError where another export holds it."""
-    with lock.open("w") as file:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with os.fdopen(os.open(lock, flags, 0o666), "r+b", buffering=0) as file:
         if not hold(file.fileno()):
             raise UsageError(
                 f"{out}: another export is writing there; wait for it or choose another place."

@@ -1,4 +1,4 @@
-"""Files: read at a bounded cost, written whole or not at all."""
+"""Files, read at a bounded cost."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from occgen_hub.errors import MachineError, SourceError
+from occgen_hub.errors import MachineError, SourceError, in_brief
 
 MAX_DOCUMENT_BYTES = 64 << 20
 """Far above any real meta file: a line a trajectory, some kilobytes each."""
@@ -27,14 +26,11 @@ MAX_DOCUMENT_BYTES = 64 << 20
 ABSENT = "restore it from the source or, if a build wrote it, run the same build again"
 """What to do about a file that is not there."""
 
-_THE_MACHINES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
-"""Of the errors on opening a file, those that say nothing about the file."""
+MACHINE_FAULTS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
+"""Of the errors on opening a file or folder, those that say nothing about it."""
 
 MAX_DEPTH = 64
 """Levels of a JSON document; ours and the sources' have seven."""
-
-_FLUSHES = 16
-"""Files that are waited for at once."""
 
 MAX_TABLE_BYTES = 1 << 28
 MAX_TABLE_ROWS = 1 << 20
@@ -51,7 +47,7 @@ def opened(path: Path) -> BufferedReader:
     except IsADirectoryError:
         raise SourceError(path, "is a folder", "put the file in its place") from None
     except OSError as error:
-        if error.errno in _THE_MACHINES:
+        if error.errno in MACHINE_FAULTS:
             raise MachineError(
                 f"{path}: cannot be read ({error.strerror}); mend that and run again."
             ) from error
@@ -66,6 +62,14 @@ def opened(path: Path) -> BufferedReader:
 
 def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a regular file that can be looked up; raises nothing."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def read_bytes(path: Path, limit: int = MAX_DOCUMENT_BYTES) -> bytes:
@@ -178,8 +182,8 @@ PARQUET_DAMAGE = (pa.ArrowException, OSError, ValueError, MemoryError)
 
 def no_parquet(error: BaseException) -> str:
     """What is wrong with a file of which Arrow raised one of PARQUET_DAMAGE."""
-    text = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-    return f"is not a parquet file that can be read ({text.rstrip('.')})"
+    said = in_brief(str(error) or type(error).__name__, 120)
+    return f"is not a parquet file that can be read ({said})"
 
 
 def plain(table: pa.Table) -> pa.Table:
@@ -268,22 +272,6 @@ def files_under(folder: Path) -> Iterator[Path]:
                 yield path
 
 
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to, and moves it there when the block ends well.
-
-    By then it is on disk, so that not even a power cut leaves half a file under its name.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        flush([partial])
-        partial.replace(path)
-        flush([path.parent])
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def hold(handle: int, *, shared: bool = False) -> bool:
     """Hold an open file or folder until it is closed; False where another process holds it.
 
@@ -296,32 +284,6 @@ def hold(handle: int, *, shared: bool = False) -> bool:
     except OSError:
         pass
     return True
-
-
-def flush(paths: Iterable[Path]) -> None:
-    """Wait until files, or the entries of folders, are on disk. Raises OSError where they fail."""
-    # All at once: file systems write their journals once for many that wait.
-    with ThreadPoolExecutor(_FLUSHES) as pool:
-        for _ in pool.map(_flush, paths):
-            pass
-
-
-def flush_tree(folder: Path) -> None:
-    """Wait until a folder is on disk, with all that is in it."""
-    paths = [Path(parent, name) for parent, _, names in os.walk(folder) for name in names]
-    flush(paths)
-    flush(Path(parent) for parent, _, _ in os.walk(folder))
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # A file system that knows of none.
-            raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        os.close(handle)
 
 
 def dump_json(value: Any, *, indent: int | None = None) -> str:

@@ -19,8 +19,7 @@ from occgen_hub.files import files_under, links_out
 from occgen_hub.lerobot.exported import FOLDERS, exported
 from occgen_hub.lerobot.v30 import CODEBASE
 from occgen_hub.loading import Trajectory, trajectories
-from occgen_hub.runtime.failures import FAILURES
-from occgen_hub.runtime.report import REPORT
+from occgen_hub.runtime.report import FAILURES, REPORT
 from occgen_hub.shards import FOLDER
 from occgen_hub.validation import validate
 

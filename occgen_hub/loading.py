@@ -5,6 +5,7 @@ Headers are checked against the schema before anything is allocated, and pickles
 
 from __future__ import annotations
 
+import ast
 import os
 import shlex
 import struct
@@ -19,7 +20,6 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from occgen_hub.config import MAX_CELLS
@@ -211,15 +211,34 @@ def _member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether in Fortran order, and type; raises ValueError when it is no npy file."""
-    magic = npy.read_magic(file)  # type: ignore[no-untyped-call]  # numpy's own
-    read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(magic)
-    if read is None:
-        raise ValueError("of an unknown version")
-    shape, fortran, dtype = read(file)  # type: ignore[no-untyped-call]  # numpy's own
-    if min(shape, default=0) < 0:
-        raise ValueError("of a negative size")
-    return shape, fortran, dtype
+    """Shape, whether in Fortran order, and type; raises ValueError when it is no npy file.
+
+    Read here and not by numpy, which takes a damaged header for one of Python 2 and raises whatever
+    comes of that.
+    """
+    version = file.read(8).removeprefix(b"\x93NUMPY")
+    if version not in (b"\1\0", b"\2\0"):
+        raise ValueError("is no npy file of a known version")
+    length = int.from_bytes(file.read(2 if version == b"\1\0" else 4), "little")
+    text = file.read(min(length, _HEADER))
+    if len(text) < length or b"\\" in text:  # Of which Python would warn on the terminal.
+        raise ValueError("its header is damaged")
+    try:
+        said = ast.literal_eval(text.decode("latin1").strip())
+        shape, fortran, kind = said["shape"], said["fortran_order"], said["descr"]
+        dtype = np.dtype(kind) if isinstance(kind, str) else None
+    except (SyntaxError, ValueError, TypeError, KeyError, MemoryError, RecursionError):
+        raise ValueError("its header is damaged") from None
+    sizes = shape if isinstance(shape, tuple) else (None,)
+    if not all(type(size) is int and 0 <= size < 1 << 62 for size in sizes):
+        raise ValueError("its header says no shape")
+    if dtype is None or not dtype.itemsize or not isinstance(fortran, bool):
+        raise ValueError("its header says no type of numbers")
+    return sizes, fortran, dtype
+
+
+_HEADER = 10_000
+"""Bytes of a header at most; numpy's own have some hundred."""
 
 
 def npz_array(path: Path, name: str) -> NpzArray:
@@ -340,24 +359,52 @@ class Trajectory:
 
     def visible(self) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
         """The visible occupied cells: (T + 1,) row ends and (n,) columns, as in a CSR matrix."""
-        ends, stored = self._visible_rows()
+        ends, stored = self._rows("visible")
         columns = stored.load()
-        self._check_columns(columns)
+        self._check_columns("visible", columns)
         return ends, columns
 
     def visible_ends(self) -> NDArray[np.integer]:
         """(T + 1,) row ends of the visible occupied cells, as in a CSR matrix."""
-        return self._visible_rows()[0]
+        return self.row_ends("visible")
 
     def visible_frames(self) -> Iterator[NDArray[np.integer]]:
         """(n,) columns of the visible occupied cells of each frame in order, one in memory."""
-        ends, stored = self._visible_rows()
+        return self._frames("visible")
+
+    def has_dynamic(self) -> bool:
+        """Whether anything moves in it: whether there is a file of moving cells."""
+        return self.file("dynamic").is_file()
+
+    def dynamic_frames(self) -> Iterator[NDArray[np.integer]]:
+        """(n,) columns of the visible cells of each frame in order that hold what moves.
+
+        They are empty where there is no file of them, since nothing moves. Raises DatasetError
+        where the file has not as many rows as that of the visible cells.
+        """
+        frames = len(self.visible_ends()) - 1
+        if not self.has_dynamic():
+            yield from (np.zeros(0, np.int32) for _ in range(frames))
+            return
+        rows = len(self.row_ends("dynamic")) - 1
+        if rows != frames:
+            problem = f"has {rows} rows for {frames} frames"
+            raise DatasetError(self.file("dynamic"), problem, REBUILD)
+        yield from self._frames("dynamic")
+
+    def row_ends(self, key: str) -> NDArray[np.integer]:
+        """(T + 1,) row ends of a CSR file of the schema, such as `visible`."""
+        return self._rows(key)[0]
+
+    def _frames(self, key: str) -> Iterator[NDArray[np.integer]]:
+        """The columns of each row of a CSR file in order, one in memory."""
+        ends, stored = self._rows(key)
         for columns in stored.pieces(ends, self.grid.cells):
-            self._check_columns(columns)
+            self._check_columns(key, columns)
             yield columns
 
-    def _visible_rows(self) -> tuple[NDArray[np.integer], NpzArray]:
-        path = self.file("visible")
+    def _rows(self, key: str) -> tuple[NDArray[np.integer], NpzArray]:
+        path = self.file(key)
         ends = npz_array(path, "indptr").check("i", None).load()
         columns = npz_array(path, "indices").check("i", None)
         rising = len(ends) and ends[0] == 0 and (ends[1:] >= ends[:-1]).all()
@@ -365,9 +412,9 @@ class Trajectory:
             raise DatasetError(path, "is not a CSR matrix", REBUILD)
         return ends, columns
 
-    def _check_columns(self, columns: NDArray[np.integer]) -> None:
+    def _check_columns(self, key: str, columns: NDArray[np.integer]) -> None:
         if len(columns) and not 0 <= columns.min() <= columns.max() < self.grid.cells:
-            raise DatasetError(self.file("visible"), "has columns outside the grid", REBUILD)
+            raise DatasetError(self.file(key), "has columns outside the grid", REBUILD)
 
     def observed(self) -> Iterator[NDArray[np.bool_]]:
         """(cells,) bool of each frame in order: observed, free and occupied alike."""

@@ -19,9 +19,8 @@ import numpy as np
 from occgen_hub.config import Config
 from occgen_hub.engines import Engine
 from occgen_hub.episode import Episode, Note, check_episode
-from occgen_hub.errors import OccGenError
 from occgen_hub.fusion.conventions import check_conventions
-from occgen_hub.fusion.fuse import fuse
+from occgen_hub.fusion.fuse import check_reach, fuse
 from occgen_hub.geometry.alignment import Alignment, align_poses
 from occgen_hub.geometry.surface import poisson_surface
 from occgen_hub.occupancy.frames import observe_frames
@@ -46,18 +45,17 @@ def reconstruct(
 ) -> Scene:
     """The scene of an episode, in the source's world where the source has poses.
 
-    scratch: an empty folder, needed as long as the scene is used. Raises OccGenError where the
-    episode cannot be reconstructed, or where its units, axes or poses are wrong.
+    scratch: a folder that the engine may make, needed as long as the scene is used. Raises
+    OccGenError where the episode cannot be reconstructed, or its units, axes or poses are wrong.
     """
     episode = check_episode(episode)
     views = engine.reconstruct(episode, config, scratch, progress)
     check_views(views, episode)
     views, alignment = align(views, episode)
     convention_notes = check_conventions(views, episode.id, config)
-    try:
-        fused = fuse(views, config)
-    except OccGenError as error:
-        raise OccGenError(f"{episode.id}: {error}") from error
+    check_reach(views, config, episode.id)
+    # A network's own work takes long; that of sensors is to decode their frames, in fusion.
+    fused = fuse(views, config, (lambda _: None) if engine.uses_device() else progress)
     views, cloud = fused.views, fused.cloud
     if config.mesh:
         centres = views.world_from_camera[:, :3, 3]

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from occgen_hub.atomic import atomic_file
 from occgen_hub.errors import DatasetError, SourceError
 from occgen_hub.files import (
     LINK_OUT,
@@ -33,7 +34,6 @@ from occgen_hub.files import (
     parquet_file,
     plain,
     printable,
-    written_whole,
 )
 from occgen_hub.loading import REBUILD, Trajectory, npz_array, trajectories
 from occgen_hub.schema import Feature, plain_arrow, plain_texts
@@ -59,10 +59,11 @@ FEATURES = {
     "camera_extrinsic": Feature(dtype="float32", shape=(4, 4)),
     "camera_intrinsic": Feature(dtype="float32", shape=(3, 3)),
 }
-"""The columns of fixed shape; `occupied` and `observed` stand before `shape`."""
+"""The columns of fixed shape; `occupied`, `dynamic` and `observed` stand before `shape`."""
 
 _KEY = b"occgen"
-_FORMAT = 1
+_FORMAT = 2
+"""1 had no column `dynamic`."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class Row(NamedTuple):
     grid: dict[str, Any]
     frame: int
     occupied: NDArray[np.integer]
+    dynamic: NDArray[np.integer]
     observed: NDArray[np.uint8]
     extrinsic: NDArray[np.float32]
     intrinsic: NDArray[np.float32]
@@ -185,7 +187,8 @@ def _pieces(root: Path, shard_bytes: int, leave_out: Collection[Path] = ()) -> I
     for episode, path in sorted((p.relative_to(root).as_posix(), p) for p in found):
         trajectory = Trajectory.open(path)
         record, schema = trajectory.record, trajectory.schema
-        sources = [record["files"].get(schema.path(k)) for k in ("visible", "observed", "frames")]
+        keys = ("visible", "dynamic", "observed", "frames")
+        sources = [record["files"].get(schema.path(key)) for key in keys]
         digest = hashlib.sha256(dump_json([sources, record["grid"]]).encode()).hexdigest()
         files = trajectory.file("visible"), trajectory.file("observed")
         frames = npz_array(files[1], "data").check("u", None, None).shape[0]
@@ -239,6 +242,7 @@ def _rows(piece: Piece) -> Iterator[Row]:
     frames = zip(
         range(len(poses)),
         trajectory.visible_frames(),
+        trajectory.dynamic_frames(),
         trajectory.observed_packed(),
         poses,
         intrinsics,
@@ -259,8 +263,10 @@ def _schema() -> pa.Schema:
     fields = [feature.arrow_field(name) for name, feature in FEATURES.items()]
     described = {name: feature.datasets_type() for name, feature in FEATURES.items()}
     number, data = ({"dtype": name, "_type": "Value"} for name in ("int32", "binary"))
-    described |= {"occupied": {"feature": number, "_type": "List"}, "observed": data}
-    fields[3:3] = [pa.field("occupied", pa.list_(pa.int32())), pa.field("observed", pa.binary())]
+    cells = {"feature": number, "_type": "List"}
+    described |= {"occupied": cells, "dynamic": cells, "observed": data}
+    fields[3:3] = [pa.field(name, pa.list_(pa.int32())) for name in ("occupied", "dynamic")]
+    fields[5:5] = [pa.field("observed", pa.binary())]
     ordered = {field.name: described[field.name] for field in fields}
     return pa.schema(fields, {"huggingface": json.dumps({"info": {"features": ordered}})})
 
@@ -276,12 +282,18 @@ def _table(rows: tuple[Row, ...]) -> pa.Table:
         "camera_intrinsic": [row.intrinsic for row in rows],
     }
     arrays = {name: FEATURES[name].to_arrow(values) for name, values in columns.items()}
-    ends = np.cumsum([0, *(len(row.occupied) for row in rows)]).astype(np.int32)
-    cells = np.concatenate([row.occupied for row in rows]).astype(np.int32)
-    arrays["occupied"] = pa.ListArray.from_arrays(plain_arrow(ends), plain_arrow(cells))
+    arrays["occupied"] = _lists([row.occupied for row in rows])
+    arrays["dynamic"] = _lists([row.dynamic for row in rows])
     arrays["observed"] = plain_texts(pa.binary(), [row.observed.tobytes() for row in rows])
     schema = _schema()
     return pa.Table.from_arrays([arrays[name] for name in schema.names], schema=schema)
+
+
+def _lists(cells: list[NDArray[np.integer]]) -> pa.ListArray:
+    """A list of int32 for each frame."""
+    ends = np.cumsum([0, *map(len, cells)]).astype(np.int32)
+    values = np.concatenate(cells).astype(np.int32)
+    return pa.ListArray.from_arrays(plain_arrow(ends), plain_arrow(values))
 
 
 # Writing
@@ -309,9 +321,11 @@ def _write(place: Path, pieces: list[Piece], stop: Event) -> None:
         "compression_level": 9,
         "use_dictionary": ["episode", "scene"],
         "write_statistics": ["episode", "scene", "frame_index"],
-        "column_encoding": {"occupied.list.element": "DELTA_BINARY_PACKED"},
+        "column_encoding": {
+            f"{name}.list.element": "DELTA_BINARY_PACKED" for name in ("occupied", "dynamic")
+        },
     }
-    with written_whole(place) as partial, pq.ParquetWriter(partial, _schema(), **how) as writer:
+    with atomic_file(place) as partial, pq.ParquetWriter(partial, _schema(), **how) as writer:
         writer.add_key_value_metadata({_KEY: dump_json(_describe(pieces)).encode()})
         for rows in batched(chain.from_iterable(map(_rows, pieces)), GROUP):
             if stop.is_set():

@@ -37,12 +37,12 @@ from occgen_hub.schema import load_schema
 from occgen_hub.shards import FEATURES, FOLDER, NAME, REMAKE, shards
 
 KEYS = (
-    *("occupancy", "mask", "pose", "intrinsics", "image", "depth", "history", "task"),
-    *("episode", "frame_index"),
+    *("occupancy", "mask", "dynamic", "pose", "intrinsics", "image", "depth", "history"),
+    *("task", "episode", "frame_index"),
 )
 """What an item may hold."""
 
-DEFAULT_KEYS = tuple(key for key in KEYS if key != "depth")
+DEFAULT_KEYS = tuple(key for key in KEYS if key not in ("depth", "dynamic"))
 
 TYPES = {name: feature.arrow_type() for name, feature in FEATURES.items()} | {
     "episode": pa.dictionary(pa.int32(), pa.string()),  # As it is read.
@@ -56,7 +56,10 @@ MAX_GROUP_BYTES = 1 << 30
 MAX_GROUP_ROWS = 1 << 12
 """Of a row group, which is decoded whole: ours have 8 rows and 6 MB."""
 
-HELD = {"occupied": 8, "observed": 2, "camera": 64}
+DYNAMIC = pa.list_(pa.int32())
+"""Of the column `dynamic`, which shards of earlier versions lack."""
+
+HELD = {"occupied": 8, "dynamic": 2, "observed": 2, "camera": 64}
 """How many row groups' columns a process keeps decoded: those that a history reaches over."""
 
 MAX_FILES = 64
@@ -75,10 +78,12 @@ class OccupancyDataset(Dataset[dict[str, Any]]):
     their small columns, an item one row group of occupancy, and of media the one image asked for.
     Processes of a DataLoader, forked or spawned, open the files each for itself.
 
-    An item is a dict of those of `keys` that were asked for, all but depth by default:
+    An item is a dict of those of `keys` that were asked for, all but dynamic and depth by default:
 
     - "occupancy": occupied and visible cells of the grid in the camera's frame (OpenCV axes).
       dense: (nx, ny, nz) bool; else (n, 3) int32, cells (i, j, k), ascending
+    - "dynamic": those cells of "occupancy" that hold something that moves, in the same forms. None
+      in shards of earlier versions, which did not tell
     - "mask": observed cells, free and occupied alike. dense: (nx, ny, nz) bool; else
       (ceil(nx * ny * nz / 8),) uint8, as `np.packbits` has them
     - "pose": (4, 4) float32, world_from_camera, OpenCV axes, metres
@@ -187,12 +192,12 @@ class OccupancyDataset(Dataset[dict[str, Any]]):
     def _camera(self, reader: _Reader, key: str, number: int) -> torch.Tensor:
         """What the shards hold of a frame."""
         shape, cells = self.grid.shape, self.grid.cells
-        if key == "occupancy":
-            occupied = reader.occupied(number)
+        if key in ("occupancy", "dynamic"):
+            found = reader.occupied(number) if key == "occupancy" else reader.dynamic(number)
             if not self.dense:
-                return torch.from_numpy(_indices(occupied, shape))
+                return torch.from_numpy(_indices(found, shape))
             dense = np.zeros(cells, bool)
-            dense[occupied] = True
+            dense[found] = True
             return torch.from_numpy(dense.reshape(shape))
         if key == "mask":
             packed = reader.observed(number)
@@ -236,11 +241,12 @@ class OccupancyDataset(Dataset[dict[str, Any]]):
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A batch of sparse items, for a DataLoader's `collate_fn`; dense ones it stacks as usual.
 
-    Sparse "occupancy" becomes (n, 4) int32, rows (b, i, j, k) of item b, and "history" (n, 5),
-    rows (b, h, i, j, k), as libraries of sparse convolution take them. So does the occupancy of
-    LeRobotOccupancyDataset, by the name that it has there.
+    Sparse "occupancy" and "dynamic" become (n, 4) int32, rows (b, i, j, k) of item b, and "history"
+    (n, 5), rows (b, h, i, j, k), as libraries of sparse convolution take them. So do the cells of
+    LeRobotOccupancyDataset, by the names that they have there.
     """
-    batch, sparse = {}, ("occupancy", "history", load_schema(SCHEMA).folder("visible"))
+    named = [load_schema(SCHEMA).folder(file) for file in ("visible", "dynamic")]
+    batch, sparse = {}, ("occupancy", "dynamic", "history", *named)
     for key in items[0]:
         values = [item[key] for item in items]
         if key in sparse and values[0].ndim == 2:
@@ -419,6 +425,8 @@ def _open(path: Path) -> pq.ParquetFile:
     for name, kind in TYPES.items():
         if name not in types.names or types.field(name).type != kind:
             raise ValueError(f"it has no column {name} of {kind}")
+    if "dynamic" in types.names and types.field("dynamic").type != DYNAMIC:
+        raise ValueError(f"its column dynamic is not of {DYNAMIC}")
     return file
 
 
@@ -464,12 +472,24 @@ class _Reader:
 
     def occupied(self, number: int) -> NDArray[np.int32]:
         """(n,) int32 flat numbers of the occupied visible cells of item `number`, ascending."""
-        with self._row("occupied", number) as ((ends, cells), row):
-            found: NDArray[np.int32] = cells[ends[row] : ends[row + 1]]
-            inside = not len(found) or 0 <= found[0] <= found[-1] < self._index.grid.cells
-            if not (inside and (found[1:] > found[:-1]).all()):
-                raise ValueError("occupied cells are out of order or outside the grid")
-            return found
+        with self._row("occupied", number) as (lists, row):
+            return self._cells("occupied", lists, row)
+
+    def dynamic(self, number: int) -> NDArray[np.int32]:
+        """(n,) int32 flat numbers of those of them that hold something that moves, ascending."""
+        with self._row("dynamic", number) as (lists, row):
+            return self._cells("dynamic", lists, row)
+
+    def _cells(
+        self, name: str, lists: tuple[NDArray[np.int32], NDArray[np.int32]], row: int
+    ) -> NDArray[np.int32]:
+        """A row of a column of cells; raises ValueError where they are not sorted or outside."""
+        ends, cells = lists
+        found = cells[ends[row] : ends[row + 1]]
+        inside = not len(found) or 0 <= found[0] <= found[-1] < self._index.grid.cells
+        if not (inside and (found[1:] > found[:-1]).all()):
+            raise ValueError(f"{name} cells are out of order or outside the grid")
+        return found
 
     def observed(self, number: int) -> NDArray[np.uint8]:
         """(ceil(cells / 8),) uint8 packed mask of item `number`."""
@@ -529,6 +549,14 @@ class _Reader:
         self, shard: int, group: int, rows: int
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         (lists,) = self._columns(shard, group, rows, ["occupied"])
+        return lists.offsets.to_numpy(), lists.values.to_numpy()
+
+    def _read_dynamic(
+        self, shard: int, group: int, rows: int
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        if "dynamic" not in self._file(self._index.shards[shard]).schema_arrow.names:
+            return np.zeros(rows + 1, np.int32), np.zeros(0, np.int32)
+        (lists,) = self._columns(shard, group, rows, ["dynamic"])
         return lists.offsets.to_numpy(), lists.values.to_numpy()
 
     def _read_observed(self, shard: int, group: int, rows: int) -> NDArray[np.uint8]:

@@ -23,13 +23,15 @@ from occgen_hub.files import (
     read_jsonl,
     sha256,
 )
+from occgen_hub.fusion.quality import Quality
 from occgen_hub.geometry.camera import intrinsics_problem
 from occgen_hub.geometry.ply import check_ply, read_ply
 from occgen_hub.geometry.poses import RIGID, rigidity_error
 from occgen_hub.lerobot.exported import check_export, exported, lengths
 from occgen_hub.loading import REBUILD, NpzArray, Trajectory, npz_array, trajectories
-from occgen_hub.media import image_size, read_depth, read_rgb, video_facts
+from occgen_hub.media import read_depth, read_rgb, video_facts
 from occgen_hub.occupancy.visibility import OBSERVED, OCCUPIED, trace
+from occgen_hub.prefetch import ahead
 from occgen_hub.schema import ArraySpec, Feature, FileSpec
 from occgen_hub.shards import check_shards
 
@@ -52,12 +54,17 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """What `validate` found. trajectories, frames: how many were looked at."""
+    """What `validate` found.
+
+    trajectories, frames: how many were looked at; warnings: sentences about a valid dataset that
+    may be poor.
+    """
 
     root: str
     trajectories: int
     frames: int
     findings: tuple[Finding, ...]
+    warnings: tuple[str, ...] = ()
 
     @property
     def valid(self) -> bool:
@@ -80,6 +87,8 @@ def validate(
     Parquet shards of the whole dataset, where there are some, row by row against its trajectories.
     An export is checked against its record and itself (see `lerobot.exported.check_export`). Links
     that lead out of the dataset are findings, and what they lead to is not read.
+
+    Trajectories whose frames do not agree well, as their records say, are warnings.
     """
     root = Path(root)
     links = {str(path): Finding(str(path), LINK_OUT, PUT_FILE) for path in links_out(root)}
@@ -103,7 +112,8 @@ def validate(
     findings += _shards(root, findings)
     findings += _leftovers(root)
     others = (finding for finding in findings if finding.file not in links)
-    return Report(str(root), len(found), frames, (*links.values(), *others))
+    warnings = tuple(_poor(found))
+    return Report(str(root), len(found), frames, (*links.values(), *others), warnings)
 
 
 def _exported(
@@ -132,6 +142,23 @@ def check_trajectory(path: Path) -> tuple[int, list[Finding]]:
     except SourceError as error:
         return 0, [Finding(error.path, error.problem, error.remedy)]
     return check.frames, check.findings
+
+
+def _poor(found: list[Path]) -> Iterator[str]:
+    """A sentence for each way in which the frames of some trajectories do not agree."""
+    notes: dict[str, list[str]] = {}
+    for path in found:
+        try:
+            record = Trajectory.open(path).record
+        except SourceError:  # It has a finding of its own.
+            continue
+        quality, config = Quality.from_record(record), record.get("config")
+        if quality is not None:
+            refined = isinstance(config, dict) and config.get("refine_poses") is True
+            for note in quality.notes(refined=refined):
+                notes.setdefault(note.code, []).append(f"{path}: {note.text}")
+    for first, *more in notes.values():
+        yield f"{first} (and {len(more)} more trajectories)." if more else f"{first}."
 
 
 def _unlike(found: list[Path]) -> Iterator[Finding]:
@@ -288,7 +315,7 @@ class _Check:
         if spec.kind in ("npz", "mask"):
             self._arrays(path, {name: npz_array(path, name) for name in spec.arrays}, spec.arrays)
         elif spec.kind == "csr":
-            self._csr(path, spec.arrays["data"])
+            self._csr(key, path, spec.arrays["data"])
         elif spec.kind == "ply":
             if spec.media:  # The source's own, of which nothing is computed.
                 check_ply(path)
@@ -300,7 +327,7 @@ class _Check:
                 self.say(path, f"has {facts.frames} frames, the parquet {self.frames}")
 
     def _images(self, key: str, spec: FileSpec) -> None:
-        """All frames or none; sizes by their headers, the first and last decoded whole."""
+        """All frames or none, each decoded whole."""
         paths = [self.trajectory.file(key, frame) for frame in range(self.frames)]
         there = [path.is_file() for path in paths]
         if not any(there) and not spec.required:
@@ -308,13 +335,19 @@ class _Check:
         for path, exists in zip(paths, there, strict=True):
             if not exists:
                 self.say(path, "is missing", ABSENT)
-            elif image_size(path) != self.trajectory.image_size:
-                width, height = image_size(path)
-                self.say(
-                    path, f"is {width} x {height}, the record says {self.trajectory.image_size}"
-                )
-        for path in {paths[0], paths[-1]} if all(there) else ():
-            (read_rgb if "RGB" in spec.modes else read_depth)(path, self.trajectory.image_size)
+        size, read = self.trajectory.image_size, read_rgb if "RGB" in spec.modes else read_depth
+
+        def problem(path: Path) -> SourceError | None:
+            try:
+                read(path, size)
+            except SourceError as error:
+                return error
+            return None
+
+        held = [path for path, exists in zip(paths, there, strict=True) if exists]
+        for error in ahead(problem, held):
+            if error is not None:
+                self.say(Path(error.path), error.problem, RESTORE)
 
     def _sizes(self) -> dict[str, int]:
         cells = self.trajectory.grid.cells
@@ -336,7 +369,7 @@ class _Check:
                     path, f"array {name} has shape {array.shape}, expected {spec.shape} {names}"
                 )
 
-    def _csr(self, path: Path, spec: ArraySpec) -> None:
+    def _csr(self, key: str, path: Path, spec: ArraySpec) -> None:
         shape = tuple(npz_array(path, "shape").check("i", 2).load().tolist())
         data = npz_array(path, "data").check("u", None)
         expected = tuple(self._sizes()[str(n)] for n in spec.shape)
@@ -344,7 +377,7 @@ class _Check:
             self.say(path, f"is a matrix of {shape}, expected {expected}")
         if data.dtype != np.dtype(spec.dtype):
             self.say(path, f"is {data.dtype.name}, the schema says {spec.dtype}")
-        ends = self.trajectory.visible_ends()
+        ends = self.trajectory.row_ends(key)
         if len(ends) != self.frames + 1 or data.shape != (ends[-1],):
             self.say(
                 path, f"has {len(ends) - 1} rows and {data.shape} values for {self.frames} frames"
@@ -437,11 +470,22 @@ class _Check:
             )
             return
         state: NDArray[np.uint8] = np.zeros(grid.cells, np.uint8)
-        frames = self.trajectory.visible_frames()
-        rows = zip(frames, self.trajectory.observed(), intrinsics, strict=True)
-        for frame, (visible, observed, K) in enumerate(rows):
-            if not (visible[1:] > visible[:-1]).all():
-                self.say(self.trajectory.file("visible"), f"frame {frame}: columns are not sorted")
+        rows = zip(
+            self.trajectory.visible_frames(),
+            self.trajectory.dynamic_frames(),
+            self.trajectory.observed(),
+            intrinsics,
+            strict=True,
+        )
+        for frame, (visible, dynamic, observed, K) in enumerate(rows):
+            for key, columns in (("visible", visible), ("dynamic", dynamic)):
+                if not (columns[1:] > columns[:-1]).all():
+                    self.say(self.trajectory.file(key), f"frame {frame}: columns are not sorted")
+            if not np.isin(dynamic, visible).all():
+                self.say(
+                    self.trajectory.file("dynamic"),
+                    f"frame {frame}: moving cells that occ.view does not hold as visible",
+                )
             if not observed[visible].all():
                 self.say(
                     self.trajectory.file("visible"),

@@ -21,15 +21,17 @@ from typing import Any
 import numba
 import numpy as np
 
-from occgen_hub.builder import Settings, load_builder
+from occgen_hub.builder import load_builder
 from occgen_hub.config import Config
-from occgen_hub.engines import load_engine
+from occgen_hub.engines.rgbd import SensorDepth
+from occgen_hub.episode_build import Settings
 from occgen_hub.files import files_under
+from occgen_hub.job import Job, list_episodes
 from occgen_hub.occupancy.bricks import into_bricks
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.visibility import OBSERVED, observe, trace, warm_up
 from occgen_hub.pipeline import reconstruct
-from occgen_hub.runtime.loop import list_episodes, run
+from occgen_hub.runtime.build import build_dataset
 from occgen_hub.sample import make_sample
 from occgen_hub.shards import shards
 
@@ -52,8 +54,7 @@ def kernel(source: Path, repeats: int) -> dict[str, Any]:
     config = Config()
     builder = load_builder("internnav", source)
     episode = builder.read(next(builder.episodes()))
-    with tempfile.TemporaryDirectory() as scratch:
-        scene = reconstruct(episode, load_engine("rgbd"), config, Path(scratch))
+    scene = reconstruct(episode, SensorDepth(), config, Path(os.devnull))
     assert episode.intrinsics is not None
     grid, cloud = Grid.of(config), into_bricks(scene.cloud.points)
     warm_up()
@@ -113,7 +114,7 @@ def build_here(source: Path, out: Path, workers: int) -> dict[str, Any]:
     builder = load_builder("internnav", source)
     refs = list_episodes(builder)
     warm_up()
-    summary = run(builder, refs, out, Settings(), workers)
+    summary = build_dataset(Job(builder, refs, out, Settings()), workers)
     assert not summary.failures, summary.failures
     return {
         "workers": workers,
@@ -181,6 +182,7 @@ def main() -> int:
         print(json.dumps(build_here(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))))
         return 0
     # Here, since they load torch and more, which is not to count for a build's memory.
+    import bench_fusion
     import bench_runtime
     import bench_visibility
     from bench_loading import loading, loading_table
@@ -216,6 +218,7 @@ def main() -> int:
             },
         }
         report["visibility"] = bench_visibility.measure(list(sources.values())[-1], options.repeats)
+        report["fusion"] = bench_fusion.measure(list(sources.values())[-1], options.repeats)
         if options.views:
             report["networks"] = networks(options.views)
     report["runtime"] = bench_runtime.measure()
@@ -225,6 +228,7 @@ def main() -> int:
         loading_table(part["loading"])
         visual_table(part["visual"])
     bench_visibility.table(report["visibility"])
+    bench_fusion.fusion_table(report["fusion"])
     network_table(report.get("networks", []))
     bench_runtime.runtime_table(report["runtime"])
     options.json.write_text(json.dumps(report, indent=1) + "\n")

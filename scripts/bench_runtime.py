@@ -31,22 +31,24 @@ def build_share(
     """In a process of its own: build one share of the episodes, on these cores."""
     os.sched_setaffinity(0, cores)
     os.environ["NUMBA_NUM_THREADS"] = str(len(cores))
-    from occgen_hub.builder import Settings, load_builder
+    from occgen_hub.builder import load_builder
+    from occgen_hub.episode_build import Settings
+    from occgen_hub.job import list_episodes
     from occgen_hub.occupancy.visibility import warm_up
-    from occgen_hub.runtime import plan
-    from occgen_hub.runtime.loop import list_episodes
-    from occgen_hub.runtime.results import Listener
-    from occgen_hub.runtime.work import build_each, summed
+    from occgen_hub.runtime.episodes import build_episodes
+    from occgen_hub.runtime.results import Summary
+    from occgen_hub.runtime.shard import share_out
 
     builder = load_builder("internnav", Path(source))
     refs = list_episodes(builder)
-    mine = plan.shares([builder.work(ref) for ref in refs], shares)[number]
+    mine = share_out([builder.work(ref) for ref in refs], shares)[number]
     warm_up()
-    next(build_each(builder, refs[:1], Path(out, f"warm_{number}"), Settings(), Listener(), {}))
+    next(build_episodes(builder, refs[:1], Path(out, f"warm_{number}"), Settings()))
     begin.wait()
     start = time.monotonic()
-    results = build_each(builder, [refs[n] for n in mine], Path(out), Settings(), Listener(), {})
-    summary = summed(results, Listener())
+    summary = Summary()
+    for result in build_episodes(builder, [refs[n] for n in mine], Path(out), Settings()):
+        summary.add(result)
     assert not summary.failures, summary.failures
     told.put((start, time.monotonic(), summary.frames, dict(summary.stages)))
 

@@ -7,8 +7,8 @@ frame, against rays that are followed one by one.
 
 from __future__ import annotations
 
+import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from fractions import Fraction
@@ -23,7 +23,7 @@ from fixed_stride import fixed_stride
 
 from occgen_hub.builder import load_builder
 from occgen_hub.config import Config
-from occgen_hub.engines import load_engine
+from occgen_hub.engines.rgbd import SensorDepth
 from occgen_hub.occupancy.bricks import BrickedCloud, into_bricks
 from occgen_hub.occupancy.bundles import Bundles, follow_bundles
 from occgen_hub.occupancy.grid import Grid
@@ -46,8 +46,7 @@ class Scene:
     def __init__(self, source: Path) -> None:
         builder = load_builder("internnav", source)
         episode = builder.read(next(builder.episodes()))
-        with tempfile.TemporaryDirectory() as scratch:
-            found = reconstruct(episode, load_engine("rgbd"), Config(), Path(scratch))
+        found = reconstruct(episode, SensorDepth(), Config(), Path(os.devnull))
         assert episode.intrinsics is not None
         self.points = found.cloud.points
         self.cloud: BrickedCloud = into_bricks(found.cloud.points)

@@ -40,13 +40,35 @@ def sample_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def dataset(sample_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The dataset built from `sample_tree`. Not to be changed by tests."""
-    from occgen_hub.builder import Settings, load_builder
-    from occgen_hub.runtime.loop import list_episodes, run
+    from occgen_hub.builder import load_builder
+    from occgen_hub.episode_build import Settings
+    from occgen_hub.job import Job, list_episodes
+    from occgen_hub.runtime.build import build_dataset
 
     out = tmp_path_factory.mktemp("dataset") / "out"
     builder = load_builder("internnav", sample_tree)
-    summary = run(builder, list_episodes(builder), out, Settings())
+    summary = build_dataset(Job(builder, list_episodes(builder), out, Settings()))
     assert not summary.failures
+    return out
+
+
+@pytest.fixture(scope="session")
+def people_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source tree of a trajectory of 8 frames in which two people walk. Not to be changed."""
+    from occgen_hub.sample import make_sample
+
+    out = tmp_path_factory.mktemp("people_tree") / "tree"
+    make_sample(out, trajectories=1, frames=8, seed=1, people=2)
+    return out
+
+
+@pytest.fixture(scope="session")
+def people(people_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dataset built from `people_tree`. Not to be changed by tests."""
+    import occgen_hub
+
+    out = tmp_path_factory.mktemp("people") / "out"
+    assert not occgen_hub.build("internnav", people_tree, out).failures
     return out
 
 

@@ -34,9 +34,11 @@ from numpy.lib import format as npy
 from PIL import Image
 
 from occgen_hub import cli
-from occgen_hub.builder import Settings, load_builder
+from occgen_hub.builder import load_builder
 from occgen_hub.config import load_config
-from occgen_hub.runtime.loop import list_episodes, run
+from occgen_hub.episode_build import Settings
+from occgen_hub.job import Job, list_episodes
+from occgen_hub.runtime.build import build_dataset
 from occgen_hub.sample import make_sample
 from occgen_hub.validation import validate
 
@@ -94,7 +96,7 @@ def built(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bad_built") / "out"
     builder = load_builder("internnav", tree)
     settings = Settings(load_config(None, COARSE[1:]))
-    assert not run(builder, list_episodes(builder), out, settings).failures
+    assert not build_dataset(Job(builder, list_episodes(builder), out, settings)).failures
     return out
 
 
@@ -446,7 +448,7 @@ def test_one_sentence_and_nothing_half_written(
 
 def only_failure(out: Path) -> str:
     (row,) = (json.loads(line) for line in (out / "failures.jsonl").read_text().splitlines())
-    assert set(row) == {"episode", "reason", "state"}
+    assert set(row) == {"episode", "reason"}
     assert row["episode"] == BAD
     return str(row["reason"])
 

@@ -14,13 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from occgen_hub.builder import Settings, load_builder
+from occgen_hub.builder import load_builder
 from occgen_hub.card import MARK, is_own, write_card
 from occgen_hub.config import Config
+from occgen_hub.episode_build import Settings
 from occgen_hub.errors import DatasetError, UsageError
 from occgen_hub.files import sha256
+from occgen_hub.job import Job, list_episodes
 from occgen_hub.loading import trajectories
-from occgen_hub.runtime.loop import list_episodes, run
+from occgen_hub.runtime.build import build_dataset
 from occgen_hub.validation import validate
 
 COARSE = Settings(Config(voxel_size=0.1))
@@ -50,7 +52,7 @@ def matter(root: Path) -> dict[str, Any]:
 
 def build(source: Path, out: Path) -> list[str]:
     builder = load_builder("internnav", source)
-    summary = run(builder, list_episodes(builder), out, COARSE)
+    summary = build_dataset(Job(builder, list_episodes(builder), out, COARSE))
     assert not summary.failures
     return summary.remarks
 

@@ -6,22 +6,15 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from commands import occgen_hub
 from PIL import Image
 
 from occgen_hub.cli import cli
 from occgen_hub.visual.colors import ramp
-
-ROOT = Path(__file__).parent.parent
-
-
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "occgen_hub", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_help_imports_nothing_heavy():
@@ -42,14 +35,25 @@ def test_help_is_quick():
     times = []
     for _ in range(5):
         start = time.perf_counter()
-        assert run("--help").returncode == 0
+        assert occgen_hub("--help").returncode == 0
         times.append(time.perf_counter() - start)
     assert min(times) < 0.6
 
 
 @pytest.mark.parametrize(
     "command",
-    ["sample", "build", "validate", "inspect", "push", "visualize", "render", "view", "report"],
+    [
+        "sample",
+        "build",
+        "finalize",
+        "validate",
+        "inspect",
+        "push",
+        "visualize",
+        "render",
+        "view",
+        "report",
+    ],
 )
 def test_every_command_has_help_with_an_example(command):
     result = CliRunner().invoke(cli, [command, "--help"])
@@ -58,28 +62,28 @@ def test_every_command_has_help_with_an_example(command):
 
 
 def test_sample_makes_what_build_takes(tmp_path):
-    made = run("sample", tmp_path / "rooms", "--trajectories", "1", "--frames", "2")
+    made = occgen_hub("sample", tmp_path / "rooms", "--trajectories", "1", "--frames", "2")
     assert made.returncode == 0, made.stderr
     assert "Next: occgen-hub build" in made.stdout
-    built = run("build", "--input", tmp_path / "rooms", "--output", tmp_path / "out")
+    built = occgen_hub("build", "--input", tmp_path / "rooms", "--output", tmp_path / "out")
     assert built.returncode == 0, built.stderr
     assert "1 built, 0 already there, 0 failed of 1 episodes; 2 frames" in built.stdout
 
 
 def test_validate_says_valid_or_what_is_wrong(dataset, tmp_path):
-    good = run("validate", dataset, "--json")
+    good = occgen_hub("validate", dataset, "--json")
     assert good.returncode == 0
     report = json.loads(good.stdout)
     assert report["valid"]
     assert report["trajectories"] == 2
-    bad = run("validate", tmp_path)
+    bad = occgen_hub("validate", tmp_path)
     assert bad.returncode == 1
     assert "holds no trajectory; give the folder" in bad.stdout
 
 
 def test_inspect_tells_and_draws(dataset, tmp_path):
     picture = tmp_path / "look.png"
-    result = run("inspect", dataset, "--preview", picture)
+    result = occgen_hub("inspect", dataset, "--preview", picture)
     assert result.returncode == 0, result.stderr
     assert "2 trajectories" in result.stdout
     assert "200 x 125 x 200 cells" in result.stdout
@@ -93,11 +97,12 @@ def test_inspect_tells_and_draws(dataset, tmp_path):
 
 
 def test_inspect_without_media_shows_the_cloud(sample_tree, tmp_path):
-    built = run("build", "--input", sample_tree, "--output", tmp_path / "o", "--media", "none",
-                "--limit", "1")  # fmt: skip
+    out = tmp_path / "o"
+    options = ("--media", "none", "--limit", "1")
+    built = occgen_hub("build", "--input", sample_tree, "--output", out, *options)
     assert built.returncode == 0, built.stderr
     picture = tmp_path / "look.png"
-    assert run("inspect", tmp_path / "o", "--preview", picture).returncode == 0
+    assert occgen_hub("inspect", tmp_path / "o", "--preview", picture).returncode == 0
     assert np.asarray(Image.open(picture))[:360, 640:].std() > 10
 
 
@@ -135,6 +140,42 @@ def test_inspect_without_media_shows_the_cloud(sample_tree, tmp_path):
         (["build", "--input", "EMPTY", "--output", "OUT", "--set", " =1"], "expected key=value"),
         (["build", "--input", "SAMPLE", "--output", ""], "'--output': is empty"),
         (["build", "--output", "OUT"], "--input"),
+        (["build", "--input", "SAMPLE", "--output", "OUT", "--shard", "3/3"], "numbered from 0"),
+        (["build", "--input", "SAMPLE", "--output", "OUT", "--shard", "1-3"], "expected I/N"),
+        (
+            ["build", "--input", "SAMPLE", "--output", "OUT", "--mem-per-cpu", "4"],
+            "--mem-per-cpu: is not used by --executor local; leave it out or choose one of slurm",
+        ),
+        (
+            [
+                "build",
+                "--input",
+                "SAMPLE",
+                "--output",
+                "OUT",
+                "--executor",
+                "datatrove",
+                "--cpus-per-task",
+                "4",
+            ],
+            "--cpus-per-task: is not used by --executor datatrove",
+        ),
+        (
+            [
+                "build",
+                "--input",
+                "SAMPLE",
+                "--output",
+                "OUT",
+                "--executor",
+                "datatrove",
+                "--shard",
+                "0/2",
+            ],
+            "makes shards itself",
+        ),
+        (["finalize", "EMPTY"], "holds no .logs/build.json"),
+        (["finalize", "OUT"], "holds no .logs/build.json"),
         (["sample", "DATASET"], "DATASET"),
     ],
     ids=lambda value: " ".join(value)[:50] if isinstance(value, list) else None,
@@ -153,7 +194,7 @@ def test_wrong_usage_ends_with_2_and_one_sentence(sample_tree, dataset, tmp_path
             text = text.replace(name, place)
         return text
 
-    result = run(*map(placed, arguments))
+    result = occgen_hub(*map(placed, arguments))
     assert result.returncode == 2
     assert placed(words) in result.stderr
     assert "Traceback" not in result.stderr

@@ -17,15 +17,17 @@ from made_up import camera, depth_of, episode_of, path, room
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from occgen_hub.builder import DatasetBuilder, EpisodeRef, Settings, load_builder
+from occgen_hub.builder import DatasetBuilder, EpisodeRef, load_builder
 from occgen_hub.builders.internnav import InternNavBuilder
 from occgen_hub.config import Config
 from occgen_hub.engines import load_engine
 from occgen_hub.episode import Column, Episode, check_episode
+from occgen_hub.episode_build import Settings
 from occgen_hub.errors import OccGenError
 from occgen_hub.geometry.poses import OPENGL_FROM_OPENCV
+from occgen_hub.job import Job, list_episodes
 from occgen_hub.pipeline import reconstruct
-from occgen_hub.runtime.loop import list_episodes, run
+from occgen_hub.runtime.build import build_dataset
 from occgen_hub.runtime.results import Summary
 from occgen_hub.scene import Scene
 from occgen_hub.schema import Feature
@@ -52,7 +54,7 @@ def tree(sample_tree: Path, tmp_path: Path) -> Path:
 def build(tree: Path, out: Path, builder: DatasetBuilder | None = None) -> Summary:
     """The summary of building all episodes of a tree."""
     builder = builder or load_builder("internnav", tree)
-    return run(builder, list_episodes(builder), out, COARSE)
+    return build_dataset(Job(builder, list_episodes(builder), out, COARSE))
 
 
 def failure(summary: Summary, out: Path) -> str:

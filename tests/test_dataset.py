@@ -307,8 +307,9 @@ def test_the_record_names_every_file_with_its_digest(trajectory):
 
 
 def test_the_dynamic_size_thins_the_cloud(sample_tree, tmp_path):
-    from occgen_hub.builder import Settings, load_builder
+    from occgen_hub.builder import load_builder
     from occgen_hub.config import Config
+    from occgen_hub.episode_build import Settings, build_episode
 
     builder = load_builder("internnav", sample_tree)
     ref = next(builder.episodes())
@@ -316,7 +317,7 @@ def test_the_dynamic_size_thins_the_cloud(sample_tree, tmp_path):
     for scale in (None, 100.0, 20.0):
         config = Config(voxel_size=0.05, voxel_size_scale=scale, interval=2)
         out = tmp_path / str(scale)
-        builder.build(ref, out, Settings(config, media="none"))
+        build_episode(builder, ref, out, Settings(config, media="none"))
         assert validate(out).valid
         sizes[scale] = len(Trajectory.open(out / ref.id).cloud())
     assert sizes[None] == sizes[100.0] > sizes[20.0] > 0  # a room over 100 is finer than the base
@@ -329,8 +330,9 @@ def test_the_dynamic_size_thins_the_cloud(sample_tree, tmp_path):
 
 
 def test_interval_uses_every_nth_frame_and_still_writes_every_frame(sample_tree, tmp_path):
-    from occgen_hub.builder import Settings, load_builder
+    from occgen_hub.builder import load_builder
     from occgen_hub.config import Config
+    from occgen_hub.episode_build import Settings, build_episode
 
     builder = load_builder("internnav", sample_tree)
     ref = next(builder.episodes())
@@ -338,7 +340,7 @@ def test_interval_uses_every_nth_frame_and_still_writes_every_frame(sample_tree,
     for interval in (1, 3):
         out = tmp_path / str(interval)
         config = Config(voxel_size=0.05, interval=interval)
-        result = builder.build(ref, out, Settings(config, media="none"))
+        result = build_episode(builder, ref, out, Settings(config, media="none"))
         assert result.frames == 4
         points.append(
             json.loads((out / ref.id / "meta/occgen.json").read_text())["scene"]["points"]
@@ -360,16 +362,17 @@ def test_without_datasets_the_matrices_are_lists(trajectory):
 
 
 def test_trajectories_of_different_grids_are_no_dataset(sample_tree, dataset, tmp_path):
-    from occgen_hub.builder import Settings, load_builder
+    from occgen_hub.builder import load_builder
     from occgen_hub.config import Config
+    from occgen_hub.episode_build import Settings, build_episode, why_outdated
 
     shutil.copytree(dataset, tmp_path / "mixed")
     builder = load_builder("internnav", sample_tree)
     ref = list(builder.episodes())[1]
     settings = Settings(Config(voxel_size=0.1), media="none")
-    reason = builder.outdated(ref, tmp_path / "mixed", settings)
+    reason = why_outdated(builder, ref, tmp_path / "mixed", settings)
     assert "another config (voxel_size 0.02, now 0.1)" in reason
-    built = builder.build(ref, tmp_path / "mixed", settings)
+    built = build_episode(builder, ref, tmp_path / "mixed", settings)
     assert built.notes[0].code == "built again"
     record = json.loads((tmp_path / "mixed" / ref.id / "meta/occgen.json").read_text())
     assert not any("built again" in note for note in record["notes"])
@@ -378,7 +381,7 @@ def test_trajectories_of_different_grids_are_no_dataset(sample_tree, dataset, tm
     assert len(report.findings) == 1
     assert "one configuration" in report.findings[0].remedy
     # Built again as it was, it is what it was.
-    builder.build(ref, tmp_path / "mixed", Settings())
+    build_episode(builder, ref, tmp_path / "mixed", Settings())
     assert "occupied is not what" in validate(tmp_path / "mixed").findings[0].problem
     write_shards(tmp_path / "mixed")
     assert validate(tmp_path / "mixed").valid

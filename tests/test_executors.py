@@ -1,4 +1,4 @@
-"""Whoever runs the episodes, and however often they are stopped, the bytes are the same."""
+"""However the shards of a build are started and stopped, the bytes are the same."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import random
-import re
 import resource
 import shutil
 import signal
@@ -17,44 +16,44 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
-from dataclasses import replace
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from commands import Tree, occgen_hub, start, tree
 from hypothesis import given
 from hypothesis import strategies as st
 
-from occgen_hub import cli
-from occgen_hub.builder import Built, EpisodeRef, Found, Settings
+from occgen_hub.builder import EpisodeRef
 from occgen_hub.builders.internnav import InternNavBuilder
 from occgen_hub.config import load_config
-from occgen_hub.errors import MachineError, OccGenError, UsageError
-from occgen_hub.files import read_json, sha256
+from occgen_hub.episode_build import (
+    Built,
+    ReconstructedEpisode,
+    Settings,
+    reconstruct_episode,
+    write_episode,
+)
+from occgen_hub.errors import MachineError, UsageError
+from occgen_hub.files import read_json
+from occgen_hub.job import Job, check_conditions, list_episodes, open_job
 from occgen_hub.prefetch import behind
-from occgen_hub.runtime import cluster, distributed, failures, loop, work
-from occgen_hub.runtime.output import current, make_current, sole_use
-from occgen_hub.runtime.plan import shares
-from occgen_hub.runtime.results import Failure, Summary
+from occgen_hub.runtime import cluster, records
+from occgen_hub.runtime.build import build_dataset, build_shard
+from occgen_hub.runtime.episodes import build_episodes
+from occgen_hub.runtime.finalize import finalize, unfinished
+from occgen_hub.runtime.lock import output_lock
+from occgen_hub.runtime.report import read_failures
+from occgen_hub.runtime.results import Summary
+from occgen_hub.runtime.shard import Shard, share_out
 from occgen_hub.sample import make_sample
 
 COARSE = ("--set", "voxel_size=0.1")
-OF_THE_RUN = {"report.json", ".logs"}
 TABLE = "data/chunk-000/episode_000000.parquet"
 INFO = "meta/info.json"
 SECOND = "sample_zed/house_000/trajectory_1"
-Tree = dict[str, str]
-
-
-def tree(folder: Path) -> Tree:
-    """Every path of a dataset, hidden ones too, with its content."""
-    return {
-        path.relative_to(folder).as_posix(): sha256(path) if path.is_file() else "folder"
-        for path in folder.rglob("*")
-        if path.relative_to(folder).parts[0] not in OF_THE_RUN
-    }
 
 
 @pytest.fixture(scope="module")
@@ -78,37 +77,20 @@ def three(source: Path, tmp_path: Path) -> Path:
 def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Tree:
     """The dataset from one process."""
     out = tmp_path_factory.mktemp("one") / "out"
-    assert not loop.run_job(job(source, out)).failures
+    assert not build_dataset(job(source, out)).failures
     return tree(out)
 
 
-def job(source: Path, out: Path, **choices: Any) -> loop.Job:
+def job(source: Path, out: Path, **choices: Any) -> Job:
     config = load_config(None, COARSE[1:])
-    return loop.open_job("internnav", source, out, config=config, **choices)
+    return open_job("internnav", source, out, config=config, **choices)
 
 
-def command(source: Path, out: Path, *options: str) -> list[str]:
-    places = ["--input", str(source), "--output", str(out)]
-    return [sys.executable, "-m", "occgen_hub", "build", *places, *COARSE, *options]
+def command(source: Path, out: Path, *options: str | Path) -> tuple[str | Path, ...]:
+    return ("build", "--input", source, "--output", out, *COARSE, *options)
 
 
-def torchrun(source: Path, out: Path, *options: str) -> list[str]:
-    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    python, _, *rest = command(source, out, *options)
-    return [python, "-m", *launcher, *rest]
-
-
-def finished(
-    arguments: list[str], timeout: float = 170, **env: str
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        arguments,
-        env=os.environ | {"TQDM_DISABLE": "1"} | env,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
 
 
 def report(out: Path) -> dict[str, Any]:
@@ -125,11 +107,11 @@ def report(out: Path) -> dict[str, Any]:
     st.integers(1, 3),
 )
 def test_shares_are_disjoint_complete_and_near_the_best(items: list[int], count: int) -> None:
-    taken = shares([float(item) for item in items], count)
+    taken = share_out([float(item) for item in items], count)
     assert len(taken) == count
     assert sorted(itertools.chain.from_iterable(taken)) == list(range(len(items)))
     assert all(share == sorted(share) for share in taken)
-    assert taken == shares([float(item) for item in items], count)
+    assert taken == share_out([float(item) for item in items], count)
     best = min(
         max(
             sum(i for i, owner in zip(items, owners, strict=True) if owner == n)
@@ -142,7 +124,7 @@ def test_shares_are_disjoint_complete_and_near_the_best(items: list[int], count:
 
 
 def test_episodes_of_no_known_work_are_dealt_out_evenly() -> None:
-    assert [len(share) for share in shares([0.0] * 9, 4)] == [3, 2, 2, 2]
+    assert [len(share) for share in share_out([0.0] * 9, 4)] == [3, 2, 2, 2]
 
 
 def test_work_is_frames_times_pixels(source: Path, tmp_path: Path) -> None:
@@ -160,20 +142,184 @@ def test_work_is_frames_times_pixels(source: Path, tmp_path: Path) -> None:
     assert VideoBuilder(video).work(EpisodeRef("a/b/c", tmp_path / "none.mp4")) == 0
 
 
-# The same bytes, whoever runs them
+def test_a_shard_is_numbered_from_0() -> None:
+    assert Shard.parse("15/16") == Shard(15, 16)
+    for text in ("16/16", "-1/3", "1", "1/0", "0/1000000", "\u0661/3", "a/b"):
+        with pytest.raises(UsageError, match=f"--shard {text}: "):
+            Shard.parse(text)
+
+
+# The same bytes, however they are built
 
 
 def test_two_workers(source: Path, expected: Tree, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = finished(command(source, out, "--workers", "2"))
+    done = occgen_hub(*command(source, out, "--workers", "2"))
     assert done.returncode == 0, done.stderr
     assert tree(out) == expected
+    (process,) = report(out)["processes"]
+    assert process["episodes"] == 8
+
+
+@pytest.mark.parametrize("order", [(2, 0, 1), (0, 1, 2)])
+def test_three_shards_in_any_order_and_finalize(
+    source: Path, expected: Tree, tmp_path: Path, order: tuple[int, ...]
+) -> None:
+    out, built = tmp_path / "out", 0
+    for index in order:
+        summary = build_shard(job(source, out), Shard(index, 3))
+        built += summary.built
+        assert not summary.failures
+        assert len(list(out.glob("*/*/trajectory_*"))) == built
+        assert not (out / "README.md").exists()
+        assert not (out / "report.json").exists()
+        assert unfinished(out)
+    summary = finalize(out)
+    assert (summary.built, summary.present, summary.failures) == (8, 0, [])
+    assert tree(out) == expected
+    assert unfinished(out) == []
+    said = report(out)
+    assert said["executor"] == "shard"
+    assert sum(process["episodes"] for process in said["processes"]) == 8
+
+
+def test_shards_beside_one_another_by_the_command(
+    source: Path, expected: Tree, tmp_path: Path
+) -> None:
+    """Each with workers of its own; the output holds spaces and quotes."""
+    out = tmp_path / "an 'out'"
+    with ThreadPoolExecutor(2) as both:
+        done = list(
+            both.map(
+                lambda n: occgen_hub(*command(source, out, "--shard", f"{n}/2", "--workers", "2")),
+                range(2),
+            )
+        )
+    for one in done:
+        assert one.returncode == 0, one.stderr
+        assert "When all shards are built: occgen-hub finalize '" in one.stdout
+    last = occgen_hub("finalize", out)
+    assert last.returncode == 0, last.stderr
+    assert "8 built, 0 already there, 0 failed of 8 episodes" in last.stdout
+    assert tree(out) == expected
+
+
+def test_finalize_changes_no_byte_of_what_is_finalized(three: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (three / SECOND / INFO).write_text("{")
+    for index in range(2):
+        build_shard(job(three, out), Shard(index, 2))
+    first = finalize(out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    second = finalize(out, workers=2)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert first.failures == second.failures
+    assert [failure.id for failure in first.failures] == [SECOND]
+
+
+def test_finalize_does_what_the_shards_were_asked_for(three: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    build_dataset(job(three, out))
+    assert (out / "occupancy").is_dir()
+    build_shard(job(three, out, parquet_occupancy=False), Shard(0, 1))
+    finalize(out)
+    assert not (out / "occupancy").exists()
+
+
+def test_finalize_lists_what_no_shard_has_done(three: Path, expected: Tree, tmp_path: Path) -> None:
+    """A shard was killed, another never began: their episodes are failures until they are built."""
+    out = tmp_path / "out"
+    plan = records.make_plan(job(three, out), 3)
+    _, second, third = (ids[0] for ids in plan.shards)
+    build_shard(job(three, out), Shard(0, 3))
+    build_shard(job(three, out), Shard(1, 3))
+    record = out / ".logs/shard-1.jsonl"
+    record.write_bytes(record.read_bytes().partition(b'\n{"id"')[0] + b'\n{"id": "sam')
+    done = occgen_hub("finalize", out)
+    assert done.returncode == 1, done.stderr
+    assert "1 built, 0 already there, 2 failed of 3 episodes" in done.stdout
+    assert f"{second}: shard 1/3 did not end; run the same build again." in done.stdout
+    assert f"{third}: shard 2/3 did not end; run the same build again." in done.stdout
+    assert {failure.id for failure in read_failures(out)} == {second, third}
+    for index in (1, 2):
+        build_shard(job(three, out), Shard(index, 3))
+    assert finalize(out).failures == []
+    assert read_failures(out) == []
+    build_dataset(job(three, tmp_path / "one"))
+    assert tree(out) == tree(tmp_path / "one")
+
+
+def test_the_same_command_does_what_a_killed_shard_left(
+    source: Path, expected: Tree, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    first = start(*command(source, out, "--shard", "0/2"))
+    end = time.monotonic() + 100
+    while not list(out.glob("*/*/trajectory_*/meta/occgen.json")):
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    second = occgen_hub(*command(source, out, "--shard", "1/2"))
+    assert second.returncode == 0, second.stderr
+    early = occgen_hub("finalize", out)
+    assert early.returncode == 1
+    assert "shard 0/2 did not end; run the same build again." in early.stdout
+    again = occgen_hub(*command(source, out, "--shard", "0/2"))
+    assert again.returncode == 0, again.stderr
+    assert "0 already there" not in again.stdout
+    assert occgen_hub("finalize", out).returncode == 0
+    assert tree(out) == expected
+
+
+def test_shards_of_one_build_run_together_and_no_other_does(three: Path, tmp_path: Path) -> None:
+    out, busy = tmp_path / "out", "another build is writing here"
+
+    class Visited(InternNavBuilder):
+        """While it is read, other builds try to use the output."""
+
+        def read(self, ref: EpisodeRef) -> Any:
+            assert build_shard(job(three, out), Shard(1, 2)).failures == []
+            for refused in (
+                lambda: build_shard(job(three, out), Shard(0, 2)),  # This very shard.
+                lambda: build_shard(job(three, out), Shard(1, 3)),
+                lambda: build_shard(job(three, out, media="none"), Shard(1, 2)),
+                lambda: build_shard(job(three, out, limit=2), Shard(1, 2)),
+                lambda: build_dataset(job(three, out)),
+                lambda: finalize(out),
+            ):
+                with pytest.raises(UsageError, match=busy):
+                    refused()
+            visits.append(ref.id)
+            return super().read(ref)
+
+    visits: list[str] = []
+    own = job(three, out)
+    own = Job(Visited(three), own.refs, out, own.settings)
+    summary = build_shard(own, Shard(0, 2))
+    assert [failure.reason for failure in summary.failures] == []
+    assert visits
+    assert finalize(out).built == 3
+    with output_lock(out), pytest.raises(UsageError, match=busy):
+        build_shard(job(three, out), Shard(0, 2))
+
+
+def test_a_run_that_builds_nothing_leaves_the_figures(three: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    build_dataset(job(three, out))
+    first = report(out)
+    assert (first["frames"], first["episodes"]["built"]) == (9, 3)
+    build_dataset(job(three, out))
+    second = report(out)
+    assert second["episodes"] == {"total": 3, "built": 0, "present": 3, "failed": 0}
+    for key in ("finished", "frames", "seconds", "stages", "notes", "processes"):
+        assert second[key] == first[key]
 
 
 @pytest.mark.slow
 def test_two_processes_of_torchrun(source: Path, expected: Tree, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = finished(torchrun(source, out))
+    done = occgen_hub(*command(source, out), launcher=TORCHRUN)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout.count("8 built, 0 already there, 0 failed of 8 episodes") == 1
@@ -182,23 +328,15 @@ def test_two_processes_of_torchrun(source: Path, expected: Tree, tmp_path: Path)
     assert said["notes"]
     assert done.stderr.count("note    ") == len(said["notes"])  # One of each kind, told once.
     assert said["executor"] == "accelerate"
-    assert [process["device"] for process in said["processes"]] == ["cpu:0", "cpu:0"]
+    assert [process["device"] for process in said["processes"]] == ["cpu", "cpu"]
     assert sorted(process["episodes"] for process in said["processes"]) != [0, 8]
-    assert {path.name for path in (out / ".logs").iterdir()} == {
-        "build.log",
-        "build-1.log",
-        "current",
-        "lock",
-    }
 
 
 MORTAL = """
 import os, signal
 from occgen_hub.builders.internnav import InternNavBuilder
 from occgen_hub.cli import main
-from occgen_hub.runtime import distributed
 
-distributed.LOST = 10.0
 read, seen = InternNavBuilder.read, []
 
 def mortal(self, ref):
@@ -214,30 +352,28 @@ main()
 
 
 def on_two_hosts(
-    arguments: list[str], tmp_path: Path, dies: str = ""
+    arguments: tuple[str | Path, ...], tmp_path: Path, dies: str = ""
 ) -> list[subprocess.CompletedProcess[str]]:
     """Run a command as torchrun does on two hosts, of a process each, both of them here."""
     (tmp_path / "mortal.py").write_text(MORTAL)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    python, _, _, *rest = arguments
     meeting = ["--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", port]
 
     def host(number: int) -> subprocess.CompletedProcess[str]:
-        launcher = [python, "-m", "torch.distributed.run", *meeting, "--node_rank", str(number)]
-        return finished([*launcher, str(tmp_path / "mortal.py"), *rest], DIES=dies)
+        launcher = ["-m", "torch.distributed.run", *meeting, "--node_rank", str(number)]
+        return subprocess.run(
+            [sys.executable, *launcher, str(tmp_path / "mortal.py"), *map(str, arguments)],
+            env=os.environ | {"TQDM_DISABLE": "1", "DIES": dies},
+            capture_output=True,
+            text=True,
+            timeout=170,
+            check=False,
+        )
 
     with ThreadPoolExecutor(2) as both:
         return list(both.map(host, range(2)))
-
-
-def check_goes_on(source: Path, out: Path, expected: Tree) -> None:
-    """The same build, started again, does what the one before left."""
-    done = finished(command(source, out))
-    assert done.returncode == 0, done.stderr
-    assert tree(out) == expected
-    assert not (out / ".run").exists()
 
 
 @pytest.mark.slow
@@ -250,44 +386,29 @@ def test_two_hosts(source: Path, expected: Tree, tmp_path: Path) -> None:
     assert "8 built, 0 already there, 0 failed of 8 episodes" in first.stdout
     assert tree(out) == expected
     assert len(report(out)["processes"]) == 2
-    assert not (out / ".run").exists()
 
 
 @pytest.mark.slow
-def test_a_host_that_is_lost_is_told_of_and_holds_up_nobody(
-    source: Path, expected: Tree, tmp_path: Path
+@pytest.mark.parametrize("dies", ["0", "1"])
+def test_the_same_command_does_what_a_lost_host_left(
+    source: Path, expected: Tree, tmp_path: Path, dies: str
 ) -> None:
     out = tmp_path / "out"
-    first, second = on_two_hosts(command(source, out), tmp_path, dies="1")
-    assert second.returncode == 1
-    assert first.returncode == 1
-    assert "occgen_hub/" not in first.stderr  # No traceback of ours, but for torchrun's own.
-    assert re.search(r"\d built, [12] already there, [1-5] failed of 8 episodes", first.stdout)
-    assert (
-        "process 1 was lost; see what its host says, and run the same build again." in first.stdout
-    )
-    assert not (out / ".run").exists()
-    check_goes_on(source, out, expected)
-
-
-@pytest.mark.slow
-def test_without_the_first_host_the_other_ends_as_well(
-    source: Path, expected: Tree, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    first, second = on_two_hosts(command(source, out), tmp_path, dies="0")
-    assert first.returncode == 1
-    assert second.returncode == 1
+    first, second = on_two_hosts(command(source, out), tmp_path, dies=dies)
+    assert (first.returncode, second.returncode) == (1, 1)
     assert not (out / "report.json").exists()
-    check_goes_on(source, out, expected)
+    done = occgen_hub(*command(source, out))
+    assert done.returncode == 0, done.stderr
+    assert "0 built" not in done.stdout
+    assert tree(out) == expected
 
 
 @pytest.mark.slow
-def test_accelerate_by_itself_tells_failures_and_its_exit_code(three: Path, tmp_path: Path) -> None:
+def test_accelerate_by_itself_starts_a_process_a_device(three: Path, tmp_path: Path) -> None:
     """Started without a launcher, it starts the processes; one of them finds a broken episode."""
     (three / SECOND / INFO).write_text("{")
     out = tmp_path / "out"
-    done = finished(command(three, out, "--executor", "accelerate", "--workers", "2"))
+    done = occgen_hub(*command(three, out, "--executor", "accelerate", "--workers", "2"))
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert "2 built, 0 already there, 1 failed of 3 episodes" in done.stdout
@@ -295,52 +416,75 @@ def test_accelerate_by_itself_tells_failures_and_its_exit_code(three: Path, tmp_
     (row,) = map(json.loads, (out / "failures.jsonl").read_text().splitlines())
     assert row["episode"] == SECOND
     assert {p.name for p in out.iterdir()} >= {"report.json", "README.md", "occupancy"}
-    assert not list(out.glob(".failures*"))
-    assert not (out / ".run").exists()
 
 
 @pytest.mark.slow
 def test_datatrove_here_and_again(three: Path, tmp_path: Path) -> None:
     pytest.importorskip("datatrove")
-    loop.run_job(job(three, tmp_path / "one"))
+    build_dataset(job(three, tmp_path / "one"))
     out = tmp_path / "out"
     options = ("--executor", "datatrove", "--tasks", "2", "--workers", "2")
-    done = finished(command(three, out, *options))
+    done = occgen_hub(*command(three, out, *options))
     assert done.returncode == 0, done.stderr
     assert "3 built, 0 already there, 0 failed of 3 episodes" in done.stdout
     assert tree(out) == tree(tmp_path / "one")
     said = report(out)
     assert said["executor"] == "datatrove"
     assert done.stderr.count("note    ") == len(said["notes"]) > 0
-    (logs,) = (path for path in (out / ".logs").iterdir() if path.is_dir())
-    assert len(list((logs / "completions").iterdir())) == 2
-    assert {path.name for path in (logs / "logs").iterdir()} == {
-        "task_00000.log",
-        "task_00001.log",
-    }
+    logs = out / ".logs/datatrove/logs"
+    assert {path.name for path in logs.iterdir()} == {"task_00000.log", "task_00001.log"}
 
     shutil.rmtree(out / SECOND)
-    plan = cluster.make_plan(job(three.absolute(), out.absolute()), 2)
-    assert len(plan.todo) == 1
-    marks = {path: path.stat().st_mtime_ns for path in (logs / "completions").iterdir()}
-    done = finished(command(three, out, *options))
+    tasks = cluster.make_tasks(job(three, out), "datatrove", 2)
+    assert len(tasks.todo) == 1
+    shutil.rmtree(logs)
+    done = occgen_hub(*command(three, out, *options))
     assert done.returncode == 0, done.stderr
     assert "1 built, 2 already there, 0 failed of 3 episodes" in done.stdout
     assert tree(out) == tree(tmp_path / "one")
-    kept = [path for path, mark in marks.items() if path.stat().st_mtime_ns == mark]
-    assert len(kept) == 1  # The other task was not even started.
+    assert len(list(logs.iterdir())) == 1  # The other task was not even started.
+
+
+def test_what_another_command_built_since_is_no_failure_of_a_cluster(
+    three: Path, tmp_path: Path
+) -> None:
+    """Tasks that have nothing to do count what is there now."""
+    pytest.importorskip("datatrove")
+    out, good = tmp_path / "out", (three / SECOND / INFO).read_bytes()
+    (three / SECOND / INFO).write_bytes(b"{")
+    options = ("--executor", "datatrove", "--tasks", "2", "--workers", "1")
+    assert occgen_hub(*command(three, out, *options)).returncode == 1
+    (three / SECOND / INFO).write_bytes(good)
+    assert build_dataset(job(three, out)).failures == []
+    done = occgen_hub(*command(three, out, *options))
+    assert done.returncode == 0, done.stdout
+    assert "0 built, 3 already there, 0 failed of 3 episodes" in done.stdout
+    assert read_failures(out) == []
 
 
 @pytest.mark.slow
-def test_a_real_ray_cluster(source: Path, expected: Tree, tmp_path: Path) -> None:
+def test_a_real_ray_cluster_that_nobody_else_reaches(
+    source: Path, expected: Tree, tmp_path: Path
+) -> None:
     pytest.importorskip("ray")
     out = tmp_path / "out"
     options = ("--executor", "ray", "--tasks", "2", "--workers", "2", "--cpus-per-task", "1")
-    done = finished(command(source, out, *options, "--mem-per-cpu", "1"), timeout=400)
-    assert done.returncode == 0, done.stderr
-    assert "8 built, 0 already there, 0 failed of 8 episodes" in done.stdout
+    process = start(*command(source, out, *options, "--mem-per-cpu", "1"))
+    listening: set[str] = set()
+    while process.poll() is None:
+        with suppress(psutil.NoSuchProcess):
+            for one in psutil.Process(process.pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    found = one.net_connections("tcp")
+                    listening |= {c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN}
+        time.sleep(0.2)
+    said, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "8 built, 0 already there, 0 failed of 8 episodes" in said
     assert tree(out) == expected
     assert report(out)["executor"] == "ray"
+    assert listening
+    assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
 SBATCH = """#!{python}
@@ -376,101 +520,82 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-def test_slurm_runs_the_tasks_and_then_the_last_one(
+def test_slurm_builds_the_shards_and_then_finalizes(
     three: Path, tmp_path: Path, slurm: Path
 ) -> None:
     pytest.importorskip("datatrove")
-    loop.run_job(job(three, tmp_path / "one"))
-    out = tmp_path / "out"
+    build_dataset(job(three, tmp_path / "one"))
+    out = tmp_path / "an out; touch X;"
     options = ("--executor", "slurm", "--tasks", "2", "--slurm", "partition=gpu")
-    dry = finished(command(three, out, *options, "--slurm", "account=me", "--dry-run"))
+    dry = occgen_hub(*command(three, out, *options, "--slurm", "account=me", "--dry-run"))
     assert dry.returncode == 0, dry.stderr
     assert not out.exists()
     for line in (
-        "Tasks: 2, 2 of them with something to do. Episodes: 3, 1 to 2 a task; ",
+        "Tasks: 2, 2 of them with something to do. Episodes: 3, 1 to 2 a task.",
         "#SBATCH --partition=gpu",
         "#SBATCH --account=me",
         "#SBATCH --array=0-1",
-        f"#SBATCH --output={out}/.logs/",
-        "launch_pickled_pipeline",
+        f"#SBATCH --output='{out}/.logs/",
+        f"launch_pickled_pipeline '{out}/.logs/datatrove'/executor.pik",
     ):
         assert line in dry.stdout, dry.stdout
 
-    done = finished(command(three, out, *options))
+    done = occgen_hub(*command(three, out, *options))
     assert done.returncode == 0, done.stderr
     assert "The tasks were given to Slurm" in done.stdout
     assert tree(out) == tree(tmp_path / "one")
+    assert not Path("X").exists()
     assert report(out)["episodes"]["built"] == 3
     submitted = slurm.read_text()
     assert submitted.count("--dependency=afterany:") == 1
-    script = dry.stdout.partition("#!/bin/bash")[2].partition("\n\n")[0]
-    said = script.replace("#SBATCH --account=me\n", "").split()
-    assert " ".join(said) in " ".join(submitted.split())
+    said = script_of(dry.stdout).replace("#SBATCH --account=me\n", "")
+    assert " ".join(said.split()) in " ".join(submitted.split())
+
+    again = occgen_hub(*command(three, out, *options, "--dry-run"))
+    assert "0 of them with something to do" in again.stdout
+    assert "#SBATCH" not in again.stdout
+    done = occgen_hub(*command(three, out, *options))
+    assert "0 built, 3 already there, 0 failed of 3 episodes" in done.stdout
+    assert slurm.read_text() == submitted  # Nothing was submitted.
 
 
-def test_slurm_needs_a_partition_and_options_are_checked(three: Path, tmp_path: Path) -> None:
+def script_of(text: str) -> str:
+    """The lines of a batch script on what it asks for."""
+    return text.partition("#!/bin/bash")[2].partition("\n\n")[0]
+
+
+def test_slurm_without_a_partition_takes_the_default(three: Path, tmp_path: Path) -> None:
     pytest.importorskip("datatrove")
-    with pytest.raises(UsageError, match="--slurm partition=NAME"):
-        cluster.run_cluster(job(three, tmp_path / "out"), "slurm", cluster.Resources())
+    done = occgen_hub(*command(three, tmp_path / "out", "--executor", "slurm", "--dry-run"))
+    assert done.returncode == 0, done.stderr
+    assert "#SBATCH --array=0-0" in done.stdout
+    assert "--partition" not in script_of(done.stdout)
+
+
+def test_options_of_sbatch_are_checked() -> None:
     with pytest.raises(UsageError, match="expected key=value"):
         cluster.parse_slurm(("partition",))
     assert cluster.parse_slurm(("--time=1:00", "comment=a=b")) == {"time": "1:00", "comment": "a=b"}
-
-
-def test_a_task_is_alone_and_of_the_newest_plan(three: Path, tmp_path: Path) -> None:
-    """Tasks run beside one another; not beside another build, nor twice, nor for an old plan."""
-    out = tmp_path / "out"
-    plan = cluster.make_plan(job(three, out.absolute()), 2)
-    assert plan.name == cluster.make_plan(job(three, out.absolute()), 2).name
-    assert plan.name != cluster.make_plan(job(three, out.absolute()), 3).name
-    plan.folder.mkdir(parents=True)
-    (plan.folder.parent / "current").write_text(plan.name)
-    task = cluster.BuildShare(plan, 1, None)
-    with sole_use(out), pytest.raises(UsageError, match="another build is writing here"):
-        task(None, 0, 2)
-    with sole_use(out, shared=True):
-        with pytest.raises(UsageError, match="another build is writing here"):
-            loop.run_job(job(three, out))
-        with cluster._alone(plan.folder / "results/00000.lock"):
-            with pytest.raises(OccGenError, match="the same task is running already"):
-                task(None, 0, 2)
-            task(None, 1, 2)
-    with pytest.raises(UsageError, match="another build"), sole_use(out, shared=True):
-        cluster.Finish(plan, "slurm")(None, 0, 1)
-
-    # The first task never ended: its episodes are told of, the others are there.
-    cluster.Finish(plan, "slurm")(None, 0, 1)
-    missing = [plan.job.refs[number].id for number in plan.taken[0]]
-    listed = [json.loads(line) for line in (out / "failures.jsonl").read_text().splitlines()]
-    assert [row["episode"] for row in listed] == missing
-    assert all("task 0 did not end" in row["reason"] for row in listed)
-    assert cluster.make_plan(job(three, out.absolute()), 2).todo == [0]
-    assert loop.run_job(job(three, out)).built == len(missing)
-
-    (plan.folder.parent / "current").write_text("another")
-    with pytest.raises(OccGenError, match="took this one's place"):
-        task(None, 0, 2)
 
 
 def test_only_accelerate_runs_beside_processes_that_were_started(
     three: Path, tmp_path: Path
 ) -> None:
     env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-    done = finished(command(three, tmp_path / "out", "--executor", "local"), **env)
+    done = occgen_hub(*command(three, tmp_path / "out", "--executor", "local"), **env)
     assert done.returncode == 2
     assert "only --executor accelerate shares the episodes among" in done.stderr
-    done = finished(command(three, tmp_path / "out", "--workers", "7"), **env)
+    done = occgen_hub(*command(three, tmp_path / "out", "--workers", "7"), **env)
     assert done.returncode == 2
     assert "2 processes were started already" in done.stderr
 
 
 @pytest.mark.slow
 def test_wrong_usage_is_told_once_by_all_processes(three: Path, tmp_path: Path) -> None:
-    arguments = command(three, tmp_path / "out", "--executor", "accelerate", "--workers", "2")
-    done = finished([*arguments, "--source", "nothing"])
-    assert done.returncode == 2, done.stderr
+    arguments = command(three, tmp_path / "out", "--source", "nothing")
+    done = occgen_hub(*arguments, launcher=TORCHRUN)
     assert done.stderr.count("Error: --source nothing: no such source") == 1
-    assert "Traceback" not in done.stderr
+    assert "occgen_hub/" not in done.stderr
 
 
 @pytest.mark.slow
@@ -480,13 +605,12 @@ def test_a_process_of_torchrun_that_dies_takes_the_others_along(
     """The launcher ends them all; the same command, or any other executor, goes on."""
     out = tmp_path / "out"
     with subprocess.Popen(
-        command(source, out, "--executor", "accelerate", "--workers", "2"),
+        [sys.executable, *TORCHRUN, "occgen_hub", *map(str, command(source, out))],
         env=os.environ | {"TQDM_DISABLE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        family: list[psutil.Process] = []
         end = time.monotonic() + 100
         while not list(out.glob("*/*/trajectory_*/meta/occgen.json")):
             assert process.poll() is None
@@ -496,16 +620,16 @@ def test_a_process_of_torchrun_that_dies_takes_the_others_along(
         victim = next(p for p in family if p.environ().get("RANK") == "1")
         victim.kill()
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGKILL, errors
+    assert process.returncode == 1, errors
     assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-    assert loop.run_job(job(source, out)).present >= 1
+    assert build_dataset(job(source, out)).present >= 1
     assert tree(out) == expected
 
 
 # What failed
 
 
-def test_what_failed_is_left_alone_until_something_changes(three: Path, tmp_path: Path) -> None:
+def test_what_failed_is_tried_again(three: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     good = (three / SECOND / TABLE).read_bytes()
     (three / SECOND / TABLE).write_bytes(good[:100])
@@ -516,28 +640,19 @@ def test_what_failed_is_left_alone_until_something_changes(three: Path, tmp_path
             attempts.append(ref.id)
             return super().read(ref)
 
-    def build(**choices: Any) -> Summary:
+    def build() -> Summary:
         attempts.clear()
-        config = load_config(None, choices.pop("config", COARSE[1:]))
-        builder = Counting(three)
-        return loop.run(builder, loop.list_episodes(builder), out, Settings(config, **choices))
+        builder, settings = Counting(three), Settings(load_config(None, COARSE[1:]))
+        return build_dataset(Job(builder, list_episodes(builder), out, settings))
 
     first = build()
-    assert (first.built, len(first.failures), first.repeated) == (2, 1, 0)
+    assert (first.built, len(first.failures)) == (2, 1)
     again = build()
-    assert (again.present, len(again.failures), again.repeated) == (2, 1, 1)
-    assert attempts == []
-    assert again.failures[0].reason == first.failures[0].reason
-    assert len((out / "failures.jsonl").read_text().splitlines()) == 1
-
-    assert build(retry_failed=True).repeated == 0
+    assert (again.present, again.failures) == (2, first.failures)
     assert attempts == [SECOND]
-    assert build().repeated == 1
-    assert build(config=("voxel_size=0.2",)).repeated == 0  # Another setting is another attempt.
-    assert build().repeated == 0
-    (three / SECOND / TABLE).chmod(0o600)  # Whatever happens to the file may have mended it.
-    assert build().repeated == 0
-    assert build().repeated == 1
+    (row,) = map(json.loads, (out / "failures.jsonl").read_text().splitlines())
+    assert row == {"episode": SECOND, "reason": first.failures[0].reason}
+    assert report(out)["failures"] == [row]
 
     (three / SECOND / TABLE).write_bytes(good)
     mended = build()
@@ -545,39 +660,32 @@ def test_what_failed_is_left_alone_until_something_changes(three: Path, tmp_path
     assert not (out / "failures.jsonl").exists()
 
 
-def test_a_failure_does_not_outlive_the_episode_that_was_built_after_it(
-    three: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ImportError("no lib"), "a library could not be loaded (no lib); mend the installation"),
+        (MemoryError(), "needs more memory than there is; use fewer --workers"),
+        (OSError(5, "Input/output error", "x.png"), "x.png: cannot be read or written (Input/"),
+        (KeyError("k"), "failed for an unexpected reason (KeyError: 'k'); please report it"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_faults_of_the_machine_are_named_and_tried_again(
+    three: Path, tmp_path: Path, error: Exception, words: str
 ) -> None:
-    """The run that built it did not come to its end, and so the failure stayed in the list."""
-    out = tmp_path / "out"
-    loop.run_job(job(three, out))
-    builder, settings = InternNavBuilder(three), job(three, out).settings
-    ref = next(ref for ref in loop.list_episodes(builder) if ref.id == SECOND)
-    stale = Failure(SECOND, "was broken", state=builder.state(ref, settings))
-    failures.write(out, [stale])
-    assert set(failures.known(out)) == {SECOND}
-    plan = cluster.make_plan(job(three.absolute(), out.absolute()), 2)
-    assert plan.todo == []
-    summary = loop.run_job(job(three, out))
-    assert (summary.present, summary.failures) == (3, [])
-    assert not (out / "failures.jsonl").exists()
+    class Faulty(InternNavBuilder):
+        def read(self, ref: EpisodeRef) -> Any:
+            if ref.id == SECOND:
+                raise error
+            return super().read(ref)
 
-
-def test_what_another_command_built_since_is_no_failure_of_a_cluster(
-    three: Path, tmp_path: Path
-) -> None:
-    """A task that has nothing to do tells what is there now, not what its last run made of it."""
-    pytest.importorskip("datatrove")
-    out, good = tmp_path / "out", (three / SECOND / INFO).read_bytes()
-    (three / SECOND / INFO).write_bytes(b"{")
-    options = ("--executor", "datatrove", "--tasks", "2", "--workers", "1")
-    assert finished(command(three, out, *options)).returncode == 1
-    (three / SECOND / INFO).write_bytes(good)
-    assert loop.run_job(job(three, out)).failures == []
-    done = finished(command(three, out, *options))
-    assert done.returncode == 0, done.stdout
-    assert "0 built, 3 already there, 0 failed of 3 episodes" in done.stdout
-    assert failures.known(out) == {}
+    out, settings = tmp_path / "out", job(three, tmp_path / "out").settings
+    builder = Faulty(three)
+    (failure,) = build_dataset(Job(builder, list_episodes(builder), out, settings)).failures
+    assert words in failure.reason
+    assert ("Traceback" in failure.trace) == isinstance(error, KeyError)
+    assert read_failures(out) == [failure]
+    assert build_dataset(job(three, out)).failures == []
 
 
 def test_a_machine_without_handles_is_not_held_against_the_episode(tmp_path: Path) -> None:
@@ -596,124 +704,58 @@ def test_a_limit_forgets_no_failure_but_that_of_an_episode_that_is_gone(
 ) -> None:
     last, out = "sample_zed/house_001/trajectory_0", tmp_path / "out"
     (three / last / INFO).unlink()
-    assert len(loop.run_job(job(three, out)).failures) == 1
-    assert loop.run_job(job(three, out, limit=1)).failures == []
-    assert set(failures.known(out)) == {last}
+    assert len(build_dataset(job(three, out)).failures) == 1
+    assert build_dataset(job(three, out, limit=1)).failures == []
+    assert [failure.id for failure in read_failures(out)] == [last]
     shutil.rmtree(three / last)
-    assert loop.run_job(job(three, out)).failures == []
-    assert failures.known(out) == {}
-
-
-def test_of_a_process_that_did_not_end_is_told_what_is_known(three: Path, tmp_path: Path) -> None:
-    """What is there is there, but unless all was to be built anew; its own reasons are kept."""
-    out = tmp_path / "out"
-    assert not loop.run_job(job(three, out)).failures
-    (three / SECOND / TABLE).write_bytes(b"no table")
-    broken = job(three, out)
-    (told,) = loop.run_job(broken).failures
-    failures.record(out, told, "1")
-
-    found = loop.left(broken, broken.refs, "process 1 was lost")
-    assert (found.built, found.present, found.remarks) == (0, 2, ["process 1 was lost"])
-    assert found.failures == [told]
-    anew = job(three, out, overwrite=True)
-    found = loop.left(anew, anew.refs, "process 1 was lost")
-    assert (found.built, found.present) == (0, 0)
-    assert sum(failure == told for failure in found.failures) == 1
-    assert sum("process 1 was lost" in failure.reason for failure in found.failures) == 2
-
-
-def test_a_process_is_lost_when_it_is_silent_not_when_nobody_listened(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    now = [0.0]
-    monkeypatch.setattr(distributed.time, "monotonic", lambda: now[0])
-    (tmp_path / "1.tally").write_text("1")
-    silence = distributed._Silence(tmp_path, 1)
-    now[0] += 10_000  # As when a scheduler stops a job and goes on with it.
-    assert not silence.is_long()
-    for _ in range(598):
-        now[0] += 1
-        assert not silence.is_long()
-    replaced = tmp_path / "1.tally.partial"
-    replaced.write_text("2")
-    replaced.replace(tmp_path / "1.tally")
-    for _ in range(600):
-        now[0] += 1
-        assert not silence.is_long()
-    now[0] += 2
-    assert silence.is_long()
-
-
-def test_tasks_that_wait_for_their_turn_are_out_of_date_after_another_build(
-    three: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    plan = cluster.make_plan(job(three, out.absolute()), 2)
-    plan.folder.mkdir(parents=True)
-    make_current(out, plan.name, plan.job.choices)
-    loop.run_job(job(three, out, limit=1))  # The same choices: the tasks may still run.
-    assert current(out) == [plan.name, plan.job.choices]
-    cluster.BuildShare(plan, 1, None)(None, 0, 2)
-    other = job(three, out)
-    other = replace(other, settings=replace(other.settings, media="none"))
-    loop.run_job(other)
-    with pytest.raises(OccGenError, match="a newer build into"):
-        cluster.BuildShare(plan, 1, None)(None, 1, 2)
-    alone = distributed.Group(0, 1, 0, 1, "cpu")
-    with ExitStack() as held:
-        distributed._cleared(other, alone, "mine")
-        make_current(out, "theirs", "")  # Another run's, between the two.
-        with pytest.raises(OccGenError, match="a newer build into"):
-            distributed._held(held, other, alone, "mine")
-
-
-def test_the_command_says_what_it_left_alone(
-    three: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (three / SECOND / INFO).unlink()
-    out = tmp_path / "out"
-    arguments = ["build", "--input", str(three), "--output", str(out), *COARSE]
-
-    def call(*options: str) -> str:
-        capsys.readouterr()
-        code = cli.cli.main([*arguments, *options], standalone_mode=False)
-        assert code == (0 if "--dry-run" in options else 1)
-        return capsys.readouterr().out
-
-    assert "--retry-failed" not in call()
-    sentence = (
-        "1 of them failed before, with the same source and settings, and were not tried again"
-    )
-    assert sentence in call()
-    assert f"{SECOND}  failed before: see --retry-failed" in call("--dry-run")
-    assert sentence not in call("--retry-failed")
-    said = report(out)
-    assert said["episodes"] == {
-        "total": 3, "built": 0, "present": 2, "failed": 1, "failed_before": 0,
-    }  # fmt: skip
-    assert said["failures"][0]["episode"] == SECOND
-
-
-def test_failures_of_a_run_that_was_killed_are_known(tmp_path: Path) -> None:
-    before = Failure("a/b/c", "bad; mend it.", "a trace", "state")
-    failures.record(tmp_path, before, "3")
-    with (tmp_path / ".failures-3.jsonl").open("a") as file:
-        file.write('{"episode": "x/y/z", "reas')  # Cut off by the kill.
-    assert failures.known(tmp_path) == {"a/b/c": before}
-    failures.write(tmp_path, [before])
-    assert [path.name for path in tmp_path.iterdir()] == ["failures.jsonl"]
-    assert failures.known(tmp_path) == {"a/b/c": before}
-    failures.write(tmp_path, [])
-    assert not list(tmp_path.iterdir())
+    assert build_dataset(job(three, out)).failures == []
+    assert read_failures(out) == []
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"\x00\xff", b"[]\n1\nnull\n", b'{"episode": 1, "reason": []}\n', b"{" * 99999]
 )
-def test_a_list_of_failures_that_is_none_is_no_matter(content: bytes, tmp_path: Path) -> None:
+def test_malformed_files_of_a_build_are_ignored(
+    three: Path, content: bytes, tmp_path: Path
+) -> None:
     (tmp_path / "failures.jsonl").write_bytes(content)
-    assert failures.known(tmp_path) == {}
+    assert read_failures(tmp_path) == []
+    out = tmp_path / "out"
+    build_dataset(job(three, out))
+    before = tree(out)
+    for name in ("build.json", "shard-0.jsonl"):
+        (out / ".logs" / name).write_bytes(content)
+    (out / "report.json").write_bytes(content)
+    assert records.read_record(out, 0) == records.Record()
+    assert build_dataset(job(three, out)).present == 3
+    assert report(out)["episodes"]["present"] == 3
+    assert tree(out) == before
+
+
+def test_an_episode_without_depth_beside_others_reaches_a_network(tmp_path: Path) -> None:
+    """In a scene's folder, whose episodes share the images, only its own count."""
+    make_sample(tmp_path / "tree", trajectories=3, frames=3, layout="scenes")
+    builder = InternNavBuilder(tmp_path / "tree")
+    refs = list_episodes(builder)
+    scene = [ref for ref in refs if ref.path == refs[0].path]
+    assert len(scene) > 1
+    images = set(builder.sources(scene[0]))
+    for path in images:
+        if path.suffix == ".png":
+            path.unlink()
+    assert [builder.has_depth(ref) for ref in scene] == [False] + [True] * (len(scene) - 1)
+
+
+def test_a_dry_run_fetches_no_weights(three: Path, tmp_path: Path) -> None:
+    for folder in three.rglob("observation.images.depth"):
+        shutil.rmtree(folder)
+    offline = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    done = occgen_hub(*command(three, tmp_path / "out", "--dry-run"), **offline)
+    assert done.returncode == 2
+    assert "there are no weights for pi3x" in done.stderr
+    assert "could not be fetched" not in done.stderr
+    done = occgen_hub(*command(three, tmp_path / "out"), **offline)
+    assert "could not be fetched" in done.stderr
 
 
 def test_a_condition_that_the_source_lacks_is_wrong_usage(three: Path, tmp_path: Path) -> None:
@@ -722,57 +764,62 @@ def test_a_condition_that_the_source_lacks_is_wrong_usage(three: Path, tmp_path:
     config = load_config(None, ("condition=[poses]",))
     builder = VideoBuilder(next(three.rglob("*.mp4")))
     with pytest.raises(UsageError, match="--condition poses: the source video has none"):
-        loop.check_conditions(builder, list(builder.episodes()), config)
+        check_conditions(builder, list(builder.episodes()), config)
     whole = InternNavBuilder(three)
-    loop.check_conditions(whole, list(whole.episodes()), config)
+    check_conditions(whole, list(whole.episodes()), config)
     deep = load_config(None, ("condition=[depth]",))
-    loop.check_conditions(whole, list(whole.episodes()), deep)
+    check_conditions(whole, list(whole.episodes()), deep)
     for folder in three.rglob("observation.images.depth"):
         shutil.rmtree(folder)
     with pytest.raises(UsageError, match="--condition depth"):
-        loop.check_conditions(whole, list(whole.episodes()), deep)
+        check_conditions(whole, list(whole.episodes()), deep)
 
 
 # Inside a process
 
 
 def test_the_next_is_reconstructed_while_one_is_written_and_no_more(
-    source: Path, tmp_path: Path
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[tuple[str, int]] = []
     number = {ref.id: n for n, ref in enumerate(InternNavBuilder(source).episodes())}
     next_found = threading.Event()
 
-    class Watched(InternNavBuilder):
-        def find(self, ref: EpisodeRef, *others: Any) -> Found | Built:
-            events.append(("find", number[ref.id]))
-            if number[ref.id] == 1:
-                next_found.set()
-            return super().find(ref, *others)
+    def reconstruct(builder: Any, ref: EpisodeRef, *others: Any) -> Any:
+        events.append(("reconstruct", number[ref.id]))
+        if number[ref.id] == 1:
+            next_found.set()
+        return reconstruct_episode(builder, ref, *others)
 
-        def write(self, found: Found, *others: Any) -> Built:
-            if number[found.ref.id] == 0:
-                assert next_found.wait(30)  # It comes while this one is written.
-            events.append(("write", number[found.ref.id]))
-            return super().write(found, *others)
+    def write(done: ReconstructedEpisode, *others: Any) -> Built:
+        if number[done.ref.id] == 0:
+            assert next_found.wait(30)  # It comes while this one is written.
+        events.append(("write", number[done.ref.id]))
+        return write_episode(done, *others)
 
-    builder = Watched(source)
-    refs = loop.list_episodes(builder)
-    summary = loop.run(builder, refs, tmp_path / "out", Settings(load_config(None, COARSE[1:])))
+    monkeypatch.setattr("occgen_hub.runtime.episodes.reconstruct_episode", reconstruct)
+    monkeypatch.setattr("occgen_hub.runtime.episodes.write_episode", write)
+    builder = InternNavBuilder(source)
+    refs = list_episodes(builder)
+    settings = Settings(load_config(None, COARSE[1:]))
+    summary = build_dataset(Job(builder, refs, tmp_path / "out", settings))
     assert summary.built == 8
     written = -1
     for what, n in events:
         written = max(written, n) if what == "write" else written
-        assert n <= written + 2  # One is written, one is being found or waits.
+        assert n <= written + 2  # One is written, one is being reconstructed or waits.
     assert [n for what, n in events if what == "write"] == list(range(8))
 
 
-def test_an_interruption_does_not_wait_for_the_reconstruction(source: Path, tmp_path: Path) -> None:
-    class Endless(InternNavBuilder):
-        def find(self, ref: EpisodeRef, out: Path, settings: Settings, progress: Any) -> Any:
-            while True:
-                progress("reconstructed", 0)
-                time.sleep(0.01)
+def test_an_interruption_does_not_wait_for_the_reconstruction(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def endless(builder: Any, ref: Any, out: Any, settings: Any, progress: Any) -> Any:
+        while True:
+            progress("reconstructed", 0)
+            time.sleep(0.01)
+
+    monkeypatch.setattr("occgen_hub.runtime.episodes.reconstruct_episode", endless)
 
     class Impatient(BaseException):
         pass
@@ -780,10 +827,8 @@ def test_an_interruption_does_not_wait_for_the_reconstruction(source: Path, tmp_
     def leave(*_: object) -> None:
         raise Impatient
 
-    results = work.build_each(
-        Endless(source), list(InternNavBuilder(source).episodes()), tmp_path / "out",
-        Settings(), work.Listener(), {},
-    )  # fmt: skip
+    refs = list(InternNavBuilder(source).episodes())
+    results = build_episodes(InternNavBuilder(source), refs, tmp_path / "out", Settings())
     before = signal.signal(signal.SIGALRM, leave)
     signal.setitimer(signal.ITIMER_REAL, 0.3)
     start = time.monotonic()
@@ -856,7 +901,7 @@ def test_a_trajectory_is_on_disk_before_it_has_its_name(
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Path, "rename", noted)
     out = (tmp_path / "out").resolve()
-    assert loop.run_job(job(three, out)).built == 3
+    assert build_dataset(job(three, out)).built == 3
     for path in out.rglob("trajectory_*"):
         partial = str(path.with_name(f".{path.name}.partial"))
         for inner in (path, *path.rglob("*")):
@@ -893,7 +938,7 @@ def test_a_disk_of_64_mb_that_fills_up(
     out, ballast = small_disk / "out", small_disk / "ballast"
     room = 6 * trajectory_size(source)
     ballast.write_bytes(bytes((64 << 20) - room))
-    done = finished(command(source, out, "--workers", str(workers)))
+    done = occgen_hub(*command(source, out, "--workers", str(workers)))
     assert done.returncode == 1, done.stderr
     assert "No space left on device" in done.stderr
     assert "Traceback" not in done.stderr
@@ -903,7 +948,7 @@ def test_a_disk_of_64_mb_that_fills_up(
     ballast.unlink()
     for path in built:
         assert not [f for f in validate(path).findings if "occupancy" not in f.file]
-    done = finished(command(source, out, "--workers", str(workers)))
+    done = occgen_hub(*command(source, out, "--workers", str(workers)))
     assert done.returncode == 0, done.stderr
     assert tree(out) == expected
 
@@ -922,23 +967,17 @@ def test_killed_at_random_moments(
 ) -> None:
     """All processes at once, anywhere between the start and the end; one output for all kills."""
     rng, out, whole = random.Random(workers), tmp_path / "out", 0
-    start = time.monotonic()
-    assert finished(command(source, out, "--workers", str(workers))).returncode == 0
-    usual = time.monotonic() - start
+    began = time.monotonic()
+    assert occgen_hub(*command(source, out, "--workers", str(workers))).returncode == 0
+    usual = time.monotonic() - began
     shutil.rmtree(out)
     for number in range(KILLS // 2):
-        process = subprocess.Popen(
-            command(source, out, "--workers", str(workers)),
-            env=os.environ | {"TQDM_DISABLE": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        process = start(*command(source, out, "--workers", str(workers)))
         time.sleep(rng.uniform(usual / 8, usual))
         ended = process.poll() is not None
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.communicate()
         there = list(out.glob("*/*/trajectory_*"))
         for path in there:
             name = path.relative_to(out).as_posix()
@@ -949,7 +988,7 @@ def test_killed_at_random_moments(
             assert tree(out) == expected
             whole += 1
             shutil.rmtree(out)
-    done = finished(command(source, out, "--workers", str(workers)))
+    done = occgen_hub(*command(source, out, "--workers", str(workers)))
     assert done.returncode == 0, done.stderr
     assert tree(out) == expected
     print(f"{KILLS // 2} moments, {workers} processes; {whole} builds had ended by then")

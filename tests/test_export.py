@@ -18,14 +18,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from occgen_hub.builder import Settings, load_builder
+from occgen_hub.builder import load_builder
 from occgen_hub.config import load_config
+from occgen_hub.episode_build import Settings
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.exporting import export, plan_export
+from occgen_hub.job import Job, list_episodes
 from occgen_hub.lerobot.exported import RECORD
 from occgen_hub.lerobot.v30 import DEPTH_MAX, Fit
 from occgen_hub.loading import Trajectory, trajectories
-from occgen_hub.runtime.loop import list_episodes, run
+from occgen_hub.runtime.build import build_dataset
 from occgen_hub.sample import make_sample
 from occgen_hub.shards import shards
 from occgen_hub.training import OccupancyDataset, collate
@@ -64,7 +66,7 @@ def mine(made: Path, tmp_path: Path) -> Path:
 def build(tree: Path, out: Path, *settings: str, **options) -> Path:
     builder = load_builder("internnav", tree)
     how = Settings(load_config(None, settings or ("voxel_size=0.1",)))
-    summary = run(builder, list_episodes(builder), out, how, **options)
+    summary = build_dataset(Job(builder, list_episodes(builder), out, how, **options))
     assert not summary.failures
     return out
 
@@ -340,7 +342,7 @@ def test_without_media_there_are_tables_and_occupancy(tmp_path):
     make_sample(tmp_path / "tree", trajectories=1, frames=2)
     builder = load_builder("internnav", tmp_path / "tree")
     how = Settings(load_config(None, ("voxel_size=0.1",)), media="none")
-    run(builder, list_episodes(builder), tmp_path / "built", how)
+    build_dataset(Job(builder, list_episodes(builder), tmp_path / "built", how))
     export(tmp_path / "built", tmp_path / "out")
     item = with_occupancy(tmp_path / "out")[0]
     assert {RGB, DEPTH} & set(item) == set()

@@ -30,14 +30,16 @@ def hub():
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A dataset of one trajectory, quick to validate. Not to be changed by tests."""
-    from occgen_hub.builder import Settings, load_builder
-    from occgen_hub.runtime.loop import list_episodes, run
+    from occgen_hub.builder import load_builder
+    from occgen_hub.episode_build import Settings
+    from occgen_hub.job import Job, list_episodes
+    from occgen_hub.runtime.build import build_dataset
     from occgen_hub.sample import make_sample
 
     place = tmp_path_factory.mktemp("hub")
     make_sample(place / "rooms", trajectories=1, frames=2)
     builder = load_builder("internnav", place / "rooms")
-    run(builder, list_episodes(builder), place / "out", Settings())
+    build_dataset(Job(builder, list_episodes(builder), place / "out", Settings()))
     return place / "out"
 
 
@@ -211,14 +213,12 @@ def test_a_card_that_the_hub_does_not_take_is_told(hub, desk, folder):
 
 
 def test_a_dataset_that_is_not_whole_is_told_of(desk, folder):
-    (folder / ".logs").mkdir(exist_ok=True)
-    (folder / ".logs/lock").touch()
-    (folder / "report.json").unlink(missing_ok=True)
+    (folder / "report.json").rename(folder / ".aside")
     (folder / "failures.jsonl").write_text('{"episode": "a/b/c", "reason": "d"}\n')
     result = desk.push(folder, "--dry-run")
     assert result.returncode == 0, result.stderr
-    assert "Warning: the last build has not ended (no report.json)" in result.stderr
-    (folder / "report.json").write_text("{}")
+    assert "Warning: the last build is not finalized; run occgen-hub finalize" in result.stderr
+    (folder / ".aside").rename(folder / "report.json")
     result = desk.push(folder, "--dry-run")
     assert result.returncode == 0, result.stderr
     assert f"Warning: 1 episode failed: {folder}/failures.jsonl says why." in result.stderr

@@ -13,14 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from occgen_hub.builder import Settings, load_builder
+from occgen_hub.builder import load_builder
 from occgen_hub.config import load_config
 from occgen_hub.engines import load_engine
 from occgen_hub.episode import Episode
+from occgen_hub.episode_build import Settings
 from occgen_hub.errors import OccGenError, SourceError
+from occgen_hub.job import Job, list_episodes
 from occgen_hub.loading import Trajectory
 from occgen_hub.media import write_video
-from occgen_hub.runtime.loop import list_episodes, run
+from occgen_hub.runtime.build import build_dataset
 from occgen_hub.runtime.results import Summary
 from occgen_hub.sample import make_sample
 from occgen_hub.validation import validate
@@ -70,7 +72,7 @@ def ids(root: Path) -> list[str]:
 def build(root: Path, out: Path, **options: Any) -> Summary:
     builder = load_builder("internnav", root)
     settings = Settings(load_config(None, ("voxel_size=0.25",)), **options)
-    return run(builder, list_episodes(builder), out, settings)
+    return build_dataset(Job(builder, list_episodes(builder), out, settings))
 
 
 def notes(episode: Episode) -> dict[str, str]:

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 GROUND_TO_ROOF = [
     "errors",
+    "atomic",
     "files",
     "prefetch",
     "media",
@@ -32,6 +33,11 @@ GROUND_TO_ROOF = [
     "card",
     "validation",
     "builder",
+    "stopwatch",
+    "up_to_date",
+    "episode_build",
+    "job",
+    "temporary_build",
     "runtime",
     "exporting",
     "hub",

@@ -22,21 +22,23 @@ from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 from standin import memorise, random_weights, save
 
-from occgen_hub.builder import Settings, load_builder
+from occgen_hub.builder import load_builder
 from occgen_hub.config import Config
 from occgen_hub.engines import Auto, load_engine
 from occgen_hub.engines.pi3.engine import window_size
 from occgen_hub.engines.pi3.frames import depth_edges, network_depth, network_image, network_size
 from occgen_hub.engines.pi3.windows import Assembly, Window, plan
 from occgen_hub.engines.store import FrameStore
+from occgen_hub.episode_build import Settings
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.geometry.poses import transform
 from occgen_hub.geometry.sim3 import Sim3
+from occgen_hub.job import Job, choose_engine, list_episodes
 from occgen_hub.loading import trajectories
 from occgen_hub.media import write_video
 from occgen_hub.pipeline import reconstruct
 from occgen_hub.prefetch import GPU_SHARED_BY
-from occgen_hub.runtime.loop import choose_engine, list_episodes, run
+from occgen_hub.runtime.build import build_dataset
 from occgen_hub.sample import make_sample
 from occgen_hub.validation import validate
 
@@ -228,8 +230,8 @@ from tempfile import TemporaryDirectory
 from occgen_hub.builder import load_builder
 from occgen_hub.config import Config
 from occgen_hub.engines import load_engine
+from occgen_hub.job import list_episodes
 from occgen_hub.pipeline import reconstruct
-from occgen_hub.runtime.loop import list_episodes
 builder = load_builder("video", Path(sys.argv[1]))
 episode = builder.read(list_episodes(builder)[0])
 config = Config(max_pixels=40_000, window=8, overlap=2, voxel_size=0.1)
@@ -567,7 +569,7 @@ def test_the_real_video_becomes_a_dataset_that_validates(checkpoint, tmp_path):
 def test_the_files_say_how_a_recording_was_aligned(tree, checkpoint, tmp_path):
     builder = load_builder("internnav", tree)
     settings = Settings(SMALL, load_engine("pi3", checkpoint, "cpu"))
-    summary = run(builder, list_episodes(builder), tmp_path / "out", settings)
+    summary = build_dataset(Job(builder, list_episodes(builder), tmp_path / "out", settings))
     assert not summary.failures, summary.failures
     (folder,) = trajectories(tmp_path / "out")
     line = json.loads((folder / "meta/episodes.jsonl").read_text())
@@ -585,7 +587,7 @@ def test_two_workers_build_what_one_builds(sample_tree, checkpoint, tmp_path):
     contents = []
     for workers in (1, 2):
         out = tmp_path / str(workers)
-        summary = run(builder, list_episodes(builder), out, settings, workers)
+        summary = build_dataset(Job(builder, list_episodes(builder), out, settings), workers)
         assert not summary.failures, summary.failures
         shutil.rmtree(out / ".logs")
         (out / "report.json").unlink()

@@ -28,7 +28,9 @@ from occgen_hub.occupancy.history import moved
 from occgen_hub.occupancy.visibility import OCCUPIED, first_occupied
 from occgen_hub.visual.colors import PAPER
 from occgen_hub.visual.cubes import cube_faces
-from occgen_hub.visual.frames import frames
+from occgen_hub.visual.frames import frame_title, frames
+from occgen_hub.visual.inspection import describe
+from occgen_hub.visual.report import write_report
 from occgen_hub.visual.sequences import SEQUENCES, write_sequences
 from occgen_hub.visual.viewpoint import Viewpoint, automatic
 
@@ -72,7 +74,10 @@ def test_the_files_of_the_seed_say_what_the_dataset_says(trajectory, tmp_path):
         world = np.load(out / "merge_npy_sequence_world" / f"{t:06d}.npy")
         assert (camera.shape[1], world.shape[1]) == (4, 7)
         np.testing.assert_array_equal(world[: len(cloud), :3], cloud.points)
-        np.testing.assert_array_equal(world[: len(cloud), 3:6], cloud.colors)
+        shades = cloud.colors / np.float32(255)  # As Open3D has them, which viewers show.
+        np.testing.assert_array_equal(world[: len(cloud), 3:6], shades)
+        assert world[:, 3:6].min() >= 0
+        assert 0.5 < world[:, 3:6].max() <= 1
         # One scene in both frames, the path ends at the camera, and the camera is the origin.
         scene, seen = world[world[:, 6] < 2], camera[camera[:, 3] < 2]
         back = seen[:, :3] @ pose[:3, :3].T + pose[:3, 3]
@@ -455,3 +460,24 @@ def test_the_report_works_in_a_browser(page):
         assert chrome.get_log("browser") == []
     finally:
         chrome.quit()
+
+
+def test_a_caption_counts_to_the_last_frame():
+    assert [frame_title(n, 52) for n in (0, 51)] == ["frame 0 / 51", "frame 51 / 51"]
+
+
+def test_inspect_and_report_say_the_same_number_of_cells(dataset, tmp_path, monkeypatch):
+    """Also where the mean is nearer to the number above it."""
+    page = tmp_path / "page.html"
+    write_report(dataset, page)
+    lines = [line for line in describe(dataset) if line.endswith("visible occupied cells a frame")]
+    assert len(lines) == 2
+    for line, path in zip(lines, trajectories(dataset), strict=True):
+        said = re.search(r"([\d,]+) visible occupied cells a frame", line)
+        assert f">{said[1]}<" in page.read_text()
+        ends = Trajectory.open(path).visible_ends()
+        assert said[1] == f"{ends[-1] / (len(ends) - 1):,.0f}"
+    ends = np.array([0, 3, 6, 8])
+    monkeypatch.setattr(Trajectory, "visible_ends", lambda self: ends)
+    monkeypatch.setattr("occgen_hub.visual.inspection._frames", lambda trajectory: 3)
+    assert [line for line in describe(dataset) if line.endswith("3 visible occupied cells a frame")]

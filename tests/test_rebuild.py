@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from occgen_hub.builder import Settings, load_builder, source_stamp
+from occgen_hub.builder import load_builder
 from occgen_hub.cli import cli
 from occgen_hub.config import Config
+from occgen_hub.episode_build import Settings, build_episode, reconstruct_episode, write_episode
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.sample import make_sample
+from occgen_hub.up_to_date import source_stamp
 
 RGB = "videos/chunk-000/observation.images.rgb"
 RECORD = "meta/occgen.json"
@@ -38,7 +40,7 @@ def build(source: Path, out: Path, **settings):
     """Build the one trajectory of a source; what became of it."""
     builder = load_builder("internnav", source)
     (ref,) = builder.episodes()
-    return builder.build(ref, out, Settings(config=Config(voxel_size=0.1), **settings))
+    return build_episode(builder, ref, out, Settings(config=Config(voxel_size=0.1), **settings))
 
 
 def place(source: Path, out: Path) -> Path:
@@ -108,11 +110,11 @@ def test_what_comes_while_it_is_built_is_left_as_well(source, tmp_path):
     out = tmp_path / "out"
     builder = load_builder("internnav", source)
     (ref,) = builder.episodes()
-    found = builder.find(ref, out, Settings(config=Config(voxel_size=0.1)))
+    found = reconstruct_episode(builder, ref, out, Settings(config=Config(voxel_size=0.1)))
     (out / ref.id).mkdir(parents=True)
     (out / ref.id / "notes").write_text("mine")
     with pytest.raises(OccGenError, match="did not build"):
-        builder.write(found, out)
+        write_episode(found, out)
     assert content(out) == {f"{ref.id}/notes": b"mine"}
 
 

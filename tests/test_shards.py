@@ -21,18 +21,21 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import sparse
 
-from occgen_hub.builder import Settings, load_builder
+from occgen_hub.builder import load_builder
 from occgen_hub.config import Config
+from occgen_hub.episode_build import Settings
 from occgen_hub.errors import DatasetError
 from occgen_hub.files import sha256
+from occgen_hub.job import Job, list_episodes
 from occgen_hub.loading import Trajectory, trajectories
-from occgen_hub.runtime.loop import list_episodes, run
+from occgen_hub.runtime.build import build_dataset
 from occgen_hub.sample import make_sample
 from occgen_hub.shards import GROUP, NAME, remove_shards, shards, write_shards
 from occgen_hub.validation import validate
 
 COARSE = Settings(Config(voxel_size=0.1), media="none")
 VISIBLE = "videos/chunk-000/observation.occ.view/occ_sequence.npz"
+DYNAMIC = "videos/chunk-000/observation.occ.dynamic/dynamic_sequence.npz"
 OBSERVED = "videos/chunk-000/observation.occ.mask/mask_sequence.npz"
 
 
@@ -68,7 +71,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def build(source: Path, out: Path, limit: int | None = None, **options: Any) -> Path:
     builder = load_builder("internnav", source)
-    summary = run(builder, list_episodes(builder, limit), out, COARSE, **options)
+    summary = build_dataset(Job(builder, list_episodes(builder, limit), out, COARSE, **options))
     assert not summary.failures
     return out
 
@@ -84,6 +87,9 @@ def expected(root: Path) -> Iterator[dict[str, Any]]:
     """Each frame, as scipy and numpy read it from the trajectories."""
     for path in sorted(root.glob("*/*/trajectory_*")):
         visible, mask = sparse.load_npz(path / VISIBLE), np.load(path / OBSERVED)
+        moving = sparse.csr_matrix(visible.shape, dtype=np.uint8)
+        if (path / DYNAMIC).exists():
+            moving = sparse.load_npz(path / DYNAMIC)
         table = pq.read_table(path / "data/chunk-000/episode_000000.parquet")
         for t in range(visible.shape[0]):
             yield {
@@ -91,6 +97,7 @@ def expected(root: Path) -> Iterator[dict[str, Any]]:
                 "scene": path.parent.relative_to(root).as_posix(),
                 "frame_index": t,
                 "occupied": visible[t].indices.tolist(),
+                "dynamic": moving[t].indices.tolist(),
                 "observed": mask["data"][t].tobytes(),
                 "shape": mask["shape"].tolist(),
                 "voxel_size": 0.1,
@@ -130,6 +137,7 @@ def test_loaded_it_has_the_columns_that_were_promised(built, own_cache):
         "scene": Value("string"),
         "frame_index": Value("int64"),
         "occupied": List(Value("int32")),
+        "dynamic": List(Value("int32")),
         "observed": Value("binary"),
         "shape": List(Value("int32")),
         "voxel_size": Value("float64"),
@@ -242,9 +250,9 @@ def test_other_content_is_written_anew(source, mine, tmp_path):
     other = Settings(Config(voxel_size=0.2), media="none")
     builder = load_builder("internnav", source)
     for settings in (other, COARSE):
-        run(builder, list_episodes(builder), mine, settings)
+        build_dataset(Job(builder, list_episodes(builder), mine, settings))
         fresh = tmp_path / str(settings.config.voxel_size)
-        run(builder, list_episodes(builder), fresh, settings)
+        build_dataset(Job(builder, list_episodes(builder), fresh, settings))
         assert content(mine) == content(fresh)
 
 
@@ -284,7 +292,7 @@ def test_with_failures_the_others_are_there(source, tmp_path, own_cache):
     broken = Path(shutil.copytree(source, tmp_path / "broken"))
     (broken / "sample_zed/house_000/trajectory_1/data/chunk-000/episode_000000.parquet").unlink()
     builder = load_builder("internnav", broken)
-    summary = run(builder, list_episodes(builder), tmp_path / "out", COARSE)
+    summary = build_dataset(Job(builder, list_episodes(builder), tmp_path / "out", COARSE))
     assert len(summary.failures) == 1
     assert {row["episode"] for row in rows(tmp_path / "out", own_cache)} == {
         "sample_zed/house_000/trajectory_0", "sample_zed/house_001/trajectory_0",
@@ -315,13 +323,16 @@ def test_killed_at_any_moment_nothing_half_bears_a_final_name(mine, built):
     assert content(mine) == content(built)
 
 
-def test_a_full_disk_is_said_and_leaves_what_was_there(mine, built):
+def test_a_full_disk_is_said_and_leaves_what_was_there(mine):
     """A limit on the size of files, which the system keeps as it keeps a full disk."""
+    shards(mine)[0].write_bytes(shards(mine)[0].read_bytes()[:-100])  # It has to be written anew.
+    before = content(mine)
     code = (
         "import resource, signal, sys; from pathlib import Path;"
-        "from occgen_hub.runtime.loop import finish; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "from occgen_hub.runtime.finalize import finalize;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));"
-        "finish(Path(sys.argv[1]), overwrite=True)"
+        "finalize(Path(sys.argv[1]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(mine)], capture_output=True, text=True, check=False
@@ -329,7 +340,7 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(mine, built):
     assert done.returncode == 1
     assert "cannot be read or written (" in done.stderr.splitlines()[-1]
     assert "OccGenError" in done.stderr.splitlines()[-1]
-    assert content(mine) == content(built)
+    assert content(mine) == before
 
 
 # Checked
@@ -366,6 +377,7 @@ def bit_flipped(values: list[bytes]) -> None:
     ("harm", "words"),
     [
         (with_column("occupied", lambda v: v[11].pop()), "row 11, frame 11 of"),
+        (with_column("dynamic", lambda v: v[12].append(7)), "row 12, frame 0 of"),
         (with_column("observed", bit_flipped), "row 9, frame 9"),
         (with_column("camera_extrinsic", lambda v: v[0][0].__setitem__(3, 9.0)), "row 0"),
         (with_column("voxel_size", lambda v: v.__setitem__(30, 0.2)), "row 30"),
@@ -395,7 +407,7 @@ def test_shards_of_another_trajectory_are_noticed(source, mine, tmp_path):
     other = tmp_path / "other"
     builder = load_builder("internnav", source)
     coarser = Settings(Config(voxel_size=0.1, interval=3), media="none")
-    run(builder, list_episodes(builder), other, coarser)
+    build_dataset(Job(builder, list_episodes(builder), other, coarser))
     shutil.copy(shards(other)[0], shards(mine)[0])
     (finding,) = validate(mine).findings
     assert "occupied is not what the trajectory holds" in finding.problem

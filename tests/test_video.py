@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import struct
@@ -14,6 +15,8 @@ from typing import Any
 import av
 import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageOps
 
@@ -22,10 +25,18 @@ from occgen_hub.builders.video import VideoBuilder
 from occgen_hub.config import Config
 from occgen_hub.episode import Episode
 from occgen_hub.errors import SourceError, UsageError
+from occgen_hub.job import check_paths, list_episodes
 from occgen_hub.lerobot.writer import Media, TrajectoryWriter
-from occgen_hub.media import VideoReader, survey_video, video_facts, video_frames, write_video
+from occgen_hub.media import (
+    VideoReader,
+    survey_video,
+    video,
+    video_facts,
+    video_frames,
+    write_video,
+)
+from occgen_hub.media.hdr import compressed, to_sdr
 from occgen_hub.occupancy.grid import Grid
-from occgen_hub.runtime.loop import check_places, list_episodes
 from occgen_hub.schema import load_schema
 
 RED, GREEN, BLUE, WHITE = (220, 30, 30), (30, 200, 30), (30, 30, 220), (240, 240, 240)
@@ -149,10 +160,15 @@ def assert_fails(path: Path, problem: str, named: Path | None = None) -> None:
         ("A.MP4", "libx265"),
         ("a.mpg", "mpeg2video"),
         ("a.mts", "libx264"),
+        ("a.ts", "libx264"),
+        ("a.h264", "libx264"),
+        ("a.hevc", "libx265"),
+        ("a.wmv", "wmv2"),
+        ("a.flv", "flv"),
     ],
 )
 def test_a_video_is_an_episode(name: str, codec: str, tmp_path: Path) -> None:
-    fps = 25 if name == "a.mpg" else 10
+    fps = 25 if name in ("a.mpg", "a.h264", "a.hevc") else 10  # What a bare stream is taken for.
     path = record(tmp_path / name, [quadrants()] * 12, codec, fps=fps)
 
     episode = read(path)
@@ -553,14 +569,9 @@ def test_images_are_turned_upright(kind: str, orientation: int, tmp_path: Path) 
     assert bool(episode.media) == (kind == "jpg" and orientation == 1)
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16"])
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1"])
 def test_modes_of_images(mode: str, tmp_path: Path) -> None:
-    image = Image.fromarray(quadrants())
-    if mode == "I;16":
-        values = np.asarray(image.convert("L")).astype(np.uint16) * 257
-        image = Image.fromarray(values)
-    else:
-        image = image.convert(mode)
+    image = Image.fromarray(quadrants()).convert(mode)
     image.save(tmp_path / ("0.jpg" if mode == "CMYK" else "0.png"))
     episode = read(tmp_path)
     frame = episode.read_rgb(0)
@@ -709,20 +720,20 @@ def test_what_is_no_source_is_a_wrong_command(tmp_path: Path) -> None:
         (lambda: list_episodes(load_builder("internnav", tmp_path / "clip.mp4")),
          "is not a folder; give the root of the source tree as --input, or another --source than "
          "internnav: internnav, video."),
-        (lambda: check_places(tmp_path / "no", tmp_path / "out"), "is not there; give what to"),
-        (lambda: check_places(Path("/dev/null"), tmp_path / "out"), "is not a folder, nor a file"),
-        (lambda: check_places(tmp_path / "in", tmp_path / "in" / "out"), "inside the input"),
-        (lambda: check_places(tmp_path / "in", tmp_path), "lies inside the output"),
-        (lambda: check_places(tmp_path / "in", tmp_path / "loop"), "cannot be followed"),
-        (lambda: check_places(tmp_path / "clip.mp4", tmp_path / "clip.mp4"), "inside the input"),
-        (lambda: check_places(tmp_path / "clip.mp4", tmp_path / "clip.mp4" / "x"), "inside"),
+        (lambda: check_paths(tmp_path / "no", tmp_path / "out"), "is not there; give what to"),
+        (lambda: check_paths(Path("/dev/null"), tmp_path / "out"), "is not a folder, nor a file"),
+        (lambda: check_paths(tmp_path / "in", tmp_path / "in" / "out"), "inside the input"),
+        (lambda: check_paths(tmp_path / "in", tmp_path), "lies inside the output"),
+        (lambda: check_paths(tmp_path / "in", tmp_path / "loop"), "cannot be followed"),
+        (lambda: check_paths(tmp_path / "clip.mp4", tmp_path / "clip.mp4"), "inside the input"),
+        (lambda: check_paths(tmp_path / "clip.mp4", tmp_path / "clip.mp4" / "x"), "inside"),
     ]  # fmt: skip
     for command, problem in wrong:
         with pytest.raises(UsageError) as caught:
             command()
         assert problem in str(caught.value)
-    check_places(tmp_path / "clip.mp4", tmp_path)
-    check_places(tmp_path / "clip.mp4", tmp_path / "clip")
+    check_paths(tmp_path / "clip.mp4", tmp_path)
+    check_paths(tmp_path / "clip.mp4", tmp_path / "clip")
 
 
 # What is written
@@ -819,3 +830,203 @@ def test_equal_videos_have_equal_fingerprints(tmp_path: Path) -> None:
     assert one.fingerprint == other.fingerprint
     write_video(tmp_path / "y" / "a.mp4", [quadrants()] * 4, 10)
     assert read(tmp_path / "y" / "a.mp4").fingerprint != one.fingerprint
+
+
+# What is none, or more than one
+
+
+def depth(folder: Path, names: list[str]) -> Path:
+    """16-bit grey images, as depth is stored."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for n, name in enumerate(names):
+        Image.fromarray(np.full((64, 96), 10_000 + n, np.uint16)).save(folder / name)
+    return folder
+
+
+def test_a_folder_of_depth_images_is_no_movie(tmp_path: Path) -> None:
+    pictures(tmp_path / "rgb", ["0.png", "1.png"])
+    depth(tmp_path / "depth", ["0.png", "1.png"])
+    assert ids(tmp_path) == ["rgb"]
+    with pytest.raises(UsageError, match="16-bit grey ones are depth"):
+        list(VideoBuilder(tmp_path / "depth").episodes())
+
+
+def test_depth_images_among_colour_images_are_named(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "in", ["frame_0.png", "frame_1.png"])
+    depth(folder, ["zdepth_0.png"])
+    assert_fails(folder, "is a 16-bit grey image, as depth is", folder / "zdepth_0.png")
+
+
+def lerobot_v3(root: Path, held: list[tuple[int, int]], *, tables: bool = True) -> Path:
+    """A dataset of LeRobot v3.0 with a video of some frames in file 0; held: of each episode."""
+    key, episodes = "observation.images.front", root / "meta/episodes/chunk-000"
+    episodes.mkdir(parents=True)
+    info = {"codebase_version": "v3.0", "total_episodes": len(held)}
+    (root / "meta/info.json").write_text(json.dumps(info))
+    if tables:
+        columns = {
+            f"videos/{key}/chunk_index": [chunk for chunk, _ in held],
+            f"videos/{key}/file_index": [file for _, file in held],
+        }
+        pq.write_table(pa.table(columns), episodes / "file-000.parquet")
+    return record(root / "videos" / key / "chunk-000/file-000.mp4", numbered(6))
+
+
+@pytest.mark.parametrize(
+    ("held", "tables", "said"),
+    [
+        ([(0, 0), (0, 0), (0, 0)], True, "holds 3 episodes of a LeRobot dataset"),
+        ([(0, 0), (0, 1), (1, 0)], True, None),
+        ([(0, 0), (0, 0)], False, "holds several episodes of a LeRobot dataset"),
+        ([(0, 0)], False, None),
+    ],
+)
+def test_episodes_that_lerobot_joined_are_not_one(
+    held: list[tuple[int, int]], tables: bool, said: str | None, tmp_path: Path
+) -> None:
+    path = lerobot_v3(tmp_path / "set", held, tables=tables)
+    if said is None:
+        assert read(path).length == 6
+    else:
+        assert_fails(path, said)
+
+
+def test_programs_in_typescript_are_no_videos(tmp_path: Path) -> None:
+    record(tmp_path / "a.ts", numbered(3))
+    (tmp_path / "index.ts").write_text("export const x = 1;\n" * 40)
+    assert ids(tmp_path) == ["a"]
+
+
+def test_an_animation_is_a_video_but_beside_images_a_preview(tmp_path: Path) -> None:
+    gif = tmp_path / "in" / "walk.gif"
+    gif.parent.mkdir()
+    frames = [Image.fromarray(image) for image in numbered(5)]
+    frames[0].save(gif, save_all=True, append_images=frames[1:], duration=100)
+    episode = read(gif)
+    assert (episode.length, episode.fps, episode.media) == (5, 10, ())
+    assert [number(frame) for frame in all_frames(episode)] == list(range(5))
+    assert ids(tmp_path) == ["in_walk"]
+    pictures(tmp_path / "in", ["0.jpg", "1.jpg"])
+    assert ids(tmp_path) == ["in"]
+
+
+LCEVC = bytes([0, 0, 0, 1, 6, 4, 8, 0xB4, 0, 0x50, 1, 2, 3, 4, 5, 0x80])
+"""Data of an enhancement beside a frame, which PyAV has no name for, as for a second view."""
+
+
+def with_unknown_data(path: Path) -> None:
+    """Put them before each picture of a bare stream."""
+    content = path.read_bytes()
+    for kind in (b"\x65", b"\x41", b"\x01"):  # A key frame's, and others'.
+        for start in (b"\0\0\0\1", b"\0\0\1"):
+            content = content.replace(start + kind, LCEVC + start + kind)
+    path.write_bytes(content)
+
+
+def test_data_that_pyav_does_not_know_are_no_damage(tmp_path: Path) -> None:
+    path = record(tmp_path / "a.h264", [quadrants()] * 4)
+    with_unknown_data(path)
+    with av.open(str(path)) as container:
+        frame = next(container.decode(video=0))
+        with pytest.raises(ValueError, match="is not a valid Type"):
+            _ = frame.side_data
+    episode = read(path)
+    assert episode.length == 4
+    assert_upright(episode.read_rgb(0))
+
+
+@pytest.mark.parametrize("matrix", [(0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0), (1, 0, 0, 1)])
+def test_a_quarter_turn_is_known_by_its_angle_as_well(
+    matrix: tuple[int, int, int, int], tmp_path: Path
+) -> None:
+    path = record(tmp_path / "a.mp4", [quadrants()])
+    turn(path, matrix)
+    with av.open(str(path)) as container:
+        frame = next(container.decode(video=0))
+        by_angle = video._QUARTERS.get(frame.rotation % 360, (False, False, False))
+        assert by_angle == video._turn(frame)
+
+
+# HDR
+
+BT2020 = {"color_primaries": 9, "colorspace": 9, "color_range": 1}
+
+
+def pq_signal(nits: float) -> float:
+    """0 to 1: the signal of SMPTE ST 2084 for so much light."""
+    light = (nits / 10_000) ** 0.1593017578125
+    return ((0.8359375 + 18.8515625 * light) / (1 + 18.6875 * light)) ** 78.84375
+
+
+def hlg_signal(light: float) -> float:
+    """0 to 1: the signal of ARIB STD-B67 for so much of the brightest light of a scene."""
+    if light <= 1 / 12:
+        return float(np.sqrt(3 * light))
+    return 0.17883277 * float(np.log(12 * light - 0.28466892)) + 0.55991073
+
+
+def srgb(light: float) -> float:
+    return 255 * (1.055 * light ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize(
+    ("nits", "light"), [(0, 0), (20, 20 / 203), (100, 100 / 203), (203, 0.8), (1000, 1)]
+)
+def test_light_keeps_its_place_and_highlights_are_compressed(nits: float, light: float) -> None:
+    expected = srgb(light) if light > 0.01 else 0
+    signal = np.full((2, 2, 3), round(65535 * pq_signal(nits)), np.uint16)
+    assert np.abs(to_sdr(signal, "PQ", wide=True).astype(float) - expected).max() <= 2
+    # HLG's screen of 1000 nits shows grey of E as 1000 E^1.2.
+    scene = (nits / 1000) ** (1 / 1.2)
+    signal = np.full((2, 2, 3), round(65535 * hlg_signal(scene)), np.uint16)
+    assert np.abs(to_sdr(signal, "HLG", wide=True).astype(float) - expected).max() <= 2
+
+
+def test_brighter_light_is_never_darker() -> None:
+    signal = np.repeat(np.arange(65536, dtype=np.uint16)[None, :, None], 3, axis=2)
+    for kind in ("PQ", "HLG"):
+        grey = to_sdr(signal, kind, wide=True)[0].astype(int)
+        assert (np.diff(grey[:, 0]) >= 0).all()
+        assert np.ptp(grey, axis=1).max() <= 1
+        assert (grey[0].max(), grey[-1].min()) == (0, 255)
+
+
+def test_colours_keep_their_hue() -> None:
+    """A red of BT.709, of 100 nits, seen through BT.2020."""
+    to_2020 = np.array(
+        [[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]]
+    )
+    red = to_2020 @ (100, 10, 10)
+    signal = np.array([[[round(65535 * pq_signal(nits)) for nits in red]]], np.uint16)
+    expected = [srgb(nits / 203) for nits in (100, 10, 10)]
+    assert np.abs(to_sdr(signal, "PQ", wide=True)[0, 0] - expected).max() <= 4
+
+
+@pytest.mark.parametrize(("name", "number_", "signal"), [
+    ("PQ", 16, [pq_signal(nits) for nits in (50, 203, 600)]),
+    ("HLG", 18, [hlg_signal((nits / 1000) ** (1 / 1.2)) for nits in (50, 203, 600)]),
+])  # fmt: skip
+def test_an_hdr_video_comes_as_sdr_with_a_note(
+    name: str, number_: int, signal: list[float], tmp_path: Path
+) -> None:
+    frames = [np.full((64, 96, 3), round(255 * value), np.uint8) for value in signal]
+    path = record(tmp_path / "a.mp4", frames, "libx265", "yuv420p10le", color_trc=number_,
+                  **BT2020)  # fmt: skip
+    episode = read(path)
+    assert notes(episode)["hdr"] == (
+        f"the video is HDR ({name}): its colours are brought to SDR, those of BT.709"
+    )
+    assert episode.media == ()
+    found = [float(frame.mean()) for frame in all_frames(episode)]
+    expected = [srgb(float(compressed(np.float32([n / 203]))[0])) for n in (50, 203, 600)]
+    assert np.abs(np.subtract(found, expected)).max() <= 5
+    assert found[1] - found[0] > 60  # As the signals stand, they are less apart, and flat.
+    made = write(episode, tmp_path / "out")
+    assert survey_video(made).hdr is None
+
+
+def test_an_sdr_video_is_left_as_it_is(tmp_path: Path) -> None:
+    path = record(tmp_path / "a.mp4", [quadrants()], color_trc=1, color_primaries=1)
+    episode = read(path)
+    assert "hdr" not in notes(episode)
+    assert [item.path for item in episode.media] == [path]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -17,10 +18,12 @@ from occgen_hub.engines.pi3.weights import (
     Checkpoint,
     Weights,
     WeightsError,
+    _none,
     find,
     published,
     verify,
 )
+from occgen_hub.errors import in_brief
 
 REVISION = published("pi3").revision
 
@@ -132,6 +135,42 @@ def test_a_hub_that_refuses_is_told_in_three_lines(hub, tmp_path, status):
     assert result.returncode == 2
     assert len(result.stderr.strip().splitlines()) == 3
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("name", ["pi3", "pi3x"])
+def test_without_weights_their_licence_is_said(name):
+    with pytest.raises(
+        WeightsError, match=r"licence: CC BY-NC 4\.0, which allows no commercial use"
+    ):
+        raise _none(name)
+
+
+def test_what_a_library_says_is_cut_between_words():
+    words = "the connection was refused by a machine that nobody knows " * 5
+    said = in_brief(words, 100)
+    assert len(said) <= 104
+    assert said.endswith(" ...")
+    assert words.startswith(said.removesuffix(" ..."))
+    assert words[len(said) - 4] == " "
+    assert in_brief("short.\nand more") == "short"
+    assert in_brief("") == ""
+    assert in_brief("x" * 300, 100) == "x" * 100 + " ..."
+
+
+def test_a_long_reason_of_the_hub_is_not_cut_within_a_word(tmp_path):
+    """It names an address, which alone is longer than what there is room for."""
+    environment = {
+        "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    result = occgen_hub("weights", "pull", "pi3", environment=environment, cwd=tmp_path)
+    (reason,) = re.findall(r"could not be fetched \((.*)\)", result.stderr.splitlines()[0])
+    program = (
+        "from occgen_hub.engines.pi3.weights import fetch\n"
+        "try: fetch('pi3')\n"
+        "except Exception as error: print(error.__cause__)"
+    )
+    whole = python(program, environment, tmp_path).stdout
+    assert reason in whole or f"{reason.removesuffix(' ...')} " in whole
 
 
 def test_a_hub_that_is_not_there_is_told_at_once(tmp_path):

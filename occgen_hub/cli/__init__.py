@@ -9,10 +9,9 @@ import sys
 
 import click
 
-from occgen_hub.cli import look, make, picture, publish, weights
+from occgen_hub.cli import build, look, picture, publish, sample, weights
 from occgen_hub.cli.stopping import STOPS, Stopped, received, stop_at_once, stop_in_order
 from occgen_hub.errors import OccGenError
-from occgen_hub.runtime.launch import QUIET
 
 __all__ = ["STOPS", "cli", "main"]
 
@@ -28,7 +27,7 @@ def cli() -> None:
 
 
 for command in (
-    *(make.sample, make.build, look.validate, look.inspect),
+    *(sample.sample, build.build, build.finalize, look.validate, look.inspect),
     *(picture.visualize, picture.render, picture.view, picture.report),
     *(publish.export, publish.push, weights.weights),
 ):
@@ -50,9 +49,8 @@ def main() -> None:
         click.echo(f"Error: {error}", err=True)
         sys.exit(error.exit_code)
     except (Stopped, click.Abort, KeyboardInterrupt) as stopped:
-        if QUIET not in os.environ:
-            more = " What was finished stays; the same command goes on from there."
-            click.echo(f"Stopped.{more * getattr(stopped, 'goes_on', False)}", err=True)
+        more = " What was finished stays; the same command goes on from there."
+        click.echo(f"Stopped.{more * getattr(stopped, 'goes_on', False)}", err=True)
         sys.exit(128 + (received[0] if received else signal.SIGINT))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

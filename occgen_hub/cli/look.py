@@ -19,7 +19,7 @@ def validate(folder: Path, as_json: bool) -> int:
     """
 
     from occgen_hub.files import dump_json
-    from occgen_hub.runtime.report import unfinished
+    from occgen_hub.runtime.finalize import unfinished
     from occgen_hub.validation import validate as check
 
     with progress_bar("validate", unit="trajectory") as progress:
@@ -32,6 +32,8 @@ def validate(folder: Path, as_json: bool) -> int:
         verdict = "valid" if report.valid else f"{len(report.findings)} finding(s)"
         s = "y" if report.trajectories == 1 else "ies"
         click.echo(f"{report.trajectories} trajector{s}, {report.frames} frames: {verdict}.")
+    for warning in report.warnings:
+        click.echo(f"Warning: {warning}", err=True)
     for remark in unfinished(folder):
         click.echo(f"Note: {remark}.", err=True)
     return 0 if report.valid else 1

@@ -70,19 +70,15 @@ def _opened(trajectory: str, root: Path | None, how: dict[str, Any]) -> Iterator
         yield Trajectory.open(_folder(Path(trajectory)))
         return
     from occgen_hub.config import load_config
-    from occgen_hub.runtime.alone import Source, built_alone
+    from occgen_hub.temporary_build import temporary_build
 
-    source = Source(
-        name=how["source"],
-        root=root,
-        config=load_config(how["config"], how["settings"]),
-        engine=how["engine"],
-        weights=how["weights"],
-        device=how["device"],
-    )
+    options = {name: how[name] for name in ("source", "engine", "weights", "device")}
+    options["config"] = load_config(how["config"], how["settings"])
     with (
         progress_bar("build", unit="frame") as progress,
-        built_alone(source, trajectory, lambda done: progress(done, None)) as folder,
+        temporary_build(
+            trajectory, root=root, progress=lambda done: progress(done, None), **options
+        ) as folder,
     ):
         yield Trajectory.open(folder)
 

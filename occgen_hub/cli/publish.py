@@ -63,7 +63,7 @@ def push(
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     from occgen_hub import hub
-    from occgen_hub.runtime.report import unfinished
+    from occgen_hub.runtime.finalize import unfinished
 
     hub.check_target(repo_id, revision, create_pr)
     if not dry_run:

@@ -49,11 +49,3 @@ def stop_if_asked() -> None:
     """Stop where it could not be raised or was swallowed, as by a library being imported."""
     if received:
         raise Stopped
-
-
-def stopped_by(code: int) -> int:
-    """An exit code as it is; but where it is a signal's number below zero, stop as for that one."""
-    if code < 0:
-        received.append(-code)
-        raise Stopped
-    return code

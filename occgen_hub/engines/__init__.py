@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -57,9 +59,27 @@ class Engine(ABC):
     ) -> Views:
         """The depth and the cameras of an episode's frames.
 
-        scratch: an empty folder for what does not belong in memory. It stays as long as the views
-        are used. Raises OccGenError when the episode cannot be reconstructed.
+        scratch: a folder to make for what does not belong in memory. It stays as long as the
+        views are used. Raises OccGenError when the episode cannot be reconstructed.
         """
+
+
+_FETCHING: ContextVar[bool] = ContextVar("fetching", default=True)
+
+
+def may_fetch() -> bool:
+    """Whether weights that are not there may be fetched now."""
+    return _FETCHING.get()
+
+
+@contextmanager
+def without_fetching() -> Iterator[None]:
+    """Open engines in this block with the weights that are there: none are fetched."""
+    token = _FETCHING.set(False)
+    try:
+        yield
+    finally:
+        _FETCHING.reset(token)
 
 
 Opener = Callable[[Path | None, str | None], Engine]

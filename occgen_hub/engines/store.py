@@ -19,6 +19,7 @@ class FrameStore:
     """
 
     def __init__(self, folder: Path, size: tuple[int, int]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self._shape = size[::-1]
         self._paths = {name: folder / f"{name}.raw" for name in ("depth", "confidence", "color")}
 

@@ -30,9 +30,9 @@ class DepthMap:
         depth: (h, w) float32, metres along the optical axis, 0 for none.
         trusted: (h, w) bool, pixels that lie on a surface, and not between two.
         pixels: (h, w, 4) float32: the depth, 0 where it is not trusted; `along_x` and `along_y`,
-            the change of the inverse depth per pixel, of which the smaller of the differences to the
-            two neighbours counts, so that a pixel beside an edge stays on its own surface; and the
-            least depth in the 3 x 3 pixels around, trusted or not, 0 where there is no depth.
+            the change of the inverse depth per pixel, of which the smaller of the differences to
+            the two neighbours counts, so that a pixel beside an edge stays on its own surface; and
+            the least depth in the 3 x 3 pixels around, trusted or not, 0 where there is none.
         K: (3, 3) float64, intrinsics in pixels of this map.
         world_from_camera: (4, 4) float64, OpenCV axes, metres.
     """
@@ -88,39 +88,45 @@ def camera_values(
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
+def _fill_row(depth, trusted, row, inverse, least):
+    """Inverse depth of a row, infinite where it is not trusted, and the least of three pixels."""
+    width = depth.shape[1]
+    none = np.float32(np.inf)
+    for u in range(width):
+        inverse[u] = np.float32(1) / depth[row, u] if trusted[row, u] else none
+    for u in range(width):
+        least[u] = depth[row, u] if depth[row, u] > 0 else none
+        if u > 0 and depth[row, u - 1] > 0:
+            least[u] = min(least[u], depth[row, u - 1])
+        if u + 1 < width and depth[row, u + 1] > 0:
+            least[u] = min(least[u], depth[row, u + 1])
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
 def _surface(depth, trusted):
     """(h, w, 4) float32 `pixels` of a `DepthMap`."""
     height, width = depth.shape
     none = np.float32(np.inf)
     pixels = np.zeros((height, width, 4), np.float32)
-    inverse = np.empty((height, width), np.float32)
-    across = np.empty((height, width), np.float32)  # The least of three pixels of a row.
+    # Of three rows at a time: images may be large.
+    inverse, least = np.empty((3, width), np.float32), np.empty((3, width), np.float32)
+    _fill_row(depth, trusted, 0, inverse[0], least[0])
     for v in range(height):
-        for u in range(width):
-            inverse[v, u] = np.float32(1) / depth[v, u] if trusted[v, u] else none
-        for u in range(width):
-            least = depth[v, u] if depth[v, u] > 0 else none
-            if u > 0 and depth[v, u - 1] > 0:
-                least = min(least, depth[v, u - 1])
-            if u + 1 < width and depth[v, u + 1] > 0:
-                least = min(least, depth[v, u + 1])
-            across[v, u] = least
-    for v in range(height):
-        above, below = max(v - 1, 0), min(v + 1, height - 1)
+        if v + 1 < height:
+            _fill_row(depth, trusted, v + 1, inverse[(v + 1) % 3], least[(v + 1) % 3])
+        row, above, below = v % 3, max(v - 1, 0) % 3, min(v + 1, height - 1) % 3
         for u in range(width):
             if depth[v, u] > 0:
-                pixels[v, u, 3] = min(across[above, u], across[v, u], across[below, u])
-            here = inverse[v, u]
+                pixels[v, u, 3] = min(least[above, u], least[row, u], least[below, u])
+            here = inverse[row, u]
             if here == none:
                 continue
             left, right = max(u - 1, 0), min(u + 1, width - 1)
             pixels[v, u, 0] = depth[v, u]
-            pixels[v, u, 1] = _smaller(
-                inverse[v, left], here, inverse[v, right], u > left, right > u
-            )
-            pixels[v, u, 2] = _smaller(
-                inverse[above, u], here, inverse[below, u], v > above, below > v
-            )
+            before, after = inverse[row, left], inverse[row, right]
+            pixels[v, u, 1] = _smaller(before, here, after, u > left, right > u)
+            before, after = inverse[above, u], inverse[below, u]
+            pixels[v, u, 2] = _smaller(before, here, after, v > 0, v + 1 < height)
     return pixels
 
 

@@ -44,8 +44,8 @@ class Evidence:
 
     supports: (n,) uint16, frames that measured a surface there; contradictions: (n,) uint16, frames
     that saw through; doubts: (n,) uint16, frames in which an edge runs past it, so that what they
-    measured says neither; moves: (n, 4) float32, the sum of weights, and of weighted displacements onto
-    the measured surfaces along the rays, world metres.
+    measured says neither; moves: (n, 4) float32, the sum of weights, and of weighted displacements
+    onto the measured surfaces along the rays, world metres.
     """
 
     supports: NDArray[np.uint16]
@@ -99,10 +99,10 @@ def gather_evidence(
     """
     count = len(cloud.points)
     found = Evidence(
-        np.zeros(count, np.uint16),
-        np.zeros(count, np.uint16),
-        np.zeros(count, np.uint16),
-        np.zeros((count, 4), np.float32),
+        supports=np.zeros(count, np.uint16),
+        contradictions=np.zeros(count, np.uint16),
+        doubts=np.zeros(count, np.uint16),
+        moves=np.zeros((count, 4), np.float32),
     )
     for view in ahead(maps, spread(maps.frames)):
         _look(

@@ -35,7 +35,7 @@ SURE = 0.33
 """A point stays where, of the frames that saw a surface there or an edge beside it, this share
 saw the surface: what floats between two surfaces lies beside an edge wherever it is seen from."""
 
-STILL = 0.05
+STILL = 0.1
 """Share of a cell's edge: where most points moved less, another round changes nothing."""
 
 REFINEMENTS = 4
@@ -49,7 +49,7 @@ Progress = Callable[[int], None]
 class Fused:
     """What fusion makes of views.
 
-    cloud: the static surface, one point for each voxel of `Config.fusion_size`, world metres;
+    cloud: the static surface, about one point for each voxel of `Config.fusion_size`, world metres;
     views: as given, with refined poses where that was asked for; moving: a frame's own points,
     (n, 3) float32 world metres, None where nothing is looked for; quality: figures; notes: what a
     user should know.
@@ -71,8 +71,8 @@ def fuse(views: Views, config: Config, progress: Progress = lambda _: None) -> F
     own, moves and belongs to that frame alone. With `fusion: union` every measured point is kept
     where it is.
 
-    The result is the same whatever the number of threads. Raises OccGenError where points lie too
-    far from the world's origin.
+    The result is the same whatever the number of threads. `check_reach` says whether the points can
+    be fused.
     """
     maps = DepthMaps(views, config.confidence, config.depth_edge)
     measured = union(maps, config, progress)
@@ -101,7 +101,6 @@ def fuse(views: Views, config: Config, progress: Progress = lambda _: None) -> F
 def union(maps: DepthMaps, config: Config, progress: Progress = lambda _: None) -> Cloud:
     """Every trusted point of every frame, one for each voxel of `Config.fusion_size`."""
     fused = VoxelDownsample(config.fusion_size)
-    check_reach(maps.views, config, fused.reach)
     measured = ahead(partial(_measured, maps, config.depth_range), maps.frames.tolist())
     for points, colors in measured:
         fused.add(points, colors)
@@ -121,27 +120,30 @@ def _measured(
 
 def agree(cloud: Cloud, maps: DepthMaps, tolerance: Tolerance, config: Config) -> Agreement:
     """The points of a cloud that frames agree on, moved to where they measured them."""
-    seen_through, measured = [], len(cloud)
-    for _ in range(ROUNDS):
+    removed, contradicted = [], 0.0
+    for number in range(ROUNDS):
         bricks, order = sorted_into_bricks(cloud.points)
         evidence = gather_evidence(bricks, maps, tolerance)
         supports = evidence.supports.astype(np.float32)
-        kept = (supports > 0) & (evidence.contradictions <= CONTRADICTED * supports)
-        kept &= supports >= SURE * (supports + evidence.doubts)
-        seen_through.append(bricks.points[~kept])
+        seen_through = evidence.contradictions > CONTRADICTED * supports
+        sure = (supports > 0) & (supports >= SURE * (supports + evidence.doubts))
+        kept = sure & ~seen_through
+        removed.append(bricks.points[seen_through])
+        if number == 0:
+            contradicted = float(seen_through.mean())
         shift = evidence.displacement()[kept]
-        points, colors = bricks.points[kept] + shift, cloud.colors[order][kept]
-        cloud = voxel_downsample(Cloud(points, colors), config.fusion_size)
-        still = np.mean(np.abs(shift).max(axis=1, initial=0) < STILL * config.voxel_size)
-        if not len(cloud) or still > 0.9:
+        cloud = Cloud(bricks.points[kept] + shift, cloud.colors[order][kept])
+        still = np.abs(shift).max(axis=1, initial=0) < STILL * config.voxel_size
+        if not len(cloud) or still.mean() > 0.9:
             break
-    removed = np.concatenate(seen_through)
-    share = len(seen_through[0]) / measured
-    return Agreement(cloud, into_bricks(removed), float(np.median(evidence.supports)), share)
+        cloud = voxel_downsample(cloud, config.fusion_size)
+    seen = float(np.median(evidence.supports))
+    return Agreement(cloud, into_bricks(np.concatenate(removed)), seen, contradicted)
 
 
-def check_reach(views: Views, config: Config, reach: float) -> None:
+def check_reach(views: Views, config: Config, episode: str) -> None:
     """Raise OccGenError where a camera may see beyond what voxels can number."""
+    reach = VoxelDownsample(config.fusion_size).reach
     centres, K = np.abs(views.world_from_camera[:, :3, 3]).max(), views.intrinsics
     size = np.asarray(views.image_size)
     middle, focal = K[:, :2, 2], K[:, [0, 1], [0, 1]]
@@ -149,7 +151,7 @@ def check_reach(views: Views, config: Config, reach: float) -> None:
     ray = config.depth_range[1] * float(np.sqrt(1 + (slope**2).sum(axis=1)).max())
     if centres + ray > reach:
         raise OccGenError(
-            f"a camera may see {centres + ray:.0f} m from the world's origin, beyond the "
-            f"{reach:.0f} m that can be fused; subtract an offset from the source's poses or set "
-            "a larger fusion_voxel_size."
+            f"{episode}: a camera may see {centres + ray:.0f} m from the world's origin, beyond "
+            f"the {reach:.0f} m that can be fused; subtract an offset from the source's poses or "
+            "set a larger fusion_voxel_size."
         )

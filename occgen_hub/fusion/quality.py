@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import isfinite
+from typing import Any
 
 import numpy as np
 
@@ -29,8 +32,8 @@ POOR_CONTRADICTED = 0.3
 class Agreement:
     """The static surface that frames agree on.
 
-    cloud: its points, world metres; seen_through: measured points that are not part of it, since
-    other frames saw through them; supports: median number of frames that saw a point;
+    cloud: its points, world metres; seen_through: the measured points that other frames saw
+    through, which are no part of it; supports: median number of frames that saw a point;
     contradicted: share of the measured points that other frames saw through.
     """
 
@@ -64,6 +67,20 @@ class Quality:
             key: [round(v, 6) for v in value] if isinstance(value, tuple) else round(value, 6)
             for key, value in asdict(self).items()
         }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Quality | None:
+        """The figures in a `meta/occgen.json`; None where it has none, or not all as numbers."""
+        try:
+            figures = record["quality"]
+            one, two, four = (float(value) for value in figures["sigma"])
+            single = ("contradicted", "supports", "residual", "shift", "turn")
+            values = [float(figures[key]) for key in single]
+        except (KeyError, TypeError, ValueError, OverflowError):
+            return None
+        if not all(map(isfinite, (one, two, four, *values))):
+            return None
+        return cls((one, two, four), *values)
 
     def notes(self, *, refined: bool) -> list[Note]:
         """What a user should know."""

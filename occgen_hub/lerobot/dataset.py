@@ -24,21 +24,25 @@ from occgen_hub.training import OccupancyDataset
 
 NAMES = {
     load_schema(SCHEMA).folder(file): key
-    for file, key in (("visible", "occupancy"), ("observed", "mask"))
+    for file, key in (("visible", "occupancy"), ("observed", "mask"), ("dynamic", "dynamic"))
 }
 """What an item may hold of the occupancy, as LeRobot would call it, and what it is in ours."""
+
+DEFAULT_NAMES = tuple(name for name, key in NAMES.items() if key != "dynamic")
 
 
 class LeRobotOccupancyDataset(LeRobotDataset):  # type: ignore[misc]  # lerobot comes without types
     """A LeRobotDataset of an export, with the occupancy of each frame in its items.
 
     repo_id, root and all further arguments, by their names, are LeRobotDataset's. Added to an item
-    are those of `occupancy`, both by default:
+    are those of `occupancy`, the first two by default:
 
     - "observation.occ.view": occupied and visible cells of the grid in the camera's frame (OpenCV
       axes). dense: (nx, ny, nz) bool; else (n, 3) int32, cells (i, j, k), ascending
     - "observation.occ.mask": observed cells, free and occupied alike. dense: (nx, ny, nz) bool;
       else (ceil(nx * ny * nz / 8),) uint8, as `np.packbits` has them
+    - "observation.occ.dynamic": those cells of "observation.occ.view" that hold something that
+      moves, in the same forms
 
     `delta_timestamps` may name them too. Then they are stacked, (deltas, nx, ny, nz), beyond the
     episode's ends the frame there, with "observation.occ.view_is_pad" and so on, as LeRobot's own
@@ -56,7 +60,7 @@ class LeRobotOccupancyDataset(LeRobotDataset):  # type: ignore[misc]  # lerobot 
         repo_id: str,
         root: str | Path | None = None,
         *,
-        occupancy: Sequence[str] = tuple(NAMES),
+        occupancy: Sequence[str] = DEFAULT_NAMES,
         dense: bool = True,
         delta_timestamps: dict[str, list[float]] | None = None,
         **options: Any,
@@ -99,7 +103,7 @@ class LeRobotOccupancyDataset(LeRobotDataset):  # type: ignore[misc]  # lerobot 
         return item
 
     def _stacked(self, key: str, frames: list[torch.Tensor]) -> torch.Tensor:
-        if key == "occupancy" and not self.occupancy.dense:
+        if key != "mask" and not self.occupancy.dense:
             pad = torch.nn.functional.pad
             return torch.cat([pad(rows, (1, 0), value=d) for d, rows in enumerate(frames)])
         return torch.stack(frames)

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pyarrow import Table
 
 from occgen_hub.config import Config
-from occgen_hub.episode import Column, Episode
+from occgen_hub.episode import Column, Episode, MediaFile
 from occgen_hub.errors import SourceError
 from occgen_hub.files import dump_json, files_under, printable, sha256
 from occgen_hub.fusion.quality import Quality
@@ -22,7 +22,14 @@ from occgen_hub.geometry.alignment import Alignment
 from occgen_hub.geometry.cloud import voxel_downsample
 from occgen_hub.geometry.ply import write_ply
 from occgen_hub.lerobot.stats import episode_stats
-from occgen_hub.media import RESTORE, write_video
+from occgen_hub.media import (
+    RESTORE,
+    is_jpeg,
+    read_depth,
+    read_rgb,
+    write_jpeg,
+    write_video,
+)
 from occgen_hub.occupancy.codec import CellsWriter, NpzWriter, ObservedWriter
 from occgen_hub.occupancy.grid import Grid, scene_grid
 from occgen_hub.occupancy.visibility import FrameOccupancy
@@ -104,15 +111,32 @@ class TrajectoryWriter:
         write_ply(self.path("scene_cloud"), thinned)
 
     def write_media(self, media: Media) -> None:
-        """The source's own files, and the RGB video, made from the images where there is none."""
+        """The source's own files, and the RGB video, made from the images where there is none.
+
+        Every image is decoded once, by whoever comes first, so that a damaged one is not copied.
+        One that is no JPEG where the schema has JPEGs is encoded as one.
+        """
         if media == "none":
             return
         for item in self.episode.media:
             place = self.path(item.file, item.frame)
+            if self.schema.files[item.file].kind == "image":
+                self._check_image(item)
+                if place.suffix == ".jpg" and not is_jpeg(item.path):
+                    write_jpeg(place, read_rgb(item.path, self.episode.image_size))
+                    continue
             _take(item.path, place, link=media == "link")
         if not any(item.file == "video" for item in self.episode.media):
             frames = (self.episode.read_rgb(t) for t in range(self.episode.length))
             write_video(self.path("video"), frames, self.episode.fps)
+
+    def _check_image(self, item: MediaFile) -> None:
+        if item.check is not None:
+            item.check()
+        elif "RGB" in self.schema.files[item.file].modes:
+            read_rgb(item.path, self.episode.image_size)
+        else:
+            read_depth(item.path, self.episode.image_size)
 
     def write_tables(self, scene: Scene) -> None:
         """The parquet and the meta files that describe it."""

@@ -2,12 +2,15 @@
 
 from occgen_hub.media.damage import MAX_PIXELS, MEND, RESTORE
 from occgen_hub.media.pictures import (
+    ImageSequence,
     PictureFacts,
     image_size,
+    is_jpeg,
     picture_facts,
     read_depth,
     read_picture,
     read_rgb,
+    write_jpeg,
 )
 from occgen_hub.media.video import (
     SeekingVideo,
@@ -25,6 +28,7 @@ __all__ = [
     "MAX_PIXELS",
     "MEND",
     "RESTORE",
+    "ImageSequence",
     "PictureFacts",
     "SeekingVideo",
     "VideoFacts",
@@ -32,6 +36,7 @@ __all__ = [
     "VideoSurvey",
     "VideoWriter",
     "image_size",
+    "is_jpeg",
     "picture_facts",
     "read_depth",
     "read_picture",
@@ -40,5 +45,6 @@ __all__ = [
     "survey_video",
     "video_facts",
     "video_frames",
+    "write_jpeg",
     "write_video",
 ]

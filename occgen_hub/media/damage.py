@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from occgen_hub.errors import SourceError
+from occgen_hub.errors import SourceError, in_brief
 
 MAX_PIXELS = 1 << 26
 """64 megapixels: over any camera's frame, under what would fill a machine's memory."""
@@ -23,9 +23,8 @@ def damaged(path: Path, error: BaseException) -> SourceError:
 
 def brief(error: BaseException) -> str:
     """What a library says of an error, in part of a line."""
-    said = getattr(error, "strerror", None) or str(error)
-    text = said.splitlines()[0] if said else type(error).__name__
-    return text.split(": '")[0].rstrip(".")[:120]
+    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return in_brief(said.split(": '")[0], 120)
 
 
 def check_pixels(path: Path, width: int, height: int) -> None:

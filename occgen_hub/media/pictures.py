@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +15,6 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from occgen_hub.errors import SourceError
 from occgen_hub.files import opened
 from occgen_hub.media.damage import DAMAGE, MAX_PIXELS, RESTORE, damaged
-
-if TYPE_CHECKING:
-    pass
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -56,12 +52,57 @@ def read_depth(path: Path, size: tuple[int, int]) -> NDArray[np.uint16]:
     return values
 
 
+class ImageSequence[Pixel: np.generic]:
+    """Images of one size, decoded when asked for, by number from 0.
+
+    read: `read_rgb`, `read_depth` or `read_picture`; size: (width, height).
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        size: tuple[int, int],
+        read: Callable[[Path, tuple[int, int]], NDArray[Pixel]],
+    ) -> None:
+        self._paths, self._size, self._read = paths, size, read
+        self._decoded: set[int] = set()
+
+    def __call__(self, number: int) -> NDArray[Pixel]:
+        """The image of that number, as `read` gives it."""
+        image = self._read(self._paths[number], self._size)
+        self._decoded.add(number)
+        return image
+
+    def check(self, number: int) -> None:
+        """Decode an image that was not asked for yet; raises SourceError where it is damaged."""
+        if number not in self._decoded:
+            self(number)
+
+
+def is_jpeg(path: Path) -> bool:
+    """Whether an image is a JPEG, whatever it is called; from its header, nothing decoded."""
+    with _opened(path) as image:
+        return image.format in ("JPEG", "MPO")
+
+
+def write_jpeg(path: Path, image: NDArray[np.uint8]) -> None:
+    """Write (H, W, 3) uint8 RGB; equal images give equal bytes."""
+    Image.fromarray(image).save(path, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+
+
+JPEG_QUALITY = 95
+"""Of images that a source has in another format: beyond it, files grow and errors hardly shrink."""
+
+
 @dataclass(frozen=True)
 class PictureFacts:
-    """size: (width, height) upright; plain: whether it is an RGB JPEG whose rows are upright."""
+    """size: (width, height) upright; plain: whether it is an RGB JPEG whose rows are upright;
+    depth: whether it is a 16-bit grey image, as depth is stored.
+    """
 
     size: tuple[int, int]
     plain: bool
+    depth: bool
 
 
 def picture_facts(path: Path) -> PictureFacts:
@@ -69,14 +110,15 @@ def picture_facts(path: Path) -> PictureFacts:
     with _opened(path) as image:
         turn = _TURNS.get(_orientation(image))
         plain = turn is None and image.format in ("JPEG", "MPO") and image.mode == "RGB"
-        return PictureFacts(image.size[::-1] if turn in _SIDEWAYS else image.size, plain)
+        size = image.size[::-1] if turn in _SIDEWAYS else image.size
+        return PictureFacts(size, plain, depth=image.mode.startswith("I"))
 
 
 def read_picture(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
     """(H, W, 3) uint8 RGB of a camera's picture, turned upright as its EXIF data has it.
 
-    `size` is (width, height) upright. Grey and 16-bit images, palettes and CMYK are converted; what
-    is transparent lies over black.
+    `size` is (width, height) upright. Grey images, palettes and CMYK are converted; what is
+    transparent lies over black.
     """
     with _opened(path) as image:
         try:
@@ -92,9 +134,6 @@ def read_picture(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
 
 
 def _in_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits; Pillow would cut off what is over 255.
-        values = np.asarray(image).astype(np.int64) >> 8
-        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
         return Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")

@@ -19,6 +19,7 @@ from PIL import Image
 from occgen_hub.errors import SourceError
 from occgen_hub.files import ABSENT, MAX_TABLE_ROWS
 from occgen_hub.media.damage import DAMAGE, MAX_PIXELS, MEND, RESTORE, brief, check_pixels, damaged
+from occgen_hub.media.hdr import Transfer, is_wide, to_sdr, transfer
 
 if TYPE_CHECKING:
     import av
@@ -76,12 +77,14 @@ class VideoSurvey(VideoFacts):
     """Facts of the frames that the decoder really gives, each of them looked at.
 
     stated: how many the header speaks of, 0 if of none; steps: the shortest and longest time
-    between frames, seconds, None where not known; reference: whether the file is already what
-    `write_video` makes: an mp4 of H.264 and 4:2:0, upright, with these frames, frame n at n / fps.
+    between frames, seconds, None where not known; hdr: how it is HDR, None where it is not;
+    reference: whether the file is already what `write_video` makes: an mp4 of H.264 and 4:2:0,
+    upright, no HDR, with these frames, frame n at n / fps.
     """
 
     stated: int
     steps: tuple[float, float] | None
+    hdr: Transfer | None
     reference: bool
 
 
@@ -114,13 +117,15 @@ def _surveyed(container: av.container.InputContainer, path: Path) -> VideoSurvey
     fps = _average_rate(stream, known)
     steps = [after - before for before, after in pairwise(known)]
     on_time = bool(known) and all(abs(t * fps - n) <= ON_TIME * fps for n, t in enumerate(known))
+    hdr = transfer(stream)
     return VideoSurvey(
         size=size,
         fps=fps,
         frames=len(times),
         stated=stream.frames,
         steps=(min(steps), max(steps)) if steps else None,
-        reference=plain and on_time and fps > 0,
+        hdr=hdr,
+        reference=plain and hdr is None and on_time and fps > 0,
     )
 
 
@@ -228,7 +233,7 @@ class _Upright:
 
     Turned as the display matrix says, since phones record sideways; of square pixels, wider or
     narrower where the stream's are not, since cameras and networks see no others; with the
-    frame's own colour matrix and range.
+    frame's own colour matrix and range, and HDR as SDR.
     """
 
     def __init__(self, stream: av.VideoStream) -> None:
@@ -238,14 +243,19 @@ class _Upright:
         believed = abs(stated - 1) > SQUARE and 1 / STRETCH <= stated <= STRETCH
         self._aspect = stated if believed else 1.0
         self._reformatter = VideoReformatter()
+        self._hdr, self._wide = transfer(stream), is_wide(stream)
         self._rotation: int | None = None
         self._turn = (False, False, False)
 
     def __call__(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
         """(H, W, 3) uint8 RGB."""
         width, colours = self._width(frame), _colours(frame)
-        flat = self._reformatter.reformat(frame, width=width, format="rgb24", **colours)
-        pixels = np.asarray(flat.to_ndarray(), np.uint8)
+        depth = "rgb24" if self._hdr is None else "rgb48le"
+        flat = self._reformatter.reformat(frame, width=width, format=depth, **colours).to_ndarray()
+        if self._hdr is None:
+            pixels = np.asarray(flat, np.uint8)
+        else:
+            pixels = to_sdr(np.asarray(flat, np.uint16), self._hdr, wide=self._wide)
         swap, flip_x, flip_y = self._turned(frame)
         pixels = pixels.swapaxes(0, 1) if swap else pixels
         return np.ascontiguousarray(pixels[:: -1 if flip_y else 1, :: -1 if flip_x else 1])
@@ -294,12 +304,19 @@ def _turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
 
     x' = a x + c y and y' = b x + d y, where the matrix is a, b, u, c, d, v, ... as mp4 has it.
     """
-    data = cast("Buffer | None", frame.side_data.get("DISPLAYMATRIX"))
+    try:
+        data = cast("Buffer | None", frame.side_data.get("DISPLAYMATRIX"))
+    except ValueError:  # Something beside it that PyAV does not know, as a second view has.
+        return _QUARTERS.get(frame.rotation % 360, (False, False, False))
     if data is None:
         return False, False, False
     a, b, _, c, d, *_ = np.frombuffer(data, np.int32).tolist()
     swap = abs(b) + abs(c) > abs(a) + abs(d)
     return (True, c < 0, b < 0) if swap else (False, a < 0, d < 0)
+
+
+_QUARTERS = {90: (True, False, True), 180: (False, True, True), 270: (True, True, False)}
+"""`_turn` by the degrees that PyAV works out of a matrix, which knows of no mirrors."""
 
 
 class VideoReader:
@@ -423,7 +440,8 @@ def _video_damage() -> tuple[type[Exception], ...]:
 
 _CONTAINERS = {
     "protocol_whitelist": "file",
-    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg",
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,asf,flv,gif,h264,"
+    "hevc",
 }
 """Files that hold their own frames: no playlist, which would have other files opened."""
 

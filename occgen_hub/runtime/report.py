@@ -1,149 +1,110 @@
-"""What a run leaves behind for people and machines: a log as it goes, report.json at its end."""
+"""failures.jsonl and report.json: what a build leaves at the root of a dataset."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from occgen_hub.atomic import atomic_file
 from occgen_hub.errors import OccGenError
-from occgen_hub.files import dump_json, hold, opened, written_whole
-from occgen_hub.runtime.failures import FAILURES, known
-from occgen_hub.runtime.results import Failure, Result, Summary
+from occgen_hub.files import dump_json, parse_json, read_bytes, read_json
+from occgen_hub.runtime.results import Failure, Summary
 
+FAILURES = "failures.jsonl"
 REPORT = "report.json"
-LOGS = ".logs"
-"""Hidden, since a folder of any other name may be a group of the source."""
 
-LOCK = "lock"
-"""Among the logs: the file that whoever writes into an output holds."""
-
-_LOG = logging.getLogger("occgen_hub.runtime")
-
-
-class _File(logging.FileHandler):
-    """A log that does without what the disk does not take: the build itself says that."""
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's own name
-        """Say nothing."""
+FIGURES = (
+    "version", "finished", "executor", "frames", "seconds", "frames_per_second",
+    "episodes_per_second", "stages", "notes", "processes",
+)  # fmt: skip
+"""What a report keeps of the one before it, where nothing was built."""
 
 
-@contextmanager
-def logged(out: Path, name: str = "build") -> Iterator[None]:
-    """Add what happens inside the block to `out`/.logs/<name>.log, a line an event.
+def read_failures(out: Path) -> list[Failure]:
+    """The failures that are listed in a dataset. Malformed lines are ignored."""
+    found = []
+    with suppress(OccGenError):
+        for line in read_bytes(out / FAILURES).splitlines():
+            with suppress(ValueError, TypeError, KeyError, AttributeError):
+                row = parse_json(line)
+                values = row["episode"], row["reason"], row.get("trace", "")
+                if all(isinstance(value, str) for value in values):
+                    found.append(Failure(*values))
+    return found
 
-    Where no file can be made, it is still given to the logger `occgen_hub.runtime`.
+
+def write_failures(out: Path, failures: Iterable[Failure]) -> None:
+    """Write the list of failures or, where there are none, remove it. Raises OSError."""
+    rows = [
+        {"episode": f.id, "reason": f.reason, **({"trace": f.trace} if f.trace else {})}
+        for f in sorted(failures, key=lambda failure: failure.id)
+    ]
+    _write(out / FAILURES, "".join(f"{dump_json(row)}\n" for row in rows).encode())
+
+
+def made_from(out: Path) -> str | None:
+    """The digest of the records that report.json was made from; None where there is none."""
+    return _read_report(out).get("records")
+
+
+def write_report(out: Path, summary: Summary, run: dict[str, Any], records: str) -> None:
+    """Write `out`/report.json, unless it was made from the same records. Raises OSError.
+
+    run: how the build was made, which is put first; records: their digest. Where nothing was built,
+    the figures of the report before stay.
     """
-    handler: logging.Handler
-    try:
-        (out / LOGS).mkdir(parents=True, exist_ok=True)  # Others may not have made `out` yet.
-        handler = _File(out / LOGS / f"{name}.log", encoding="utf-8", errors="backslashreplace")
-    except OSError:
-        handler = logging.NullHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    before = _LOG.level
-    _LOG.addHandler(handler)
-    _LOG.setLevel(logging.INFO)
-    try:
-        yield
-    except BaseException as error:
-        _LOG.warning("stopped: %s", error or type(error).__name__)
-        raise
-    finally:
-        _LOG.removeHandler(handler)
-        _LOG.setLevel(before)
-        with suppress(OSError):
-            handler.close()
-
-
-def say(text: str) -> None:
-    """A line in the log."""
-    _LOG.info(text)
-
-
-def note(result: Result) -> None:
-    """A line on an episode, and one on each of its notes."""
-    if isinstance(result, Failure):
-        kind = "failed before" if result.repeated else "failed"
-        _LOG.warning("%s %s: %s%s", kind, result.id, result.reason, f"\n{result.trace}".rstrip())
+    earlier = _read_report(out)
+    if earlier.get("records") == records:
         return
-    seconds = ", ".join(f"{stage} {s:.2f} s" for stage, s in result.seconds.items())
-    _LOG.info("%s %s: %d frames; %s", result.status, result.id, result.frames, seconds or "-")
-    for item in result.notes:
-        _LOG.info("note %s: %s", result.id, item.text)
+    report = {**_describe(summary, run), "records": records}
+    if not summary.built:
+        report |= {key: earlier[key] for key in FIGURES if key in earlier}
+    _write(out / REPORT, f"{dump_json(report, indent=1)}\n".encode())
 
 
-def begin_report(out: Path) -> None:
-    """Take away what an earlier run said, which is true no more."""
-    with suppress(OSError):
-        (out / REPORT).unlink(missing_ok=True)
-
-
-def write_report(out: Path, summary: Summary, run: dict[str, Any]) -> None:
-    """Write `out`/report.json. Where that cannot be done, the summary gets a remark.
-
-    run: how the run was made, which is put first.
-    """
+def _read_report(out: Path) -> dict[str, Any]:
     try:
-        with written_whole(out / REPORT) as partial:
-            text = dump_json(describe(summary, run), indent=1) + "\n"
-            partial.write_text(text, encoding="utf-8")
-    except OSError as error:
-        summary.remarks.append(f"{out / REPORT} could not be written ({error.strerror})")
+        return read_json(out / REPORT)
+    except OccGenError:
+        return {}
 
 
-def unfinished(out: Path) -> list[str]:
-    """Why a dataset may not be all that was to be built, as far as its last run left word of it.
-
-    Nothing of one that came from elsewhere, without its logs.
-    """
-    try:
-        with opened(out / LOGS / LOCK) as file:
-            if not hold(file.fileno(), shared=True):
-                return ["a build is writing here just now"]
-        if not (out / REPORT).exists():
-            return [f"the last build has not ended (no {REPORT}); wait for it, or run it again"]
-    except (OSError, OccGenError):  # Then nobody left word.
-        pass
-    if (out / FAILURES).is_file() and (count := len(known(out))):
-        s = "" if count == 1 else "s"
-        return [f"{count} episode{s} failed: {out / FAILURES} says why"]
-    return []
+def _write(path: Path, content: bytes) -> None:
+    if not content:
+        if path.exists():  # To remove what is not there fails in a read-only folder.
+            path.unlink()
+    elif not path.is_file() or path.read_bytes() != content:
+        with atomic_file(path) as partial:
+            partial.write_bytes(content)
 
 
-def describe(summary: Summary, run: dict[str, Any]) -> dict[str, Any]:
+def _describe(summary: Summary, run: dict[str, Any]) -> dict[str, Any]:
     """The report: docs/formats.md says what its parts are."""
-    total = sum(summary.stages.values())
+    total = max(sum(summary.stages.values()), 1e-9)
     seconds = max(summary.seconds, 1e-9)
     return {
         "version": version("occgen-hub"),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         **run,
         "episodes": {
             "total": summary.episodes,
             "built": summary.built,
             "present": summary.present,
             "failed": len(summary.failures),
-            "failed_before": summary.repeated,
         },
         "frames": summary.frames,
         "seconds": round(summary.seconds, 3),
         "frames_per_second": round(summary.frames / seconds, 3),
         "episodes_per_second": round(summary.built / seconds, 4),
         "stages": {
-            stage: {"seconds": round(spent, 3), "share": round(spent / max(total, 1e-9), 4)}
+            stage: {"seconds": round(spent, 3), "share": round(spent / total, 4)}
             for stage, spent in summary.stages.most_common()
         },
         "notes": dict(sorted(summary.notes.items())),
         "remarks": summary.remarks,
         "processes": [asdict(process) for process in summary.processes],
-        "failures": [
-            {"episode": f.id, "reason": f.reason, "failed_before": f.repeated}
-            for f in summary.failures
-        ],
+        "failures": [{"episode": f.id, "reason": f.reason} for f in summary.failures],
     }

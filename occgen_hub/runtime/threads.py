@@ -12,20 +12,33 @@ from occgen_hub.prefetch import GPU_SHARED_BY
 LIMITS = ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-def share(processes: int) -> int:
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def gpus() -> int:
+    """How many GPUs there are."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def cores_each(processes: int) -> int:
     """Cores for each of so many processes on this machine, one at least."""
-    return max(1, len(os.sched_getaffinity(0)) // processes)
+    return max(1, cores() // processes)
 
 
 @contextmanager
-def shared(processes: int) -> Iterator[None]:
-    """For processes that are started in the block: each with its share of the cores.
+def limited_children(processes: int, on_a_gpu: int) -> Iterator[None]:
+    """Give each process that is started in the block its share of the cores.
 
-    Nothing else is to happen in it: numba looks again whenever it compiles, in this process too.
+    processes: how many there are; on_a_gpu: how many share a GPU. Nothing else is to happen in the
+    block: numba looks again whenever it compiles, in this process too.
     """
     before = {name: os.environ.get(name) for name in (*LIMITS, GPU_SHARED_BY)}
-    os.environ.update(dict.fromkeys(LIMITS, str(share(processes))))
-    os.environ[GPU_SHARED_BY] = str(processes)
+    os.environ.update(dict.fromkeys(LIMITS, str(cores_each(processes))))
+    os.environ[GPU_SHARED_BY] = str(on_a_gpu)
     try:
         yield
     finally:
@@ -37,7 +50,7 @@ def shared(processes: int) -> Iterator[None]:
 
 
 def limit(count: int, on_a_gpu: int = 1) -> None:
-    """For this process: use so many cores, and no more. on_a_gpu: processes that share its GPU."""
+    """Use at most `count` cores in this process. on_a_gpu: how many processes share its GPU."""
     os.environ.update(dict.fromkeys(LIMITS, str(count)))
     os.environ[GPU_SHARED_BY] = str(on_a_gpu)
     numba = sys.modules.get("numba")
@@ -45,6 +58,6 @@ def limit(count: int, on_a_gpu: int = 1) -> None:
         return
     try:
         numba.config.reload_config()
-    except RuntimeError:  # Its threads are there already, and it insists on that number being set.
+    except RuntimeError:  # Its threads are there already, and it insists on their number.
         os.environ["NUMBA_NUM_THREADS"] = str(numba.config.NUMBA_NUM_THREADS)
         numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))

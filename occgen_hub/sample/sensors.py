@@ -107,8 +107,9 @@ def network(view: View, depth: Floats, rng: np.random.Generator) -> Floats:
     """A network's depth: wrong in scale, wrong smoothly over the image, and blurred at edges.
 
     Each frame has a scale of its own (deviation 1 %) and a smooth factor with a few bumps across:
-    bicubic between values of deviation 1 % on a coarse grid, so about 2 % to either side. These magnitudes are assumptions, of
-    the order that feed-forward networks reach on rooms after their depth is aligned to the world.
+    bicubic between values of deviation 1 % on a coarse grid, so about 2 % to either side.
+    These magnitudes are assumptions, of the order that feed-forward networks reach on rooms after
+    their depth is aligned to the world.
     """
     inverse, known = _inverse(depth), (depth > 0).astype(np.float64)
     weight = ndimage.gaussian_filter(known, BLUR, mode="nearest", truncate=3)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from occgen_hub.atomic import atomic_folder
 from occgen_hub.errors import UsageError
 from occgen_hub.sample.episode import CAMERAS, OPENCV, Episode, length_of, plan_episode
 from occgen_hub.sample.images import Video, depth_picture, depth_units, write_colour, write_depth
@@ -89,7 +89,7 @@ def write_tree(
 
     written: list[Path] = []
     scenes: list[Scene] = []
-    with _whole(out / "ground_truth") as truth:
+    with atomic_folder(out / "ground_truth") as truth:
         for number in range(-(-trajectories // PER_SCENE)):
             mine = range(number * PER_SCENE, min((number + 1) * PER_SCENE, trajectories))
             place = Path(GROUP, f"house_{number:03d}")
@@ -146,7 +146,7 @@ class _Stage:
 
     def film_alone(self, folder: Path, trajectory: int) -> Path:
         """A trajectory in a folder of its own."""
-        with _whole(folder) as part:
+        with atomic_folder(folder) as part:
             _make_folders(part)
             recorder = Recorder(part, self.faults, image_ranges=False)
             episode = self._film(part, trajectory, _Shot(0, 0, trajectory), folder.name)
@@ -158,7 +158,7 @@ class _Stage:
 
     def film_together(self, folder: Path, trajectories: range) -> Path:
         """Several trajectories as the episodes of one folder, all with the same camera."""
-        with _whole(folder) as part:
+        with atomic_folder(folder) as part:
             _make_folders(part)
             recorder = Recorder(part, self.faults, image_ranges=True)
             walked: list[Floats] = []
@@ -231,16 +231,3 @@ def _make_folders(folder: Path) -> None:
     kinds = ("images.rgb", "images.depth", "video.trajectory", "video.depth")
     for name in ("data/chunk-000", "meta", *(f"{VIDEOS}/observation.{k}" for k in kinds)):
         (folder / name).mkdir(parents=True)
-
-
-@contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A hidden folder beside `folder` to write in, which gets its name once all went well."""
-    part = folder.with_name(f".{folder.name}.part")
-    part.mkdir(parents=True)
-    try:
-        yield part
-        part.rename(folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise

@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 INK = (235, 235, 235)
 PAPER = (24, 26, 30)
 PATH = (255, 92, 74)
+MOVING = (255, 74, 216)
+"""Of cells that hold something that moves: pink, which no ramp and no path has."""
+MOVING_NAME = "pink"
 # A ramp from near to far or low to high that reads in grey as well: dark blue, teal, yellow.
 RAMP = np.array([(48, 25, 95), (45, 90, 150), (35, 150, 140), (120, 200, 90), (250, 230, 60)])
 # Another that stands out from wood, plaster and cloth: blue, teal, yellow.

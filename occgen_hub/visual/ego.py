@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from occgen_hub.geometry.camera import scale_intrinsics
 from occgen_hub.loading import Trajectory
 from occgen_hub.visual.blend import averaged
-from occgen_hub.visual.colors import ramp
+from occgen_hub.visual.colors import MOVING, ramp
 from occgen_hub.visual.cubes import cube_faces
 from occgen_hub.visual.frames import Frame
 from occgen_hub.visual.stage import Stage
@@ -27,6 +27,8 @@ LIGHT = np.array([0.86, 0.86, 1.0, 0.78, 0.93, 0.93])
 
 class EgoView:
     """Pictures of frames' visible occupied cells as their cameras see them: near is bright.
+
+    Cells that move have a colour of their own.
 
     size: (width, height), pixels; the images of the trajectory are resized to it.
     """
@@ -49,6 +51,8 @@ class EgoView:
         faces = cube_faces(centres, grid.voxel_size, np.zeros(3))
         depth = centres[:, 2] / self._deepest
         shade = ramp(FARTHEST + (1 - FARTHEST) * (1 - depth**0.8))
+        faded = np.array(MOVING) * (1 - 0.35 * depth[:, None])
+        shade = np.where(frame.cells.is_moving[:, None], faded, shade)
         light = LIGHT[::-1][faces.direction]
         colors = (shade[faces.owner] * light[:, None]).astype(np.uint8)
         self._stage.look(np.eye(4), scale_intrinsics(frame.intrinsics, *self._scale))

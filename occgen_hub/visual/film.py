@@ -18,8 +18,8 @@ from occgen_hub.loading import REBUILD, Trajectory
 from occgen_hub.media import VideoWriter
 from occgen_hub.prefetch import behind
 from occgen_hub.visual.ego import EgoView
-from occgen_hub.visual.frames import Frame, frames
-from occgen_hub.visual.panels import Panels
+from occgen_hub.visual.frames import Frame, frame_title, frames
+from occgen_hub.visual.panels import Panels, with_legend
 from occgen_hub.visual.places import written_for
 from occgen_hub.visual.viewpoint import Viewpoint
 from occgen_hub.visual.world import WorldView
@@ -86,15 +86,20 @@ def _drawn(
 
 @contextmanager
 def _renderer(trajectory: Trajectory, shot: Shot) -> Iterator[_Renderer]:
-    size = shot.fitted(trajectory.image_size)
+    size, moving = shot.fitted(trajectory.image_size), trajectory.has_dynamic()
+
+    def explained(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return with_legend(picture) if moving else picture
+
     if shot.view == "world":
         with closing(WorldView(trajectory, size, shot.viewpoint)) as world:
-            yield world
+            yield lambda frame, image: explained(world(frame, image))
     elif shot.view == "ego":
         with closing(EgoView(trajectory, size)) as ego:
-            yield lambda frame, _: ego(frame)
+            yield lambda frame, _: explained(ego(frame))
     else:
-        panels, name = Panels(size, trajectory.image_size), called(trajectory)
+        panels = Panels(size, trajectory.image_size, moving=moving)
+        name = called(trajectory)
         count, fps = len(trajectory.world_from_camera()), rate(trajectory)
         with (
             closing(WorldView(trajectory, panels.world_size, shot.viewpoint)) as world,
@@ -103,10 +108,12 @@ def _renderer(trajectory: Trajectory, shot: Shot) -> Iterator[_Renderer]:
 
             def draw(frame: Frame, image: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
                 line = (
-                    f"{name}  \u00b7  frame {frame.number} of {count}  \u00b7  "
+                    f"{name}  \u00b7  {frame_title(frame.number, count)}  \u00b7  "
                     f"{frame.number / fps:.1f} s  \u00b7  "
                     f"{len(frame.cells.columns):,} visible occupied cells"
                 )
+                if moving:
+                    line += f", {len(frame.cells.moving):,} of them moving"
                 return panels(image, world(frame, image), ego(frame), line)
 
             yield draw

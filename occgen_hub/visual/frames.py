@@ -16,17 +16,28 @@ from occgen_hub.occupancy.grid import Grid, cell_centres, cell_numbers
 from occgen_hub.occupancy.history import moved, past_frames
 
 
+def frame_title(number: int, count: int) -> str:
+    """Which frame a picture is of, and which is the last; they are numbered from 0."""
+    return f"frame {number} / {count - 1}"
+
+
 @dataclass(frozen=True)
 class FrameCells:
     """The occupied cells that a camera sees.
 
     world_from_camera: (4, 4) float64, OpenCV axes, metres; columns: (n,) flat numbers of the cells
-    of the grid in its frame, ascending.
+    of the grid in its frame, ascending; moving: (m,) those of them that hold what moves.
     """
 
     grid: Grid
     world_from_camera: NDArray[np.float64]
     columns: NDArray[np.integer]
+    moving: NDArray[np.integer]
+
+    @cached_property
+    def is_moving(self) -> NDArray[np.bool_]:
+        """(n,) which of the cells hold what moves."""
+        return np.isin(self.columns, self.moving, assume_unique=True)
 
     def in_world(self) -> NDArray[np.float64]:
         """(n, 3) centres of the cells, world, metres."""
@@ -40,6 +51,12 @@ class FrameCells:
         Worked out once: a frame is among the past of many.
         """
         places = self.in_world().astype(np.float32)
+        return np.unique(cell_numbers(places, self.grid.voxel_size))
+
+    @cached_property
+    def moving_world_cells(self) -> NDArray[np.int64]:
+        """(m,) those of `world_cells` in which cells that move lie."""
+        places = self.in_world()[self.is_moving].astype(np.float32)
         return np.unique(cell_numbers(places, self.grid.voxel_size))
 
     def hold(self, points: NDArray[np.floating]) -> NDArray[np.bool_]:
@@ -99,11 +116,12 @@ def frames(trajectory: Trajectory, history_len: int = 0, history_step: int = 1) 
     )  # fmt: skip
     kept: deque[FrameCells] = deque(maxlen=min(history_len * history_step, len(poses)) + 1)
     count = 0
-    for number, columns in enumerate(trajectory.visible_frames()):
+    rows = zip(trajectory.visible_frames(), trajectory.dynamic_frames(), strict=True)
+    for number, (columns, moving) in enumerate(rows):
         if number == len(poses):
             count += 1
             break
-        kept.append(FrameCells(grid, poses[number], columns))
+        kept.append(FrameCells(grid, poses[number], columns, moving))
         before = past_frames(number, history_len, history_step)
         past = tuple(kept[past - number - 1] for past in before)
         yield Frame(number, intrinsics[number], kept[-1], past)

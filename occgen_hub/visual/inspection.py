@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from occgen_hub.atomic import atomic_file
 from occgen_hub.errors import SourceError, UsageError
-from occgen_hub.files import files_under, written_whole
+from occgen_hub.files import files_under
+from occgen_hub.fusion.quality import Quality
 from occgen_hub.loading import Trajectory, built, npz_array
 from occgen_hub.visual.preview import preview
 
@@ -28,7 +30,7 @@ def describe(root: Path, trajectory: str | None = None) -> Iterator[str]:
     ending = "y" if len(found) == 1 else "ies"
     yield f"{root}: {len(found)} trajector{ending}, {size / 1e6:.1f} MB"
     for each in found[:SHOWN]:
-        yield _line(each, root)
+        yield _line(each, root) + _moving(each)
     if len(found) > SHOWN:
         yield f"  and {len(found) - SHOWN} more"
     yield f"{_called(path, root)}:"
@@ -41,6 +43,7 @@ def describe(root: Path, trajectory: str | None = None) -> Iterator[str]:
         f"from {tuple(low)} to {tuple(high)} m in the camera's frame (x right, y down, z forward)"
     )
     yield from _origin(record)
+    yield from _agreement(record)
     yield from (f"  note: {note}" for note in record["notes"])
     yield from (f"  task: {task}" for task in opened.tasks())
 
@@ -60,6 +63,32 @@ def _origin(record: dict[str, Any]) -> Iterator[str]:
         )
 
 
+def _agreement(record: dict[str, Any]) -> Iterator[str]:
+    """A line about how well the frames agree, where the record says it."""
+    quality = Quality.from_record(record)
+    if quality is None:
+        return
+    noise = " / ".join(f"{1000 * value:.1f}" for value in quality.sigma)
+    yield (
+        f"  frames: depth noise {noise} mm at 1 / 2 / 4 m; {quality.contradicted:.1%} of the "
+        f"measured points seen through by other frames; each point of the scene seen by "
+        f"{quality.supports:.0f} frames, {1000 * quality.residual:.1f} mm off their depth; frames "
+        f"{1000 * quality.shift:.1f} mm and {quality.turn:.2f} degrees off the scene (medians)"
+    )
+
+
+def _moving(path: Path) -> str:
+    """How many cells of a trajectory move, for its line; empty where none do."""
+    try:
+        trajectory = Trajectory.open(path)
+        if not trajectory.has_dynamic():
+            return ""
+        ends = trajectory.row_ends("dynamic")
+    except SourceError as error:
+        return f"; moving cells cannot be read: {error}"
+    return f", {int(ends[-1]) / max(len(ends) - 1, 1):,.0f} of them moving"
+
+
 def picture(
     root: Path, place: Path, trajectory: str | None = None, frame: int | None = None
 ) -> None:
@@ -73,7 +102,7 @@ def picture(
         raise UsageError(f"--preview {place}: give a name that ends in .png.")
     image = preview(opened, frame)
     try:
-        with written_whole(place) as partial:
+        with atomic_file(place) as partial:
             image.save(partial, "PNG")
     except OSError as error:
         raise UsageError(
@@ -110,8 +139,8 @@ def _line(path: Path, root: Path) -> str:
         length, ends = _frames(trajectory), trajectory.visible_ends()
     except SourceError as error:
         return f"  {_called(path, root)}: cannot be read: {error}"
-    mean = int(ends[-1]) // max(length, 1)
+    mean = int(ends[-1]) / max(length, 1)
     return (
         f"  {_called(path, root)}: {length} frames of {width} x {height}, "
-        f"{mean:,} visible occupied cells a frame"
+        f"{mean:,.0f} visible occupied cells a frame"
     )

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from occgen_hub.visual.colors import INK, PAPER
+from occgen_hub.visual.colors import INK, MOVING, PAPER
 
 FAINT = (150, 154, 162)
 BEHIND = (32, 34, 39)
@@ -19,11 +19,15 @@ HEADER = 0.075
 class Panels:
     """Where the three pictures go. size: (width, height) of the whole, pixels.
 
-    The world's picture is made to fit; images keep their own shape.
+    The world's picture is made to fit; images keep their own shape. moving: whether cells move,
+    whose colour then is in the titles.
     """
 
-    def __init__(self, size: tuple[int, int], image_size: tuple[int, int]) -> None:
+    def __init__(
+        self, size: tuple[int, int], image_size: tuple[int, int], *, moving: bool = False
+    ) -> None:
         width, height = self.size = size
+        self._moving = moving
         self._strip = max(round(HEADER * height), 12)
         gap = max(4, width // 240)
         box_width = (width - 4 * gap) // 3
@@ -51,7 +55,10 @@ class Panels:
         ):
             right, foot = left + self.world_size[0] - 1, top + self.world_size[1] - 1
             draw.rectangle((left, top, right, foot), fill=BEHIND)
-            _write(draw, (left, top - self._strip // 2), title, INK, 0.42 * self._strip)
+            place = (left, top - self._strip // 2)
+            end = _write(draw, place, title, INK, 0.42 * self._strip)
+            if self._moving and title != titles[0]:
+                _write(draw, (end, place[1]), ", moving cells", MOVING, 0.42 * self._strip)
             if picture is None:
                 _write(draw, (left + 12, (top + foot) // 2), "images were left out", FAINT, 16)
                 continue
@@ -66,14 +73,30 @@ class Panels:
         return np.asarray(sheet)
 
 
+def with_legend(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """An (H, W, 3) picture on which the colour of moving cells is explained, in its corner."""
+    sheet = Image.fromarray(picture)
+    draw, size = ImageDraw.Draw(sheet), max(9, round(0.03 * sheet.height))
+    width = draw.textlength("moving", font=_font(size))
+    top = sheet.height - 2 * size
+    draw.rectangle((0, top, 3.5 * size + width, sheet.height), fill=PAPER)
+    square = (0.75 * size, top + 0.5 * size, 1.75 * size, top + 1.5 * size)
+    draw.rectangle(square, fill=MOVING)
+    _write(draw, (round(2.5 * size), top + size), "moving", INK, size)
+    return np.asarray(sheet)
+
+
 def _write(
     draw: ImageDraw.ImageDraw,
     place: tuple[int, int],
     text: str,
     color: tuple[int, int, int],
     size: float,
-) -> None:
-    draw.text(place, text, fill=color, font=_font(max(9, round(size))), anchor="lm")
+) -> int:
+    """Write a line at its left end; returns where it ends, pixels."""
+    font = _font(max(9, round(size)))
+    draw.text(place, text, fill=color, font=font, anchor="lm")
+    return round(place[0] + draw.textlength(text, font=font))
 
 
 @cache

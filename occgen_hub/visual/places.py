@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from occgen_hub.atomic import atomic_file, atomic_folder
 from occgen_hub.errors import SourceError, UsageError
-from occgen_hub.files import written_whole
 
 
 @contextmanager
 def written_for(place: Path) -> Iterator[Path]:
-    """`written_whole`, where what goes wrong with the place is said as wrong use."""
+    """`atomic_file`, where what goes wrong with the place is said as wrong use."""
     if not place.name or place.is_dir():
         raise UsageError(f"{place}: is a folder; give the name of a file.")
     try:
-        with written_whole(place) as partial:
+        with atomic_file(place) as partial:
             yield partial
     except SourceError:
         raise
@@ -34,17 +33,12 @@ def fresh_folder(out: Path) -> Iterator[Path]:
         raise UsageError(f"{out}: give the name of a new folder.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: is there already; give a new folder, or remove it.")
-    partial = out.with_name(f".{out.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
+        with atomic_folder(out) as partial:
+            yield partial
+            if out.exists():
+                out.rmdir()  # Raises where somebody put something in it meanwhile.
     except OSError as error:
         raise UsageError(
             f"{out}: cannot be written ({error.strerror or error}); choose another place."
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -13,7 +13,18 @@ from occgen_hub.loading import REBUILD, Trajectory
 from occgen_hub.occupancy.codec import unpack
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.visibility import OCCUPIED, first_occupied
-from occgen_hub.visual.colors import INK, PAPER, PATH, by_height, limits, ramp, shade_depth
+from occgen_hub.visual.colors import (
+    INK,
+    MOVING,
+    MOVING_NAME,
+    PAPER,
+    PATH,
+    by_height,
+    limits,
+    ramp,
+    shade_depth,
+)
+from occgen_hub.visual.frames import frame_title
 
 PANEL = (640, 360)
 
@@ -25,7 +36,7 @@ def preview(trajectory: Trajectory, frame: int | None = None) -> Image.Image:
     """
     poses, intrinsics = trajectory.world_from_camera(), trajectory.intrinsics()
     frame = len(poses) // 2 if frame is None else frame
-    visible, observed = _occupancy(trajectory, frame, len(poses))
+    visible, moving, observed = _occupancy(trajectory, frame, len(poses))
     K, size, grid = intrinsics[frame], trajectory.image_size, trajectory.grid
 
     rgb, depth = trajectory.rgb(frame), trajectory.depth(frame)
@@ -39,15 +50,19 @@ def preview(trajectory: Trajectory, frame: int | None = None) -> Image.Image:
             low, high = limits(1 / depth[depth > 0])
             _draw_scale(second, 1 / high, 1 / low)
     first = (
-        _panel(rgb, f"frame {frame} of {len(poses)}")
+        _panel(rgb, frame_title(frame, len(poses)))
         if rgb is not None
         else _panel(np.zeros((*size[::-1], 3), np.uint8), "images were left out")
     )
-    cells, heights = _cells_from_camera(grid, visible, K, size)
-    third = _panel(cells, f"{len(visible):,} visible occupied cells, by height over the camera")
+    cells, heights = _cells_from_camera(grid, visible, moving, K, size)
+    third = _panel(
+        cells,
+        f"{len(visible):,} visible occupied cells, by height over the camera",
+        f"{len(moving):,} moving" if trajectory.has_dynamic() else "",
+    )
     if len(heights):
         _draw_scale(third, *limits(heights)[::-1])
-    fourth = _above(trajectory, poses, frame, grid, observed)
+    fourth = _above(trajectory, poses, frame, moving, observed)
 
     width, height = PANEL
     sheet = Image.new("RGB", (2 * width, 2 * height), PAPER)
@@ -59,34 +74,44 @@ def preview(trajectory: Trajectory, frame: int | None = None) -> Image.Image:
 def from_above(trajectory: Trajectory, frame: int) -> Image.Image:
     """The scene from above, with the path and what a frame observed."""
     poses = trajectory.world_from_camera()
-    _, observed = _occupancy(trajectory, frame, len(poses))
-    return _above(trajectory, poses, frame, trajectory.grid, observed)
+    _, moving, observed = _occupancy(trajectory, frame, len(poses))
+    return _above(trajectory, poses, frame, moving, observed)
 
 
 def from_camera(trajectory: Trajectory, frame: int) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8: the occupied cells that a frame's camera sees, by height."""
-    visible, _ = _occupancy(trajectory, frame, len(trajectory.world_from_camera()))
+    """(H, W, 3) uint8: the occupied cells that a frame's camera sees, by height.
+
+    Those that move have a colour of their own.
+    """
+    visible, moving, _ = _occupancy(trajectory, frame, len(trajectory.world_from_camera()))
     K, size = trajectory.intrinsics()[frame], trajectory.image_size
-    return _cells_from_camera(trajectory.grid, visible, K, size)[0]
+    return _cells_from_camera(trajectory.grid, visible, moving, K, size)[0]
 
 
 def _occupancy(
     trajectory: Trajectory, frame: int, length: int
-) -> tuple[NDArray[np.integer], NDArray[np.bool_]]:
-    """(n,) columns of a frame's visible occupied cells, and (cells,) bool of its observed ones."""
+) -> tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.bool_]]:
+    """A frame's cells: visible occupied, those of them that move, and observed.
+
+    (n,) and (m,) columns, and (cells,) bool.
+    """
     rows = len(trajectory.visible_ends()) - 1
     if not frame < length == rows:
         problem = f"has {rows} rows where the parquet has {length}"
         raise DatasetError(trajectory.file("visible"), problem, REBUILD)
     visible = next(islice(trajectory.visible_frames(), frame, None))
+    moving = next(islice(trajectory.dynamic_frames(), frame, None))
     packed = next(islice(trajectory.observed_packed(), frame, None), None)
     if packed is None:
         raise DatasetError(trajectory.file("observed"), f"ends before frame {frame}", REBUILD)
-    return visible, unpack(packed, trajectory.grid.cells)
+    return visible, moving, unpack(packed, trajectory.grid.cells)
 
 
-def _panel(picture: NDArray[np.uint8] | Image.Image, title: str) -> Image.Image:
-    """A picture fitted into a panel, its title on it."""
+def _panel(picture: NDArray[np.uint8] | Image.Image, title: str, moving: str = "") -> Image.Image:
+    """A picture fitted into a panel, its title on it.
+
+    moving: what the title says of moving cells, in their colour.
+    """
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     scale = min(PANEL[0] / image.width, PANEL[1] / image.height)
     fitted = image.resize(
@@ -96,8 +121,11 @@ def _panel(picture: NDArray[np.uint8] | Image.Image, title: str) -> Image.Image:
     panel = Image.new("RGB", PANEL, PAPER)
     panel.paste(fitted, ((PANEL[0] - fitted.width) // 2, (PANEL[1] - fitted.height) // 2))
     draw = ImageDraw.Draw(panel)
-    draw.rectangle((0, 0, 12 + int(draw.textlength(title)), 18), fill=PAPER)
+    title += "; " if moving else ""
+    end = 6 + int(draw.textlength(title))
+    draw.rectangle((0, 0, end + 6 + int(draw.textlength(moving)), 18), fill=PAPER)
     draw.text((6, 3), title, fill=INK)
+    draw.text((end, 3), moving, fill=MOVING)
     return panel
 
 
@@ -115,11 +143,16 @@ def _draw_scale(panel: Image.Image, top: float, foot: float) -> None:
 
 
 def _cells_from_camera(
-    grid: Grid, visible: NDArray[np.integer], K: NDArray[np.float64], size: tuple[int, int]
+    grid: Grid,
+    visible: NDArray[np.integer],
+    moving: NDArray[np.integer],
+    K: NDArray[np.float64],
+    size: tuple[int, int],
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
     """The cells that the pixels' rays end in, as solid cubes: faces are lit by their direction.
 
-    Also (n,) metres: how high over the camera they are, by which they have their colours.
+    Also (n,) metres: how high over the camera they are, by which they have their colours, all but
+    those that move.
     """
     state = np.zeros(grid.cells, np.uint8)
     state[visible] = OCCUPIED
@@ -138,7 +171,8 @@ def _cells_from_camera(
     face = np.where(ray == 0, -np.inf, reached).argmax(axis=1)
     light = np.array([0.8, 1.0, 0.9])[face] * np.clip(1.2 - centre[:, 2] / 8, 0.5, 1.0)
     heights = -centre[:, 1]  # y points down.
-    picture[hit] = (by_height(heights) * light[:, None]).astype(np.uint8)
+    colors = np.where(np.isin(ends[hit], moving)[:, None], MOVING, by_height(heights))
+    picture[hit] = (colors * light[:, None]).astype(np.uint8)
     return picture, heights
 
 
@@ -172,18 +206,24 @@ def _above(
     trajectory: Trajectory,
     poses: NDArray[np.float64],
     frame: int,
-    grid: Grid,
+    moving: NDArray[np.integer],
     observed: NDArray[np.bool_],
 ) -> Image.Image:
-    """The scene's occupied cells from above, what this frame observed, the path, the camera."""
+    """The scene's occupied cells from above, what this frame observed, the path, the camera.
+
+    Also what moves in the frame, which is not part of the scene.
+    """
+    grid = trajectory.grid
     cells = trajectory.scene_cells().astype(np.float64)
     # Up is the world axis that the cameras' up (minus their y) agrees with best.
     mean_up = -poses[:, :3, 1].mean(axis=0)
     axis = int(np.abs(mean_up).argmax())
     sign = 1.0 if mean_up[axis] >= 0 else -1.0
     across, along = ((1, 2), (2, 0), (0, 1))[axis]
-    seen = grid.centres(np.flatnonzero(observed)[::7])
-    seen_world = seen.astype(np.float64) @ poses[frame, :3, :3].T + poses[frame, :3, 3]
+    seen_world, moving_world = (
+        grid.centres(columns).astype(np.float64) @ poses[frame, :3, :3].T + poses[frame, :3, 3]
+        for columns in (np.flatnonzero(observed)[::7], moving)
+    )
     everything = np.concatenate([cells, seen_world, poses[:, :3, 3]])
     low, high = everything.min(axis=0), everything.max(axis=0)
     scale = min(
@@ -203,8 +243,10 @@ def _above(
     # Ceilings would hide the room: show what is below the camera's head height.
     shown = height < (poses[:, axis, 3] * sign).max() + 0.6
     order = np.argsort(height[shown])
-    spots = np.clip(place(cells[shown][order]), 1, (PANEL[0] - 2, PANEL[1] - 2))
-    colors = by_height(height[shown][order])
+    drawn = np.concatenate([cells[shown][order], moving_world])
+    spots = np.clip(place(drawn), 1, (PANEL[0] - 2, PANEL[1] - 2))
+    pink = np.full((len(moving_world), 3), MOVING, np.uint8)
+    colors = np.concatenate([by_height(height[shown][order]), pink])
     edge = max(1, int(np.ceil(grid.voxel_size * scale)))
     for dx, dy in np.ndindex(edge, edge):
         x, y = spots[:, 0] + dx - edge // 2, spots[:, 1] + dy - edge // 2
@@ -217,7 +259,11 @@ def _above(
     eye = poses[frame, :3, 3]
     corners = [eye + poses[frame, :3, :3] @ np.array([x, 0, 0.5]) for x in (-0.5, 0.5)]
     draw.polygon([tuple(p) for p in place(np.stack([eye, *corners])).tolist()], outline=INK)
-    panel = _panel(image, "scene from above by height; path in red; observed in grey")
+    panel = _panel(
+        image,
+        "scene from above by height; path in red; observed in grey",
+        f"moving in {MOVING_NAME}" if trajectory.has_dynamic() else "",
+    )
     if shown.any():
         _draw_scale(panel, *limits(height[shown])[::-1])
     return panel

@@ -17,7 +17,9 @@ from PIL import Image
 
 from occgen_hub.errors import OccGenError
 from occgen_hub.files import leads_out, printable, read_jsonl
+from occgen_hub.fusion.quality import Quality
 from occgen_hub.loading import Trajectory, built, trajectories
+from occgen_hub.visual.colors import MOVING_NAME
 from occgen_hub.visual.places import written_for
 from occgen_hub.visual.preview import from_above, from_camera
 
@@ -51,12 +53,23 @@ COLUMNS = {
     "share": ("Observed of grid, %", "{:.1f}"),
     "scene": ("Cells of the scene", "{:,.0f}"),
     "length": ("Path, m", "{:.2f}"),
+    "moving": ("Moving a frame", "{:,.0f}"),
+    "moving_share": ("Moving of occupied, %", "{:.1f}"),
     "scale": ("Scale", "{:.4g}"),
-    "metres": ("Residual, m", "{:.3f}"),
-    "degrees": ("Residual, degrees", "{:.2f}"),
-    "inliers": ("Frames agreeing, %", "{:.0f}"),
+    "metres": ("Alignment off by, m", "{:.3f}"),
+    "degrees": ("Alignment off by, degrees", "{:.2f}"),
+    "inliers": ("Frames aligned, %", "{:.0f}"),
+    "sigma_1": ("Depth noise at 1 m, mm", "{:.1f}"),
+    "sigma_2": ("Depth noise at 2 m, mm", "{:.1f}"),
+    "sigma_4": ("Depth noise at 4 m, mm", "{:.1f}"),
+    "contradicted": ("Points contradicted, %", "{:.1f}"),
+    "supports": ("Frames a point", "{:.0f}"),
+    "residual": ("Scene off depth, mm", "{:.1f}"),
+    "shift": ("Frames off scene, mm", "{:.1f}"),
+    "turn": ("Frames off scene, degrees", "{:.2f}"),
 }
-"""Of the table: their heads and how their numbers are written."""
+"""Of the table: their heads and how their numbers are written. Those that no trajectory has a value
+for are left out."""
 
 
 def write_report(
@@ -111,6 +124,7 @@ def _row(path: Path, name: str, *, pictured: bool) -> Row:
 def _describe(row: Row, trajectory: Trajectory) -> None:
     poses, grid, record = trajectory.world_from_camera(), trajectory.grid, trajectory.record
     occupied = [len(columns) for columns in trajectory.visible_frames()]
+    moving = [len(columns) for columns in trajectory.dynamic_frames()]
     bits = np.array([int(np.bitwise_count(row).sum()) for row in trajectory.observed_packed()])
     cells = float(bits.mean()) if len(bits) else 0.0
     scene = record["scene"]
@@ -129,10 +143,30 @@ def _describe(row: Row, trajectory: Trajectory) -> None:
         "metres": _number(fit.get("translation_rmse")),
         "degrees": _number(fit.get("rotation_error")),
         "inliers": 100 * inliers / fitted if inliers is not None and fitted else None,
+        **_agreement(record),
     }
+    if trajectory.has_dynamic():
+        row.values["moving"] = float(np.mean(moving))
+        row.values["moving_share"] = 100 * sum(moving) / max(sum(occupied), 1)
     row.engine = _short(record.get("engine"))
     row.task = _short(next(iter(trajectory.tasks()), ""))
     row.notes = [_short(note) for note in record["notes"][:20]]
+
+
+def _agreement(record: dict[str, Any]) -> dict[str, float | None]:
+    """How well the frames agree, where the record says it."""
+    quality = Quality.from_record(record)
+    if quality is None:
+        return {}
+    one, two, four = (1000 * value for value in quality.sigma)
+    return {
+        **{"sigma_1": one, "sigma_2": two, "sigma_4": four},
+        "contradicted": 100 * quality.contradicted,
+        "supports": quality.supports,
+        "residual": 1000 * quality.residual,
+        "shift": 1000 * quality.shift,
+        "turn": quality.turn,
+    }
 
 
 def _number(value: object) -> float | None:
@@ -146,7 +180,8 @@ def _pictures(trajectory: Trajectory) -> Iterator[tuple[str, Image.Image | NDArr
     if image is not None:
         yield "image", image
     yield "from above", from_above(trajectory, frame)
-    yield "occupied, from the camera", from_camera(trajectory, frame)
+    moving = f", moving in {MOVING_NAME}" if trajectory.has_dynamic() else ""
+    yield f"occupied, from the camera{moving}", from_camera(trajectory, frame)
 
 
 def _uri(picture: Image.Image | NDArray[np.uint8]) -> str:
@@ -164,6 +199,11 @@ def _page(name: str, rows: list[Row], failures: list[dict[str, str]]) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
+    columns = {
+        key: column
+        for key, column in COLUMNS.items()
+        if any(row.values.get(key) is not None for row in rows)
+    }
     folder = files("occgen_hub.visual")
     script = (folder / "report.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -172,7 +212,7 @@ def _page(name: str, rows: list[Row], failures: list[dict[str, str]]) -> str:
         name=name,
         rows=rows,
         failures=failures,
-        columns=COLUMNS,
+        columns=columns,
         totals=_totals(rows, failures),
         pictured=PICTURED,
         script=Markup(script),  # our own

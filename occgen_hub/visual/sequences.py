@@ -59,11 +59,12 @@ class LabelledPoints:
         )
 
     def save(self, place: Path, *, colors: bool) -> None:
-        """Write a .ply, or a .npy of float32 rows x, y, z, (r, g, b from 0 to 255,) label."""
+        """Write a .ply, or a .npy of float32 rows x, y, z, (r, g, b from 0 to 1,) label."""
         if place.suffix == ".ply":
             write_ply(place, Cloud(self.points, self.colors))
             return
-        parts = (self.points, *((self.colors,) if colors else ()), self.labels[:, None])
+        shades = (self.colors / np.float32(255),) if colors else ()
+        parts = (self.points, *shades, self.labels[:, None])
         rows = np.concatenate([part.astype(np.float32) for part in parts], axis=1)
         np.save(place, rows, allow_pickle=False)
 

@@ -20,7 +20,7 @@ from occgen_hub.errors import DatasetError, UsageError
 from occgen_hub.files import read_bytes
 from occgen_hub.loading import REBUILD, Trajectory
 from occgen_hub.occupancy.grid import Grid
-from occgen_hub.visual.colors import OCCUPANCY, PATH
+from occgen_hub.visual.colors import MOVING, OCCUPANCY, PATH
 from occgen_hub.visual.extra import need
 from occgen_hub.visual.film import called, rate
 from occgen_hub.visual.frames import Frame, frames
@@ -81,8 +81,9 @@ def fill(
     """Log a trajectory to a rerun recording.
 
     On the timelines `frame` (number) and `time` (seconds) come the camera's pose (`world/camera`,
-    OpenCV axes, metres), its image and depth, the cells that it sees occupied, the blocks of free
-    space that it observes, and how many cells they are. Without time come the cloud, in two parts,
+    OpenCV axes, metres), its image and depth, the cells that it sees occupied, those of them that
+    move (`world/camera/moving`), the blocks of free space that it observes, and how many cells they
+    are. Without time come the cloud, in two parts,
     so that what is over the cameras' heads can be hidden, and the path. Raises DatasetError when
     a file of the trajectory cannot be used.
     """
@@ -130,6 +131,10 @@ class _Scene:
             "cells/observed", rr.SeriesLines(colors=[FREE], names=["observed / 100"]), static=True
         )
 
+        if self._trajectory.has_dynamic():
+            lines = rr.SeriesLines(colors=[MOVING], names=["moving"])
+            self._log("cells/moving", lines, static=True)
+
     def log_camera(self, frame: Frame) -> None:
         rr, size, pose = self._rr, self._trajectory.image_size, frame.world_from_camera
         camera = rr.Transform3D(translation=pose[:3, 3], mat3x3=pose[:3, :3])
@@ -168,18 +173,29 @@ class _Scene:
         centres = grid.centres(frame.cells.columns)
         places = frame.cells.in_world()
         shown = self._heights.below_ceiling(places)
-        cubes = rr.Boxes3D(
-            centers=centres[shown],
-            half_sizes=np.full((int(shown.sum()), 3), grid.voxel_size / 2, np.float32),
-            colors=self._heights.colors(places[shown]),
-            fill_mode="solid",
-        )
-        self._log("world/camera/occupied", cubes)
+        moving = frame.cells.is_moving & shown
+        still = shown & ~moving
+        self._log_cubes("occupied", centres[still], self._heights.colors(places[still]))
+        if self._trajectory.has_dynamic():
+            self._log_cubes("moving", centres[moving], np.array([MOVING], np.uint8))
+            self._log("cells/moving", rr.Scalars(len(frame.cells.moving)))
         free = free_blocks(grid, frame.cells.columns, observed)
         blocks = rr.Points3D(free, colors=[(*FREE, 90)], radii=[0.008])
         self._log("world/camera/observed", blocks)
         self._log("cells/occupied", rr.Scalars(len(centres)))
         self._log("cells/observed", rr.Scalars(int(observed.sum()) / 100))
+
+    def _log_cubes(
+        self, name: str, centres: NDArray[np.floating], colors: NDArray[np.uint8]
+    ) -> None:
+        half = self._trajectory.grid.voxel_size / 2
+        cubes = self._rr.Boxes3D(
+            centers=centres,
+            half_sizes=np.full((len(centres), 3), half, np.float32),
+            colors=colors,
+            fill_mode="solid",
+        )
+        self._log(f"world/camera/{name}", cubes)
 
     def _log(self, path: str, entity: Any, *, static: bool = False) -> None:
         self._stream.log(path, entity, static=static)

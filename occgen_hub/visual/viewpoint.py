@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from occgen_hub.atomic import atomic_file
 from occgen_hub.errors import UsageError
-from occgen_hub.files import dump_json, read_json, written_whole
+from occgen_hub.files import dump_json, read_json
 from occgen_hub.visual.heights import Heights
 
 FIELD_OF_VIEW = 35.0
@@ -49,7 +50,7 @@ class Viewpoint:
 
     def save(self, path: Path) -> None:
         """Write it as JSON, for `load`."""
-        with written_whole(path) as partial:
+        with atomic_file(path) as partial:
             partial.write_text(dump_json(asdict(self), indent=1) + "\n")
 
     @classmethod

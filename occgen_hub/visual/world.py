@@ -9,7 +9,7 @@ from occgen_hub.geometry.cloud import Cloud, voxel_downsample
 from occgen_hub.loading import Trajectory
 from occgen_hub.occupancy.grid import cell_centres, cell_numbers, scene_grid
 from occgen_hub.visual.blend import blended
-from occgen_hub.visual.colors import INK, PATH
+from occgen_hub.visual.colors import INK, MOVING, PATH
 from occgen_hub.visual.cubes import Faces, cube_faces, lit
 from occgen_hub.visual.frames import Frame, FrameCells
 from occgen_hub.visual.heights import Heights
@@ -94,12 +94,18 @@ class WorldView:
     def _put_occupancy(self, frame: Frame) -> None:
         numbers, among = self._occupied.of(frame)
         every = cell_centres(numbers, self._voxel)
-        shown = self._heights.below_ceiling(every)
-        every, among = every[shown], among[shown]
+        now = np.isin(numbers, frame.cells.moving_world_cells)
+        # What moves is where it is now, and where it was in the past frames no more. It is shown as
+        # high as it is: unlike a ceiling it hides no room.
+        before = [np.zeros(0, np.int64), *(past.moving_world_cells for past in frame.past)]
+        gone = np.isin(numbers, np.concatenate(before)) & ~among
+        shown = now | (self._heights.below_ceiling(every) & ~gone)
+        every, among, now = every[shown], among[shown], now[shown]
         colors = self._heights.colors(every).astype(np.float32)
         true, known = self._true.of(every)
         share = np.where(among, OWN, PAST) * known
         colors += share[:, None] * (true - colors)
+        colors[now] = MOVING
         faces = cube_faces(every, self._voxel, np.asarray(self.viewpoint.position))
         self._stage.put_faces(
             "occupancy", faces, lit(colors.astype(np.uint8), faces, self._heights.axis)

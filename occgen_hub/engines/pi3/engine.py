@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occgen_hub.config import Condition, Config
-from occgen_hub.engines import Engine, Progress
+from occgen_hub.engines import Engine, Progress, may_fetch
 from occgen_hub.engines.pi3.frames import (
     depth_edges,
     network_depth,
@@ -144,7 +144,7 @@ def open_pi3x(weights: Path | None, device: str | None) -> NetworkEngine:
 
 def _open(name: Name, weights: Path | None, device: str | None) -> NetworkEngine:
     chosen = _device(device)  # First, because looking for weights may take long.
-    return NetworkEngine(name, find(name, weights), chosen)
+    return NetworkEngine(name, find(name, weights, fetching=may_fetch()), chosen)
 
 
 def _device(name: str | None) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from occgen_hub.engines.pi3.sizes import Sizes
-from occgen_hub.errors import SourceError, UsageError
+from occgen_hub.errors import SourceError, UsageError, in_brief
 from occgen_hub.files import read_json, sha256
 
 if TYPE_CHECKING:
@@ -142,18 +142,17 @@ def fetch(name: Name, revision: str | None = None) -> Weights:
         )  # fmt: skip
         path = hf_hub_download(checkpoint.repo_id, FILE, revision=checkpoint.revision)
     except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
-        said = str(error).strip().splitlines()
-        raise _none(name, said[0][:160] if said else type(error).__name__) from error
+        raise _none(name, in_brief(str(error)) or type(error).__name__) from error
     return Weights(Path(path), checkpoint)
 
 
 def _none(name: Name, reason: str = "") -> WeightsError:
     """Of weights that are not there. reason: why they could not be fetched, if that was tried."""
     checkpoint = published(name)
-    tried = f"; {checkpoint.repo_id} could not be fetched ({reason.rstrip('.')})" if reason else ""
+    tried = f"; {checkpoint.repo_id} could not be fetched ({reason})" if reason else ""
     return WeightsError(
-        f"there are no weights for {name}: none at ckpt/{name}/{FILE}, none in the Hub's cache"
-        f"{tried}.\n"
+        f"there are no weights for {name} (licence: {checkpoint.terms}): none at "
+        f"ckpt/{name}/{FILE}, none in the Hub's cache{tried}.\n"
         f"Fetch them where the Hub can be reached: occgen-hub weights pull {name}\n"
         f"Or put {FILE} of {checkpoint.repo_id} by hand at ckpt/{name}/{FILE}, or name its place "
         f"with --weights."

@@ -1,0 +1,410 @@
+"""The commands `build` and `finalize`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from occgen_hub.cli.command import FOLDER, Examples, no_bar
+from occgen_hub.cli.stopping import stop_if_asked
+from occgen_hub.errors import UsageError
+
+if TYPE_CHECKING:
+    from occgen_hub.job import Job
+    from occgen_hub.runtime.results import Failure, Listener, Result, Summary
+    from occgen_hub.runtime.shard import Shard
+
+CLUSTERS = {
+    "datatrove": ("tasks",),
+    "slurm": ("tasks", "cpus_per_task", "gpus_per_task", "mem_per_cpu", "slurm"),
+    "ray": ("tasks", "cpus_per_task", "gpus_per_task", "mem_per_cpu"),
+}
+"""The executors of datatrove, and which of the options of clusters each uses."""
+
+
+@click.command(
+    cls=Examples,
+    example="occgen-hub build --source internnav --input traj_data --output out --workers 8",
+    goes_on=True,
+)
+@click.option("--source", default="internnav", show_default=True, help="What kind of source it is.")
+@click.option(
+    "--input", "root", type=FOLDER, required=True,
+    help="The root of the source tree; for videos also a single one.",
+)  # fmt: skip
+@click.option("--output", "out", type=FOLDER, required=True, help="Where the dataset goes.")
+@click.option(
+    "--engine",
+    default="auto",
+    show_default=True,
+    help="How to reconstruct: rgbd from sensor depth, pi3 or pi3x from images; auto takes rgbd "
+    "where there is depth, else pi3x or pi3 by the weights that are there.",
+)
+@click.option(
+    "--weights",
+    type=FOLDER,
+    help="A network's weights; ckpt/NAME/model.safetensors or the Hub's if not given.",
+)
+@click.option("--device", help="Where networks run, as cuda:1; a GPU if there is one.")
+@click.option(
+    "--condition",
+    metavar="LIST",
+    help="What pi3x is told besides the images: depth, intrinsics, poses, or some of them.",
+)
+@click.option("--config", type=FOLDER, help="A YAML file of settings.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="One setting; repeatable."
+)
+@click.option(
+    "--media",
+    type=click.Choice(["copy", "link", "none"]),
+    default="copy",
+    show_default=True,
+    help="What to do with the source's images and videos: link makes hard links.",
+)
+@click.option(
+    "--workers", type=click.IntRange(1),
+    help="Processes, which share the cores and GPUs; tasks at once on a cluster.  [default: 1, or "
+    "as many as the executor has room for]",
+)  # fmt: skip
+@click.option(
+    "--shard", metavar="I/N",
+    help="Build share I of N of the episodes, numbered from 0 as ranks and array tasks are: from "
+    "0/N to N-1/N. Then run finalize.",
+)  # fmt: skip
+@click.option(
+    "--executor",
+    type=click.Choice(["local", "accelerate", "datatrove", "slurm", "ray"]),
+    help="Who builds the shards: this command, accelerate (a process a GPU), or datatrove, here or "
+    "on a cluster.  [default: local, or accelerate where that started it]",
+)
+@click.option("--limit", type=click.IntRange(1), help="Build only the first so many episodes.")
+@click.option("--overwrite", is_flag=True, help="Build also what is there already.")
+@click.option(
+    "--parquet-occupancy/--no-parquet-occupancy",
+    default=True,
+    show_default=True,
+    help="Write the occupancy as Parquet as well, in occupancy/, which the Hub can stream.",
+)
+@click.option("--dry-run", is_flag=True, help="Only say what would be built, and by whom.")
+@click.option("--tasks", type=click.IntRange(1), help="Cluster: shards to make of the episodes.")
+@click.option("--cpus-per-task", type=click.IntRange(1), help="Cluster: cores.  [default: 4]")
+@click.option(
+    "--gpus-per-task", type=click.IntRange(0),
+    help="Cluster: GPUs.  [default: 1 if there is a network to run]",
+)  # fmt: skip
+@click.option("--mem-per-cpu", type=click.IntRange(1), help="Cluster: GB.  [default: 2]")
+@click.option(
+    "--slurm", multiple=True, metavar="KEY=VALUE",
+    help="An option of sbatch: partition=NAME, time=24:00:00, qos, account; repeatable.",
+)  # fmt: skip
+def build(
+    condition: str | None,
+    config: Path | None,
+    settings: tuple[str, ...],
+    shard: str | None,
+    executor: str | None,
+    dry_run: bool,
+    **options: Any,
+) -> int:
+    """Build an occupancy dataset from a source.
+
+    What is there already and up to date is left alone, so an interrupted build goes on when it is
+    started again. Ends with 0 when all was built, 1 when some episodes failed, 2 when used wrongly.
+    """
+    from occgen_hub.runtime import threads
+    from occgen_hub.runtime.ranks import launched
+    from occgen_hub.runtime.shard import Shard
+
+    names = ("workers", "tasks", "cpus_per_task", "gpus_per_task", "mem_per_cpu", "slurm")
+    running = {name: options.pop(name) for name in names}
+    executor = executor or ("accelerate" if launched() and shard is None else "local")
+    own = Shard.parse(shard) if shard else None
+    _check_usage(executor, own, running)
+    if executor == "accelerate" and (ranks := launched()):
+        threads.limit(threads.cores_each(ranks))  # Before numba and torch look for it.
+
+    from occgen_hub.config import load_config
+
+    if condition is not None:
+        settings += (f"condition=[{condition}]",)
+    options["config"] = load_config(config, settings)
+    if executor == "slurm":
+        from occgen_hub.runtime.cluster import parse_slurm
+
+        running["slurm"] = parse_slurm(running["slurm"])
+    if dry_run:
+        return _dry_run(options, executor, own, running)
+    if executor == "accelerate" and launched():
+        return _build_rank(options)
+    if executor in CLUSTERS:
+        return _build_on_cluster(options, executor, running)
+    if executor == "accelerate":
+        running["workers"] = running["workers"] or threads.gpus() or threads.cores()
+    return _build_here(options, running["workers"] or 1, own)
+
+
+@click.command(cls=Examples, example="occgen-hub finalize out")
+@click.argument("out", type=FOLDER)
+def finalize(out: Path) -> int:
+    """Write what belongs to a dataset as a whole, when all its shards are built.
+
+    That is the card, the occupancy as Parquet, report.json and failures.jsonl. It may be run again
+    at any time. Ends with 1 when some episodes failed or are missing.
+    """
+    from occgen_hub.runtime.finalize import finalize as finalize_dataset
+    from occgen_hub.runtime.threads import cores
+
+    return _print_summary(finalize_dataset(out, cores()), out)
+
+
+def _check_usage(executor: str, shard: Shard | None, running: dict[str, Any]) -> None:
+    """Raise UsageError for options that do not fit the executor."""
+    from occgen_hub.runtime.ranks import launched
+
+    for name, value in running.items():
+        takers = [key for key, names in CLUSTERS.items() if name in names]
+        if value not in (None, ()) and takers and executor not in takers:
+            raise UsageError(
+                f"--{name.replace('_', '-')}: is not used by --executor {executor}; leave it out "
+                f"or choose one of {', '.join(takers)}."
+            )
+    if shard and executor != "local":
+        raise UsageError(f"--shard: --executor {executor} makes shards itself; leave it out.")
+    if (ranks := launched()) and executor != "accelerate" and not shard:
+        raise UsageError(
+            f"--executor {executor}: {ranks} processes were started beside one another, which only "
+            "--executor accelerate shares the episodes among; leave the option out."
+        )
+    if ranks and executor == "accelerate" and running["workers"] not in (None, ranks):
+        raise UsageError(
+            f"--workers {running['workers']}: {ranks} processes were started already; leave the "
+            "option out."
+        )
+
+
+def _open_cluster_job(options: dict[str, Any]) -> Job:
+    """A job whose tasks have working folders and devices of their own."""
+    from occgen_hub.job import open_job
+
+    absolute = {name: options[name].absolute() for name in ("root", "out")}
+    return replace(open_job(**options | absolute | {"device": "cpu"}), device=options["device"])
+
+
+def _dry_run(
+    options: dict[str, Any], executor: str, shard: Shard | None, running: dict[str, Any]
+) -> int:
+    from occgen_hub.engines import without_fetching
+    from occgen_hub.job import open_job
+    from occgen_hub.runtime import cluster
+    from occgen_hub.runtime.records import make_plan
+
+    with without_fetching():
+        job = _open_cluster_job(options) if executor in CLUSTERS else open_job(**options)
+    mine = None if shard is None else set(make_plan(job, shard.count).shards[shard.index])
+    refs = [ref for ref in job.refs if mine is None or ref.id in mine]
+    missing = 0
+    for ref in refs:
+        reason = job.reason_to_build(ref)
+        missing += reason is not None
+        click.echo(f"{ref.id}  {reason or 'present'}")
+    if executor in CLUSTERS:
+        tasks = cluster.make_tasks(job, executor, running["tasks"])
+        click.echo(tasks)
+        if executor == "slurm" and tasks.todo:
+            click.echo(f"The batch script:\n\n{cluster.batch_script(tasks, running)}")
+    click.echo(
+        f"{missing} of {len(refs)} episodes would be built into {job.out}; nothing was done."
+    )
+    return 0
+
+
+def _build_here(options: dict[str, Any], workers: int, shard: Shard | None) -> int:
+    from occgen_hub.job import open_job
+    from occgen_hub.occupancy.visibility import warm_up
+    from occgen_hub.runtime.build import build_dataset, build_shard
+
+    job = open_job(**options)
+    warm_up()
+    told = set[str]()
+    with _progress(len(job.refs) if shard is None else None, told) as listener:
+        if shard is None:
+            summary = build_dataset(job, workers, listener)
+        else:
+            summary = build_shard(job, shard, workers, listener)
+    code = _print_summary(summary, job.out, told, whole=shard is None)
+    if shard is not None:
+        click.echo(f"When all shards are built: occgen-hub finalize {shlex.quote(str(job.out))}")
+    return code
+
+
+def _build_rank(options: dict[str, Any]) -> int:
+    """Build as one of the processes that accelerate or torchrun started."""
+    from occgen_hub.job import open_job
+    from occgen_hub.runtime.build import build_shard
+    from occgen_hub.runtime.finalize import finalize as finalize_dataset
+    from occgen_hub.runtime.ranks import joined, on_all_ranks
+    from occgen_hub.runtime.records import count_finished
+    from occgen_hub.runtime.shard import Shard
+    from occgen_hub.runtime.threads import cores
+
+    out = options["out"]
+    with joined(options["device"]) as state:
+        shard = Shard(state.process_index, state.num_processes)
+        device = str(state.device) if state.device.type == "cuda" else "cpu"
+        told: set[str] | None = set() if state.is_main_process else None
+        counted = partial(count_finished, out, shard.count)
+
+        def build_own() -> None:
+            job = open_job(**options | {"device": device})
+            shown = state.is_local_main_process
+            with _progress(len(job.refs), told, shown=shown, counted=counted) as listener:
+                build_shard(job, shard, listener=listener, executor="accelerate")
+
+        on_all_ranks(state, build_own)
+        if state.is_main_process:
+            return _print_summary(finalize_dataset(out, cores()), out, told)
+    return 0
+
+
+def _build_on_cluster(options: dict[str, Any], executor: str, running: dict[str, Any]) -> int:
+    from occgen_hub.runtime import cluster
+    from occgen_hub.runtime.records import count_finished
+    from occgen_hub.runtime.report import REPORT
+
+    job = _open_cluster_job(options)
+    tasks = cluster.make_tasks(job, executor, running["tasks"])
+    counted = partial(count_finished, job.out, len(tasks.plan.shards))
+    with _progress(len(job.refs), None, shown=executor != "slurm", counted=counted):
+        summary = cluster.run_tasks(tasks, running)
+    if summary is None:
+        click.echo(f"The tasks were given to Slurm; {job.out / REPORT} is there when all is done.")
+        return 0
+    return _print_summary(summary, job.out)
+
+
+@contextmanager
+def _progress(
+    total: int | None,
+    told: set[str] | None,
+    *,
+    shown: bool = True,
+    counted: Callable[[], int] | None = None,
+) -> Iterator[Listener]:
+    """A bar over episodes while the block lasts, and lines on failures and notes.
+
+    total: None where it is not known; told: gathers the kinds of notes that were printed, None to
+    print none; counted: how many episodes are finished, where other processes build some of them.
+    """
+    from tqdm import tqdm
+
+    from occgen_hub.runtime.results import Failure, Listener
+
+    turn, ended = threading.Lock(), threading.Event()  # Frames are counted in other threads.
+    counts: Counter[str] = Counter()
+    disable = no_bar() if shown else True
+    with tqdm(
+        total=total, unit="episode", desc="build", disable=disable, dynamic_ncols=True
+    ) as bar:
+
+        def show(finished: int) -> None:
+            with turn:
+                elapsed = max(bar.format_dict["elapsed"], 1e-9)
+                bar.set_postfix_str(
+                    f"{counts['built'] / elapsed:.1f} frames/s, {counts['reconstructed']} "
+                    f"reconstructed, {counts['failed']} failed",
+                    refresh=False,
+                )
+                bar.update(finished - bar.n)
+
+        def poll() -> None:
+            while counted is not None and not ended.wait(2):
+                show(counted())
+
+        def finished(result: Result) -> None:
+            stop_if_asked()
+            counts["episodes"] += 1
+            counts["failed"] += isinstance(result, Failure)
+            for line in _news(result, told):
+                with turn:
+                    bar.write(line, file=sys.stderr)
+            if counted is None:
+                show(counts["episodes"])
+
+        def frames(stage: str, count: int) -> None:
+            counts[stage] += count
+            show(int(bar.n) if counted is not None else counts["episodes"])
+
+        thread = threading.Thread(target=poll, daemon=True)
+        thread.start()
+        try:
+            yield Listener(finished, frames)
+        finally:
+            ended.set()
+            thread.join()
+
+
+def _news(result: Result, told: set[str] | None) -> list[str]:
+    """Lines to print about an episode: its failure, or those of its notes that are new in kind."""
+    from occgen_hub.runtime.results import Failure
+
+    if isinstance(result, Failure):
+        return [f"failed  {_text(result)}"]
+    if told is None:
+        return []
+    new = [note for note in result.notes if note.code not in told]
+    told.update(note.code for note in new)
+    return [f"note    {result.id}: {note.text}" for note in new]
+
+
+def _text(failure: Failure) -> str:
+    """An episode and why it failed; a reason that begins with the episode does not repeat it."""
+    return f"{failure.id}: {failure.reason.removeprefix(f'{failure.id}: ')}"
+
+
+def _print_summary(
+    summary: Summary, out: Path, told: set[str] | None = None, *, whole: bool = True
+) -> int:
+    """Print what a build did, and return the exit code.
+
+    told: the kinds of notes that were printed by then; whole: whether it was more than a shard.
+    """
+    from occgen_hub.runtime.report import FAILURES
+
+    rate = f", {summary.frames / summary.seconds:.1f} frames/s" if summary.frames else ""
+    click.echo(
+        f"{summary.built} built, {summary.present} already there, {len(summary.failures)} failed "
+        f"of {summary.episodes} episodes; {summary.frames} frames in {summary.seconds:.1f} s{rate}."
+    )
+    if total := sum(summary.stages.values()):
+        shares = ", ".join(f"{k} {v / total:.0%}" for k, v in summary.stages.most_common())
+        click.echo(f"Time spent: {shares}.")
+    for code, text in summary.examples.items():
+        if code not in (told or ()):
+            click.echo(f"note    {text}", err=True)
+    repeated = [f"{code} ({n})" for code, n in sorted(summary.notes.items()) if n > 1]
+    if repeated:
+        click.echo(f"Notes that were on several episodes, and on how many: {', '.join(repeated)}.")
+    for remark in summary.remarks:
+        click.echo(f"Note: {remark}.")
+    if summary.failures and whole:
+        click.echo(f"The failures are listed in {out / FAILURES}:")
+        for failure in summary.failures[:20]:
+            click.echo(f"  {_text(failure)}")
+        if len(summary.failures) > 20:
+            click.echo(f"  and {len(summary.failures) - 20} more.")
+    if summary.built and whole:
+        click.echo(f"Next: occgen-hub validate {shlex.quote(str(out))}")
+    elif whole and summary.present:
+        click.echo(f"Dataset: {out}")
+    return 1 if summary.failures else 0

@@ -1,0 +1,99 @@
+"""The command `sample`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+
+from occgen_hub.cli.command import FOLDER, Examples, progress_bar
+
+
+class _Size(click.ParamType[tuple[float, float]]):
+    """Metres and degrees, as 0.004,0.15."""
+
+    name = "METRES,DEGREES"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, float]:
+        """The two numbers; a failure of usage where there are not two."""
+        try:
+            metres, degrees = (float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(
+                f"{value!r} is not metres,degrees; give two numbers as 0.004,0.15", param, ctx
+            )
+        return metres, degrees
+
+
+@click.command(
+    cls=Examples,
+    example="occgen-hub sample rooms --trajectories 4 --frames 30\n"
+    "occgen-hub sample hard --noise kinect --noise speckle --pose-noise --people 2",
+)
+@click.argument("out", type=FOLDER)
+@click.option("--trajectories", default=3, show_default=True, help="How many to make.")
+@click.option("--frames", default=24, show_default=True, help="Frames of the first; others differ.")
+@click.option("--seed", default=0, show_default=True, help="The same seed gives the same bytes.")
+@click.option(
+    "--layout",
+    type=click.Choice(["trajectories", "scenes"]),
+    default="trajectories",
+    show_default=True,
+    help="A folder a trajectory, or the newer one of many episodes in a scene's folder.",
+)
+@click.option(
+    "--faults", is_flag=True, help="With some of the mistakes that meta files of real data have."
+)
+@click.option(
+    "--noise",
+    type=click.Choice(["kinect", "stereo", "network", "flying", "speckle"]),
+    multiple=True,
+    help="Errors of the depth images; repeatable, their order does not matter.",
+)
+@click.option(
+    "--pose-noise", type=_Size(), is_flag=False, flag_value="0.004,0.15",
+    help="Each stated pose has an error of its own, with this deviation for each axis; "
+    "0.004,0.15 if no value is given.",
+)  # fmt: skip
+@click.option(
+    "--pose-drift", type=_Size(), is_flag=False, flag_value="0.02,0.3",
+    help="The stated poses drift smoothly, at most by this much for each axis; 0.02,0.3 if no "
+    "value is given.",
+)  # fmt: skip
+@click.option(
+    "--people", default=0, show_default=True,
+    help="How many people walk, or walk and then stand, in each trajectory.",
+)  # fmt: skip
+def sample(
+    out: Path,
+    trajectories: int,
+    frames: int,
+    seed: int,
+    layout: Any,
+    faults: bool,
+    noise: tuple[str, ...],
+    pose_noise: tuple[float, float] | None,
+    pose_drift: tuple[float, float] | None,
+    people: int,
+) -> None:
+    """Make a source tree like InternData-N1's, of ray-traced rooms, with the truth.
+
+    The truth is in OUT/ground_truth: the mesh of the rooms and, for each episode, the true poses
+    and the people of every frame.
+    """
+    from occgen_hub.sample import make_sample
+
+    with progress_bar("sample", unit="frame") as progress:
+        made = make_sample(
+            out, trajectories=trajectories, frames=frames, seed=seed, layout=layout, faults=faults,
+            noise=noise, pose_noise=pose_noise, pose_drift=pose_drift, people=people,
+            progress=progress,
+        )  # fmt: skip
+    for path in made:
+        click.echo(path)
+    source, target = shlex.quote(str(out)), shlex.quote(f"{out}_occ")
+    click.echo(f"Next: occgen-hub build --source internnav --input {source} --output {target}")

@@ -1,0 +1,250 @@
+"""One episode, from its source to the files of its trajectory."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from occgen_hub.atomic import atomic_folder, clear_leftovers
+from occgen_hub.builder import DatasetBuilder, EpisodeRef
+from occgen_hub.config import Config
+from occgen_hub.engines import Auto, Engine
+from occgen_hub.episode import Episode, Note
+from occgen_hub.errors import SourceError
+from occgen_hub.lerobot.writer import Media, Provenance, TrajectoryWriter
+from occgen_hub.occupancy.grid import Grid
+from occgen_hub.occupancy.visibility import FrameOccupancy
+from occgen_hub.pipeline import observe, reconstruct
+from occgen_hub.scene import Scene
+from occgen_hub.schema import Schema, load_schema
+from occgen_hub.stopwatch import Stopwatch
+from occgen_hub.up_to_date import (
+    check_replaceable,
+    outdated,
+    remember,
+    sizes_and_times,
+    source_stamp,
+)
+
+Stage = Literal["reconstructed", "built"]
+Progress = Callable[[Stage, int], None]
+"""Called with what was done to how many frames since the last call."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to build: the configuration, the engine, the media.
+
+    overwrite: build also what is there.
+    """
+
+    config: Config = field(default_factory=lambda: Config())
+    engine: Engine = field(default_factory=Auto)
+    media: Media = "copy"
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Built:
+    """What became of an episode. seconds: time spent in each stage."""
+
+    id: str
+    status: Literal["built", "present"]
+    frames: int
+    notes: tuple[Note, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class ChangedError(SourceError):
+    """A file of the source changed while it was read; the next run finds it as it is then."""
+
+
+@dataclass(frozen=True)
+class ReconstructedEpisode:
+    """An episode that is read and reconstructed, and has yet to be written.
+
+    stamps: of its sources before they were read; reason: why it is built, "is not there" if so;
+    clock: the seconds spent on it.
+    """
+
+    builder: DatasetBuilder
+    ref: EpisodeRef
+    episode: Episode
+    scene: Scene
+    provenance: Provenance
+    sources: list[Path]
+    stamps: list[tuple[int, int]]
+    reason: str | None
+    clock: Stopwatch
+
+
+def build_episode(
+    builder: DatasetBuilder,
+    ref: EpisodeRef,
+    out: Path,
+    settings: Settings,
+    progress: Progress = lambda *_: None,
+) -> Built:
+    """Build one episode into `out / ref.id`, unless what it would build is there already.
+
+    The trajectory is written aside and moved into place when whole. Raises OccGenError; then
+    nothing is left under the final name that was not there before.
+    """
+    done = reconstruct_episode(builder, ref, out, settings, progress)
+    return done if isinstance(done, Built) else write_episode(done, out, progress)
+
+
+def reconstruct_episode(
+    builder: DatasetBuilder,
+    ref: EpisodeRef,
+    out: Path,
+    settings: Settings,
+    progress: Progress = lambda *_: None,
+) -> ReconstructedEpisode | Built:
+    """The first half of `build_episode`: read an episode and reconstruct it, unless it is there.
+
+    It may run in another thread than `write_episode`, which writes the episode before it meanwhile.
+    """
+    place = out / ref.id
+    clear_leftovers(place)
+    remove_scratch(place)
+    check_replaceable(place, load_schema(builder.schema))
+    engine = settings.engine.for_episode(ref.id, has_depth=builder.has_depth(ref))
+    made_by, reason = provenance(builder, engine, settings), None
+    if not settings.overwrite:
+        reason, stamp = outdated(builder, ref, out, made_by)
+        if reason is None:
+            remember(place, stamp)
+            return Built(ref.id, "present", 0)
+
+    clock, sources = Stopwatch(), builder.sources(ref)
+    stamps = sizes_and_times(sources)
+    with clock("read"):
+        episode = builder.read(ref)
+    try:
+        with clock("reconstruct"):
+            scene = reconstruct(
+                episode,
+                engine,
+                settings.config,
+                scratch_folder(place),
+                lambda frames: progress("reconstructed", frames),
+            )
+    except BaseException:
+        remove_scratch(place)
+        raise
+    return ReconstructedEpisode(
+        builder, ref, episode, scene, made_by, sources, stamps, reason, clock
+    )
+
+
+def write_episode(
+    done: ReconstructedEpisode, out: Path, progress: Progress = lambda *_: None
+) -> Built:
+    """The second half of `build_episode`: occupancy, visibility, and every file."""
+    ref, episode, clock, place = done.ref, done.episode, done.clock, out / done.ref.id
+    schema = load_schema(done.builder.schema)
+    try:
+        with atomic_folder(place, flushing=lambda: clock("flush")) as folder:
+            _write(folder, schema, episode, done.scene, done.provenance, clock, progress)
+            if sizes_and_times(done.sources) != done.stamps:
+                raise ChangedError(ref.path, "changed while it was read", "run the build again")
+            check_replaceable(place, schema)
+            remember(folder, source_stamp(done.sources))
+    finally:
+        remove_scratch(place)
+    notes = (*episode.notes, *done.scene.notes)
+    if done.reason not in (None, "is not there"):
+        notes = (Note("built again", f"what was there {done.reason}: built again"), *notes)
+    return Built(ref.id, "built", episode.length, notes, clock.seconds)
+
+
+def scratch_folder(place: Path) -> Path:
+    """Where depth that does not fit into memory waits while a trajectory is built."""
+    return place.with_name(f".{place.name}.scratch")
+
+
+def remove_scratch(place: Path) -> None:
+    """Remove the scratch folder of a trajectory, and those above it that then hold nothing."""
+    scratch = scratch_folder(place)
+    if scratch.exists():
+        shutil.rmtree(scratch, ignore_errors=True)
+        with suppress(OSError):
+            place.parent.rmdir()
+            place.parent.parent.rmdir()
+
+
+def why_outdated(
+    builder: DatasetBuilder, ref: EpisodeRef, out: Path, settings: Settings
+) -> str | None:
+    """Why `build_episode` would build an episode; None where it is up to date."""
+    check_replaceable(out / ref.id, load_schema(builder.schema))
+    engine = settings.engine.for_episode(ref.id, has_depth=builder.has_depth(ref))
+    return outdated(builder, ref, out, provenance(builder, engine, settings))[0]
+
+
+def provenance(builder: DatasetBuilder, engine: Engine, settings: Settings) -> Provenance:
+    """What is recorded of how an episode was built."""
+    return Provenance(builder.name, engine.name, engine.weights(), settings.config, settings.media)
+
+
+def _write(
+    folder: Path,
+    schema: Schema,
+    episode: Episode,
+    scene: Scene,
+    provenance: Provenance,
+    clock: Stopwatch,
+    progress: Progress,
+) -> None:
+    grid = Grid.of(provenance.config)
+    writer = TrajectoryWriter(folder, schema, episode, grid)
+    beside, turn, over = Stopwatch(), threading.Lock(), threading.Event()
+
+    def tables() -> None:
+        with turn:
+            if not over.is_set():
+                _write_scene(writer, scene, provenance.config, beside)
+
+    try:
+        with ThreadPoolExecutor(1) as pool:  # So that cores have work where the other has none.
+            written = pool.submit(tables)
+            with clock("write occupancy"):
+                writer.write_occupancy(_observed(episode, scene, grid, clock, progress))
+            written.result()
+    finally:
+        # An interruption while the thread starts leaves it unknown to the pool; the folder must not
+        # be cleared before it has ended, or else it may not begin.
+        with turn:
+            over.set()
+    clock.add(beside)
+    with clock("write media"):
+        writer.write_media(provenance.media)
+    with clock("checksums"):
+        writer.finish(provenance, scene)
+
+
+def _write_scene(writer: TrajectoryWriter, scene: Scene, config: Config, clock: Stopwatch) -> None:
+    with clock("write scene"):
+        writer.write_scene(scene, config)
+        writer.write_tables(scene)
+
+
+def _observed(
+    episode: Episode, scene: Scene, grid: Grid, clock: Stopwatch, progress: Progress
+) -> Iterator[FrameOccupancy]:
+    """Occupancy and visibility of each frame in order, the wait for it counted as occupancy."""
+    frames = observe(scene, episode, grid)
+    while True:
+        with clock("occupancy"):
+            frame = next(frames, None)
+        if frame is None:
+            return
+        yield frame
+        progress("built", 1)

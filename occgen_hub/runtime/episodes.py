@@ -1,0 +1,114 @@
+"""Episodes, one after another in this process: while one is written, the next is reconstructed."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import traceback
+from collections.abc import Callable, Generator, Iterable
+from pathlib import Path
+from queue import Queue
+
+from occgen_hub.builder import DatasetBuilder, EpisodeRef
+from occgen_hub.episode_build import (
+    Progress,
+    ReconstructedEpisode,
+    Settings,
+    Stage,
+    reconstruct_episode,
+    write_episode,
+)
+from occgen_hub.errors import OccGenError
+from occgen_hub.runtime.report import FAILURES
+from occgen_hub.runtime.results import Failure, Result
+
+GRACE = 2.0
+"""Seconds that an interrupted build waits for a reconstruction under way."""
+
+
+class Cancelled(BaseException):
+    """The reconstruction was cancelled."""
+
+
+def build_episodes(
+    builder: DatasetBuilder,
+    refs: Iterable[EpisodeRef],
+    out: Path,
+    settings: Settings,
+    progress: Progress = lambda *_: None,
+) -> Generator[Result, None, None]:
+    """Build episodes in their order. A failed one does not stop the others.
+
+    At any time one episode is being written and one reconstructed, so that a GPU waits neither for
+    images nor for compression, and memory holds two scenes at most. `refs` is iterated in a thread
+    of its own, which may have to wait for the next episode.
+    """
+    stop = threading.Event()
+
+    def cancellable(stage: Stage, frames: int) -> None:
+        if stop.is_set():
+            raise Cancelled
+        progress(stage, frames)
+
+    reconstructed: Queue[ReconstructedEpisode | Result | BaseException | None] = Queue(1)
+    turn = threading.Semaphore(1)  # The next one begins when this one is taken to be written.
+
+    def reconstruct(ref: EpisodeRef) -> ReconstructedEpisode | Result:
+        return _guarded(
+            ref, out, lambda: reconstruct_episode(builder, ref, out, settings, cancellable)
+        )
+
+    def reconstruct_all() -> None:
+        try:
+            for ref in refs:
+                turn.acquire()
+                if stop.is_set():
+                    return
+                reconstructed.put(reconstruct(ref))
+            reconstructed.put(None)
+        except BaseException as error:
+            reconstructed.put(error)
+
+    def write(found: ReconstructedEpisode) -> Result:
+        return _guarded(found.ref, out, lambda: write_episode(found, out, progress))
+
+    thread = threading.Thread(target=reconstruct_all, name="reconstruct", daemon=True)
+    try:
+        thread.start()
+        while (item := reconstructed.get()) is not None:
+            turn.release()
+            if isinstance(item, BaseException):
+                raise item
+            yield write(item) if isinstance(item, ReconstructedEpisode) else item
+    finally:
+        stop.set()
+        turn.release()
+        if thread.ident is not None:
+            thread.join(GRACE)
+
+
+def _guarded[Value](ref: EpisodeRef, out: Path, action: Callable[[], Value]) -> Value | Failure:
+    """What an action on an episode returns, or its failure."""
+    try:
+        return action()
+    except OccGenError as error:
+        return Failure(ref.id, str(error))
+    except MemoryError:
+        reason = "needs more memory than there is; use fewer --workers"
+    except ImportError as error:
+        reason = f"a library could not be loaded ({error}); mend the installation and run again"
+    except OSError as error:
+        # The errors of a copy name its target too; where the disk is full, no file is at fault.
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        place = out if full else error.filename2 or error.filename or out / ref.id
+        said = error.strerror or str(error)
+        return Failure(
+            ref.id, f"{place}: cannot be read or written ({said}); mend that and run again."
+        )
+    except Exception as error:
+        reason = (
+            f"{ref.path}: failed for an unexpected reason ({type(error).__name__}: {error}); "
+            f"please report it with its trace in {FAILURES}."
+        )
+        return Failure(ref.id, reason, traceback.format_exc())
+    return Failure(ref.id, f"{ref.path}: {reason}.")

@@ -1,0 +1,197 @@
+"""What a build leaves in the hidden folder `.logs`: its plan, and a record of each shard.
+
+Each shard adds a line to its own record for each episode that it has finished. So whatever is
+killed, `finalize` knows what was done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from occgen_hub.episode import Note
+from occgen_hub.episode_build import Built
+from occgen_hub.errors import OccGenError
+from occgen_hub.files import dump_json, hold, parse_json, read_bytes
+from occgen_hub.job import Job
+from occgen_hub.runtime.lock import LOGS, busy
+from occgen_hub.runtime.results import Failure, Process, Result
+from occgen_hub.runtime.shard import share_out
+
+PLAN = "build.json"
+RECORD = "shard-{}.jsonl"
+
+MAX_BYTES = 1 << 32
+"""Of a plan or a record. Tens of millions of episodes have less."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a build was asked for, and the ids of the episodes of each of its shards.
+
+    digest: of the episodes, the settings and the number of shards: the shards of one build have the
+    same; asked: what the report says of it; limited: whether the source has more episodes.
+    """
+
+    digest: str
+    asked: dict[str, Any]
+    limited: bool
+    parquet_occupancy: bool
+    shards: list[list[str]]
+
+
+def make_plan(job: Job, count: int) -> Plan:
+    """Share the episodes of a job out among `count` shards, always in the same way."""
+    ids = [ref.id for ref in job.refs]
+    said = dump_json([ids, job.choices, count, job.limited, job.parquet_occupancy])
+    digest = hashlib.sha256(said.encode()).hexdigest()
+    known = read_plan(job.out)
+    if known is not None and known.digest == digest:
+        return known  # Without reading the headers of all episodes again.
+    shards = share_out([job.builder.work(ref) for ref in job.refs], count)
+    named = [[ids[number] for number in numbers] for numbers in shards]
+    return Plan(digest, job.described(), job.limited, job.parquet_occupancy, named)
+
+
+def read_plan(out: Path) -> Plan | None:
+    """The plan of the last build; None where there is none."""
+    try:
+        return Plan(**parse_json(read_bytes(out / LOGS / PLAN, MAX_BYTES)))
+    except (OccGenError, ValueError, TypeError):
+        return None
+
+
+def join_build(out: Path, plan: Plan, *, alone: bool) -> bool:
+    """Whether the build on record is that of `plan`.
+
+    alone: whether nobody else holds the output: then it is put on record, and the records of an
+    earlier build go. It is written in place: over NFS, a new file under the same name may be seen
+    late. Raises OccGenError where it cannot be written.
+    """
+    known = read_plan(out)
+    if (known is not None and known.digest == plan.digest) or not alone:
+        return known is not None and known.digest == plan.digest
+    path = out / LOGS / PLAN
+    try:
+        for record in path.parent.glob(RECORD.format("*")):
+            record.unlink()
+        path.write_text(dump_json(asdict(plan)), encoding="utf-8")
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    return True
+
+
+@dataclass
+class Record:
+    """What the last run of a shard did.
+
+    began: `time` (a datetime), `executor`, `overwrite`; results: by the episode's id; ended: `time`
+    and `process`, empty where the run did not end.
+    """
+
+    began: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Result] = field(default_factory=dict)
+    ended: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def recording(
+    out: Path, shard: int, executor: str, *, overwrite: bool = False
+) -> Iterator[Callable[[Result | Process], None]]:
+    """Add a run to a shard's record: gives a function that adds results and, last, the process.
+
+    What a full disk does not take is added with what comes next. Raises UsageError where the same
+    shard is being built by another process, and OccGenError where there can be no record.
+    """
+    path, waiting = out / LOGS / RECORD.format(shard), b""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+    def add(row: Result | Process | dict[str, Any]) -> None:
+        nonlocal waiting
+        values = row if isinstance(row, dict) else asdict(row)
+        if isinstance(row, Process):
+            values = {"ended": {"time": _now(), "process": values}}
+        waiting += f"\n{dump_json(values)}".encode()  # The break comes first: after half a row.
+        with suppress(OSError):
+            waiting = waiting[os.write(handle, waiting) :]
+
+    try:
+        if not hold(handle):
+            raise busy(out)
+        add({"began": {"time": _now(), "executor": executor, "overwrite": overwrite}})
+        yield add
+    finally:
+        os.close(handle)
+
+
+def record_present(out: Path, shard: int, executor: str, ids: list[str]) -> None:
+    """Record a run of a shard in which all is there already."""
+    with recording(out, shard, executor) as record:
+        for name in ids:
+            record(Built(name, "present", 0))
+        record(Process(socket.gethostname(), "cpu", 0, 0, 0.0, 0))
+
+
+def read_record(out: Path, shard: int) -> Record:
+    """The record of a shard's last run, empty where there is none. Malformed lines are ignored."""
+    record = Record()
+    for line in _lines(out, shard):
+        with suppress(ValueError, TypeError, KeyError, AttributeError):
+            row = parse_json(line)
+            if "began" in row:
+                record = Record(_with_time(row["began"]))
+            elif "ended" in row:
+                process = Process(**row["ended"]["process"])
+                record.ended = {**_with_time(row["ended"]), "process": process}
+            else:
+                record.results[row["id"]] = _result(row)
+    return record
+
+
+def count_finished(out: Path, shards: int) -> int:
+    """How many episodes the last runs of the first so many shards have finished."""
+    runs = (b"\n".join(_lines(out, shard)).rpartition(b'{"began"')[2] for shard in range(shards))
+    return sum(run.count(b'\n{"id"') for run in runs)
+
+
+def records_digest(out: Path, plan: Plan) -> str:
+    """SHA-256 of the plan and the records, as they are now."""
+    parts = [_lines(out, shard) for shard in range(len(plan.shards))]
+    return hashlib.sha256(repr((plan.digest, parts)).encode()).hexdigest()
+
+
+def _lines(out: Path, shard: int) -> list[bytes]:
+    try:
+        return read_bytes(out / LOGS / RECORD.format(shard), MAX_BYTES).splitlines()
+    except OccGenError:
+        return []
+
+
+def _result(row: dict[str, Any]) -> Result:
+    if "reason" in row:
+        return Failure(*(str(row[key]) for key in ("id", "reason", "trace")))
+    notes = tuple(Note(str(note["code"]), str(note["text"])) for note in row["notes"])
+    seconds = {str(stage): float(spent) for stage, spent in row["seconds"].items()}
+    return Built(str(row["id"]), row["status"], int(row["frames"]), notes, seconds)
+
+
+def _with_time(values: dict[str, Any]) -> dict[str, Any]:
+    return {**values, "time": datetime.fromisoformat(values["time"])}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _unwritable(path: Path, error: OSError) -> OccGenError:
+    return OccGenError(f"{path}: cannot be written ({error.strerror}); mend that and run again.")

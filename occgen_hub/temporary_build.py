@@ -1,0 +1,49 @@
+"""One episode of a source, built into a folder that is gone afterwards."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from occgen_hub.builder import EpisodeRef
+from occgen_hub.episode_build import Stage, build_episode
+from occgen_hub.errors import UsageError
+from occgen_hub.job import open_job
+
+
+@contextmanager
+def temporary_build(
+    episode: str, source: str, root: Path, progress: Callable[[int], None], **options: Any
+) -> Iterator[Path]:
+    """The folder of a trajectory, built as it would be in a dataset, while the block lasts.
+
+    episode: its id, or the end of one that no other has; progress: called with how many frames are
+    built; options: as of `open_job`. Raises UsageError where there is no such episode, and what
+    building raises.
+    """
+    done = 0
+
+    def count(stage: Stage, frames: int) -> None:
+        nonlocal done
+        done += frames if stage == "built" else 0
+        progress(done)
+
+    with tempfile.TemporaryDirectory(prefix="occgen-") as folder:
+        # Links cost nothing, and are copies where the folder is on another disk.
+        job = open_job(source, root, Path(folder), media="link", **options)
+        ref = _find(job.refs, episode)
+        build_episode(job.builder, ref, job.out, job.settings, count)
+        yield job.out / ref.id
+
+
+def _find(refs: Sequence[EpisodeRef], name: str) -> EpisodeRef:
+    ends = [ref for ref in refs if ref.id == name or ref.id.endswith(f"/{name}")]
+    exact = [ref for ref in ends if ref.id == name]
+    if len(exact or ends) == 1:
+        return (exact or ends)[0]
+    problem = "several are called so" if ends else "there is no such episode"
+    names = ", ".join(ref.id for ref in (ends or refs)[:3])
+    raise UsageError(f"{name}: {problem}; there are for example {names}.")

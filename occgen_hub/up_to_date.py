@@ -1,0 +1,125 @@
+"""Whether a trajectory is what a build would make of its source, so that it need not be built."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from occgen_hub.builder import DatasetBuilder, EpisodeRef
+from occgen_hub.config import Config
+from occgen_hub.errors import SourceError, UsageError
+from occgen_hub.files import read_json
+from occgen_hub.lerobot.writer import Provenance
+from occgen_hub.schema import Schema, load_schema
+
+
+def outdated(
+    builder: DatasetBuilder, ref: EpisodeRef, out: Path, provenance: Provenance
+) -> tuple[str | None, int]:
+    """Why `out / ref.id` is not what building would give, as far as its record tells.
+
+    provenance: how it would be built. The reason is None if it is up to date, and "is not there" if
+    there is nothing. With it comes the stamp of the sources, see `remember`; 0 where it was not
+    needed. Sources are read only where sizes and times do not tell that they are unchanged.
+    """
+    place, schema = out / ref.id, load_schema(builder.schema)
+    if not place.exists():
+        return "is not there", 0
+    try:
+        record = read_json(place / schema.path("record"))
+        recorded = str(record["source"]["fingerprint"])
+        files = list(record["files"])
+    except (SourceError, KeyError, TypeError):
+        return "has no usable record", 0
+    # Recorded before a setting was there, a configuration stands for that setting's default.
+    record["config"] = {**Config().model_dump(mode="json"), **record["config"]}
+    expected = provenance.record(schema, ref.id, recorded)
+    for key, value in {"weights": None, **expected}.items():
+        if record.get(key) != value:
+            return f"was built with another {key}{_difference(record.get(key), value)}", 0
+    if not all((place / name).is_file() for name in files):
+        return "lacks files", 0
+    sources = builder.sources(ref)
+    stamp = source_stamp(sources)
+    if stamp == place.stat().st_mtime_ns or builder.fingerprint(sources) == recorded:
+        return None, stamp
+    return "was built from a source that has changed", 0
+
+
+def _difference(was: object, now: object) -> str:
+    """In brackets what differs between two values, or two mappings, of a record."""
+    if not isinstance(was, dict) or not isinstance(now, dict):
+        return f" ({was}, now {now})"
+    parts = [f"{k} {was.get(k)}, now {v}" for k, v in now.items() if was.get(k) != v]
+    return f" ({'; '.join(parts)[:200]})" if parts else ""
+
+
+def check_replaceable(place: Path, schema: Schema) -> None:
+    """Raise UsageError where a trajectory's place holds something that no build wrote.
+
+    What a build wrote has a record, be it a damaged one. An empty folder may be replaced as well.
+    """
+    if not os.path.lexists(place) or os.path.lexists(place / schema.path("record")):
+        return
+    with suppress(OSError):
+        if not place.is_symlink() and not any(place.iterdir()):
+            return
+    kind = "folder" if place.is_dir() else "file"
+    raise UsageError(
+        f"{place}: is a {kind} that occgen-hub did not build (it has no {schema.path('record')}), "
+        "and is left as it is; choose another --output, or move it away."
+    )
+
+
+def remember(place: Path, stamp: int) -> None:
+    """Give a trajectory's folder the stamp of its sources as its time.
+
+    A later run that finds it equal knows the sources unchanged without reading them. Whatever else
+    it is, the contents decide.
+    """
+    with suppress(OSError):
+        if place.stat().st_mtime_ns != stamp:
+            os.utime(place, ns=(stamp, stamp))
+
+
+def sizes_and_times(paths: Iterable[Path]) -> list[tuple[int, int]]:
+    """Size and time of change of each file; raises SourceError where one cannot be read."""
+    with _named_errors():
+        return [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in paths)]
+
+
+def source_stamp(paths: Iterable[Path]) -> int:
+    """A time in nanoseconds that stands for the names, sizes and times of files.
+
+    Its seconds are those of the latest change. The nanoseconds are a checksum over every file, and
+    over the folders that hold them: the latest time alone would hide changes once it lies in the
+    future. The time of change is among them, which no program can set back.
+    """
+    files = list(paths)
+    shared = os.path.commonpath([path.parent for path in files])
+    digest, newest = hashlib.sha256(), 0
+    with _named_errors():
+        for path in (*files, *sorted({path.parent for path in files})):
+            stat = path.stat()
+            facts = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+            digest.update(os.fsencode(path.relative_to(shared)) + repr(facts).encode())
+            newest = max(newest, *facts[1:])
+    seconds = min(newest // 10**9, _LAST_SECOND)
+    return seconds * 10**9 + int.from_bytes(digest.digest()[:8]) % 10**9
+
+
+_LAST_SECOND = (1 << 31) - 1
+"""The latest time that every file system can give a folder."""
+
+
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(
+            error.filename or "a source file", f"cannot be read ({error.strerror})", "restore it"
+        ) from error

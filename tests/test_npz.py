@@ -1,0 +1,142 @@
+"""Headers of npz files: whatever byte of one is changed, what is said is one sentence."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from occgen_hub.builder import Settings, load_builder
+from occgen_hub.cli import cli
+from occgen_hub.config import Config
+from occgen_hub.errors import DatasetError, OccGenError
+from occgen_hub.loading import Trajectory, npz_array, trajectories
+from occgen_hub.sample import make_sample
+
+VALUES = b"\0\n '(),-.09:<>AUVOc[\\]{}\x7f\xff"
+"""What a byte is changed to: each kind of letter that a header or Python makes something of."""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A source of one trajectory and what is built of it. Not to be changed by tests."""
+    place = tmp_path_factory.mktemp("npz")
+    make_sample(place / "rooms", trajectories=1, frames=2)
+    builder = load_builder("internnav", place / "rooms")
+    (ref,) = builder.episodes()
+    builder.build(ref, place / "out", Settings(config=Config(voxel_size=0.2)))
+    return place
+
+
+def with_header(path: Path, name: str, change) -> None:
+    """Write an npz again, the first bytes of an array in it changed."""
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    members[f"{name}.npy"] = change(members[f"{name}.npy"])
+    with zipfile.ZipFile(path, "w") as archive:
+        for member, content in members.items():
+            archive.writestr(member, content)
+
+
+def npz(path: Path, content: bytes) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data.npy", content)
+    return path
+
+
+def stored(array: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    np.save(content, array, allow_pickle=False)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(6, dtype=np.float32).reshape(2, 3),
+        np.arange(4, dtype=">i8"),
+        np.float64(0.5),
+        np.array("packed"),
+        np.zeros((0, 3), np.uint8),
+        np.array([True, False]),
+    ],
+    ids=str,
+)
+def test_what_numpy_writes_is_read(array, tmp_path):
+    array = np.asarray(array)
+    found = npz_array(npz(tmp_path / "a.npz", stored(array)), "data")
+    assert (found.shape, found.dtype) == (array.shape, array.dtype)
+    np.testing.assert_array_equal(found.load(), array)
+
+
+def test_no_byte_of_a_header_raises_anything_else(tmp_path):
+    whole = stored(np.arange(6, dtype=np.float32).reshape(2, 3))
+    refused: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # They would stand on the terminal.
+        for place in range(128):
+            for value in VALUES:
+                content = bytearray(whole)
+                content[place] = value
+                try:
+                    npz_array(npz(tmp_path / "a.npz", bytes(content)), "data").load()
+                except DatasetError as error:
+                    refused.append(str(error))
+    assert len(refused) > 1000
+    assert all(said.startswith(f"{tmp_path / 'a.npz'}: array data") for said in refused)
+    assert not [said for said in refused if "\n" in said]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "",
+        "[]",
+        "{}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': 3}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (3.0,)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (True,)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (-1,)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (1" + "0" * 40 + ",)}",
+        "{'descr': '<f4', 'fortran_order': 0, 'shape': (3,)}",
+        "{'descr': '<f4', 'fortran_order': True, 'shape': (3,)}",
+        "{'descr': '|O', 'fortran_order': False, 'shape': (3,)}",
+        "{'descr': '<U0', 'fortran_order': False, 'shape': (3,)}",
+        "{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (3,)}",
+        "{'descr': 'no such', 'fortran_order': False, 'shape': (3,)}",
+        "(" * 9000,
+        "__import__('os').abort()",
+    ],
+)
+def test_a_header_that_is_none_is_refused(header, tmp_path):
+    content = b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header.encode() + bytes(64)
+    with pytest.raises(DatasetError):
+        npz_array(npz(tmp_path / "a.npz", content), "data").load()
+
+
+@pytest.mark.parametrize(("place", "value"), [(11, b"'"), (18, b"\\"), (20, b","), (128, b"\0")])
+@pytest.mark.parametrize("file", ["visible", "observed", "scene_occupancy"])
+def test_every_command_says_it_in_a_sentence(built, tmp_path, file, place, value):
+    out = Path(shutil.copytree(built / "out", tmp_path / "out"))
+    (path,) = trajectories(out)
+    name = "indices" if file == "visible" else "data"
+    damaged = Trajectory.open(path).file(file)
+    with_header(damaged, name, lambda content: content[:place] + value + content[place + 1 :])
+    commands = (
+        ["validate", out],
+        ["inspect", out],
+        ["report", out, "--output", tmp_path / "page.html"],
+        ["push", out, "--repo-id", "org/rooms", "--dry-run"],
+        ["build", "--input", built / "rooms", "--output", out, "--set", "voxel_size=0.2"],
+    )
+    for command in commands:
+        result = CliRunner().invoke(cli, list(map(str, command)), standalone_mode=False)
+        assert result.exception is None or isinstance(result.exception, OccGenError), command
+    checked = CliRunner().invoke(cli, ["validate", str(out)], standalone_mode=False)
+    assert str(damaged) in checked.output
