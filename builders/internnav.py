@@ -145,6 +145,8 @@ class InternNavBuilder(DatasetBuilder):
         K = _intrinsics(columns, left_out, files.parquet)
         size, K, size_notes = _image_size(rgb, depth, video, files, K)
         _check_view(K, size, files.parquet)
+        _check_last(rgb, size)
+        _check_last(depth, size)
         images = ImageSequence(rgb, size, read_rgb)
         depths = ImageSequence(depth, size, read_depth)
         fps, rate_notes = _rate(info, video, files)
@@ -458,6 +460,13 @@ def _check_view(K: NDArray[np.float64], size: tuple[int, int], path: Path) -> No
 
 
 # The frames
+
+
+def _check_last(images: tuple[Path, ...], size: tuple[int, int]) -> None:
+    """Raise SourceError where the last image has another size than the first; none is decoded."""
+    if images and (last := image_size(images[-1])) != size:
+        problem = f"is {last[0]} x {last[1]} pixels, expected {size[0]} x {size[1]}"
+        raise SourceError(images[-1], problem, RESTORE)
 
 
 def _frames(files: Files, length: int) -> tuple[tuple[Path, ...], tuple[Path, ...]]:

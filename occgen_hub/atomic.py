@@ -101,14 +101,19 @@ def atomic_folder(
     _remove(old)
 
 
-def clear_leftovers(path: Path) -> None:
+def clear_leftovers(path: Path, *, alone: bool = False) -> None:
     """Undo what processes that died while writing to `path` left beside it.
 
     What was moved aside there is put back where nothing took its place. Leftovers of processes that
-    are alive, on this machine or another, are left alone.
+    are alive, on this machine or another, are left alone. alone: whether the caller holds a lock
+    under which nobody else writes there, so that all leftovers are those of dead processes.
     """
     found = list(_leftovers(path))
-    alive = {token for token, kind, there in found if kind == "partial" and not _is_dead(there)}
+    alive = {
+        token
+        for token, kind, there in found
+        if kind == "partial" and not alone and not _is_dead(there)
+    }
     for token, kind, there in found:
         if token in alive:
             continue

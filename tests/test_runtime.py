@@ -469,15 +469,14 @@ def test_an_interruption_that_a_library_swallowed_still_stops(
 ) -> None:
     """As happens while pandas is imported from compiled code: the build goes on, a moment."""
 
-    class Swallowing(InternNavBuilder):
-        def write(self, *_: Any) -> Built:
-            try:
-                signal.raise_signal(signal.SIGINT)
-            except BaseException:
-                raise RuntimeError("half imported") from None
-            raise AssertionError
+    def swallowing(*_: Any) -> Built:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except BaseException:
+            raise RuntimeError("half imported") from None
+        raise AssertionError
 
-    monkeypatch.setattr("occgen_hub.job.load_builder", lambda name, root: Swallowing(root))
+    monkeypatch.setattr("occgen_hub.runtime.episodes.write_episode", swallowing)
     code, _, errors = command(source, tmp_path / "out")
     assert (code, tree(tmp_path / "out")) == (130, {})
     assert errors.strip() == (

@@ -145,18 +145,18 @@ def test_network_error_is_smooth_and_its_scale_is_the_frames_own() -> None:
     assert np.abs(np.diff(ratio, axis=2)).max() < 0.005
     assert np.abs(np.diff(ratio, axis=1)).max() < 0.005
     # The scale and, at a corner, which is a node, the factor.
-    assert ratio[:, 0, 0].std() == pytest.approx(np.hypot(0.01, 0.02), rel=0.3)
-    assert ratio.std() == pytest.approx(np.hypot(0.01, 0.016), rel=0.2)
+    assert ratio[:, 0, 0].std() == pytest.approx(np.hypot(0.01, 0.01), rel=0.3)
+    assert ratio.std() == pytest.approx(np.hypot(0.01, 0.008), rel=0.2)
     # Pixels far from each other are wrong in ways of their own, but for the scale.
     far = np.corrcoef(ratio[:, 0, 0], ratio[:, -1, -1])[0, 1]
-    assert far < 0.6
+    assert far < 0.8
     assert 0.004 < ratio.mean(axis=(1, 2)).std() < 0.025
 
 
 def test_network_blurs_edges_into_ramps_and_leaves_planes() -> None:
     row = np.median(draws(sensors.network, box(), 9), axis=0)[60]
-    ramp = (row > 1.1) & (row < 2.7)
-    assert 2 <= ramp[50:70].sum() <= 5
+    ramp = (row > 1.04) & (row < 2.9)
+    assert 1 <= ramp[50:70].sum() <= 3
     assert (np.diff(row[55:64]) < 0.05).all()
     view = floor()
     ratio = np.log(draws(sensors.network, view, 30)[:, 75:] / view.depth[75:])

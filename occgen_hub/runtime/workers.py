@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
@@ -55,7 +56,9 @@ def build_in_workers(
         )
 
         def begin() -> None:
-            # Blocked signals are inherited: the workers leave Ctrl-C to this process.
+            # Blocked signals are inherited: the workers leave Ctrl-C to this process. Starting the
+            # resource tracker, which the first process would do, unblocks them again.
+            resource_tracker.ensure_running()
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             on_a_gpu = -(-workers // max(gpus, 1))
             with threads.limited_children(workers, on_a_gpu):
