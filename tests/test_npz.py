@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from occgen_hub.builder import Settings, load_builder
+from occgen_hub.builder import load_builder
 from occgen_hub.cli import cli
 from occgen_hub.config import Config
+from occgen_hub.episode_build import Settings, build_episode
 from occgen_hub.errors import DatasetError, OccGenError
 from occgen_hub.loading import Trajectory, npz_array, trajectories
 from occgen_hub.sample import make_sample
@@ -30,7 +31,7 @@ def built(tmp_path_factory):
     make_sample(place / "rooms", trajectories=1, frames=2)
     builder = load_builder("internnav", place / "rooms")
     (ref,) = builder.episodes()
-    builder.build(ref, place / "out", Settings(config=Config(voxel_size=0.2)))
+    build_episode(builder, ref, place / "out", Settings(config=Config(voxel_size=0.2)))
     return place
 
 
