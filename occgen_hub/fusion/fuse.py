@@ -31,7 +31,7 @@ ROUNDS = 2
 CONTRADICTED = 0.25
 """A point goes where more frames saw through it than this share of those that saw it."""
 
-SURE = 0.33
+SURE = 0.2
 """A point stays where, of the frames that saw a surface there or an edge beside it, this share
 saw the surface: what floats between two surfaces lies beside an edge wherever it is seen from."""
 
