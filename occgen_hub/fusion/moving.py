@@ -82,6 +82,16 @@ class MovingPoints:
         return bool(visible >= LEAST_PIXELS)
 
 
+@njit(cache=True, nogil=True, inline="always", error_model="numpy")
+def _projected(point, camera):
+    """Depth of a world point in a camera, metres, and where it falls in the image, pixels."""
+    x, y, z = point[0] - camera[9], point[1] - camera[10], point[2] - camera[11]
+    depth = camera[2] * x + camera[5] * y + camera[8] * z
+    u = camera[12] * (camera[0] * x + camera[3] * y + camera[6] * z) / depth + camera[14]
+    v = camera[13] * (camera[1] * x + camera[4] * y + camera[7] * z) / depth + camera[15]
+    return depth, u, v
+
+
 @njit(cache=True, nogil=True, error_model="numpy")
 def _in_image(points, starts, low, high, camera, width, height):
     """How many points project into an image, counted up to LEAST_PIXELS."""
@@ -90,14 +100,9 @@ def _in_image(points, starts, low, high, camera, width, height):
         if not in_sight(low[brick], high[brick], camera, width, height):
             continue
         for n in range(starts[brick], starts[brick + 1]):
-            x = points[n, 0] - camera[9]
-            y = points[n, 1] - camera[10]
-            z = points[n, 2] - camera[11]
-            depth = camera[2] * x + camera[5] * y + camera[8] * z
+            depth, u, v = _projected(points[n], camera)
             if depth <= NEAREST:
                 continue
-            u = camera[12] * (camera[0] * x + camera[3] * y + camera[6] * z) / depth + camera[14]
-            v = camera[13] * (camera[1] * x + camera[4] * y + camera[7] * z) / depth + camera[15]
             count += 0 <= u < width and 0 <= v < height
             if count >= LEAST_PIXELS:
                 return count
@@ -116,14 +121,9 @@ def _render(points, starts, low, high, camera, shape, spacing):
         if not in_sight(low[brick], high[brick], wide, width + margin, height + margin):
             continue
         for n in range(starts[brick], starts[brick + 1]):
-            x = points[n, 0] - camera[9]
-            y = points[n, 1] - camera[10]
-            z = points[n, 2] - camera[11]
-            depth = camera[2] * x + camera[5] * y + camera[8] * z
+            depth, u, v = _projected(points[n], camera)
             if depth <= NEAREST:
                 continue
-            u = camera[12] * (camera[0] * x + camera[3] * y + camera[6] * z) / depth + camera[14]
-            v = camera[13] * (camera[1] * x + camera[4] * y + camera[7] * z) / depth + camera[15]
             if not (-WIDEST_SPLAT <= u < width + WIDEST_SPLAT):
                 continue
             if not (-WIDEST_SPLAT <= v < height + WIDEST_SPLAT):
