@@ -97,7 +97,7 @@ def fuse(views: Views, config: Config, progress: Progress = lambda _: None) -> F
 
 @dataclass(frozen=True)
 class _Fusion:
-    """A surface, the depth and the poses that it was fused from, and figures. static: its points."""
+    """A surface, what it was fused from, and figures. static: the points of the surface."""
 
     maps: DepthMaps
     tolerance: Tolerance

@@ -119,7 +119,7 @@ class Quality:
             notes.append(Note("frames disagree", text))
         if not self.refined and (self.shift > POOR_POSES[0] or self.turn > POOR_POSES[1]):
             advice = (
-                "aligning the frames did not help, so the scale of the depth may differ between them"
+                "aligning the frames did not help, so the depth itself may be off"
                 if setting == "auto"
                 else "its poses may drift; try --set refine_poses=auto"
             )
