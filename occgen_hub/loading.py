@@ -13,7 +13,8 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from math import isfinite, prod
 from pathlib import Path
 from typing import IO, Any
@@ -257,11 +258,18 @@ def _place(folder: Path, name: str) -> Path:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A built trajectory on disk; each call reads the file that it needs, and no other."""
+    """A built trajectory on disk.
+
+    A file is read when it is first asked for. Tables, meta files and row ends are kept; what is as
+    large as the frames (cells, masks, images) is read anew each time.
+    """
 
     path: Path
     schema: Schema
     record: dict[str, Any]
+    _documents: dict[str, list[dict[str, Any]]] = field(default_factory=dict, repr=False)
+    _columns: dict[str, NDArray[Any]] = field(default_factory=dict, repr=False)
+    _row_ends: dict[str, NDArray[np.integer]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, path: Path) -> Trajectory:
@@ -281,7 +289,7 @@ class Trajectory:
         """The place of a file of the schema; raises DatasetError for a link out of the folder."""
         return _place(self.path, self.schema.path(key, frame))
 
-    @property
+    @cached_property
     def grid(self) -> Grid:
         """The camera grid of its occupancy."""
         try:
@@ -315,14 +323,26 @@ class Trajectory:
 
     def info(self) -> dict[str, Any]:
         """meta/info.json."""
-        return read_json(self.file("info"))
+        return self.document("info")[0]
+
+    def document(self, key: str) -> list[dict[str, Any]]:
+        """The objects of a JSON Lines file of the schema, or the one of a JSON file."""
+        if key not in self._documents:
+            path = self.file(key)
+            lines = self.schema.files[key].kind == "jsonl"
+            self._documents[key] = read_jsonl(path) if lines else [read_json(path)]
+        return self._documents[key]
 
     def tasks(self) -> list[str]:
         """The instructions, in words, by task_index."""
-        return [str(row.get("task", "")) for row in read_jsonl(self.file("tasks"))]
+        return [str(row.get("task", "")) for row in self.document("tasks")]
 
     def table(self) -> pa.Table:
         """The parquet; raises DatasetError when it cannot be read."""
+        return self._table
+
+    @cached_property
+    def _table(self) -> pa.Table:
         path = self.file("frames")
         try:
             table = read_parquet(path)
@@ -333,15 +353,22 @@ class Trajectory:
         return table
 
     def column(self, name: str) -> NDArray[Any]:
-        """A column of the schema as (T, *shape), or (T,) for plain numbers."""
+        """A column of the schema as (T, *shape), or (T,) for plain numbers; read-only."""
+        if name not in self._columns:
+            self._columns[name] = self._read_column(name)
+        return self._columns[name]
+
+    def _read_column(self, name: str) -> NDArray[Any]:
         table = self.table()
         feature = self.schema.features[name]
         if name not in table.column_names or table[name].type != feature.arrow_type():
             raise DatasetError(self.file("frames"), f"has no column {name} of its type", REBUILD)
         try:
-            return feature.to_numpy(table[name])
+            values = feature.to_numpy(table[name]).view()
         except ValueError as error:
             raise DatasetError(self.file("frames"), f"column {name}: {error}", REBUILD) from None
+        values.flags.writeable = False
+        return values
 
     def world_from_camera(self) -> NDArray[np.float64]:
         """(T, 4, 4) float64, OpenCV axes, metres."""
@@ -405,11 +432,14 @@ class Trajectory:
 
     def _rows(self, key: str) -> tuple[NDArray[np.integer], NpzArray]:
         path = self.file(key)
-        ends = npz_array(path, "indptr").check("i", None).load()
         columns = npz_array(path, "indices").check("i", None)
+        if key in self._row_ends:
+            return self._row_ends[key], columns
+        ends = npz_array(path, "indptr").check("i", None).load()
         rising = len(ends) and ends[0] == 0 and (ends[1:] >= ends[:-1]).all()
         if not rising or ends[-1] != columns.shape[0]:
             raise DatasetError(path, "is not a CSR matrix", REBUILD)
+        self._row_ends[key] = ends
         return ends, columns
 
     def _check_columns(self, key: str, columns: NDArray[np.integer]) -> None:
@@ -458,4 +488,6 @@ class Trajectory:
     def depth(self, frame: int) -> NDArray[np.float64] | None:
         """(H, W) float64 metres, or None where depth was left out."""
         path = self.file("depth", frame)
-        return read_depth(path, self.image_size) / 10_000 if path.is_file() else None
+        if not path.is_file():
+            return None
+        return read_depth(path, self.image_size) / self.schema.depth_units_per_metre

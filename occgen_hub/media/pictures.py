@@ -39,7 +39,7 @@ def read_depth(path: Path, size: tuple[int, int]) -> NDArray[np.uint16]:
             raise SourceError(
                 path,
                 f"is not a 16-bit grey image (its mode is {image.mode})",
-                "save depth as 16-bit PNG, 10,000 units a metre",
+                "save depth as 16-bit PNG",
             )
         try:
             values = np.asarray(image)
@@ -88,6 +88,11 @@ def is_jpeg(path: Path) -> bool:
 def write_jpeg(path: Path, image: NDArray[np.uint8]) -> None:
     """Write (H, W, 3) uint8 RGB; equal images give equal bytes."""
     Image.fromarray(image).save(path, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+
+
+def write_depth(path: Path, depth: NDArray[np.uint16]) -> None:
+    """Write (H, W) uint16 as a 16-bit grey PNG; equal images give equal bytes."""
+    Image.fromarray(depth).save(path, "PNG", compress_level=3)
 
 
 JPEG_QUALITY = 95

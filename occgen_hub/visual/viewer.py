@@ -149,11 +149,10 @@ class _Scene:
         if depth.is_file():
             self._trajectory.depth(frame.number)  # It has to be an image of that size.
             content = read_bytes(depth, MAX_IMAGE_BYTES)
+            metre = self._trajectory.schema.depth_units_per_metre
             self._log("world/camera/depth", lens)
-            self._log(
-                "world/camera/depth",
-                rr.EncodedDepthImage(content, media_type="image/png", meter=10_000),
-            )
+            image = rr.EncodedDepthImage(content, media_type="image/png", meter=metre)
+            self._log("world/camera/depth", image)
 
     def _log_image(self, number: int) -> None:
         image = self._images(number)  # Has to be an image, and of that size.
