@@ -5,13 +5,12 @@ from __future__ import annotations
 import numba
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_visibility import brute_force, centre, focal, intrinsics, lowest
 
 from occgen_hub.config import Config
-from occgen_hub.occupancy import bundles, tensors
+from occgen_hub.occupancy import bundles
 from occgen_hub.occupancy.bricks import into_bricks
 from occgen_hub.occupancy.bundles import Bundles, bundles_when_worth, follow_bundles
 from occgen_hub.occupancy.grid import Grid
@@ -21,7 +20,6 @@ from occgen_hub.occupancy.visibility import OBSERVED, OCCUPIED, first_occupied, 
 @pytest.fixture(autouse=True)
 def _no_camera_is_known():
     bundles._camera.cache_clear()
-    tensors._tables.cache_clear()
 
 
 def by_bundles(
@@ -140,56 +138,3 @@ def test_rays_that_miss_the_grid_see_nothing():
     grid = Grid((5.0, 5.0, 0.0), 1.0, (2, 2, 2))
     state = by_bundles(grid, intrinsics(100, 100, 4, 4), (9, 9), np.ones(grid.shape, bool))
     assert not (state & OBSERVED).any()
-
-
-@settings(max_examples=40)
-@given(
-    lower=st.tuples(lowest, lowest, lowest),
-    shape=st.tuples(*[st.integers(1, 7)] * 3),
-    K=st.builds(intrinsics, focal, focal, centre, centre),
-    size=st.tuples(st.integers(1, 11), st.integers(1, 11)),
-    count=st.integers(0, 60),
-    seed=st.integers(0, 2**16),
-)
-def test_points_in_a_tensor_are_seen_as_points_in_bricks(lower, shape, K, size, count, seed):
-    rng = np.random.default_rng(seed)
-    grid = Grid(lower, 1.0, shape)
-    points = rng.uniform(-5, 8, (count, 3)).astype(np.float32)
-    pose = np.eye(4)
-    pose[:3, 3] = rng.normal(0, 1, 3)
-    ours = observe(grid, torch.from_numpy(points), pose, K, size)
-    expected = observe(grid, into_bricks(points), pose, K, size)
-    assert np.array_equal(ours.visible, expected.visible)
-    assert ours.visible.dtype == expected.visible.dtype
-    assert np.array_equal(ours.observed, expected.observed)
-
-
-@pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param(
-            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-        ),
-    ],
-)
-def test_a_whole_frame_in_a_tensor(device):
-    rng = np.random.default_rng(9)
-    points = rng.uniform(-3, 4, (30_000, 3)).astype(np.float32)
-    turn = np.array([[0.8, 0, 0.6, 0.3], [0, 1, 0, -0.2], [-0.6, 0, 0.8, 0.1], [0, 0, 0, 1.0]])
-    grid, K, size = Grid.of(Config(voxel_size=0.04)), intrinsics(58, 61, 79.5, 44), (157, 91)
-    ours = observe(grid, torch.from_numpy(points).to(device), turn, K, size)
-    expected = observe(grid, into_bricks(points), turn, K, size)
-    assert len(expected.visible) > 1000
-    assert np.array_equal(ours.visible, expected.visible)
-    assert np.array_equal(ours.observed, expected.observed)
-
-
-def test_a_tensor_whose_lists_are_too_long_is_seen_all_the_same(monkeypatch):
-    monkeypatch.setattr(bundles, "_MOST", 1000)
-    points = np.random.default_rng(2).uniform(-2, 3, (4000, 3)).astype(np.float32)
-    grid, K, size = Grid.of(Config(voxel_size=0.1)), intrinsics(31, 30, 16, 16), (64, 32)
-    ours = observe(grid, torch.from_numpy(points), np.eye(4), K, size)
-    expected = observe(grid, into_bricks(points), np.eye(4), K, size)
-    assert np.array_equal(ours.visible, expected.visible)
-    assert np.array_equal(ours.observed, expected.observed)

@@ -102,14 +102,6 @@ def bundles_when_worth(
     return _camera(grid, K[0, 0], K[1, 1], K[0, 2], K[1, 2], size).bundles()
 
 
-def bundles_of(
-    grid: Grid, intrinsics: NDArray[np.float64], size: tuple[int, int]
-) -> Bundles | None:
-    """`Bundles.of`, but those of the last two cameras are kept."""
-    K = np.asarray(intrinsics, np.float64)
-    return _camera(grid, K[0, 0], K[1, 1], K[0, 2], K[1, 2], size).bundles(at_once=True)
-
-
 def prepare(grid: Grid, intrinsics: NDArray[np.float64], size: tuple[int, int]) -> None:
     """Have the bundles made of a camera that takes most of an episode's frames, before the first.
 
@@ -117,7 +109,8 @@ def prepare(grid: Grid, intrinsics: NDArray[np.float64], size: tuple[int, int]) 
     """
     cameras, frames = np.unique(np.asarray(intrinsics, np.float64), axis=0, return_counts=True)
     if len(frames) and frames.max() > _WORTH:
-        bundles_of(grid, cameras[frames.argmax()], size)
+        K = cameras[frames.argmax()]
+        _camera(grid, K[0, 0], K[1, 1], K[0, 2], K[1, 2], size).bundles(at_once=True)
 
 
 @dataclass

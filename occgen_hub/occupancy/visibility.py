@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numba
 import numpy as np
@@ -27,9 +26,6 @@ from occgen_hub.occupancy.bricks import BrickedCloud, into_bricks
 from occgen_hub.occupancy.bundles import Bundles, bundles_when_worth, follow_bundles
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.rays import OBSERVED, OCCUPIED, follow
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = [
     "OBSERVED",
@@ -68,7 +64,7 @@ class FrameOccupancy:
 
 def observe(
     grid: Grid,
-    cloud: BrickedCloud | Tensor,
+    cloud: BrickedCloud,
     world_from_camera: NDArray[np.float64],
     intrinsics: NDArray[np.float64],
     size: tuple[int, int],
@@ -77,20 +73,11 @@ def observe(
 ) -> FrameOccupancy:
     """Occupancy and visibility of one frame.
 
-    cloud: the scene, world coordinates, in bricks, or as an (n, 3) tensor of torch on a device,
-    where it then is worked on; world_from_camera: (4, 4), OpenCV axes, metres;
+    cloud: the scene, world coordinates; world_from_camera: (4, 4), OpenCV axes, metres;
     intrinsics: (3, 3), pixels; size: (width, height) of the image, a ray a pixel through its
-    centre (u + 0.5, v + 0.5); state: a (grid.cells,) buffer to work in, to save allocating one, not
-    used for a tensor; moving: (n, 3) points that are there in this frame alone, world coordinates.
+    centre (u + 0.5, v + 0.5); state: a (grid.cells,) buffer to work in, to save allocating one;
+    moving: (n, 3) points that are there in this frame alone, world coordinates.
     """
-    if not isinstance(cloud, BrickedCloud) and moving is None:
-        from occgen_hub.occupancy.tensors import observe_tensor
-
-        found = observe_tensor(grid, cloud, world_from_camera, intrinsics, size)
-        if found is not None:
-            return FrameOccupancy(*found)
-    if not isinstance(cloud, BrickedCloud):
-        cloud = into_bricks(cloud.cpu().numpy().astype(np.float32, copy=False))
     if state is None:
         state = np.empty(grid.cells, np.uint8)
     state[:] = 0
