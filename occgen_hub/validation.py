@@ -149,8 +149,8 @@ def _disagreement(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The kind and the words of each way in which the frames of a trajectory do not agree."""
     quality, config = Quality.from_record(record), record.get("config")
     if quality is not None:
-        refined = isinstance(config, dict) and config.get("refine_poses") is True
-        yield from ((note.code, note.text) for note in quality.notes(refined=refined))
+        setting = config.get("refine_poses") if isinstance(config, dict) else None
+        yield from ((note.code, note.text) for note in quality.notes(setting))
 
 
 def _warning(first: str, *more: str) -> str:

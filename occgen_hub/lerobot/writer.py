@@ -160,15 +160,11 @@ class TrajectoryWriter:
 
         What lies beyond the range of 16 bits is stored as none, and a note says so.
         """
-        assert self.episode.read_depth is not None
-        limit, far = np.iinfo(np.uint16).max, 0
-        for t in range(self.episode.length):
-            units = np.rint(self.episode.read_depth(t) * self.schema.depth_units_per_metre)
-            beyond = units > limit
-            far += int(beyond.any())
-            write_depth(self.path("depth", t), np.where(beyond, 0, units).astype(np.uint16))
-        if far:
-            reach = limit / self.schema.depth_units_per_metre
+        read, units = self.episode.read_depth, self.schema.depth_units_per_metre
+        assert read is not None
+        frames = range(self.episode.length)
+        if far := sum(write_depth(self.path("depth", t), read(t), units) for t in frames):
+            reach = np.iinfo(np.uint16).max / units
             text = f"depth beyond {reach:g} m is stored as none, in {far} of the depth images"
             self.notes.append(Note("far depth", text))
 

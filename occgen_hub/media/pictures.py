@@ -90,9 +90,16 @@ def write_jpeg(path: Path, image: NDArray[np.uint8]) -> None:
     Image.fromarray(image).save(path, "JPEG", quality=JPEG_QUALITY, subsampling=0)
 
 
-def write_depth(path: Path, depth: NDArray[np.uint16]) -> None:
-    """Write (H, W) uint16 as a 16-bit grey PNG; equal images give equal bytes."""
-    Image.fromarray(depth).save(path, "PNG", compress_level=3)
+def write_depth(path: Path, metres: NDArray[np.floating], units_per_metre: int) -> bool:
+    """Write (H, W) depth in metres, 0 for none, as a 16-bit grey PNG of that unit.
+
+    What is farther away than 16 bits can say is stored as none; returns whether there was any.
+    """
+    units = np.rint(metres * units_per_metre)
+    beyond = units > np.iinfo(np.uint16).max
+    stored = np.where(beyond, 0, units).astype(np.uint16)
+    Image.fromarray(stored).save(path, "PNG", compress_level=3)
+    return bool(beyond.any())
 
 
 JPEG_QUALITY = 95
