@@ -43,7 +43,7 @@ from occgen_hub.schema import Schema, load_schema
 REBUILD = "remove this trajectory's folder and build it again"
 NOT_BUILT = "give the folder that occgen-hub build wrote or, if it is that, run the build again"
 EXPORT = "meta/occgen_export.json"
-"""The record of an export, which `lerobot.exported` reads."""
+"""The record of an export, which `lerobot.export_check` reads."""
 
 MAX_ARRAY_BYTES = 1 << 31
 CHUNK = 1 << 22

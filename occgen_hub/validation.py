@@ -26,12 +26,12 @@ from occgen_hub.fusion.quality import Quality
 from occgen_hub.geometry.camera import intrinsics_problem
 from occgen_hub.geometry.ply import check_ply, read_ply
 from occgen_hub.geometry.poses import RIGID, rigidity_error
-from occgen_hub.lerobot.exported import check_export, exported, lengths
+from occgen_hub.lerobot.export_check import check_export, exported, lengths
 from occgen_hub.loading import REBUILD, NpzArray, Trajectory, npz_array, trajectories
 from occgen_hub.media import read_depth, read_rgb, video_facts
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.visibility import OBSERVED, OCCUPIED, trace
-from occgen_hub.prefetch import ahead
+from occgen_hub.prefetch import prefetch
 from occgen_hub.schema import ArraySpec, Feature, FileSpec
 from occgen_hub.shards import check_shards
 
@@ -85,8 +85,8 @@ def validate(
     the schema and each other, poses, intrinsics, and that the visible cells of each frame are
     those that its rays, stopped by those cells, reach: what `occ.mask` says was observed. Then the
     Parquet shards of the whole dataset, where there are some, row by row against its trajectories.
-    An export is checked against its record and itself (see `lerobot.exported.check_export`). Links
-    that lead out of the dataset are findings, and what they lead to is not read.
+    An export is checked against its record and itself (see `lerobot.export_check.check_export`).
+    Links that lead out of the dataset are findings, and what they lead to is not read.
 
     Trajectories whose frames do not agree well, as their records say, are warnings.
     """
@@ -333,7 +333,7 @@ class _Check:
             return None
 
         held = [path for path, exists in zip(paths, there, strict=True) if exists]
-        for error in ahead(problem, held):
+        for error in prefetch(problem, held):
             if error is not None:
                 self.say(Path(error.path), error.problem, RESTORE)
 

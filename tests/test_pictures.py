@@ -365,7 +365,7 @@ def test_view_without_a_screen_says_what_to_do(trajectory, tmp_path):
 
 
 def test_the_viewpoint_found_in_the_window_is_the_one_rendered(trajectory):
-    from occgen_hub.visual.chooser import look_from, viewpoint_of, window
+    from occgen_hub.visual.viewpoint_picker import look_from, viewpoint_of, window
 
     plotter = window(trajectory, off_screen=True)
     view = Viewpoint((-20.0, -30.0, 6.0), (-27.0, -18.0, 0.0), (0.0, 0.0, 1.0), 31.0)

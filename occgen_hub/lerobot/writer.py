@@ -34,7 +34,7 @@ from occgen_hub.media import (
 from occgen_hub.occupancy.codec import CellsWriter, NpzWriter, ObservedWriter
 from occgen_hub.occupancy.grid import Grid, scene_grid
 from occgen_hub.occupancy.visibility import FrameOccupancy
-from occgen_hub.prefetch import behind
+from occgen_hub.prefetch import background
 from occgen_hub.scene import Scene
 from occgen_hub.schema import Schema
 
@@ -94,7 +94,7 @@ class TrajectoryWriter:
         visible = CellsWriter(self.path("visible"), self.grid.cells)
         dynamic = CellsWriter(self.path("dynamic"), self.grid.cells)
         observed = ObservedWriter(self.path("observed"), self.episode.length, self.grid.shape)
-        with behind(observed.append) as pack:
+        with background(observed.append) as pack:
             for frame in frames:
                 pack(frame.observed)
                 visible.append(frame.visible)

@@ -1,6 +1,6 @@
 """Images and videos."""
 
-from occgen_hub.media.damage import MAX_PIXELS, MEND, RESTORE
+from occgen_hub.media.decode_errors import MAX_PIXELS, MEND, RESTORE
 from occgen_hub.media.pictures import (
     ImageSequence,
     PictureFacts,

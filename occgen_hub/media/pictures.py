@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from occgen_hub.errors import SourceError
 from occgen_hub.files import opened
-from occgen_hub.media.damage import DAMAGE, MAX_PIXELS, RESTORE, damaged
+from occgen_hub.media.decode_errors import DAMAGE, MAX_PIXELS, RESTORE, damaged
 
 
 def image_size(path: Path) -> tuple[int, int]:

@@ -21,10 +21,10 @@ from occgen_hub.files import read_bytes
 from occgen_hub.loading import REBUILD, Trajectory
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.visual.colors import MOVING, OCCUPANCY, PATH
-from occgen_hub.visual.extra import need
-from occgen_hub.visual.film import called, rate
 from occgen_hub.visual.frames import Frame, frames
 from occgen_hub.visual.heights import Heights
+from occgen_hub.visual.optional_dependencies import need
+from occgen_hub.visual.render import called, rate
 from occgen_hub.visual.viewpoint import Viewpoint, automatic
 
 APPLICATION = "occgen-hub"
