@@ -267,9 +267,15 @@ class Trajectory:
     path: Path
     schema: Schema
     record: dict[str, Any]
-    _documents: dict[str, list[dict[str, Any]]] = field(default_factory=dict, repr=False)
-    _columns: dict[str, NDArray[Any]] = field(default_factory=dict, repr=False)
-    _row_ends: dict[str, NDArray[np.integer]] = field(default_factory=dict, repr=False)
+    _documents: dict[str, list[dict[str, Any]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _columns: dict[str, NDArray[Any]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _row_ends: dict[str, NDArray[np.integer]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @classmethod
     def open(cls, path: Path) -> Trajectory:
@@ -384,17 +390,6 @@ class Trajectory:
             raise DatasetError(self.file("frames"), "holds intrinsics of no camera", REBUILD)
         return K
 
-    def visible(self) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
-        """The visible occupied cells: (T + 1,) row ends and (n,) columns, as in a CSR matrix."""
-        ends, stored = self._rows("visible")
-        columns = stored.load()
-        self._check_columns("visible", columns)
-        return ends, columns
-
-    def visible_ends(self) -> NDArray[np.integer]:
-        """(T + 1,) row ends of the visible occupied cells, as in a CSR matrix."""
-        return self.row_ends("visible")
-
     def visible_frames(self) -> Iterator[NDArray[np.integer]]:
         """(n,) columns of the visible occupied cells of each frame in order, one in memory."""
         return self._frames("visible")
@@ -409,7 +404,7 @@ class Trajectory:
         They are empty where there is no file of them, since nothing moves. Raises DatasetError
         where the file has not as many rows as that of the visible cells.
         """
-        frames = len(self.visible_ends()) - 1
+        frames = len(self.row_ends("visible")) - 1
         if not self.has_dynamic():
             yield from (np.zeros(0, np.int32) for _ in range(frames))
             return
@@ -420,7 +415,7 @@ class Trajectory:
         yield from self._frames("dynamic")
 
     def row_ends(self, key: str) -> NDArray[np.integer]:
-        """(T + 1,) row ends of a CSR file of the schema, such as `visible`."""
+        """(T + 1,) row ends of a CSR file of the schema: where each frame's cells end."""
         return self._rows(key)[0]
 
     def _frames(self, key: str) -> Iterator[NDArray[np.integer]]:

@@ -257,9 +257,8 @@ def test_each_depth_pixel_lies_in_a_visible_cell_or_behind_one(trajectory):
     grid, K, size = opened.grid, opened.intrinsics()[0], opened.image_size
     from occgen_hub.occupancy.visibility import OCCUPIED, first_occupied
 
-    ends, columns = opened.visible()
     state = np.zeros(grid.cells, np.uint8)
-    state[columns[: ends[1]]] = OCCUPIED
+    state[next(opened.visible_frames())] = OCCUPIED
     hit = first_occupied(grid, K, size, state)
     depth = opened.depth(0)
     z = grid.centres(hit[hit >= 0])[:, 2]
