@@ -267,13 +267,7 @@ class Trajectory:
     path: Path
     schema: Schema
     record: dict[str, Any]
-    _documents: dict[str, list[dict[str, Any]]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
-    _columns: dict[str, NDArray[Any]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
-    _row_ends: dict[str, NDArray[np.integer]] = field(
+    _kept: dict[tuple[str, str], Any] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -333,11 +327,10 @@ class Trajectory:
 
     def document(self, key: str) -> list[dict[str, Any]]:
         """The objects of a JSON Lines file of the schema, or the one of a JSON file."""
-        if key not in self._documents:
-            path = self.file(key)
-            lines = self.schema.files[key].kind == "jsonl"
-            self._documents[key] = read_jsonl(path) if lines else [read_json(path)]
-        return self._documents[key]
+        if ("document", key) not in self._kept:
+            path, lines = self.file(key), self.schema.files[key].kind == "jsonl"
+            self._kept["document", key] = read_jsonl(path) if lines else [read_json(path)]
+        return self._kept["document", key]  # type: ignore[no-any-return]
 
     def tasks(self) -> list[str]:
         """The instructions, in words, by task_index."""
@@ -360,9 +353,9 @@ class Trajectory:
 
     def column(self, name: str) -> NDArray[Any]:
         """A column of the schema as (T, *shape), or (T,) for plain numbers; read-only."""
-        if name not in self._columns:
-            self._columns[name] = self._read_column(name)
-        return self._columns[name]
+        if ("column", name) not in self._kept:
+            self._kept["column", name] = self._read_column(name)
+        return self._kept["column", name]  # type: ignore[no-any-return]
 
     def _read_column(self, name: str) -> NDArray[Any]:
         table = self.table()
@@ -428,13 +421,13 @@ class Trajectory:
     def _rows(self, key: str) -> tuple[NDArray[np.integer], NpzArray]:
         path = self.file(key)
         columns = npz_array(path, "indices").check("i", None)
-        if key in self._row_ends:
-            return self._row_ends[key], columns
+        if ("row ends", key) in self._kept:
+            return self._kept["row ends", key], columns
         ends = npz_array(path, "indptr").check("i", None).load()
         rising = len(ends) and ends[0] == 0 and (ends[1:] >= ends[:-1]).all()
         if not rising or ends[-1] != columns.shape[0]:
             raise DatasetError(path, "is not a CSR matrix", REBUILD)
-        self._row_ends[key] = ends
+        self._kept["row ends", key] = ends
         return ends, columns
 
     def _check_columns(self, key: str, columns: NDArray[np.integer]) -> None:
