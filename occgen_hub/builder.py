@@ -35,12 +35,14 @@ class EpisodeRef:
 class DatasetBuilder(ABC):
     """A source of episodes. A subclass says its name, lists episodes and reads one.
 
-    schema: what it writes; engine: the name of the one that suits it when the user names none;
-    takes_file: whether `root` may be a file; knows: what `--condition` may ask of every episode,
-    besides depth, which `has_depth` tells.
+    version: to be changed whenever the same files give another episode, so that episodes are built
+    again; schema: what it writes; engine: the name of the one that suits it when the user names
+    none; takes_file: whether `root` may be a file; knows: what `--condition` may ask of every
+    episode, besides depth, which `has_depth` tells.
     """
 
     name: ClassVar[str]
+    version: ClassVar[str] = "1"
     schema: ClassVar[str] = "trajectory"
     engine: ClassVar[str] = AUTO
     takes_file: ClassVar[bool] = False

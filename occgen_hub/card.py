@@ -28,7 +28,7 @@ from occgen_hub.files import (
     sha256,
 )
 from occgen_hub.fusion.quality import Quality
-from occgen_hub.lerobot.exported import RECORD
+from occgen_hub.lerobot.export_check import RECORD
 from occgen_hub.loading import NOT_BUILT, REBUILD, SCHEMA, Trajectory, trajectories
 from occgen_hub.schema import Feature, Schema, load_schema
 from occgen_hub.shards import FOLDER, shards

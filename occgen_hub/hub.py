@@ -16,7 +16,7 @@ from urllib.parse import quote
 from occgen_hub.card import write_card
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.files import files_under, links_out
-from occgen_hub.lerobot.exported import FOLDERS, exported
+from occgen_hub.lerobot.export_check import FOLDERS, exported
 from occgen_hub.lerobot.v30 import CODEBASE
 from occgen_hub.loading import Trajectory, trajectories
 from occgen_hub.runtime.report import FAILURES, REPORT

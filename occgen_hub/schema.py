@@ -191,6 +191,7 @@ class Schema(BaseModel):
     features: dict[str, Feature]
     poses: str
     intrinsics: str
+    depth_units_per_metre: Annotated[int, Field(ge=1)]
     image_intrinsics: tuple[str, ...]
     files: dict[str, FileSpec]
     data_path: str

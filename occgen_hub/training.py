@@ -515,7 +515,8 @@ class _Reader:
         """(H, W) float32 metres."""
         path = _place(self._index.root, episode, "depth", frame)
         units = read_depth(path, self._image_size(episode))
-        return torch.from_numpy((units / 10_000).astype(np.float32))
+        metres = units / load_schema(SCHEMA).depth_units_per_metre
+        return torch.from_numpy(metres.astype(np.float32))
 
     def task(self, episode: str, frame: int) -> str:
         """The instruction in words."""

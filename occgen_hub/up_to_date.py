@@ -34,8 +34,9 @@ def outdated(
         files = list(record["files"])
     except (SourceError, KeyError, TypeError):
         return "has no usable record", 0
-    # Recorded before a setting was there, a configuration stands for that setting's default.
+    # A record that is older than a setting, or than the builder's version, stands for the default.
     record["config"] = {**Config().model_dump(mode="json"), **record["config"]}
+    record["source"] = {"builder_version": DatasetBuilder.version, **record["source"]}
     expected = provenance.record(schema, ref.id, recorded)
     for key, value in {"weights": None, **expected}.items():
         if record.get(key) != value:

@@ -59,7 +59,7 @@ CLUSTERS = {
 @click.option(
     "--condition",
     metavar="LIST",
-    help="What pi3x is told besides the images: depth, intrinsics, poses, or some of them.",
+    help="What pi3x is given besides the images: depth, intrinsics, poses, or some of them.",
 )
 @click.option("--config", type=FOLDER, help="A YAML file of settings.")
 @click.option(
@@ -236,13 +236,13 @@ def _build_here(options: dict[str, Any], workers: int, shard: Shard | None) -> i
 
     job = open_job(**options)
     warm_up()
-    told = set[str]()
-    with _progress(len(job.refs) if shard is None else None, told) as listener:
+    shown_codes = set[str]()
+    with _progress(len(job.refs) if shard is None else None, shown_codes) as listener:
         if shard is None:
             summary = build_dataset(job, workers, listener)
         else:
             summary = build_shard(job, shard, workers, listener)
-    code = _print_summary(summary, job.out, told, whole=shard is None)
+    code = _print_summary(summary, job.out, shown_codes, whole=shard is None)
     if shard is not None:
         click.echo(f"When all shards are built: occgen-hub finalize {shlex.quote(str(job.out))}")
     return code
@@ -262,18 +262,18 @@ def _build_rank(options: dict[str, Any]) -> int:
     with joined(options["device"]) as state:
         shard = Shard(state.process_index, state.num_processes)
         device = str(state.device) if state.device.type == "cuda" else "cpu"
-        told: set[str] | None = set() if state.is_main_process else None
+        shown_codes: set[str] | None = set() if state.is_main_process else None
         counted = partial(count_finished, out, shard.count)
 
         def build_own() -> None:
             job = open_job(**options | {"device": device})
             shown = state.is_local_main_process
-            with _progress(len(job.refs), told, shown=shown, counted=counted) as listener:
+            with _progress(len(job.refs), shown_codes, shown=shown, counted=counted) as listener:
                 build_shard(job, shard, listener=listener, executor="accelerate")
 
         on_all_ranks(state, build_own)
         if state.is_main_process:
-            return _print_summary(finalize_dataset(out, cores()), out, told)
+            return _print_summary(finalize_dataset(out, cores()), out, shown_codes)
     return 0
 
 
@@ -296,15 +296,15 @@ def _build_on_cluster(options: dict[str, Any], executor: str, running: dict[str,
 @contextmanager
 def _progress(
     total: int | None,
-    told: set[str] | None,
+    shown_codes: set[str] | None,
     *,
     shown: bool = True,
     counted: Callable[[], int] | None = None,
 ) -> Iterator[Listener]:
     """A bar over episodes while the block lasts, and lines on failures and notes.
 
-    total: None where it is not known; told: gathers the kinds of notes that were printed, None to
-    print none; counted: how many episodes are finished, where other processes build some of them.
+    total: None if unknown; shown_codes: collects the codes of the notes that were printed, None to
+    print none; counted: how many episodes are finished, if other processes build some of them.
     """
     from tqdm import tqdm
 
@@ -335,7 +335,7 @@ def _progress(
             stop_if_asked()
             counts["episodes"] += 1
             counts["failed"] += isinstance(result, Failure)
-            for line in _news(result, told):
+            for line in _news(result, shown_codes):
                 with turn:
                     bar.write(line, file=sys.stderr)
             if counted is None:
@@ -354,16 +354,16 @@ def _progress(
             thread.join()
 
 
-def _news(result: Result, told: set[str] | None) -> list[str]:
-    """Lines to print about an episode: its failure, or those of its notes that are new in kind."""
+def _news(result: Result, shown_codes: set[str] | None) -> list[str]:
+    """Lines to print about an episode: its failure, or its notes with codes not shown before."""
     from occgen_hub.runtime.results import Failure
 
     if isinstance(result, Failure):
         return [f"failed  {_text(result)}"]
-    if told is None:
+    if shown_codes is None:
         return []
-    new = [note for note in result.notes if note.code not in told]
-    told.update(note.code for note in new)
+    new = [note for note in result.notes if note.code not in shown_codes]
+    shown_codes.update(note.code for note in new)
     return [f"note    {result.id}: {note.text}" for note in new]
 
 
@@ -373,11 +373,11 @@ def _text(failure: Failure) -> str:
 
 
 def _print_summary(
-    summary: Summary, out: Path, told: set[str] | None = None, *, whole: bool = True
+    summary: Summary, out: Path, shown_codes: set[str] | None = None, *, whole: bool = True
 ) -> int:
     """Print what a build did, and return the exit code.
 
-    told: the kinds of notes that were printed by then; whole: whether it was more than a shard.
+    shown_codes: of the notes that were printed already; whole: whether it was more than a shard.
     """
     from occgen_hub.runtime.report import FAILURES
 
@@ -390,7 +390,7 @@ def _print_summary(
         shares = ", ".join(f"{k} {v / total:.0%}" for k, v in summary.stages.most_common())
         click.echo(f"Time spent: {shares}.")
     for code, text in summary.examples.items():
-        if code not in (told or ()):
+        if code not in (shown_codes or ()):
             click.echo(f"note    {text}", err=True)
     repeated = [f"{code} ({n})" for code, n in sorted(summary.notes.items()) if n > 1]
     if repeated:

@@ -191,9 +191,9 @@ def render(
     cells, blue to yellow by height, those of past frames pale. The ego view shows the cells that
     the camera sees, near ones bright. Needs the extra: pip install 'occgen-hub[visual]'.
     """
-    from occgen_hub.visual.extra import need_pyvista
-    from occgen_hub.visual.film import Shot
-    from occgen_hub.visual.film import render as write
+    from occgen_hub.visual.optional_dependencies import need_pyvista
+    from occgen_hub.visual.render import Shot
+    from occgen_hub.visual.render import render as write
     from occgen_hub.visual.viewpoint import Viewpoint
 
     need_pyvista()
@@ -238,8 +238,8 @@ def view(
     Opens a window; where there is no screen, --web serves a page, and --save writes a file that
     rerun FILE.rrd opens elsewhere. Needs the extra: pip install 'occgen-hub[visual]'.
     """
-    from occgen_hub.visual.chooser import choose_viewpoint, has_screen
-    from occgen_hub.visual.extra import need, need_pyvista
+    from occgen_hub.visual.optional_dependencies import need, need_pyvista
+    from occgen_hub.visual.viewpoint_picker import choose_viewpoint, has_screen
 
     if sum((save is not None, web, choose_camera is not None)) > 1:
         raise UsageError("--save, --web and --choose-camera: give one of them.")
@@ -269,7 +269,7 @@ def view(
 
 def _save(trajectory: Trajectory, place: Path) -> None:
     from occgen_hub.visual import viewer
-    from occgen_hub.visual.places import written_for
+    from occgen_hub.visual.output_paths import written_for
 
     if place.suffix != ".rrd":
         raise UsageError(f"--save {place}: give a name that ends in .rrd.")

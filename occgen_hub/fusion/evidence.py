@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from occgen_hub.fusion.depth_map import DepthMaps
 from occgen_hub.fusion.noise import NoiseModel
-from occgen_hub.occupancy.bricks import BrickedCloud
-from occgen_hub.prefetch import ahead
+from occgen_hub.occupancy.point_blocks import PointBlocks
+from occgen_hub.prefetch import prefetch
 
 SIGMAS = 3.0
 """A depth within so many standard deviations of a point supports it."""
@@ -84,7 +84,7 @@ class Tolerance:
 
 
 def gather_evidence(
-    cloud: BrickedCloud,
+    cloud: PointBlocks,
     maps: DepthMaps,
     tolerance: Tolerance,
     progress: Callable[[int], None] = lambda _: None,
@@ -104,7 +104,7 @@ def gather_evidence(
         doubts=np.zeros(count, np.uint16),
         moves=np.zeros((count, 4), np.float32),
     )
-    for view in ahead(maps, spread(maps.frames)):
+    for view in prefetch(maps, spread(maps.frames)):
         _look(
             cloud.points, cloud.starts, cloud.lower, cloud.upper, view.pixels, view.camera(),
             tolerance.values(), tolerance.looks, found.supports, found.contradictions,
@@ -181,10 +181,10 @@ def _look(
     r02, r12, r22 = camera[2], camera[5], camera[8]
     fx, fy, cx, cy = camera[12], camera[13], camera[14], camera[15]
     constant, linear, quadratic, floor = tolerance[0], tolerance[1], tolerance[2], tolerance[3]
-    for brick in prange(len(starts) - 1):
-        if not in_sight(low[brick], high[brick], camera, width, height):
+    for block in prange(len(starts) - 1):
+        if not in_sight(low[block], high[block], camera, width, height):
             continue
-        for n in range(starts[brick], starts[brick + 1]):
+        for n in range(starts[block], starts[block + 1]):
             if supports[n] + contradictions[n] >= looks:
                 continue
             x, y, z = points[n, 0] - px, points[n, 1] - py, points[n, 2] - pz

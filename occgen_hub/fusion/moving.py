@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from occgen_hub.fusion.depth_map import DepthMaps, camera_values
 from occgen_hub.fusion.evidence import NEAREST, Tolerance, allowed, in_sight
-from occgen_hub.occupancy.bricks import BrickedCloud
+from occgen_hub.occupancy.point_blocks import PointBlocks
 
 LEAST_AREA = 0.01
 """Square metres of what moves, as the camera sees it: a hand, and no group of wrong pixels."""
@@ -36,8 +36,8 @@ class MovingPoints:
     or farther counts as not measured.
     """
 
-    static: BrickedCloud
-    seen_through: BrickedCloud
+    static: PointBlocks
+    seen_through: PointBlocks
     maps: DepthMaps
     tolerance: Tolerance
     spacing: float
@@ -96,10 +96,10 @@ def _projected(point, camera):
 def _in_image(points, starts, low, high, camera, width, height):
     """How many points project into an image, counted up to LEAST_PIXELS."""
     count = 0
-    for brick in range(len(starts) - 1):
-        if not in_sight(low[brick], high[brick], camera, width, height):
+    for block in range(len(starts) - 1):
+        if not in_sight(low[block], high[block], camera, width, height):
             continue
-        for n in range(starts[brick], starts[brick + 1]):
+        for n in range(starts[block], starts[block + 1]):
             depth, u, v = _projected(points[n], camera)
             if depth <= NEAREST:
                 continue
@@ -117,10 +117,10 @@ def _render(points, starts, low, high, camera, shape, spacing):
     wide = camera.copy()  # Points beside the image cover pixels of it too.
     wide[14:16] += WIDEST_SPLAT
     margin = 2 * WIDEST_SPLAT
-    for brick in range(len(starts) - 1):
-        if not in_sight(low[brick], high[brick], wide, width + margin, height + margin):
+    for block in range(len(starts) - 1):
+        if not in_sight(low[block], high[block], wide, width + margin, height + margin):
             continue
-        for n in range(starts[brick], starts[brick + 1]):
+        for n in range(starts[block], starts[block + 1]):
             depth, u, v = _projected(points[n], camera)
             if depth <= NEAREST:
                 continue

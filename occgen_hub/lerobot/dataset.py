@@ -16,7 +16,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.utils.constants import HF_LEROBOT_HUB_CACHE
 
 from occgen_hub.errors import DatasetError, UsageError
-from occgen_hub.lerobot.exported import AGAIN
+from occgen_hub.lerobot.export_check import AGAIN
 from occgen_hub.loading import SCHEMA
 from occgen_hub.schema import load_schema
 from occgen_hub.shards import FOLDER, shards

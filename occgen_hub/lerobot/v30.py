@@ -17,7 +17,7 @@ from PIL import Image
 
 from occgen_hub.errors import DatasetError, OccGenError
 from occgen_hub.files import ABSENT, files_under
-from occgen_hub.lerobot.urgency import never_urgent
+from occgen_hub.lerobot.realtime_guard import no_realtime_scheduling
 from occgen_hub.loading import REBUILD, Trajectory
 from occgen_hub.schema import Feature, Schema
 
@@ -123,7 +123,7 @@ def write(
     frames done since it was last told. Raises DatasetError for a trajectory that cannot be read,
     OccGenError for what LeRobot does not take, and OSError.
     """
-    with _hushed(), never_urgent():
+    with _hushed(), no_realtime_scheduling():
         dataset, stats = None, MatrixStatistics()
         try:
             for trajectory in found:

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from occgen_hub.errors import SourceError
 from occgen_hub.files import opened
-from occgen_hub.media.damage import DAMAGE, MAX_PIXELS, RESTORE, damaged
+from occgen_hub.media.decode_errors import DAMAGE, MAX_PIXELS, RESTORE, damaged
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -39,7 +39,7 @@ def read_depth(path: Path, size: tuple[int, int]) -> NDArray[np.uint16]:
             raise SourceError(
                 path,
                 f"is not a 16-bit grey image (its mode is {image.mode})",
-                "save depth as 16-bit PNG, 10,000 units a metre",
+                "save depth as 16-bit PNG",
             )
         try:
             values = np.asarray(image)
@@ -88,6 +88,18 @@ def is_jpeg(path: Path) -> bool:
 def write_jpeg(path: Path, image: NDArray[np.uint8]) -> None:
     """Write (H, W, 3) uint8 RGB; equal images give equal bytes."""
     Image.fromarray(image).save(path, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+
+
+def write_depth(path: Path, metres: NDArray[np.floating], units_per_metre: int) -> bool:
+    """Write (H, W) depth in metres, 0 for none, as a 16-bit grey PNG of that unit.
+
+    What is farther away than 16 bits can say is stored as none; returns whether there was any.
+    """
+    units = np.rint(metres * units_per_metre)
+    beyond = units > np.iinfo(np.uint16).max
+    stored = np.where(beyond, 0, units).astype(np.uint16)
+    Image.fromarray(stored).save(path, "PNG", compress_level=3)
+    return bool(beyond.any())
 
 
 JPEG_QUALITY = 95

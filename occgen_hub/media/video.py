@@ -18,7 +18,15 @@ from PIL import Image
 
 from occgen_hub.errors import SourceError
 from occgen_hub.files import ABSENT, MAX_TABLE_ROWS
-from occgen_hub.media.damage import DAMAGE, MAX_PIXELS, MEND, RESTORE, brief, check_pixels, damaged
+from occgen_hub.media.decode_errors import (
+    DAMAGE,
+    MAX_PIXELS,
+    MEND,
+    RESTORE,
+    brief,
+    check_pixels,
+    damaged,
+)
 from occgen_hub.media.hdr import Transfer, is_wide, to_sdr, transfer
 
 if TYPE_CHECKING:

@@ -16,13 +16,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from occgen_hub.episode import Note
+from pydantic import TypeAdapter
+
 from occgen_hub.episode_build import Built
 from occgen_hub.errors import OccGenError
 from occgen_hub.files import dump_json, hold, parse_json, read_bytes
 from occgen_hub.job import Job
 from occgen_hub.runtime.lock import LOGS, busy
-from occgen_hub.runtime.results import Failure, Process, Result
+from occgen_hub.runtime.results import Process, Result
 from occgen_hub.runtime.shard import share_out
 
 PLAN = "build.json"
@@ -30,6 +31,8 @@ RECORD = "shard-{}.jsonl"
 
 MAX_BYTES = 1 << 32
 """Of a plan or a record. Tens of millions of episodes have less."""
+
+_RESULT: TypeAdapter[Result] = TypeAdapter(Result)
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ def read_record(out: Path, shard: int) -> Record:
                 process = Process(**row["ended"]["process"])
                 record.ended = {**_with_time(row["ended"]), "process": process}
             else:
-                record.results[row["id"]] = _result(row)
+                record.results[row["id"]] = _RESULT.validate_python(row)
     return record
 
 
@@ -175,14 +178,6 @@ def _lines(out: Path, shard: int) -> list[bytes]:
         return read_bytes(out / LOGS / RECORD.format(shard), MAX_BYTES).splitlines()
     except OccGenError:
         return []
-
-
-def _result(row: dict[str, Any]) -> Result:
-    if "reason" in row:
-        return Failure(*(str(row[key]) for key in ("id", "reason", "trace")))
-    notes = tuple(Note(str(note["code"]), str(note["text"])) for note in row["notes"])
-    seconds = {str(stage): float(spent) for stage, spent in row["seconds"].items()}
-    return Built(str(row["id"]), row["status"], int(row["frames"]), notes, seconds)
 
 
 def _with_time(values: dict[str, Any]) -> dict[str, Any]:

@@ -21,10 +21,10 @@ from occgen_hub.files import read_bytes
 from occgen_hub.loading import REBUILD, Trajectory
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.visual.colors import MOVING, OCCUPANCY, PATH
-from occgen_hub.visual.extra import need
-from occgen_hub.visual.film import called, rate
 from occgen_hub.visual.frames import Frame, frames
 from occgen_hub.visual.heights import Heights
+from occgen_hub.visual.optional_dependencies import need
+from occgen_hub.visual.render import called, rate
 from occgen_hub.visual.viewpoint import Viewpoint, automatic
 
 APPLICATION = "occgen-hub"
@@ -149,11 +149,10 @@ class _Scene:
         if depth.is_file():
             self._trajectory.depth(frame.number)  # It has to be an image of that size.
             content = read_bytes(depth, MAX_IMAGE_BYTES)
+            metre = self._trajectory.schema.depth_units_per_metre
             self._log("world/camera/depth", lens)
-            self._log(
-                "world/camera/depth",
-                rr.EncodedDepthImage(content, media_type="image/png", meter=10_000),
-            )
+            image = rr.EncodedDepthImage(content, media_type="image/png", meter=metre)
+            self._log("world/camera/depth", image)
 
     def _log_image(self, number: int) -> None:
         image = self._images(number)  # Has to be an image, and of that size.
