@@ -8,6 +8,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import ClassVar
@@ -16,7 +17,7 @@ from occgen_hub.config import Condition
 from occgen_hub.engines import AUTO
 from occgen_hub.episode import Episode
 from occgen_hub.errors import MachineError, OccGenError, SourceError, UsageError
-from occgen_hub.files import MACHINE_FAULTS, printable, sha256
+from occgen_hub.files import MACHINE_FAULTS, Version, printable, sha256, version
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ class DatasetBuilder(ABC):
         digest = hashlib.sha256()
         for path in paths:
             try:
-                content = sha256(path)
+                content = _checksum(path, version(path))
             except OSError as error:
                 raise SourceError(
                     path, f"cannot be read ({error.strerror})", "restore it from the source"
@@ -114,6 +115,12 @@ class DatasetBuilder(ABC):
                 )
             )
         return digest.hexdigest()
+
+
+@lru_cache(maxsize=4096)
+def _checksum(path: Path, version: Version) -> str:
+    """SHA-256 of a file: what episodes have in common is read once."""
+    return sha256(path)
 
 
 def builder_names() -> list[str]:

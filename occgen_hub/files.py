@@ -9,6 +9,7 @@ import json
 import math
 import os
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
@@ -70,6 +71,26 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:
         return False
+
+
+Version = tuple[int, ...]
+
+
+def version(path: Path) -> Version:
+    """Numbers that change with a file's content, or with the names in a folder.
+
+    For remembering what was read of it. File systems count time in ticks: what changed a moment ago
+    may change again within the same one, so its numbers are new each time. Raises OSError.
+    """
+    stat = path.stat()
+    times = stat.st_mtime_ns, stat.st_ctime_ns
+    now = time.time_ns()
+    moment = 0 if max(times) < now - TICK or min(times) > now else time.monotonic_ns()
+    return stat.st_dev, stat.st_ino, stat.st_size, *times, moment
+
+
+TICK = 100_000_000
+"""Nanoseconds; the coarsest clock of a local file system has ticks of 10 ms."""
 
 
 def read_bytes(path: Path, limit: int = MAX_DOCUMENT_BYTES) -> bytes:
