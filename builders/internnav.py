@@ -7,9 +7,11 @@ the newer one a scene's folder holds many episodes, whose frames share one image
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -55,6 +57,9 @@ from occgen_hub.schema import Feature, feature_of, load_schema
 
 DEPTH_UNITS = 10_000
 """Units of the depth PNGs in a metre."""
+
+MAX_WAYS = 16
+"""In which links may lead to one folder."""
 
 MAX_IMAGES = 1 << 30
 """In one folder; far above what a file system likes."""
@@ -210,42 +215,55 @@ def _may_hold_depth(folder: Path) -> bool:
         return True
 
 
-def _dataset_folders(
-    folder: Path,
-    pass_over: Callable[[Path, OSError], None],
-    above: tuple[tuple[int, int], ...] = (),
-) -> Iterator[Path]:
+def _dataset_folders(root: Path, pass_over: Callable[[Path, OSError], None]) -> Iterator[Path]:
     """Folders with two of `data`, `meta` and `videos`, sorted; nothing is sought below them.
 
-    Links to folders are followed, but not back to a folder `above`, given by device and inode. What
-    cannot be looked into goes to `pass_over`.
+    Links to folders are followed, but not back to a folder above, and to each folder MAX_WAYS times
+    at most, or few links to one another would be endless. What cannot be looked into goes to
+    `pass_over`.
     """
-    try:
-        stat, names = folder.stat(), []
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                try:
-                    if entry.is_dir() and not entry.name.startswith("."):
-                        names.append(entry.name)
-                except OSError as error:  # Of a link to itself, for one.
-                    pass_over(Path(entry.path), error)
-    except OSError as error:
-        pass_over(folder, error)
-        return
-    here = (stat.st_dev, stat.st_ino)
-    if here in above:
-        return
-    if len({"data", "meta", "videos"} & set(names)) >= 2:
-        yield folder
-        return
-    for name in sorted(names):
-        yield from _dataset_folders(folder / name, pass_over, (*above, here))
+    Place = tuple[int, int]  # Device and inode.
+    waiting: list[tuple[Path, tuple[Place, ...]]] = [(root, ())]
+    ways: Counter[Place] = Counter()
+    while waiting:
+        folder, above = waiting.pop()
+        try:
+            stat = folder.stat()
+            here = (stat.st_dev, stat.st_ino)
+            if here in above:
+                continue
+            ways[here] += 1
+            if ways[here] > MAX_WAYS:
+                raise OSError(errno.ELOOP, f"links lead there in more than {MAX_WAYS} ways")
+            names = _folders_in(folder, pass_over)
+        except OSError as error:
+            pass_over(folder, error)
+            continue
+        if len({"data", "meta", "videos"} & set(names)) >= 2:
+            yield folder
+        else:
+            waiting += [(folder / name, (*above, here)) for name in sorted(names, reverse=True)]
+
+
+def _folders_in(folder: Path, pass_over: Callable[[Path, OSError], None]) -> list[str]:
+    """Names of the folders in a folder, and of links to some, but for hidden ones."""
+    names = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            try:
+                if entry.is_dir() and not entry.name.startswith("."):
+                    names.append(entry.name)
+            except OSError as error:  # Of a link to itself, for one.
+                pass_over(Path(entry.path), error)
+    return names
 
 
 def _name(root: Path, folder: Path, least: int) -> tuple[str, ...]:
     """A folder's path below the root, or as much of its own path as makes `least` parts."""
     parts = folder.relative_to(root).parts
-    return parts if len(parts) >= least else folder.resolve().parts[1:][-least:]
+    parts = parts if len(parts) >= least else folder.resolve().parts[1:][-least:]
+    # A dataset's hidden folders are none of its trajectories'.
+    return tuple(f"_{part}" if part.startswith(".") else part for part in parts)
 
 
 def _parquets(folder: Path) -> Mapping[int, Path]:

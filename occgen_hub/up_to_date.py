@@ -11,7 +11,7 @@ from pathlib import Path
 from occgen_hub.builder import DatasetBuilder, EpisodeRef
 from occgen_hub.config import Config
 from occgen_hub.errors import SourceError, UsageError
-from occgen_hub.files import read_json
+from occgen_hub.files import MAX_RECORD_BYTES, read_json
 from occgen_hub.lerobot.writer import Provenance
 from occgen_hub.schema import Schema, load_schema
 
@@ -29,7 +29,7 @@ def outdated(
     if not place.exists():
         return "is not there", 0
     try:
-        record = read_json(place / schema.path("record"))
+        record = read_json(place / schema.path("record"), MAX_RECORD_BYTES)
         recorded = str(record["source"]["fingerprint"])
         files = list(record["files"])
     except (SourceError, KeyError, TypeError):

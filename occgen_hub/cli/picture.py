@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +142,15 @@ def visualize(
     click.echo(f"{count} files: {out}")
 
 
+class Rate(click.FloatRange):
+    """A number in a range; NaN is in none, though it compares as if it were."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number."""
+        number = super().convert(value, param, ctx)
+        return self.fail(f"{value!r} is no number", param, ctx) if isnan(number) else number
+
+
 def _size(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
     if value is None:
         return None
@@ -165,7 +175,7 @@ def _size(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
     "--size", callback=_size, metavar="WxH",
     help="Pixels; world 1280x720, panels 1920x540, ego as the images' shape if not given.",
 )  # fmt: skip
-@click.option("--fps", type=click.FloatRange(0.1, 240), help="The trajectory's if not given.")
+@click.option("--fps", type=Rate(0.1, 240), help="The trajectory's if not given.")
 @click.option("--frame", type=click.IntRange(0), help="For a .png: which frame; the middle one.")
 @click.option(
     "--camera", type=FOLDER,

@@ -203,7 +203,9 @@ class MatrixStatistics:
         """Put them into a LeRobotDataset that was written."""
         from lerobot.datasets.io_utils import write_stats
 
-        dataset.meta.stats = {**(dataset.meta.stats or {}), **self._stats}
+        # LeRobot has them in the order of a set, which differs from run to run.
+        stats = {**(dataset.meta.stats or {}), **self._stats}
+        dataset.meta.stats = {name: dict(sorted(stats[name].items())) for name in sorted(stats)}
         write_stats(dataset.meta.stats, dataset.root)
 
 
