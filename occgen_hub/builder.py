@@ -17,7 +17,7 @@ from occgen_hub.config import Condition
 from occgen_hub.engines import AUTO
 from occgen_hub.episode import Episode
 from occgen_hub.errors import MachineError, OccGenError, SourceError, UsageError
-from occgen_hub.files import MACHINE_FAULTS, Version, printable, sha256, version
+from occgen_hub.files import MACHINE_FAULTS, Version, one_line, sha256, version
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class DatasetBuilder(ABC):
             raise SourceError(path, problem, "check its permissions") from error
         if path not in self._passed_over:
             self._passed_over.add(path)
-            logger.warning("Warning: %s: %s, and is passed over.", printable(str(path)), problem)
+            logger.warning("Warning: %s: %s, and is passed over.", one_line(str(path)), problem)
 
     @abstractmethod
     def episodes(self) -> Iterator[EpisodeRef]:

@@ -16,6 +16,7 @@ from urllib.parse import quote
 from occgen_hub.card import write_card
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.files import files_under, links_out
+from occgen_hub.hub_token import check_sendable
 from occgen_hub.lerobot.exported import FOLDERS, exported
 from occgen_hub.lerobot.v30 import CODEBASE
 from occgen_hub.loading import Trajectory, trajectories
@@ -67,10 +68,8 @@ def check_target(repo_id: str, revision: str | None = None, create_pr: bool = Fa
 
 
 def check_token(repo_id: str) -> None:
-    """Raise HubError when there is no token; whether it is good, the Hub says."""
-    from huggingface_hub import get_token
-
-    if get_token() is None:
+    """Raise OccGenError when no token can be sent; whether it is good, the Hub says."""
+    if not check_sendable():
         raise HubError(
             f"{repo_id}: there is no token to push with; run hf auth login, or set HF_TOKEN, with "
             "a token that may write."

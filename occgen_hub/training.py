@@ -30,6 +30,7 @@ from occgen_hub.config import MAX_CELLS
 from occgen_hub.errors import DatasetError, SourceError, UsageError
 from occgen_hub.files import opened, plain
 from occgen_hub.geometry.poses import RIGID, rigidity_error
+from occgen_hub.hub_token import check_sendable
 from occgen_hub.loading import EXPORT, REBUILD, SCHEMA, Trajectory
 from occgen_hub.media import SeekingVideo, read_depth, read_rgb
 from occgen_hub.occupancy.grid import Grid
@@ -286,6 +287,7 @@ def _fetched(repo_id: str, keys: Sequence[str], revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
+    check_sendable()
     patterns = [f"{FOLDER}/*.parquet", *(_pattern(file) for key in keys for file in _files(key))]
     try:
         folder = snapshot_download(
@@ -423,7 +425,7 @@ def _check_grids(path: Path, file: pq.ParquetFile, grid: Grid) -> None:
 def _open(path: Path) -> pq.ParquetFile:
     """A shard, its columns looked at; raises ValueError and what Arrow does when it is none."""
     with opened(path):  # No pipe, which would block.
-        file = pq.ParquetFile(path, read_dictionary=["episode"])
+        file = pq.ParquetFile(pa.OSFile(os.fsencode(path)), read_dictionary=["episode"])
     if file.metadata.num_rows > MAX_SHARD_ROWS:
         raise ValueError(f"it claims {file.metadata.num_rows} rows")
     types = plain(file.schema_arrow.empty_table()).schema

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from occgen_hub.cli.command import FOLDER, Examples, beside, progress_bar
+from occgen_hub.cli.command import FOLDER, Examples, beside, progress_bar, say
 from occgen_hub.cli.stopping import Stopped
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.visual import SEQUENCES
@@ -139,7 +139,7 @@ def visualize(
             opened, out, only=kinds, history_len=history_len, history_step=history_step,
             progress=progress,
         )  # fmt: skip
-    click.echo(f"{count} files: {out}")
+    say(f"{count} files: {out}")
 
 
 class Rate(click.FloatRange):
@@ -213,7 +213,7 @@ def render(
         progress_bar("render", unit="frame") as progress,
     ):
         write(opened, out, shot, fps=fps, frame=frame, progress=progress)
-    click.echo(f"{'Picture' if out.suffix.lower() == '.png' else 'Video'}: {out}")
+    say(f"{'Picture' if out.suffix.lower() == '.png' else 'Video'}: {out}")
 
 
 @click.command(
@@ -267,8 +267,8 @@ def view(
     with _opened(trajectory, root, how) as opened:
         if choose_camera is not None:
             choose_viewpoint(opened, choose_camera)
-            click.echo(f"Viewpoint: {choose_camera}")
-            click.echo(f"Next: occgen-hub render ... --camera {shlex.quote(str(choose_camera))}")
+            say(f"Viewpoint: {choose_camera}")
+            say(f"Next: occgen-hub render ... --camera {shlex.quote(str(choose_camera))}")
         elif save is not None:
             _save(opened, save)
         elif web:
@@ -285,8 +285,8 @@ def _save(trajectory: Trajectory, place: Path) -> None:
         raise UsageError(f"--save {place}: give a name that ends in .rrd.")
     with progress_bar("view", unit="frame") as progress, written_for(place) as partial:
         viewer.save(trajectory, partial, progress)
-    click.echo(f"Recording: {place}")
-    click.echo(f"Next: rerun {shlex.quote(str(place))}")
+    say(f"Recording: {place}")
+    say(f"Next: rerun {shlex.quote(str(place))}")
 
 
 def _show(trajectory: Trajectory, ports: tuple[int, int] | None = None) -> None:
@@ -301,7 +301,7 @@ def _show(trajectory: Trajectory, ports: tuple[int, int] | None = None) -> None:
             viewer.save(trajectory, recorded, progress)
         with viewer.viewer(recorded, ports) as process:
             if ports is not None:
-                click.echo(f"Open {viewer.page(ports)}")
+                say(f"Open {viewer.page(ports)}")
                 click.echo("Ctrl-C ends it.")
             try:
                 code = process.wait()
@@ -329,4 +329,4 @@ def report(folder: Path, output: Path | None) -> None:
     with progress_bar("report", unit="trajectory") as progress:
         count = write_report(folder, place, progress)
     s = "y" if count == 1 else "ies"
-    click.echo(f"{count} trajector{s}: {place}")
+    say(f"{count} trajector{s}: {place}")

@@ -24,9 +24,10 @@ from typing import Self
 
 import numba
 import numpy as np
-from numba import njit, prange
+from numba import prange
 from numpy.typing import NDArray
 
+from occgen_hub.jit import njit
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.rays import OBSERVED, OCCUPIED, follow
 
@@ -160,7 +161,7 @@ def _shares(columns: int, bundles: int, threads: int) -> NDArray[np.int64]:
     return shares
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _bundle_column(camera, size, origin, shape, left):
     """The lists of the bundles whose leftmost pixels are in image column `left`, downwards."""
     nx, ny, nz = shape[0], shape[1], shape[2]
@@ -184,7 +185,7 @@ def _bundle_column(camera, size, origin, shape, left):
     return cells[:total].copy(), crossing[:total].copy(), lengths, rays
 
 
-@njit(cache=True)
+@njit()
 def _paths(camera, size, origin, shape, left, top, paths):
     """Write the cells of each ray of a bundle; at which distances each begins and has ended."""
     fx, fy, cx, cy = camera
@@ -206,7 +207,7 @@ def _paths(camera, size, origin, shape, left, top, paths):
     return starts, ends
 
 
-@njit(cache=True)
+@njit()
 def _add(distance, paths, starts, ends, cells, crossing, total, places):
     """Add the cells that the rays of a bundle are in at a distance; how many cells there are then.
 
@@ -231,14 +232,14 @@ def _add(distance, paths, starts, ends, cells, crossing, total, places):
     return total
 
 
-@njit(cache=True)
+@njit()
 def _twice(array):
     longer = np.empty(2 * len(array), array.dtype)
     longer[: len(array)] = array
     return longer
 
 
-@njit(cache=True, parallel=True, nogil=True)
+@njit(parallel=True, nogil=True)
 def _follow(cells, crossing, ends, rays, shares, state):
     one = np.uint64(1)
     for share in prange(len(shares)):

@@ -232,10 +232,17 @@ def save(
     The place is the caller's to make whole. Raises what `fill` does.
     """
     stream = need("rerun").RecordingStream(APPLICATION, recording_id=called(trajectory))
-    place.touch()  # Raises OSError where rerun says it in its own way.
-    stream.save(place, default_blueprint=_blueprint(trajectory))
-    fill(stream, trajectory, progress)
-    stream.flush()
+    # Written by us: rerun's own writing waits for ever where the disk is full.
+    recorded = stream.binary_stream()
+    stream.send_blueprint(_blueprint(trajectory))
+    with place.open("wb") as file:
+
+        def write(done: int, total: int) -> None:
+            file.write(recorded.read() or b"")
+            progress(done, total)
+
+        fill(stream, trajectory, write)
+        file.write(recorded.read() or b"")
     stream.disconnect()
 
 

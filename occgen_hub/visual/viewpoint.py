@@ -82,8 +82,9 @@ class Viewpoint:
 
 
 _WANTED = (
-    f"is no viewpoint; it has position, target and up of three numbers each, world metres, up to "
-    f"{FARTHEST:g}, up not along the line of sight, and may have a field_of_view of 1 to 150 degrees"
+    "is no viewpoint; it has position, target and up of three numbers each, world metres, none "
+    f"beyond {FARTHEST:g}, up not along the line of sight, and may have a field_of_view of 1 to "
+    "150 degrees"
 )
 
 
