@@ -263,7 +263,7 @@ def _name(root: Path, folder: Path, least: int) -> tuple[str, ...]:
     parts = folder.relative_to(root).parts
     parts = parts if len(parts) >= least else folder.resolve().parts[1:][-least:]
     # A dataset's hidden folders are none of its trajectories'.
-    return tuple(f"_{part}" if part.startswith(".") else part for part in parts)
+    return tuple(f"_{part[1:]}" if part.startswith(".") else part for part in parts)
 
 
 def _parquets(folder: Path) -> Mapping[int, Path]:

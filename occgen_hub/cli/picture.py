@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from occgen_hub.cli.command import FOLDER, Examples, beside, progress_bar, say
-from occgen_hub.cli.stopping import Stopped
+from occgen_hub.cli.stopping import Stopped, received
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.visual import SEQUENCES
 
@@ -306,6 +306,7 @@ def _show(trajectory: Trajectory, ports: tuple[int, int] | None = None) -> None:
             try:
                 code = process.wait()
             except Stopped:
+                received.clear()  # It is how a server is meant to end.
                 return
         if code:
             raise OccGenError(
