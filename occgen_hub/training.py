@@ -425,7 +425,10 @@ def _check_grids(path: Path, file: pq.ParquetFile, grid: Grid) -> None:
 def _open(path: Path) -> pq.ParquetFile:
     """A shard, its columns looked at; raises ValueError and what Arrow does when it is none."""
     with opened(path):  # No pipe, which would block.
-        file = pq.ParquetFile(pa.OSFile(os.fsencode(path)), read_dictionary=["episode"])
+        try:
+            file = pq.ParquetFile(pa.OSFile(os.fsencode(path)), read_dictionary=["episode"])
+        except KeyError:
+            raise ValueError("it has no column episode") from None
     if file.metadata.num_rows > MAX_SHARD_ROWS:
         raise ValueError(f"it claims {file.metadata.num_rows} rows")
     types = plain(file.schema_arrow.empty_table()).schema
