@@ -105,7 +105,8 @@ def source_stamp(paths: Iterable[Path]) -> int:
         for path in (*files, *sorted({path.parent for path in files})):
             stat = path.stat()
             facts = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-            digest.update(os.fsencode(path.relative_to(shared)) + repr(facts).encode())
+            below = os.fspath(path)[len(shared) :].lstrip("/") or "."
+            digest.update(os.fsencode(below) + repr(facts).encode())
             newest = max(newest, *facts[1:])
     seconds = min(newest // 10**9, _LAST_SECOND)
     return seconds * 10**9 + int.from_bytes(digest.digest()[:8]) % 10**9

@@ -29,7 +29,7 @@ from occgen_hub.files import one_line, read_jsonl
 from occgen_hub.job import list_episodes
 from occgen_hub.lerobot import writer
 from occgen_hub.loading import Trajectory, trajectories
-from occgen_hub.media import pictures, read_rgb
+from occgen_hub.media import SeekingVideo, pictures, read_rgb
 from occgen_hub.sample import make_sample
 from occgen_hub.schema import Feature
 from occgen_hub.visual.viewpoint import Viewpoint
@@ -390,6 +390,56 @@ def test_rates_and_viewpoints_beyond_reason_are_refused(dataset, tmp_path):
     (copy / "meta/info.json").write_text(json.dumps({**info, "fps": 1e-320}))
     with pytest.raises(DatasetError, match="frames a second"):
         rate(Trajectory.open(copy))
+
+
+def test_words_in_place_of_poses_are_told(dataset, tmp_path):
+    pytest.importorskip("lerobot")
+    root = Path(shutil.copytree(dataset, tmp_path / "out"))
+    path = next(root.rglob("episode_000000.parquet"))
+    name, table = "observation.camera_extrinsic_occ", pq.read_table(path)
+    place = table.schema.get_field_index(name)
+    pq.write_table(table.set_column(place, name, pa.array(["word"] * len(table))), path)
+    info = path.parents[2] / "meta/info.json"
+    said = json.loads(info.read_text())
+    said["features"][name] = {"dtype": "string", "shape": [4, 4], "names": None}
+    info.write_text(json.dumps(said))
+    with pytest.raises(OccGenError, match=r"^[^ ]+: "):
+        library.export(root, tmp_path / "lerobot")
+    with pytest.raises(ValueError, match="not string"):
+        Feature(dtype="float32", shape=(4, 4)).to_numpy(pa.array(["word"]))
+
+
+def test_a_shard_without_the_episodes_is_told(dataset, tmp_path):
+    training = pytest.importorskip("occgen_hub.training")
+    root = Path(shutil.copytree(dataset, tmp_path / "out"))
+    (shard,) = root.glob("occupancy/*.parquet")
+    pq.write_table(pq.read_table(shard).drop_columns(["episode"]), shard)
+    with pytest.raises(DatasetError, match="no column episode"):
+        training.OccupancyDataset(root, keys=("occupancy",))
+
+
+def test_a_video_that_was_cut_after_its_keyframe_is_read(tmp_path):
+    import av
+
+    path, options = tmp_path / "cut.mp4", {"avoid_negative_ts": "disabled"}
+    with av.open(str(path), "w", format="mp4", options=options) as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.options = {"x264-params": "keyint=100:bframes=0"}
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        grey = [np.full((64, 64, 3), 30 * n, np.uint8) for n in range(8)]
+        packets = [
+            packet
+            for image in grey
+            for packet in stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24"))
+        ]
+        packets += stream.encode()
+        step = packets[1].pts - packets[0].pts
+        for packet in packets:  # The first three frames come before time zero.
+            packet.pts, packet.dts = packet.pts - 3 * step, packet.dts - 3 * step
+            container.mux(packet)
+    video = SeekingVideo(path, (64, 64))
+    for number in (2, 0, 4):
+        assert abs(int(video(number).mean()) - 30 * (number + 3)) <= 2
 
 
 def test_too_little_memory_is_said(monkeypatch, capsys):
