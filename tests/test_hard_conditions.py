@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from PIL import Image
@@ -470,3 +473,9 @@ def test_without_a_place_for_a_cache_kernels_are_compiled_all_the_same(tmp_path)
         check=False,
     )
     assert said.stdout == "2\n", said.stderr
+
+
+def test_every_kernel_is_compiled_so():
+    for path in Path(library.__file__).parent.rglob("*.py"):
+        if path.name != "jit.py":
+            assert not re.search(r"from numba import.*njit|numba\.njit", path.read_text()), path
