@@ -36,6 +36,9 @@ from occgen_hub.schema import ArraySpec, Feature, FileSpec
 from occgen_hub.shards import check_shards
 
 MAX_DIMENSIONS = 5
+MAX_FINDINGS = 20
+"""About the lines of one file."""
+
 RESTORE = "restore it from a copy, or remove this trajectory's folder and build it again"
 
 
@@ -244,8 +247,12 @@ class _Check:
             if spec.kind == "json":
                 self._against(spec.json_schema, read_json(path), path, "")
             else:
+                found = len(self.findings)
                 for number, row in enumerate(read_jsonl(path), 1):
                     self._against(spec.json_schema, row, path, f"line {number}: ")
+                    if len(self.findings) - found >= MAX_FINDINGS:
+                        self.say(path, f"is looked at no further after line {number}")
+                        break
 
     def _against(self, name: str, value: Any, path: Path, where: str) -> None:
         validator = Draft202012Validator(self.schema.json_schemas[name])

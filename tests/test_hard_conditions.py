@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from commands import start
 from PIL import Image
 
 import occgen_hub as library
@@ -151,6 +153,15 @@ def test_a_meta_file_of_millions_of_values_is_refused_at_once(tmp_path):
     with pytest.raises(SourceError, match=r"tasks.jsonl: holds more values"):
         read_jsonl(path)
     assert time.monotonic() - began < 5
+
+
+def test_many_bad_lines_are_few_findings(dataset, tmp_path):
+    (place, *_) = trajectories(dataset)
+    copy = Path(shutil.copytree(place, tmp_path / "out/a/b/c"))
+    (copy / "meta/tasks.jsonl").write_bytes(b"{}\n" * 100_000)
+    findings = library.validate(tmp_path / "out").findings
+    assert 1 < len(findings) < 50
+    assert any("no further" in str(finding) for finding in findings)
 
 
 def test_a_progressive_image_of_many_scans_is_refused(tmp_path):
@@ -294,6 +305,28 @@ def test_an_export_moved_aside_comes_back_when_the_next_one_fails(dataset, tmp_p
     with pytest.raises(OccGenError):
         library.export(dataset, tmp_path / "lerobot", overwrite=True)
     assert (tmp_path / "lerobot/kept").read_text() == "kept"
+
+
+# Stops
+
+
+@pytest.mark.parametrize("ready", [".mp4.", None])
+def test_a_render_that_is_stopped_says_so_and_no_more(people, tmp_path, ready):
+    pytest.importorskip("pyvista")
+    (place, *_) = trajectories(people)
+    process = start("render", place, tmp_path / "room.mp4", "--view", "world")
+    try:
+        if ready is None:
+            time.sleep(2)  # While libraries are imported, or soon after.
+        while ready and process.poll() is None and not list(tmp_path.glob(f".*{ready}*")):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, said
+    assert said == ("", "Stopped.\n")
+    assert not list(tmp_path.iterdir())
 
 
 # Names
