@@ -8,6 +8,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import ClassVar
@@ -16,7 +17,7 @@ from occgen_hub.config import Condition
 from occgen_hub.engines import AUTO
 from occgen_hub.episode import Episode
 from occgen_hub.errors import MachineError, OccGenError, SourceError, UsageError
-from occgen_hub.files import MACHINE_FAULTS, printable, sha256
+from occgen_hub.files import MACHINE_FAULTS, Version, one_line, sha256, version
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class DatasetBuilder(ABC):
             raise SourceError(path, problem, "check its permissions") from error
         if path not in self._passed_over:
             self._passed_over.add(path)
-            logger.warning("Warning: %s: %s, and is passed over.", printable(str(path)), problem)
+            logger.warning("Warning: %s: %s, and is passed over.", one_line(str(path)), problem)
 
     @abstractmethod
     def episodes(self) -> Iterator[EpisodeRef]:
@@ -105,7 +106,7 @@ class DatasetBuilder(ABC):
         digest = hashlib.sha256()
         for path in paths:
             try:
-                content = sha256(path)
+                content = _checksum(path, version(path))
             except OSError as error:
                 raise SourceError(
                     path, f"cannot be read ({error.strerror})", "restore it from the source"
@@ -116,6 +117,12 @@ class DatasetBuilder(ABC):
                 )
             )
         return digest.hexdigest()
+
+
+@lru_cache(maxsize=4096)
+def _checksum(path: Path, version: Version) -> str:
+    """SHA-256 of a file: what episodes have in common is read once."""
+    return sha256(path)
 
 
 def builder_names() -> list[str]:

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from occgen_hub.config import MAX_CELLS
 from occgen_hub.errors import DatasetError, SourceError, UsageError
 from occgen_hub.files import (
+    MAX_RECORD_BYTES,
     PUT_FILE,
     leads_out,
     opened,
@@ -277,7 +278,7 @@ class Trajectory:
         schema = load_schema(SCHEMA)
         mark = _place(path, schema.path("record"))
         try:
-            record = read_json(mark)
+            record = read_json(mark, MAX_RECORD_BYTES)
         except SourceError as error:
             raise DatasetError(mark, error.problem, NOT_BUILT) from None
         for key, kind in RECORD.items():

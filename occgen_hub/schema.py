@@ -115,6 +115,8 @@ class Feature(BaseModel):
             if flat.null_count:
                 raise ValueError("a value is missing")
             fixed = pa.types.is_fixed_size_list(flat.type)
+            if not fixed and not pa.types.is_list(flat.type):
+                raise ValueError(f"expected arrays of shape {list(self.shape)}, not {flat.type}")
             counts = flat.type.list_size if fixed else np.diff(plain_numpy(flat.offsets))
             if not np.all(counts == width):
                 raise ValueError(f"expected arrays of shape {list(self.shape)}")

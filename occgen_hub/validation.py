@@ -36,6 +36,9 @@ from occgen_hub.schema import ArraySpec, Feature, FileSpec
 from occgen_hub.shards import check_shards
 
 MAX_DIMENSIONS = 5
+MAX_FINDINGS = 20
+"""About the lines of one file."""
+
 RESTORE = "restore it from a copy, or remove this trajectory's folder and build it again"
 
 
@@ -230,10 +233,13 @@ class _Check:
         for key, spec in self.schema.files.items():
             if spec.json_schema is None or key == "record":
                 continue
-            path = self.trajectory.file(key)
+            path, found = self.trajectory.file(key), len(self.findings)
             for number, row in enumerate(self.trajectory.document(key), 1):
                 where = "" if spec.kind == "json" else f"line {number}: "
                 self._against(spec.json_schema, row, path, where)
+                if len(self.findings) - found >= MAX_FINDINGS:
+                    self.say(path, f"is looked at no further after line {number}")
+                    break
 
     def _against(self, name: str, value: Any, path: Path, where: str) -> None:
         validator = Draft202012Validator(self.schema.json_schemas[name])

@@ -10,6 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 GROUND_TO_ROOF = [
     "errors",
+    "jit",
+    "hub_token",
     "atomic",
     "files",
     "prefetch",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from occgen_hub.cli.command import FOLDER, Examples, no_bar
+from occgen_hub.cli.command import FOLDER, Examples, no_bar, say
 from occgen_hub.cli.stopping import stop_if_asked
 from occgen_hub.errors import UsageError
 
@@ -217,15 +217,13 @@ def _dry_run(
     for ref in refs:
         reason = job.reason_to_build(ref)
         missing += reason is not None
-        click.echo(f"{ref.id}  {reason or 'present'}")
+        say(f"{ref.id}  {reason or 'present'}")
     if executor in CLUSTERS:
         tasks = cluster.make_tasks(job, executor, running["tasks"])
         click.echo(tasks)
         if executor == "slurm" and tasks.todo:
             click.echo(f"The batch script:\n\n{cluster.batch_script(tasks, running)}")
-    click.echo(
-        f"{missing} of {len(refs)} episodes would be built into {job.out}; nothing was done."
-    )
+    say(f"{missing} of {len(refs)} episodes would be built into {job.out}; nothing was done.")
     return 0
 
 
@@ -244,7 +242,7 @@ def _build_here(options: dict[str, Any], workers: int, shard: Shard | None) -> i
             summary = build_shard(job, shard, workers, listener)
     code = _print_summary(summary, job.out, shown_codes, whole=shard is None)
     if shard is not None:
-        click.echo(f"When all shards are built: occgen-hub finalize {shlex.quote(str(job.out))}")
+        say(f"When all shards are built: occgen-hub finalize {shlex.quote(str(job.out))}")
     return code
 
 
@@ -288,7 +286,7 @@ def _build_on_cluster(options: dict[str, Any], executor: str, running: dict[str,
     with _progress(len(job.refs), None, shown=executor != "slurm", counted=counted):
         summary = cluster.run_tasks(tasks, running)
     if summary is None:
-        click.echo(f"The tasks were given to Slurm; {job.out / REPORT} is there when all is done.")
+        say(f"The tasks were given to Slurm; {job.out / REPORT} is there when all is done.")
         return 0
     return _print_summary(summary, job.out)
 
@@ -382,29 +380,29 @@ def _print_summary(
     from occgen_hub.runtime.report import FAILURES
 
     rate = f", {summary.frames / summary.seconds:.1f} frames/s" if summary.frames else ""
-    click.echo(
+    say(
         f"{summary.built} built, {summary.present} already there, {len(summary.failures)} failed "
         f"of {summary.episodes} episodes; {summary.frames} frames in {summary.seconds:.1f} s{rate}."
     )
     if total := sum(summary.stages.values()):
         shares = ", ".join(f"{k} {v / total:.0%}" for k, v in summary.stages.most_common())
-        click.echo(f"Time spent: {shares}.")
+        say(f"Time spent: {shares}.")
     for code, text in summary.examples.items():
         if code not in (shown_codes or ()):
-            click.echo(f"note    {text}", err=True)
+            say(f"note    {text}", err=True)
     repeated = [f"{code} ({n})" for code, n in sorted(summary.notes.items()) if n > 1]
     if repeated:
-        click.echo(f"Notes that were on several episodes, and on how many: {', '.join(repeated)}.")
+        say(f"Notes that were on several episodes, and on how many: {', '.join(repeated)}.")
     for remark in summary.remarks:
-        click.echo(f"Note: {remark}.")
+        say(f"Note: {remark}.")
     if summary.failures and whole:
-        click.echo(f"The failures are listed in {out / FAILURES}:")
+        say(f"The failures are listed in {out / FAILURES}:")
         for failure in summary.failures[:20]:
-            click.echo(f"  {_text(failure)}")
+            say(f"  {_text(failure)}")
         if len(summary.failures) > 20:
-            click.echo(f"  and {len(summary.failures) - 20} more.")
+            say(f"  and {len(summary.failures) - 20} more.")
     if summary.built and whole:
-        click.echo(f"Next: occgen-hub validate {shlex.quote(str(out))}")
+        say(f"Next: occgen-hub validate {shlex.quote(str(out))}")
     elif whole and summary.present:
-        click.echo(f"Dataset: {out}")
+        say(f"Dataset: {out}")
     return 1 if summary.failures else 0

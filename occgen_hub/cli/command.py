@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from occgen_hub.cli.stopping import Stopped
+from occgen_hub.cli.stopping import Stopped, stop_if_asked
+from occgen_hub.files import one_line
 
 
 class _Place(click.Path):
@@ -58,6 +59,11 @@ class Examples(click.Command):
                 formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
 
 
+def say(line: str, *, err: bool = False) -> None:
+    """Print a line that may hold names or words of a dataset: none of them moves the cursor."""
+    click.echo(one_line(line), err=err)
+
+
 def no_bar() -> bool | None:
     """For tqdm's `disable`: None leaves out bars where no terminal is."""
     return True if os.environ.get("TQDM_DISABLE", "0") not in ("", "0") else None
@@ -74,6 +80,7 @@ def progress_bar(what: str, unit: str) -> Iterator[Callable[[int, int | None], N
     with tqdm(unit=unit, desc=what, leave=False, disable=no_bar()) as bar:
 
         def progress(done: int, total: int | None) -> None:
+            stop_if_asked()
             bar.total = total
             bar.update(done - bar.n)
 

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 from numpy.typing import NDArray
 
 from occgen_hub.fusion.depth_map import DepthMaps
 from occgen_hub.fusion.noise import NoiseModel
+from occgen_hub.jit import njit
 from occgen_hub.occupancy.point_blocks import PointBlocks
 from occgen_hub.prefetch import prefetch
 
@@ -126,7 +127,7 @@ def spread(frames: NDArray[np.int64]) -> Iterator[int]:
             yield int(frames[place])
 
 
-@njit(cache=True, nogil=True, inline="always", error_model="numpy")
+@njit(nogil=True, inline="always", error_model="numpy")
 def allowed(z, slope, tolerance):
     """Metres by which a depth may be off at `z`, where it changes by `slope` metres per pixel."""
     square = z * z
@@ -134,7 +135,7 @@ def allowed(z, slope, tolerance):
     return SIGMAS * np.sqrt(variance) + SLANT * slope + tolerance[3]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def in_sight(low, high, camera, width, height):
     """Whether a box of world coordinates may reach into a camera's view."""
     least, most = np.empty(3), np.empty(3)
@@ -159,7 +160,7 @@ def in_sight(low, high, camera, width, height):
     return True
 
 
-@njit(cache=True, nogil=True, parallel=True, error_model="numpy")
+@njit(nogil=True, parallel=True, error_model="numpy")
 def _look(
     points,
     starts,

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from occgen_hub.fusion.depth_map import DepthMap, DepthMaps
+from occgen_hub.jit import njit
 from occgen_hub.prefetch import prefetch
 
 PAIRS = 12
@@ -138,7 +138,7 @@ def compare(
     )  # fmt: skip
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _compare(depth, camera, pixels, other_camera, stride, farthest):
     height, width = depth.shape
     size = ((height + stride - 1) // stride) * ((width + stride - 1) // stride)

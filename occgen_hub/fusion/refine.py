@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from occgen_hub.fusion.depth_map import DepthMap, DepthMaps
 from occgen_hub.fusion.evidence import NEAREST, Tolerance, in_sight
 from occgen_hub.geometry.cloud import Cloud
+from occgen_hub.jit import njit
 from occgen_hub.occupancy.point_blocks import PointBlocks, into_blocks
 from occgen_hub.prefetch import prefetch
 
@@ -109,7 +109,7 @@ def _solved(system: NDArray[np.float64], so_far: NDArray[np.float64]) -> NDArray
     return solution
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _equations(points, starts, low, high, pixels, camera, tolerance, reach, stride, width):
     """Normal equations of the point-to-plane distances, and the distances, metres.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,13 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import Table
 
 from occgen_hub.config import Config
 from occgen_hub.episode import Column, Episode, MediaFile, Note
-from occgen_hub.errors import SourceError
-from occgen_hub.files import dump_json, files_under, printable, sha256
+from occgen_hub.errors import OccGenError, SourceError
+from occgen_hub.files import MAX_RECORD_BYTES, dump_json, files_under, printable, sha256
 from occgen_hub.fusion.quality import Quality
 from occgen_hub.geometry.alignment import Alignment
 from occgen_hub.geometry.cloud import voxel_downsample
@@ -182,7 +184,9 @@ class TrajectoryWriter:
         features = {name: column.feature for name, column in columns.items()}
         arrays = [column.feature.to_arrow(column.values) for column in columns.values()]
         table = Table.from_arrays(arrays, schema=self.schema.arrow_schema(features))
-        pq.write_table(table, self.path("frames"), compression="zstd")
+        place = os.fsencode(self.path("frames"))
+        with pa.OSFile(place, "wb") as file:  # A path may look like a URI.
+            pq.write_table(table, file, compression="zstd")
 
         episode = self.episode
         words = list(dict.fromkeys(task.text for task in episode.tasks))
@@ -247,6 +251,11 @@ class TrajectoryWriter:
             "files": files,
         }
         self._write("record", [record], indent=1)
+        if self.path("record").stat().st_size > MAX_RECORD_BYTES:
+            raise OccGenError(
+                f"{self.episode.id}: has {self.episode.length} frames, whose images are more than "
+                "a record can list; cut it into parts, or build with --media none."
+            )
 
     def all_notes(self, scene: Scene) -> tuple[Note, ...]:
         """Those of the source, of the reconstruction, and of what was written."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -192,6 +193,21 @@ _LONG = 4
 """EXIF's type of 32-bit numbers; orientations are 16-bit ones, if not always."""
 
 
+MAX_SCANS = 100
+"""Of a progressive JPEG. Encoders make ten; each is decoded for the whole image, however small."""
+
+
+def _has_too_many_scans(file: BinaryIO) -> bool:
+    """Whether so many scans begin in a JPEG: their mark stands nowhere within one."""
+    place, found, last = file.tell(), 0, b""
+    file.seek(0)
+    while found <= MAX_SCANS and (piece := file.read(1 << 20)):
+        found += (last + piece).count(b"\xff\xda")
+        last = piece[-1:] if piece.endswith(b"\xff") else b""
+    file.seek(place)
+    return found > MAX_SCANS
+
+
 @contextmanager
 def _opened(path: Path, size: tuple[int, int] | None = None) -> Iterator[Image.Image]:
     """A JPEG or PNG of `size`, its header read; no other of Pillow's many formats is tried."""
@@ -204,6 +220,9 @@ def _opened(path: Path, size: tuple[int, int] | None = None) -> Iterator[Image.I
             raise damaged(path, error) from None
         if image.width * image.height > MAX_PIXELS:
             raise SourceError(path, f"claims {image.width} x {image.height} pixels", RESTORE)
+        if "progressive" in image.info and _has_too_many_scans(file):
+            problem = f"is a progressive JPEG of more than {MAX_SCANS} scans, and no camera's"
+            raise SourceError(path, problem, RESTORE)
         if size is not None and image.size != size:
             text = f"is {image.width} x {image.height} pixels, expected {size[0]} x {size[1]}"
             raise SourceError(path, text, RESTORE)

@@ -24,9 +24,10 @@ from typing import Self
 
 import numba
 import numpy as np
-from numba import njit, prange
+from numba import prange
 from numpy.typing import NDArray
 
+from occgen_hub.jit import njit
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.rays import OBSERVED, OCCUPIED, follow
 
@@ -153,7 +154,7 @@ def _shares(columns: int, packets: int, threads: int) -> NDArray[np.int64]:
     return shares
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _packet_column(camera, size, origin, shape, left):
     """The lists of the packets whose leftmost pixels are in image column `left`, downwards."""
     nx, ny, nz = shape[0], shape[1], shape[2]
@@ -177,7 +178,7 @@ def _packet_column(camera, size, origin, shape, left):
     return cells[:total].copy(), crossing[:total].copy(), lengths, rays
 
 
-@njit(cache=True)
+@njit()
 def _paths(camera, size, origin, shape, left, top, paths):
     """Write the cells of each ray of a packet; at which distances each begins and has ended."""
     fx, fy, cx, cy = camera
@@ -199,7 +200,7 @@ def _paths(camera, size, origin, shape, left, top, paths):
     return starts, ends
 
 
-@njit(cache=True)
+@njit()
 def _add(distance, paths, starts, ends, cells, crossing, total, places):
     """Add the cells that the rays of a packet are in at a distance; how many cells there are then.
 
@@ -224,14 +225,14 @@ def _add(distance, paths, starts, ends, cells, crossing, total, places):
     return total
 
 
-@njit(cache=True)
+@njit()
 def _twice(array):
     longer = np.empty(2 * len(array), array.dtype)
     longer[: len(array)] = array
     return longer
 
 
-@njit(cache=True, parallel=True, nogil=True)
+@njit(parallel=True, nogil=True)
 def _follow(cells, crossing, ends, rays, shares, state):
     one = np.uint64(1)
     for share in prange(len(shares)):

@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 
 import numba
 import numpy as np
-from numba import njit, prange
+from numba import prange
 from numpy.typing import NDArray
 
 from occgen_hub.geometry.poses import transform
+from occgen_hub.jit import njit
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.point_blocks import PointBlocks, into_blocks
 from occgen_hub.occupancy.ray_packets import RayPackets, follow_packets, packets_when_worth
@@ -166,7 +167,7 @@ def _column_order(width: int, threads: int) -> NDArray[np.int64]:
     return np.concatenate([columns[start::threads] for start in range(threads)])
 
 
-@njit(cache=True, parallel=True, nogil=True)
+@njit(parallel=True, nogil=True)
 def _mark_cloud(points, starts, low, high, camera_from_world, lower, voxel_size, shape, state):
     R = camera_from_world[:3, :3]
     t = camera_from_world[:3, 3]
@@ -197,7 +198,7 @@ def _mark_cloud(points, starts, low, high, camera_from_world, lower, voxel_size,
                 state[np.uint64(column)] = OCCUPIED  # Unsigned: see `packets._follow`.
 
 
-@njit(cache=True, parallel=True, nogil=True)
+@njit(parallel=True, nogil=True)
 def _trace_columns(fx, fy, cx, cy, columns, height, origin, shape, state, ends):
     keep = len(ends) > 0
     # As tuples: an array handed to the ray's function is counted as referenced, once a ray and by
@@ -229,7 +230,7 @@ def _collect(state: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.ui
     return visible, packed
 
 
-@njit(cache=True, parallel=True, nogil=True)
+@njit(parallel=True, nogil=True)
 def _collect_words(words, packed):
     """Eight cells at a time: a word is eight bytes of `state`, the first the lowest."""
     ones = np.uint64(0x0101010101010101)

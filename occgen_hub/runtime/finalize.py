@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from occgen_hub.atomic import clear_all_leftovers
 from occgen_hub.card import is_own, write_card
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.loading import trajectories
@@ -41,6 +43,10 @@ def finalize(out: Path, workers: int = 1) -> Summary:
     with output_lock(out):
         plan = read_plan(out)
         assert plan is not None
+        for folder in (out, *sorted(out.glob("*/")), *sorted(out.glob("*/*/"))):
+            clear_all_leftovers(folder)
+            for scratch in folder.glob(".*.scratch"):
+                shutil.rmtree(scratch, ignore_errors=True)
         records = [read_record(out, shard) for shard in range(len(plan.shards))]
         summary = summarize(plan, records)
         try:

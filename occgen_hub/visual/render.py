@@ -127,7 +127,7 @@ def called(trajectory: Trajectory) -> str:
 def rate(trajectory: Trajectory) -> float:
     """Frames a second."""
     fps = trajectory.info().get("fps")
-    if not isinstance(fps, int | float) or not 0 < fps <= 1000:
+    if not isinstance(fps, int | float) or not 0.001 <= fps <= 1000:
         raise DatasetError(trajectory.file("info"), "says no usable frames a second", REBUILD)
     return float(fps)
 

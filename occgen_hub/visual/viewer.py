@@ -7,10 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import quote
 
 import numpy as np
@@ -231,11 +232,43 @@ def save(
     The place is the caller's to make whole. Raises what `fill` does.
     """
     stream = need("rerun").RecordingStream(APPLICATION, recording_id=called(trajectory))
-    place.touch()  # Raises OSError where rerun says it in its own way.
-    stream.save(place, default_blueprint=_blueprint(trajectory))
-    fill(stream, trajectory, progress)
-    stream.flush()
-    stream.disconnect()
+    with place.open("wb") as file, _written_to(file) as pipe:
+        stream.save(pipe, default_blueprint=_blueprint(trajectory))
+        try:
+            fill(stream, trajectory, progress)
+            stream.flush()
+        finally:
+            stream.disconnect()
+
+
+@contextmanager
+def _written_to(file: BinaryIO) -> Iterator[str]:
+    """A path of which what is written goes to a file; raises OSError where that fails.
+
+    rerun's own writing waits for ever where the disk is full. Until the block ends, what a full
+    disk does not take is read and forgotten.
+    """
+    reading, writing = os.pipe()
+    failures: list[OSError] = []
+
+    def copy() -> None:
+        with os.fdopen(reading, "rb", buffering=0) as pipe:
+            while piece := pipe.read(1 << 20):
+                try:
+                    if not failures:
+                        file.write(piece)
+                except OSError as error:
+                    failures.append(error)
+
+    thread = threading.Thread(target=copy, name="recording", daemon=True)
+    thread.start()
+    try:
+        yield f"/dev/fd/{writing}"
+    finally:
+        os.close(writing)
+        thread.join()
+    for failure in failures:
+        raise failure
 
 
 @contextmanager
