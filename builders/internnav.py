@@ -88,6 +88,7 @@ class InternNavBuilder(DatasetBuilder):
     """Reads InternData-N1: RGB with poses, and depth where it is there."""
 
     name = "internnav"
+    takes_archives = True
 
     def episodes(self) -> Iterator[EpisodeRef]:
         """Every trajectory folder, or every episode of a scene's folder, sorted."""
