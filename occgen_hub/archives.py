@@ -78,7 +78,7 @@ def unpack(path: Path, folder: Path, reserve: Reserve, name: str | None = None) 
         if start[:2] == b"\x1f\x8b":
             hashed = _Hashed(file)
             with gzip.GzipFile(fileobj=io.BufferedReader(hashed, CHUNK)) as plain:
-                _unpack_tar(plain, writer)
+                _unpack_tar(plain, writer)  # type: ignore[arg-type]  # it reads as IO[bytes] does
             return Archive(said, size, hashed.hexdigest())
         if start[257:262] == b"ustar" or (start and not any(start)) or _is_old_tar(start):
             hashed = _Hashed(file)
@@ -192,7 +192,7 @@ def _unpack_tar(plain: IO[bytes], writer: _Writer) -> None:
     stream = _Forward(plain)
     with tarfile.open(fileobj=stream, mode="r:", errors="surrogateescape") as tar:
         for member in tar:
-            tar.members = []  # It keeps all, and memory would grow with their number.
+            tar.members = []  # type: ignore[attr-defined]  # It keeps all, and memory would grow.
             if member.isdir():
                 writer.make_folder(member.name)
             elif member.islnk():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -175,7 +175,7 @@ class HubSource:
         return scene_read
 
 
-def select_scenes(refs: Sequence[SceneRef], source: HubSource) -> Sequence[SceneRef]:
+def select_scenes(refs: list[SceneRef], source: HubSource) -> list[SceneRef]:
     """The scenes, of which there has to be one; raises UsageError."""
     if not refs:
         raise UsageError(

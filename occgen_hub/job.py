@@ -90,7 +90,8 @@ def list_refs(
             "Warning: %s: %d archives are unpacked beside themselves already: their folders count.",
             printable(str(root)), passed,
         )  # fmt: skip
-    found = sorted([*unpacked.values(), *kept], key=lambda ref: ref.id)
+    found: list[EpisodeRef | SceneRef] = [*unpacked.values(), *kept]
+    found.sort(key=lambda ref: ref.id)
     return _checked(builder, _selected(builder.root, found, scenes)[:limit])
 
 
@@ -122,7 +123,7 @@ def list_episodes(
     return _checked(builder, refs)
 
 
-def _selected[Ref: (EpisodeRef, SceneRef, EpisodeRef | SceneRef)](
+def _selected[Ref: EpisodeRef | SceneRef](
     root: Path | HubSource, refs: list[Ref], scenes: Sequence[str]
 ) -> list[Ref]:
     """Those of the scenes that match; raises UsageError where none does."""
@@ -135,9 +136,7 @@ def _selected[Ref: (EpisodeRef, SceneRef, EpisodeRef | SceneRef)](
     return found
 
 
-def _checked[Ref: (EpisodeRef, SceneRef, EpisodeRef | SceneRef)](
-    builder: DatasetBuilder, refs: list[Ref]
-) -> list[Ref]:
+def _checked[Ref: EpisodeRef | SceneRef](builder: DatasetBuilder, refs: list[Ref]) -> list[Ref]:
     seen = Counter(ref.id for ref in refs)
     if twice := [name for name, count in seen.items() if count > 1]:
         raise UsageError(f"{builder.root}: holds the episode {twice[0]} twice; rename one of them.")
@@ -332,7 +331,7 @@ def open_job(
                 f"--source {source}: is not read from the Hub; download {hub} and give its folder."
             )
         hub, listed = hub.listed()
-        found = _selected(hub, list(select_scenes(listed, hub)), scenes)
+        found: list[EpisodeRef | SceneRef] = [*_selected(hub, select_scenes(listed, hub), scenes)]
         refs = _checked(builder, found[:limit])
     for ref in refs:
         if isinstance(ref, EpisodeRef):

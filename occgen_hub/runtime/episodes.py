@@ -73,12 +73,14 @@ def build_episodes(
 
     def reconstruct_all() -> None:
         try:
-            for ref in refs:
+            for item in refs:
                 turn.acquire()
                 if stop.is_set():
                     return
-                given = isinstance(ref, EpisodeRef | SceneEpisode)
-                reconstructed.put(reconstruct(ref) if given else ref)
+                if isinstance(item, EpisodeRef | SceneEpisode):
+                    reconstructed.put(reconstruct(item))
+                else:
+                    reconstructed.put(item)
             reconstructed.put(None)
         except BaseException as error:
             reconstructed.put(error)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from occgen_hub.builder import DatasetBuilder, EpisodeRef
 from occgen_hub.episode_build import Built, Progress
@@ -88,7 +89,7 @@ class _Scenes:
                 yield from (Built(name, "present", 0) for name in known.episodes)
                 yield SceneResult(ref.id)
                 continue
-            opened = guarded(ref, self._job.out, lambda r=ref, p=room: self._fetch(r, p))
+            opened = guarded(ref, self._job.out, partial(self._fetch, ref, room))
             ahead.start()
             if isinstance(opened, Failure):
                 yield opened
@@ -198,7 +199,11 @@ class _Scenes:
 class _Ahead:
     """Items, of which the next is taken and prefetched in a thread when `start` is called."""
 
-    def __init__(self, refs, prefetch) -> None:  # type: ignore[no-untyped-def]
+    def __init__(
+        self,
+        refs: Iterator[EpisodeRef | SceneRef],
+        prefetch: Callable[[EpisodeRef | SceneRef], Room | None],
+    ) -> None:
         self._refs, self._prefetch = refs, prefetch
         self._thread: threading.Thread | None = None
         self._taken: list[tuple[EpisodeRef | SceneRef, Room | None] | BaseException | None] = []
