@@ -27,6 +27,7 @@ from occgen_hub.media import (
     is_jpeg,
     read_depth,
     read_rgb,
+    write_depth,
     write_jpeg,
     write_video,
 )
@@ -114,7 +115,8 @@ class TrajectoryWriter:
         """The source's own files, and the RGB video, made from the images where there is none.
 
         Every image is decoded once, by whoever comes first, so that a damaged one is not copied.
-        One that is no JPEG where the schema has JPEGs is encoded as one.
+        One that is no JPEG where the schema has JPEGs is encoded as one. Depth in another unit than
+        the schema's is written anew.
         """
         if media == "none":
             return
@@ -124,6 +126,10 @@ class TrajectoryWriter:
                 self._check_image(item)
                 if place.suffix == ".jpg" and not is_jpeg(item.path):
                     write_jpeg(place, read_rgb(item.path, self.episode.image_size))
+                    continue
+                if item.factor != 1:
+                    units = read_depth(item.path, self.episode.image_size)
+                    write_depth(place, units.astype(np.int64) * item.factor)
                     continue
             _take(item.path, place, link=media == "link")
         if not any(item.file == "video" for item in self.episode.media):
@@ -176,7 +182,12 @@ class TrajectoryWriter:
             "task_index": self.episode.task_index,
         }
         columns = {name: c for name, c in self.episode.columns.items() if name not in ours}
-        known = {name: c.values for name, c in columns.items() if name in features} | ours
+        known = {
+            name: c.values
+            for name, c in columns.items()
+            if name in features
+            and not (features[name].other_kinds and c.feature.info() != features[name].info())
+        } | ours
         for name, values in known.items():
             feature = features[name]
             kind = object if feature.dtype == "string" else feature.dtype

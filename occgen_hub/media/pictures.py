@@ -90,6 +90,12 @@ def write_jpeg(path: Path, image: NDArray[np.uint8]) -> None:
     Image.fromarray(image).save(path, "JPEG", quality=JPEG_QUALITY, subsampling=0)
 
 
+def write_depth(path: Path, units: NDArray[np.integer]) -> None:
+    """Write (H, W) depth as a 16-bit PNG; what 16 bits do not hold becomes 0, which is none."""
+    held = np.where(units <= 65535, units, 0).astype(np.uint16)
+    Image.fromarray(held).save(path, "PNG", compress_level=3)
+
+
 JPEG_QUALITY = 95
 """Of images that a source has in another format: beyond it, files grow and errors hardly shrink."""
 
