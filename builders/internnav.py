@@ -1,8 +1,9 @@
 """InternData-N1: a tree of groups, scenes and trajectories of RGB-D frames with poses.
 
-Two layouts of VLN-N1 are read, and that of VLN-CE, which `vlnce` knows. In the older one each trajectory is a folder with a dataset of its own; in
-the newer one a scene's folder holds many episodes, whose frames share one image folder, and
-`image_index` in meta/episodes_stats.jsonl says which are whose.
+Two layouts of VLN-N1 are read, and that of VLN-CE, which `vlnce` knows. In the older one each
+trajectory is a folder with a dataset of its own; in the newer one a scene's folder holds many
+episodes, whose frames share one image folder, and `image_index` in meta/episodes_stats.jsonl says
+which are whose.
 """
 
 from __future__ import annotations
