@@ -137,7 +137,7 @@ class HubSource:
         from huggingface_hub import HfApi
 
         api = HfApi(library_name="occgen-hub")
-        room.name = str(ref.path)
+        room.name = ref.name
         room.reserve(sum(max(file.bytes, BLOCK) + BLOCK for file in ref.files))
         place = room.folder / "hub"
         with _told(self, api.endpoint, ref):
@@ -151,7 +151,7 @@ class HubSource:
                 )
                 if (size := Path(path).stat().st_size) != file.bytes:
                     problem = f"has {size} bytes where the Hub lists {file.bytes}"
-                    raise SourceError(f"{ref.path}", problem, AGAIN)
+                    raise SourceError(ref.name, problem, AGAIN)
 
     def unpack(self, ref: SceneRef, room: Room) -> FetchedScene:
         """The scene of files that were downloaded to a room. Raises SourceError."""
@@ -165,11 +165,11 @@ class HubSource:
             target = root.joinpath(*parts)
             target.parent.mkdir(parents=True)
             scene.rename(target)
-            return FetchedScene(ref, room, root, str(ref.path), ref.bytes, ref.stamp)
+            return FetchedScene(ref, room, root, ref.name, ref.bytes, ref.stamp)
         file = ref.files[0]
         scene_read = unpack_scene(ref, place / file.path, room)
         if len(file.oid) == 64 and file.oid != scene_read.sha256:
-            raise SourceError(str(ref.path), "is not what the Hub lists (its SHA-256)", AGAIN)
+            raise SourceError(ref.name, "is not what the Hub lists (its SHA-256)", AGAIN)
         (place / file.path).unlink()
         room.give_back(max(file.bytes, BLOCK))
         return scene_read
@@ -194,7 +194,7 @@ def _told(source: HubSource, endpoint: str, ref: SceneRef | None = None) -> Iter
     import httpx
     from huggingface_hub import errors
 
-    name = str(source) if ref is None else str(ref.path).replace("hf:/", "hf://", 1)
+    name = str(source) if ref is None else ref.name
     loggers = [logging.getLogger(n) for n in ("huggingface_hub", "hf_xet")]
     before = [logger.level for logger in loggers]
     for logger in loggers:

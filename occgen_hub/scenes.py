@@ -55,6 +55,11 @@ class SceneRef:
     files: tuple[RemoteFile, ...] = ()
     archive: bool = True
 
+    @property
+    def name(self) -> str:
+        """What messages call it. A pathlib.Path has one slash where an address has two."""
+        return str(self.path).replace("hf:/", "hf://", 1) if self.files else str(self.path)
+
 
 @dataclass(frozen=True)
 class SceneRecord:
@@ -163,7 +168,7 @@ def unpack_scene(ref: SceneRef, path: Path, room: Room) -> FetchedScene:
     A single folder at the top that has the scene's name, or the group's and then the scene's, is
     the scene's own; anything else is taken to lie in the scene's folder.
     """
-    name = str(ref.path)
+    name = ref.name
     room.name = name
     content = room.folder / "content"
     content.mkdir()
