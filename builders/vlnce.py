@@ -155,8 +155,8 @@ def posed_rows(table: pa.Table, camera: str, path: Path) -> PosedRows:
     notes: tuple[Note, ...] = ()
     if missing := table.num_rows - len(rows):
         text = (
-            f"{path.name}: {missing} of {table.num_rows} rows have no {name}: their frames are left "
-            "out"
+            f"{path.name}: {missing} of {table.num_rows} rows have no {name}: their frames are "
+            "left out"
         )
         notes = (Note("rows without pose", text),)
     kept = [
