@@ -1,8 +1,9 @@
 """InternData-N1: a tree of groups, scenes and trajectories of RGB-D frames with poses.
 
-Two layouts are read. In the older one each trajectory is a folder with a dataset of its own; in
-the newer one a scene's folder holds many episodes, whose frames share one image folder, and
-`image_index` in meta/episodes_stats.jsonl says which are whose.
+Two layouts of VLN-N1 are read, and that of VLN-CE, which `vlnce` knows. In the older one each
+trajectory is a folder with a dataset of its own; in the newer one a scene's folder holds many
+episodes, whose frames share one image folder, and `image_index` in meta/episodes_stats.jsonl says
+which are whose.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ from occgen_hub.media import (
 )
 from occgen_hub.schema import Feature, feature_of, load_schema
 
+from . import vlnce
+
 DEPTH_UNITS = 10_000
 """Units of the depth PNGs in a metre."""
 
@@ -99,7 +102,7 @@ class Files:
 
     def all(self) -> list[Path]:
         """Every file that there is, in a fixed order."""
-        meta = [self.info, self.tasks, self.episodes, self.stats]
+        meta = list(dict.fromkeys((self.info, self.tasks, self.episodes, self.stats)))
         extra = [path for path in (self.video, self.cloud) if path is not None]
         return [*meta, self.parquet, *self.rgb.values(), *self.depth.values(), *extra]
 
@@ -108,12 +111,15 @@ class InternNavBuilder(DatasetBuilder):
     """Reads InternData-N1: RGB with poses, and depth where it is there."""
 
     name = "internnav"
+    takes_archives = True
 
     def episodes(self) -> Iterator[EpisodeRef]:
         """Every trajectory folder, or every episode of a scene's folder, sorted."""
         for folder in _dataset_folders(self.root, self.pass_over):
             parquets = _parquets(folder)
-            if _is_scene(folder, parquets):
+            if vlnce.cameras_of(folder):
+                yield from vlnce.refs(folder, "/".join(_name(self.root, folder, 2)), parquets)
+            elif _is_scene(folder, parquets):
                 parts = _name(self.root, folder, 2)
                 for index, path in sorted(parquets.items()):
                     yield EpisodeRef("/".join([*parts, path.stem]), folder, index)
@@ -126,6 +132,8 @@ class InternNavBuilder(DatasetBuilder):
 
         So there is behind what should be a folder and is none: `read` says what is wrong with it.
         """
+        if (camera := vlnce.camera_name(ref)) is not None:
+            return vlnce.has_depth(ref, camera)
         if not _is_scene(ref.path, _parquets(ref.path)):
             depth = ref.path.glob("videos/chunk-*/observation.images.depth")
             return any(map(_may_hold_depth, depth))
@@ -151,6 +159,8 @@ class InternNavBuilder(DatasetBuilder):
     def read(self, ref: EpisodeRef) -> Episode:
         """One episode, with what is wrong in its files noted or, if it matters, raised."""
         files = _locate(ref)
+        if (camera := vlnce.camera_name(ref)) is not None:
+            return self._read_camera(ref, files, camera)
         sources = files.all()
         info = read_json(files.info)
         _rows(files.stats)  # Made anew, but where it is damaged, so may be the rest.
@@ -201,6 +211,64 @@ class InternNavBuilder(DatasetBuilder):
                 *rate_notes,
                 *task_notes,
                 *cloud_notes,
+            ),
+        )
+
+    def _read_camera(self, ref: EpisodeRef, files: Files, camera: str) -> Episode:
+        """One camera of an episode of VLN-CE. Rows in which it has no pose are left out."""
+        info = read_json(files.info)
+        whole = read_parquet(files.parquet)
+        if whole.num_rows == 0:
+            raise SourceError(files.parquet, "holds no frames", "leave this trajectory out")
+        posed = vlnce.posed_rows(whole, camera, files.parquet)
+        length = len(posed.rows)
+        known = load_schema(self.schema).features
+        known = {name: feature for name, feature in known.items() if name != POSE}
+        columns, left_out = _columns(posed.table, known)
+        rgb, depth = (
+            _images_of_rows(found, posed.rows, whole.num_rows) for found in (files.rgb, files.depth)
+        )
+        if not rgb:
+            raise SourceError(files.parquet, f"has no images of the camera {camera}", RESTORE)
+        size = image_size(rgb[0])
+        _check_last(rgb, size)
+        _check_last(depth, size)
+        images = ImageSequence(rgb, size, read_rgb)
+        depths = ImageSequence(depth, size, read_depth)
+        K, view_notes = vlnce.intrinsics(size, length, self.hfov)
+        fps, rate_notes = _rate(info, None, files)
+        tasks = vlnce.instructions(read_jsonl(files.episodes), ref.index)
+        task_notes = []
+        if not tasks:
+            tasks = (Task("navigate"),)
+            text = f"{files.episodes.name} holds no instruction: the task is called 'navigate'"
+            task_notes = [Note("no task", text)]
+        return Episode(
+            id=ref.id,
+            length=length,
+            fps=fps,
+            robot_type=_text(info.get("robot_type")) or "unknown",
+            image_size=size,
+            read_rgb=images,
+            read_depth=(lambda t: depths(t) / vlnce.DEPTH_UNITS) if depth else None,
+            world_from_camera=posed.poses,
+            intrinsics=K,
+            assumed_view=True,
+            tasks=tasks,
+            task_index=np.zeros(length, np.int64),
+            columns={name: c for name, c in columns.items() if name not in LEROBOT},
+            media=(
+                *_image_media("rgb", rgb, images),
+                *_image_media("depth", depth, depths),
+            ),
+            fingerprint=self.fingerprint(files.all()),
+            notes=(
+                *posed.notes,
+                *_left_out(left_out, files),
+                *view_notes,
+                *_format_notes(rgb),
+                *rate_notes,
+                *task_notes,
             ),
         )
 
@@ -292,6 +360,8 @@ def _is_scene(folder: Path, parquets: Mapping[int, Path]) -> bool:
 
 def _locate(ref: EpisodeRef) -> Files:
     parquets = _parquets(ref.path)
+    if (camera := vlnce.camera_name(ref)) is not None:
+        return _locate_camera(ref, parquets, camera)
     meta = ref.path / "meta"
     parquet = parquets.get(ref.index, ref.path / f"data/chunk-000/episode_{ref.index:06d}.parquet")
     for path in (parquet, *(meta / name for name in META)):
@@ -314,6 +384,46 @@ def _locate(ref: EpisodeRef) -> Files:
         video=video if is_file(video) else None,
         cloud=next((path for path in clouds if is_file(path)), None),
     )
+
+
+def _locate_camera(ref: EpisodeRef, parquets: Mapping[int, Path], name: str) -> Files:
+    """The files of one camera of an episode of VLN-CE; it may lack meta files besides two."""
+    meta, camera = ref.path / "meta", vlnce.camera(ref, name)
+    chunk = f"data/chunk-{ref.index // vlnce.PER_CHUNK:03d}"
+    parquet = parquets.get(ref.index, ref.path / f"{chunk}/episode_{ref.index:06d}.parquet")
+    info, episodes = meta / "info.json", meta / "episodes.jsonl"
+    for path in (parquet, info, episodes):
+        opened(path).close()
+    return Files(
+        info=info,
+        tasks=episodes,
+        episodes=episodes,
+        stats=episodes,
+        parquet=parquet,
+        rgb=camera.rgb,
+        depth=camera.depth,
+        first=0,
+        video=None,
+        cloud=None,
+    )
+
+
+def _images_of_rows(found: dict[int, Path], rows: list[int], total: int) -> tuple[Path, ...]:
+    """The images of some rows of a table of `total`; none where there are none at all.
+
+    Raises SourceError where one is missing, or there are images of rows beyond the table.
+    """
+    if not found:
+        return ()
+    path = next(iter(found.values()))
+    for row in rows:
+        if row not in found:
+            stem = path.stem.rpartition("_")[0]
+            raise SourceError(path.with_name(f"{stem}_{row}{path.suffix}"), "is missing", RESTORE)
+    if (last := max(found)) >= total:
+        problem = f"is frame {last} of an episode whose parquet has {total} rows"
+        raise SourceError(found[last], problem, "remove it, or leave this trajectory out")
+    return tuple(found[row] for row in rows)
 
 
 def _images(folder: Path, suffixes: tuple[str, ...], chosen: range) -> dict[int, Path]:

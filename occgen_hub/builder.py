@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import os
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from occgen_hub.config import Condition
 from occgen_hub.engines import AUTO
@@ -39,7 +40,9 @@ class DatasetBuilder(ABC):
     version: to be changed whenever the same files give another episode, so that episodes are built
     again; schema: what it writes; engine: the name of the one that suits it when the user names
     none; takes_file: whether `root` may be a file; knows: what `--condition` may ask of every
-    episode, besides depth, which `has_depth` tells.
+    episode, besides depth, which `has_depth` tells; takes_archives: whether its scenes may be
+    archives, each of which it reads as a tree with that scene alone; hfov: degrees that a camera
+    sees from side to side, for sources that give no intrinsics, None for what the source assumes.
     """
 
     name: ClassVar[str]
@@ -48,10 +51,18 @@ class DatasetBuilder(ABC):
     engine: ClassVar[str] = AUTO
     takes_file: ClassVar[bool] = False
     knows: ClassVar[tuple[Condition, ...]] = ("intrinsics", "poses")
+    takes_archives: ClassVar[bool] = False
+    hfov: float | None = None
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._passed_over: set[Path] = set()
+
+    def at(self, root: Path) -> Self:
+        """The same builder for a tree elsewhere, such as that of an archive's content."""
+        other = copy.copy(self)
+        other.root, other._passed_over = root, set()
+        return other
 
     def pass_over(self, path: Path, error: OSError) -> None:
         """Warn, once, that something below the root cannot be looked into, and is left out.
@@ -130,11 +141,15 @@ def builder_names() -> list[str]:
     return sorted({point.name for point in entry_points(group="occgen_hub.builders")})
 
 
-def load_builder(name: str, root: Path) -> DatasetBuilder:
-    """The builder of that name for the tree at `root`; raises UsageError when none is installed."""
+def load_builder(name: str, root: Path, hfov: float | None = None) -> DatasetBuilder:
+    """The builder of that name for the tree at `root`; raises UsageError when none is installed.
+
+    hfov: degrees, see DatasetBuilder.
+    """
     for point in entry_points(group="occgen_hub.builders"):
         if point.name == name:
             builder: DatasetBuilder = point.load()(root)
+            builder.hfov = hfov
             return builder
     known = ", ".join(builder_names()) or "none"
     raise UsageError(f"--source {name}: no such source; installed are {known}.")

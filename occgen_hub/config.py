@@ -90,6 +90,11 @@ class Config(BaseModel):
     condition: tuple[Condition, ...] = Field(
         (), description="pi3x: what it is told besides the images: depth, intrinsics, poses"
     )
+    hfov: Annotated[float, Field(ge=5, le=170)] | None = Field(
+        None,
+        description="degrees that a camera sees from side to side, where the source gives no "
+        "intrinsics; 79 if not set",
+    )
     compile: bool = Field(
         False, description="networks: compile them first (torch.compile), for long builds"
     )

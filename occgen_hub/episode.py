@@ -63,7 +63,8 @@ class Episode:
     frames; read_rgb(t): (H, W, 3) uint8; read_depth(t): (H, W) float64, metres along the optical
     axis, 0 for none; world_from_camera: (T, 4, 4) float64, OpenCV axes, metres, in the source's
     world; intrinsics: (T, 3, 3) float64, pixels; task_index: (T,) int64 into `tasks`;
-    fingerprint: SHA-256 over the names and contents of the source's files.
+    fingerprint: SHA-256 over the names and contents of the source's files; assumed_view: whether
+    the intrinsics are not the source's, but made of a field of view.
     """
 
     id: str
@@ -81,6 +82,7 @@ class Episode:
     world_from_camera: NDArray[np.float64] | None = None
     intrinsics: NDArray[np.float64] | None = None
     notes: tuple[Note, ...] = ()
+    assumed_view: bool = False
 
 
 def check_episode(episode: Episode) -> Episode:

@@ -35,7 +35,10 @@ ARROW = {
 
 
 class Feature(BaseModel):
-    """A column: what `features` in info.json says of it, and whether every dataset has it."""
+    """A column: what `features` in info.json says of it, and whether every dataset has it.
+
+    other_kinds: whether a source may have something else under this name, which is passed through.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -43,6 +46,7 @@ class Feature(BaseModel):
     shape: tuple[Annotated[int, Field(ge=1)], ...]
     names: list[str] | None = None
     required: bool = True
+    other_kinds: bool = False
 
     @property
     def scalar(self) -> bool:

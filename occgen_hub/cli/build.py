@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from occgen_hub.cli.command import FOLDER, Examples, no_bar, say
+from occgen_hub.cli.command import FOLDER, SOURCE, Examples, no_bar, say
 from occgen_hub.cli.stopping import stop_if_asked
 from occgen_hub.errors import UsageError
 
@@ -39,8 +39,9 @@ CLUSTERS = {
 )
 @click.option("--source", default="internnav", show_default=True, help="What kind of source it is.")
 @click.option(
-    "--input", "root", type=FOLDER, required=True,
-    help="The root of the source tree; for videos also a single one.",
+    "--input", "root", type=SOURCE, required=True,
+    help="The root of the source tree, whose scenes may be archives; hf://datasets/ORG/NAME"
+    "[@REVISION][/FOLDER] for one on the Hub; for videos also a single one.",
 )  # fmt: skip
 @click.option("--output", "out", type=FOLDER, required=True, help="Where the dataset goes.")
 @click.option(
@@ -88,7 +89,28 @@ CLUSTERS = {
     help="Who builds the shards: this command, accelerate (a process a GPU), or datatrove, here or "
     "on a cluster.  [default: local, or accelerate where that started it]",
 )
-@click.option("--limit", type=click.IntRange(1), help="Build only the first so many episodes.")
+@click.option(
+    "--limit", type=click.IntRange(1),
+    help="Build only the first so many episodes; of archives and on the Hub, scenes.",
+)  # fmt: skip
+@click.option(
+    "--scenes", multiple=True, metavar="PATTERN",
+    help="Build only scenes whose GROUP/SCENE or name matches, as 'r2r/*'; repeatable.",
+)  # fmt: skip
+@click.option(
+    "--scratch", type=FOLDER,
+    help="Where scenes are unpacked and downloaded while they are built.  [default: .scratch in "
+    "the output]",
+)  # fmt: skip
+@click.option(
+    "--scratch-limit", default="64GB", show_default=True, metavar="SIZE",
+    help="Bytes in scratch at most, which workers share.",
+)  # fmt: skip
+@click.option(
+    "--hfov", type=float, metavar="DEGREES",
+    help="What cameras see from side to side, where the source has no intrinsics (VLN-CE).  "
+    "[default: 79]",
+)  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Build also what is there already.")
 @click.option(
     "--parquet-occupancy/--no-parquet-occupancy",
@@ -115,6 +137,8 @@ def build(
     shard: str | None,
     executor: str | None,
     dry_run: bool,
+    hfov: float | None,
+    scratch_limit: str,
     **options: Any,
 ) -> int:
     """Build an occupancy dataset from a source.
@@ -135,10 +159,14 @@ def build(
         threads.limit(threads.cores_each(ranks))  # Before numba and torch look for it.
 
     from occgen_hub.config import load_config
+    from occgen_hub.scratch import parse_bytes
 
     if condition is not None:
         settings += (f"condition=[{condition}]",)
+    if hfov is not None:
+        settings += (f"hfov={hfov}",)
     options["config"] = load_config(config, settings)
+    options["scratch_limit"] = parse_bytes(scratch_limit)
     if executor == "slurm":
         from occgen_hub.runtime.cluster import parse_slurm
 
@@ -197,7 +225,11 @@ def _open_cluster_job(options: dict[str, Any]) -> Job:
     """A job whose tasks have working folders and devices of their own."""
     from occgen_hub.job import open_job
 
-    absolute = {name: options[name].absolute() for name in ("root", "out")}
+    absolute = {
+        name: options[name].absolute()
+        for name in ("root", "out", "scratch")
+        if isinstance(options[name], Path)
+    }
     return replace(open_job(**options | absolute | {"device": "cpu"}), device=options["device"])
 
 

@@ -24,6 +24,17 @@ class _Place(click.Path):
         return super().convert(value, param, ctx)
 
 
+class Source(_Place):
+    """A path, or an address of the Hub, which is kept as it is written."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path, or the address."""
+        if isinstance(value, str) and value.startswith("hf://"):
+            return value
+        return super().convert(value, param, ctx)
+
+
+SOURCE = Source(file_okay=True, dir_okay=True, path_type=Path)
 FOLDER = _Place(file_okay=True, dir_okay=True, path_type=Path)
 
 

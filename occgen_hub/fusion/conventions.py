@@ -49,13 +49,15 @@ HARDLY = 0.25
 class Convention:
     """Another way in which poses or depth may have been meant.
 
-    meaning: after "as if"; remedy: what to do.
+    meaning: after "as if"; remedy: what to do; hfov: degrees that the camera sees across, None as
+    given.
     """
 
     meaning: str
     remedy: str
     poses: Callable[[NDArray[np.float64]], NDArray[np.float64]] = lambda poses: poses
     factor: float = 1.0
+    hfov: float | None = None
 
 
 def _opengl(poses: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -96,8 +98,22 @@ CONVENTIONS = (
 )
 
 
-def check_conventions(views: Views, episode: str, config: Config) -> list[Note]:
+HFOVS = (42, 50, 55, 60, 65, 70, 75, 79, 84, 90, 95, 100, 110, 120)
+"""Degrees, fields of view that are tried where that of the camera is not known."""
+
+MARGIN = 2 / 3
+"""Another field of view is named in a note where no more disagrees than that share of what
+disagrees with the one assumed."""
+
+
+def check_conventions(
+    views: Views, episode: str, config: Config, *, assumed_view: bool = False
+) -> list[Note]:
     """Compare frames that see the same places from different sides.
+
+    assumed_view: whether the source does not say what its cameras see, so that other fields of view
+    are tried as well.
+
 
     Raises OccGenError where they contradict one another, but agree under another convention of
     poses or unit of depth, which it names. Returns a note where they contradict one another for
@@ -107,9 +123,12 @@ def check_conventions(views: Views, episode: str, config: Config) -> list[Note]:
         return []
     pairs = _pairs(views, config)
     given = _agreement(pairs, Convention("", ""))
-    if not pairs or (given is not None and given >= POOR):
+    if not pairs:
         return []
-    tried = [(_agreement(pairs, other), other) for other in CONVENTIONS]
+    if given is not None and given >= POOR:
+        return _view_note(pairs, given) if assumed_view else []
+    others = (*CONVENTIONS, *(_VIEWS if assumed_view else ()))
+    tried = [(_agreement(pairs, other), other) for other in others]
     found = [(share, other) for share, other in tried if share is not None]
     if found:
         share, other = max(found, key=lambda row: row[0])
@@ -121,6 +140,8 @@ def check_conventions(views: Views, episode: str, config: Config) -> list[Note]:
                 f"to another), but would agree ({share:.0%}) as if {other.meaning}; "
                 f"{other.remedy}."
             )
+    if assumed_view and given is not None and (notes := _view_note(pairs, given)):
+        return notes
     if given is None or given >= HARDLY:
         return []
     text = (
@@ -128,6 +149,32 @@ def check_conventions(views: Views, episode: str, config: Config) -> list[Note]:
         "and intrinsics belong together; do not use this unless nearly everything moved"
     )
     return [Note("frames disagree", text)]
+
+
+def _seen(hfov: float) -> Convention:
+    return Convention(
+        f"cameras saw about {hfov:g} degrees from side to side",
+        f"give their field of view, perhaps --hfov {hfov:g}",
+        hfov=hfov,
+    )
+
+
+_VIEWS = tuple(_seen(hfov) for hfov in HFOVS)
+
+
+def _view_note(pairs: list[tuple[DepthMap, DepthMap]], given: float) -> list[Note]:
+    """A note where frames agree clearly better under another field of view than the assumed one."""
+    tried = [(share, view) for view in _VIEWS if (share := _agreement(pairs, view)) is not None]
+    share, best = max(tried, key=lambda row: row[0], default=(0.0, None))
+    if best is None or best.hfov is None or 1 - share > MARGIN * (1 - given):
+        return []
+    K, width = pairs[0][0].K, pairs[0][0].depth.shape[1]
+    assumed = 2 * np.degrees(np.arctan(width / 2 / K[0, 0]))
+    text = (
+        f"frames agree better ({share:.0%} of the depth) as if cameras saw about {best.hfov:g} "
+        f"degrees from side to side than with {assumed:.3g} ({given:.0%}): check --hfov"
+    )
+    return [Note("field of view", text)]
 
 
 def _pairs(views: Views, config: Config) -> list[tuple[DepthMap, DepthMap]]:
@@ -165,8 +212,13 @@ def _agreement(pairs: list[tuple[DepthMap, DepthMap]], convention: Convention) -
 
 
 def _meant(view: DepthMap, convention: Convention) -> DepthMap:
-    """A depth map with its pose and depth as a convention has them."""
+    """A depth map with its pose, depth and field of view as a convention has them."""
+    K = view.K
+    if convention.hfov is not None:
+        K = K.copy()
+        wanted = view.depth.shape[1] / 2 / np.tan(np.radians(convention.hfov) / 2)
+        K[[0, 1], [0, 1]] *= wanted / K[0, 0]
     factor = np.float32(convention.factor)
     pixels = view.pixels * np.array([factor, 1 / factor, 1 / factor, factor], np.float32)
     pose = np.ascontiguousarray(convention.poses(view.world_from_camera))
-    return replace(view, depth=view.depth * factor, pixels=pixels, world_from_camera=pose)
+    return replace(view, depth=view.depth * factor, pixels=pixels, K=K, world_from_camera=pose)

@@ -218,7 +218,12 @@ class TrajectoryWriter:
             "task_index": self.episode.task_index,
         }
         columns = {name: c for name, c in self.episode.columns.items() if name not in ours}
-        known = {name: c.values for name, c in columns.items() if name in features} | ours
+        known = {
+            name: c.values
+            for name, c in columns.items()
+            if name in features
+            and not (features[name].other_kinds and c.feature.info() != features[name].info())
+        } | ours
         for name, values in known.items():
             feature = features[name]
             kind = object if feature.dtype == "string" else feature.dtype
