@@ -1,7 +1,7 @@
 """The dataset card: a README.md at the root of a dataset, as the Hugging Face Hub reads it.
 
-All that it says is taken from the index, so that the same trajectories have the same card, also of a
-dataset of which only a part is on this disk.
+All that it says is taken from the index, so that the same trajectories have the same card, also
+where only a part of the dataset is on this disk.
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ class Facts:
     features: the columns that all trajectories have alike; partial: the names of the others; grids:
     shape, voxel_size (metres) and pc_range (metres) of each that there is; records: what else was
     found in the trajectories' records, by key, as JSON; licences: of weights, by network; quality:
-    of each trajectory that has it; moving: how many trajectories have cells that move; splits: how many
-    trajectories each split has; source_licences: of what was recorded, None where the source does not say.
+    of each trajectory that has it; moving: how many trajectories have cells that move; splits: how
+    many trajectories each split has; source_licences: of what was recorded, None where the source
+    does not say.
     """
 
     trajectories: int = 0
@@ -298,9 +299,9 @@ def _splits(facts: Facts) -> Iterator[str]:
         for name in ("train", "validation")
     )
     yield (
-        f"The index, `{INDEX}/*.parquet`, has a row for each trajectory: its frames, grid, field of "
-        "view, quality, checksums, and the files and row groups of its occupancy. Its column `split` "
-        f"is fixed by the name of the scene: {counts}.\n"
+        f"The index, `{INDEX}/*.parquet`, has a row for each trajectory: its frames, grid, field "
+        "of view, quality, checksums, and the files and row groups of its occupancy. Its column "
+        f"`split` is fixed by the name of the scene: {counts}.\n"
     )
 
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -270,7 +271,7 @@ def read_entries(root: Path) -> dict[str, Entry]:
 def entries(table: pa.Table) -> Iterable[Entry]:
     """The rows of a table of SCHEMA as entries."""
     for row in table.to_pylist():
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
         yield Entry(**values)
 
 

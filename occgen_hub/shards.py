@@ -2,8 +2,8 @@
 
 They hold what the npz files of the trajectories hold, for readers that have only `datasets` or
 pyarrow. A shard belongs to one scene: `occupancy/BB/SCENE-NNN.parquet`, where BB is the scene's
-bucket (see `index`). It depends on nothing but the trajectories of that scene, so a dataset grows scene by
-scene, and shards that are written stay as they are.
+bucket (see `index`). It depends on nothing but the trajectories of that scene, so a dataset grows
+scene by scene, and shards that are written stay as they are.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from occgen_hub.index import (
     describe,
     entries,
     file_stem,
+    part_bytes,
     parts,
     read_entries,
     read_index,
@@ -64,8 +65,8 @@ REMAKE = "remove it and run the build again"
 
 GROUP_BYTES = 5_000_000
 GROUP_ROWS = 32
-"""Bytes of packed masks, and frames, of a row group at most. A row group is the least that is read to
-have one frame: 8 frames at the seed's grid, read in 2 ms."""
+"""Bytes of packed masks, and frames, of a row group at most. A row group is the least that is read
+to have one frame: 8 frames at the seed's grid, read in 2 ms."""
 
 RUN_FINALIZE = "run occgen-hub finalize on the dataset"
 
@@ -184,14 +185,14 @@ def write_shards(
     folder = out / FOLDER
     for partial in folder.rglob(".*.partial"):
         partial.unlink()
-    known = _known(out)
+    known, trusted = _known(out)
     scenes = _scenes(root, leave_out)
     plan = [
         shard
         for scene, found in scenes.items()
         for shard in _plan(scene, _pieces(found, shard_bytes), shard_bytes)
     ]
-    missing, digests = [], _digests(known)
+    missing, digests = [], _digests(trusted)
     there = set(_own_shards(out))
     for shard in plan:
         place = out / shard.name
@@ -201,7 +202,7 @@ def write_shards(
     _write_all(missing, workers)
     kept = [] if drop_missing else _elsewhere(known, scenes)
     rows = [
-        describe(episode, path, known.get(episode))
+        describe(episode, path, trusted.get(episode))
         for found in scenes.values()
         for episode, path in found
     ]
@@ -214,10 +215,10 @@ def write_shards(
 def remove_shards(root: Path) -> None:
     """Remove the shards of the scenes that are here, also from the index, which is updated."""
     folder = root / FOLDER
-    known = _known(root)
+    known, trusted = _known(root)
     scenes = _scenes(root, ())
     rows = [
-        describe(episode, path, known.get(episode)).without_shards()
+        describe(episode, path, trusted.get(episode)).without_shards()
         for found in scenes.values()
         for episode, path in found
     ]
@@ -238,13 +239,19 @@ def _remove(paths: Iterable[Path], folder: Path) -> None:
             empty.rmdir()
 
 
-def _known(out: Path) -> dict[str, Entry]:
-    """The entries that there are; a damaged part of the index has none, and is made anew."""
+def _known(out: Path) -> tuple[dict[str, Entry], dict[str, Entry]]:
+    """The entries that there are, and those of parts that are as they were written, byte for byte.
+
+    A damaged part of the index has none, and is made anew.
+    """
     known: dict[str, Entry] = {}
+    trusted: dict[str, Entry] = {}
     for path in parts(out):
         with suppress(DatasetError):
-            known |= {row.episode: row for row in entries(read_part(path))}
-    return known
+            rows = {row.episode: row for row in entries(read_part(path))}
+            known |= rows
+            trusted |= rows if path.read_bytes() == part_bytes(rows.values()) else {}
+    return known, trusted
 
 
 def _elsewhere(known: dict[str, Entry], scenes: Collection[str]) -> list[Entry]:

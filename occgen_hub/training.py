@@ -441,7 +441,7 @@ def _grid(root: Path, table: pa.Table) -> Grid:
     sound = len(first) == 10 and np.isfinite([size, *low]).all() and size > 0 and min(shape) > 0
     if not sound:
         raise DatasetError(root / INDEX, "does not describe a grid", FINALIZE)
-    grid = Grid((*low[:3],), size, (*(int(n) for n in shape),))
+    grid = Grid((*low[:3],), size, tuple(int(n) for n in shape))  # type: ignore[arg-type]  # three
     if grid.cells > MAX_CELLS:
         problem = f"has a grid of more than {MAX_CELLS} cells"
         raise DatasetError(root / INDEX, problem, FINALIZE)

@@ -84,9 +84,9 @@ def validate(
     Files and folders, checksums, meta files against their JSON Schemas, columns and arrays against
     the schema and each other, poses, intrinsics, and that the visible cells of each frame are
     those that its rays, stopped by those cells, reach: what `occ.mask` says was observed. Then the
-    index and the Parquet shards, row by row against the trajectories. Of a dataset that is partly on
-    this disk, what is here is checked.
-    An export is checked against its record and itself (see `lerobot.exported.check_export`). Links
+    index and the Parquet shards, row by row against the trajectories. Of a dataset that is partly
+    on this disk, what is here is checked. An export is checked against its record and itself (see
+    `lerobot.exported.check_export`). Links
     that lead out of the dataset are findings, and what they lead to is not read.
 
     Trajectories whose frames do not agree well, as their records say, are warnings.
