@@ -360,7 +360,10 @@ def _indexed(root: Path, media: bool) -> _Index:
         )
     table = table.filter(pa.array(_are_here(root, table, media))).combine_chunks()
     if not table.num_rows:
-        raise UsageError(f"{root}: has an index, but no episode of it is here; fetch its files.")
+        raise UsageError(
+            f"{root}: has an index, but the files of no episode are here; fetch them or, where it was "
+            "built, run occgen-hub finalize on it."
+        )
     grid = _grid(root, table)
     frames = table["frames"].to_numpy()
     try:
