@@ -33,7 +33,7 @@ from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.visibility import OBSERVED, OCCUPIED, trace
 from occgen_hub.prefetch import prefetch
 from occgen_hub.schema import ArraySpec, Feature, FileSpec
-from occgen_hub.shards import check_shards
+from occgen_hub.shards import check_shards, missing_shards
 
 MAX_DIMENSIONS = 5
 MAX_FINDINGS = 20
@@ -87,9 +87,10 @@ def validate(
     Files and folders, checksums, meta files against their JSON Schemas, columns and arrays against
     the schema and each other, poses, intrinsics, and that the visible cells of each frame are
     those that its rays, stopped by those cells, reach: what `occ.mask` says was observed. Then the
-    Parquet shards of the whole dataset, where there are some, row by row against its trajectories.
-    An export is checked against its record and itself (see `lerobot.export_check.check_export`).
-    Links that lead out of the dataset are findings, and what they lead to is not read.
+    index and the Parquet shards, row by row against the trajectories. Of a dataset that is partly
+    on this disk, what is here is checked. An export is checked against its record and itself (see
+    `lerobot.export_check.check_export`). Links that lead out of the dataset are findings, and what
+    they lead to is not read.
 
     Trajectories whose frames do not agree well, as their records say, are warnings.
     """
@@ -123,10 +124,11 @@ def validate(
                 grids.append((path, check.trajectory.grid))
         progress(number + 1, len(found))
     findings += _unlike(grids)
-    findings += _shards(root, findings)
+    shard_findings, notes = _shards(root, findings)
+    findings += shard_findings
     findings += _leftovers(root)
     others = (finding for finding in findings if finding.file not in links)
-    warnings = tuple(_warning(*texts) for texts in poor.values())
+    warnings = (*(_warning(*texts) for texts in poor.values()), *notes)
     return Report(str(root), len(found), frames, (*links.values(), *others), warnings)
 
 
@@ -170,15 +172,24 @@ def _unlike(grids: list[tuple[Path, Grid]]) -> Iterator[Finding]:
             return
 
 
-def _shards(root: Path, findings: list[Finding]) -> list[Finding]:
-    """What is wrong with the occupancy shards and was not found in the trajectories already."""
+def _shards(root: Path, findings: list[Finding]) -> tuple[list[Finding], list[str]]:
+    """What is wrong with index and shards and was not found in the trajectories already.
+
+    Also sentences on what is not here, of which a dataset may be only a part.
+    """
     known = {finding.file for finding in findings}
     try:
-        check_shards(root)
+        errors = [error for error in check_shards(root) if error.path not in known]
+        missing, count = missing_shards(root)
     except SourceError as error:
-        if error.path not in known:
-            return [Finding(error.path, error.problem, error.remedy)]
-    return []
+        return [Finding(error.path, error.problem, error.remedy)], []
+    notes = []
+    if missing:
+        notes.append(
+            f"{root}: {len(missing)} of the {count} shards that the index has are not here, "
+            f"{missing[0]} for one; fetch them to have the whole dataset."
+        )
+    return [Finding(error.path, error.problem, error.remedy) for error in errors], notes
 
 
 def _leftovers(root: Path) -> Iterator[Finding]:

@@ -28,6 +28,7 @@ GROUND_TO_ROOF = [
     "scene",
     "pipeline",
     "loading",
+    "index",
     "shards",
     "training",
     "lerobot",

@@ -17,6 +17,7 @@ from lerobot.utils.constants import HF_LEROBOT_HUB_CACHE
 
 from occgen_hub.errors import DatasetError, UsageError
 from occgen_hub.hub_token import check_sendable
+from occgen_hub.index import INDEX, parts
 from occgen_hub.lerobot.export_check import AGAIN
 from occgen_hub.loading import SCHEMA
 from occgen_hub.schema import load_schema
@@ -112,7 +113,7 @@ class LeRobotOccupancyDataset(LeRobotDataset):  # type: ignore[misc]  # lerobot 
 
     def _fetch_occupancy(self, root: str | Path | None, token: Any) -> None:
         """Have the shards beside what LeRobot fetched, of which it may leave them out."""
-        if shards(Path(self.root)):
+        if shards(Path(self.root)) and parts(Path(self.root)):
             return
         place = {"cache_dir": HF_LEROBOT_HUB_CACHE} if root is None else {"local_dir": root}
         try:
@@ -120,7 +121,7 @@ class LeRobotOccupancyDataset(LeRobotDataset):  # type: ignore[misc]  # lerobot 
                 self.repo_id,
                 repo_type="dataset",
                 revision=self.revision,
-                allow_patterns=f"{FOLDER}/*.parquet",
+                allow_patterns=[f"{FOLDER}/*.parquet", f"{INDEX}/*.parquet"],
                 token=token,
                 **place,
             )

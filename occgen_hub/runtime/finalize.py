@@ -11,6 +11,7 @@ from typing import Any
 from occgen_hub.atomic import clear_all_leftovers
 from occgen_hub.card import is_own, write_card
 from occgen_hub.errors import OccGenError, UsageError
+from occgen_hub.index import parts
 from occgen_hub.loading import trajectories
 from occgen_hub.runtime.lock import LOGS, is_held, output_lock
 from occgen_hub.runtime.records import PLAN, Plan, Record, read_plan, read_record, records_digest
@@ -52,7 +53,7 @@ def finalize(out: Path, workers: int = 1) -> Summary:
         summary = summarize(plan, records)
         try:
             write_failures(out, [*summary.failures, *_other_failures(out, plan)])
-            if trajectories(out):
+            if trajectories(out) or parts(out):
                 if plan.parquet_occupancy:
                     overwrite = any(record.began.get("overwrite") for record in records)
                     write_shards(out, workers, overwrite=overwrite)
