@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from occgen_hub.api import build, finalize, load_episode, push
+    from occgen_hub.camera_mapping import CameraMapping
     from occgen_hub.config import Config
     from occgen_hub.exporting import export
     from occgen_hub.lerobot.dataset import LeRobotOccupancyDataset
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from occgen_hub.validation import validate
 
 __all__ = [
+    "CameraMapping",
     "Config",
     "LeRobotOccupancyDataset",
     "OccupancyDataset",
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 _PLACES = {
+    "CameraMapping": "camera_mapping",
     "Config": "config",
     "LeRobotOccupancyDataset": "lerobot.dataset",
     "OccupancyDataset": "training",

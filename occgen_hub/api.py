@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -10,6 +10,7 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from occgen_hub.camera_mapping import CameraMapping
 from occgen_hub.config import Config
 from occgen_hub.engines import AUTO
 from occgen_hub.errors import DatasetError, UsageError
@@ -29,6 +30,7 @@ def build(
     root: str | Path,
     out: str | Path,
     *,
+    cameras: Sequence[CameraMapping] = (),
     engine: str = AUTO,
     weights: str | Path | None = None,
     device: str | None = None,
@@ -42,7 +44,8 @@ def build(
 ) -> Summary:
     """Build an occupancy dataset from a source, as `occgen-hub build` does.
 
-    source: what kind it is, "internnav" or "video"; root: where it is; out: the dataset's folder;
+    source: what kind it is, "internnav", "capture" or "video"; root: where it is; out: the
+    dataset's folder; cameras: what the files do not say of its cameras;
     config: the settings, metres where they are lengths; workers: processes; limit: the first so
     many episodes only; shard: (i, n) to build share i of n, numbered from 0, of the episodes, for
     `finalize`; the others as the command's options of their names. What is there already
@@ -62,6 +65,7 @@ def build(
         source,
         Path(root),
         Path(out),
+        cameras=cameras,
         engine=engine,
         weights=None if weights is None else Path(weights),
         device=device,

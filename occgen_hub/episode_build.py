@@ -191,7 +191,14 @@ def why_outdated(
 
 def provenance(builder: DatasetBuilder, engine: Engine, settings: Settings) -> Provenance:
     """What is recorded of how an episode was built."""
-    return Provenance(builder.name, engine.name, engine.weights(), settings.config, settings.media)
+    return Provenance(
+        builder.name,
+        engine.name,
+        engine.weights(),
+        settings.config,
+        settings.media,
+        tuple(camera.said() for camera in builder.cameras),
+    )
 
 
 def _write(

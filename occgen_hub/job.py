@@ -14,6 +14,7 @@ from occgen_hub.builder import (
     builder_names,
     load_builder,
 )
+from occgen_hub.camera_mapping import CameraMapping
 from occgen_hub.config import Config
 from occgen_hub.engines import AUTO, Auto, Engine, load_engine, network_engine
 from occgen_hub.episode_build import Settings, why_outdated
@@ -165,13 +166,18 @@ class Job:
     def choices(self) -> str:
         """How its episodes are built, whichever they are: the same on all devices."""
         engine = self.settings.engine.on("cpu")
-        return str([self.builder.name, replace(self.settings, engine=engine, overwrite=False)])
+        settings = replace(self.settings, engine=engine, overwrite=False)
+        return str([self.builder.name, self.builder.cameras, settings])
 
     def described(self) -> dict[str, Any]:
         """What a report says of it."""
         settings = self.settings
+        root = printable(str(self.builder.root))
+        source: dict[str, Any] = {"builder": self.builder.name, "root": root}
+        if cameras := [camera.said() for camera in self.builder.cameras]:
+            source["cameras"] = cameras
         return {
-            "source": {"builder": self.builder.name, "root": printable(str(self.builder.root))},
+            "source": source,
             "output": printable(str(self.out)),
             "engine": settings.engine.name,
             "config": settings.config.model_dump(mode="json"),
@@ -184,6 +190,7 @@ def open_job(
     root: Path,
     out: Path,
     *,
+    cameras: Sequence[CameraMapping] = (),
     engine: str = AUTO,
     weights: Path | None = None,
     device: str | None = None,
@@ -199,7 +206,7 @@ def open_job(
     """
     config = config or Config()
     check_paths(root, out)
-    builder = load_builder(source, root)
+    builder = load_builder(source, root, cameras)
     refs = list_episodes(builder, limit)
     for ref in refs:
         check_replaceable(out / ref.id, load_schema(builder.schema))

@@ -34,7 +34,7 @@ from occgen_hub.files import (
 )
 from occgen_hub.geometry.cloud import Cloud
 from occgen_hub.geometry.ply import read_ply
-from occgen_hub.media import MAX_PIXELS, VideoReader, read_depth, read_rgb
+from occgen_hub.media import DEPTH_UNITS, MAX_PIXELS, VideoReader, read_depth, read_rgb
 from occgen_hub.occupancy.codec import unpack
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.schema import Schema, load_schema
@@ -458,4 +458,4 @@ class Trajectory:
     def depth(self, frame: int) -> NDArray[np.float64] | None:
         """(H, W) float64 metres, or None where depth was left out."""
         path = self.file("depth", frame)
-        return read_depth(path, self.image_size) / 10_000 if path.is_file() else None
+        return read_depth(path, self.image_size) / DEPTH_UNITS if path.is_file() else None

@@ -17,6 +17,7 @@ GROUND_TO_ROOF = [
     "schema",
     "config",
     "geometry",
+    "camera_mapping",
     "episode",
     "views",
     "sample",

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from occgen_hub.cli.command import FOLDER, Examples, no_bar
+from occgen_hub.cli.command import FOLDER, Examples, no_bar, with_options
+from occgen_hub.cli.mapping import MAPPING, take_cameras
 from occgen_hub.cli.stopping import stop_if_asked
 from occgen_hub.errors import UsageError
 
@@ -108,6 +109,7 @@ CLUSTERS = {
     "--slurm", multiple=True, metavar="KEY=VALUE",
     help="An option of sbatch: partition=NAME, time=24:00:00, qos, account; repeatable.",
 )  # fmt: skip
+@with_options(*MAPPING)
 def build(
     condition: str | None,
     config: Path | None,
@@ -139,6 +141,7 @@ def build(
     if condition is not None:
         settings += (f"condition=[{condition}]",)
     options["config"] = load_config(config, settings)
+    options["cameras"] = take_cameras(options)
     if executor == "slurm":
         from occgen_hub.runtime.cluster import parse_slurm
 

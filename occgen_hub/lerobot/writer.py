@@ -27,6 +27,7 @@ from occgen_hub.media import (
     is_jpeg,
     read_depth,
     read_rgb,
+    write_depth,
     write_jpeg,
     write_video,
 )
@@ -44,7 +45,8 @@ Media = Literal["copy", "link", "none"]
 class Provenance:
     """Where a trajectory comes from: the builder's name, the engine's, and the configuration.
 
-    weights: of the engine's network, None where it has none.
+    weights: of the engine's network, None where it has none; cameras: what the user said of the
+    source's cameras, see `CameraMapping.said`.
     """
 
     builder: str
@@ -52,12 +54,14 @@ class Provenance:
     weights: dict[str, Any] | None
     config: Config
     media: Media
+    cameras: tuple[dict[str, Any], ...] = ()
 
     def record(self, schema: Schema, episode: str, fingerprint: str) -> dict[str, Any]:
         """What a later run compares to tell whether the trajectory is still what it would build."""
+        source = {"builder": self.builder, "episode": episode, "fingerprint": fingerprint}
         return {
             "schema": {"name": schema.name, "version": schema.version},
-            "source": {"builder": self.builder, "episode": episode, "fingerprint": fingerprint},
+            "source": {**source, "cameras": list(self.cameras)} if self.cameras else source,
             "engine": self.engine,
             **({} if self.weights is None else {"weights": self.weights}),
             "config": self.config.model_dump(mode="json"),
@@ -114,12 +118,17 @@ class TrajectoryWriter:
         """The source's own files, and the RGB video, made from the images where there is none.
 
         Every image is decoded once, by whoever comes first, so that a damaged one is not copied.
-        One that is no JPEG where the schema has JPEGs is encoded as one.
+        One that is no JPEG where the schema has JPEGs is encoded as one, and so is what is not in
+        the source's files as it is to be written.
         """
         if media == "none":
             return
         for item in self.episode.media:
             place = self.path(item.file, item.frame)
+            if item.read is not None:
+                write = write_jpeg if "RGB" in self.schema.files[item.file].modes else write_depth
+                write(place, item.read())
+                continue
             if self.schema.files[item.file].kind == "image":
                 self._check_image(item)
                 if place.suffix == ".jpg" and not is_jpeg(item.path):

@@ -2,6 +2,7 @@
 
 from occgen_hub.media.damage import MAX_PIXELS, MEND, RESTORE
 from occgen_hub.media.pictures import (
+    DEPTH_UNITS,
     ImageSequence,
     PictureFacts,
     image_size,
@@ -10,6 +11,7 @@ from occgen_hub.media.pictures import (
     read_depth,
     read_picture,
     read_rgb,
+    write_depth,
     write_jpeg,
 )
 from occgen_hub.media.video import (
@@ -25,6 +27,7 @@ from occgen_hub.media.video import (
 from occgen_hub.media.writing import VideoWriter, write_video
 
 __all__ = [
+    "DEPTH_UNITS",
     "MAX_PIXELS",
     "MEND",
     "RESTORE",
@@ -45,6 +48,7 @@ __all__ = [
     "survey_video",
     "video_facts",
     "video_frames",
+    "write_depth",
     "write_jpeg",
     "write_video",
 ]

@@ -90,6 +90,18 @@ def write_jpeg(path: Path, image: NDArray[np.uint8]) -> None:
     Image.fromarray(image).save(path, "JPEG", quality=JPEG_QUALITY, subsampling=0)
 
 
+def write_depth(path: Path, metres: NDArray[np.floating]) -> None:
+    """Write (H, W) depth as 16-bit PNG, `DEPTH_UNITS` a metre, 0 for none.
+
+    What is farther than 16 bits can say, 6.5535 metres, becomes none.
+    """
+    units = np.rint(metres * DEPTH_UNITS)
+    Image.fromarray(np.where(units > 65535, 0, units).astype(np.uint16)).save(path, "PNG")
+
+
+DEPTH_UNITS = 10_000
+"""Units of written depth images in a metre."""
+
 JPEG_QUALITY = 95
 """Of images that a source has in another format: beyond it, files grow and errors hardly shrink."""
 
