@@ -132,9 +132,7 @@ def builder_names() -> list[str]:
     return sorted({point.name for point in entry_points(group="occgen_hub.builders")})
 
 
-def load_builder(
-    name: str, root: Path, cameras: Sequence[CameraMapping] = ()
-) -> DatasetBuilder:
+def load_builder(name: str, root: Path, cameras: Sequence[CameraMapping] = ()) -> DatasetBuilder:
     """The builder of that name for the tree at `root`.
 
     Raises UsageError when none is installed, when what is installed is no builder, and when it has
@@ -150,9 +148,7 @@ def load_builder(
     return kind(root, cameras) if cameras else kind(root)
 
 
-_OPTIONS = {"depth_unit": "depth_scale"} | dict.fromkeys(
-    ("rgb", "depth", "pose", "info"), "topics"
-)
+_OPTIONS = {"depth_unit": "depth_scale"} | dict.fromkeys(("rgb", "depth", "pose", "info"), "topics")
 """Options of the command line, by what they say, where they are called otherwise."""
 
 

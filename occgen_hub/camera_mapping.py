@@ -85,7 +85,7 @@ class CameraMapping(BaseModel):
         """(..., 4, 4) poses as the recording has them, to world_from_camera of OpenCV cameras."""
         standard = poses.astype(np.float64)
         if self.pose_direction == "camera_from_world":
-            standard = np.linalg.inv(standard)
+            standard = np.asarray(np.linalg.inv(standard), np.float64)
         if self.body_from_camera is not None:
             standard = standard @ np.reshape(self.body_from_camera, (4, 4))
         return from_opengl(standard) if self.pose_axes == "opengl" else standard

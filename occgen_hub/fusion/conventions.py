@@ -1,4 +1,7 @@
-"""Wrong units, axes or directions of poses, told by whether frames then agree with one another."""
+"""Wrong units, axes, directions or times of poses, and swapped focal lengths.
+
+They are told by whether frames agree with one another.
+"""
 
 from __future__ import annotations
 
@@ -45,17 +48,30 @@ HARDLY = 0.25
 """Where less agrees and no other convention is better, that is told."""
 
 
+LONGEST_SHIFT = 1.0
+"""Seconds by which the clocks of poses and images may plausibly differ, and no more than
+`MOST_SHIFTED` frames."""
+
+MOST_SHIFTED = 30
+
+UNEQUAL = 0.02
+"""Focal lengths that differ by less make no difference when they are swapped."""
+
+
 @dataclass(frozen=True)
 class Convention:
-    """Another way in which poses or depth may have been meant.
+    """Another way in which a recording may have been meant.
 
-    meaning: after "as if"; remedy: what to do.
+    meaning: after "as if"; remedy: what to do; poses: from (T, 4, 4) poses as they are given to
+    those that are meant, nan where there are none; factor: of depth; swapped: whether the focal
+    lengths are.
     """
 
     meaning: str
     remedy: str
     poses: Callable[[NDArray[np.float64]], NDArray[np.float64]] = lambda poses: poses
     factor: float = 1.0
+    swapped: bool = False
 
 
 def _opengl(poses: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -79,12 +95,12 @@ def _scaled(factor: float) -> Convention:
 CONVENTIONS = (
     Convention(
         "the cameras' axes were OpenGL's (y up, z backward)",
-        "convert the poses with occgen_hub.geometry.poses.from_opengl",
+        "convert the poses with occgen_hub.geometry.poses.from_opengl, or give --pose-axes",
         _opengl,
     ),
     Convention(
         "the poses were camera_from_world",
-        "invert them: world_from_camera is wanted",
+        "invert them, or give --pose-direction: world_from_camera is wanted",
         _inverse,
     ),
     Convention(
@@ -92,24 +108,51 @@ CONVENTIONS = (
         "invert them and convert them with occgen_hub.geometry.poses.from_opengl",
         lambda poses: _opengl(_inverse(poses)),
     ),
+    Convention(
+        "the focal lengths were swapped",
+        "give the horizontal one, fx, before the vertical one, fy",
+        swapped=True,
+    ),
     *(_scaled(factor) for factor in (0.001, 0.1, 0.2, 0.5, 2.0, 5.0, 10.0, 1000.0)),
 )
 
 
-def check_conventions(views: Views, episode: str, config: Config) -> list[Note]:
+def _shifted(frames: int, fps: float) -> Convention:
+    """The poses so many frames later, for the images that there are."""
+
+    def shift(poses: NDArray[np.float64]) -> NDArray[np.float64]:
+        later = np.full(poses.shape, np.nan)
+        if frames > 0:
+            later[:-frames] = poses[frames:]
+        else:
+            later[-frames:] = poses[:frames]
+        return later
+
+    seconds = frames / fps
+    count = f"{abs(frames)} frame{'s' if abs(frames) > 1 else ''}"
+    return Convention(
+        f"the poses were {count} ({abs(seconds):.3g} s) too {'late' if frames > 0 else 'early'}",
+        f"shift their times, for example with --time-offset {-seconds:.3g}",
+        shift,
+    )
+
+
+def check_conventions(views: Views, episode: str, config: Config, fps: float = 30.0) -> list[Note]:
     """Compare frames that see the same places from different sides.
 
     Raises OccGenError where they contradict one another, but agree under another convention of
-    poses or unit of depth, which it names. Returns a note where they contradict one another for
+    poses, times, intrinsics or unit of depth, which it names. fps: frames a second. Returns a note where they contradict one another for
     another reason. What a network found for itself has no conventions and is not looked at.
     """
     if not views.in_source_world or len(views.frames) < 2:
         return []
-    pairs = _pairs(views, config)
-    given = _agreement(pairs, Convention("", ""))
+    pairs, poses = _pairs(views, config), views.world_from_camera
+    given = _agreement(pairs, Convention("", ""), poses)
     if not pairs or (given is not None and given >= POOR):
         return []
-    tried = [(_agreement(pairs, other), other) for other in CONVENTIONS]
+    longest = min(MOST_SHIFTED, int(LONGEST_SHIFT * fps), len(poses) - 2)
+    shifts = [_shifted(n, fps) for n in range(-longest, longest + 1) if n]
+    tried = [(_agreement(pairs, other, poses), other) for other in (*CONVENTIONS, *shifts)]
     found = [(share, other) for share, other in tried if share is not None]
     if found:
         share, other = max(found, key=lambda row: row[0])
@@ -130,7 +173,11 @@ def check_conventions(views: Views, episode: str, config: Config) -> list[Note]:
     return [Note("frames disagree", text)]
 
 
-def _pairs(views: Views, config: Config) -> list[tuple[DepthMap, DepthMap]]:
+Pair = tuple[tuple[int, DepthMap], tuple[int, DepthMap]]
+"""Two frames, each with its number."""
+
+
+def _pairs(views: Views, config: Config) -> list[Pair]:
     """Pairs of frames whose cameras are apart, in two steps from each of a few frames."""
     read = cache(DepthMaps(views, config.confidence, config.depth_edge))
     frames, pairs = views.frames.tolist(), []
@@ -148,25 +195,35 @@ def _pairs(views: Views, config: Config) -> list[tuple[DepthMap, DepthMap]]:
         for steps in (1, 3):
             later = np.flatnonzero(apart[start:] >= steps)
             if len(later):
-                pairs.append((here, read(frames[start + int(later[0])])))
+                other = frames[start + int(later[0])]
+                pairs.append(((frames[start], here), (other, read(other))))
     return pairs
 
 
-def _agreement(pairs: list[tuple[DepthMap, DepthMap]], convention: Convention) -> float | None:
+def _agreement(
+    pairs: list[Pair], convention: Convention, poses: NDArray[np.float64]
+) -> float | None:
     """Share of the compared points that agree; None where too few can be compared."""
     count = agreeing = 0
     metres = AGREES[1] * convention.factor
+    meant = convention.poses(poses)
     for pair in pairs:
-        here, there = (_meant(view, convention) for view in pair)
+        if not all(np.isfinite(meant[frame]).all() for frame, _ in pair):
+            continue
+        here, there = (_meant(view, convention, meant[frame]) for frame, view in pair)
         z, behind = compare(here, there, farthest=np.inf)
         count += len(z)
         agreeing += int((np.abs(behind) <= AGREES[0] * z + metres).sum())
     return agreeing / count if count >= LEAST_POINTS else None
 
 
-def _meant(view: DepthMap, convention: Convention) -> DepthMap:
-    """A depth map with its pose and depth as a convention has them."""
+def _meant(view: DepthMap, convention: Convention, pose: NDArray[np.float64]) -> DepthMap:
+    """A depth map with its depth and intrinsics as a convention has them, and that pose."""
     factor = np.float32(convention.factor)
     pixels = view.pixels * np.array([factor, 1 / factor, 1 / factor, factor], np.float32)
-    pose = np.ascontiguousarray(convention.poses(view.world_from_camera))
-    return replace(view, depth=view.depth * factor, pixels=pixels, world_from_camera=pose)
+    K = view.K
+    if convention.swapped and abs(K[0, 0] / K[1, 1] - 1) > UNEQUAL:
+        K = K.copy()
+        K[0, 0], K[1, 1] = view.K[1, 1], view.K[0, 0]
+    pose = np.ascontiguousarray(pose)
+    return replace(view, depth=view.depth * factor, pixels=pixels, K=K, world_from_camera=pose)

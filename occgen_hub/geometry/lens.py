@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from occgen_hub.geometry.camera import scale_intrinsics
 
 CENTRE = 0.5
-"""Where the centre of a pixel lies. OpenCV, ROS and RealSense count from it, see `opencv_matrix`."""
+"""Where the centre of a pixel lies; OpenCV counts from it, see `opencv_matrix`."""
 
 SMOOTH = 2
 """An image that becomes so many times smaller is averaged over the pixels that become one."""
@@ -59,7 +59,7 @@ class Lens:
         return cls(fx, fy, cx, cy, size, distortion, model)
 
     @property
-    def K(self) -> NDArray[np.float64]:
+    def matrix(self) -> NDArray[np.float64]:
         """(3, 3) float64 intrinsics of the pinhole camera without the distortion."""
         return np.array([[self.fx, 0.0, self.cx], [0.0, self.fy, self.cy], [0.0, 0.0, 1.0]])
 
@@ -67,7 +67,7 @@ class Lens:
         """The same lens for images of another (width, height)."""
         if size == self.size:
             return self
-        K = scale_intrinsics(self.K, size[0] / self.size[0], size[1] / self.size[1])
+        K = scale_intrinsics(self.matrix, size[0] / self.size[0], size[1] / self.size[1])
         return Lens.of(K, size, self.distortion, self.model)
 
     @property
@@ -126,7 +126,7 @@ class PinholeView:
         import cv2
 
         half = np.array([[0, 0, CENTRE], [0, 0, CENTRE], [0, 0, 0]])
-        K, target = self.source.K - half, self.target.K - half
+        K, target = self.source.matrix - half, self.target.matrix - half
         size, kind = self.target.size, cv2.CV_32FC1
         coefficients: NDArray[Any] = np.asarray(self.source.distortion or np.zeros(4), np.float64)
         if self.source.model == "fisheye":
