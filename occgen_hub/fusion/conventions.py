@@ -19,6 +19,7 @@ from occgen_hub.fusion.depth_map import DepthMap, DepthMaps
 from occgen_hub.fusion.noise import compare
 from occgen_hub.geometry.poses import OPENGL_FROM_OPENCV
 from occgen_hub.geometry.sim3 import rotation_angle
+from occgen_hub.geometry.trajectory import poses_at
 from occgen_hub.views import Views
 
 PAIRS = 12
@@ -37,7 +38,11 @@ LEAST_POINTS = 200
 
 GOOD, POOR, BETTER = 0.6, 0.85, 0.25
 """Shares of depth that agree: what another convention has to reach to be named; what is so poor
-that others are tried; and by how much another has to be better."""
+that other times are tried; and by how much another has to be better."""
+
+FINE = 0.95
+"""Where that share agrees, nothing else is tried. Swapped focal lengths that differ by a seventh
+leave nearly nine tenths in agreement."""
 
 NEARLY_ALL, LEFT = 0.9, 1 / 3
 """A convention by which that share agrees is also better where no more disagrees than that share of
@@ -117,19 +122,16 @@ CONVENTIONS = (
 )
 
 
-def _shifted(frames: int, fps: float) -> Convention:
+def _shifted(frames: float, fps: float) -> Convention:
     """The poses so many frames later, for the images that there are."""
 
     def shift(poses: NDArray[np.float64]) -> NDArray[np.float64]:
-        later = np.full(poses.shape, np.nan)
-        if frames > 0:
-            later[:-frames] = poses[frames:]
-        else:
-            later[-frames:] = poses[:frames]
-        return later
+        numbers = np.arange(len(poses), dtype=np.float64)
+        later, there = poses_at(numbers + frames, numbers, poses, longest_gap=1.0, tolerance=0.0)
+        return np.where(there[:, None, None], later, np.nan)
 
     seconds = frames / fps
-    count = f"{abs(frames)} frame{'s' if abs(frames) > 1 else ''}"
+    count = f"{abs(frames):g} frame{'s' if abs(frames) > 1 else ''}"
     return Convention(
         f"the poses were {count} ({abs(seconds):.3g} s) too {'late' if frames > 0 else 'early'}",
         f"shift their times, for example with --time-offset {-seconds:.3g}",
@@ -140,19 +142,22 @@ def _shifted(frames: int, fps: float) -> Convention:
 def check_conventions(views: Views, episode: str, config: Config, fps: float = 30.0) -> list[Note]:
     """Compare frames that see the same places from different sides.
 
-    Raises OccGenError where they contradict one another, but agree under another convention of
-    poses, times, intrinsics or unit of depth, which it names. fps: frames a second. Returns a note where they contradict one another for
-    another reason. What a network found for itself has no conventions and is not looked at.
+    fps: frames a second. Raises OccGenError where they contradict one another, but agree under
+    other poses, times, intrinsics or another unit of depth, which it names. Returns a note where
+    they contradict one another for another reason. What a network found for itself has no
+    conventions and is not looked at.
     """
     if not views.in_source_world or len(views.frames) < 2:
         return []
     pairs, poses = _pairs(views, config), views.world_from_camera
     given = _agreement(pairs, Convention("", ""), poses)
-    if not pairs or (given is not None and given >= POOR):
+    if not pairs or (given is not None and given >= FINE):
         return []
     longest = min(MOST_SHIFTED, int(LONGEST_SHIFT * fps), len(poses) - 2)
-    shifts = [_shifted(n, fps) for n in range(-longest, longest + 1) if n]
-    tried = [(_agreement(pairs, other, poses), other) for other in (*CONVENTIONS, *shifts)]
+    if given is not None and given >= POOR:
+        longest = 0  # Clocks that are a frame apart are no reason to stop.
+    tried = [(_agreement(pairs, other, poses), other) for other in CONVENTIONS]
+    tried += _times(pairs, poses, longest, fps)
     found = [(share, other) for share, other in tried if share is not None]
     if found:
         share, other = max(found, key=lambda row: row[0])
@@ -171,6 +176,19 @@ def check_conventions(views: Views, episode: str, config: Config, fps: float = 3
         "and intrinsics belong together; do not use this unless nearly everything moved"
     )
     return [Note("frames disagree", text)]
+
+
+def _times(
+    pairs: list[Pair], poses: NDArray[np.float64], longest: int, fps: float
+) -> list[tuple[float | None, Convention]]:
+    """What agrees at other times of the poses, to half a frame, by up to `longest` frames."""
+    steps = [float(n) for n in range(-longest, longest + 1) if n]
+    tried = [(_agreement(pairs, _shifted(step, fps), poses), step) for step in steps]
+    if found := [(share, step) for share, step in tried if share is not None]:
+        _, best = max(found)
+        beside = [step for step in (best - 0.5, best + 0.5) if step]
+        tried += [(_agreement(pairs, _shifted(step, fps), poses), step) for step in beside]
+    return [(share, _shifted(step, fps)) for share, step in tried]
 
 
 Pair = tuple[tuple[int, DepthMap], tuple[int, DepthMap]]
