@@ -14,9 +14,6 @@ from occgen_hub.geometry.camera import scale_intrinsics
 CENTRE = 0.5
 """Where the centre of a pixel lies; OpenCV counts from it, see `opencv_matrix`."""
 
-SMOOTH = 2
-"""An image that becomes so many times smaller is averaged over the pixels that become one."""
-
 
 def opencv_matrix(fx: float, fy: float, cx: float, cy: float) -> NDArray[np.float64]:
     """(3, 3) float64 intrinsics, from numbers as OpenCV, ROS and RealSense give them.
@@ -97,15 +94,18 @@ class PinholeView:
         return not self.source.distorts and self.source.pinhole() == self.target
 
     def color(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """(h, w, 3) uint8 of the source to (H, W, 3) of the target, interpolated bilinearly."""
+        """(h, w, 3) uint8 of the source to (H, W, 3) of the target.
+
+        Interpolated bilinearly, after pixels were averaged where many of them become one.
+        """
         if self.same:
             return image
         import cv2
 
-        width, height = (self.source.size[n] // self.target.size[n] for n in (0, 1))
-        if min(width, height) >= SMOOTH:
-            image = np.asarray(cv2.blur(image, (width, height)), np.uint8)
-        x, y = self._maps
+        if self._reduced.size != self.source.size:
+            smaller = cv2.resize(image, self._reduced.size, interpolation=cv2.INTER_AREA)
+            image = np.asarray(smaller, np.uint8)
+        x, y = self._color_maps
         mapped = cv2.remap(image, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
         return np.asarray(mapped, np.uint8)
 
@@ -121,26 +121,36 @@ class PinholeView:
         return mapped
 
     @cached_property
-    def _maps(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """(H, W) float32 columns and rows of the source, in OpenCV's numbering, for each pixel."""
-        import cv2
+    def _reduced(self) -> Lens:
+        """The source, its images made as many times smaller as the target's are, if at all."""
+        (width, height), (w, h) = self.source.size, self.target.size
+        factor = min(width // w, height // h)
+        return (
+            self.source.resized((width // factor, height // factor)) if factor > 1 else self.source
+        )
 
-        half = np.array([[0, 0, CENTRE], [0, 0, CENTRE], [0, 0, 0]])
-        K, target = self.source.matrix - half, self.target.matrix - half
-        size, kind = self.target.size, cv2.CV_32FC1
-        coefficients: NDArray[Any] = np.asarray(self.source.distortion or np.zeros(4), np.float64)
-        if self.source.model == "fisheye":
-            x, y = cv2.fisheye.initUndistortRectifyMap(
-                K, coefficients, np.eye(3), target, size, kind
-            )
-        else:
-            x, y = cv2.initUndistortRectifyMap(K, coefficients, np.eye(3), target, size, kind)
-        return np.asarray(x, np.float32), np.asarray(y, np.float32)
+    @cached_property
+    def _color_maps(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        return _maps(self._reduced, self.target)
 
     @cached_property
     def _nearest(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-        x, y = self._maps
+        x, y = _maps(self.source, self.target)
         width, height = self.source.size
         columns, rows = np.rint(x).astype(np.int64), np.rint(y).astype(np.int64)
         inside = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
         return rows.clip(0, height - 1), columns.clip(0, width - 1), inside
+
+
+def _maps(source: Lens, target: Lens) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(H, W) float32 columns and rows of the source, as OpenCV counts, for each target pixel."""
+    import cv2
+
+    half = np.array([[0, 0, CENTRE], [0, 0, CENTRE], [0, 0, 0]])
+    K, wanted = source.matrix - half, target.matrix - half
+    coefficients: NDArray[Any] = np.asarray(source.distortion or np.zeros(4), np.float64)
+    how = (K, coefficients, np.eye(3), wanted, target.size, cv2.CV_32FC1)
+    fisheye = source.model == "fisheye"
+    make = cv2.fisheye.initUndistortRectifyMap if fisheye else cv2.initUndistortRectifyMap
+    x, y = make(*how)
+    return np.asarray(x, np.float32), np.asarray(y, np.float32)
