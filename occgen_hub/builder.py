@@ -18,6 +18,7 @@ from occgen_hub.engines import AUTO
 from occgen_hub.episode import Episode
 from occgen_hub.errors import MachineError, OccGenError, SourceError, UsageError, in_brief
 from occgen_hub.files import MACHINE_FAULTS, printable, sha256
+from occgen_hub.kinds import lerobot_kind
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,16 @@ class EpisodeRef:
     id: str
     path: Path
     index: int = 0
+
+
+def id_problem(name: str) -> str | None:
+    """What keeps an episode's id from being a place in the output, None if nothing does."""
+    parts = name.split("/")
+    if len(parts) != 3:
+        return f"has {len(parts)} parts"
+    if any(part in ("", ".", "..") or "\0" in part for part in parts):
+        return "has a part that is no name of a folder"
+    return None
 
 
 class DatasetBuilder(ABC):
@@ -176,6 +187,8 @@ def _builder_class(name: str) -> type[DatasetBuilder]:
 
 def other_source(root: Path, name: str) -> str:
     """For the end of an error: another source that knows what is at `root`, "" if none does."""
+    if (kind := lerobot_kind(root)) is not None:
+        return f"it is {kind}: use --source lerobot"
     for other in builder_names():
         if other == name:
             continue

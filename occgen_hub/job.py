@@ -12,7 +12,9 @@ from occgen_hub.builder import (
     DatasetBuilder,
     EpisodeRef,
     builder_names,
+    id_problem,
     load_builder,
+    other_source,
 )
 from occgen_hub.camera_mapping import CameraMapping
 from occgen_hub.config import Config
@@ -20,6 +22,7 @@ from occgen_hub.engines import AUTO, Auto, Engine, load_engine, network_engine
 from occgen_hub.episode_build import Settings, why_outdated
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.files import printable
+from occgen_hub.kinds import check_not_built
 from occgen_hub.lerobot.writer import Media
 from occgen_hub.schema import load_schema
 from occgen_hub.up_to_date import check_replaceable
@@ -50,7 +53,12 @@ def check_paths(root: Path, out: Path) -> None:
 
 
 def list_episodes(builder: DatasetBuilder, limit: int | None = None) -> list[EpisodeRef]:
-    """The episodes to build, at most `limit`; raises UsageError when there are none."""
+    """The episodes to build, at most `limit`.
+
+    Raises UsageError when there are none, when two have the same id or one has an id that is none,
+    and when what they are made from is a dataset that was built.
+    """
+    check_not_built(builder.root, [builder.root])
     if builder.root.is_file() and not builder.takes_file:
         raise UsageError(
             f"{builder.root}: is not a folder; give the root of the source tree as --input, or "
@@ -63,10 +71,21 @@ def list_episodes(builder: DatasetBuilder, limit: int | None = None) -> list[Epi
         refs.append(ref)
     if not refs:
         raise UsageError(
-            f"{builder.root}: holds no episode that the source {builder.name} knows; give the root "
-            "of the tree, above its groups and scenes, or another --source: "
-            f"{', '.join(builder_names())}."
+            f"{builder.root}: holds no episode that the source {builder.name} knows; "
+            + (
+                other_source(builder.root, builder.name)
+                or "give the root of the tree, above its groups and scenes, or another --source: "
+                + ", ".join(builder_names())
+            )
+            + "."
         )
+    check_not_built(builder.root, (ref.path for ref in refs))
+    for ref in refs:
+        if problem := id_problem(ref.id):
+            raise UsageError(
+                f"{ref.path}: the source {builder.name} calls it {printable(ref.id)!r}, which "
+                f"{problem}; the source has to give <group>/<scene>/<trajectory>."
+            )
     seen = Counter(ref.id for ref in refs)
     if twice := [name for name, count in seen.items() if count > 1]:
         raise UsageError(f"{builder.root}: holds the episode {twice[0]} twice; rename one of them.")

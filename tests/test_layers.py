@@ -33,6 +33,7 @@ GROUND_TO_ROOF = [
     "visual",
     "card",
     "validation",
+    "kinds",
     "builder",
     "stopwatch",
     "up_to_date",

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from occgen_hub.builder import DatasetBuilder, EpisodeRef
+from occgen_hub.builder import DatasetBuilder, EpisodeRef, other_source
 from occgen_hub.camera_mapping import CameraMapping
 from occgen_hub.episode import Column, Episode, MediaFile, Note, Task
 from occgen_hub.errors import OccGenError, SourceError, UsageError
@@ -70,9 +70,10 @@ class CaptureBuilder(DatasetBuilder):
         found = list(_find(self.root))
         if not found:
             known = "; ".join(layout.what for layout in LAYOUTS)
+            other = other_source(self.root, self.name)
             raise UsageError(
-                f"{self.root}: holds no capture that is known ({known}); docs/formats.md says how "
-                "each is laid out."
+                f"{self.root}: holds no capture that is known ({known}); "
+                f"{other or 'docs/formats.md says how each is laid out'}."
             )
         refs = [EpisodeRef(_id(self.root, place), place) for place in found]
         yield from sorted(refs, key=lambda ref: ref.id)
