@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from occgen_hub.config import Config
     from occgen_hub.exporting import export
     from occgen_hub.lerobot.dataset import LeRobotOccupancyDataset
+    from occgen_hub.source_check import check_source
     from occgen_hub.training import OccupancyDataset, collate
     from occgen_hub.validation import validate
 
@@ -24,6 +25,7 @@ __all__ = [
     "LeRobotOccupancyDataset",
     "OccupancyDataset",
     "build",
+    "check_source",
     "collate",
     "export",
     "finalize",
@@ -38,6 +40,7 @@ _PLACES = {
     "LeRobotOccupancyDataset": "lerobot.dataset",
     "OccupancyDataset": "training",
     "build": "api",
+    "check_source": "source_check",
     "collate": "training",
     "export": "exporting",
     "finalize": "api",

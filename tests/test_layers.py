@@ -39,6 +39,7 @@ GROUND_TO_ROOF = [
     "up_to_date",
     "episode_build",
     "job",
+    "source_check",
     "temporary_build",
     "runtime",
     "exporting",
