@@ -100,7 +100,7 @@ class Bag(Layout):
             lens = mapping.lens(size) or bag.lens(color, size, mapping)
             depth_lens = depth_size = None
             if depth is not None and depths is not None:
-                first = bag.depth(depth, depths[0], UNIT)
+                first = bag.depth(depth, depths[0], mapping)
                 depth_size = first.shape[1], first.shape[0]
                 own = bag.lens(depth, depth_size, mapping, needed=False)
                 depth_lens = None if mapping.intrinsics else own
@@ -108,7 +108,6 @@ class Bag(Layout):
             if lens is None:
                 raise SourceError(place, "does not say the camera's intrinsics", GIVE)
         source = _Source(place)
-        unit = mapping.depth_unit or UNIT
         return Recording(
             read_color=lambda frame: source.read(lambda bag: bag.color(color, chosen[frame])),
             color_lens=[lens] * len(kept),
@@ -116,7 +115,7 @@ class Bag(Layout):
             sources=self.sources(place, mapping),
             read_depth=None
             if depth is None or depths is None
-            else lambda frame: source.read(lambda bag: bag.depth(depth, depths[frame], unit)),
+            else lambda frame: source.read(lambda bag: bag.depth(depth, depths[frame], mapping)),
             depth_lens=depth_lens,
             depth_size=depth_size,
             times=times[kept],
@@ -285,19 +284,20 @@ class OpenBag:
         pixels = _rows(message, np.dtype("u1"), channels)
         return np.ascontiguousarray(pixels[..., order])
 
-    def depth(self, topic: str, entry: NDArray[np.int64], unit: float) -> NDArray[np.float64]:
+    def depth(
+        self, topic: str, entry: NDArray[np.int64], mapping: CameraMapping
+    ) -> NDArray[np.float64]:
         """(h, w) float64 metres, 0 for none."""
         message = self._at(topic, entry)
         if self.types[topic] == COMPRESSED:  # image_transport puts 12 bytes before a PNG.
             data = bytes(message.data)
-            return in_metres(np.asarray(_picture(data[data.find(b"\x89PNG") :])), unit)
+            return in_metres(np.asarray(_picture(data[data.find(b"\x89PNG") :])), mapping, UNIT)
         if message.encoding not in DEPTHS:
             problem = f"has images of the encoding {message.encoding[:30]} in {topic}"
             raise SourceError(self.place, problem, f"record one of {', '.join(DEPTHS)}")
         order = ">" if message.is_bigendian else "<"
-        return in_metres(
-            _rows(message, np.dtype(order + DEPTHS[message.encoding]), 1)[..., 0], unit
-        )
+        values = _rows(message, np.dtype(order + DEPTHS[message.encoding]), 1)[..., 0]
+        return in_metres(values, mapping, UNIT)
 
     def lens(
         self, topic: str, size: tuple[int, int], mapping: CameraMapping, *, needed: bool = True

@@ -82,7 +82,7 @@ class PlainFolder(Layout):
         lens, files = needed_lens(place, size, mapping)
         reader = own_size = None
         if chosen_depths:
-            reader, own_size = depth_reader(chosen_depths, mapping.depth_unit or UNIT)
+            reader, own_size = depth_reader(chosen_depths, mapping, UNIT)
         return Recording(
             read_color=lambda frame: read_rgb(colors[frame], size),
             color_lens=[lens] * len(colors),

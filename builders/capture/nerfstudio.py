@@ -68,7 +68,7 @@ class NerfStudio(Layout):
             without_a_pose=len(whole) - len(kept),
         )
         if with_depth:
-            reader, depth_size = depth_reader(depths, mapping.depth_unit or _unit(values))
+            reader, depth_size = depth_reader(depths, mapping, _unit(values))
         else:
             text = (
                 "transforms.json does not say the unit of its poses: the scene is in that unit, "

@@ -210,12 +210,12 @@ def needed_lens(
 
 
 def depth_reader(
-    paths: Sequence[Path], unit: float
+    paths: Sequence[Path], mapping: CameraMapping, unit: float
 ) -> tuple[Callable[[int], NDArray[np.float64]], tuple[int, int]]:
     """A function from frame number to (h, w) float64 metres, 0 for none, and (width, height).
 
-    unit: metres in a unit of 16-bit images. A `.npy` file holds floating-point numbers in metres,
-    or whole ones in units.
+    unit: metres in a unit of whole numbers, where the mapping says nothing. A `.npy` file may hold
+    floating-point numbers, which are metres where it says nothing.
     """
     size = depth_size(paths[0])
 
@@ -225,21 +225,22 @@ def depth_reader(
         if values.shape != size[::-1]:
             problem = f"has shape {values.shape}, the first depth image {size[::-1]}"
             raise SourceError(path, problem, "restore it, or leave the frame out")
-        return in_metres(values, unit)
+        return in_metres(values, mapping, unit)
 
     return read, size
 
 
-def in_metres(values: NDArray[Any], unit: float) -> NDArray[np.float64]:
+def in_metres(values: NDArray[Any], mapping: CameraMapping, unit: float) -> NDArray[np.float64]:
     """(h, w) float64 metres, 0 for none, of depth as it is stored.
 
-    Floating-point numbers are metres, and none where they are not finite or not over 0; whole ones
-    are units, and none where they are 0 or 65535.
+    Floating-point numbers are none where they are not finite or not over 0, whole ones where they
+    are 0 or 65535. The unit is the mapping's; without one it is a metre, or for whole numbers
+    `unit` metres.
     """
     if values.dtype.kind == "f":
-        metres = values.astype(np.float64)
+        metres = values.astype(np.float64) * (mapping.depth_unit or 1.0)
         return np.where(np.isfinite(metres) & (metres > 0), metres, 0.0)
-    return np.where(values >= NONE, 0.0, values.astype(np.float64) * unit)
+    return np.where(values >= NONE, 0.0, values.astype(np.float64) * (mapping.depth_unit or unit))
 
 
 def depth_size(path: Path) -> tuple[int, int]:

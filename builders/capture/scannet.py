@@ -62,7 +62,7 @@ class ScanNet(Layout):
         reader = size = depth_lens = None
         files: list[Path] = []
         if with_depth:
-            reader, size = depth_reader(depths, mapping.depth_unit or UNIT)
+            reader, size = depth_reader(depths, mapping, UNIT)
             own = place / "intrinsic" / "intrinsic_depth.txt"
             if mapping.intrinsics is None and is_file(own):
                 depth_lens = _lens(own, size)

@@ -66,7 +66,7 @@ class SevenScenes(Layout):
         depths = [place / f"{stem}.depth.png" for stem in kept] if with_depth else []
         reader = size = None
         if with_depth:
-            reader, size = depth_reader(depths, mapping.depth_unit or UNIT)
+            reader, size = depth_reader(depths, mapping, UNIT)
         own_size = image_size(colors[0])
         lens, files, notes = _lens(place, own_size, mapping)
         return Recording(

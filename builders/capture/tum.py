@@ -69,7 +69,7 @@ class TumRgbd(Layout):
         colors, times = [colors[n] for n in kept], times[kept]
         if depths:
             depths = [depths[n] for n in kept]
-            reader, size = depth_reader(depths, mapping.depth_unit or UNIT)
+            reader, size = depth_reader(depths, mapping, UNIT)
         own_size = image_size(colors[0])
         lens, files = needed_lens(place, own_size, mapping)
         return Recording(

@@ -39,7 +39,7 @@ def read_depth(path: Path, size: tuple[int, int]) -> NDArray[np.uint16]:
             raise SourceError(
                 path,
                 f"is not a 16-bit grey image (its mode is {image.mode})",
-                "save depth as 16-bit PNG, 10,000 units a metre",
+                "save depth as a 16-bit grey PNG",
             )
         try:
             values = np.asarray(image)
