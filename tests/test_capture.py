@@ -85,9 +85,7 @@ FORMS: dict[str, Callable[[Episode, Path], None]] = {
     "seven_scenes": captures.write_seven_scenes,
     "scannet": captures.write_scannet,
     "transforms": captures.write_transforms,
-    "plain": captures.write_plain,
     "mcap": captures.write_bag,
-    "db3": lambda episode, place: captures.write_bag(episode, place, odometry=True),
 }
 
 
@@ -96,7 +94,7 @@ def test_each_layout_gives_the_scene_of_the_tree(
     form: str, episode: Episode, cells: np.ndarray, tmp_path: Path
 ) -> None:
     place = tmp_path / "recording"
-    if form in ("mcap", "db3"):
+    if form == "mcap":
         pytest.importorskip("rosbags")
     else:
         place.mkdir()
@@ -104,7 +102,7 @@ def test_each_layout_gives_the_scene_of_the_tree(
     if form == "mcap":  # Without its metadata.yaml, as it is handed on.
         (place,) = place.glob("*.mcap")
     said = {}
-    if form in ("tum", "plain"):
+    if form == "tum":
         said["intrinsics"] = captures.opencv_intrinsics(episode)
     out = tmp_path / "out"
     kept = form in ("tum", "mcap")
@@ -121,10 +119,38 @@ def test_each_layout_gives_the_scene_of_the_tree(
         assert np.array_equal(trajectory.rgb(2), episode.read_rgb(2)) == (form == "tum")
         assert np.abs(trajectory.rgb(2).astype(int) - episode.read_rgb(2)).mean() < 2
     assert trajectory.record["source"].get("cameras", []) == ([said] if said else [])
-    if form in ("tum", "plain", "mcap", "db3"):
+    if kept:
         times = trajectory.table()["source_timestamp"].to_numpy()
         assert np.allclose(np.diff(times), 1 / episode.fps, atol=1e-6)
         assert json.loads(trajectory.file("info").read_text())["fps"] == episode.fps
+
+
+def test_a_plain_folder_is_read_as_it_was_recorded(episode: Episode, tmp_path: Path) -> None:
+    captures.write_plain(episode, tmp_path)
+    found = read(tmp_path, intrinsics=captures.opencv_intrinsics(episode))
+    check_equal(found, episode)
+    assert np.array_equal(found.read_rgb(2), episode.read_rgb(2))
+
+
+def test_a_bag_of_odometry_is_read_as_it_was_recorded(episode: Episode, tmp_path: Path) -> None:
+    pytest.importorskip("rosbags")
+    captures.write_bag(episode, tmp_path / "walk", odometry=True)
+    found = read(tmp_path / "walk")
+    check_equal(found, episode)
+    assert np.array_equal(found.read_rgb(2), episode.read_rgb(2))
+    topics = "/camera/color/image_raw", "/camera/aligned_depth_to_color/image_raw"
+    again = read(tmp_path / "walk", rgb=topics[0], depth=topics[1], pose="/odom")
+    check_equal(again, episode)
+    with pytest.raises(SourceError, match="give --topics depth=TOPIC"):
+        read(tmp_path / "walk", depth="/odom")
+
+
+def check_equal(found: Episode, episode: Episode) -> None:
+    """All but the colours: millimetres of depth, and poses as text has them."""
+    assert (found.length, found.fps) == (episode.length, episode.fps)
+    assert np.allclose(found.world_from_camera, episode.world_from_camera, atol=1e-6)
+    assert np.allclose(found.intrinsics, episode.intrinsics)
+    assert np.allclose(found.read_depth(2), episode.read_depth(2), atol=6e-4)
 
 
 # What is wrong is named
@@ -276,6 +302,33 @@ def test_colour_of_another_size_becomes_what_the_depth_camera_sees(
     Image.new("RGB", (540, 540)).save(tmp_path / "color/0.jpg")
     with pytest.raises(SourceError, match="differ in shape"):
         read(tmp_path)
+
+
+def test_open3d_files_and_floating_point_depth_are_read(episode: Episode, tmp_path: Path) -> None:
+    rows = []
+    for frame, pose in enumerate(episode.world_from_camera):
+        captures.color(episode, frame, tmp_path / f"color/{frame:06d}.jpg")
+        (tmp_path / "depth").mkdir(exist_ok=True)
+        metres = np.where(episode.read_depth(frame) > 0, episode.read_depth(frame), np.nan)
+        np.save(tmp_path / f"depth/{frame:06d}.npy", metres.astype(np.float32))
+        rows += [
+            f"{frame} {frame} {frame + 1}",
+            *(" ".join(map(repr, map(float, r))) for r in pose),
+        ]
+    (tmp_path / "trajectory.log").write_text("\n".join(rows))
+    fx, fy, cx, cy = captures.opencv_intrinsics(episode)
+    width, height = episode.image_size
+    K = [fx, 0, 0, 0, fy, 0, cx, cy, 1]  # Column after column.
+    values = {"width": width, "height": height, "intrinsic_matrix": K}
+    (tmp_path / "camera_intrinsic.json").write_text(json.dumps(values))
+    found = read(tmp_path)
+    assert np.allclose(found.world_from_camera, episode.world_from_camera)
+    assert np.allclose(found.intrinsics, episode.intrinsics)
+    assert np.allclose(found.read_depth(1), episode.read_depth(1), atol=1e-6)
+    assert np.allclose(read(tmp_path, depth_unit=0.01).read_depth(1), found.read_depth(1) / 100)
+    (tmp_path / "depth/000002.npy").write_bytes(b"\x93NUMPY" + bytes(20))
+    with pytest.raises(SourceError, match=r"000002\.npy: is not an array"):
+        read(tmp_path).read_depth(2)
 
 
 @pytest.mark.parametrize("fisheye", [False, True])

@@ -156,6 +156,41 @@ def known(poses: NDArray[np.float64]) -> NDArray[np.bool_]:
     return np.asarray(rigidity_error(poses) <= RIGID, np.bool_)
 
 
+@dataclass(frozen=True)
+class FrameFiles:
+    """The files of a frame; depth is None in a recording without."""
+
+    color: Path
+    pose: Path
+    depth: Path | None
+
+
+def tracked_frames(
+    place: Path, frames: Sequence[FrameFiles]
+) -> tuple[list[FrameFiles], NDArray[np.float64], list[Note]]:
+    """The frames whose files are all there and whose pose is known, and (n, 4, 4) those poses.
+
+    A pose is a matrix in a text file. Notes say how many are left out; raises SourceError where no
+    frame remains.
+    """
+    whole = [f for f in frames if is_file(f.pose) and (f.depth is None or is_file(f.depth))]
+    if not whole:
+        problem = "holds no frame with colour, a pose and, if any has it, depth"
+        raise SourceError(place, problem, "restore the frames from the source")
+    poses = np.stack([matrix_in(frame.pose, 4) for frame in whole])
+    tracked = known(poses)
+    if not tracked.any():
+        problem = "has no pose that is rigid and finite: tracking was lost in all frames"
+        raise SourceError(place, problem, "leave this recording out")
+    kept = [frame for frame, good in zip(whole, tracked, strict=True) if good]
+    notes = left_out(
+        len(frames),
+        without_depth_or_pose=len(frames) - len(whole),
+        where_tracking_was_lost=len(whole) - len(kept),
+    )
+    return kept, poses[tracked], notes
+
+
 # Intrinsics
 
 

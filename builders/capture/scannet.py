@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from occgen_hub.camera_mapping import CameraMapping
-from occgen_hub.errors import SourceError
 from occgen_hub.files import is_file
 from occgen_hub.geometry.lens import Lens, opencv_matrix
 from occgen_hub.media import image_size, read_rgb
 
 from .recording import (
+    FrameFiles,
     Layout,
     Recording,
     depth_reader,
     images_in,
-    known,
-    left_out,
     matrix_in,
     needed_lens,
+    tracked_frames,
 )
 
 UNIT = 0.001
@@ -41,57 +38,42 @@ class ScanNet(Layout):
 
     def read(self, place: Path, mapping: CameraMapping) -> Recording:
         """The frames that have all files and a pose."""
-        images = images_in(place / "color")
         with_depth = self.has_depth(place, mapping)
-        whole = [
-            path
-            for path in images
-            if is_file(place / "pose" / f"{path.stem}.txt")
-            and (not with_depth or is_file(place / "depth" / f"{path.stem}.png"))
-        ]
-        if not whole:
-            problem = "holds no frame with colour, a pose and, if there is a folder depth, depth"
-            raise SourceError(place, problem, "restore the frames from the source")
-        all_poses = np.stack([matrix_in(place / "pose" / f"{p.stem}.txt", 4) for p in whole])
-        tracked = known(all_poses)
-        if not tracked.any():
-            problem = "holds no pose that is rigid and finite: tracking was lost in all frames"
-            raise SourceError(place / "pose", problem, "leave this recording out")
-        colors = [path for path, good in zip(whole, tracked, strict=True) if good]
-        depths = [place / "depth" / f"{p.stem}.png" for p in colors] if with_depth else []
-        reader = size = depth_lens = None
-        files: list[Path] = []
-        if with_depth:
-            reader, size = depth_reader(depths, mapping, UNIT)
-            own = place / "intrinsic" / "intrinsic_depth.txt"
-            if mapping.intrinsics is None and is_file(own):
-                depth_lens = _lens(own, size)
-                files.append(own)
-        own_size = image_size(colors[0])
-        stated = place / "intrinsic" / "intrinsic_color.txt"
-        if mapping.intrinsics is None and is_file(stated):
-            lens, found = _lens(stated, own_size), [stated]
+        frames, poses, notes = tracked_frames(
+            place,
+            [
+                FrameFiles(
+                    path,
+                    place / "pose" / f"{path.stem}.txt",
+                    place / "depth" / f"{path.stem}.png" if with_depth else None,
+                )
+                for path in images_in(place / "color")
+            ],
+        )
+        depths = [frame.depth for frame in frames if frame.depth is not None]
+        reader, depth_size = depth_reader(depths, mapping, UNIT) if depths else (None, None)
+        size = image_size(frames[0].color)
+        stated = [place / "intrinsic" / f"intrinsic_{kind}.txt" for kind in ("color", "depth")]
+        files = [path for path in stated if is_file(path) and mapping.intrinsics is None]
+        depth_lens = None
+        if depth_size is not None and stated[1] in files:
+            depth_lens = _lens(stated[1], depth_size)
+        if stated[0] in files:
+            lens = _lens(stated[0], size)
         elif depth_lens is not None:
-            lens, found = depth_lens.resized(own_size), []
+            lens = depth_lens.resized(size)
         else:
-            lens, found = needed_lens(place, own_size, mapping)
-        poses = [place / "pose" / f"{path.stem}.txt" for path in colors]
+            lens, files = needed_lens(place, size, mapping)
         return Recording(
-            read_color=lambda frame: read_rgb(colors[frame], own_size),
-            color_lens=[lens] * len(colors),
-            poses=mapping.world_from_camera(all_poses[tracked]),
-            sources=[*files, *found, *poses, *colors, *depths],
-            colors=colors,
+            read_color=lambda frame: read_rgb(frames[frame].color, size),
+            color_lens=[lens] * len(frames),
+            poses=mapping.world_from_camera(poses),
+            sources=[*files, *(f.pose for f in frames), *(f.color for f in frames), *depths],
+            colors=[frame.color for frame in frames],
             read_depth=reader,
             depth_lens=depth_lens,
-            depth_size=size,
-            notes=(
-                *left_out(
-                    len(images),
-                    without_depth_or_pose=len(images) - len(whole),
-                    where_tracking_was_lost=len(whole) - len(colors),
-                ),
-            ),
+            depth_size=depth_size,
+            notes=tuple(notes),
         )
 
 

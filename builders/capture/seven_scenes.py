@@ -5,25 +5,23 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import numpy as np
-
 from occgen_hub.camera_mapping import CameraMapping
 from occgen_hub.episode import Note
 from occgen_hub.errors import SourceError
-from occgen_hub.files import is_file
 from occgen_hub.geometry.lens import Lens
 from occgen_hub.media import image_size, read_rgb
 
 from .recording import (
     CALIBRATIONS,
     GIVE,
+    FrameFiles,
     Layout,
     Recording,
     depth_reader,
     file_among,
-    known,
-    left_out,
     matrix_in,
+    natural,
+    tracked_frames,
 )
 
 UNIT = 0.001
@@ -48,43 +46,32 @@ class SevenScenes(Layout):
 
     def read(self, place: Path, mapping: CameraMapping) -> Recording:
         """The frames that have all files and a pose."""
-        names = {m[1]: path for path in place.iterdir() if (m := FRAME.fullmatch(path.name))}
-        stems = sorted(names, key=lambda stem: int(stem.removeprefix("frame-")))
+        colors = {m[1]: path for path in place.iterdir() if (m := FRAME.fullmatch(path.name))}
         with_depth = self.has_depth(place, mapping)
-        endings = (".pose.txt", ".depth.png") if with_depth else (".pose.txt",)
-        whole = [s for s in stems if all(is_file(place / f"{s}{end}") for end in endings)]
-        if not whole:
-            problem = "holds no frame with colour, a pose and, if any has it, depth"
-            raise SourceError(place, problem, "restore the frames from the source")
-        all_poses = np.stack([matrix_in(place / f"{stem}.pose.txt", 4) for stem in whole])
-        tracked = known(all_poses)
-        if not tracked.any():
-            problem = "has no pose that is rigid and finite: tracking was lost in all frames"
-            raise SourceError(place, problem, "leave this recording out")
-        kept = [stem for stem, good in zip(whole, tracked, strict=True) if good]
-        colors = [names[stem] for stem in kept]
-        depths = [place / f"{stem}.depth.png" for stem in kept] if with_depth else []
-        reader = size = None
-        if with_depth:
-            reader, size = depth_reader(depths, mapping, UNIT)
-        own_size = image_size(colors[0])
-        lens, files, notes = _lens(place, own_size, mapping)
+        frames, poses, notes = tracked_frames(
+            place,
+            [
+                FrameFiles(
+                    colors[stem],
+                    place / f"{stem}.pose.txt",
+                    place / f"{stem}.depth.png" if with_depth else None,
+                )
+                for stem in sorted(colors, key=natural)
+            ],
+        )
+        depths = [frame.depth for frame in frames if frame.depth is not None]
+        reader, depth_size = depth_reader(depths, mapping, UNIT) if depths else (None, None)
+        size = image_size(frames[0].color)
+        lens, files, lens_notes = _lens(place, size, mapping)
         return Recording(
-            read_color=lambda frame: read_rgb(colors[frame], own_size),
-            color_lens=[lens] * len(kept),
-            poses=mapping.world_from_camera(all_poses[tracked]),
-            sources=[*files, *(place / f"{stem}.pose.txt" for stem in kept), *colors, *depths],
-            colors=colors,
+            read_color=lambda frame: read_rgb(frames[frame].color, size),
+            color_lens=[lens] * len(frames),
+            poses=mapping.world_from_camera(poses),
+            sources=[*files, *(f.pose for f in frames), *(f.color for f in frames), *depths],
+            colors=[frame.color for frame in frames],
             read_depth=reader,
-            depth_size=size,
-            notes=(
-                *notes,
-                *left_out(
-                    len(stems),
-                    without_depth_or_pose=len(stems) - len(whole),
-                    where_tracking_was_lost=len(whole) - len(kept),
-                ),
-            ),
+            depth_size=depth_size,
+            notes=(*lens_notes, *notes),
         )
 
 

@@ -42,6 +42,7 @@ def test_wrong_units_fail_early(recording: Path) -> None:
 
 
 def test_it_builds(recording: Path, tmp_path: Path) -> None:
-    summary = occgen_hub.build("npz", recording, tmp_path / "out")
+    config = occgen_hub.Config(voxel_size=0.1)
+    summary = occgen_hub.build("npz", recording, tmp_path / "out", config=config)
     assert not summary.failures
     assert occgen_hub.validate(tmp_path / "out").valid
