@@ -61,8 +61,13 @@ def list_episodes(builder: DatasetBuilder, limit: int | None = None) -> list[Epi
     check_not_built(builder.root, [builder.root])
     if builder.root.is_file() and not builder.takes_file:
         raise UsageError(
-            f"{builder.root}: is not a folder; give the root of the source tree as --input, or "
-            f"another --source than {builder.name}: {', '.join(builder_names())}."
+            f"{builder.root}: is not a folder; "
+            + (
+                other_source(builder.root, builder.name)
+                or "give the root of the source tree as --input, or another --source than "
+                f"{builder.name}: {', '.join(builder_names())}"
+            )
+            + "."
         )
     refs: list[EpisodeRef] = []
     for ref in builder.episodes():
