@@ -75,6 +75,9 @@ class CaptureBuilder(DatasetBuilder):
                 f"{self.root}: holds no capture that is known ({known}); "
                 f"{other or 'docs/formats.md says how each is laid out'}."
             )
+        topics = {"rgb", "depth", "pose", "info"} & set(self._mapping.said())
+        if topics and not any(isinstance(_layout(place), Bag) for place in found):
+            raise UsageError(f"--topics: {self.root} holds no bag; leave the option out.")
         refs = [EpisodeRef(_id(self.root, place), place) for place in found]
         yield from sorted(refs, key=lambda ref: ref.id)
 
