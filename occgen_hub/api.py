@@ -23,6 +23,7 @@ from occgen_hub.runtime.build import build_dataset, build_shard
 from occgen_hub.runtime.finalize import finalize as finalize_dataset
 from occgen_hub.runtime.results import Summary
 from occgen_hub.runtime.shard import Shard
+from occgen_hub.scratch import DEFAULT_LIMIT
 
 
 def build(
@@ -41,15 +42,20 @@ def build(
     overwrite: bool = False,
     shard: tuple[int, int] | None = None,
     parquet_occupancy: bool = True,
+    scenes: Sequence[str] = (),
+    scratch: str | Path | None = None,
+    scratch_limit: int = DEFAULT_LIMIT,
 ) -> Summary:
     """Build an occupancy dataset from a source, as `occgen-hub build` does.
 
-    source: what kind it is, "internnav", "capture" or "video"; root: where it is; out: the
-    dataset's folder; cameras: what the files do not say of its cameras;
+    source: what kind it is, "internnav", "capture" or "video"; root: where it is, a path or an
+    address "hf://datasets/ORG/NAME[@REVISION][/FOLDER]" of the Hub; out: the dataset's folder;
+    cameras: what the files do not say of its cameras;
     config: the settings, metres where they are lengths; workers: processes; limit: the first so
-    many episodes only; shard: (i, n) to build share i of n, numbered from 0, of the episodes, for
-    `finalize`; the others as the command's options of their names. What is there already
-    and up to date is left alone.
+    many episodes only, or scenes that are fetched; scenes: patterns of those to build; scratch:
+    where scenes are put, `scratch_limit` bytes at most; shard: (i, n) to build share i of n,
+    numbered from 0, of the episodes, for `finalize`; the others as the command's options of their
+    names. What is there already and up to date is left alone.
 
     Raises UsageError when an argument is wrong; then nothing was done. An episode that fails stops
     no other and is listed in the summary's `failures`, with its reason. With several workers the
@@ -63,7 +69,7 @@ def build(
         raise UsageError("workers and limit must be 1 or more.")
     job = open_job(
         source,
-        Path(root),
+        root,
         Path(out),
         cameras=cameras,
         engine=engine,
@@ -74,6 +80,9 @@ def build(
         limit=limit,
         overwrite=overwrite,
         parquet_occupancy=parquet_occupancy,
+        scenes=(scenes,) if isinstance(scenes, str) else tuple(scenes),
+        scratch=None if scratch is None else Path(scratch),
+        scratch_limit=scratch_limit,
     )
     if shard is not None:
         return build_shard(job, Shard.parse(f"{shard[0]}/{shard[1]}"), workers)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from occgen_hub.camera_mapping import CameraMapping
 from occgen_hub.config import Condition
 from occgen_hub.engines import AUTO
 from occgen_hub.episode import Episode
 from occgen_hub.errors import MachineError, OccGenError, SourceError, UsageError, in_brief
-from occgen_hub.files import MACHINE_FAULTS, printable, sha256
+from occgen_hub.files import MACHINE_FAULTS, Version, one_line, sha256, version
 from occgen_hub.kinds import lerobot_kind
 
 logger = logging.getLogger(__name__)
@@ -47,22 +49,34 @@ def id_problem(name: str) -> str | None:
 class DatasetBuilder(ABC):
     """A source of episodes. A subclass says its name, lists episodes and reads one.
 
-    schema: what it writes; engine: the name of the one that suits it when the user names none;
-    takes_file: whether `root` may be a file; knows: what `--condition` may ask of every episode,
-    besides depth, which `has_depth` tells; maps: the attributes of `CameraMapping` that a user may
-    give, which are then in `cameras`.
+    version: to be changed whenever the same files give another episode, so that episodes are built
+    again; schema: what it writes; engine: the name of the one that suits it when the user names
+    none; takes_file: whether `root` may be a file; knows: what `--condition` may ask of every
+    episode, besides depth, which `has_depth` tells; takes_archives: whether its scenes may be
+    archives, each of which it reads as a tree with that scene alone; hfov: degrees that a camera
+    sees from side to side, for sources that give no intrinsics, None for what the source assumes;
+    maps: the attributes of `CameraMapping` that a user may give, which are then in `cameras`.
     """
 
     name: ClassVar[str]
+    version: ClassVar[str] = "1"
     schema: ClassVar[str] = "trajectory"
     engine: ClassVar[str] = AUTO
     takes_file: ClassVar[bool] = False
     knows: ClassVar[tuple[Condition, ...]] = ("intrinsics", "poses")
     maps: ClassVar[tuple[str, ...]] = ()
+    takes_archives: ClassVar[bool] = False
+    hfov: float | None = None
 
     def __init__(self, root: Path, cameras: Sequence[CameraMapping] = ()) -> None:
         self.root, self.cameras = root, tuple(cameras)
         self._passed_over: set[Path] = set()
+
+    def at(self, root: Path) -> Self:
+        """The same builder for a tree elsewhere, such as that of an archive's content."""
+        other = copy.copy(self)
+        other.root, other._passed_over = root, set()
+        return other
 
     def pass_over(self, path: Path, error: OSError) -> None:
         """Warn, once, that something below the root cannot be looked into, and is left out.
@@ -77,7 +91,7 @@ class DatasetBuilder(ABC):
             raise SourceError(path, problem, "check its permissions") from error
         if path not in self._passed_over:
             self._passed_over.add(path)
-            logger.warning("Warning: %s: %s, and is passed over.", printable(str(path)), problem)
+            logger.warning("Warning: %s: %s, and is passed over.", one_line(str(path)), problem)
 
     @abstractmethod
     def episodes(self) -> Iterator[EpisodeRef]:
@@ -125,7 +139,7 @@ class DatasetBuilder(ABC):
         digest = hashlib.sha256()
         for path in paths:
             try:
-                content = sha256(path)
+                content = _checksum(path, version(path))
             except OSError as error:
                 raise SourceError(
                     path, f"cannot be read ({error.strerror})", "restore it from the source"
@@ -138,16 +152,24 @@ class DatasetBuilder(ABC):
         return digest.hexdigest()
 
 
+@lru_cache(maxsize=4096)
+def _checksum(path: Path, version: Version) -> str:
+    """SHA-256 of a file: what episodes have in common is read once."""
+    return sha256(path)
+
+
 def builder_names() -> list[str]:
     """The sources that are installed."""
     return sorted({point.name for point in entry_points(group="occgen_hub.builders")})
 
 
-def load_builder(name: str, root: Path, cameras: Sequence[CameraMapping] = ()) -> DatasetBuilder:
+def load_builder(
+    name: str, root: Path, cameras: Sequence[CameraMapping] = (), *, hfov: float | None = None
+) -> DatasetBuilder:
     """The builder of that name for the tree at `root`.
 
-    Raises UsageError when none is installed, when what is installed is no builder, and when it has
-    no use for something that `cameras` say.
+    hfov: degrees, see DatasetBuilder. Raises UsageError when none is installed, when what is
+    installed is no builder, and when it has no use for something that `cameras` say.
     """
     kind = _builder_class(name)
     for attribute in sorted({key for camera in cameras for key in camera.said()}):
@@ -156,7 +178,9 @@ def load_builder(name: str, root: Path, cameras: Sequence[CameraMapping] = ()) -
                 f"--{_OPTIONS.get(attribute, attribute).replace('_', '-')}: is not used by "
                 f"--source {name}; leave it out."
             )
-    return kind(root, cameras) if cameras else kind(root)
+    builder = kind(root, cameras) if cameras else kind(root)
+    builder.hfov = hfov
+    return builder
 
 
 _OPTIONS = {"depth_unit": "depth_scale"} | dict.fromkeys(("rgb", "depth", "pose", "info"), "topics")

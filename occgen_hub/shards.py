@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -325,7 +326,11 @@ def _write(place: Path, pieces: list[Piece], stop: Event) -> None:
             f"{name}.list.element": "DELTA_BINARY_PACKED" for name in ("occupied", "dynamic")
         },
     }
-    with atomic_file(place) as partial, pq.ParquetWriter(partial, _schema(), **how) as writer:
+    with (
+        atomic_file(place) as partial,
+        pa.OSFile(os.fsencode(partial), "wb") as file,  # A path may look like a URI.
+        pq.ParquetWriter(file, _schema(), **how) as writer,
+    ):
         writer.add_key_value_metadata({_KEY: dump_json(_describe(pieces)).encode()})
         for rows in batched(chain.from_iterable(map(_rows, pieces)), GROUP):
             if stop.is_set():

@@ -106,7 +106,7 @@ def _check_geometry(episode: Episode) -> None:
     config = Config()
     with tempfile.TemporaryDirectory(prefix="occgen-") as scratch:
         views = load_engine("rgbd").reconstruct(episode, config, Path(scratch))
-    for note in check_conventions(views, episode.id, config, episode.fps):
+    for note in check_conventions(views, episode.id, config, fps=episode.fps):
         raise OccGenError(f"{episode.id}: {note.text}.")
 
 

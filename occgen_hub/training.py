@@ -6,12 +6,13 @@ each; images, depth and tasks come from the trajectories' folders. Needs torch.
 
 from __future__ import annotations
 
+import hashlib
 import operator
 import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -29,6 +30,7 @@ from occgen_hub.config import MAX_CELLS
 from occgen_hub.errors import DatasetError, SourceError, UsageError
 from occgen_hub.files import opened, plain
 from occgen_hub.geometry.poses import RIGID, rigidity_error
+from occgen_hub.hub_token import check_sendable
 from occgen_hub.loading import EXPORT, REBUILD, SCHEMA, Trajectory
 from occgen_hub.media import SeekingVideo, read_depth, read_rgb
 from occgen_hub.occupancy.grid import Grid
@@ -285,6 +287,7 @@ def _fetched(repo_id: str, keys: Sequence[str], revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
+    check_sendable()
     patterns = [f"{FOLDER}/*.parquet", *(_pattern(file) for key in keys for file in _files(key))]
     try:
         folder = snapshot_download(
@@ -323,12 +326,14 @@ def _place(root: Path, episode: str, file: str, frame: int | None = None) -> Pat
 class _Index:
     """Where each frame is. Item n is in the last row group that starts at or before it.
 
-    group_starts: (groups + 1,) int64; groups: (groups, 2) int32, the number of the shard and of the
-    row group in it; the others as OccupancyDataset has them.
+    footers: of each shard, see `_footer`; group_starts: (groups + 1,) int64; groups: (groups, 2)
+    int32, the number of the shard and of the row group in it; the others as OccupancyDataset has
+    them.
     """
 
     root: Path
     shards: tuple[Path, ...]
+    footers: dict[Path, str]
     grid: Grid
     episodes: tuple[str, ...]
     starts: NDArray[np.int64]
@@ -347,12 +352,14 @@ def _indexed(root: Path) -> _Index:
     lengths: dict[str, int] = {}
     groups: list[tuple[int, int]] = []
     sizes: list[int] = []
+    footers: dict[Path, str] = {}
     for number, path in enumerate(paths):
         if path.name != NAME.format(number, len(paths)):
             problem = f"is not shard {number} of {len(paths)}: one is missing or left over"
             raise DatasetError(path, problem, f"fetch them all, or {REMAKE}")
         with _reading(path):
             file = _open(path)
+            footers[path] = _footer(file)
             rows = _group_sizes(file)
             _count_frames(file.read(["episode", "frame_index"], use_threads=False), lengths)
             if number == 0:
@@ -362,7 +369,7 @@ def _indexed(root: Path) -> _Index:
         sizes += rows
     starts, group_starts = (np.cumsum([0, *v], dtype=np.int64) for v in (lengths.values(), sizes))
     places = np.array(groups, np.int32)
-    return _Index(root, tuple(paths), grid, tuple(lengths), starts, group_starts, places)
+    return _Index(root, tuple(paths), footers, grid, tuple(lengths), starts, group_starts, places)
 
 
 def _count_frames(table: pa.Table, lengths: dict[str, int]) -> None:
@@ -418,7 +425,10 @@ def _check_grids(path: Path, file: pq.ParquetFile, grid: Grid) -> None:
 def _open(path: Path) -> pq.ParquetFile:
     """A shard, its columns looked at; raises ValueError and what Arrow does when it is none."""
     with opened(path):  # No pipe, which would block.
-        file = pq.ParquetFile(path, read_dictionary=["episode"])
+        try:
+            file = pq.ParquetFile(pa.OSFile(os.fsencode(path)), read_dictionary=["episode"])
+        except KeyError:
+            raise ValueError("it has no column episode") from None
     if file.metadata.num_rows > MAX_SHARD_ROWS:
         raise ValueError(f"it claims {file.metadata.num_rows} rows")
     types = plain(file.schema_arrow.empty_table()).schema
@@ -428,6 +438,13 @@ def _open(path: Path) -> pq.ParquetFile:
     if "dynamic" in types.names and types.field("dynamic").type != DYNAMIC:
         raise ValueError(f"its column dynamic is not of {DYNAMIC}")
     return file
+
+
+def _footer(file: pq.ParquetFile) -> str:
+    """SHA-256 of a shard's metadata: what it is made of, and where in the file each column is."""
+    content = pa.BufferOutputStream()
+    file.metadata.write_metadata_file(content)
+    return hashlib.sha256(content.getvalue()).hexdigest()
 
 
 def _group_sizes(file: pq.ParquetFile) -> list[int]:
@@ -461,7 +478,7 @@ class _Reader:
 
     def __init__(self, index: _Index) -> None:
         self._index = index
-        self._file = lru_cache(MAX_FILES)(_open)
+        self._file = lru_cache(MAX_FILES)(self._open_known)
         self._held = {
             name: lru_cache(count)(getattr(self, f"_read_{name}")) for name, count in HELD.items()
         }
@@ -469,6 +486,15 @@ class _Reader:
         self._image_size = lru_cache(MAX_EPISODES)(self._read_image_size)
         self._video = lru_cache(MAX_VIDEOS)(self._open_video)
         _keep_freed_memory(4 * index.grid.cells)
+
+    def _open_known(self, path: Path) -> pq.ParquetFile:
+        """A shard; raises DatasetError where it is not the one that the index was read from."""
+        with suppress(FileNotFoundError, SourceError):
+            file = _open(path)
+            if _footer(file) == self._index.footers[path]:
+                return file
+        problem = "was written again, or removed, since the dataset was opened"
+        raise DatasetError(path, problem, "open the dataset again")
 
     def occupied(self, number: int) -> NDArray[np.int32]:
         """(n,) int32 flat numbers of the occupied visible cells of item `number`, ascending."""
@@ -515,7 +541,8 @@ class _Reader:
         """(H, W) float32 metres."""
         path = _place(self._index.root, episode, "depth", frame)
         units = read_depth(path, self._image_size(episode))
-        return torch.from_numpy((units / 10_000).astype(np.float32))
+        metres = units / load_schema(SCHEMA).depth_units_per_metre
+        return torch.from_numpy(metres.astype(np.float32))
 
     def task(self, episode: str, frame: int) -> str:
         """The instruction in words."""

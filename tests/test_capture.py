@@ -166,7 +166,7 @@ def judged(episode: Episode) -> list[str]:
     """The notes on its conventions; raises OccGenError where they are wrong."""
     config = library.Config()
     views = load_engine("rgbd").reconstruct(episode, config, Path("unused"))
-    return [note.text for note in check_conventions(views, episode.id, config, episode.fps)]
+    return [note.text for note in check_conventions(views, episode.id, config, fps=episode.fps)]
 
 
 @pytest.fixture(scope="module")

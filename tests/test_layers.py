@@ -10,6 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 GROUND_TO_ROOF = [
     "errors",
+    "jit",
+    "hub_token",
     "atomic",
     "files",
     "prefetch",
@@ -35,6 +37,10 @@ GROUND_TO_ROOF = [
     "validation",
     "kinds",
     "builder",
+    "archives",
+    "scratch",
+    "scenes",
+    "hub_source",
     "stopwatch",
     "up_to_date",
     "episode_build",

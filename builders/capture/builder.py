@@ -117,11 +117,7 @@ class CaptureBuilder(DatasetBuilder):
             return depth_view[frame].depth(read_raw_depth(frame))
 
         fps, rate_notes = _rate(recording.times)
-        media = [*_colors(recording, view, color, ref.path)]
-        if read_raw_depth is not None:
-            media += [
-                MediaFile("depth", ref.path, t, read=partial(depth, t)) for t in range(length)
-            ]
+        media = _colors(recording, view, color, ref.path)  # Depth is written anew.
         times = {}
         if recording.times is not None:
             times[TIME] = Column(Feature(dtype="float64", shape=(1,)), recording.times)

@@ -69,7 +69,7 @@ class Convention:
 
     meaning: after "as if"; remedy: what to do; poses: from (T, 4, 4) poses as they are given to
     those that are meant, nan where there are none; factor: of depth; swapped: whether the focal
-    lengths are.
+    lengths are; hfov: degrees that the camera sees across, None as given.
     """
 
     meaning: str
@@ -77,6 +77,7 @@ class Convention:
     poses: Callable[[NDArray[np.float64]], NDArray[np.float64]] = lambda poses: poses
     factor: float = 1.0
     swapped: bool = False
+    hfov: float | None = None
 
 
 def _opengl(poses: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -139,24 +140,45 @@ def _shifted(frames: float, fps: float) -> Convention:
     )
 
 
-def check_conventions(views: Views, episode: str, config: Config, fps: float = 30.0) -> list[Note]:
+HFOVS = (42, 50, 55, 60, 65, 70, 75, 79, 84, 90, 95, 100, 110, 120)
+"""Degrees, fields of view that are tried where that of the camera is not known."""
+
+MARGIN = 2 / 3
+"""Another field of view is named in a note where no more disagrees than that share of what
+disagrees with the one assumed."""
+
+
+def check_conventions(
+    views: Views,
+    episode: str,
+    config: Config,
+    *,
+    fps: float = 30.0,
+    assumed_view: bool = False,
+) -> list[Note]:
     """Compare frames that see the same places from different sides.
 
-    fps: frames a second. Raises OccGenError where they contradict one another, but agree under
-    other poses, times, intrinsics or another unit of depth, which it names. Returns a note where
-    they contradict one another for another reason. What a network found for itself has no
-    conventions and is not looked at.
+    fps: frames a second; assumed_view: whether the source does not say what its cameras see, so
+    that other fields of view are tried as well.
+
+    Raises OccGenError where they contradict one another, but agree under other poses, times,
+    intrinsics or another unit of depth, which it names. Returns a note where they contradict one
+    another for another reason. What a network found for itself has no conventions and is not looked
+    at.
     """
     if not views.in_source_world or len(views.frames) < 2:
         return []
     pairs, poses = _pairs(views, config), views.world_from_camera
     given = _agreement(pairs, Convention("", ""), poses)
-    if not pairs or (given is not None and given >= FINE):
+    if not pairs:
         return []
+    if given is not None and given >= (POOR if assumed_view else FINE):
+        return _view_note(pairs, given, poses) if assumed_view else []
     longest = min(MOST_SHIFTED, int(LONGEST_SHIFT * fps), len(poses) - 2)
     if given is not None and given >= POOR:
         longest = 0  # Clocks that are a frame apart are no reason to stop.
-    tried = [(_agreement(pairs, other, poses), other) for other in CONVENTIONS]
+    others = (*CONVENTIONS, *(_VIEWS if assumed_view else ()))
+    tried = [(_agreement(pairs, other, poses), other) for other in others]
     tried += _times(pairs, poses, longest, fps)
     found = [(share, other) for share, other in tried if share is not None]
     if found:
@@ -169,6 +191,8 @@ def check_conventions(views: Views, episode: str, config: Config, fps: float = 3
                 f"to another), but would agree ({share:.0%}) as if {other.meaning}; "
                 f"{other.remedy}."
             )
+    if assumed_view and given is not None and (notes := _view_note(pairs, given, poses)):
+        return notes
     if given is None or given >= HARDLY:
         return []
     text = (
@@ -176,6 +200,34 @@ def check_conventions(views: Views, episode: str, config: Config, fps: float = 3
         "and intrinsics belong together; do not use this unless nearly everything moved"
     )
     return [Note("frames disagree", text)]
+
+
+def _seen(hfov: float) -> Convention:
+    return Convention(
+        f"cameras saw about {hfov:g} degrees from side to side",
+        f"give their field of view, perhaps --hfov {hfov:g}",
+        hfov=hfov,
+    )
+
+
+_VIEWS = tuple(_seen(hfov) for hfov in HFOVS)
+
+
+def _view_note(pairs: list[Pair], given: float, poses: NDArray[np.float64]) -> list[Note]:
+    """A note where frames agree clearly better under another field of view than the assumed one."""
+    shares = [(_agreement(pairs, view, poses), view) for view in _VIEWS]
+    tried = [(share, view) for share, view in shares if share is not None]
+    share, best = max(tried, key=lambda row: row[0], default=(0.0, None))
+    if best is None or best.hfov is None or 1 - share > MARGIN * (1 - given):
+        return []
+    first = pairs[0][0][1]
+    K, width = first.K, first.depth.shape[1]
+    assumed = 2 * np.degrees(np.arctan(width / 2 / K[0, 0]))
+    text = (
+        f"frames agree better ({share:.0%} of the depth) as if cameras saw about {best.hfov:g} "
+        f"degrees from side to side than with {assumed:.3g} ({given:.0%}): check --hfov"
+    )
+    return [Note("field of view", text)]
 
 
 def _times(
@@ -243,5 +295,9 @@ def _meant(view: DepthMap, convention: Convention, pose: NDArray[np.float64]) ->
     if convention.swapped and abs(K[0, 0] / K[1, 1] - 1) > UNEQUAL:
         K = K.copy()
         K[0, 0], K[1, 1] = view.K[1, 1], view.K[0, 0]
+    if convention.hfov is not None:
+        K = K.copy()
+        wanted = view.depth.shape[1] / 2 / np.tan(np.radians(convention.hfov) / 2)
+        K[[0, 1], [0, 1]] *= wanted / K[0, 0]
     pose = np.ascontiguousarray(pose)
     return replace(view, depth=view.depth * factor, pixels=pixels, K=K, world_from_camera=pose)

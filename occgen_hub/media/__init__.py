@@ -1,8 +1,7 @@
 """Images and videos."""
 
-from occgen_hub.media.damage import MAX_PIXELS, MEND, RESTORE
+from occgen_hub.media.decode_errors import MAX_PIXELS, MEND, RESTORE
 from occgen_hub.media.pictures import (
-    DEPTH_UNITS,
     ImageSequence,
     PictureFacts,
     image_size,
@@ -27,7 +26,6 @@ from occgen_hub.media.video import (
 from occgen_hub.media.writing import VideoWriter, write_video
 
 __all__ = [
-    "DEPTH_UNITS",
     "MAX_PIXELS",
     "MEND",
     "RESTORE",

@@ -62,13 +62,9 @@ class NpzBuilder(DatasetBuilder):
             tasks=(Task("explore the scene"),),
             task_index=np.zeros(length, np.int64),
             columns={},
-            # `read` because the images are in no files of their own that could be copied.
-            media=(
-                *(MediaFile("rgb", ref.path, t, read=lambda t=t: rgb[t]) for t in range(length)),
-                *(
-                    MediaFile("depth", ref.path, t, read=lambda t=t: depth[t])
-                    for t in range(length)
-                ),
+            # `read` because the images are in no files of their own; depth is written anew anyway.
+            media=tuple(
+                MediaFile("rgb", ref.path, t, read=lambda t=t: rgb[t]) for t in range(length)
             ),
             fingerprint=self.fingerprint(self.sources(ref)),
         )
