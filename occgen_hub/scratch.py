@@ -17,6 +17,10 @@ from occgen_hub.files import hold
 
 PREFIX = "occgen-"
 LOCK = ".occgen-lock"
+MADE = b"made"
+"""What the lock file holds where a build made the folder."""
+
+ATTEMPTS = 5
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 DEFAULT_LIMIT = 64 * 10**9
@@ -128,13 +132,7 @@ def open_scratch(place: ScratchPlace) -> Iterator[Scratch]:
     What dead processes left there is removed first. Raises UsageError where it cannot be made.
     """
     try:
-        made = [p for p in (place.folder, *place.folder.parents) if not p.exists()]
-        place.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(place.folder):
-            _clear_leftovers(place.folder)
-            own = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place.folder))
-            handle = os.open(own, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            hold(handle)
+        own, handle = _own_folder(place.folder)
     except OSError as error:
         raise UsageError(
             f"{place.folder}: cannot be written ({error.strerror}); choose another --scratch."
@@ -147,22 +145,48 @@ def open_scratch(place: ScratchPlace) -> Iterator[Scratch]:
         shutil.rmtree(own, ignore_errors=True)
         os.close(handle)
         with suppress(OSError):
-            with _locked(place.folder):
-                if [path.name for path in place.folder.iterdir()] == [LOCK]:
-                    (place.folder / LOCK).unlink()
-            for folder in made:
+            _remove_if_unused(place.folder)
+
+
+def _own_folder(folder: Path) -> tuple[Path, int]:
+    """A new folder in scratch, and a handle that says that its process is alive."""
+    for attempt in range(ATTEMPTS):
+        made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with _locked(folder) as lock:
+                if made:
+                    os.write(lock, MADE)
+                _clear_leftovers(folder)
+                own = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))
+                handle = os.open(own, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                hold(handle)
+                return own, handle
+        except FileNotFoundError:  # Another process removed it, as the last one to use it.
+            if attempt == ATTEMPTS - 1:
+                raise
+    raise AssertionError
+
+
+def _remove_if_unused(folder: Path) -> None:
+    """Remove the lock of scratch that nobody uses any more, and the folder if a build made it."""
+    with _locked(folder) as lock:
+        if [path.name for path in folder.iterdir()] == [LOCK]:
+            made = os.pread(lock, len(MADE), 0) == MADE
+            (folder / LOCK).unlink()
+            if made:
                 folder.rmdir()
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[int]:
     import fcntl
 
     handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         with suppress(OSError):  # A file system without locks.
             fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        yield handle
     finally:
         os.close(handle)
 

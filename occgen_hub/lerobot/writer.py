@@ -229,7 +229,7 @@ class TrajectoryWriter:
             name: c.values
             for name, c in columns.items()
             if name in features
-            and not (features[name].other_kinds and c.feature.info() != features[name].info())
+            and not (features[name].other_kinds and c.feature.shape != features[name].shape)
         } | ours
         for name, values in known.items():
             feature = features[name]
