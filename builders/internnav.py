@@ -42,6 +42,7 @@ from occgen_hub.files import (
 from occgen_hub.geometry.camera import intrinsics_problem, scale_intrinsics
 from occgen_hub.geometry.ply import check_ply
 from occgen_hub.geometry.poses import RIGID, from_opengl, rigidity_error
+from occgen_hub.kinds import check_not_lerobot, lerobot_kind
 from occgen_hub.media import (
     RESTORE,
     ImageSequence,
@@ -116,6 +117,7 @@ class InternNavBuilder(DatasetBuilder):
     def episodes(self) -> Iterator[EpisodeRef]:
         """Every trajectory folder, or every episode of a scene's folder, sorted."""
         for folder in _dataset_folders(self.root, self.pass_over):
+            check_not_lerobot(folder, [folder])
             parquets = _parquets(folder)
             if vlnce.cameras_of(folder):
                 yield from vlnce.refs(folder, "/".join(_name(self.root, folder, 2)), parquets)
@@ -126,6 +128,12 @@ class InternNavBuilder(DatasetBuilder):
             else:
                 index = min(parquets, default=0)
                 yield EpisodeRef("/".join(_name(self.root, folder, 3)), folder, index)
+
+    @classmethod
+    def recognise(cls, root: Path) -> str | None:
+        """By the first dataset folder."""
+        found = next(_dataset_folders(root, lambda *_: None), None)
+        return None if found is None or lerobot_kind(found) else "a tree of InternData-N1"
 
     def has_depth(self, ref: EpisodeRef) -> bool:
         """Whether there is a depth image; in a scene's folder, one of this episode's frames.

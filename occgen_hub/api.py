@@ -10,6 +10,7 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from occgen_hub.camera_mapping import CameraMapping
 from occgen_hub.config import Config
 from occgen_hub.engines import AUTO
 from occgen_hub.errors import DatasetError, UsageError
@@ -30,6 +31,7 @@ def build(
     root: str | Path,
     out: str | Path,
     *,
+    cameras: Sequence[CameraMapping] = (),
     engine: str = AUTO,
     weights: str | Path | None = None,
     device: str | None = None,
@@ -46,8 +48,9 @@ def build(
 ) -> Summary:
     """Build an occupancy dataset from a source, as `occgen-hub build` does.
 
-    source: what kind it is, "internnav" or "video"; root: where it is, a path or an address
-    "hf://datasets/ORG/NAME[@REVISION][/FOLDER]" of the Hub; out: the dataset's folder;
+    source: what kind it is, "internnav", "capture" or "video"; root: where it is, a path or an
+    address "hf://datasets/ORG/NAME[@REVISION][/FOLDER]" of the Hub; out: the dataset's folder;
+    cameras: what the files do not say of its cameras;
     config: the settings, metres where they are lengths; workers: processes; limit: the first so
     many episodes only, or scenes that are fetched; scenes: patterns of those to build; scratch:
     where scenes are put, `scratch_limit` bytes at most; shard: (i, n) to build share i of n,
@@ -68,6 +71,7 @@ def build(
         source,
         root,
         Path(out),
+        cameras=cameras,
         engine=engine,
         weights=None if weights is None else Path(weights),
         device=device,

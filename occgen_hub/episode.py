@@ -46,13 +46,15 @@ class MediaFile:
     """A file that goes with the episode; `file` is its key in the schema.
 
     check: decodes an image, unless that was done already, and raises SourceError where it is
-    damaged; where it is None, the writer decodes the image.
+    damaged; where it is None, the writer decodes the image. read: gives the (H, W, 3) uint8 image
+    to write, where the file is not that image.
     """
 
     file: str
     path: Path
     frame: int | None = None
     check: Callable[[], None] | None = None
+    read: Callable[[], NDArray[Any]] | None = None
 
 
 @dataclass(frozen=True)

@@ -197,6 +197,7 @@ def provenance(builder: DatasetBuilder, engine: Engine, settings: Settings) -> P
         engine.weights(),
         settings.config,
         settings.media,
+        tuple(camera.said() for camera in builder.cameras),
     )
 
 

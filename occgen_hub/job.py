@@ -14,8 +14,11 @@ from occgen_hub.builder import (
     DatasetBuilder,
     EpisodeRef,
     builder_names,
+    id_problem,
     load_builder,
+    other_source,
 )
+from occgen_hub.camera_mapping import CameraMapping
 from occgen_hub.config import Config
 from occgen_hub.engines import (
     AUTO,
@@ -29,6 +32,7 @@ from occgen_hub.episode_build import Settings, why_outdated
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.files import printable
 from occgen_hub.hub_source import HubSource, select_scenes
+from occgen_hub.kinds import check_not_built
 from occgen_hub.lerobot.writer import Media
 from occgen_hub.scenes import (
     SceneRecord,
@@ -98,11 +102,21 @@ def list_refs(
 def list_episodes(
     builder: DatasetBuilder, limit: int | None = None, scenes: Sequence[str] = ()
 ) -> list[EpisodeRef]:
-    """The episodes to build, at most `limit`; raises UsageError when there are none."""
+    """The episodes to build, at most `limit`.
+
+    Raises UsageError when there are none, when two have the same id or one has an id that is none,
+    and when what they are made from is a dataset that was built.
+    """
+    check_not_built(builder.root, [builder.root])
     if builder.root.is_file() and not builder.takes_file:
         raise UsageError(
-            f"{builder.root}: is not a folder; give the root of the source tree as --input, or "
-            f"another --source than {builder.name}: {', '.join(builder_names())}."
+            f"{builder.root}: is not a folder; "
+            + (
+                other_source(builder.root, builder.name)
+                or "give the root of the source tree as --input, or another --source than "
+                f"{builder.name}: {', '.join(builder_names())}"
+            )
+            + "."
         )
     refs: list[EpisodeRef] = []
     others = False
@@ -116,10 +130,21 @@ def list_episodes(
         _selected(builder.root, refs, scenes)
     if not refs:
         raise UsageError(
-            f"{builder.root}: holds no episode that the source {builder.name} knows; give the root "
-            "of the tree, above its groups and scenes, or another --source: "
-            f"{', '.join(builder_names())}."
+            f"{builder.root}: holds no episode that the source {builder.name} knows; "
+            + (
+                other_source(builder.root, builder.name)
+                or "give the root of the tree, above its groups and scenes, or another --source: "
+                + ", ".join(builder_names())
+            )
+            + "."
         )
+    check_not_built(builder.root, (ref.path for ref in refs))
+    for ref in refs:
+        if problem := id_problem(ref.id):
+            raise UsageError(
+                f"{ref.path}: the source {builder.name} calls it {printable(ref.id)!r}, which "
+                f"{problem}; the source has to give <group>/<scene>/<trajectory>."
+            )
     return _checked(builder, refs)
 
 
@@ -274,7 +299,8 @@ class Job:
     def choices(self) -> str:
         """How its episodes are built, whichever they are: the same on all devices."""
         engine = self.settings.engine.on("cpu")
-        return str([self.builder.name, replace(self.settings, engine=engine, overwrite=False)])
+        settings = replace(self.settings, engine=engine, overwrite=False)
+        return str([self.builder.name, self.builder.cameras, settings])
 
     @cached_property
     def scene_choices(self) -> str:
@@ -284,11 +310,12 @@ class Job:
     def described(self) -> dict[str, Any]:
         """What a report says of it."""
         settings = self.settings
+        root = printable(str(self.hub or self.builder.root))
+        source: dict[str, Any] = {"builder": self.builder.name, "root": root}
+        if cameras := [camera.said() for camera in self.builder.cameras]:
+            source["cameras"] = cameras
         return {
-            "source": {
-                "builder": self.builder.name,
-                "root": printable(str(self.hub or self.builder.root)),
-            },
+            "source": source,
             "output": printable(str(self.out)),
             "engine": settings.engine.name,
             "config": settings.config.model_dump(mode="json"),
@@ -301,6 +328,7 @@ def open_job(
     root: Path | str,
     out: Path,
     *,
+    cameras: Sequence[CameraMapping] = (),
     engine: str = AUTO,
     weights: Path | None = None,
     device: str | None = None,
@@ -320,7 +348,7 @@ def open_job(
     """
     config, hub = config or Config(), HubSource.parse(root)
     root = Path(root)
-    builder = load_builder(source, root, config.hfov)
+    builder = load_builder(source, root, cameras, hfov=config.hfov)
     refs: Sequence[EpisodeRef | SceneRef]
     if hub is None:
         check_paths(root, out)

@@ -53,7 +53,7 @@ def reconstruct(
     check_views(views, episode)
     views, alignment = align(views, episode)
     convention_notes = check_conventions(
-        views, episode.id, config, assumed_view=episode.assumed_view
+        views, episode.id, config, fps=episode.fps, assumed_view=episode.assumed_view
     )
     check_reach(views, config, episode.id)
     # A network's own work takes long; that of sensors is to decode their frames, in fusion.

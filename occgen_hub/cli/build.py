@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from occgen_hub.cli.command import FOLDER, SOURCE, Examples, no_bar, say
+from occgen_hub.cli.command import FOLDER, SOURCE, Examples, no_bar, say, with_options
+from occgen_hub.cli.mapping import MAPPING, take_cameras
 from occgen_hub.cli.stopping import stop_if_asked
 from occgen_hub.errors import UsageError
 
@@ -130,6 +131,7 @@ CLUSTERS = {
     "--slurm", multiple=True, metavar="KEY=VALUE",
     help="An option of sbatch: partition=NAME, time=24:00:00, qos, account; repeatable.",
 )  # fmt: skip
+@with_options(*MAPPING)
 def build(
     condition: str | None,
     config: Path | None,
@@ -166,6 +168,7 @@ def build(
     if hfov is not None:
         settings += (f"hfov={hfov}",)
     options["config"] = load_config(config, settings)
+    options["cameras"] = take_cameras(options)
     options["scratch_limit"] = parse_bytes(scratch_limit)
     if executor == "slurm":
         from occgen_hub.runtime.cluster import parse_slurm

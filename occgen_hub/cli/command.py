@@ -38,6 +38,17 @@ SOURCE = Source(file_okay=True, dir_okay=True, path_type=Path)
 FOLDER = _Place(file_okay=True, dir_okay=True, path_type=Path)
 
 
+def with_options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A decorator that adds options, in that order."""
+
+    def decorate(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
 def beside(folder: Path, ending: str) -> Path:
     """Where a picture or a page about a dataset goes by itself: here, but not into the dataset."""
     dataset, here = folder.resolve(), Path().resolve()

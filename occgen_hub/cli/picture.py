@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from math import isnan
 from pathlib import Path
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from occgen_hub.cli.command import FOLDER, Examples, beside, progress_bar, say
+from occgen_hub.cli.command import FOLDER, Examples, beside, progress_bar, say, with_options
+from occgen_hub.cli.mapping import MAPPING, take_cameras
 from occgen_hub.cli.stopping import Stopped, received
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.visual import SEQUENCES
@@ -37,6 +38,7 @@ _SOURCE = (
         "--set", "settings", multiple=True, metavar="KEY=VALUE",
         help="With --input: one setting; may be repeated.",
     ),
+    *MAPPING,
 )  # fmt: skip
 
 _HISTORY = (
@@ -49,17 +51,6 @@ _HISTORY = (
         help="Frames from one of them to the next.",
     ),
 )  # fmt: skip
-
-
-def _with(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A decorator that adds options, in that order."""
-
-    def decorate(function: Any) -> Any:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
 
 
 @contextmanager
@@ -75,6 +66,7 @@ def _opened(trajectory: str, root: Path | None, how: dict[str, Any]) -> Iterator
 
     options = {name: how[name] for name in ("source", "engine", "weights", "device")}
     options["config"] = load_config(how["config"], how["settings"])
+    options["cameras"] = take_cameras(how)
     with (
         progress_bar("build", unit="frame") as progress,
         temporary_build(
@@ -113,7 +105,7 @@ def _folder(place: Path) -> Path:
     "--only", type=click.Choice(SEQUENCES), multiple=True,
     help="Only these files; may be repeated. All six kinds if not given.",
 )  # fmt: skip
-@_with(*_HISTORY, *_SOURCE)
+@with_options(*_HISTORY, *_SOURCE)
 def visualize(
     trajectory: str,
     out: Path,
@@ -181,7 +173,7 @@ def _size(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
     "--camera", type=FOLDER,
     help="JSON: the world's viewpoint, as view --choose-camera writes it; else found by itself.",
 )  # fmt: skip
-@_with(*_HISTORY, *_SOURCE)
+@with_options(*_HISTORY, *_SOURCE)
 def render(
     trajectory: str,
     out: Path,
@@ -232,7 +224,7 @@ def render(
     "--choose-camera", type=FOLDER, metavar="FILE.json",
     help="Open a window instead to find the viewpoint in that render --camera takes.",
 )  # fmt: skip
-@_with(*_SOURCE)
+@with_options(*_SOURCE)
 def view(
     trajectory: str,
     save: Path | None,

@@ -47,7 +47,8 @@ Media = Literal["copy", "link", "none"]
 class Provenance:
     """Where a trajectory comes from: the builder, its version, the engine, and the configuration.
 
-    weights: of the engine's network, None where it has none.
+    weights: of the engine's network, None where it has none; cameras: what the user said of the
+    source's cameras, see `CameraMapping.said`.
     """
 
     builder: str
@@ -56,17 +57,19 @@ class Provenance:
     weights: dict[str, Any] | None
     config: Config
     media: Media
+    cameras: tuple[dict[str, Any], ...] = ()
 
     def record(self, schema: Schema, episode: str, fingerprint: str) -> dict[str, Any]:
         """What a later run compares to tell whether the trajectory is still what it would build."""
+        source = {
+            "builder": self.builder,
+            "builder_version": self.builder_version,
+            "episode": episode,
+            "fingerprint": fingerprint,
+        }
         return {
             "schema": {"name": schema.name, "version": schema.version},
-            "source": {
-                "builder": self.builder,
-                "builder_version": self.builder_version,
-                "episode": episode,
-                "fingerprint": fingerprint,
-            },
+            "source": {**source, "cameras": list(self.cameras)} if self.cameras else source,
             "engine": self.engine,
             **({} if self.weights is None else {"weights": self.weights}),
             "config": self.config.model_dump(mode="json"),
@@ -124,8 +127,9 @@ class TrajectoryWriter:
         """The source's own files, and the RGB video, made from the images where there is none.
 
         Every image is decoded once, by whoever comes first, so that a damaged one is not copied.
-        One that is no JPEG where the schema has JPEGs is encoded as one. Depth is written anew
-        unless the source's images have the schema's unit.
+        One that is no JPEG where the schema has JPEGs is encoded as one, and so is what is not in
+        the source's files as it is to be written. Depth is written anew unless the source's images
+        have the schema's unit.
         """
         if media == "none":
             return
@@ -136,6 +140,9 @@ class TrajectoryWriter:
             if new_depth and item.file == "depth":
                 continue
             place = self.path(item.file, item.frame)
+            if item.read is not None:
+                write_jpeg(place, item.read())
+                continue
             if self.schema.files[item.file].kind == "image":
                 self._check_image(item)
                 if place.suffix == ".jpg" and not is_jpeg(item.path):
