@@ -28,6 +28,9 @@ WORTH_REFINING = 1 / 16
 """Share of a cell's edge: frames that would have to be moved farther, median, are aligned to the
 scene."""
 
+LESS_RESIDUAL = 0.95
+"""Refined poses are kept where the residual falls to this share or less: less may be by chance."""
+
 MORE_CONTRADICTED = 1.1
 """Refined poses are kept while the share of contradicted points grows at most by this factor."""
 
@@ -80,7 +83,7 @@ class Quality:
         surfaces then fit in their middle, and frames see through one another at their ends.
         """
         return (
-            self.residual < other.residual
+            self.residual < LESS_RESIDUAL * other.residual
             and self.contradicted <= MORE_CONTRADICTED * other.contradicted
         )
 

@@ -54,7 +54,24 @@ def refine_poses(
         nearest = views.frames[places[frame]]
         change = refined[nearest] @ np.linalg.inv(views.world_from_camera[nearest])
         refined[frame] = change @ views.world_from_camera[frame]
-    return refined
+    return _in_the_world_of(views.world_from_camera, refined)
+
+
+def _in_the_world_of(
+    recorded: NDArray[np.float64], refined: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Refined poses, moved together so that on average they are where the recorded ones are.
+
+    Frames only tell where they are relative to one another. Both (T, 4, 4) world_from_camera.
+    """
+    turns = (
+        Rotation.from_matrix(recorded[:, :3, :3]) * Rotation.from_matrix(refined[:, :3, :3]).inv()
+    )
+    change = np.eye(4)
+    change[:3, :3] = turns.mean().as_matrix()
+    change[:3, 3] = (recorded[:, :3, 3] - refined[:, :3, 3] @ change[:3, :3].T).mean(axis=0)
+    together: NDArray[np.float64] = change @ refined
+    return together
 
 
 def correction(
