@@ -42,6 +42,16 @@ REFINEMENTS = (0.02, 0.01, 0.005, 0.0)
 """Metres: how much wider than noise the kernel is, each time that poses are refined and the surface
 is fused anew."""
 
+LESS_RESIDUAL = 0.95
+"""Refined poses are kept where the residual falls to this share or less: less may be by chance."""
+
+MORE_CONTRADICTED = 1.1
+"""Refined poses are kept while the share of contradicted points grows at most by this factor."""
+
+LESS_SEEN = 0.97
+"""Refined poses are kept while points are seen by at least this share of the frames that saw them
+before, of those that were asked."""
+
 Progress = Callable[[int], None]
 """Called with the number of frames done since the last call."""
 
@@ -80,12 +90,12 @@ def fuse(views: Views, config: Config, progress: Progress = lambda _: None) -> F
     if config.fusion == "union" or not len(measured):
         return Fused(measured, views, None, None)
     found = _fused(measured, maps, config)
-    if config.refine_poses is True or (
-        config.refine_poses == "auto" and found.quality.poses_are_off(config.voxel_size)
-    ):
+    # A network's poses and depth are one estimate, whose errors belong together.
+    doubtful = views.edges == "sensor" and found.quality.poses_are_off(config.voxel_size)
+    if config.refine_poses is True or (config.refine_poses == "auto" and doubtful):
         aligned = _aligned(measured, maps, config)
         refined = _fused(union(aligned, config), aligned, config, refined=True)
-        if config.refine_poses is True or refined.quality.better_than(found.quality):
+        if config.refine_poses is True or refined.better_than(found):
             found = refined
     moving = MovingPoints(
         found.static, found.agreement.seen_through, found.maps, found.tolerance,
@@ -104,6 +114,22 @@ class _Fusion:
     agreement: Agreement
     static: PointBlocks
     quality: Quality
+
+    def better_than(self, other: _Fusion) -> bool:
+        """Whether frames agree better than in another fusion of the same depth.
+
+        Poses can hide errors of the depth itself, as where each frame has another scale: surfaces
+        then fit in their middle, but frames see through one another at their ends, or no longer see
+        the same.
+        """
+        seen, seen_before = (
+            fusion.agreement.supports / fusion.tolerance.looks for fusion in (self, other)
+        )
+        return (
+            self.quality.residual < LESS_RESIDUAL * other.quality.residual
+            and self.quality.contradicted <= MORE_CONTRADICTED * other.quality.contradicted
+            and seen >= LESS_SEEN * seen_before
+        )
 
 
 def _fused(measured: Cloud, maps: DepthMaps, config: Config, *, refined: bool = False) -> _Fusion:

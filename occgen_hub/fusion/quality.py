@@ -28,12 +28,6 @@ WORTH_REFINING = 1 / 16
 """Share of a cell's edge: frames that would have to be moved farther, median, are aligned to the
 scene."""
 
-LESS_RESIDUAL = 0.95
-"""Refined poses are kept where the residual falls to this share or less: less may be by chance."""
-
-MORE_CONTRADICTED = 1.1
-"""Refined poses are kept while the share of contradicted points grows at most by this factor."""
-
 POOR_CONTRADICTED = 0.3
 """Share of contradicted points over which a note says that the frames do not agree."""
 
@@ -75,17 +69,6 @@ class Quality:
     def poses_are_off(self, voxel_size: float) -> bool:
         """Whether aligning the frames may matter for cells of an edge, metres."""
         return self.shift > WORTH_REFINING * voxel_size
-
-    def better_than(self, other: Quality) -> bool:
-        """Whether frames agree better than in another fusion of the same episode.
-
-        Aligned poses can hide errors of the depth itself, as where each frame has another scale:
-        surfaces then fit in their middle, and frames see through one another at their ends.
-        """
-        return (
-            self.residual < LESS_RESIDUAL * other.residual
-            and self.contradicted <= MORE_CONTRADICTED * other.contradicted
-        )
 
     def record(self) -> dict[str, object]:
         """As `meta/occgen.json` has it."""
