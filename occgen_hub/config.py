@@ -82,8 +82,15 @@ class Config(BaseModel):
     window: Annotated[int, Field(ge=2, le=4096)] | None = Field(
         None, description="networks: frames at once; what fits into free memory if not set"
     )
-    overlap: Annotated[int, Field(ge=1, le=2048)] = Field(
-        8, description="networks: frames that a window shares with the next; half of it at most"
+    overlap: Annotated[int, Field(ge=1, le=2048)] | None = Field(
+        None,
+        description="networks: frames that a window shares with the next, half of it at most; half "
+        "if not set",
+    )
+    loop_closure: bool | Literal["auto"] = Field(
+        "auto",
+        description="networks: look for places that a video comes back to, and close the loops: "
+        "auto does in videos of four windows or more; true; false",
     )
     condition: tuple[Condition, ...] = Field(
         (), description="pi3x: what it is told besides the images: depth, intrinsics, poses"

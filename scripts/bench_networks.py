@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from occgen_hub.engines.pi3 import load_network
 from occgen_hub.engines.pi3.network import NETWORKS
-from occgen_hub.engines.pi3.weights import published
+from occgen_hub.engines.weights import published
 
 SIZE = (224, 308)
 """Height and width of a view."""

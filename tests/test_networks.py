@@ -22,7 +22,7 @@ from occgen_hub.engines.pi3 import load_network
 from occgen_hub.engines.pi3.blocks import Block, Rotary
 from occgen_hub.engines.pi3.network import NETWORKS, relative_poses
 from occgen_hub.engines.pi3.sizes import Sizes
-from occgen_hub.engines.pi3.weights import Checkpoint, WeightsError, published
+from occgen_hub.engines.weights import Checkpoint, WeightsError, published
 
 PARITY = ROOT.parent / "shared" / "parity"
 KEPT = Path(__file__).parent / "data" / "parity.npz"

@@ -25,10 +25,11 @@ from standin import memorise, random_weights, save
 from occgen_hub.builder import load_builder
 from occgen_hub.config import Config
 from occgen_hub.engines import Auto, load_engine
-from occgen_hub.engines.pi3.engine import window_size
-from occgen_hub.engines.pi3.frames import depth_edges, network_depth, network_image, network_size
-from occgen_hub.engines.pi3.windows import Assembly, Window, plan
+from occgen_hub.engines.frames import depth_edges, network_depth, network_image, network_size
+from occgen_hub.engines.network import window_size
+from occgen_hub.engines.pi3.engine import MEMORY
 from occgen_hub.engines.store import FrameStore
+from occgen_hub.engines.windows import Assembly, Window, plan
 from occgen_hub.episode_build import Settings
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.geometry.poses import transform
@@ -42,7 +43,7 @@ from occgen_hub.runtime.build import build_dataset
 from occgen_hub.sample import make_sample
 from occgen_hub.validation import validate
 
-SMALL = Config(max_pixels=40_000, voxel_size=0.05, window=32)
+SMALL = Config(max_pixels=40_000, voxel_size=0.05, window=32, refine_poses=False)
 SCALE = 1.7
 """Metres in a unit of the stand-in network's world."""
 
@@ -151,8 +152,8 @@ def assembled(folder, poses, local, size, overlap, gauge=random_gauge):
 @pytest.mark.parametrize(("size", "overlap"), [(40, 8), (12, 4), (8, 4), (13, 1), (6, 3)])
 def test_windows_of_any_gauge_give_one_scene(size, overlap, tmp_path):
     poses, local, K = geometry()
-    assembly, store = assembled(tmp_path, poses, local, size, overlap)
-    found = np.stack(assembly.world_from_camera)
+    assembly, _ = assembled(tmp_path, poses, local, size, overlap)
+    found = assembly.world_from_camera
     unit = np.linalg.norm(found[5, :3, 3] - found[0, :3, 3]) / np.linalg.norm(
         poses[5, :3, 3] - poses[0, :3, 3]
     )
@@ -164,7 +165,7 @@ def test_windows_of_any_gauge_give_one_scene(size, overlap, tmp_path):
     for view, points in enumerate(local):
         there = transform(expected[view], points.reshape(-1, 3))
         rays = points / points[..., 2:]
-        stored = (store.depth(view)[..., None] * rays).reshape(-1, 3)
+        stored = (assembly.depth(view)[..., None] * rays).reshape(-1, 3)
         distance = np.linalg.norm(transform(found[view], stored) / unit - there, axis=1)
         assert distance.max() < 0.02
 
@@ -207,7 +208,7 @@ def test_windows_that_nothing_scales_are_counted(tmp_path):
 
 
 def test_window_sizes_are_round_and_grow_with_smaller_frames():
-    sizes = [window_size(size, 14, "cpu") for size in ((672, 378), (308, 224), (112, 98))]
+    sizes = [window_size(size, 14, "cpu", MEMORY) for size in ((672, 378), (308, 224), (112, 98))]
     assert sizes == sorted(sizes)
     assert set(sizes) <= {4, 6, 8, 12, 16, 24, 32}
 
@@ -218,9 +219,9 @@ def test_a_gpu_of_its_own_is_a_process_s_alone(monkeypatch):
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda _: 0)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (75 << 30, 80 << 30))
     monkeypatch.setenv("NUMBA_NUM_THREADS", "1")
-    alone = window_size((672, 378), 14, "cuda:0")
+    alone = window_size((672, 378), 14, "cuda:0", MEMORY)
     monkeypatch.setenv(GPU_SHARED_BY, "8")
-    assert alone == 128 > window_size((672, 378), 14, "cuda:0") >= 8
+    assert alone == 128 > window_size((672, 378), 14, "cuda:0", MEMORY) >= 8
 
 
 PEAK = """

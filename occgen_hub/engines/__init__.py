@@ -156,7 +156,7 @@ def network_engine(weights: Path | None = None, device: str | None = None) -> En
 
     Raises UsageError when there are none.
     """
-    from occgen_hub.engines.pi3.weights import NAMES, kind, present
+    from occgen_hub.engines.weights import NAMES, kind, present
 
     if weights is not None:
         return load_engine(kind(weights), weights, device)

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from occgen_hub.engines.pi3.weights import load_network
+from occgen_hub.engines.weights import load_network
 
 __all__ = ["load_network"]
