@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from occgen_hub.builder import (
     DatasetBuilder,
@@ -15,13 +15,23 @@ from occgen_hub.builder import (
     load_builder,
 )
 from occgen_hub.config import Config
-from occgen_hub.engines import AUTO, Auto, Engine, load_engine, network_engine
+from occgen_hub.engines import (
+    AUTO,
+    Auto,
+    Engine,
+    check_license,
+    load_engine,
+    network_engine,
+)
 from occgen_hub.episode_build import Settings, why_outdated
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.files import printable
 from occgen_hub.lerobot.writer import Media
 from occgen_hub.schema import load_schema
 from occgen_hub.up_to_date import check_replaceable
+
+License = Literal["any", "commercial"]
+"""What the weights of a network have to allow."""
 
 
 def check_paths(root: Path, out: Path) -> None:
@@ -78,16 +88,22 @@ def choose_engine(
     name: str = AUTO,
     weights: Path | None = None,
     device: str | None = None,
+    license: License = "any",
 ) -> Engine:
     """The engine for these episodes: the one named, else the builder's own.
 
     For `auto`, weights are looked for only where some episode has no depth. Raises UsageError when
-    the engine, its weights or the device cannot be had; but where some episodes have depth, and no
+    the engine, its weights or the device cannot be had, or its weights
+    allow less than `license`; but where some episodes have depth, and no
     weights were named, the others may as well fail one by one.
     """
     name = builder.engine if name == AUTO else name
+    commercial = license == "commercial"
     if name != AUTO:
-        return load_engine(name, weights, device)
+        engine = load_engine(name, weights, device)
+        if commercial:
+            check_license(engine)
+        return engine
     have = [builder.has_depth(ref) for ref in refs]
     if all(have):
         if weights is not None:
@@ -97,7 +113,10 @@ def choose_engine(
             )
         return Auto()
     try:
-        return Auto(network_engine(weights, device))
+        auto = Auto(network_engine(weights, device, commercial=commercial))
+        if commercial:
+            check_license(auto)
+        return auto
     except UsageError as error:
         if weights is not None or not any(have):
             raise
@@ -192,6 +211,7 @@ def open_job(
     limit: int | None = None,
     overwrite: bool = False,
     parquet_occupancy: bool = True,
+    license: License = "any",
 ) -> Job:
     """What `occgen-hub build` is to do with the options of these names; nothing is done yet.
 
@@ -203,7 +223,7 @@ def open_job(
     refs = list_episodes(builder, limit)
     for ref in refs:
         check_replaceable(out / ref.id, load_schema(builder.schema))
-    chosen = choose_engine(builder, refs, engine, weights, device)
+    chosen = choose_engine(builder, refs, engine, weights, device, license)
     chosen.check(config)
     check_conditions(builder, refs, config)
     settings = Settings(config, chosen, media, overwrite)

@@ -47,13 +47,20 @@ CLUSTERS = {
     "--engine",
     default="auto",
     show_default=True,
-    help="How to reconstruct: rgbd from sensor depth, pi3 or pi3x from images; auto takes rgbd "
-    "where there is depth, else pi3x or pi3 by the weights that are there.",
+    help="How to reconstruct: rgbd from sensor depth; pi3, pi3x or da3 from images; auto takes "
+    "rgbd where there is depth, else pi3x, pi3 or da3 by the weights that are there.",
 )
 @click.option(
     "--weights",
     type=FOLDER,
     help="A network's weights; ckpt/NAME/model.safetensors or the Hub's if not given.",
+)
+@click.option(
+    "--license",
+    type=click.Choice(["any", "commercial"]),
+    default="any",
+    show_default=True,
+    help="What a network's weights have to allow: commercial takes only those that allow such use.",
 )
 @click.option("--device", help="Where networks run, as cuda:1; a GPU if there is one.")
 @click.option(

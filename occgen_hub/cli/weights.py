@@ -15,7 +15,7 @@ def weights() -> None:
     """Fetch the weights of the networks, or check them."""
 
 
-NETWORK = click.argument("name", type=click.Choice(["pi3", "pi3x"]))
+NETWORK = click.argument("name", type=click.Choice(["pi3", "pi3x", "da3"]))
 
 
 @weights.command(cls=Examples, example="occgen-hub weights pull pi3x", goes_on=True)

@@ -101,6 +101,7 @@ def open_pi3x(weights: Path | None, device: str | None) -> Pi3XEngine:
 @lru_cache(maxsize=1)
 def _loaded(weights: Weights, device: str, compiled: bool) -> Pi3 | Pi3X:
     checkpoint = weights.checkpoint
+    assert checkpoint.network != "da3"
     network = load_network(checkpoint.network, weights.path, sizes=checkpoint.sizes, device=device)
     if compiled:
         network.compile_blocks()
