@@ -42,8 +42,10 @@ class Config(BaseModel):
         (-2.0, -1.5, -0.5, 2.0, 1.0, 3.5),
         description="camera grid: x_min y_min z_min x_max y_max z_max, OpenCV axes",
     )
-    interval: Annotated[int, Field(ge=1, le=MAX_INTERVAL)] = Field(
-        1, description="reconstruct from every interval-th frame"
+    interval: Annotated[int, Field(ge=1, le=MAX_INTERVAL)] | Literal["auto"] = Field(
+        1,
+        description="reconstruct from every interval-th frame; auto, for networks: skips frames "
+        "where the camera hardly moves",
     )
     depth_range: tuple[Positive, Positive] = Field(
         (0.1, 6.5), description="nearest and farthest depth to use"

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from occgen_hub.builder import (
     DatasetBuilder,
@@ -29,6 +29,9 @@ from occgen_hub.files import printable
 from occgen_hub.lerobot.writer import Media
 from occgen_hub.schema import load_schema
 from occgen_hub.up_to_date import check_replaceable
+
+if TYPE_CHECKING:
+    from occgen_hub.engines.network import Outlook
 
 License = Literal["any", "commercial"]
 """What the weights of a network have to allow."""
@@ -121,6 +124,26 @@ def choose_engine(
         if weights is not None or not any(have):
             raise
         return Auto(None, str(error).splitlines()[0].rstrip("."))
+
+
+def outlook(job: Job, refs: Sequence[EpisodeRef]) -> dict[str, Outlook]:
+    """What the network will take for each of the episodes, by id, as far as that is known."""
+    from occgen_hub.engines.network import NetworkEngine
+
+    found = {}
+    for ref in refs:
+        footage = job.builder.footage(ref)
+        if footage is None:
+            continue
+        has_depth = job.builder.has_depth(ref)
+        try:
+            engine = job.settings.engine.for_episode(ref.id, has_depth=has_depth)
+        except OccGenError:
+            continue
+        if isinstance(engine, NetworkEngine):
+            length, image_size = footage
+            found[ref.id] = engine.outlook(length, image_size, job.settings.config)
+    return found
 
 
 def check_conditions(builder: DatasetBuilder, refs: Sequence[EpisodeRef], config: Config) -> None:

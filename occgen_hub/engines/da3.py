@@ -21,6 +21,7 @@ from occgen_hub.config import Config
 from occgen_hub.engines import may_fetch
 from occgen_hub.engines.frames import network_size
 from occgen_hub.engines.network import (
+    Attention,
     Memory,
     NetworkEngine,
     Prediction,
@@ -51,6 +52,7 @@ class Da3Engine(NetworkEngine):
 
     name = "da3"
     memory = Memory(150_000)
+    attention = Attention(4, 768)
 
     def input_size(self, image_size: tuple[int, int], config: Config) -> tuple[int, int]:
         """(width, height), the longer one at most `LONGEST` pixels."""

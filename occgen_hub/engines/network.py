@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from occgen_hub.config import Condition, Config
 from occgen_hub.engines import Engine, Progress
 from occgen_hub.engines.frames import depth_edges, network_depth, network_image, network_size
+from occgen_hub.engines.keyframes import keyframes, refine_skipped
 from occgen_hub.engines.loops import LEAST_WINDOWS, close_loops
 from occgen_hub.engines.store import FrameStore
 from occgen_hub.engines.weights import Weights
@@ -31,6 +34,9 @@ WINDOWS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 DRIFT = 0.1
 """Scales of windows that differ by more than this share are told."""
+
+MATRIX_SHARE = 0.6
+"""Of the rate of a large product of matrices, what a network reaches as a whole."""
 
 NO_CAMERAS = (
     "the network finds no cameras in these frames (its poses are not finite); check the weights "
@@ -90,6 +96,30 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Outlook:
+    """What a reconstruction will take.
+
+    frames: to be looked at, at most; windows: how many, of `size` frames that share `overlap`;
+    memory: bytes, with the weights; seconds: an estimate, of the network alone.
+    """
+
+    frames: int
+    windows: int
+    size: int
+    overlap: int
+    memory: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Of a network's tokens over all views: how many blocks, and how wide. It grows with both."""
+
+    blocks: int
+    width: int
+
+
+@dataclass(frozen=True)
 class NetworkEngine(Engine):
     """A network with weights, on a device. It is loaded when first used.
 
@@ -106,6 +136,28 @@ class NetworkEngine(Engine):
     """Pixels: the sides of images are multiples of it."""
 
     memory = Memory(150_000)
+    attention = Attention(18, 1024)
+
+    def outlook(self, length: int, image_size: tuple[int, int], config: Config) -> Outlook:
+        """What a video of `length` frames of `image_size` will take on this device.
+
+        The time is that of the network's products of matrices, at the rate of one that is timed.
+        """
+        frames = length if config.interval == "auto" else -(-length // config.interval)
+        size = self.window(image_size, config)
+        windows = plan(frames, size, overlap_of(size, config))
+        width, height = self.input_size(image_size, config)
+        tokens = width * height / self.patch**2
+        weights = self.found.path.stat().st_size
+        seen = len(windows[0]) * tokens
+        spread = 4 * self.attention.blocks * self.attention.width * seen
+        operations = len(windows) * seen * (weights / 2 + spread)  # 4 bytes each, used twice
+        memory = weights + seen * self.memory.token
+        memory += self.memory.views * tokens * self.memory.head
+        seconds = operations / (MATRIX_SHARE * _matrix_rate(self.device))
+        return Outlook(
+            frames, len(windows), len(windows[0]), overlap_of(size, config), memory, seconds
+        )
 
     @abstractmethod
     def load(self, config: Config) -> Network:
@@ -137,13 +189,17 @@ class NetworkEngine(Engine):
     ) -> Views:
         """Depth and cameras of an episode's frames, in the world of its first camera.
 
-        Every `config.interval`-th frame is used; the others' cameras are interpolated. Raises
+        Every `config.interval`-th frame is used, or with auto those in which the camera has moved;
+        the others' cameras are interpolated, and with auto refined by what they show. Raises
         OccGenError where what the network finds is no camera's, or a condition is not there.
         """
         self.check(config)
         _check_conditions(episode, config)
         network = self.load(config)
-        frames = np.arange(0, episode.length, config.interval)
+        if config.interval == "auto":
+            frames = keyframes(episode.read_rgb, episode.length)
+        else:
+            frames = np.arange(0, episode.length, config.interval)
         inputs = Inputs(episode, config, self.input_size(episode.image_size, config))
         size = self.window(episode.image_size, config)
         windows = plan(len(frames), size, overlap_of(size, config))
@@ -177,6 +233,16 @@ class NetworkEngine(Engine):
         def place(frame: int) -> int:
             return int(np.searchsorted(frames, frame))
 
+        def depth(frame: int) -> NDArray[np.float32]:
+            return assembly.depth(place(frame))
+
+        if config.interval == "auto" and len(frames) < episode.length:
+            poses = refine_skipped(
+                episode.read_rgb, depth, frames, poses, intrinsics, episode.image_size
+            )
+            text = f"{len(frames)} of {episode.length} frames were reconstructed from, by motion"
+            notes.append(Note("keyframes", text))
+
         return Views(
             engine=self.name,
             world_from_camera=poses,
@@ -184,7 +250,7 @@ class NetworkEngine(Engine):
             image_size=episode.image_size,
             depth_size=inputs.size,
             frames=frames,
-            read_depth=lambda frame: assembly.depth(place(frame)),
+            read_depth=depth,
             read_color=lambda frame: store.color(place(frame)),
             read_confidence=lambda frame: store.confidence(place(frame)),
             edges="network",
@@ -449,6 +515,21 @@ def window_size(size: tuple[int, int], patch: int, device: str, memory: Memory) 
     most = 128 if device.startswith("cuda") else 32  # A CPU would be at more for hours.
     fit = max(WINDOWS[0], min(most, room / (tokens * memory.token)))
     return max(n for n in WINDOWS if n <= fit)
+
+
+@lru_cache
+def _matrix_rate(device: str) -> float:
+    """Floating-point operations a second of a product of matrices there."""
+    import torch
+
+    n, kind = (1024, torch.float32) if device == "cpu" else (8192, torch.bfloat16)
+    a = torch.ones(n, n, device=device, dtype=kind)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
 
 
 def _free_memory(device: str) -> float:
