@@ -97,7 +97,7 @@ def windows(seed: int, size: int, overlap: int, *, alike: bool) -> Iterator[tupl
         yield window, Made(gauge.poses(made.poses), gauge.points(made.points))
 
 
-def closure(seed: int, world: NDArray[np.float64], *, alike: bool) -> Sim3:
+def closure(seed: int, world: NDArray[np.float64], *, metric: bool, alike: bool) -> Sim3:
     """What one pass of the network over both ends tells: the end's true place from where it is.
 
     That is start_from_end, of the path as it was put together; both views of 20 frames err too.
@@ -111,7 +111,7 @@ def closure(seed: int, world: NDArray[np.float64], *, alike: bool) -> Sim3:
         old = world[ends[part]]
         points = np.einsum("nij,nkj->nki", old[:, :3, :3], local[ends[part]])
         points = (points + old[:, None, :3, 3]).reshape(-1, 3)
-        fits.append(join(Overlap(points, old), made.overlap(part)).sim3)
+        fits.append(join(Overlap(points, old), made.overlap(part), metric=metric).sim3)
     return fits[0] @ fits[1].inverse()
 
 
@@ -136,7 +136,7 @@ def assembled(
     poses = [(window, m.poses) for window, m in made]
     world = merged(nodes, poses)
     if loop:
-        found = closure(seed, world, alike=alike)
+        found = closure(seed, world, metric=metric, alike=alike)
         last = len(nodes) - 1
         if not plausible(nodes, edges, 0, last, found, world[-1, :3, 3]):
             raise SystemExit("the loop was taken to be false")

@@ -36,7 +36,7 @@ SAME_DEPTH, SHARED_VIEW = 0.05, 0.1
 """A point of one end is seen from the other where the depth there is the same within that share;
 of the points of the one, that share has to be."""
 
-CLOSURE_SPREAD = (0.005, float(np.radians(0.5)), 0.02)
+CLOSURE_SPREAD = (0.02, float(np.radians(0.5)), 0.02)
 """What a verified loop is taken to be off: log of scale, radians, share of the median depth."""
 
 GATE = 3.0
@@ -96,7 +96,8 @@ def close_loops(
     tried = candidates(looks, assembly.windows)
     for candidate in tried:
         ends = [around(place, len(looks)) for place in (candidate.first, candidate.second)]
-        drift = verified(look([*ends[0], *ends[1]]), [remembered(end) for end in ends])
+        known = [remembered(end) for end in ends]
+        drift = verified(look([*ends[0], *ends[1]]), known, metric=assembly.metric)
         if drift is None:
             continue
         first, second = (assembly.owner(place) for place in (candidate.first, candidate.second))
@@ -117,18 +118,18 @@ def around(place: int, count: int) -> list[int]:
     return list(range(start, min(start + AROUND, count)))
 
 
-def verified(found: Window, known: list[Window]) -> Sim3 | None:
+def verified(found: Window, known: list[Window], *, metric: bool = False) -> Sim3 | None:
     """How the world has drifted between two ends, world_at_first_from_world_at_second.
 
     found: the views of both ends as the network sees them at once; known: those of each end as
-    they stand in the world. None where they are not the same place: the ends see little of each
+    they stand in the world; metric: see `geometry.joining.join`. None where they are not the same place: the ends see little of each
     other, or are not what they were before.
     """
     middle = len(known[0])
     parts = found[:middle], found[middle:]
     fits = []
     for before, now in zip(known, parts, strict=True):
-        fit = join(*overlaps(before, now))
+        fit = join(*overlaps(before, now), metric=metric)
         if not fit.scaled or fit.residual > POOR_JOIN:
             return None
         fits.append(fit.sim3)

@@ -8,7 +8,7 @@ a loop is found.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,8 +112,11 @@ class Assembly:
 
     def add(self, window: Window, shared_before: int, shared_after: int) -> None:
         """Take the next window, which shares so many views with its neighbours."""
+        # From its first camera: what a join is off turns a window about its origin.
+        own = _inverse(window.world_from_camera[0]).poses(window.world_from_camera)
+        window = replace(window, world_from_camera=own)
         if self._tail is None:
-            self.nodes.append(_inverse(window.world_from_camera[0]))
+            self.nodes.append(Sim3.identity())
             start = 0
         else:
             self._join(self._tail, window, shared_before)

@@ -64,12 +64,16 @@ def _solve(start: list[Sim3], edges: list[Edge]) -> tuple[list[Sim3], NDArray[np
     off = np.sqrt((graph.errors(x) ** 2).mean(axis=1))
     if not closure.any() or len(start) < 2:
         return start, off
+    # All closures are trusted at first, then less and less those that are off: a long chain may
+    # have drifted far, which says nothing against a closure yet (Yang et al. 2020).
+    cut = max(CUT, float(off[closure].max()))
     for _ in range(ROUNDS):
-        weights = np.where(closure, (1 + off**2 / CUT**2) ** -2, 1.0)
+        weights = np.where(closure, (1 + off**2 / cut**2) ** -2, 1.0)
         previous, x = x, graph.solved(x, np.sqrt(weights))
         off = np.sqrt((graph.errors(x) ** 2).mean(axis=1))
-        if np.abs(x - previous).max() < 1e-9:
+        if cut == CUT and np.abs(x - previous).max() < 1e-7:
             break
+        cut = max(CUT, min(cut / 2, float(off[closure].max())))
     return graph.sim3s(x), off
 
 
