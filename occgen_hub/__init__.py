@@ -11,17 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from occgen_hub.api import build, finalize, load_episode, push
+    from occgen_hub.camera_mapping import CameraMapping
     from occgen_hub.config import Config
     from occgen_hub.exporting import export
     from occgen_hub.lerobot.dataset import LeRobotOccupancyDataset
+    from occgen_hub.source_check import check_source
     from occgen_hub.training import OccupancyDataset, collate
     from occgen_hub.validation import validate
 
 __all__ = [
+    "CameraMapping",
     "Config",
     "LeRobotOccupancyDataset",
     "OccupancyDataset",
     "build",
+    "check_source",
     "collate",
     "export",
     "finalize",
@@ -31,10 +35,12 @@ __all__ = [
 ]
 
 _PLACES = {
+    "CameraMapping": "camera_mapping",
     "Config": "config",
     "LeRobotOccupancyDataset": "lerobot.dataset",
     "OccupancyDataset": "training",
     "build": "api",
+    "check_source": "source_check",
     "collate": "training",
     "export": "exporting",
     "finalize": "api",

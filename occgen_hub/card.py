@@ -1,15 +1,17 @@
 """The dataset card: a README.md at the root of a dataset, as the Hugging Face Hub reads it.
 
-All that it says is taken from the trajectories' own meta files, so that the same trajectories have
-the same card, wherever they lie.
+All that it says is taken from the index, so that the same trajectories have the same card, also
+where only a part of the dataset is on this disk.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,19 +22,21 @@ from PIL.PngImagePlugin import PngInfo
 
 from occgen_hub.atomic import atomic_file
 from occgen_hub.engines.weights import COMMERCIAL
-from occgen_hub.errors import DatasetError, OccGenError, UsageError
+from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.files import (
     dump_json,
     leads_out,
+    one_line,
     printable,
     read_bytes,
     sha256,
 )
 from occgen_hub.fusion.quality import Quality
-from occgen_hub.lerobot.exported import RECORD
-from occgen_hub.loading import NOT_BUILT, REBUILD, SCHEMA, Trajectory, trajectories
+from occgen_hub.index import INDEX, Entry, read_entries
+from occgen_hub.lerobot.export_check import RECORD
+from occgen_hub.loading import NOT_BUILT, SCHEMA, Trajectory
 from occgen_hub.schema import Feature, Schema, load_schema
-from occgen_hub.shards import FOLDER, shards
+from occgen_hub.shards import FOLDER
 from occgen_hub.visual.preview import preview
 
 CARD = "README.md"
@@ -56,7 +60,9 @@ class Facts:
     features: the columns that all trajectories have alike; partial: the names of the others; grids:
     shape, voxel_size (metres) and pc_range (metres) of each that there is; records: what else was
     found in the trajectories' records, by key, as JSON; licences: of weights, by network; quality:
-    of each trajectory that has it; moving: how many trajectories have cells that move.
+    of each trajectory that has it; moving: how many trajectories have cells that move; splits: how
+    many trajectories each split has; source_licences: of what was recorded, None where the source
+    does not say.
     """
 
     trajectories: int = 0
@@ -69,6 +75,8 @@ class Facts:
     licences: set[tuple[str, str]] = field(default_factory=set)
     quality: list[Quality] = field(default_factory=list)
     moving: int = 0
+    splits: dict[str, int] = field(default_factory=dict)
+    source_licences: set[str | None] = field(default_factory=set)
 
 
 def write_card(root: Path) -> Path:
@@ -81,16 +89,17 @@ def write_card(root: Path) -> Path:
     card = root / CARD
     if not is_own(card):
         return card
-    found = trajectories(root)
-    if not found or found == [root]:
-        raise UsageError(f"{root}: holds no trajectories; {NOT_BUILT}.")
-    names = sorted((path.relative_to(root).as_posix(), path) for path in found)
-    facts = survey(names)
-    picture = _picture(root / PICTURE, names[0][1])
+    rows = list(read_entries(root).values())
+    if not rows:
+        raise UsageError(f"{root}: holds no trajectories in an index; {NOT_BUILT}.")
+    facts, schema = survey(rows), load_schema(SCHEMA)
+    picture = _picture(root / PICTURE, root / rows[0].episode)
+    occupancy = any(row.shards for row in rows)
     parts = (
-        _front_matter(facts, _configs(facts, load_schema(SCHEMA), occupancy=bool(shards(root)))),
+        _front_matter(facts, _configs(facts, schema, occupancy=occupancy)),
         *_introduction(facts, picture=picture),
-        *_examples(names[0][0], load_schema(SCHEMA), occupancy=bool(shards(root))),
+        *_splits(facts),
+        *_examples(rows[0].episode, schema, occupancy=occupancy),
         *_columns(facts.features),
         *_partial(facts),
         *_grids(facts),
@@ -113,7 +122,7 @@ def write_export_card(
     dataset. Returns the card's path. Raises OSError.
     """
     schema = load_schema(SCHEMA)
-    configs = [_config("default", "data/*/*.parquet"), _config(FOLDER, f"{FOLDER}/*.parquet")]
+    configs = [_config("default", "data/*/*.parquet"), _config(FOLDER, f"{FOLDER}/*/*.parquet")]
     shown = {name: Feature.model_validate(_plain(feature)) for name, feature in features.items()}
     parts = (
         _front_matter(facts, configs),
@@ -147,43 +156,41 @@ def is_own(card: Path) -> bool:
         return False
 
 
-def survey(names: list[tuple[str, Path]]) -> Facts:
-    """The facts of trajectories, given by their ids and folders, from their meta files."""
+def survey(rows: Iterable[Entry]) -> Facts:
+    """The facts of trajectories, from their rows of the index."""
     facts = Facts()
-    for name, path in names:
-        trajectory = Trajectory.open(path)
-        features, frames = _declared(trajectory)
+    for row in rows:
+        features = _features(row.features)
         if not facts.trajectories:
             facts.features = features
         shared = {k: v for k, v in facts.features.items() if features.get(k) == v}
         facts.partial |= (set(facts.features) | set(features)) - set(shared)
         facts.features = shared
         facts.trajectories += 1
-        facts.frames += frames
-        facts.scenes.add(name.rpartition("/")[0])
-        grid = trajectory.grid
-        facts.grids.add((grid.shape, grid.voxel_size, tuple(trajectory.record["grid"]["pc_range"])))
-        record = {**trajectory.record, "source": trajectory.record["source"].get("builder")}
-        for key in ("source", "engine", "config", "version"):
-            if record.get(key) is not None:
-                facts.records.setdefault(key, set()).add(dump_json(record[key]))
-        facts.moving += trajectory.has_dynamic()
-        if (quality := Quality.from_record(trajectory.record)) is not None:
+        facts.frames += row.frames
+        facts.scenes.add(row.scene)
+        facts.splits[row.split] = facts.splits.get(row.split, 0) + 1
+        facts.grids.add((row.shape, row.voxel_size, row.pc_range))
+        for key, said in (
+            ("source", row.builder),
+            ("engine", row.engine),
+            ("version", row.version),
+        ):
+            facts.records.setdefault(key, set()).add(dump_json(said))
+        facts.records.setdefault("config", set()).add(row.config)
+        facts.moving += row.moving
+        if (quality := row.agreement) is not None:
             facts.quality.append(quality)
-        if isinstance(weights := record.get("weights"), dict):
-            facts.licences.add((str(weights.get("network")), str(weights.get("license"))))
+        if row.network is not None:
+            facts.licences.add((row.network, str(row.licence)))
+        facts.source_licences.add(row.source_licence)
     return facts
 
 
-def _declared(trajectory: Trajectory) -> tuple[dict[str, Feature], int]:
-    """The features and the number of frames that a trajectory's info.json declares."""
-    try:
-        info = trajectory.info()
-        features = {k: Feature.model_validate(v) for k, v in dict(info["features"]).items()}
-        return features, int(info["total_frames"])
-    except (KeyError, TypeError, ValueError):
-        problem = "does not say its features and frames"
-        raise DatasetError(trajectory.file("info"), problem, REBUILD) from None
+@lru_cache(64)
+def _features(text: str) -> dict[str, Feature]:
+    """The features of a row of the index; nearly all rows have the same."""
+    return {k: Feature.model_validate(v) for k, v in json.loads(text).items()}
 
 
 # The picture
@@ -196,6 +203,8 @@ def _picture(place: Path, path: Path) -> bool:
     """
     if leads_out(place, place.parent):
         return False
+    if not path.is_dir():  # Of a dataset that is only partly here.
+        return place.exists()
     trajectory = Trajectory.open(path)
     origin = sha256(trajectory.file("record"))
     if place.exists():
@@ -240,6 +249,9 @@ def _front_matter(facts: Facts, configs: list[dict[str, Any]]) -> str:
     """What the Hub reads: the licence, tags, and where `load_dataset` finds which table."""
     bound = sorted({licence for _, licence in facts.licences if NON_COMMERCIAL.fullmatch(licence)})
     licence: dict[str, Any] = {"license": "other", "license_name": "that-of-the-source"}
+    known = {licence for licence in facts.source_licences if licence}
+    if None not in facts.source_licences:
+        bound = sorted({*bound, *known})
     if bound:
         licence = {"license": bound[0] if len(bound) == 1 else bound}
     size = min(max(len(str(facts.frames)) - 3, 0), len(SIZES) - 1)
@@ -261,7 +273,8 @@ def _configs(facts: Facts, schema: Schema, *, occupancy: bool) -> list[dict[str,
     if facts.partial:  # `datasets` wants one schema, and would refuse the table.
         configs[0]["columns"] = list(facts.features)
     if occupancy:
-        configs.append(_config(FOLDER, f"{FOLDER}/*.parquet"))
+        configs.append(_config(FOLDER, f"{FOLDER}/*/*.parquet"))
+    configs.append(_config(INDEX, f"{INDEX}/*.parquet"))
     return configs
 
 
@@ -279,6 +292,19 @@ def _introduction(facts: Facts, *, picture: bool, layout: str = _TRAJECTORIES) -
     )
     if picture:
         yield f"![A frame: image, depth, visible occupied cells, scene from above]({PICTURE})\n"
+
+
+def _splits(facts: Facts) -> Iterator[str]:
+    """The split by scene, which the index has."""
+    counts = " and ".join(
+        f"{_count(facts.splits.get(name, 0), 'trajectory')} in `{name}`"
+        for name in ("train", "validation")
+    )
+    yield (
+        f"The index, `{INDEX}/*.parquet`, has a row for each trajectory: its frames, grid, field "
+        "of view, quality, checksums, and the files and row groups of its occupancy. Its column "
+        f"`split` is fixed by the name of the scene: {counts}.\n"
+    )
 
 
 def _examples(first: str, schema: Schema, *, occupancy: bool) -> Iterator[str]:
@@ -372,15 +398,23 @@ def _columns(features: dict[str, Feature]) -> Iterator[str]:
     yield "The columns of the frames:\n"
     yield "| column | type | shape |\n| --- | --- | --- |"
     for name, feature in features.items():
-        yield f"| `{name}` | {feature.dtype} | {_by(feature.shape)} |"
+        yield f"| {_code(name)} | {feature.dtype} | {_by(feature.shape)} |"
     yield ""
+
+
+def _code(name: str) -> str:
+    """A column's name as code in a table of Markdown, whatever it holds."""
+    text = one_line(name).replace("|", "\\|")
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " * ("`" in text)
+    return f"{ticks}{space}{text}{space}{ticks}"
 
 
 def _partial(facts: Facts) -> Iterator[str]:
     if facts.partial:
         yield (
             "Not all trajectories have, or have alike, and so only their own files hold: "
-            f"{', '.join(f'`{name}`' for name in sorted(facts.partial))}.\n"
+            f"{', '.join(map(_code, sorted(facts.partial)))}.\n"
         )
     yield "`task_index` counts the tasks of the row's own trajectory, in its `meta/tasks.jsonl`.\n"
 
@@ -437,10 +471,15 @@ def _origin(facts: Facts, records: str) -> Iterator[str]:
     if len(configs) == 1:
         yield f"```json\n{configs[0]}\n```\n"
     yield "## Licence\n"
-    yield (
-        "What was recorded keeps the licence of its source, which has to be looked up there. "
-        "OccGen Hub itself asks for nothing."
-    )
+    known = sorted(licence for licence in facts.source_licences if licence)
+    if known:
+        yield f"What was recorded is under the licence {', '.join(known)} of its source."
+    if None in facts.source_licences:
+        yield (
+            f"{'Other parts keep' if known else 'What was recorded keeps'} the licence of the "
+            "source, which has to be looked up there."
+        )
+    yield "OccGen Hub itself asks for nothing."
     for network, licence in sorted(facts.licences):
         said = f"{network}, whose weights are under the licence {licence}"
         if licence in COMMERCIAL:

@@ -25,11 +25,12 @@ from occgen_hub.files import (
     printable,
     sha256,
 )
-from occgen_hub.lerobot.exported import RECORD, check_content, exported
+from occgen_hub.index import describe, parts
+from occgen_hub.lerobot.export_check import RECORD, check_content, exported
 from occgen_hub.lerobot.v30 import CODEBASE, DEPTH_MAX, OWN, RESERVED, Fit, Layout, write
 from occgen_hub.loading import REBUILD, SCHEMA, Trajectory, built, trajectories
 from occgen_hub.schema import Feature, load_schema
-from occgen_hub.shards import FOLDER, shards, write_shards
+from occgen_hub.shards import shards, write_shards
 
 Format = Literal["lerobot-v3.0"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -116,7 +117,7 @@ def plan_export(root: Path, fps: int | None = None) -> Plan:
     remarks: list[str] = []
     kept, leave_out = _long_enough(root, remarks)
     names = tuple(sorted((path.relative_to(root).as_posix(), path) for path in kept))
-    facts = survey(list(names))
+    facts = survey(describe(printable(name), path) for name, path in names)
     if len(facts.grids) > 1:
         raise UsageError(
             f"{root}: its trajectories have {len(facts.grids)} different grids, which no batch can "
@@ -225,10 +226,11 @@ def _all_have(
 
 def _add_occupancy(root: Path, folder: Path, leave_out: tuple[Path, ...]) -> None:
     """The dataset's shards, copied, and made anew where they are missing or out of date."""
-    for path in shards(root):
-        (folder / FOLDER).mkdir(exist_ok=True)
-        shutil.copyfile(path, folder / FOLDER / path.name)
-    write_shards(root, out=folder, leave_out=leave_out)
+    for path in (*shards(root), *parts(root)):
+        place = folder / path.relative_to(root)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, place)
+    write_shards(root, out=folder, leave_out=leave_out, drop_missing=True)
 
 
 def _write_record(folder: Path, plan: Plan) -> None:

@@ -1,17 +1,22 @@
-"""A dataset's occupancy as Parquet: a row a frame, in a few large files that the Hub can stream.
+"""A dataset's occupancy as Parquet: a row a frame, in files that the Hub can stream.
 
-What the npz files of the trajectories say, said again for readers that have only `datasets` or
-pyarrow. The shards are made from those files alone, so they can be left out, and made anew.
+They hold what the npz files of the trajectories hold, for readers that have only `datasets` or
+pyarrow. A shard belongs to one scene: `occupancy/BB/SCENE-NNN.parquet`, where BB is the scene's
+bucket (see `index`). It depends on nothing but the trajectories of that scene, so a dataset grows
+scene by scene, and shards that are written stay as they are.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator
+import os
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import batched, chain, islice, pairwise
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from itertools import batched, islice, pairwise
+from math import prod
 from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple
@@ -34,17 +39,37 @@ from occgen_hub.files import (
     parquet_file,
     plain,
     printable,
+    sha256,
+)
+from occgen_hub.index import (
+    INDEX,
+    Entry,
+    bucket,
+    describe,
+    entries,
+    file_stem,
+    part_bytes,
+    parts,
+    read_entries,
+    read_index,
+    read_part,
+    write_index,
 )
 from occgen_hub.loading import REBUILD, Trajectory, npz_array, trajectories
 from occgen_hub.schema import Feature, plain_arrow, plain_texts
 
 FOLDER = "occupancy"
-NAME = "train-{:05d}-of-{:05d}.parquet"
-PATTERN = "train-*-of-*.parquet"
+PATTERN = "[0-9a-f][0-9a-f]/*.parquet"
+OLD_PATTERN = "train-*-of-*.parquet"
+"""The shards of earlier versions, which `write_shards` replaces."""
 REMAKE = "remove it and run the build again"
 
-GROUP = 8
-"""Rows of a row group, the least that is read to have one frame: 2 ms at the seed's grid."""
+GROUP_BYTES = 5_000_000
+GROUP_ROWS = 32
+"""Bytes of packed masks, and frames, of a row group at most. A row group is the least that is read
+to have one frame: 8 frames at the seed's grid, read in 2 ms."""
+
+RUN_FINALIZE = "run occgen-hub finalize on the dataset"
 
 SHARD_BYTES = 1 << 30
 """Bytes of npz whose content goes into a shard, of which that makes 200 to 350 MB."""
@@ -62,16 +87,16 @@ FEATURES = {
 """The columns of fixed shape; `occupied`, `dynamic` and `observed` stand before `shape`."""
 
 _KEY = b"occgen"
-_FORMAT = 2
-"""1 had no column `dynamic`."""
+_FORMAT = 3
+"""1 had no column `dynamic`; row groups of 2 went on from an episode to the next."""
 
 
 @dataclass(frozen=True)
 class Piece:
     """Frames `start` to `stop` of a trajectory, which go into one shard.
 
-    path: the trajectory's folder; npz: bytes of its files, this piece's share; sha256: of what the
-    rows are made of, so that equal ones have equal rows.
+    path: the trajectory's folder; npz: bytes of its files, this piece's share; group_rows: frames
+    of a row group; sha256: of what the rows are made of, so that equal ones have equal rows.
     """
 
     path: Path
@@ -79,6 +104,7 @@ class Piece:
     start: int
     stop: int
     npz: int
+    group_rows: int
     sha256: str
 
 
@@ -95,8 +121,16 @@ class Row(NamedTuple):
     intrinsic: NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class Shard:
+    """A Parquet file: its place in the dataset and what goes into it, of one scene."""
+
+    name: str
+    pieces: list[Piece]
+
+
 def shards(root: Path) -> list[Path]:
-    """The shards of a dataset, sorted; none where they were left out.
+    """The shards of a dataset that are on disk, sorted; none where they were left out.
 
     Raises DatasetError where one of them, or their folder, is a link out of the dataset.
     """
@@ -109,11 +143,11 @@ def shards(root: Path) -> list[Path]:
 
 
 def _own_shards(root: Path) -> list[Path]:
-    """`shards`, which may be replaced; raises DatasetError where a file is none that we wrote.
+    """Shards that may be replaced; raises DatasetError where a file is none that we wrote.
 
-    One that cannot be read may be one of ours.
+    One that cannot be read may be one of ours. Those of earlier versions are among them.
     """
-    found = shards(root)
+    found = [*shards(root), *sorted((root / FOLDER).glob(OLD_PATTERN))]
     for path in found:
         try:
             with opened(path) as file:
@@ -134,57 +168,151 @@ def write_shards(
     leave_out: Collection[Path] = (),
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    drop_missing: bool = False,
 ) -> int:
-    """Bring `out`/occupancy, `root`'s own if None, up to date with the trajectories below `root`.
+    """Bring `out`/occupancy and `out`/index, `root`'s own if None, up to date with `root`.
 
-    Shards that hold what they should are left alone; the bytes are those of a fresh start. Returns
-    how many were written. Raises DatasetError for a trajectory that cannot be read, and OSError.
+    The shards of a scene depend on the trajectories of that scene alone. Shards that hold what they
+    should are left alone; the bytes are those of a fresh start. Scenes that the index has and of
+    which no trajectory is below `root` are somewhere else: their rows and shards stay as they are.
+    Returns how many shards were written. Raises DatasetError for a trajectory that cannot be read,
+    and OSError.
 
     workers: shards written at once; leave_out: folders of trajectories to go without; overwrite:
-    whether those that are right are written as well; shard_bytes: of npz that go into one.
+    whether those that are right are written as well; shard_bytes: of npz that go into one;
+    drop_missing: whether scenes without a trajectory here go out of the index, with their shards.
     """
     out = root if out is None else out
     folder = out / FOLDER
-    for partial in folder.glob(".*.partial"):
+    for partial in folder.rglob(".*.partial"):
         partial.unlink()
-    plan = _plan(_pieces(root, shard_bytes, leave_out), shard_bytes)
-    places = [folder / NAME.format(n, len(plan)) for n in range(len(plan))]
-    there = {path: None if overwrite else _origin(path) for path in _own_shards(out)}
-    missing = []
-    for place, pieces in zip(places, plan, strict=True):
-        origin = _describe(pieces)
-        if there.get(place) == origin:
-            continue
-        moved = next((p for p, o in there.items() if o == origin and p not in places), None)
-        if moved is None:
-            missing.append((place, pieces))
-        else:
-            moved.replace(place)
-            del there[moved]
-    if missing:
-        folder.mkdir(exist_ok=True)
-        _write_all(missing, workers)
-    for path in there.keys() - set(places):
-        path.unlink()
+    known, trusted = _known(out)
+    scenes = _scenes(root, leave_out)
+    plan = [
+        shard
+        for scene, found in scenes.items()
+        for shard in _plan(scene, _pieces(found, shard_bytes), shard_bytes)
+    ]
+    missing, digests = [], _digests(trusted)
+    there = set(_own_shards(out))
+    for shard in plan:
+        place = out / shard.name
+        if overwrite or place not in there or _origin(place) != _describe(shard.pieces):
+            missing.append((place, shard.pieces))
+            digests.pop(shard.name, None)
+    _write_all(missing, workers)
+    kept = [] if drop_missing else _elsewhere(known, scenes)
+    rows = [
+        describe(episode, path, trusted.get(episode))
+        for found in scenes.values()
+        for episode, path in found
+    ]
+    write_index(out, [*kept, *_placed(out, rows, plan, digests)])
+    needed = {out / shard.name for shard in plan} | {out / n for row in kept for n in row.shards}
+    _remove(there - needed, folder)
     return len(missing)
 
 
 def remove_shards(root: Path) -> None:
-    """Remove the shards of a dataset, and their folder if nothing else is in it."""
+    """Remove the shards of the scenes that are here, also from the index, which is updated."""
     folder = root / FOLDER
-    for path in (*_own_shards(root), *folder.glob(".*.partial")):
+    known, trusted = _known(root)
+    scenes = _scenes(root, ())
+    rows = [
+        describe(episode, path, trusted.get(episode)).without_shards()
+        for found in scenes.values()
+        for episode, path in found
+    ]
+    kept = _elsewhere(known, scenes)
+    for path in folder.rglob(".*.partial"):
         path.unlink()
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    own = set(_own_shards(root))
+    write_index(root, [*kept, *rows])
+    _remove(own - {root / name for row in kept for name in row.shards}, folder)
+
+
+def _remove(paths: Iterable[Path], folder: Path) -> None:
+    """Remove shards, and the folders that are empty then."""
+    for path in paths:
+        path.unlink()
+    for empty in (*folder.glob("[0-9a-f][0-9a-f]"), folder):
+        if empty.is_dir() and not any(empty.iterdir()):
+            empty.rmdir()
+
+
+def _known(out: Path) -> tuple[dict[str, Entry], dict[str, Entry]]:
+    """The entries that there are, and those of parts that are as they were written, byte for byte.
+
+    A damaged part of the index has none, and is made anew.
+    """
+    known: dict[str, Entry] = {}
+    trusted: dict[str, Entry] = {}
+    for path in parts(out):
+        with suppress(DatasetError):
+            rows = {row.episode: row for row in entries(read_part(path))}
+            known |= rows
+            trusted |= rows if path.read_bytes() == part_bytes(rows.values()) else {}
+    return known, trusted
+
+
+def _elsewhere(known: dict[str, Entry], scenes: Collection[str]) -> list[Entry]:
+    """The entries of scenes of which no trajectory is here."""
+    return [row for row in known.values() if row.scene not in scenes]
+
+
+def _digests(known: dict[str, Entry]) -> dict[str, str]:
+    """The SHA-256 of each shard that the index knows."""
+    return {
+        name: digest
+        for row in known.values()
+        for name, digest in zip(row.shards, row.shard_sha256, strict=True)
+    }
+
+
+def _placed(
+    out: Path, rows: Iterable[Entry], plan: Iterable[Shard], digests: dict[str, str]
+) -> Iterator[Entry]:
+    """The entries, and where their frames are. digests: of the shards that were left alone."""
+    places: dict[str, list[tuple[str, str, int, int]]] = {}
+    for shard in plan:
+        digest = digests.get(shard.name) or sha256(out / shard.name)
+        group = 0
+        for piece in shard.pieces:
+            places.setdefault(piece.episode, []).append((shard.name, digest, piece.start, group))
+            group += -(-(piece.stop - piece.start) // piece.group_rows)
+    for row in rows:
+        names, sums, starts, groups = zip(*places[row.episode], strict=True)
+        yield replace(
+            row,
+            shards=names,
+            shard_sha256=sums,
+            shard_starts=starts,
+            row_groups=groups,
+            group_rows=group_rows(row.shape),
+        )
+
+
+def group_rows(shape: Sequence[int]) -> int:
+    """How many frames of a grid of that shape go into a row group."""
+    return min(GROUP_ROWS, max(1, GROUP_BYTES // -(-prod(shape) // 8)))
 
 
 # What goes where
 
 
-def _pieces(root: Path, shard_bytes: int, leave_out: Collection[Path] = ()) -> Iterator[Piece]:
-    """The trajectories in the order of their ids, those too long for one shard in equal parts."""
-    found = (path for path in trajectories(root) if path not in leave_out)
-    for episode, path in sorted((p.relative_to(root).as_posix(), p) for p in found):
+def _scenes(root: Path, leave_out: Collection[Path]) -> dict[str, list[tuple[str, Path]]]:
+    """The ids and folders of the trajectories of each scene, both in the order of their ids."""
+    found = [path for path in trajectories(root) if path not in leave_out]
+    scenes: dict[str, list[tuple[str, Path]]] = {}
+    for name, path in sorted((p.relative_to(root).as_posix(), p) for p in found):
+        episode = printable(name)
+        scenes.setdefault(episode.rpartition("/")[0], []).append((episode, path))
+    return dict(sorted(scenes.items()))
+
+
+def _pieces(found: Iterable[tuple[str, Path]], shard_bytes: int) -> Iterator[Piece]:
+    """The trajectories, those too long for one shard in equal parts."""
+    for episode, path in found:
         trajectory = Trajectory.open(path)
         record, schema = trajectory.record, trajectory.schema
         keys = ("visible", "dynamic", "observed", "frames")
@@ -196,11 +324,12 @@ def _pieces(root: Path, shard_bytes: int, leave_out: Collection[Path] = ()) -> I
         ends = np.linspace(0, frames, -(-size // shard_bytes) + 1).astype(int).tolist()
         for start, stop in pairwise(ends):
             share = size * (stop - start) // max(frames, 1)
-            yield Piece(path, printable(episode), start, stop, share, digest)
+            rows = group_rows(trajectory.grid.shape)
+            yield Piece(path, episode, start, stop, share, rows, digest)
 
 
-def _plan(pieces: Iterable[Piece], shard_bytes: int) -> list[list[Piece]]:
-    """The pieces of each shard: as many as fit, one at least."""
+def _plan(scene: str, pieces: Iterable[Piece], shard_bytes: int) -> list[Shard]:
+    """The shards of a scene, with as many pieces each as fit, one at least."""
     plan: list[list[Piece]] = []
     size = 0
     for piece in pieces:
@@ -209,7 +338,8 @@ def _plan(pieces: Iterable[Piece], shard_bytes: int) -> list[list[Piece]]:
             size = 0
         plan[-1].append(piece)
         size += piece.npz
-    return plan
+    stem = f"{FOLDER}/{bucket(scene)}/{file_stem(scene)}"
+    return [Shard(f"{stem}-{n:03d}.parquet", part) for n, part in enumerate(plan)]
 
 
 def _describe(pieces: list[Piece]) -> dict[str, Any]:
@@ -313,7 +443,8 @@ def _write_all(missing: list[tuple[Path, list[Piece]]], workers: int) -> None:
 
 
 def _write(place: Path, pieces: list[Piece], stop: Event) -> None:
-    """Write a shard, row group by row group."""
+    """Write a shard, row group by row group, each of one episode."""
+    place.parent.mkdir(parents=True, exist_ok=True)
     # Ascending cell numbers shrink eightfold as differences; the rest is left to zstd, whose higher
     # levels take ten times as long for another tenth.
     how: dict[str, Any] = {
@@ -325,56 +456,120 @@ def _write(place: Path, pieces: list[Piece], stop: Event) -> None:
             f"{name}.list.element": "DELTA_BINARY_PACKED" for name in ("occupied", "dynamic")
         },
     }
-    with atomic_file(place) as partial, pq.ParquetWriter(partial, _schema(), **how) as writer:
+    with (
+        atomic_file(place) as partial,
+        pa.OSFile(os.fsencode(partial), "wb") as file,  # A path may look like a URI.
+        pq.ParquetWriter(file, _schema(), **how) as writer,
+    ):
         writer.add_key_value_metadata({_KEY: dump_json(_describe(pieces)).encode()})
-        for rows in batched(chain.from_iterable(map(_rows, pieces)), GROUP):
-            if stop.is_set():
-                raise InterruptedError
-            writer.write_table(_table(rows))
+        for piece in pieces:
+            for rows in batched(_rows(piece), piece.group_rows):
+                if stop.is_set():
+                    raise InterruptedError
+                writer.write_table(_table(rows))
 
 
 # Checking
 
 
-def check_shards(root: Path) -> None:
-    """Compare the shards of a dataset, if it has some, with the npz files they were made from.
+def missing_shards(root: Path) -> tuple[list[str], int]:
+    """The shards of the index that are not on disk, sorted, and how many the index has."""
+    column = read_index(root, ["shards"])["shards"].combine_chunks()
+    names = set(column.flatten().to_pylist())
+    return sorted(name for name in names if not (root / name).exists()), len(names)
 
-    Raises DatasetError for the first thing that is wrong: a shard that is missing, unreadable or of
-    other columns; a frame that is missing, out of place, or not what its trajectory holds.
+
+def check_shards(root: Path) -> Iterator[DatasetError]:
+    """Compare index and shards of a dataset, as far as they are here, with the trajectories.
+
+    Yields what is wrong: of the index, an episode that it lacks or of which it says something else;
+    of each shard, the first thing that is wrong: that it is unreadable, of other columns, or has a
+    frame that is not what its trajectory holds. A shard of which no trajectory is here is compared
+    with its SHA-256 in the index. Raises DatasetError for an index that cannot be read.
     """
-    found = shards(root)
-    names = [NAME.format(n, len(found)) for n in range(len(found))]
-    if wrong := next(
-        (path for path, name in zip(found, names, strict=True) if path.name != name), None
-    ):
-        problem = f"is not one of {len(found)} shards that are numbered in order"
-        raise DatasetError(wrong, problem, "remove the folder and run the build again")
-    if not found:
+    known = read_entries(root)
+    scenes = _scenes(root, ())
+    if scenes.keys() == {""}:  # A trajectory by itself.
         return
-    expected = chain.from_iterable(map(_rows, _pieces(root, SHARD_BYTES)))
-    for path in found:
-        _check(path, expected)
-    if row := next(expected, None):
-        problem = f"end before frame {row.frame} of {row.episode}"
-        raise DatasetError(root / FOLDER, f"the shards {problem}", "run the build again")
+    here = {episode: path for found in scenes.values() for episode, path in found}
+    for path in sorted((root / FOLDER).glob(OLD_PATTERN)):
+        yield DatasetError(path, "is a shard of an earlier version", RUN_FINALIZE)
+    for episode, path in here.items():
+        try:
+            yield from _check_entry(root, path, describe(episode, path), known.get(episode))
+        except DatasetError as error:
+            yield error
+    rows: dict[str, list[Entry]] = {}
+    for row in known.values():
+        for name in row.shards:
+            rows.setdefault(name, []).append(row)
+    found = {path.relative_to(root).as_posix(): path for path in shards(root)}
+    for name in sorted(found.keys() - rows.keys()):
+        yield DatasetError(found[name], "is a shard that the index does not have", RUN_FINALIZE)
+    for name in sorted(found.keys() & rows.keys()):
+        try:
+            _check(root, name, rows[name], here)
+        except DatasetError as error:
+            yield error
 
 
-def _check(path: Path, expected: Iterator[Row]) -> None:
-    """Raise DatasetError unless a shard holds the next of the expected rows."""
+def _check_entry(
+    root: Path, path: Path, found: Entry, known: Entry | None
+) -> Iterator[DatasetError]:
+    """Where the index is not what a trajectory says of itself."""
+    part = root / INDEX / f"{bucket(found.scene)}.parquet"
+    if known is None:
+        yield DatasetError(part, f"has no row of {found.episode}", RUN_FINALIZE)
+    elif known.without_shards() != found:
+        named = (f.name for f in fields(Entry) if getattr(known, f.name) != getattr(found, f.name))
+        problem = f"{next(named)} of {found.episode} is not what {path} says"
+        yield DatasetError(part, problem, RUN_FINALIZE)
+
+
+def _check(root: Path, name: str, rows: list[Entry], here: dict[str, Path]) -> None:
+    """Raise DatasetError unless a shard holds what the index and the trajectories here say.
+
+    rows: the entries of the episodes in it.
+    """
+    path = root / name
+    ordered = sorted(rows, key=lambda row: row.row_groups[row.shards.index(name)])
+    if not all(row.episode in here for row in ordered):
+        if sha256(path) != rows[0].shard_sha256[rows[0].shards.index(name)]:
+            raise DatasetError(path, "has another SHA-256 than the index says", "fetch it again")
+        return
+    pieces = []
+    for row in ordered:
+        at = row.shards.index(name)
+        stop = row.shard_starts[at + 1] if at + 1 < len(row.shards) else row.frames
+        start, group = row.shard_starts[at], group_rows(row.shape)
+        pieces.append(Piece(here[row.episode], row.episode, start, stop, 0, group, ""))
     place = 0
-    for table in _groups(path):
-        rows = tuple(islice(expected, table.num_rows))
-        if len(rows) < table.num_rows:
-            problem = f"row {place + len(rows)} is of no frame that the trajectories have"
+    tables = _groups(path)
+    for expected in (part for piece in pieces for part in batched(_rows(piece), piece.group_rows)):
+        table = next(tables, None)
+        if table is None:
+            problem = f"ends before frame {expected[0].frame} of {expected[0].episode}"
             raise DatasetError(path, problem, REMAKE)
-        wanted = plain(_table(rows))
-        for n, row in enumerate(rows if not table.equals(wanted) else ()):
-            for name in table.column_names:
-                if not table[name].slice(n, 1).equals(wanted[name].slice(n, 1)):
-                    frame = f"frame {row.frame} of {row.episode}"
-                    problem = f"row {place + n}, {frame}: {name} is not what the trajectory holds"
-                    raise DatasetError(path, problem, REMAKE)
-        place += len(rows)
+        _compare(path, table, expected, place)
+        place += table.num_rows
+    if next(tables, None) is not None:
+        problem = f"row {place} is of no frame that the trajectories have"
+        raise DatasetError(path, problem, REMAKE)
+
+
+def _compare(path: Path, table: pa.Table, rows: tuple[Row, ...], place: int) -> None:
+    """Raise DatasetError unless a row group holds these rows. place: the number of its first."""
+    wanted = plain(_table(rows))
+    if table.equals(wanted):
+        return
+    for n, row in enumerate(rows[: table.num_rows]):
+        for name in table.column_names:
+            if not table[name].slice(n, 1).equals(wanted[name].slice(n, 1)):
+                frame = f"frame {row.frame} of {row.episode}"
+                problem = f"row {place + n}, {frame}: {name} is not what the trajectory holds"
+                raise DatasetError(path, problem, REMAKE)
+    problem = f"has a row group of {table.num_rows} rows at row {place}, which is of {len(rows)}"
+    raise DatasetError(path, problem, REMAKE)
 
 
 def _groups(path: Path) -> Iterator[pa.Table]:
@@ -385,8 +580,8 @@ def _groups(path: Path) -> Iterator[pa.Table]:
             if not plain(file.schema_arrow.empty_table()).schema.equals(schema):
                 raise DatasetError(path, "has other columns than a shard of occupancy", REMAKE)
             for n in range(file.num_row_groups):
-                if file.metadata.row_group(n).num_rows > GROUP:
-                    problem = f"has row groups of more than {GROUP} rows"
+                if file.metadata.row_group(n).num_rows > GROUP_ROWS:
+                    problem = f"has row groups of more than {GROUP_ROWS} rows"
                     raise DatasetError(path, problem, REMAKE)
                 table = plain(file.read_row_group(n))
                 table.validate(full=True)

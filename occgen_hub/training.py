@@ -1,7 +1,7 @@
 """A built dataset for PyTorch: any frame by its number, decoded alone.
 
-Occupancy comes from the Parquet shards at the dataset's root, whose row groups hold a few frames
-each; images, depth and tasks come from the trajectories' folders. Needs torch.
+The index says where each frame is. Occupancy comes from the Parquet shards, whose row groups hold a
+few frames each; images, depth and tasks come from the trajectories' folders. Needs torch.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
@@ -29,12 +29,14 @@ from occgen_hub.config import MAX_CELLS
 from occgen_hub.errors import DatasetError, SourceError, UsageError
 from occgen_hub.files import opened, plain
 from occgen_hub.geometry.poses import RIGID, rigidity_error
+from occgen_hub.hub_token import check_sendable
+from occgen_hub.index import FINALIZE, INDEX, read_index
 from occgen_hub.loading import EXPORT, REBUILD, SCHEMA, Trajectory
 from occgen_hub.media import SeekingVideo, read_depth, read_rgb
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.history import moved, past_frames
 from occgen_hub.schema import load_schema
-from occgen_hub.shards import FEATURES, FOLDER, NAME, REMAKE, shards
+from occgen_hub.shards import FEATURES, FOLDER, REMAKE
 
 KEYS = (
     *("occupancy", "mask", "dynamic", "pose", "intrinsics", "image", "depth", "history"),
@@ -74,8 +76,9 @@ class OccupancyDataset(Dataset[dict[str, Any]]):
     """The frames of a built dataset, in the order of its trajectories' names and of time.
 
     source: the dataset's folder, or its name on the Hub, "org/name", of which `revision` is
-    fetched into the Hub's cache, as far as `keys` need it. Opening reads the shards' metadata and
-    their small columns, an item one row group of occupancy, and of media the one image asked for.
+    fetched into the Hub's cache, as far as `keys` need it. Opening reads the index alone, an item
+    one row group of occupancy, and of media the one image asked for. Of a dataset that is only
+    partly in the folder, there are the episodes whose shards and, if `keys` need it, folders are.
     Processes of a DataLoader, forked or spawned, open the files each for itself.
 
     An item is a dict of those of `keys` that were asked for, all but dynamic and depth by default:
@@ -131,7 +134,7 @@ class OccupancyDataset(Dataset[dict[str, Any]]):
         self.history_len, self.history_step = history_len, history_step
         self.align_history = align_history
         self.root = _folder(source, self.keys, revision)
-        self._index = _indexed(self.root)
+        self._index = _indexed(self.root, media=not {"image", "depth", "task"}.isdisjoint(keys))
         self.grid, self.episodes = self._index.grid, self._index.episodes
         self.starts = self._index.starts
         self._held: tuple[int, _Reader] | None = None
@@ -285,7 +288,9 @@ def _fetched(repo_id: str, keys: Sequence[str], revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    patterns = [f"{FOLDER}/*.parquet", *(_pattern(file) for key in keys for file in _files(key))]
+    check_sendable()
+    patterns = [f"{INDEX}/*.parquet", f"{FOLDER}/*.parquet"]
+    patterns += [*(_pattern(file) for key in keys for file in _files(key))]
     try:
         folder = snapshot_download(
             repo_id, repo_type="dataset", revision=revision, allow_patterns=patterns
@@ -336,83 +341,116 @@ class _Index:
     groups: NDArray[np.int32]
 
 
-def _indexed(root: Path) -> _Index:
-    """Read the shards' metadata, and of their columns which frames they hold."""
-    paths = shards(root)
-    if not paths:
-        raise UsageError(
-            f"{root}: has no occupancy as Parquet, {FOLDER}/{NAME.format(0, 1)} and so on; run "
-            "occgen-hub build into it again, without --no-parquet-occupancy."
-        )
-    lengths: dict[str, int] = {}
-    groups: list[tuple[int, int]] = []
-    sizes: list[int] = []
-    for number, path in enumerate(paths):
-        if path.name != NAME.format(number, len(paths)):
-            problem = f"is not shard {number} of {len(paths)}: one is missing or left over"
-            raise DatasetError(path, problem, f"fetch them all, or {REMAKE}")
-        with _reading(path):
-            file = _open(path)
-            rows = _group_sizes(file)
-            _count_frames(file.read(["episode", "frame_index"], use_threads=False), lengths)
-            if number == 0:
-                grid = _grid(file)
-            _check_grids(path, file, grid)
-        groups += [(number, n) for n in range(len(rows))]
-        sizes += rows
-    starts, group_starts = (np.cumsum([0, *v], dtype=np.int64) for v in (lengths.values(), sizes))
-    places = np.array(groups, np.int32)
-    return _Index(root, tuple(paths), grid, tuple(lengths), starts, group_starts, places)
+def _indexed(root: Path, media: bool) -> _Index:
+    """Read the index, and no other file. Of a dataset that is partly here, the episodes that are.
 
-
-def _count_frames(table: pa.Table, lengths: dict[str, int]) -> None:
-    """Add a shard's frames to the episodes' lengths; raises ValueError where they are out of order.
-
-    An episode may go on in the next shard.
+    media: whether the folders of the episodes have to be here as well.
     """
-    if table["episode"].null_count or table["frame_index"].null_count:
-        raise ValueError("a row says no episode or no frame_index")
-    names = table.unify_dictionaries()["episode"].combine_chunks()
-    frames = table["frame_index"].to_numpy()
-    codes = names.indices.to_numpy()
-    bounds = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), len(codes)]
-    for start, stop in pairwise(bounds if len(codes) else []):
-        episode = names.dictionary[int(codes[start])].as_py()
-        if episode not in lengths:  # It names a folder: one below the root, for sure.
-            if {"", ".", ".."} & {*episode.split("/")} or "\0" in episode:
-                raise ValueError(f"{episode[:80]!r} is no name of an episode")
-        elif next(reversed(lengths)) != episode:
-            raise ValueError(f"the frames of {episode[:80]} stand in two places")
-        done = lengths.get(episode, 0)
-        if not np.array_equal(frames[start:stop], np.arange(done, done + stop - start)):
-            raise ValueError(f"the frames of {episode[:80]} are not numbered from 0 without a gap")
-        lengths[episode] = done + stop - start
+    columns = ["episode", "scene", "frames", "shape", "voxel_size", "pc_range", "group_rows"]
+    columns += ["shards", "shard_starts", "row_groups"]
+    table = read_index(root, columns)
+    if not table.num_rows:
+        raise UsageError(
+            f"{root}: has no index; run occgen-hub finalize on it, or occgen-hub build into it "
+            "again."
+        )
+    table = table.filter(pc.greater(table["group_rows"], 0))
+    if not table.num_rows:
+        raise UsageError(
+            f"{root}: has no occupancy as Parquet; run occgen-hub build into it again, without "
+            "--no-parquet-occupancy."
+        )
+    table = table.filter(pa.array(_are_here(root, table, media))).combine_chunks()
+    if not table.num_rows:
+        raise UsageError(
+            f"{root}: has an index, but the files of no episode are here; fetch them or, where it "
+            "was built, run occgen-hub finalize on it."
+        )
+    grid = _grid(root, table)
+    frames = table["frames"].to_numpy()
+    try:
+        names, groups, sizes = _row_groups(table, frames)
+    except ValueError as error:
+        raise DatasetError(root / INDEX, str(error), FINALIZE) from None
+    episodes = tuple(table["episode"].to_pylist())
+    starts, group_starts = (np.cumsum([0, *v], dtype=np.int64) for v in (frames, sizes))
+    paths = tuple(root / name for name in names)
+    return _Index(root, paths, grid, episodes, starts, group_starts, groups)
 
 
-def _grid(file: pq.ParquetFile) -> Grid:
-    """The grid of a shard's first frame; raises ValueError when it is none."""
-    if not file.num_row_groups or not file.metadata.row_group(0).num_rows:
-        raise ValueError("it holds no frame")
-    columns = ["shape", "voxel_size", "pc_range"]
-    first = plain(file.read_row_group(0, columns, use_threads=False).slice(0, 1))
-    (shape,), (low,) = (FEATURES[name].to_numpy(first[name]) for name in ("shape", "pc_range"))
-    size = first["voxel_size"][0].as_py()
-    if size is None or not (np.isfinite([size, *low]).all() and size > 0 and (shape > 0).all()):
-        raise ValueError("it does not describe a grid")
-    grid = Grid((*low[:3].tolist(),), size, (*shape.tolist(),))
+def _are_here(root: Path, table: pa.Table, media: bool) -> list[bool]:
+    """Whether each episode's shards are on disk and, with `media`, its folder is."""
+    lists = table["shards"].to_pylist()
+    there = {name: (root / name).exists() for name in {name for names in lists for name in names}}
+    here = [all(there[name] for name in names) for names in lists]
+    if media:
+        scenes = {scene: _folders(root / scene) for scene in set(table["scene"].to_pylist())}
+        for n, row in enumerate(table["episode"].to_pylist()):
+            scene, _, name = row.rpartition("/")
+            here[n] = here[n] and name in scenes[scene]
+    return here
+
+
+def _folders(folder: Path) -> frozenset[str]:
+    try:
+        return frozenset(path.name for path in folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return frozenset()
+
+
+def _row_groups(
+    table: pa.Table, frames: NDArray[np.int64]
+) -> tuple[list[str], NDArray[np.int32], NDArray[np.int64]]:
+    """The shards; (groups, 2) int32, the shard and its row group of each; (groups,) their rows.
+
+    Raises ValueError where frames are not all in row groups.
+    """
+    lists = table["shards"].combine_chunks()
+    pieces = np.diff(lists.offsets.to_numpy())  # Of each episode.
+    names, numbers = np.unique(
+        lists.flatten().to_numpy(zero_copy_only=False).astype(str), return_inverse=True
+    )
+    columns = [table[name].combine_chunks() for name in ("shard_starts", "row_groups")]
+    if not all(np.array_equal(np.diff(c.offsets.to_numpy()), pieces) for c in columns):
+        raise ValueError("its lists of shards and row groups are of unequal length")
+    starts, first = (column.flatten().to_numpy() for column in columns)
+    ends = np.cumsum(pieces)
+    if (pieces < 1).any() or (frames < 1).any() or starts[ends - pieces].any() or (first < 0).any():
+        raise ValueError("it has an episode without frames")
+    stops = np.append(starts[1:], 0)
+    stops[ends - 1] = frames
+    per_group = np.repeat(table["group_rows"].to_numpy(), pieces)
+    if (stops <= starts).any() or (stops - starts > MAX_SHARD_ROWS).any():
+        raise ValueError("its frames are not in order")
+    counts = -(-(stops - starts) // per_group)
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    groups = np.stack(
+        [np.repeat(numbers.reshape(-1), counts), np.repeat(first, counts) + within], 1
+    )
+    sizes = np.repeat(per_group, counts)
+    last = np.cumsum(counts) - 1
+    sizes[last] = stops - starts - (counts - 1) * per_group
+    if sizes.max() > MAX_GROUP_ROWS:
+        raise ValueError("it has row groups larger than any of ours")
+    return names.tolist(), groups.astype(np.int32), sizes
+
+
+def _grid(root: Path, table: pa.Table) -> Grid:
+    """The grid of all episodes; raises DatasetError where it is none, or they have several."""
+    columns = [table[name].to_pylist() for name in ("shape", "voxel_size", "pc_range")]
+    first, *others = {(*shape, size, *low) for shape, size, low in zip(*columns, strict=True)}
+    if others:
+        problem = "has episodes of several grids, which no batch can hold together"
+        raise DatasetError(root / INDEX, problem, "build the whole dataset with one configuration")
+    shape, (size, *low) = first[:3], first[3:]
+    sound = len(first) == 10 and np.isfinite([size, *low]).all() and size > 0 and min(shape) > 0
+    if not sound:
+        raise DatasetError(root / INDEX, "does not describe a grid", FINALIZE)
+    grid = Grid((*low[:3],), size, tuple(int(n) for n in shape))  # type: ignore[arg-type]  # three
     if grid.cells > MAX_CELLS:
-        raise ValueError(f"its grid has more than {MAX_CELLS} cells")
+        problem = f"has a grid of more than {MAX_CELLS} cells"
+        raise DatasetError(root / INDEX, problem, FINALIZE)
     return grid
-
-
-def _check_grids(path: Path, file: pq.ParquetFile, grid: Grid) -> None:
-    """Raise DatasetError where a shard's frames have another grid."""
-    table = plain(file.read(["shape", "voxel_size", "pc_range"], use_threads=False))
-    shapes, lows = (FEATURES[name].to_numpy(table[name]) for name in ("shape", "pc_range"))
-    same = (shapes == grid.shape).all() and (lows[:, :3] == grid.lower).all()
-    if not same or not (table["voxel_size"].to_numpy() == grid.voxel_size).all():
-        problem = "has frames of several grids, which no batch can hold together"
-        raise DatasetError(path, problem, "build the whole dataset with one configuration")
 
 
 def _open(path: Path) -> pq.ParquetFile:
@@ -427,18 +465,13 @@ def _open(path: Path) -> pq.ParquetFile:
             raise ValueError(f"it has no column {name} of {kind}")
     if "dynamic" in types.names and types.field("dynamic").type != DYNAMIC:
         raise ValueError(f"its column dynamic is not of {DYNAMIC}")
-    return file
-
-
-def _group_sizes(file: pq.ParquetFile) -> list[int]:
-    """The rows of each row group; raises ValueError where one is too large to be decoded."""
     # Raises where asking damaged metadata would abort.
     file.scan_contents(["episode", "frame_index"])
-    groups = [file.metadata.row_group(n) for n in range(file.num_row_groups)]
-    for n, group in enumerate(groups):
+    for n in range(file.num_row_groups):
+        group = file.metadata.row_group(n)
         if group.num_rows > MAX_GROUP_ROWS or group.total_byte_size > MAX_GROUP_BYTES:
             raise ValueError(f"row group {n} is larger than any of ours")
-    return [group.num_rows for group in groups]
+    return file
 
 
 @contextmanager
@@ -465,6 +498,7 @@ class _Reader:
         self._held = {
             name: lru_cache(count)(getattr(self, f"_read_{name}")) for name, count in HELD.items()
         }
+        self._is_checked = lru_cache(MAX_EPISODES)(self._check_group)
         self._tasks = lru_cache(MAX_EPISODES)(self._read_tasks)
         self._image_size = lru_cache(MAX_EPISODES)(self._read_image_size)
         self._video = lru_cache(MAX_VIDEOS)(self._open_video)
@@ -533,7 +567,27 @@ class _Reader:
         shard, place = index.groups[group].tolist()
         with _reading(index.shards[shard]):
             rows = int(index.group_starts[group + 1] - index.group_starts[group])
+            self._is_checked(group)
             yield self._held[name](shard, place, rows), number - int(index.group_starts[group])
+
+    def _check_group(self, group: int) -> bool:
+        """Raise ValueError unless a row group has the frames that the index says."""
+        index = self._index
+        shard, place = index.groups[group].tolist()
+        first, end = index.group_starts[group : group + 2].tolist()
+        episode = bisect_right(index.starts, first) - 1
+        file = self._file(index.shards[shard])
+        names = ["episode", "frame_index"]
+        if place >= file.num_row_groups:
+            raise ValueError(f"it has no row group {place}, as the index says")
+        table = file.read_row_group(place, names, use_threads=False).to_pydict()
+        frame = first - int(index.starts[episode])
+        frames = [*range(frame, frame + end - first)]
+        if table != {"episode": [index.episodes[episode]] * len(frames), "frame_index": frames}:
+            name = index.episodes[episode][:80]
+            problem = f"row group {place} is not of frames {frame} to {frames[-1]} of {name}"
+            raise ValueError(f"{problem}, as the index says")
+        return True
 
     def _columns(self, shard: int, group: int, rows: int, names: list[str]) -> list[pa.Array]:
         """Columns of a row group, each in one piece; raises ValueError where a value is missing."""

@@ -45,7 +45,7 @@ from occgen_hub.fusion.fuse import Fused, fuse
 from occgen_hub.fusion.moving import WIDEST_SPLAT, _render
 from occgen_hub.fusion.noise import NAMED, NoiseModel, compare, estimate_noise, noise_model
 from occgen_hub.geometry.cloud import Cloud, voxel_downsample
-from occgen_hub.occupancy.bricks import into_bricks
+from occgen_hub.occupancy.point_blocks import into_blocks
 
 VOXEL = 0.05
 CONFIG = Config(voxel_size=VOXEL)
@@ -676,7 +676,7 @@ def test_evidence_is_what_it_says(seed, size, frames, noise, looks):
     maps = DepthMaps(random_views(rng, frames, size), 0.1, 0.1)
     tolerance = Tolerance(NoiseModel(*noise), 0.02, looks)
     points = rng.uniform([-1, -1, -0.5], [1, 1, 3.2], (60, 3))
-    cloud = into_bricks(points.astype(np.float32))
+    cloud = into_blocks(points.astype(np.float32))
     found = gather_evidence(cloud, maps, tolerance)
     for n, point in enumerate(cloud.points.astype(np.float64)):
         supports = contradictions = doubts = 0
@@ -723,7 +723,7 @@ def test_evidence_is_what_it_says(seed, size, frames, noise, looks):
 def test_the_rendered_surface_is_what_it_says(seed, size, spacing):
     rng = np.random.default_rng(seed)
     view = DepthMaps(random_views(rng, 1, size), 0.1, 0.1)(0)
-    cloud = into_bricks(rng.uniform([-2, -2, -1], [2, 2, 4], (80, 3)).astype(np.float32))
+    cloud = into_blocks(rng.uniform([-2, -2, -1], [2, 2, 4], (80, 3)).astype(np.float32))
     width, height = size
     found = _render(
         cloud.points,

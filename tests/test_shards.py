@@ -26,11 +26,12 @@ from occgen_hub.config import Config
 from occgen_hub.episode_build import Settings
 from occgen_hub.errors import DatasetError
 from occgen_hub.files import sha256
+from occgen_hub.index import bucket, read_entries
 from occgen_hub.job import Job, list_episodes
 from occgen_hub.loading import Trajectory, trajectories
 from occgen_hub.runtime.build import build_dataset
 from occgen_hub.sample import make_sample
-from occgen_hub.shards import GROUP, NAME, remove_shards, shards, write_shards
+from occgen_hub.shards import group_rows, remove_shards, shards, write_shards
 from occgen_hub.validation import validate
 
 COARSE = Settings(Config(voxel_size=0.1), media="none")
@@ -80,7 +81,8 @@ def rows(root: Path, own_cache: Path) -> list[dict[str, Any]]:
     import datasets
 
     options: dict[str, Any] = {"streaming": True, "cache_dir": str(own_cache)}
-    return list(datasets.load_dataset(str(root), "occupancy", split="train", **options))
+    found = datasets.load_dataset(str(root), "occupancy", split="train", **options)
+    return sorted(found, key=lambda row: (row["episode"], row["frame_index"]))
 
 
 def expected(root: Path) -> Iterator[dict[str, Any]]:
@@ -115,7 +117,8 @@ def content(root: Path) -> dict[str, str]:
 
 
 def stamps(root: Path) -> dict[str, tuple[int, int]]:
-    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in shards(root)}
+    found = [*shards(root), *(root / "index").iterdir()]
+    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in found}
 
 
 # Read
@@ -185,10 +188,15 @@ def test_at_most_half_the_bytes_of_the_npz_at_the_usual_grid(dataset):
 
 
 def test_a_row_group_is_a_few_frames(built):
-    (shard,) = shards(built)
-    metadata = pq.read_metadata(shard)
-    lengths = [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)]
-    assert lengths == [GROUP] * (36 // GROUP) + [36 % GROUP]
+    assert group_rows((200, 125, 200)) == 8
+    assert group_rows((1000, 1000, 1000)) == 1
+    assert group_rows((40, 25, 40)) == 32
+    for shard in shards(built):
+        file = pq.ParquetFile(shard)
+        for n in range(file.num_row_groups):
+            table = file.read_row_group(n, ["episode", "frame_index"]).to_pydict()
+            assert len(set(table["episode"])) == 1
+            assert table["frame_index"] == [*range(file.metadata.row_group(n).num_rows)]
 
 
 # However it came about
@@ -196,8 +204,8 @@ def test_a_row_group_is_a_few_frames(built):
 
 def test_many_shards_hold_the_same_rows(mine, own_cache):
     size = max(npz_bytes(path) for path in trajectories(mine))
-    assert write_shards(mine, shard_bytes=size) == 3
-    assert [p.name for p in shards(mine)] == [NAME.format(n, 3) for n in range(3)]
+    assert write_shards(mine, shard_bytes=size) == 2  # That of the other scene is right.
+    assert [p.name[-12:] for p in shards(mine)].count("-001.parquet") == 1
     assert rows(mine, own_cache) == list(expected(mine))
     assert validate(mine).findings == ()
     # A trajectory that is too long for a shard goes into several.
@@ -232,18 +240,63 @@ def test_in_steps_it_ends_with_the_bytes_of_one_build(source, built, tmp_path):
 
 
 def test_only_the_shards_that_change_are_written(source, mine):
-    size = max(npz_bytes(path) for path in trajectories(mine))
-    write_shards(mine, shard_bytes=size)
     before, bytes_before = stamps(mine), content(mine)
-    last = trajectories(mine)[-1]
-    kept = shutil.move(last, mine.parent / "kept")
-    assert write_shards(mine, shard_bytes=size) == 0  # what stays is renamed
-    assert [stamp for _, stamp in sorted(stamps(mine).items())] == [
-        stamp for _, stamp in sorted(before.items())
-    ][:2]
-    shutil.move(kept, last)
-    assert write_shards(mine, shard_bytes=size) == 1
+    first, second, other = trajectories(mine)
+    kept = shutil.move(second, mine.parent / "kept")
+    assert write_shards(mine) == 1
+    assert list(read_entries(mine)) == [p.relative_to(mine).as_posix() for p in (first, other)]
+    changed = {name for name, stamp in stamps(mine).items() if stamp != before[name]}
+    assert len(changed) == 2  # The shard of its scene, and the part of the index.
+    shutil.move(kept, second)
+    assert write_shards(mine) == 1
     assert content(mine) == bytes_before
+    assert write_shards(mine) == 0
+
+
+def test_a_scene_that_is_somewhere_else_keeps_its_row_and_its_shard(mine, own_cache):
+    """As in a folder into which only a part of a dataset was fetched."""
+    everything, before = list(read_entries(mine)), stamps(mine)
+    shutil.rmtree(mine / "sample_zed/house_000")
+    assert write_shards(mine) == 0
+    assert (list(read_entries(mine)), stamps(mine)) == (everything, before)
+    assert len(rows(mine, own_cache)) == 36
+    assert validate(mine).findings == ()
+    lost = next(p for p in shards(mine) if "house_000" in p.name)
+    lost.write_bytes(lost.read_bytes()[:-100])
+    assert "another SHA-256" in validate(mine).findings[0].problem
+    lost.unlink()
+    assert write_shards(mine) == 0
+    assert list(read_entries(mine)) == everything
+    report = validate(mine)
+    assert report.findings == ()
+    assert "1 of the 2 shards that the index has are not here" in report.warnings[-1]
+    write_shards(mine, drop_missing=True)
+    assert list(read_entries(mine)) == everything[2:]
+    assert (validate(mine).findings, validate(mine).warnings) == ((), ())
+
+
+def test_scenes_that_are_built_apart_make_the_same_files(source, built, tmp_path):
+    """Each on another machine: together they are what one build makes."""
+    joined = tmp_path / "joined"
+    for n, scene in enumerate(("house_000", "house_001")):
+        part = tmp_path / str(n)
+        shutil.copytree(source / "sample_zed" / scene, part / "in/sample_zed" / scene)
+        out = build(part / "in", part / "out")
+        for folder in ("index", "occupancy"):
+            shutil.copytree(out / folder, joined / folder, dirs_exist_ok=True)
+    for folder in ("index", "occupancy"):
+        wanted = {p: d for p, d in content(built).items() if p.startswith(folder)}
+        found = {p: d for p, d in content(joined).items() if p.startswith(folder)}
+        assert found == wanted
+
+
+def test_shards_of_an_earlier_version_are_replaced(mine, built):
+    old = mine / "occupancy/train-00000-of-00001.parquet"
+    shards(mine)[0].rename(old)
+    shutil.rmtree(mine / "index")
+    assert validate(mine).findings[0].problem == "is a shard of an earlier version"
+    write_shards(mine)
+    assert content(mine) == content(built)
 
 
 def test_other_content_is_written_anew(source, mine, tmp_path):
@@ -259,18 +312,19 @@ def test_other_content_is_written_anew(source, mine, tmp_path):
 def test_left_out_and_taken_in_again(source, mine, built):
     build(source, mine, parquet_occupancy=False)
     assert not (mine / "occupancy").exists()
-    assert "occupancy/*.parquet" not in (mine / "README.md").read_text()
+    assert [row.shards for row in read_entries(mine).values()] == [()] * 3
+    assert "occupancy/*/*.parquet" not in (mine / "README.md").read_text()
     assert validate(mine).findings == ()
     build(source, mine)
     assert content(mine) == content(built)
 
 
 def test_a_damaged_shard_is_written_anew(source, mine, built):
-    shards(mine)[0].write_bytes(shards(mine)[0].read_bytes()[:-100])
-    (mine / "occupancy/.train-00000-of-00001.parquet.partial").write_bytes(b"half")
-    assert {Path(f.file).name for f in validate(mine).findings} == {
-        "train-00000-of-00001.parquet", ".train-00000-of-00001.parquet.partial",
-    }  # fmt: skip
+    shard = shards(mine)[0]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    half = shard.with_name(f".{shard.name}.partial")
+    half.write_bytes(b"half")
+    assert {f.file for f in validate(mine).findings} == {str(shard), str(half)}
     build(source, mine)
     assert content(mine) == content(built)
 
@@ -278,7 +332,7 @@ def test_a_damaged_shard_is_written_anew(source, mine, built):
 @pytest.mark.parametrize("change", [write_shards, remove_shards])
 def test_a_table_that_is_not_ours_is_neither_replaced_nor_removed(mine, change):
     """Others call the parts of a dataset so as well."""
-    theirs = mine / "occupancy" / NAME.format(7, 9)
+    theirs = shards(mine)[0].with_name("theirs.parquet")
     pq.write_table(pa.table({"mine": [1, 2]}), theirs)
     content = theirs.read_bytes()
     with pytest.raises(DatasetError, match="did not write it; move it away"):
@@ -349,7 +403,7 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(mine):
 def rewritten(change: Callable[[pa.Table], pa.Table]) -> Callable[[Path], None]:
     def harm(shard: Path) -> None:
         table = change(pq.read_table(shard))
-        pq.write_table(table, shard, row_group_size=GROUP)
+        pq.write_table(table, shard, row_group_size=12)
 
     return harm
 
@@ -380,27 +434,27 @@ def bit_flipped(values: list[bytes]) -> None:
         (with_column("dynamic", lambda v: v[12].append(7)), "row 12, frame 0 of"),
         (with_column("observed", bit_flipped), "row 9, frame 9"),
         (with_column("camera_extrinsic", lambda v: v[0][0].__setitem__(3, 9.0)), "row 0"),
-        (with_column("voxel_size", lambda v: v.__setitem__(30, 0.2)), "row 30"),
+        (with_column("voxel_size", lambda v: v.__setitem__(20, 0.2)), "row 20"),
         (rewritten(lambda t: pa.concat_tables([t.slice(0, 7), t.slice(8)])), "row 7, frame 7"),
-        (rewritten(lambda t: t.slice(0, 35)), "the shards end before frame"),
-        (rewritten(lambda t: pa.concat_tables([t, t.slice(0, 1)])), "row 36 is of no frame"),
+        (rewritten(lambda t: t.slice(0, 20)), "a row group of 8 rows at row 12"),
+        (rewritten(lambda t: t.slice(0, 12)), "ends before frame 0 of"),
+        (rewritten(lambda t: pa.concat_tables([t, t.slice(0, 1)])), "of 10 rows at row 12"),
         (rewritten(retyped), "has other columns"),
         (rewritten(lambda t: t.drop_columns(["shape"])), "has other columns"),
-        (lambda p: pq.write_table(pq.read_table(p), p, row_group_size=36), "more than 8 rows"),
+        (lambda p: pq.write_table(pa.concat_tables([pq.read_table(p)] * 2), p), "more than 32"),
         (lambda p: p.write_bytes(b"PAR1"), "is not a parquet file that can be read"),
-        (lambda p: p.rename(p.with_name(NAME.format(1, 2))), "numbered in order"),
-        (lambda p: shutil.copy(p, p.with_name(NAME.format(1, 2))), "numbered in order"),
+        (lambda p: shutil.copy(p, p.with_name("more.parquet")), "that the index does not have"),
         (lambda p: (p.unlink(), p.mkdir()), "is a folder"),
     ],
 )  # fmt: skip
 def test_validate_says_what_is_wrong_with_a_shard(mine, harm, words):
-    (shard,) = shards(mine)
+    shard = next(path for path in shards(mine) if "house_000" in path.name)
     harm(shard)
     (finding,) = validate(mine).findings
     assert words in str(finding)
     assert str(finding).count("\n") == 0
     assert str(mine / "occupancy") in finding.file
-    assert "run the build again" in finding.remedy
+    assert "run the build again" in finding.remedy or "finalize" in finding.remedy
 
 
 def test_shards_of_another_trajectory_are_noticed(source, mine, tmp_path):
@@ -411,6 +465,35 @@ def test_shards_of_another_trajectory_are_noticed(source, mine, tmp_path):
     shutil.copy(shards(other)[0], shards(mine)[0])
     (finding,) = validate(mine).findings
     assert "occupied is not what the trajectory holds" in finding.problem
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda p: p.unlink(), "has no row of sample_zed/house_000/trajectory_0"),
+        (lambda p: p.write_bytes(b"PAR1"), "is not a parquet file"),
+        (lambda p: pq.write_table(pq.read_table(p).slice(1), p), "has no row of"),
+        (
+            lambda p: pq.write_table(pq.read_table(p).drop_columns(["frames"]), p),
+            "has no column frames",
+        ),
+        (
+            lambda p: pq.write_table(pa.concat_tables([pq.read_table(p)] * 2), p),
+            "has an episode twice",
+        ),
+        (lambda p: p.rename(p.with_name("00.parquet")), "of another part"),
+        (with_column("frames", lambda v: v.__setitem__(0, 7)), "frames of sample_zed/house_000/"),
+        (with_column("episode", lambda v: v.__setitem__(0, "../x")), "no name of an episode"),
+        (with_column("shards", lambda v: v[0].__setitem__(0, "/etc/x")), "no name of a shard"),
+        (with_column("frames", lambda v: v.__setitem__(0, None)), "lacks a value of frames"),
+    ],
+)
+def test_validate_says_what_is_wrong_with_the_index(mine, built, harm, words):
+    entry = read_entries(mine)["sample_zed/house_000/trajectory_0"]
+    harm(mine / "index" / f"{bucket(entry.scene)}.parquet")
+    assert any(words in str(finding) for finding in validate(mine).findings)
+    write_shards(mine)
+    assert content(mine) == content(built)
 
 
 def test_a_damaged_trajectory_is_said_once(mine):

@@ -14,7 +14,7 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.spatial.transform import Rotation
 
 from occgen_hub.geometry.camera import scale_intrinsics
-from occgen_hub.prefetch import ahead
+from occgen_hub.prefetch import prefetch
 
 WIDTH = 96
 """Pixels of the longer side of the images that motion is seen in."""
@@ -94,7 +94,7 @@ def _small_images(
         smooth: _Array = gaussian_filter(np.asarray(image, np.float64) / 255, 1.0)
         return smooth
 
-    return ahead(small, list(frames))
+    return prefetch(small, list(frames))
 
 
 def _moved(first: NDArray[np.float64], second: NDArray[np.float64]) -> bool:

@@ -122,8 +122,8 @@ def verified(found: Window, known: list[Window], *, metric: bool = False) -> Sim
     """How the world has drifted between two ends, world_at_first_from_world_at_second.
 
     found: the views of both ends as the network sees them at once; known: those of each end as
-    they stand in the world; metric: see `geometry.joining.join`. None where they are not the same place: the ends see little of each
-    other, or are not what they were before.
+    they stand in the world; metric: see `geometry.joining.join`. None where they are
+    not the same place: the ends see little of each other, or are not what they were before.
     """
     middle = len(known[0])
     parts = found[:middle], found[middle:]

@@ -19,15 +19,16 @@ from occgen_hub.files import (
     read_json,
     sha256,
 )
+from occgen_hub.index import INDEX, read_index
 from occgen_hub.lerobot.v30 import CODEBASE
 from occgen_hub.loading import EXPORT, SCHEMA
 from occgen_hub.media import video_facts
 from occgen_hub.schema import load_schema
-from occgen_hub.shards import FEATURES, FOLDER, shards
+from occgen_hub.shards import FEATURES, FOLDER
 
 RECORD = EXPORT
 AGAIN = "export the dataset again, with --overwrite"
-FOLDERS = ("data", "meta", "videos", FOLDER)
+FOLDERS = ("data", "meta", "videos", FOLDER, INDEX)
 """What an export is made of, beside its card."""
 
 
@@ -136,7 +137,7 @@ def _rows(root: Path, frames: int) -> Iterator[DatasetError]:
         {"episode": pa.string(), "frame_index": pa.int64(), schema.poses: pose.arrow_type()},
     )
     occupancy = _read(
-        shards(root),
+        [root / name for name in _shard_order(root)],
         {
             "episode": pa.string(),
             "frame_index": pa.int64(),
@@ -154,6 +155,12 @@ def _rows(root: Path, frames: int) -> Iterator[DatasetError]:
             problem = f"row {number} has another pose than the table"
             yield DatasetError(root / FOLDER, problem, AGAIN)
             return
+
+
+def _shard_order(root: Path) -> list[str]:
+    """The shards in the order of the episodes in them; a scene's follow one another."""
+    rows = read_index(root, ["shards"])["shards"].to_pylist()
+    return list(dict.fromkeys(name for names in rows for name in names))
 
 
 def _read(paths: list[Path], columns: dict[str, pa.DataType]) -> Iterator[tuple[Any, ...]]:
