@@ -12,6 +12,7 @@ import numpy as np
 from occgen_hub.config import Config
 from occgen_hub.engines import may_fetch
 from occgen_hub.engines.network import (
+    Attention,
     Memory,
     NetworkEngine,
     Prediction,
@@ -39,6 +40,12 @@ class Pi3Engine(NetworkEngine):
     def patch(self) -> int:  # type: ignore[override]
         """Pixels."""
         return self.found.checkpoint.sizes.patch
+
+    @property
+    def attention(self) -> Attention:  # type: ignore[override]
+        """Every second block of the decoder looks over all views."""
+        sizes = self.found.checkpoint.sizes
+        return Attention(sizes.decoder_depth // 2, sizes.width)
 
     def load(self, config: Config) -> Pi3Network:
         """The network, kept for the episodes to come."""
