@@ -65,7 +65,7 @@ def test_full_size_networks_compute_what_the_published_ones_do(name):
         known = {INPUTS[k]: reference[k] for k in INPUTS if k in reference}
         found = outputs(network, reference["imgs"], **known)
         wanted = {k for k in reference if k != "imgs" and k not in INPUTS}
-        assert wanted == set(found)
+        assert wanted | {"looks"} == set(found)  # Ours: by which loops are found.
         for key in wanted:
             ours = found[key][:, ::step, ::step] if found[key].ndim == 4 else found[key]
             error = np.linalg.norm(ours - reference[key]) / np.linalg.norm(reference[key])
