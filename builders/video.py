@@ -34,6 +34,7 @@ from occgen_hub.media import (
     read_picture,
     stated_pixels,
     survey_video,
+    video_facts,
 )
 
 PACKETS = ".ts"
@@ -125,6 +126,17 @@ class VideoBuilder(DatasetBuilder):
             return float(len(images) * prod(picture_facts(images[0]).size))
         except OccGenError:
             return 0.0
+
+    def footage(self, ref: EpisodeRef) -> tuple[int, tuple[int, int]] | None:
+        """Frames and their size, as the video's packets or the images' names have it."""
+        try:
+            if not ref.path.is_dir():
+                facts = video_facts(ref.path)
+                return facts.frames, facts.size
+            images = _images(ref.path)
+            return len(images), picture_facts(images[0]).size
+        except OccGenError:
+            return None
 
     def sources(self, ref: EpisodeRef) -> list[Path]:
         """The video, or the images in the order of their numbers."""

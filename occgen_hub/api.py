@@ -14,7 +14,7 @@ from occgen_hub.camera_mapping import CameraMapping
 from occgen_hub.config import Config
 from occgen_hub.engines import AUTO
 from occgen_hub.errors import DatasetError, UsageError
-from occgen_hub.job import open_job
+from occgen_hub.job import License, open_job
 from occgen_hub.lerobot.writer import Media
 from occgen_hub.loading import REBUILD, Trajectory
 from occgen_hub.occupancy.codec import unpack
@@ -42,6 +42,7 @@ def build(
     overwrite: bool = False,
     shard: tuple[int, int] | None = None,
     parquet_occupancy: bool = True,
+    license: License = "any",
     scenes: Sequence[str] = (),
     scratch: str | Path | None = None,
     scratch_limit: int = DEFAULT_LIMIT,
@@ -65,6 +66,8 @@ def build(
         raise UsageError(f"config is a {type(config).__name__}; give an occgen_hub.Config.")
     if media not in get_args(Media):
         raise UsageError(f"media is {media!r}; give one of {', '.join(get_args(Media))}.")
+    if license not in get_args(License):
+        raise UsageError(f"license is {license!r}; give one of {', '.join(get_args(License))}.")
     if workers < 1 or (limit is not None and limit < 1):
         raise UsageError("workers and limit must be 1 or more.")
     job = open_job(
@@ -80,6 +83,7 @@ def build(
         limit=limit,
         overwrite=overwrite,
         parquet_occupancy=parquet_occupancy,
+        license=license,
         scenes=(scenes,) if isinstance(scenes, str) else tuple(scenes),
         scratch=None if scratch is None else Path(scratch),
         scratch_limit=scratch_limit,

@@ -135,6 +135,13 @@ class DatasetBuilder(ABC):
         except (OccGenError, OSError):
             return 0.0
 
+    def footage(self, ref: EpisodeRef) -> tuple[int, tuple[int, int]] | None:
+        """How many frames an episode has, and their (width, height), by its headers.
+
+        To say beforehand what a network will take; None where that is not known.
+        """
+        return None
+
     def fingerprint(self, sources: Iterable[Path]) -> str:
         """SHA-256 over the names and contents of files, in their order.
 

@@ -21,6 +21,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from occgen_hub.atomic import atomic_file
+from occgen_hub.engines.weights import COMMERCIAL
 from occgen_hub.errors import OccGenError, UsageError, one_line
 from occgen_hub.files import (
     dump_json,
@@ -479,10 +480,14 @@ def _origin(facts: Facts, records: str) -> Iterator[str]:
         )
     yield "OccGen Hub itself asks for nothing."
     for network, licence in sorted(facts.licences):
+        said = f"{network}, whose weights are under the licence {licence}"
+        if licence in COMMERCIAL:
+            yield f"\nThe occupancy was reconstructed by {said}, which allows commercial use."
+            continue
         forbids = ", which allows no commercial use" if "-nc" in licence.lower() else ""
         yield (
-            f"\nThe occupancy was reconstructed by {network}, whose weights are under the licence "
-            f"{licence}{forbids}: that holds for this dataset as well."
+            f"\nThe occupancy was reconstructed by {said}{forbids}: that holds for this dataset as "
+            "well."
         )
 
 

@@ -44,8 +44,10 @@ class Config(BaseModel):
         (-2.0, -1.5, -0.5, 2.0, 1.0, 3.5),
         description="camera grid: x_min y_min z_min x_max y_max z_max, OpenCV axes",
     )
-    interval: Annotated[int, Field(ge=1, le=MAX_INTERVAL)] = Field(
-        1, description="reconstruct from every interval-th frame"
+    interval: Annotated[int, Field(ge=1, le=MAX_INTERVAL)] | Literal["auto"] = Field(
+        1,
+        description="reconstruct from every interval-th frame; auto, for networks: skips frames "
+        "where the camera hardly moves",
     )
     depth_range: tuple[Positive, Positive] = Field(
         (0.1, 6.5), description="nearest and farthest depth to use"
@@ -84,8 +86,15 @@ class Config(BaseModel):
     window: Annotated[int, Field(ge=2, le=4096)] | None = Field(
         None, description="networks: frames at once; what fits into free memory if not set"
     )
-    overlap: Annotated[int, Field(ge=1, le=2048)] = Field(
-        8, description="networks: frames that a window shares with the next; half of it at most"
+    overlap: Annotated[int, Field(ge=1, le=2048)] | None = Field(
+        None,
+        description="networks: frames that a window shares with the next, half of it at most; half "
+        "if not set",
+    )
+    loop_closure: bool | Literal["auto"] = Field(
+        "auto",
+        description="networks: look for places that a video comes back to, and close the loops: "
+        "auto does in videos of four windows or more; true; false",
     )
     condition: tuple[Condition, ...] = Field(
         (), description="pi3x: what it is told besides the images: depth, intrinsics, poses"

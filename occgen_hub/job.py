@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from occgen_hub.builder import (
     DatasetBuilder,
@@ -24,6 +24,7 @@ from occgen_hub.engines import (
     AUTO,
     Auto,
     Engine,
+    check_license,
     load_engine,
     network_engine,
     without_fetching,
@@ -48,6 +49,12 @@ from occgen_hub.scratch import DEFAULT_LIMIT, ScratchPlace
 from occgen_hub.up_to_date import check_replaceable
 
 logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    from occgen_hub.engines.network import Outlook
+
+License = Literal["any", "commercial"]
+"""What the weights of a network have to allow."""
 
 
 def check_paths(root: Path, out: Path) -> None:
@@ -174,22 +181,31 @@ def choose_engine(
     name: str = AUTO,
     weights: Path | None = None,
     device: str | None = None,
+    license: License = "any",
 ) -> Engine:
     """The engine for these episodes: the one named, else the builder's own.
 
     For `auto`, weights are looked for only where some episode has no depth. Where there are scenes
     to fetch, nobody knows yet: then weights are used if they are there. Raises UsageError when
-    the engine, its weights or the device cannot be had; but where some episodes have depth, and no
+    the engine, its weights or the device cannot be had, or its weights allow less
+    than `license`; but where some episodes have depth, and no
     weights were named, the others may as well fail one by one.
     """
     name = builder.engine if name == AUTO else name
+    commercial = license == "commercial"
     if name != AUTO:
-        return load_engine(name, weights, device)
+        engine = load_engine(name, weights, device)
+        if commercial:
+            check_license(engine)
+        return engine
     have = [builder.has_depth(ref) for ref in refs if isinstance(ref, EpisodeRef)]
     if len(have) < len(refs):
         try:
             with without_fetching():
-                return Auto(network_engine(weights, device))
+                auto = Auto(network_engine(weights, device, commercial=commercial))
+            if commercial:
+                check_license(auto)
+            return auto
         except UsageError as error:
             if weights is not None:
                 raise
@@ -202,11 +218,36 @@ def choose_engine(
             )
         return Auto()
     try:
-        return Auto(network_engine(weights, device))
+        auto = Auto(network_engine(weights, device, commercial=commercial))
+        if commercial:
+            check_license(auto)
+        return auto
     except UsageError as error:
         if weights is not None or not any(have):
             raise
         return Auto(None, str(error).splitlines()[0].rstrip("."))
+
+
+def outlook(job: Job, refs: Sequence[EpisodeRef | SceneRef]) -> dict[str, Outlook]:
+    """What the network will take for each of the episodes, by id, as far as that is known."""
+    from occgen_hub.engines.network import NetworkEngine
+
+    found = {}
+    for ref in refs:
+        if not isinstance(ref, EpisodeRef):
+            continue  # A scene's episodes are not known yet.
+        footage = job.builder.footage(ref)
+        if footage is None:
+            continue
+        has_depth = job.builder.has_depth(ref)
+        try:
+            engine = job.settings.engine.for_episode(ref.id, has_depth=has_depth)
+        except OccGenError:
+            continue
+        if isinstance(engine, NetworkEngine):
+            length, image_size = footage
+            found[ref.id] = engine.outlook(length, image_size, job.settings.config)
+    return found
 
 
 def check_conditions(
@@ -337,6 +378,7 @@ def open_job(
     limit: int | None = None,
     overwrite: bool = False,
     parquet_occupancy: bool = True,
+    license: License = "any",
     scenes: Sequence[str] = (),
     scratch: Path | None = None,
     scratch_limit: int = DEFAULT_LIMIT,
@@ -364,7 +406,7 @@ def open_job(
     for ref in refs:
         if isinstance(ref, EpisodeRef):
             check_replaceable(out / ref.id, load_schema(builder.schema))
-    chosen = choose_engine(builder, refs, engine, weights, device)
+    chosen = choose_engine(builder, refs, engine, weights, device, license)
     chosen.check(config)
     check_conditions(builder, refs, config)
     settings = Settings(config, chosen, media, overwrite)

@@ -71,6 +71,7 @@ def reconstruct(
         scale=1.0 if alignment is None else alignment.sim3.scale,
         alignment=alignment,
         quality=fused.quality,
+        windows=views.windows,
         notes=tuple(notes),
     )
 

@@ -6,7 +6,7 @@ import shlex
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,9 +21,14 @@ from occgen_hub.cli.stopping import stop_if_asked
 from occgen_hub.errors import UsageError
 
 if TYPE_CHECKING:
+    from occgen_hub.builder import EpisodeRef
     from occgen_hub.job import Job
     from occgen_hub.runtime.results import Failure, Listener, Result, Summary
     from occgen_hub.runtime.shard import Shard
+    from occgen_hub.scenes import SceneRef
+
+MOST_SHOWN = 10
+"""Episodes of which it is said beforehand what they will take."""
 
 CLUSTERS = {
     "datatrove": ("tasks",),
@@ -49,13 +54,20 @@ CLUSTERS = {
     "--engine",
     default="auto",
     show_default=True,
-    help="How to reconstruct: rgbd from sensor depth, pi3 or pi3x from images; auto takes rgbd "
-    "where there is depth, else pi3x or pi3 by the weights that are there.",
+    help="How to reconstruct: rgbd from sensor depth; pi3, pi3x or da3 from images; auto takes "
+    "rgbd where there is depth, else pi3x, pi3 or da3 by the weights that are there.",
 )
 @click.option(
     "--weights",
     type=FOLDER,
     help="A network's weights; ckpt/NAME/model.safetensors or the Hub's if not given.",
+)
+@click.option(
+    "--license",
+    type=click.Choice(["any", "commercial"]),
+    default="any",
+    show_default=True,
+    help="What a network's weights have to allow: commercial takes only those that allow such use.",
 )
 @click.option("--device", help="Where networks run, as cuda:1; a GPU if there is one.")
 @click.option(
@@ -253,6 +265,7 @@ def _dry_run(
         reason = job.reason_to_build(ref)
         missing += reason is not None
         say(f"{ref.id}  {reason or 'present'}")
+    _say_outlook(job, refs)
     if executor in CLUSTERS:
         tasks = cluster.make_tasks(job, executor, running["tasks"])
         click.echo(tasks)
@@ -262,12 +275,52 @@ def _dry_run(
     return 0
 
 
+def _say_outlook(job: Job, refs: Sequence[EpisodeRef | SceneRef]) -> None:
+    """What the network will take for these episodes: frames, windows, memory, time, licence."""
+    from occgen_hub.engines import Auto
+    from occgen_hub.engines.weights import LICENSES
+    from occgen_hub.job import outlook
+
+    if not job.settings.engine.uses_device():
+        return
+    found = outlook(job, refs)
+    if not found:
+        return
+    for name, own in list(found.items())[:MOST_SHOWN]:
+        windows = f"{own.windows} windows of {own.size} that share {own.overlap}"
+        click.echo(
+            f"{name}: {own.frames} frames in {windows if own.windows > 1 else '1 window'}, "
+            f"{own.memory / 1e9:.1f} GB, about {_duration(own.seconds)}",
+            err=True,
+        )
+    if len(found) > MOST_SHOWN:
+        click.echo(f"and {len(found) - MOST_SHOWN} more episodes", err=True)
+    engine = job.settings.engine
+    network = engine.network if isinstance(engine, Auto) else engine
+    weights = (network and network.weights()) or {}
+    license = str(weights.get("license"))
+    click.echo(
+        f"In all {sum(own.frames for own in found.values())} frames, about "
+        f"{_duration(sum(own.seconds for own in found.values()))} of {weights.get('network')} on "
+        f"{job.device_name()}. Licence of its weights: {LICENSES.get(license, license)}.",
+        err=True,
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def _build_here(options: dict[str, Any], workers: int, shard: Shard | None) -> int:
     from occgen_hub.job import open_job
     from occgen_hub.occupancy.visibility import warm_up
     from occgen_hub.runtime.build import build_dataset, build_shard
 
     job = open_job(**options)
+    if job.settings.engine.uses_device():
+        _say_outlook(job, [ref for ref in job.refs if job.reason_to_build(ref)])
     warm_up()
     shown_codes = set[str]()
     with _progress(len(job.refs) if shard is None else None, shown_codes) as listener:

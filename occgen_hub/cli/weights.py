@@ -15,7 +15,7 @@ def weights() -> None:
     """Fetch the weights of the networks, or check them."""
 
 
-NETWORK = click.argument("name", type=click.Choice(["pi3", "pi3x"]))
+NETWORK = click.argument("name", type=click.Choice(["pi3", "pi3x", "da3"]))
 
 
 @weights.command(cls=Examples, example="occgen-hub weights pull pi3x", goes_on=True)
@@ -23,7 +23,7 @@ NETWORK = click.argument("name", type=click.Choice(["pi3", "pi3x"]))
 @click.option("--revision", help="A commit or tag on the Hub; the one in ckpt/ if not given.")
 def pull(name: Any, revision: str | None) -> None:
     """Fetch a network's published weights into the Hub's cache, and check them."""
-    from occgen_hub.engines.pi3 import weights as files
+    from occgen_hub.engines import weights as files
 
     found = files.fetch(name, revision)
     files.check(found)
@@ -41,7 +41,7 @@ def check_weights(name: Any, path: Path | None) -> None:
     Fetches nothing. Ends with 0 when they fit the network and are the published ones, or those
     that a config.json beside them describes, and with 2 when they are not.
     """
-    from occgen_hub.engines.pi3 import weights as files
+    from occgen_hub.engines import weights as files
 
     found = files.find(name, path, fetching=False)
     digest = files.verify(found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -257,6 +257,7 @@ class TrajectoryWriter:
                 "points": len(scene.cloud),
                 "scale": scene.scale,
                 **({} if scene.alignment is None else {"alignment": _fit(scene.alignment)}),
+                **({} if scene.windows is None else {"windows": asdict(scene.windows)}),
             },
             **({} if scene.quality is None else {"quality": self._quality(scene.quality)}),
             "notes": [note.text for note in self.all_notes(scene)],

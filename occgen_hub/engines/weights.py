@@ -24,12 +24,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Name = Literal["pi3", "pi3x"]
-NAMES: tuple[Name, Name] = ("pi3x", "pi3")
+Pi3Name = Literal["pi3", "pi3x"]
+Name = Literal["pi3", "pi3x", "da3"]
+NAMES: tuple[Name, ...] = ("pi3x", "pi3", "da3")
 """The better one first: pi3x is metric, which a video without poses cannot be made to be."""
 
 FILE = "model.safetensors"
-LICENSES = {"cc-by-nc-4.0": "CC BY-NC 4.0, which allows no commercial use"}
+LICENSES = {
+    "cc-by-nc-4.0": "CC BY-NC 4.0, which allows no commercial use",
+    "apache-2.0": "Apache-2.0, which allows commercial use",
+}
+
+DA3_WIDTHS = {384: "da3-small", 768: "da3-base", 1024: "da3-large"}
+"""The models of Depth Anything 3 that find cameras, by the width of their tokens."""
+
+DA3_FREE = ("da3-small", "da3-base")
+"""Those that are published under Apache-2.0; the larger ones are non-commercial."""
+
+_DA3_WIDTH = "model.backbone.pretrained.cls_token"
+"""The tensor whose last side is the width of the tokens."""
 
 
 class Checkpoint(BaseModel):
@@ -43,6 +56,7 @@ class Checkpoint(BaseModel):
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     license: str = "unknown"
     sizes: Sizes = Field(default_factory=Sizes)
+    preset: str = Field("da3-base", pattern="^da3-(small|base|large)$")
 
     @model_validator(mode="after")
     def _check_pose_blocks(self) -> Checkpoint:
@@ -72,6 +86,10 @@ class Weights:
             "license": self.checkpoint.license,
             "repo_id": self.checkpoint.repo_id,
         }
+
+
+COMMERCIAL = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "isc", "cc-by-4.0", "cc0-1.0")
+"""Licences of weights, by the Hub's names, that allow commercial use."""
 
 
 class WeightsError(UsageError):
@@ -116,7 +134,10 @@ def find(name: Name, path: Path | None = None, *, fetching: bool = True) -> Weig
 
 def kind(path: Path) -> Name:
     """Which network the weights at `path` are of, by the names of their tensors."""
-    return "pi3x" if "metric_token" in _layout(_file(path)) else "pi3"
+    layout = _layout(_file(path))
+    if any(name.startswith("model.") for name in layout):
+        return "da3"
+    return "pi3x" if "metric_token" in layout else "pi3"
 
 
 def fetch(name: Name, revision: str | None = None) -> Weights:
@@ -191,11 +212,11 @@ def _described(name: Name, path: Path) -> Weights:
     """
     config = path.with_name("config.json")
     if not config.is_file():
-        return Weights(path, published(name))
+        return Weights(path, _as_published(name, path))
     try:
         described = read_json(config)
         if "network" not in described:
-            return Weights(path, published(name))
+            return Weights(path, _as_published(name, path))
         return Weights(path, Checkpoint.model_validate(described))
     except SourceError as error:
         raise WeightsError(str(error)) from error
@@ -206,6 +227,20 @@ def _described(name: Name, path: Path) -> Weights:
             f"{config}: does not describe a checkpoint ({where}: {first['msg'][:120]}); see "
             f"ckpt/{name}/config.json for one that does."
         ) from error
+
+
+def _as_published(name: Name, path: Path) -> Checkpoint:
+    """What a file without a description of ours is: for da3 one of its models, by the size."""
+    checkpoint = published(name)
+    if name != "da3" or not path.is_file():
+        return checkpoint
+    width = _layout(path).get(_DA3_WIDTH, (0,))[-1]
+    preset = DA3_WIDTHS.get(width, checkpoint.preset)
+    if preset == checkpoint.preset:
+        return checkpoint
+    license = checkpoint.license if preset in DA3_FREE else "cc-by-nc-4.0"
+    other = {"preset": preset, "license": license, "repo_id": None, "sha256": None}
+    return checkpoint.model_copy(update=other)
 
 
 def _digest(path: Path) -> str:
@@ -239,12 +274,21 @@ def check(weights: Weights) -> None:
 
     Only the header is read; a file of a whole header is as long as it says.
     """
+    shapes = _expected(weights.checkpoint)
+    _compare(shapes, _layout(weights.path), weights.checkpoint.network, str(weights.path))
+
+
+def _expected(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a network's tensors."""
     import torch
 
+    if checkpoint.network == "da3":
+        from occgen_hub.engines.da3 import tensor_shapes
+
+        return tensor_shapes(checkpoint.preset)
     with torch.device("meta"):
-        expected = _build(weights.checkpoint.network, weights.checkpoint.sizes).state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    _compare(shapes, _layout(weights.path), weights.checkpoint.network, str(weights.path))
+        expected = _build(checkpoint.network, checkpoint.sizes).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in expected.items()}
 
 
 def _layout(path: Path) -> dict[str, tuple[int, ...]]:
@@ -295,13 +339,13 @@ def _first(names: list[str]) -> str:
 
 
 def load_network(
-    name: Name,
+    name: Pi3Name,
     weights: str | Path | Mapping[str, torch.Tensor],
     *,
     sizes: Sizes | None = None,
     device: str | torch.device = "cpu",
 ) -> Pi3 | Pi3X:
-    """A network in evaluation mode, with its weights.
+    """One of the networks pi3 and pi3x in evaluation mode, with its weights.
 
     weights: a safetensors file, a folder with model.safetensors, or the tensors by name; sizes: as
     a config.json beside the file says, else as published. A file is mapped into memory, not
@@ -309,13 +353,13 @@ def load_network(
     """
     import torch
 
-    if name not in NAMES:
+    if name not in ("pi3", "pi3x"):
         raise WeightsError(f"{name}: there is no such network; there are pi3 and pi3x.")
     if isinstance(weights, str | Path):
         found = _given(name, Path(weights))
         sizes = sizes or found.checkpoint.sizes
         check(Weights(found.path, found.checkpoint.model_copy(update={"sizes": sizes})))
-        tensors = _tensors(found.path, device)
+        tensors = tensors_of(found.path, device)
     else:
         sizes = sizes or published(name).sizes
         tensors = {k: torch.as_tensor(v, device=device).float() for k, v in weights.items()}
@@ -327,13 +371,13 @@ def load_network(
     return network.requires_grad_(False).eval()
 
 
-def _build(name: Name, sizes: Sizes) -> Pi3 | Pi3X:
+def _build(name: Pi3Name, sizes: Sizes) -> Pi3 | Pi3X:
     from occgen_hub.engines.pi3.network import NETWORKS
 
     return NETWORKS[name](sizes)
 
 
-def _tensors(path: Path, device: str | torch.device) -> dict[str, torch.Tensor]:
+def tensors_of(path: Path, device: str | torch.device) -> dict[str, torch.Tensor]:
     """The tensors of a file in float32: on a CPU they are the file itself, mapped."""
     from safetensors import safe_open
 
