@@ -9,10 +9,12 @@ from unicodedata import category
 class OccGenError(Exception):
     """A failure that a user can act on; its text is one sentence naming the file and the remedy.
 
-    `exit_code` is what the command line ends with when nothing catches it.
+    exit_code: what the command line ends with when nothing catches it; has_lines: whether line
+    breaks in the text are ours, and not those of a name.
     """
 
     exit_code = 1
+    has_lines = False
 
 
 class UsageError(OccGenError):

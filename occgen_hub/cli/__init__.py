@@ -57,7 +57,9 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except OccGenError as error:
-        say(f"Error: {error}", err=True)
+        text = f"Error: {error}"
+        for line in text.splitlines() if error.has_lines else [text]:
+            say(line, err=True)
         sys.exit(error.exit_code)
     except (Stopped, click.Abort, KeyboardInterrupt) as stopped:
         more = " What was finished stays; the same command goes on from there."

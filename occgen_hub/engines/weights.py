@@ -95,6 +95,8 @@ COMMERCIAL = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "isc", "cc-by
 class WeightsError(UsageError):
     """Weights that are missing, damaged, or another network's."""
 
+    has_lines = True
+
 
 def published(name: Name) -> Checkpoint:
     """The checkpoint that the authors of a network published."""
