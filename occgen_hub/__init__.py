@@ -14,13 +14,24 @@ if TYPE_CHECKING:
     from occgen_hub.config import Config
     from occgen_hub.exporting import export
     from occgen_hub.lerobot.dataset import LeRobotOccupancyDataset
-    from occgen_hub.training import OccupancyDataset, collate
+    from occgen_hub.training import (
+        ColorJitter,
+        Mirror,
+        OccupancyDataset,
+        OccupancyStream,
+        RotateYaw,
+        collate,
+    )
     from occgen_hub.validation import validate
 
 __all__ = [
+    "ColorJitter",
     "Config",
     "LeRobotOccupancyDataset",
+    "Mirror",
     "OccupancyDataset",
+    "OccupancyStream",
+    "RotateYaw",
     "build",
     "collate",
     "export",
@@ -31,9 +42,13 @@ __all__ = [
 ]
 
 _PLACES = {
+    "ColorJitter": "training",
     "Config": "config",
     "LeRobotOccupancyDataset": "lerobot.dataset",
+    "Mirror": "training",
     "OccupancyDataset": "training",
+    "OccupancyStream": "training",
+    "RotateYaw": "training",
     "build": "api",
     "collate": "training",
     "export": "exporting",
