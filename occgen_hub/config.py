@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -60,8 +60,10 @@ class Config(BaseModel):
         description="of depth: auto estimates it; simulated, kinect, stereo, tof; or [a, b, c], "
         "sigma = sqrt(a^2 + (b z)^2 + (c z^2)^2) in metres",
     )
-    refine_poses: bool = Field(
-        False, description="align each frame to the fused scene, for poses that drift"
+    refine_poses: bool | Literal["auto"] = Field(
+        "auto",
+        description="align each frame to the fused scene: auto does where poses are off and frames "
+        "then agree better; true; false",
     )
     fusion_voxel_size: Positive | None = Field(
         None, description="resolution of the fused cloud; half of voxel_size if not set"
@@ -155,7 +157,8 @@ def _config(values: dict[str, Any], path: Path | None) -> Config:
     place = f"{path}: " if path is not None else ""
     for key, value in values.items():  # To pydantic, true is the number 1.
         field = Config.model_fields.get(key)
-        if field and field.annotation is not bool and isinstance(value, bool):
+        takes_bool = field is not None and bool in (field.annotation, *get_args(field.annotation))
+        if field and isinstance(value, bool) and not takes_bool:
             raise UsageError(f"{place}{key}: expected no yes or no ({field.description}).")
     try:
         return Config.model_validate(values)

@@ -342,7 +342,7 @@ def write_index(root: Path, rows: Iterable[Entry]) -> int:
         place = root / INDEX / name
         if name in there and place.read_bytes() == content:
             continue
-        place.parent.mkdir(exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(place) as partial:
             partial.write_bytes(content)
         changed += 1

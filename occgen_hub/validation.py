@@ -156,8 +156,8 @@ def _poor(found: list[Path]) -> Iterator[str]:
             continue
         quality, config = Quality.from_record(record), record.get("config")
         if quality is not None:
-            refined = isinstance(config, dict) and config.get("refine_poses") is True
-            for note in quality.notes(refined=refined):
+            setting = config.get("refine_poses") if isinstance(config, dict) else None
+            for note in quality.notes(setting):
                 notes.setdefault(note.code, []).append(f"{path}: {note.text}")
     for first, *more in notes.values():
         yield f"{first} (and {len(more)} more trajectories)." if more else f"{first}."

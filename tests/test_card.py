@@ -23,6 +23,8 @@ from occgen_hub.files import sha256
 from occgen_hub.job import Job, list_episodes
 from occgen_hub.loading import trajectories
 from occgen_hub.runtime.build import build_dataset
+from occgen_hub.runtime.finalize import finalize
+from occgen_hub.shards import write_shards
 from occgen_hub.validation import validate
 
 COARSE = Settings(Config(voxel_size=0.1))
@@ -60,6 +62,7 @@ def build(source: Path, out: Path) -> list[str]:
 def change_record(root: Path, change: dict[str, Any], number: int = 0) -> None:
     path = trajectories(root)[number] / "meta/occgen.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    write_shards(root)
 
 
 # What it says
@@ -72,12 +75,14 @@ def test_the_hub_reads_its_front_matter(dataset):
     assert found["task_categories"] == ["robotics"]
     assert {"LeRobot", "occupancy"} <= set(found["tags"])
     assert found["size_categories"] == ["n<1K"]
-    assert [config["config_name"] for config in found["configs"]] == ["default", "occupancy"]
+    assert [config["config_name"] for config in found["configs"]] == [
+        "default", "occupancy", "index",
+    ]  # fmt: skip
 
 
 def test_its_files_are_no_strays(dataset):
     assert sorted(p.name for p in dataset.iterdir()) == [
-        ".logs", "README.md", "occupancy", "preview.png", "report.json", "sample_zed",
+        ".logs", "README.md", "index", "occupancy", "preview.png", "report.json", "sample_zed",
     ]  # fmt: skip
     assert validate(dataset).findings == ()
 
@@ -227,7 +232,7 @@ def test_meta_files_that_cannot_be_used_are_named(mine, file, change):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     before = (mine / "README.md").read_bytes()
     with pytest.raises(DatasetError, match=f"{file}: .*; remove this trajectory's folder"):
-        write_card(mine)
+        finalize(mine)
     assert (mine / "README.md").read_bytes() == before
 
 

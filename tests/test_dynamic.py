@@ -230,7 +230,7 @@ def test_a_column_of_another_type_is_named(mine):
     texts = pa.array(["x"] * FRAMES)
     pq.write_table(table.set_column(at, "dynamic", texts), shard)
     with pytest.raises(DatasetError, match="column dynamic is not of list"):
-        OccupancyDataset(mine, keys=("occupancy",))
+        OccupancyDataset(mine, keys=("occupancy",))[0]
 
 
 # Checked
@@ -298,6 +298,7 @@ def with_quality(root: Path, **figures: Any) -> Path:
     record = json.loads(mark.read_text())
     record["quality"] |= figures
     mark.write_text(json.dumps(record))
+    write_shards(root)
     return root
 
 

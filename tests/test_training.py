@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -25,10 +26,15 @@ from torch.utils.data import DataLoader, Subset
 import occgen_hub
 from occgen_hub.errors import DatasetError, SourceError, UsageError
 from occgen_hub.exporting import export
+from occgen_hub.index import read_entries, write_index
 from occgen_hub.loading import Trajectory, trajectories
 from occgen_hub.media import SeekingVideo, video_frames
-from occgen_hub.shards import shards, write_shards
+from occgen_hub.shards import remove_shards, shards, write_shards
 from occgen_hub.training import KEYS, OccupancyDataset, collate
+
+sys.path.append(str(Path(__file__).parent.parent / "scripts"))
+
+from bench_opening import make_up, opening
 
 COLUMNS = {
     "pose": "observation.camera_extrinsic_occ",
@@ -331,6 +337,9 @@ def test_any_frame_of_a_video_is_found(tmp_path, options):
 def test_without_shards_it_says_how_to_get_them(dataset, tmp_path):
     root = copied(dataset, tmp_path / "npz")
     shutil.rmtree(root / "occupancy")
+    with pytest.raises(UsageError, match="files of no episode are here.* run occgen-hub finalize"):
+        OccupancyDataset(root)
+    remove_shards(root)
     with pytest.raises(UsageError, match=r"has no occupancy as Parquet.* run occgen-hub build"):
         OccupancyDataset(root)
 
@@ -348,7 +357,7 @@ def test_frames_of_several_grids_are_no_dataset(sample_tree, tmp_path):
     for size, limit in ((0.2, None), (0.1, 1)):
         config = occgen_hub.Config(voxel_size=size)
         occgen_hub.build("internnav", sample_tree, tmp_path / "out", config=config, limit=limit)
-    with pytest.raises(DatasetError, match="frames of several grids"):
+    with pytest.raises(DatasetError, match="episodes of several grids"):
         OccupancyDataset(tmp_path / "out", keys=("occupancy",))
 
 
@@ -389,17 +398,65 @@ def test_media_that_are_not_there(many, tmp_path):
     assert OccupancyDataset(root, keys=CAMERA)[0]["occupancy"].any()
 
 
-def test_a_shard_that_is_missing(many, tmp_path):
-    root = copied(many, tmp_path / "missing")
-    shards(root)[1].unlink()
-    with pytest.raises(DatasetError, match=r"train-00000-of-.*one is missing or left over"):
+def first_shard(root: Path) -> Path:
+    """The shard of the first episode."""
+    return root / next(iter(read_entries(root).values())).shards[0]
+
+
+def test_of_a_dataset_that_is_partly_here_there_are_the_episodes_that_are(many, truth, tmp_path):
+    root = copied(many, tmp_path / "partly")
+    first_shard(root).unlink()
+    episodes = OccupancyDataset(root, keys=CAMERA).episodes
+    assert episodes == OccupancyDataset(many).episodes[1:]
+    shutil.rmtree(root / episodes[0])
+    assert OccupancyDataset(root, keys=("task",)).episodes == episodes[1:]
+    frames = OccupancyDataset(root, dense=False, keys=("occupancy", "episode"))
+    assert frames.episodes == episodes  # Occupancy is in the shards.
+    expected = [frame for frame in truth if frame["episode"] in episodes]
+    for item, frame in zip(frames, expected, strict=True):
+        np.testing.assert_array_equal(flat(item["occupancy"]), frame["cells"])
+    for path in shards(root):
+        path.unlink()
+    with pytest.raises(UsageError, match="files of no episode are here; fetch them"):
         OccupancyDataset(root)
+    shutil.rmtree(root / "index")
+    with pytest.raises(UsageError, match="has no index; run occgen-hub finalize"):
+        OccupancyDataset(root)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"shape": (200, 0, 200)}, "does not describe a grid"),
+        ({"shape": (1 << 20,) * 3}, "has a grid of more than"),
+        ({"voxel_size": float("nan")}, "does not describe a grid"),
+        ({"voxel_size": 0.5}, "several grids"),
+        ({"pc_range": (0, 0, 0, 1, 1)}, "does not describe a grid"),
+        ({"frames": 0}, "without frames"),
+        ({"frames": 1 << 40}, "not in order"),
+        ({"shard_starts": (1,)}, "without frames"),
+        ({"shard_starts": (0, 1)}, "of unequal length"),
+        ({"row_groups": (-1,)}, "without frames"),
+        ({"group_rows": 1 << 20}, "larger than any"),
+    ],
+)
+def test_an_index_that_does_not_say_where_frames_are(many, tmp_path, change, problem):
+    rows = list(read_entries(many).values())
+    some = rows[:1] if "voxel_size" in change and change["voxel_size"] == 0.5 else rows
+    some = [replace(row, **change) for row in some]
+    for row in rows:
+        (tmp_path / row.shards[0]).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / row.shards[0]).touch()
+    write_index(tmp_path, [*some, *rows[len(some) :]])
+    with pytest.raises(DatasetError, match=problem) as raised:
+        OccupancyDataset(tmp_path, keys=("occupancy",))
+    assert f"{tmp_path / 'index'}" in str(raised.value)
 
 
 def changed(many: Path, out: Path, change, group: int = 8) -> Path:
     """A copy of `many` whose first shard's columns went through `change`."""
     root = copied(many, out)
-    path = shards(root)[0]
+    path = first_shard(root)
     table = change(pq.read_table(path))
     path.unlink()  # It is a link to the original.
     pq.write_table(table, path, row_group_size=group)
@@ -432,31 +489,29 @@ def first(value):
         (put("occupied", first(lambda v: None)), "not whole"),
         (put("observed", first(lambda v: v[:-1])), "not of the grid's 5000000 cells"),
         (put("observed", first(lambda v: None)), "not whole"),
-        (put("frame_index", first(lambda v: 7)), "not numbered from 0"),
-        (put("frame_index", first(lambda v: None)), "no frame_index"),
-        (put("episode", first(lambda v: "a/b/c")), "not numbered from 0"),
-        (put("episode", lambda v: ["../../x" for _ in v]), "no name of an episode"),
-        (put("episode", lambda v: ["/etc/x" for _ in v]), "no name of an episode"),
-        (put("shape", first(lambda v: [200, 0, 200])), "does not describe a grid"),
-        (put("shape", first(lambda v: [1 << 20] * 3)), "has more than"),
-        (put("voxel_size", first(lambda v: float("nan"))), "does not describe a grid"),
-        (put("pc_range", first(lambda v: v[:5])), "expected arrays of shape"),
+        (put("frame_index", first(lambda v: 7)), "not of frames 0 to 3 of group/scene_00/run"),
+        (put("frame_index", first(lambda v: None)), "not of frames"),
+        (put("episode", first(lambda v: "a/b/c")), "not of frames"),
+        (put("episode", lambda v: ["../../x" for _ in v]), "not of frames"),
         (put("camera_extrinsic", first(lambda v: [[float("nan")] * 4] * 4)), "not finite"),
         (put("camera_extrinsic", first(lambda v: [[2.0] * 4] * 4)), "not rigid"),
         (lambda table: table.drop_columns(["observed"]), "no column observed of binary"),
-        (lambda table: table.slice(0, 0), "holds no frame"),
+        (lambda table: table.slice(0, 0), "has no row group 0, as the index says"),
+        (lambda table: table.slice(0, 3), "not of frames 0 to 3"),
     ],
 )  # fmt: skip
 def test_a_shard_that_does_not_hold_what_it_should(many, tmp_path, change, problem):
     root = changed(many, tmp_path / "changed", change)
     with pytest.raises(DatasetError, match=problem) as raised:
         OccupancyDataset(root, keys=("occupancy", "mask", "pose"))[0]
-    assert str(shards(root)[0]) in str(raised.value)
+    assert str(first_shard(root)) in str(raised.value)
     assert "fetch it again, or remove it and run the build again." in str(raised.value)
 
 
 def test_row_groups_of_another_size_are_read_too(many, truth, tmp_path):
     root = changed(many, tmp_path / "large", lambda table: table, group=3)
+    first_row, *others = read_entries(root).values()
+    write_index(root, [replace(first_row, group_rows=3), *others])
     frames = OccupancyDataset(root, dense=False, keys=("occupancy", "mask"))
     for n, expected in enumerate(truth):
         np.testing.assert_array_equal(flat(frames[n]["occupancy"]), expected["cells"])
@@ -465,21 +520,21 @@ def test_row_groups_of_another_size_are_read_too(many, truth, tmp_path):
 
 def test_a_damaged_shard_is_named(many, tmp_path):
     """Bytes changed at random, or cut off: read as before, or refused; never anything else."""
-    content = shards(many)[0].read_bytes()
+    shard = first_shard(many)
+    content = shard.read_bytes()
     rng = np.random.default_rng(3)
     refusals = []
     for n in range(40):
-        folder = tmp_path / str(n) / "occupancy"
-        folder.mkdir(parents=True)
+        root = tmp_path / str(n)
+        shutil.copytree(many / "index", root / "index", copy_function=os.link)
         damaged = bytearray(content)
         for at in rng.integers(0 if n % 2 else len(content) - 4000, len(content), 3):
             damaged[at] = rng.integers(0, 256)
-        path = folder / "train-00000-of-00001.parquet"
+        path = root / shard.relative_to(many)
+        path.parent.mkdir(parents=True)
         path.write_bytes(damaged if n % 5 else damaged[: len(damaged) // (n + 2)])
         try:
-            frames = OccupancyDataset(
-                folder.parent, dense=False, keys=("occupancy", "mask", "pose")
-            )
+            frames = OccupancyDataset(root, dense=False, keys=("occupancy", "mask", "pose"))
             list(frames)
         except DatasetError as error:
             refusals.append((path, str(error)))
@@ -523,6 +578,15 @@ def test_opening_and_an_item_read_little(many):
     frames[0]
     total = sum(path.stat().st_size for path in shards(many))
     assert 0 < process.io_counters().read_chars - before < total / 2
+
+
+def test_a_large_dataset_opens_in_no_time(tmp_path):
+    """20,000 episodes, by their index alone: the shards are empty files."""
+    make_up(tmp_path, 20_000)
+    found = min((opening(tmp_path) for _ in range(2)), key=lambda found: found["seconds"])
+    assert (found["episodes"], found["frames"]) == (20_000, 76 * 20_000)
+    assert found["seconds"] < 2
+    assert found["bytes_more"] < 300e6
 
 
 # The package's names

@@ -21,7 +21,7 @@ from occgen_hub.fusion.refine import refine_poses
 from occgen_hub.geometry.camera import unproject_trusted
 from occgen_hub.geometry.cloud import Cloud, VoxelDownsample, voxel_downsample
 from occgen_hub.geometry.poses import transform
-from occgen_hub.occupancy.bricks import into_bricks, sorted_into_bricks
+from occgen_hub.occupancy.bricks import BrickedCloud, into_bricks, sorted_into_bricks
 from occgen_hub.prefetch import ahead
 from occgen_hub.views import Views
 
@@ -38,8 +38,9 @@ saw the surface: what floats between two surfaces lies beside an edge wherever i
 STILL = 0.1
 """Share of a cell's edge: where most points moved less, another round changes nothing."""
 
-REFINEMENTS = 4
-"""Times that poses are refined and the surface is fused anew."""
+REFINEMENTS = (0.02, 0.01, 0.005, 0.0)
+"""Metres: how much wider than noise the kernel is, each time that poses are refined and the surface
+is fused anew."""
 
 Progress = Callable[[int], None]
 """Called with the number of frames done since the last call."""
@@ -78,24 +79,53 @@ def fuse(views: Views, config: Config, progress: Progress = lambda _: None) -> F
     measured = union(maps, config, progress)
     if config.fusion == "union" or not len(measured):
         return Fused(measured, views, None, None)
-    noise = noise_model(maps, config.noise)
-    tolerance = Tolerance.of(noise, config.voxel_size)
-    agreement = agree(measured, maps, tolerance, config)
-    if config.refine_poses:
-        for _ in range(REFINEMENTS):
-            refined = refine_poses(agreement.cloud, maps, tolerance)
-            views = replace(views, world_from_camera=refined)
-            maps = replace(maps, views=views)
-            noise = noise_model(maps, config.noise)
-            tolerance = Tolerance.of(noise, config.voxel_size)
-            agreement = agree(union(maps, config), maps, tolerance, config)
-    static = into_bricks(agreement.cloud.points)
+    found = _fused(measured, maps, config)
+    if config.refine_poses is True or (
+        config.refine_poses == "auto" and found.quality.poses_are_off(config.voxel_size)
+    ):
+        aligned = _aligned(measured, maps, config)
+        refined = _fused(union(aligned, config), aligned, config, refined=True)
+        if config.refine_poses is True or refined.quality.better_than(found.quality):
+            found = refined
     moving = MovingPoints(
-        static, agreement.seen_through, maps, tolerance, config.fusion_size, config.depth_range
-    )
-    quality = assess(static, maps, tolerance, agreement)
-    notes = quality.notes(refined=config.refine_poses)
-    return Fused(agreement.cloud, views, moving, quality, tuple(notes))
+        found.static, found.agreement.seen_through, found.maps, found.tolerance,
+        config.fusion_size, config.depth_range,
+    )  # fmt: skip
+    notes = tuple(found.quality.notes(config.refine_poses))
+    return Fused(found.agreement.cloud, found.maps.views, moving, found.quality, notes)
+
+
+@dataclass(frozen=True)
+class _Fusion:
+    """A surface, the depth and the poses that it was fused from, and figures. static: its points."""
+
+    maps: DepthMaps
+    tolerance: Tolerance
+    agreement: Agreement
+    static: BrickedCloud
+    quality: Quality
+
+
+def _fused(measured: Cloud, maps: DepthMaps, config: Config, *, refined: bool = False) -> _Fusion:
+    tolerance = Tolerance.of(noise_model(maps, config.noise), config.voxel_size)
+    agreement = agree(measured, maps, tolerance, config)
+    static = into_bricks(agreement.cloud.points)
+    quality = assess(static, maps, tolerance, agreement, refined=refined)
+    return _Fusion(maps, tolerance, agreement, static, quality)
+
+
+def _aligned(measured: Cloud, maps: DepthMaps, config: Config) -> DepthMaps:
+    """The same depth with poses that are aligned to the surface that it makes, again and again.
+
+    Only what two frames saw counts: a frame would be held in a wrong place by its own points.
+    """
+    for n, width in enumerate(REFINEMENTS):
+        tolerance = Tolerance.of(noise_model(maps, config.noise), config.voxel_size)
+        cloud = union(maps, config) if n else measured
+        surface = agree(cloud, maps, tolerance, config, supports=2).cloud
+        refined = refine_poses(surface, maps, tolerance, width)
+        maps = replace(maps, views=replace(maps.views, world_from_camera=refined))
+    return maps
 
 
 def union(maps: DepthMaps, config: Config, progress: Progress = lambda _: None) -> Cloud:
@@ -118,15 +148,20 @@ def _measured(
     return transform(view.world_from_camera, points), colors
 
 
-def agree(cloud: Cloud, maps: DepthMaps, tolerance: Tolerance, config: Config) -> Agreement:
-    """The points of a cloud that frames agree on, moved to where they measured them."""
+def agree(
+    cloud: Cloud, maps: DepthMaps, tolerance: Tolerance, config: Config, *, supports: int = 1
+) -> Agreement:
+    """The points of a cloud that frames agree on, moved to where they measured them.
+
+    supports: how many frames have to have seen a point.
+    """
     removed, contradicted = [], 0.0
     for number in range(ROUNDS):
         bricks, order = sorted_into_bricks(cloud.points)
         evidence = gather_evidence(bricks, maps, tolerance)
-        supports = evidence.supports.astype(np.float32)
-        seen_through = evidence.contradictions > CONTRADICTED * supports
-        sure = (supports > 0) & (supports >= SURE * (supports + evidence.doubts))
+        seen = evidence.supports.astype(np.float32)
+        seen_through = evidence.contradictions > CONTRADICTED * seen
+        sure = (seen >= supports) & (seen >= SURE * (seen + evidence.doubts))
         kept = sure & ~seen_through
         removed.append(bricks.points[seen_through])
         if number == 0:
@@ -137,8 +172,8 @@ def agree(cloud: Cloud, maps: DepthMaps, tolerance: Tolerance, config: Config) -
         if not len(cloud) or still.mean() > 0.9:
             break
         cloud = voxel_downsample(cloud, config.fusion_size)
-    seen = float(np.median(evidence.supports))
-    return Agreement(cloud, into_bricks(np.concatenate(removed)), seen, contradicted)
+    median = float(np.median(evidence.supports))
+    return Agreement(cloud, into_bricks(np.concatenate(removed)), median, contradicted)
 
 
 def check_reach(views: Views, config: Config, episode: str) -> None:

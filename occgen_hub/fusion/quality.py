@@ -24,6 +24,13 @@ POOR_POSES = (0.008, 0.15)
 """Metres and degrees by which frames would have to be moved, median, for a note to suggest
 refined poses."""
 
+WORTH_REFINING = 1 / 16
+"""Share of a cell's edge: frames that would have to be moved farther, median, are aligned to the
+scene."""
+
+MORE_CONTRADICTED = 1.1
+"""Refined poses are kept while the share of contradicted points grows at most by this factor."""
+
 POOR_CONTRADICTED = 0.3
 """Share of contradicted points over which a note says that the frames do not agree."""
 
@@ -51,7 +58,7 @@ class Quality:
     measured points that other frames saw through; supports: median number of frames that saw a
     point of the scene; residual: median distance of the scene from the surfaces that frames
     measured, metres; shift, turn: median over frames of how far each would have to be moved to fit
-    the scene best, metres and degrees.
+    the scene best, metres and degrees; refined: whether poses were aligned to the scene.
     """
 
     sigma: tuple[float, float, float]
@@ -60,13 +67,30 @@ class Quality:
     residual: float
     shift: float
     turn: float
+    refined: bool = False
+
+    def poses_are_off(self, voxel_size: float) -> bool:
+        """Whether aligning the frames may matter for cells of an edge, metres."""
+        return self.shift > WORTH_REFINING * voxel_size
+
+    def better_than(self, other: Quality) -> bool:
+        """Whether frames agree better than in another fusion of the same episode.
+
+        Aligned poses can hide errors of the depth itself, as where each frame has another scale:
+        surfaces then fit in their middle, and frames see through one another at their ends.
+        """
+        return (
+            self.residual < other.residual
+            and self.contradicted <= MORE_CONTRADICTED * other.contradicted
+        )
 
     def record(self) -> dict[str, object]:
         """As `meta/occgen.json` has it."""
+        figures = {key: value for key, value in asdict(self).items() if key != "refined"}
         return {
             key: [round(v, 6) for v in value] if isinstance(value, tuple) else round(value, 6)
-            for key, value in asdict(self).items()
-        }
+            for key, value in figures.items()
+        } | {"refined": self.refined}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Quality | None:
@@ -75,15 +99,16 @@ class Quality:
             figures = record["quality"]
             one, two, four = (float(value) for value in figures["sigma"])
             single = ("contradicted", "supports", "residual", "shift", "turn")
-            values = [float(figures[key]) for key in single]
+            values = {key: float(figures[key]) for key in single}
+            refined = figures.get("refined") is True
         except (KeyError, TypeError, ValueError, OverflowError):
             return None
-        if not all(map(isfinite, (one, two, four, *values))):
+        if not all(map(isfinite, (one, two, four, *values.values()))):
             return None
-        return cls((one, two, four), *values)
+        return cls((one, two, four), **values, refined=refined)
 
-    def notes(self, *, refined: bool) -> list[Note]:
-        """What a user should know."""
+    def notes(self, setting: object) -> list[Note]:
+        """What a user should know. setting: `Config.refine_poses` of the build."""
         notes = []
         if self.contradicted > POOR_CONTRADICTED:
             text = (
@@ -92,10 +117,15 @@ class Quality:
                 "belong together"
             )
             notes.append(Note("frames disagree", text))
-        if not refined and (self.shift > POOR_POSES[0] or self.turn > POOR_POSES[1]):
+        if not self.refined and (self.shift > POOR_POSES[0] or self.turn > POOR_POSES[1]):
+            advice = (
+                "aligning the frames did not help, so the scale of the depth may differ between them"
+                if setting == "auto"
+                else "its poses may drift; try --set refine_poses=auto"
+            )
             text = (
                 f"frames lie {1000 * self.shift:.0f} mm and {self.turn:.2f} degrees off the scene "
-                "(median): its poses may drift; try --set refine_poses=true"
+                f"(median): {advice}"
             )
             notes.append(Note("poses", text))
         return notes
@@ -106,6 +136,8 @@ def assess(
     maps: DepthMaps,
     tolerance: Tolerance,
     agreement: Agreement,
+    *,
+    refined: bool = False,
 ) -> Quality:
     """The figures of a fused scene. static: its surface."""
     frames = list(spread(maps.frames))[:FRAMES]
@@ -119,4 +151,5 @@ def assess(
         residual=residual,
         shift=shift,
         turn=turn,
+        refined=refined,
     )

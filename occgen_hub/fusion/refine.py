@@ -33,7 +33,9 @@ POINTS = 200.0
 pixels err alike."""
 
 
-def refine_poses(cloud: Cloud, maps: DepthMaps, tolerance: Tolerance) -> NDArray[np.float64]:
+def refine_poses(
+    cloud: Cloud, maps: DepthMaps, tolerance: Tolerance, width: float = 0.0
+) -> NDArray[np.float64]:
     """(T, 4, 4) float64 world_from_camera of all frames, those with depth aligned to a cloud.
 
     Point to plane, as in Chen and Medioni, "Object modelling by registration of multiple range
@@ -44,7 +46,7 @@ def refine_poses(cloud: Cloud, maps: DepthMaps, tolerance: Tolerance) -> NDArray
     bricks = into_bricks(cloud.points)
     views, frames = maps.views, maps.frames.tolist()
     refined = views.world_from_camera.copy()
-    poses = ahead(lambda frame: _aligned(bricks, maps(frame), tolerance), frames)
+    poses = ahead(lambda frame: _aligned(bricks, maps(frame), tolerance, width), frames)
     for frame, pose in zip(frames, poses, strict=True):
         refined[frame] = pose
     places = np.maximum(np.searchsorted(views.frames, np.arange(len(refined)), "right") - 1, 0)
@@ -63,21 +65,23 @@ def correction(
     """
     system, distances = _equations(
         bricks.points, bricks.starts, bricks.lower, bricks.upper, view.pixels,
-        view.camera(), tolerance.values(), REACH, STRIDE,
+        view.camera(), tolerance.values(), REACH, STRIDE, 0.0,
     )  # fmt: skip
     step = _solved(system, np.zeros(6))
     median = float(np.median(np.abs(distances))) if len(distances) else 0.0
     return median, float(np.linalg.norm(step[3:])), float(np.degrees(np.linalg.norm(step[:3])))
 
 
-def _aligned(bricks: BrickedCloud, view: DepthMap, tolerance: Tolerance) -> NDArray[np.float64]:
+def _aligned(
+    bricks: BrickedCloud, view: DepthMap, tolerance: Tolerance, width: float
+) -> NDArray[np.float64]:
     """The frame's pose, (4, 4) world_from_camera, that fits the surface best."""
     recorded, pose = view.world_from_camera, view.world_from_camera.copy()
     for _ in range(STEPS):
         moved = replace(view, world_from_camera=pose)
         system, _ = _equations(
             bricks.points, bricks.starts, bricks.lower, bricks.upper, moved.pixels,
-            moved.camera(), tolerance.values(), REACH, STRIDE,
+            moved.camera(), tolerance.values(), REACH, STRIDE, width,
         )  # fmt: skip
         change = np.linalg.inv(recorded) @ pose  # So far, in the recorded camera's frame.
         so_far = np.concatenate([Rotation.from_matrix(change[:3, :3]).as_rotvec(), change[:3, 3]])
@@ -106,7 +110,7 @@ def _solved(system: NDArray[np.float64], so_far: NDArray[np.float64]) -> NDArray
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _equations(points, starts, low, high, pixels, camera, tolerance, reach, stride):
+def _equations(points, starts, low, high, pixels, camera, tolerance, reach, stride, width):
     """Normal equations of the point-to-plane distances, and the distances, metres.
 
     A plane through a pixel is all X with a . X = 1 in the camera's frame, where 1 / z is linear in
@@ -153,7 +157,7 @@ def _equations(points, starts, low, high, pixels, camera, tolerance, reach, stri
                 continue
             distances[count] = distance
             count += 1
-            weight = 1 / (across * (1 + (distance / (2 * across)) ** 2)) ** 2
+            weight = 1 / (across * (1 + (distance / (2 * across + width)) ** 2)) ** 2
             jacobian[0] = p[1] * a[2] - p[2] * a[1]
             jacobian[1] = p[2] * a[0] - p[0] * a[2]
             jacobian[2] = p[0] * a[1] - p[1] * a[0]

@@ -154,7 +154,10 @@ def frame_index(source: Source, selection: Selection, keys: Sequence[str]) -> Fr
         if not in_shards.issuperset(media) and source.address is None:
             table = table.filter(pa.array(_folders_here(root, table))).combine_chunks()
     if not table.num_rows:
-        raise UsageError(f"{root}: has an index, but no episode of it is here; fetch its files.")
+        raise UsageError(
+            f"{root}: has an index, but the files of no episode are here; fetch them or, where it "
+            "was built, run occgen-hub finalize on it."
+        )
     frames = table["frames"].to_numpy()
     try:
         names, groups, sizes = _row_groups(table, frames)
