@@ -39,6 +39,7 @@ def build(
     overwrite: bool = False,
     shard: tuple[int, int] | None = None,
     parquet_occupancy: bool = True,
+    parquet_images: bool = False,
 ) -> Summary:
     """Build an occupancy dataset from a source, as `occgen-hub build` does.
 
@@ -70,6 +71,7 @@ def build(
         limit=limit,
         overwrite=overwrite,
         parquet_occupancy=parquet_occupancy,
+        parquet_images=parquet_images,
     )
     if shard is not None:
         return build_shard(job, Shard.parse(f"{shard[0]}/{shard[1]}"), workers)

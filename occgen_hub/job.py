@@ -122,7 +122,8 @@ def check_conditions(builder: DatasetBuilder, refs: Sequence[EpisodeRef], config
 class Job:
     """What is to be built: the episodes of a source, where they go, and how.
 
-    parquet_occupancy: whether the dataset has its occupancy as Parquet as well; limited: whether
+    parquet_occupancy: whether the dataset has its occupancy as Parquet as well;
+    parquet_images: whether its images, depth and tasks are in the same files; limited: whether
     `refs` are not all episodes of the source; device: where networks run, None for a GPU if there
     is one.
     """
@@ -134,6 +135,7 @@ class Job:
     parquet_occupancy: bool = True
     limited: bool = False
     device: str | None = None
+    parquet_images: bool = False
 
     def on(self, device: str | None) -> Job:
         """The same job with its network on another device; None for a GPU if there is one.
@@ -192,12 +194,15 @@ def open_job(
     limit: int | None = None,
     overwrite: bool = False,
     parquet_occupancy: bool = True,
+    parquet_images: bool = False,
 ) -> Job:
     """What `occgen-hub build` is to do with the options of these names; nothing is done yet.
 
     Raises UsageError when one of them is wrong.
     """
     config = config or Config()
+    if parquet_images and not parquet_occupancy:
+        raise UsageError("--parquet-images: goes into the occupancy as Parquet; keep that.")
     check_paths(root, out)
     builder = load_builder(source, root)
     refs = list_episodes(builder, limit)
@@ -207,4 +212,5 @@ def open_job(
     chosen.check(config)
     check_conditions(builder, refs, config)
     settings = Settings(config, chosen, media, overwrite)
-    return Job(builder, refs, out, settings, parquet_occupancy, limit is not None, device)
+    limited = limit is not None
+    return Job(builder, refs, out, settings, parquet_occupancy, limited, device, parquet_images)

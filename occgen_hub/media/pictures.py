@@ -129,6 +129,13 @@ def write_jpeg(path: Path, image: NDArray[np.uint8]) -> None:
     Image.fromarray(image).save(path, "JPEG", quality=JPEG_QUALITY, subsampling=0)
 
 
+def encode_jpeg(image: NDArray[np.uint8]) -> bytes:
+    """The bytes that `write_jpeg` writes."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return file.getvalue()
+
+
 JPEG_QUALITY = 95
 """Of images that a source has in another format: beyond it, files grow and errors hardly shrink."""
 

@@ -79,8 +79,7 @@ class FrameReader(ABC):
         """(H, W, 3) uint8 RGB of item `number`, resized to `size` (width, height) if given."""
         stored, episode, frame = self._recorded(number)
         if "image" in self.index.in_shards:
-            with self._row("image", number) as (files, row):
-                return decode_rgb(files[row], self._path(number), stored, size)
+            return decode_rgb(self._file_of("image", number), self._path(number), stored, size)
         path = place(self.index.source.root, self.index.episodes[episode], "rgb", frame)
         if path.parent.is_dir():  # Then a frame that is missing is a fault.
             return read_rgb(path, stored, size)
@@ -90,8 +89,7 @@ class FrameReader(ABC):
         """(H, W) float32 metres of item `number`; resized, each pixel has one stored value."""
         stored, episode, frame = self._recorded(number)
         if "depth" in self.index.in_shards:
-            with self._row("depth", number) as (files, row):
-                units = decode_depth(files[row], self._path(number), stored)
+            units = decode_depth(self._file_of("depth", number), self._path(number), stored)
         else:
             name = self.index.episodes[episode]
             units = read_depth(place(self.index.source.root, name, "depth", frame), stored)
@@ -114,6 +112,16 @@ class FrameReader(ABC):
             path = place(self.index.source.root, self.index.episodes[episode], "tasks")
             raise DatasetError(path, f"has no task of frame {frame}", REBUILD)
         return tasks[index[frame]]
+
+    def _file_of(self, name: str, number: int) -> bytes:
+        """The file of an image or depth that the shards have of item `number`."""
+        with self._row(name, number) as (files, row):
+            content = files[row]
+        if content is None:
+            episode, frame = self.index.located(number)
+            problem = f"has no {name} of frame {frame} of {self.index.episodes[episode]}"
+            raise DatasetError(self._path(number), problem, f"leave {name!r} out of keys")
+        return bytes(content)
 
     def _recorded(self, number: int) -> tuple[Size, int, int]:
         """The size of the recorded image of item `number`, its episode and frame."""
@@ -274,13 +282,12 @@ def _read_camera(group: RowGroup) -> tuple[NDArray[np.float32], NDArray[np.float
     return poses, K
 
 
-def _read_files(name: str) -> Callable[[RowGroup], list[bytes]]:
-    def read(group: RowGroup) -> list[bytes]:
-        (structs,) = group.columns(name)
-        files: list[bytes] = structs.field("bytes").to_pylist()
-        if None in files:
+def _read_files(name: str) -> Callable[[RowGroup], list[bytes | None]]:
+    def read(group: RowGroup) -> list[bytes | None]:
+        table = group.file.read_row_group(group.within, [name], use_threads=False)
+        if table.num_rows != len(group):
             raise ValueError(f"row group {group.within} is not whole")
-        return files
+        return [None if file is None else file["bytes"] for file in table[name].to_pylist()]
 
     return read
 
