@@ -391,7 +391,8 @@ def _rows(piece: Piece) -> Iterator[Row]:
     media = _media(trajectory) if piece.images else None
     try:
         for row in islice(frames, piece.start, piece.stop):
-            yield Row(piece.episode, grid, *row, media=media and media(row[0]))
+            found = None if media is None else media(row[0])
+            yield Row(piece.episode, grid, *row)._replace(media=found)
         if piece.stop == len(poses):
             next(frames, None)  # Files of unequal length show at their end.
     except ValueError:

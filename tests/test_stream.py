@@ -55,7 +55,9 @@ def test_items_are_those_of_the_dataset(rows):
         other = expected[named(item)]
         assert item.keys() == other.keys()
         for key, value in item.items():
-            same = torch.equal(value, other[key]) if hasattr(value, "shape") else value == other[key]
+            same = (
+                torch.equal(value, other[key]) if hasattr(value, "shape") else value == other[key]
+            )
             assert same, key
         count += 1
     assert count == len(frames) == stream.num_frames
@@ -125,7 +127,9 @@ def test_stopped_at_ten_places_it_goes_on_as_if_undisturbed(rows):
         second.load_state_dict(state)
         rest = list(second)
         assert list(map(named, rest)) == list(map(named, whole[place:]))
-        assert all(torch.equal(a["image"], b["image"]) for a, b in zip(rest, whole[place:], strict=True))
+        assert all(
+            torch.equal(a["image"], b["image"]) for a, b in zip(rest, whole[place:], strict=True)
+        )
         assert len(list(second)) == len(whole)  # The next epoch is whole.
     with pytest.raises(UsageError, match="seed is 5 here and 4 in the state"):
         OccupancyStream(rows, keys=NAMES, seed=5).load_state_dict(state)

@@ -24,8 +24,13 @@ from occgen_hub.training.selection import FrameIndex
 from occgen_hub.training.shard_file import open_group, open_shard, reading
 from occgen_hub.training.source import place
 
-HELD = {"occupied": 8, "dynamic": 2, "observed": 2, "camera": 64, "image": 8, "depth": 8, "task": 8}
-"""How many row groups' columns a process keeps decoded: those that a history reaches over."""
+HELD = {
+    **{"occupied": 64, "dynamic": 64, "observed": 16, "camera": 64},
+    **{"image": 8, "depth": 8, "task": 64},
+}
+"""How many row groups' columns a process keeps decoded: those that a history reaches over.
+
+Of the mask that is 80 MB at the seed's grid."""
 
 MAX_FILES = 64
 MAX_VIDEOS = 4
