@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hub_server import Fault, Hub
+from hub_server import Fault, Hub, Repository
 from torch.utils.data import DataLoader
 
 import occgen_hub
@@ -183,14 +183,46 @@ def test_a_process_that_leaves_the_loop_early_ends(rows):
         assert (done.returncode, done.stdout) == (0, "left\n"), done.stderr
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
+FROM_THE_HUB = """
+import sys
+import occgen_hub.training.source as source
+from occgen_hub import OccupancyStream
+source.FIRST_WAIT = 0.01
+options = {"keys": ("episode", "frame_index", "image", "occupancy", "task"), "voxel_stride": 4}
+streams = [OccupancyStream(place, **options) for place in sys.argv[1:]]
+pairs = [*zip(*streams, strict=True)]
+assert len(pairs) == streams[0].num_frames
+for here, there in pairs:
+    for key, value in here.items():
+        assert (value == there[key]).all() if hasattr(value, "all") else value == there[key], key
+print("same", len(pairs))
+"""
+
+
+def test_a_stream_from_the_hub_outlives_cut_connections(rows, tmp_path):
     hub = Hub()
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    yield hub
-    hub.close()
+    try:
+        repository = Repository(private=False)
+        files = {p.relative_to(rows).as_posix(): p for p in rows.rglob("*.parquet")}
+        served = {n: p.read_bytes() for n, p in files.items() if n.startswith(("index", "occ"))}
+        repository.commit("main", served, "all")
+        hub.repositories["org/rows"] = repository
+        cut = Fault(r"GET .*/resolve/.*occupancy/", times=3, after=4)
+        busy = Fault(r"GET .*/resolve/.*occupancy/", times=2, after=12, status=503)
+        hub.faults += [cut, busy]
+        environment = os.environ | {
+            "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+        }  # fmt: skip
+        for place in ("org/rows", "hf://datasets/org/rows@main"):
+            done = subprocess.run(
+                [sys.executable, "-c", FROM_THE_HUB, str(rows), place],
+                env=environment, capture_output=True, text=True, timeout=120, check=False,
+            )  # fmt: skip
+            assert done.stdout == f"same {len(every(rows))}\n", done.stderr[-2000:]
+        assert cut.met > 7
+    finally:
+        hub.close()
 
 
 def test_wrong_arguments(rows):
