@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from occgen_hub.api import build, finalize, load_episode, push
+    from occgen_hub.camera_mapping import CameraMapping
     from occgen_hub.config import Config
     from occgen_hub.exporting import export
     from occgen_hub.lerobot.dataset import LeRobotOccupancyDataset
+    from occgen_hub.source_check import check_source
     from occgen_hub.training import (
         ColorJitter,
         Mirror,
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from occgen_hub.validation import validate
 
 __all__ = [
+    "CameraMapping",
     "ColorJitter",
     "Config",
     "LeRobotOccupancyDataset",
@@ -33,6 +36,7 @@ __all__ = [
     "OccupancyStream",
     "RotateYaw",
     "build",
+    "check_source",
     "collate",
     "export",
     "finalize",
@@ -42,6 +46,7 @@ __all__ = [
 ]
 
 _PLACES = {
+    "CameraMapping": "camera_mapping",
     "ColorJitter": "training",
     "Config": "config",
     "LeRobotOccupancyDataset": "lerobot.dataset",
@@ -50,6 +55,7 @@ _PLACES = {
     "OccupancyStream": "training",
     "RotateYaw": "training",
     "build": "api",
+    "check_source": "source_check",
     "collate": "training",
     "export": "exporting",
     "finalize": "api",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -10,6 +10,7 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from occgen_hub.camera_mapping import CameraMapping
 from occgen_hub.config import Config
 from occgen_hub.engines import AUTO
 from occgen_hub.errors import DatasetError, UsageError
@@ -22,6 +23,7 @@ from occgen_hub.runtime.build import build_dataset, build_shard
 from occgen_hub.runtime.finalize import finalize as finalize_dataset
 from occgen_hub.runtime.results import Summary
 from occgen_hub.runtime.shard import Shard
+from occgen_hub.scratch import DEFAULT_LIMIT
 
 
 def build(
@@ -29,6 +31,7 @@ def build(
     root: str | Path,
     out: str | Path,
     *,
+    cameras: Sequence[CameraMapping] = (),
     engine: str = AUTO,
     weights: str | Path | None = None,
     device: str | None = None,
@@ -40,14 +43,20 @@ def build(
     shard: tuple[int, int] | None = None,
     parquet_occupancy: bool = True,
     parquet_images: bool = False,
+    scenes: Sequence[str] = (),
+    scratch: str | Path | None = None,
+    scratch_limit: int = DEFAULT_LIMIT,
 ) -> Summary:
     """Build an occupancy dataset from a source, as `occgen-hub build` does.
 
-    source: what kind it is, "internnav" or "video"; root: where it is; out: the dataset's folder;
+    source: what kind it is, "internnav", "capture" or "video"; root: where it is, a path or an
+    address "hf://datasets/ORG/NAME[@REVISION][/FOLDER]" of the Hub; out: the dataset's folder;
+    cameras: what the files do not say of its cameras;
     config: the settings, metres where they are lengths; workers: processes; limit: the first so
-    many episodes only; shard: (i, n) to build share i of n, numbered from 0, of the episodes, for
-    `finalize`; the others as the command's options of their names. What is there already
-    and up to date is left alone.
+    many episodes only, or scenes that are fetched; scenes: patterns of those to build; scratch:
+    where scenes are put, `scratch_limit` bytes at most; shard: (i, n) to build share i of n,
+    numbered from 0, of the episodes, for `finalize`; the others as the command's options of their
+    names. What is there already and up to date is left alone.
 
     Raises UsageError when an argument is wrong; then nothing was done. An episode that fails stops
     no other and is listed in the summary's `failures`, with its reason. With several workers the
@@ -61,8 +70,9 @@ def build(
         raise UsageError("workers and limit must be 1 or more.")
     job = open_job(
         source,
-        Path(root),
+        root,
         Path(out),
+        cameras=cameras,
         engine=engine,
         weights=None if weights is None else Path(weights),
         device=device,
@@ -72,6 +82,9 @@ def build(
         overwrite=overwrite,
         parquet_occupancy=parquet_occupancy,
         parquet_images=parquet_images,
+        scenes=(scenes,) if isinstance(scenes, str) else tuple(scenes),
+        scratch=None if scratch is None else Path(scratch),
+        scratch_limit=scratch_limit,
     )
     if shard is not None:
         return build_shard(job, Shard.parse(f"{shard[0]}/{shard[1]}"), workers)

@@ -37,7 +37,9 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    voxel_size: Positive = Field(0.02, description="edge of an occupancy cell")
+    voxel_size: Annotated[float, Field(ge=1e-4, le=100, allow_inf_nan=False)] = Field(
+        0.02, description="edge of an occupancy cell"
+    )
     pc_range: tuple[Finite, Finite, Finite, Finite, Finite, Finite] = Field(
         (-2.0, -1.5, -0.5, 2.0, 1.0, 3.5),
         description="camera grid: x_min y_min z_min x_max y_max z_max, OpenCV axes",
@@ -68,7 +70,7 @@ class Config(BaseModel):
     fusion_voxel_size: Positive | None = Field(
         None, description="resolution of the fused cloud; half of voxel_size if not set"
     )
-    voxel_size_scale: Positive | None = Field(
+    voxel_size_scale: Annotated[float, Field(ge=1e-3, le=1e6, allow_inf_nan=False)] | None = Field(
         None,
         description="the seed's dynamic size: origin_pcd.ply is thinned to "
         "cbrt(scene volume) / voxel_size_scale where that is coarser than voxel_size",
@@ -87,6 +89,11 @@ class Config(BaseModel):
     )
     condition: tuple[Condition, ...] = Field(
         (), description="pi3x: what it is told besides the images: depth, intrinsics, poses"
+    )
+    hfov: Annotated[float, Field(ge=5, le=170)] | None = Field(
+        None,
+        description="degrees that a camera sees from side to side, where the source gives no "
+        "intrinsics; 79 if not set",
     )
     compile: bool = Field(
         False, description="networks: compile them first (torch.compile), for long builds"

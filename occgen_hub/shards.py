@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -514,7 +515,8 @@ def _write(place: Path, pieces: list[Piece], stop: Event) -> None:
     }
     with (
         atomic_file(place) as partial,
-        pq.ParquetWriter(partial, _schema(pieces[0].images), **how) as writer,
+        pa.OSFile(os.fsencode(partial), "wb") as file,  # A path may look like a URI.
+        pq.ParquetWriter(file, _schema(pieces[0].images), **how) as writer,
     ):
         writer.add_key_value_metadata({_KEY: dump_json(_describe(pieces)).encode()})
         for piece in pieces:

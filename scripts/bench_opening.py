@@ -54,7 +54,7 @@ def make_up(root: Path, episodes: int, per_scene: int = 100) -> None:
 def opening(root: Path) -> dict[str, float]:
     """Open the dataset in a process of its own.
 
-    Returns its frames and episodes, seconds, bytes of memory, and bytes more than after the imports.
+    Returns its frames and episodes, seconds, bytes of memory, and bytes beyond the imports.
     """
     command = [sys.executable, "-c", OPEN, str(root)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -71,7 +71,8 @@ if __name__ == "__main__":
             size = sum(path.stat().st_size for path in Path(folder, "index").iterdir())
             found = opening(Path(folder))
             print(
-                f"{count:,} episodes: index {size / 1e6:.1f} MB, opened in {found['seconds']:.2f} s, "
+                f"{count:,} episodes: index {size / 1e6:.1f} MB, opened in "
+                f"{found['seconds']:.2f} s, "
                 f"{found['bytes'] / 1e6:.0f} MB in all, {found['bytes_more'] / 1e6:.0f} MB of them "
                 "for it"
             )

@@ -337,7 +337,7 @@ def test_any_frame_of_a_video_is_found(tmp_path, options):
 def test_without_shards_it_says_how_to_get_them(dataset, tmp_path):
     root = copied(dataset, tmp_path / "npz")
     shutil.rmtree(root / "occupancy")
-    with pytest.raises(UsageError, match="files of no episode are here.* run occgen-hub finalize"):
+    with pytest.raises(UsageError, match=r"files of no episode are here.* run occgen-hub finalize"):
         OccupancyDataset(root)
     remove_shards(root)
     with pytest.raises(UsageError, match=r"has no occupancy as Parquet.* run occgen-hub build"):

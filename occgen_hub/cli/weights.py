@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from occgen_hub.cli.command import FOLDER, Examples
+from occgen_hub.cli.command import FOLDER, Examples, say
 
 
 @click.group()
@@ -28,8 +28,8 @@ def pull(name: Any, revision: str | None) -> None:
     found = files.fetch(name, revision)
     files.check(found)
     files.verify(found)
-    click.echo(found.path)
-    click.echo(f"Next: occgen-hub build --source video --engine {name} --input VIDEO --output out")
+    say(str(found.path))
+    say(f"Next: occgen-hub build --source video --engine {name} --input VIDEO --output out")
 
 
 @weights.command("check", cls=Examples, example="occgen-hub weights check pi3x")
@@ -47,6 +47,6 @@ def check_weights(name: Any, path: Path | None) -> None:
     digest = files.verify(found)
     size = found.path.stat().st_size
     said = "as published" if found.checkpoint.sha256 else "whole"
-    click.echo(f"{found.path}: {name}, {size / 1e9:.2f} GB, {said}.")
-    click.echo(f"SHA-256: {digest}")
-    click.echo(f"Licence: {found.checkpoint.terms}.")
+    say(f"{found.path}: {name}, {size / 1e9:.2f} GB, {said}.")
+    say(f"SHA-256: {digest}")
+    say(f"Licence: {found.checkpoint.terms}.")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -164,5 +165,7 @@ def network_engine(weights: Path | None = None, device: str | None = None) -> En
     return load_engine(next(there, NAMES[0]), None, device)
 
 
-def _points() -> list[EntryPoint]:
-    return list(entry_points(group="occgen_hub.engines"))
+@cache
+def _points() -> tuple[EntryPoint, ...]:
+    """Looked up once: it takes the metadata of every package that is installed."""
+    return tuple(entry_points(group="occgen_hub.engines"))

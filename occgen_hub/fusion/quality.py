@@ -14,8 +14,8 @@ from occgen_hub.fusion.depth_map import DepthMaps
 from occgen_hub.fusion.evidence import Tolerance, spread
 from occgen_hub.fusion.refine import correction
 from occgen_hub.geometry.cloud import Cloud
-from occgen_hub.occupancy.bricks import BrickedCloud
-from occgen_hub.prefetch import ahead
+from occgen_hub.occupancy.point_blocks import PointBlocks
+from occgen_hub.prefetch import prefetch
 
 FRAMES = 8
 """Frames whose residual against the scene is measured."""
@@ -27,6 +27,9 @@ refined poses."""
 WORTH_REFINING = 1 / 16
 """Share of a cell's edge: frames that would have to be moved farther, median, are aligned to the
 scene."""
+
+LESS_RESIDUAL = 0.95
+"""Refined poses are kept where the residual falls to this share or less: less may be by chance."""
 
 MORE_CONTRADICTED = 1.1
 """Refined poses are kept while the share of contradicted points grows at most by this factor."""
@@ -45,7 +48,7 @@ class Agreement:
     """
 
     cloud: Cloud
-    seen_through: BrickedCloud
+    seen_through: PointBlocks
     supports: float
     contradicted: float
 
@@ -80,7 +83,7 @@ class Quality:
         surfaces then fit in their middle, and frames see through one another at their ends.
         """
         return (
-            self.residual < other.residual
+            self.residual < LESS_RESIDUAL * other.residual
             and self.contradicted <= MORE_CONTRADICTED * other.contradicted
         )
 
@@ -119,7 +122,7 @@ class Quality:
             notes.append(Note("frames disagree", text))
         if not self.refined and (self.shift > POOR_POSES[0] or self.turn > POOR_POSES[1]):
             advice = (
-                "aligning the frames did not help, so the scale of the depth may differ between them"
+                "aligning the frames did not help: the scale of the depth may differ between them"
                 if setting == "auto"
                 else "its poses may drift; try --set refine_poses=auto"
             )
@@ -132,7 +135,7 @@ class Quality:
 
 
 def assess(
-    static: BrickedCloud,
+    static: PointBlocks,
     maps: DepthMaps,
     tolerance: Tolerance,
     agreement: Agreement,
@@ -141,7 +144,7 @@ def assess(
 ) -> Quality:
     """The figures of a fused scene. static: its surface."""
     frames = list(spread(maps.frames))[:FRAMES]
-    steps = [correction(static, view, tolerance) for view in ahead(maps, frames)]
+    steps = [correction(static, view, tolerance) for view in prefetch(maps, frames)]
     residual, shift, turn = (float(np.median(column)) for column in zip(*steps, strict=True))
     one, two, four = tolerance.noise.sigma(np.array([1.0, 2.0, 4.0])).tolist()
     return Quality(

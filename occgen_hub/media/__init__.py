@@ -1,6 +1,6 @@
 """Images and videos."""
 
-from occgen_hub.media.damage import MAX_PIXELS, MEND, RESTORE
+from occgen_hub.media.decode_errors import MAX_PIXELS, MEND, RESTORE
 from occgen_hub.media.pictures import (
     ImageSequence,
     PictureFacts,
@@ -14,6 +14,7 @@ from occgen_hub.media.pictures import (
     read_depth,
     read_picture,
     read_rgb,
+    write_depth,
     write_jpeg,
 )
 from occgen_hub.media.video import (
@@ -53,6 +54,7 @@ __all__ = [
     "survey_video",
     "video_facts",
     "video_frames",
+    "write_depth",
     "write_jpeg",
     "write_video",
 ]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from occgen_hub.errors import SourceError
 from occgen_hub.files import opened
-from occgen_hub.media.damage import DAMAGE, MAX_PIXELS, RESTORE, damaged
+from occgen_hub.media.decode_errors import DAMAGE, MAX_PIXELS, RESTORE, damaged
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -78,7 +78,7 @@ def _depth(image: Image.Image, path: Path) -> NDArray[np.uint16]:
         raise SourceError(
             path,
             f"is not a 16-bit grey image (its mode is {image.mode})",
-            "save depth as 16-bit PNG, 10,000 units a metre",
+            "save depth as 16-bit PNG",
         )
     try:
         values = np.asarray(image)
@@ -134,6 +134,18 @@ def encode_jpeg(image: NDArray[np.uint8]) -> bytes:
     file = io.BytesIO()
     Image.fromarray(image).save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return file.getvalue()
+
+
+def write_depth(path: Path, metres: NDArray[np.floating], units_per_metre: int) -> bool:
+    """Write (H, W) depth in metres, 0 for none, as a 16-bit grey PNG of that unit.
+
+    What is farther away than 16 bits can say is stored as none; returns whether there was any.
+    """
+    units = np.rint(metres * units_per_metre)
+    beyond = units > np.iinfo(np.uint16).max
+    stored = np.where(beyond, 0, units).astype(np.uint16)
+    Image.fromarray(stored).save(path, "PNG", compress_level=3)
+    return bool(beyond.any())
 
 
 JPEG_QUALITY = 95
@@ -226,6 +238,21 @@ _LONG = 4
 """EXIF's type of 32-bit numbers; orientations are 16-bit ones, if not always."""
 
 
+MAX_SCANS = 100
+"""Of a progressive JPEG. Encoders make ten; each is decoded for the whole image, however small."""
+
+
+def _has_too_many_scans(file: BinaryIO) -> bool:
+    """Whether so many scans begin in a JPEG: their mark stands nowhere within one."""
+    place, found, last = file.tell(), 0, b""
+    file.seek(0)
+    while found <= MAX_SCANS and (piece := file.read(1 << 20)):
+        found += (last + piece).count(b"\xff\xda")
+        last = piece[-1:] if piece.endswith(b"\xff") else b""
+    file.seek(place)
+    return found > MAX_SCANS
+
+
 @contextmanager
 def _opened(path: Path, size: tuple[int, int] | None = None) -> Iterator[Image.Image]:
     """A JPEG or PNG of `size`, its header read; no other of Pillow's many formats is tried."""
@@ -235,7 +262,7 @@ def _opened(path: Path, size: tuple[int, int] | None = None) -> Iterator[Image.I
 
 @contextmanager
 def _image(
-    file: IO[bytes], path: Path, size: tuple[int, int] | None = None
+    file: BinaryIO, path: Path, size: tuple[int, int] | None = None
 ) -> Iterator[Image.Image]:
     """`_opened` of a file that is open."""
     try:
@@ -246,6 +273,9 @@ def _image(
         raise damaged(path, error) from None
     if image.width * image.height > MAX_PIXELS:
         raise SourceError(path, f"claims {image.width} x {image.height} pixels", RESTORE)
+    if "progressive" in image.info and _has_too_many_scans(file):
+        problem = f"is a progressive JPEG of more than {MAX_SCANS} scans, and no camera's"
+        raise SourceError(path, problem, RESTORE)
     if size is not None and image.size != size:
         text = f"is {image.width} x {image.height} pixels, expected {size[0]} x {size[1]}"
         raise SourceError(path, text, RESTORE)

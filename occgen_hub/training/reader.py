@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from occgen_hub.errors import DatasetError
 from occgen_hub.files import plain
 from occgen_hub.geometry.poses import RIGID, rigidity_error
-from occgen_hub.loading import REBUILD, Trajectory
+from occgen_hub.loading import REBUILD, SCHEMA, Trajectory
 from occgen_hub.media import SeekingVideo, decode_depth, decode_rgb, fitted, read_depth, read_rgb
+from occgen_hub.schema import load_schema
 from occgen_hub.shards import FEATURES
 from occgen_hub.training.selection import FrameIndex
 from occgen_hub.training.shard_file import open_group, open_shard, reading
@@ -39,9 +40,6 @@ MAX_VIDEOS = 4
 MAX_EPISODES = 4096
 """Of how many episodes a process keeps the tasks, and of how many row groups that they are right.
 """
-
-DEPTH_UNITS = 10_000
-"""Of stored depth, a metre."""
 
 Size = tuple[int, int]
 
@@ -104,7 +102,7 @@ class FrameReader(ABC):
                 for n, old in zip(size[::-1], stored[::-1], strict=True)
             )
             units = units[rows[:, None], columns]
-        return (units / DEPTH_UNITS).astype(np.float32)
+        return (units / load_schema(SCHEMA).depth_units_per_metre).astype(np.float32)
 
     def task(self, number: int) -> str:
         """The instruction of item `number`, in words."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from occgen_hub.errors import UsageError, in_brief
+from occgen_hub.hub_token import check_sendable
 from occgen_hub.index import INDEX
 from occgen_hub.loading import SCHEMA
 from occgen_hub.schema import load_schema
@@ -126,6 +127,7 @@ def _fetched(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
+    check_sendable()
     try:
         folder = snapshot_download(
             repo_id, repo_type="dataset", revision=revision, allow_patterns=patterns

@@ -29,7 +29,7 @@ from occgen_hub.episode import Episode, Note
 from occgen_hub.errors import MachineError, OccGenError, UsageError
 from occgen_hub.geometry.camera import scale_intrinsics
 from occgen_hub.geometry.trajectory import interpolate_poses
-from occgen_hub.prefetch import GPU_SHARED_BY, ahead, own_threads
+from occgen_hub.prefetch import GPU_SHARED_BY, own_threads, prefetch
 from occgen_hub.views import Views
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ class Inputs:
 
     def views(self, frames: NDArray[np.int64]) -> Iterator[View]:
         """The frames of these numbers, in order."""
-        return ahead(self._view, frames.tolist())
+        return prefetch(self._view, frames.tolist())
 
     def _view(self, frame: int) -> View:
         episode, wanted = self._episode, self._condition

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from occgen_hub.engines.pi3.sizes import Sizes
 from occgen_hub.errors import SourceError, UsageError, in_brief
 from occgen_hub.files import read_json, sha256
+from occgen_hub.hub_token import check_sendable
 
 if TYPE_CHECKING:
     import torch
@@ -131,6 +132,7 @@ def fetch(name: Name, revision: str | None = None) -> Weights:
     if revision is not None:
         checkpoint = checkpoint.model_copy(update={"revision": revision, "sha256": None})
     assert checkpoint.repo_id is not None
+    check_sendable()
     try:
         # Asked first, because a download would try a Hub that cannot be reached for half a minute.
         get_hf_file_metadata(

@@ -5,33 +5,31 @@ from __future__ import annotations
 import numba
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_visibility import brute_force, centre, focal, intrinsics, lowest
 
 from occgen_hub.config import Config
-from occgen_hub.occupancy import bundles, tensors
-from occgen_hub.occupancy.bricks import into_bricks
-from occgen_hub.occupancy.bundles import Bundles, bundles_when_worth, follow_bundles
+from occgen_hub.occupancy import ray_packets
 from occgen_hub.occupancy.grid import Grid
+from occgen_hub.occupancy.point_blocks import into_blocks
+from occgen_hub.occupancy.ray_packets import RayPackets, follow_packets, packets_when_worth
 from occgen_hub.occupancy.visibility import OBSERVED, OCCUPIED, first_occupied, observe
 
 
 @pytest.fixture(autouse=True)
 def _no_camera_is_known():
-    bundles._camera.cache_clear()
-    tensors._tables.cache_clear()
+    ray_packets._camera.cache_clear()
 
 
-def by_bundles(
+def by_packets(
     grid: Grid, K: np.ndarray, size: tuple[int, int], occupied: np.ndarray
 ) -> np.ndarray:
     """(cells,) uint8: the state after all rays were followed."""
     state = occupied.astype(np.uint8).ravel() * OCCUPIED
-    made = Bundles.of(grid, K, size)
+    made = RayPackets.of(grid, K, size)
     assert made is not None
-    follow_bundles(made, state)
+    follow_packets(made, state)
     return state
 
 
@@ -56,7 +54,7 @@ def one_by_one(
 def test_bundles_equal_brute_force(lower, shape, voxel_size, K, size, fill, seed):
     grid = Grid(tuple(x * voxel_size for x in lower), voxel_size, shape)
     occupied = np.random.default_rng(seed).random(shape) < fill
-    state = by_bundles(grid, K, size, occupied)
+    state = by_packets(grid, K, size, occupied)
     assert np.array_equal(state & OCCUPIED, occupied.ravel())
     seen = ((state & OBSERVED) > 0).reshape(shape)
     assert np.array_equal(seen, brute_force(grid, K, size, occupied))
@@ -77,7 +75,7 @@ def test_bundles_equal_brute_force(lower, shape, voxel_size, K, size, fill, seed
 def test_bundles_equal_single_rays(config, K, size, fill):
     grid = Grid.of(config)
     occupied = np.random.default_rng(3).random(grid.shape) < fill
-    assert np.array_equal(by_bundles(grid, K, size, occupied), one_by_one(grid, K, size, occupied))
+    assert np.array_equal(by_packets(grid, K, size, occupied), one_by_one(grid, K, size, occupied))
 
 
 def test_the_number_of_threads_does_not_change_a_bit():
@@ -89,7 +87,7 @@ def test_the_number_of_threads_does_not_change_a_bit():
     try:
         for threads in {1, before}:
             numba.set_num_threads(threads)
-            states.append(by_bundles(grid, K, size, occupied))
+            states.append(by_packets(grid, K, size, occupied))
     finally:
         numba.set_num_threads(before)
     assert all(np.array_equal(state, states[0]) for state in states)
@@ -97,11 +95,11 @@ def test_the_number_of_threads_does_not_change_a_bit():
 
 def test_a_camera_that_comes_again_gets_bundles_and_sees_the_same():
     rng = np.random.default_rng(5)
-    cloud = into_bricks(rng.uniform(-2, 3, (4000, 3)).astype(np.float32))
+    cloud = into_blocks(rng.uniform(-2, 3, (4000, 3)).astype(np.float32))
     grid = Grid.of(Config(voxel_size=0.05))
     K, size = intrinsics(60, 61, 40, 30), (80, 60)
     frames = [observe(grid, cloud, np.eye(4), K, size) for _ in range(7)]
-    assert bundles_when_worth(grid, K, size) is not None
+    assert packets_when_worth(grid, K, size) is not None
     for frame in frames:
         assert np.array_equal(frame.visible, frames[0].visible)
         assert np.array_equal(frame.observed, frames[0].observed)
@@ -110,27 +108,27 @@ def test_a_camera_that_comes_again_gets_bundles_and_sees_the_same():
 def test_cameras_that_change_are_followed_ray_by_ray():
     grid = Grid.of(Config(voxel_size=0.1))
     for focal_length in range(20, 40):
-        assert bundles_when_worth(grid, intrinsics(focal_length, 30, 16, 16), (32, 32)) is None
+        assert packets_when_worth(grid, intrinsics(focal_length, 30, 16, 16), (32, 32)) is None
 
 
 def test_the_camera_of_an_episode_has_its_bundles_before_the_first_frame():
     grid, size = Grid.of(Config(voxel_size=0.1)), (32, 32)
     most, other = intrinsics(30, 31, 16, 16), intrinsics(20, 21, 16, 16)
-    bundles.prepare(grid, np.stack([other, *[most] * 5, other]), size)
-    assert bundles_when_worth(grid, most, size) is not None
-    assert bundles_when_worth(grid, other, size) is None
-    bundles.prepare(grid, np.stack([other] * 4), size)  # Too few to be worth it.
-    assert bundles_when_worth(grid, other, size) is None
-    bundles.prepare(grid, np.zeros((0, 3, 3)), size)
+    ray_packets.prepare(grid, np.stack([other, *[most] * 5, other]), size)
+    assert packets_when_worth(grid, most, size) is not None
+    assert packets_when_worth(grid, other, size) is None
+    ray_packets.prepare(grid, np.stack([other] * 4), size)  # Too few to be worth it.
+    assert packets_when_worth(grid, other, size) is None
+    ray_packets.prepare(grid, np.zeros((0, 3, 3)), size)
 
 
 def test_lists_too_long_to_keep_are_not_made(monkeypatch):
-    monkeypatch.setattr(bundles, "_MOST", 1000)
+    monkeypatch.setattr(ray_packets, "_MOST", 1000)
     grid = Grid.of(Config(voxel_size=0.1))
     K, size = intrinsics(30, 30, 16, 16), (64, 32)
-    assert Bundles.of(grid, K, size) is None
+    assert RayPackets.of(grid, K, size) is None
     frames = [
-        observe(grid, into_bricks(np.zeros((0, 3), np.float32)), np.eye(4), K, size)
+        observe(grid, into_blocks(np.zeros((0, 3), np.float32)), np.eye(4), K, size)
         for _ in range(6)
     ]
     assert all(np.array_equal(frame.observed, frames[0].observed) for frame in frames)
@@ -138,58 +136,5 @@ def test_lists_too_long_to_keep_are_not_made(monkeypatch):
 
 def test_rays_that_miss_the_grid_see_nothing():
     grid = Grid((5.0, 5.0, 0.0), 1.0, (2, 2, 2))
-    state = by_bundles(grid, intrinsics(100, 100, 4, 4), (9, 9), np.ones(grid.shape, bool))
+    state = by_packets(grid, intrinsics(100, 100, 4, 4), (9, 9), np.ones(grid.shape, bool))
     assert not (state & OBSERVED).any()
-
-
-@settings(max_examples=40)
-@given(
-    lower=st.tuples(lowest, lowest, lowest),
-    shape=st.tuples(*[st.integers(1, 7)] * 3),
-    K=st.builds(intrinsics, focal, focal, centre, centre),
-    size=st.tuples(st.integers(1, 11), st.integers(1, 11)),
-    count=st.integers(0, 60),
-    seed=st.integers(0, 2**16),
-)
-def test_points_in_a_tensor_are_seen_as_points_in_bricks(lower, shape, K, size, count, seed):
-    rng = np.random.default_rng(seed)
-    grid = Grid(lower, 1.0, shape)
-    points = rng.uniform(-5, 8, (count, 3)).astype(np.float32)
-    pose = np.eye(4)
-    pose[:3, 3] = rng.normal(0, 1, 3)
-    ours = observe(grid, torch.from_numpy(points), pose, K, size)
-    expected = observe(grid, into_bricks(points), pose, K, size)
-    assert np.array_equal(ours.visible, expected.visible)
-    assert ours.visible.dtype == expected.visible.dtype
-    assert np.array_equal(ours.observed, expected.observed)
-
-
-@pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param(
-            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-        ),
-    ],
-)
-def test_a_whole_frame_in_a_tensor(device):
-    rng = np.random.default_rng(9)
-    points = rng.uniform(-3, 4, (30_000, 3)).astype(np.float32)
-    turn = np.array([[0.8, 0, 0.6, 0.3], [0, 1, 0, -0.2], [-0.6, 0, 0.8, 0.1], [0, 0, 0, 1.0]])
-    grid, K, size = Grid.of(Config(voxel_size=0.04)), intrinsics(58, 61, 79.5, 44), (157, 91)
-    ours = observe(grid, torch.from_numpy(points).to(device), turn, K, size)
-    expected = observe(grid, into_bricks(points), turn, K, size)
-    assert len(expected.visible) > 1000
-    assert np.array_equal(ours.visible, expected.visible)
-    assert np.array_equal(ours.observed, expected.observed)
-
-
-def test_a_tensor_whose_lists_are_too_long_is_seen_all_the_same(monkeypatch):
-    monkeypatch.setattr(bundles, "_MOST", 1000)
-    points = np.random.default_rng(2).uniform(-2, 3, (4000, 3)).astype(np.float32)
-    grid, K, size = Grid.of(Config(voxel_size=0.1)), intrinsics(31, 30, 16, 16), (64, 32)
-    ours = observe(grid, torch.from_numpy(points), np.eye(4), K, size)
-    expected = observe(grid, into_bricks(points), np.eye(4), K, size)
-    assert np.array_equal(ours.visible, expected.visible)
-    assert np.array_equal(ours.observed, expected.observed)

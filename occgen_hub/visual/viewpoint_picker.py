@@ -1,4 +1,4 @@
-"""A window to find the viewpoint of the world's pictures in, with the mouse."""
+"""A window in which the user picks the viewpoint of the world view with the mouse."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from occgen_hub.errors import UsageError
 from occgen_hub.loading import Trajectory
 from occgen_hub.visual.colors import PAPER, PATH
 from occgen_hub.visual.cubes import cube_faces
-from occgen_hub.visual.extra import need_pyvista
 from occgen_hub.visual.frames import frames
 from occgen_hub.visual.heights import Heights
+from occgen_hub.visual.optional_dependencies import need_pyvista
 from occgen_hub.visual.viewpoint import Viewpoint, automatic
 
 SIZE = (1280, 720)

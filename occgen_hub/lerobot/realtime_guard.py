@@ -1,4 +1,4 @@
-"""Encoders do not become the most urgent work of the machine."""
+"""Keep video encoders from taking real-time scheduling."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class _Set(ctypes.Structure):
 
 
 @contextmanager
-def never_urgent() -> Iterator[None]:
-    """Keep what this thread does, and threads that it starts, from taking real-time scheduling.
+def no_realtime_scheduling() -> Iterator[None]:
+    """Keep this thread, and threads that it starts, from taking real-time scheduling.
 
     SVT-AV1, which LeRobot encodes with, takes the highest priority there is (SCHED_FIFO, 99) for
-    the thread that opens it and for its own, where it runs as root, as in many a container. The
-    process keeps it, and those that it starts inherit it: one that waits busily for another is then
-    never interrupted for it, nor for anything else on the machine. Without the capability
-    CAP_SYS_NICE root may not either; it is taken away for as long as the block lasts.
+    the thread that opens it and for its own threads if it runs as root, as it does in many
+    containers. The process keeps that priority, and its children inherit it. A thread that waits
+    busily is then never interrupted, and can block the whole machine. Root needs the capability
+    CAP_SYS_NICE for it, which this removes for the duration of the block.
     """
     if sys.platform != "linux":
         yield

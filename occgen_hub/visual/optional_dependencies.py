@@ -1,4 +1,4 @@
-"""What the extra `visual` installs, asked for where it is used."""
+"""Importing what the optional dependencies `visual` install."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from occgen_hub.errors import UsageError
 
 
 def need(name: str) -> ModuleType:
-    """A module of the extra; raises UsageError, which says how to install it, where it is not."""
+    """Import a module; raises UsageError, with how to install it, if it cannot be imported."""
     try:
         return import_module(name)
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""What is refused of pictures and videos, and how it is said."""
+"""The errors of images and videos that cannot be decoded, and the limit of their size."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from occgen_hub.errors import UsageError
 from occgen_hub.visual.colors import PAPER
 from occgen_hub.visual.cubes import Faces
-from occgen_hub.visual.extra import need_pyvista
+from occgen_hub.visual.optional_dependencies import need_pyvista
 
 NO_GRAPHICS = (
     "nothing can be drawn here: OpenGL gives empty pictures; on Debian install libegl1, "

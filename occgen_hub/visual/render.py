@@ -16,11 +16,11 @@ from PIL import Image
 from occgen_hub.errors import DatasetError, UsageError
 from occgen_hub.loading import REBUILD, Trajectory
 from occgen_hub.media import VideoWriter
-from occgen_hub.prefetch import behind
+from occgen_hub.prefetch import background
 from occgen_hub.visual.ego import EgoView
 from occgen_hub.visual.frames import Frame, frame_title, frames
+from occgen_hub.visual.output_paths import written_for
 from occgen_hub.visual.panels import Panels, with_legend
-from occgen_hub.visual.places import written_for
 from occgen_hub.visual.viewpoint import Viewpoint
 from occgen_hub.visual.world import WorldView
 
@@ -127,7 +127,7 @@ def called(trajectory: Trajectory) -> str:
 def rate(trajectory: Trajectory) -> float:
     """Frames a second."""
     fps = trajectory.info().get("fps")
-    if not isinstance(fps, int | float) or not 0 < fps <= 1000:
+    if not isinstance(fps, int | float) or not 0.001 <= fps <= 1000:
         raise DatasetError(trajectory.file("info"), "says no usable frames a second", REBUILD)
     return float(fps)
 
@@ -160,7 +160,7 @@ def render(
     with (
         written_for(place) as partial,
         VideoWriter(partial, fps or rate(trajectory)) as video,
-        behind(video.append) as encode,  # While the next picture is drawn.
+        background(video.append) as encode,  # While the next picture is drawn.
     ):
         for done, picture in enumerate(pictures(trajectory, shot), 1):
             encode(picture)

@@ -1,4 +1,4 @@
-"""Where a user wants a picture to go: what is wrong with that place is said as wrong use."""
+"""Output paths of pictures and recordings: raises UsageError for invalid ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from occgen_hub.errors import SourceError, UsageError
 
 @contextmanager
 def written_for(place: Path) -> Iterator[Path]:
-    """`atomic_file`, where what goes wrong with the place is said as wrong use."""
+    """`atomic_file` that raises UsageError if the path cannot be written."""
     if not place.name or place.is_dir():
         raise UsageError(f"{place}: is a folder; give the name of a file.")
     try:
@@ -28,7 +28,7 @@ def written_for(place: Path) -> Iterator[Path]:
 
 @contextmanager
 def fresh_folder(out: Path) -> Iterator[Path]:
-    """A folder to write to that becomes `out`, which is to be new, when the block ends well."""
+    """A folder that becomes `out` when the block succeeds; UsageError unless `out` is new."""
     if out.name in ("", ".."):
         raise UsageError(f"{out}: give the name of a new folder.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -1,15 +1,15 @@
 """The rays of one camera, 64 at a time: the cells that they cross, found once for all its frames.
 
-A bundle is the rays of 8 x 8 neighbouring pixels. It is kept as a list of the distinct cells that
+A packet is the rays of 8 x 8 neighbouring pixels. It is kept as a list of the distinct cells that
 its rays cross, each with 64 bits that say which of the rays cross it. A step along a ray, in x, y
 or z, takes it one cell farther from the camera's cell (|i - i0| + |j - j0| + |k - k0|), so by that
 distance the list has every ray's cells in their order. To see a frame, each list is gone through
 once: until the first occupied cell all its cells are observed; after it those that are crossed by a
-ray which has not met an occupied cell. That visits a cell once a bundle instead of once a ray, and
+ray which has not met an occupied cell. That visits a cell once a packet instead of once a ray, and
 chooses no axis on the way. The lists come from `rays.follow`, so this is as exact as that.
 
 On the camera and grid of docs/performance.md the lists hold 4.5 million cells, of which a frame
-needs 1.9 million; single rays cross 30.2 million, and 17.2 million up to what they hit. Bundles of
+needs 1.9 million; single rays cross 30.2 million, and 17.2 million up to what they hit. Packets of
 4 x 4 would need half as many again, those of 16 x 16 a fifth fewer with four words for each.
 """
 
@@ -24,15 +24,16 @@ from typing import Self
 
 import numba
 import numpy as np
-from numba import njit, prange
+from numba import prange
 from numpy.typing import NDArray
 
+from occgen_hub.jit import njit
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.rays import OBSERVED, OCCUPIED, follow
 
 _EDGE = 8
 """Pixels: 8 x 8 rays have the bits of one word."""
-BUNDLE = _EDGE * _EDGE
+PACKET = _EDGE * _EDGE
 _MOST = 20_000_000
 """Cells in all lists: 240 MB."""
 _STRIPS = 4
@@ -40,16 +41,16 @@ _STRIPS = 4
 _PLACES = 1 << 12
 _FAR = np.int64(1) << 40
 _WORTH = 4
-"""Frames of one camera after which bundles are made: they take as long as some four frames do."""
+"""Frames of one camera after which packets are made: they take as long as some four frames do."""
 
 
 @dataclass(frozen=True)
-class Bundles:
-    """The lists of all bundles, one after another, by image column and then downwards.
+class RayPackets:
+    """The lists of all packets, one after another, by image column and then downwards.
 
     cells: (n,) uint32, columns of the grid; crossing: (n,) uint64, bit 8 a + b for the ray of pixel
-    (a, b) of the bundle; ends: (bundles + 1,) int64, where each list begins; rays: (bundles,)
-    uint64, those that are in the image and meet the grid; shares: (threads, n) int64, which bundles
+    (a, b) of the packet; ends: (packets + 1,) int64, where each list begins; rays: (packets,)
+    uint64, those that are in the image and meet the grid; shares: (threads, n) int64, which packets
     each thread takes, -1 for none.
     """
 
@@ -61,7 +62,7 @@ class Bundles:
 
     @classmethod
     def of(cls, grid: Grid, intrinsics: NDArray[np.float64], size: tuple[int, int]) -> Self | None:
-        """The bundles of a camera's image, or None if their lists would be too long to keep.
+        """The packets of a camera's image, or None if their lists would be too long to keep.
 
         intrinsics: (3, 3), pixels, no skew; size: (width, height) of the image.
         """
@@ -70,7 +71,7 @@ class Bundles:
         K = np.asarray(intrinsics, np.float64)
         camera = (K[0, 0], K[1, 1], K[0, 2], K[1, 2])
         shape = np.asarray(grid.shape, np.int64)
-        one = partial(_bundle_column, camera, size, grid.camera_in_cells, shape)
+        one = partial(_packet_column, camera, size, grid.camera_in_cells, shape)
         parts, total = [], 0
         with ThreadPoolExecutor(threads) as pool:
             for part in pool.map(one, range(0, size[0], _EDGE)):
@@ -84,52 +85,45 @@ class Bundles:
         return cls(cells, crossing, ends, rays, _shares(len(parts), len(rays), threads))
 
 
-def follow_bundles(bundles: Bundles, state: NDArray[np.uint8]) -> None:
+def follow_packets(packets: RayPackets, state: NDArray[np.uint8]) -> None:
     """Set bit OBSERVED of each cell of `state` that a ray reaches; bit OCCUPIED stops rays."""
     _follow(
-        bundles.cells, bundles.crossing, bundles.ends, bundles.rays, bundles.shares, state
+        packets.cells, packets.crossing, packets.ends, packets.rays, packets.shares, state
     )  # fmt: skip
 
 
-def bundles_when_worth(
+def packets_when_worth(
     grid: Grid, intrinsics: NDArray[np.float64], size: tuple[int, int]
-) -> Bundles | None:
-    """The bundles of a camera that was asked for often enough, else None.
+) -> RayPackets | None:
+    """The packets of a camera that was asked for often enough, else None.
 
-    Arguments as for `Bundles.of`. The bundles of the last two cameras are kept.
+    Arguments as for `RayPackets.of`. The packets of the last two cameras are kept.
     """
     K = np.asarray(intrinsics, np.float64)
-    return _camera(grid, K[0, 0], K[1, 1], K[0, 2], K[1, 2], size).bundles()
-
-
-def bundles_of(
-    grid: Grid, intrinsics: NDArray[np.float64], size: tuple[int, int]
-) -> Bundles | None:
-    """`Bundles.of`, but those of the last two cameras are kept."""
-    K = np.asarray(intrinsics, np.float64)
-    return _camera(grid, K[0, 0], K[1, 1], K[0, 2], K[1, 2], size).bundles(at_once=True)
+    return _camera(grid, K[0, 0], K[1, 1], K[0, 2], K[1, 2], size).packets()
 
 
 def prepare(grid: Grid, intrinsics: NDArray[np.float64], size: tuple[int, int]) -> None:
-    """Have the bundles made of a camera that takes most of an episode's frames, before the first.
+    """Have the packets made of a camera that takes most of an episode's frames, before the first.
 
     intrinsics: (T, 3, 3), pixels, of each frame; size: (width, height) of the images.
     """
     cameras, frames = np.unique(np.asarray(intrinsics, np.float64), axis=0, return_counts=True)
     if len(frames) and frames.max() > _WORTH:
-        bundles_of(grid, cameras[frames.argmax()], size)
+        K = cameras[frames.argmax()]
+        _camera(grid, K[0, 0], K[1, 1], K[0, 2], K[1, 2], size).packets(at_once=True)
 
 
 @dataclass
 class _Camera:
-    """A camera, how often it was asked for, and its bundles once that pays."""
+    """A camera, how often it was asked for, and its packets once that pays."""
 
-    make: Callable[[], Bundles | None]
+    make: Callable[[], RayPackets | None]
     frames: int = 0
-    made: Bundles | None = None
+    made: RayPackets | None = None
     lock: Lock = field(default_factory=Lock)
 
-    def bundles(self, *, at_once: bool = False) -> Bundles | None:
+    def packets(self, *, at_once: bool = False) -> RayPackets | None:
         with self.lock:
             if self.frames <= _WORTH and (at_once or self.frames == _WORTH):
                 self.made, self.frames = self.make(), _WORTH
@@ -142,17 +136,17 @@ def _camera(
     grid: Grid, fx: float, fy: float, cx: float, cy: float, size: tuple[int, int]
 ) -> _Camera:
     intrinsics = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
-    return _Camera(partial(Bundles.of, grid, intrinsics, size))
+    return _Camera(partial(RayPackets.of, grid, intrinsics, size))
 
 
-def _shares(columns: int, bundles: int, threads: int) -> NDArray[np.int64]:
+def _shares(columns: int, packets: int, threads: int) -> NDArray[np.int64]:
     """Strips of the image, dealt out to threads in turn.
 
     Wide strips, since two threads that work side by side wait for each other's cells; several a
     thread, since a scene may be near on one side and far on the other.
     """
-    number = np.arange(bundles)
-    strips = number // (bundles // columns) * threads * _STRIPS // columns
+    number = np.arange(packets)
+    strips = number // (packets // columns) * threads * _STRIPS // columns
     dealt = [number[strips % threads == thread] for thread in range(threads)]
     shares = np.full((threads, max(map(len, dealt))), -1)
     for share, numbers in zip(shares, dealt, strict=True):
@@ -160,33 +154,33 @@ def _shares(columns: int, bundles: int, threads: int) -> NDArray[np.int64]:
     return shares
 
 
-@njit(cache=True, nogil=True)
-def _bundle_column(camera, size, origin, shape, left):
-    """The lists of the bundles whose leftmost pixels are in image column `left`, downwards."""
+@njit(nogil=True)
+def _packet_column(camera, size, origin, shape, left):
+    """The lists of the packets whose leftmost pixels are in image column `left`, downwards."""
     nx, ny, nz = shape[0], shape[1], shape[2]
-    bundles = (size[1] + _EDGE - 1) // _EDGE
+    packets = (size[1] + _EDGE - 1) // _EDGE
     paths = np.empty((_EDGE * _EDGE, nx + ny + nz), np.uint32)
     cells, crossing = np.empty(1 << 14, np.uint32), np.empty(1 << 14, np.uint64)
-    lengths, rays = np.empty(bundles, np.int64), np.zeros(bundles, np.uint64)
+    lengths, rays = np.empty(packets, np.int64), np.zeros(packets, np.uint64)
     places = np.zeros(_PLACES, np.uint64)
     total = np.uint64(0)
-    for bundle in range(bundles):
-        starts, ends = _paths(camera, size, origin, shape, left, bundle * _EDGE, paths)
+    for packet in range(packets):
+        starts, ends = _paths(camera, size, origin, shape, left, packet * _EDGE, paths)
         begin = total
         for ray in range(len(starts)):
             if starts[ray] < ends[ray]:
-                rays[bundle] |= np.uint64(1) << np.uint64(ray)
+                rays[packet] |= np.uint64(1) << np.uint64(ray)
         for distance in range(starts.min(), ends.max()):
             if total + np.uint64(_EDGE * _EDGE) > np.uint64(len(cells)):
                 cells, crossing = _twice(cells), _twice(crossing)
             total = _add(distance, paths, starts, ends, cells, crossing, total, places)
-        lengths[bundle] = total - begin
+        lengths[packet] = total - begin
     return cells[:total].copy(), crossing[:total].copy(), lengths, rays
 
 
-@njit(cache=True)
+@njit()
 def _paths(camera, size, origin, shape, left, top, paths):
-    """Write the cells of each ray of a bundle; at which distances each begins and has ended."""
+    """Write the cells of each ray of a packet; at which distances each begins and has ended."""
     fx, fy, cx, cy = camera
     start = np.floor(origin)
     origin = (origin[0], origin[1], origin[2])
@@ -206,9 +200,9 @@ def _paths(camera, size, origin, shape, left, top, paths):
     return starts, ends
 
 
-@njit(cache=True)
+@njit()
 def _add(distance, paths, starts, ends, cells, crossing, total, places):
-    """Add the cells that the rays of a bundle are in at a distance; how many cells there are then.
+    """Add the cells that the rays of a packet are in at a distance; how many cells there are then.
 
     `places` remembers where a cell was put, by a hash. Where two cells have the same, one of them
     may be put twice, each time with other rays, which does no harm.
@@ -231,30 +225,30 @@ def _add(distance, paths, starts, ends, cells, crossing, total, places):
     return total
 
 
-@njit(cache=True)
+@njit()
 def _twice(array):
     longer = np.empty(2 * len(array), array.dtype)
     longer[: len(array)] = array
     return longer
 
 
-@njit(cache=True, parallel=True, nogil=True)
+@njit(parallel=True, nogil=True)
 def _follow(cells, crossing, ends, rays, shares, state):
     one = np.uint64(1)
     for share in prange(len(shares)):
-        for bundle in shares[share]:
-            if bundle < 0:
+        for packet in shares[share]:
+            if packet < 0:
                 break
             # Unsigned, since numba asks of each signed index whether it counts from the end: that
             # took as long as all the rest.
-            n, end = np.uint64(ends[bundle]), np.uint64(ends[bundle + 1])
+            n, end = np.uint64(ends[packet]), np.uint64(ends[packet + 1])
             while n < end:
                 cell = cells[n]
                 if state[cell] & OCCUPIED:
                     break
                 state[cell] = OBSERVED
                 n += one
-            going = rays[bundle]
+            going = rays[packet]
             while n < end and going != 0:
                 here = crossing[n] & going
                 if here != 0:
