@@ -2,9 +2,9 @@
 
     python examples/train_occupancy.py DATASET --minutes 8 --picture prediction.png
 
-DATASET is a folder that occgen-hub build wrote, or org/name on the Hub. A 2D encoder sees the image;
-its features are lifted along the rays into the camera's grid of 8 cm cells; a 3D decoder says which
-cells are occupied. Figures are of visible cells: those that the frame observed.
+DATASET is a folder that occgen-hub build wrote, or org/name on the Hub. A 2D encoder sees the
+image; its features are lifted along the rays into the camera's grid of 8 cm cells; a 3D decoder
+says which cells are occupied. Figures are of visible cells, which the frame observed.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from torch.utils.data import DataLoader
 
 from occgen_hub import ColorJitter, Mirror, OccupancyDataset, OccupancyStream
 
-SIZE = (160, 96)
-STRIDE = 4
-UNKNOWN = 255
+SIZE, STRIDE, UNKNOWN = (160, 96), 4, 255
 KEYS = ("image", "intrinsics", "labels")
 
 
 def convolution(before: int, after: int, stride: int = 1, dimensions: int = 2) -> nn.Sequential:
+    """A convolution of 3 x 3 or 3 x 3 x 3, normalized."""
     layer = nn.Conv2d if dimensions == 2 else nn.Conv3d
     return nn.Sequential(
         layer(before, after, 3, stride, 1), nn.GroupNorm(4, after), nn.ReLU(inplace=True)
@@ -39,27 +38,21 @@ class ImageToOccupancy(nn.Module):
 
     def __init__(self, grid, mean: Tensor, width: int = 24) -> None:
         super().__init__()
-        axes = [
-            low + (torch.arange(n) + 0.5) * grid.voxel_size
-            for low, n in zip(grid.lower, grid.shape, strict=True)
-        ]
+        sides = zip(grid.lower, grid.shape, strict=True)
+        axes = [low + (torch.arange(n) + 0.5) * grid.voxel_size for low, n in sides]
         self.register_buffer("centres", torch.stack(torch.meshgrid(*axes, indexing="ij"), -1))
-        # What is there on average is given; the network learns what this image shows of it.
         self.register_buffer("prior", torch.logit(mean.clamp(0.001, 0.999)))
         self.stem = nn.Sequential(convolution(3, 16, 2), convolution(16, 24, 2))
         self.middle = nn.Sequential(convolution(24, 48, 2), convolution(48, 48))
         self.deep = nn.Sequential(convolution(48, 64, 2), convolution(64, 64), convolution(64, 64))
         self.merge = nn.ModuleList([nn.Conv2d(n, width, 1) for n in (24, 48, 64)])
         self.mix = convolution(width, width)
-        # Along a ray, each pixel says at which of the depths its surface is.
-        self.depth = nn.Conv2d(width, 32, 1)
-        self.decoder = nn.Sequential(
-            convolution(width + 3, 16, dimensions=3),
-            convolution(16, 16, dimensions=3),
-            nn.Conv3d(16, 1, 3, padding=1),
-        )
+        self.depth = nn.Conv2d(width, 32, 1)  # At which depth along its ray a surface is.
+        first, second = (convolution(n, 16, dimensions=3) for n in (width + 3, 16))
+        self.decoder = nn.Sequential(first, second, nn.Conv3d(16, 1, 3, padding=1))
 
     def forward(self, image: Tensor, intrinsics: Tensor) -> Tensor:
+        """See the class."""
         stem = self.stem(image.float() / 127.5 - 1)
         middle = self.middle(stem)
         deep = self.deep(middle)
@@ -93,6 +86,11 @@ def intersection_over_union(predicted: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([(predicted & occupied).sum(), (predicted | occupied).sum()]).double()
 
 
+def moved(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The batch on a device."""
+    return {key: value.to(device) for key, value in batch.items()}
+
+
 def mean_occupancy(loader: DataLoader, grid) -> Tensor:
     """(nx, ny, nz): how often each cell was occupied where it was observed."""
     occupied, known = torch.zeros(2, *grid.shape)
@@ -104,10 +102,7 @@ def mean_occupancy(loader: DataLoader, grid) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: list[dict[str, Tensor]], mean: Tensor) -> dict[str, float]:
-    """The IoU of the network, and of the mean occupancy at 0.5 and at the threshold that fits best.
-
-    The last one chooses its threshold on the very frames that it is measured on.
-    """
+    """The IoU of the network, and of the mean occupancy at 0.5 and at the threshold best here."""
     model.eval()
     thresholds = [0.5, *torch.linspace(0.02, 0.6, 30).tolist()]
     counts = torch.zeros(1 + len(thresholds), 2).double()
@@ -116,7 +111,6 @@ def evaluate(model: nn.Module, batches: list[dict[str, Tensor]], mean: Tensor) -
         guesses = [model(batch["image"], batch["intrinsics"]) > 0]
         guesses += [(mean > threshold).expand(labels.shape) for threshold in thresholds]
         counts += torch.stack([intersection_over_union(guess, labels).cpu() for guess in guesses])
-    model.train()
     found, at_half, *others = (counts[:, 0] / counts[:, 1].clamp(min=1)).tolist()
     return {"IoU": found, "baseline IoU": at_half, "baseline IoU, best threshold": max(others)}
 
@@ -132,26 +126,22 @@ def draw(model: nn.Module, batch: dict[str, Tensor], path: str) -> None:
         n = n * (len(predicted) - 1) // 2
         known, truth = batch["labels"][n] != UNKNOWN, batch["labels"][n] == 1
         row[0].imshow(batch["image"][n].permute(1, 2, 0).cpu())
-        for axis, cells, title in (
-            (row[1], truth, "truth"),
-            (row[2], predicted[n] & known, "network"),
-        ):
+        titles = {"truth, from above": truth, "network, from above": predicted[n] & known}
+        for axis, (title, cells) in zip(row[1:], titles.items(), strict=True):
             height = torch.arange(cells.shape[1], 0, -1, device=cells.device)[None, :, None]
             above = (cells * height).amax(1).T.flip(0).float().cpu()
-            axis.imshow(
-                above.masked_fill(above == 0, float("nan")), cmap="viridis", vmin=0, vmax=32
-            )
-            axis.set_title(f"{title}, from above", fontsize=9)
-        for axis in row:
-            axis.axis("off")
+            axis.imshow(above.masked_fill(above == 0, float("nan")), vmin=0, vmax=32)
+            axis.set_title(title, fontsize=9)
+        row[0].axis("off")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
-def main() -> dict[str, float]:
+def main() -> None:
+    """Train, measure and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dataset")
-    parser.add_argument("--minutes", type=float, default=8, help="CPU time of training")
+    parser.add_argument("--minutes", type=float, default=7, help="CPU time of training")
     parser.add_argument("--steps", type=int, default=1 << 30)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--workers", type=int, default=0)
@@ -164,17 +154,11 @@ def main() -> dict[str, float]:
     mean = mean_occupancy(DataLoader(still, batch_size=16), still.grid)
     held_out = OccupancyDataset(options.dataset, split="validation", **common)
     device = accelerator.device
-    checks = [
-        {key: value.to(device) for key, value in batch.items()}
-        for batch in DataLoader(held_out, batch_size=options.batch)
-    ]
-    stream = OccupancyStream(
-        options.dataset, split="train", augment=(Mirror(), ColorJitter()), even=True, **common
-    )
+    checks = [moved(batch, device) for batch in DataLoader(held_out, batch_size=options.batch)]
+    common |= {"split": "train", "augment": (Mirror(), ColorJitter())}
+    stream = OccupancyStream(options.dataset, even=True, **common)
     # The stream shares the frames out among the ranks itself: the loader is not prepared.
-    loader = DataLoader(
-        stream, batch_size=options.batch, num_workers=options.workers, drop_last=True
-    )
+    loader = DataLoader(stream, options.batch, num_workers=options.workers, drop_last=True)
     model = ImageToOccupancy(still.grid, mean)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.01)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -184,7 +168,7 @@ def main() -> dict[str, float]:
         asked = time.perf_counter()
         for batch in loader:
             waited += time.perf_counter() - asked
-            batch = {key: value.to(device) for key, value in batch.items()}
+            batch = moved(batch, device)
             done = max((time.process_time() - began) / (60 * options.minutes), step / options.steps)
             if done >= 1:
                 break
@@ -208,7 +192,6 @@ def main() -> dict[str, float]:
     accelerator.print(", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     if options.picture and accelerator.is_main_process:
         draw(model, checks[0], options.picture)
-    return figures
 
 
 if __name__ == "__main__":
