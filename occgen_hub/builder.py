@@ -18,8 +18,15 @@ from occgen_hub.camera_mapping import CameraMapping
 from occgen_hub.config import Condition
 from occgen_hub.engines import AUTO
 from occgen_hub.episode import Episode
-from occgen_hub.errors import MachineError, OccGenError, SourceError, UsageError, in_brief
-from occgen_hub.files import MACHINE_FAULTS, Version, one_line, sha256, version
+from occgen_hub.errors import (
+    MachineError,
+    OccGenError,
+    SourceError,
+    UsageError,
+    in_brief,
+    one_line,
+)
+from occgen_hub.files import MACHINE_FAULTS, Version, sha256, version
 from occgen_hub.kinds import lerobot_kind
 
 logger = logging.getLogger(__name__)

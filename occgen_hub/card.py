@@ -21,11 +21,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from occgen_hub.atomic import atomic_file
-from occgen_hub.errors import OccGenError, UsageError
+from occgen_hub.errors import OccGenError, UsageError, one_line
 from occgen_hub.files import (
     dump_json,
     leads_out,
-    one_line,
     printable,
     read_bytes,
     sha256,

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
-from unicodedata import category
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -335,19 +334,6 @@ def dump_json(value: Any, *, indent: int | None = None) -> str:
     Half a surrogate pair, as in a file name that is not UTF-8, stays escaped, as JSON has it.
     """
     return printable(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent))
-
-
-def one_line(text: str) -> str:
-    """Text for a terminal: line breaks, control characters and changes of direction escaped."""
-    return "".join(
-        letter.encode("unicode_escape").decode()
-        if category(letter) in ("Cc", "Cs", "Zl", "Zp") or letter in _DIRECTIONS
-        else letter
-        for letter in text
-    )
-
-
-_DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 def printable(name: str) -> str:

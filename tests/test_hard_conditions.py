@@ -29,8 +29,8 @@ from occgen_hub.atomic import clear_all_leftovers
 from occgen_hub.builder import load_builder
 from occgen_hub.cli.command import say
 from occgen_hub.config import Config
-from occgen_hub.errors import DatasetError, OccGenError, SourceError, UsageError
-from occgen_hub.files import one_line, read_jsonl
+from occgen_hub.errors import DatasetError, OccGenError, SourceError, UsageError, one_line
+from occgen_hub.files import read_jsonl
 from occgen_hub.job import list_episodes
 from occgen_hub.lerobot import writer
 from occgen_hub.loading import Trajectory, trajectories

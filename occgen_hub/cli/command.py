@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from occgen_hub.cli.stopping import Stopped, stop_if_asked
-from occgen_hub.files import one_line
+from occgen_hub.errors import one_line
 
 
 class _Place(click.Path):
