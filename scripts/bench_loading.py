@@ -83,7 +83,7 @@ def _plain(root: Path) -> Any:
 def _lerobot(root: Path) -> Any:
     from lerobot.datasets.streaming_dataset import StreamingLeRobotDataset
 
-    return StreamingLeRobotDataset("bench/rooms", root=root, streaming=False)
+    return StreamingLeRobotDataset("bench/rooms", root=root)
 
 
 def _rate(frames: Iterator[Any], seconds: float) -> float:
