@@ -16,14 +16,25 @@ if TYPE_CHECKING:
     from occgen_hub.exporting import export
     from occgen_hub.lerobot.dataset import LeRobotOccupancyDataset
     from occgen_hub.source_check import check_source
-    from occgen_hub.training import OccupancyDataset, collate
+    from occgen_hub.training import (
+        ColorJitter,
+        Mirror,
+        OccupancyDataset,
+        OccupancyStream,
+        RotateYaw,
+        collate,
+    )
     from occgen_hub.validation import validate
 
 __all__ = [
     "CameraMapping",
+    "ColorJitter",
     "Config",
     "LeRobotOccupancyDataset",
+    "Mirror",
     "OccupancyDataset",
+    "OccupancyStream",
+    "RotateYaw",
     "build",
     "check_source",
     "collate",
@@ -36,9 +47,13 @@ __all__ = [
 
 _PLACES = {
     "CameraMapping": "camera_mapping",
+    "ColorJitter": "training",
     "Config": "config",
     "LeRobotOccupancyDataset": "lerobot.dataset",
+    "Mirror": "training",
     "OccupancyDataset": "training",
+    "OccupancyStream": "training",
+    "RotateYaw": "training",
     "build": "api",
     "check_source": "source_check",
     "collate": "training",

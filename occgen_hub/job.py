@@ -271,7 +271,8 @@ class Job:
     """What is to be built: the episodes of a source, where they go, and how.
 
     refs: the episodes, and the scenes whose episodes are known when they are fetched;
-    parquet_occupancy: whether the dataset has its occupancy as Parquet as well; limited: whether
+    parquet_occupancy: whether the dataset has its occupancy as Parquet as well;
+    parquet_images: whether its images, depth and tasks are in the same files; limited: whether
     `refs` are not all of the source; device: where networks run, None for a GPU if there is one;
     hub: where scenes are downloaded from, at a commit; scratch: where they are put, None for the
     hidden folder `.scratch` of the output.
@@ -286,6 +287,7 @@ class Job:
     device: str | None = None
     hub: HubSource | None = None
     scratch: ScratchPlace | None = None
+    parquet_images: bool = False
 
     def part(self, workers: int) -> Job:
         """The same for one of so many processes, which are given what to build as they go."""
@@ -379,6 +381,7 @@ def open_job(
     overwrite: bool = False,
     parquet_occupancy: bool = True,
     license: License = "any",
+    parquet_images: bool = False,
     scenes: Sequence[str] = (),
     scratch: Path | None = None,
     scratch_limit: int = DEFAULT_LIMIT,
@@ -388,6 +391,8 @@ def open_job(
     scratch_limit: in bytes. Raises UsageError when one of them is wrong, and HubSourceError where
     the Hub does not list what `root` names.
     """
+    if parquet_images and not parquet_occupancy:
+        raise UsageError("--parquet-images: goes into the occupancy as Parquet; keep that.")
     config, hub = config or Config(), HubSource.parse(root)
     root = Path(root)
     builder = load_builder(source, root, cameras, hfov=config.hfov)
@@ -412,4 +417,7 @@ def open_job(
     settings = Settings(config, chosen, media, overwrite)
     limited = limit is not None or bool(scenes)
     place = ScratchPlace((scratch or out / ".scratch").absolute(), scratch_limit)
-    return Job(builder, refs, out, settings, parquet_occupancy, limited, device, hub, place)
+    return Job(
+        *(builder, refs, out, settings, parquet_occupancy, limited, device, hub, place),
+        parquet_images=parquet_images,
+    )

@@ -131,6 +131,11 @@ CLUSTERS = {
     show_default=True,
     help="Write the occupancy as Parquet as well, in occupancy/, which the Hub can stream.",
 )
+@click.option(
+    "--parquet-images",
+    is_flag=True,
+    help="Write images, depth and tasks into these files too, so that a stream has them.",
+)
 @click.option("--dry-run", is_flag=True, help="Only say what would be built, and by whom.")
 @click.option("--tasks", type=click.IntRange(1), help="Cluster: shards to make of the episodes.")
 @click.option("--cpus-per-task", type=click.IntRange(1), help="Cluster: cores.  [default: 4]")

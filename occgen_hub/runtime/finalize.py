@@ -56,7 +56,7 @@ def finalize(out: Path, workers: int = 1) -> Summary:
             if trajectories(out) or parts(out):
                 if plan.parquet_occupancy:
                     overwrite = any(record.began.get("overwrite") for record in records)
-                    write_shards(out, workers, overwrite=overwrite)
+                    write_shards(out, workers, overwrite=overwrite, images=plan.parquet_images)
                 else:
                     remove_shards(out)
                 if not is_own(card := write_card(out)):

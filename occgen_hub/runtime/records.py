@@ -50,19 +50,23 @@ class Plan:
     limited: bool
     parquet_occupancy: bool
     shards: list[list[str]]
+    parquet_images: bool = False
 
 
 def make_plan(job: Job, count: int) -> Plan:
     """Share the episodes of a job out among `count` shards, always in the same way."""
     ids = [ref.id for ref in job.refs]
-    said = dump_json([ids, job.choices, count, job.limited, job.parquet_occupancy])
+    said = dump_json(
+        [ids, job.choices, count, job.limited, job.parquet_occupancy, job.parquet_images]
+    )
     digest = hashlib.sha256(said.encode()).hexdigest()
     known = read_plan(job.out)
     if known is not None and known.digest == digest:
         return known  # Without reading the headers of all episodes again.
     shards = share_out([job.work(ref) for ref in job.refs], count)
     named = [[ids[number] for number in numbers] for numbers in shards]
-    return Plan(digest, job.described(), job.limited, job.parquet_occupancy, named)
+    described, parquet = job.described(), job.parquet_occupancy
+    return Plan(digest, described, job.limited, parquet, named, job.parquet_images)
 
 
 def read_plan(out: Path) -> Plan | None:
