@@ -133,7 +133,8 @@ class OccupancyDataset(Dataset[dict[str, Any]]):
         self.history_len, self.history_step = history_len, history_step
         self.align_history = align_history
         self.root = _folder(source, self.keys, revision)
-        self._index = _indexed(self.root, media=not {"image", "depth", "task"}.isdisjoint(keys))
+        media = {"image", "depth", "task"} & {*keys} and not (self.root / EXPORT).exists()
+        self._index = _indexed(self.root, media=bool(media))
         self.grid, self.episodes = self._index.grid, self._index.episodes
         self.starts = self._index.starts
         self._held: tuple[int, _Reader] | None = None
@@ -361,8 +362,8 @@ def _indexed(root: Path, media: bool) -> _Index:
     table = table.filter(pa.array(_are_here(root, table, media))).combine_chunks()
     if not table.num_rows:
         raise UsageError(
-            f"{root}: has an index, but the files of no episode are here; fetch them or, where it was "
-            "built, run occgen-hub finalize on it."
+            f"{root}: has an index, but the files of no episode are here; fetch them or, where it "
+            "was built, run occgen-hub finalize on it."
         )
     grid = _grid(root, table)
     frames = table["frames"].to_numpy()
@@ -435,6 +436,8 @@ def _row_groups(
 
 def _grid(root: Path, table: pa.Table) -> Grid:
     """The grid of all episodes; raises DatasetError where it is none, or they have several."""
+    if not np.isfinite(table["voxel_size"].to_numpy()).all():
+        raise DatasetError(root / INDEX, "does not describe a grid", FINALIZE)
     columns = [table[name].to_pylist() for name in ("shape", "voxel_size", "pc_range")]
     first, *others = {(*shape, size, *low) for shape, size, low in zip(*columns, strict=True)}
     if others:
