@@ -1,19 +1,25 @@
 """InternData-N1: a tree of groups, scenes and trajectories of RGB-D frames with poses.
 
-Two layouts are read. In the older one each trajectory is a folder with a dataset of its own; in
-the newer one a scene's folder holds many episodes, whose frames share one image folder, and
-`image_index` in meta/episodes_stats.jsonl says which are whose.
+Two layouts of VLN-N1 are read, and that of VLN-CE, which `vlnce` knows. In the older one each
+trajectory is a folder with a dataset of its own; in the newer one a scene's folder holds many
+episodes, whose frames share one image folder, and `image_index` in meta/episodes_stats.jsonl says
+which are whose.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,10 +29,20 @@ from numpy.typing import NDArray
 from occgen_hub.builder import DatasetBuilder, EpisodeRef
 from occgen_hub.episode import Column, Episode, MediaFile, Note, Task
 from occgen_hub.errors import OccGenError, SourceError
-from occgen_hub.files import is_file, opened, parse_json, read_json, read_jsonl, read_parquet
+from occgen_hub.files import (
+    Version,
+    is_file,
+    opened,
+    parse_json,
+    read_json,
+    read_jsonl,
+    read_parquet,
+    version,
+)
 from occgen_hub.geometry.camera import intrinsics_problem, scale_intrinsics
 from occgen_hub.geometry.ply import check_ply
 from occgen_hub.geometry.poses import RIGID, from_opengl, rigidity_error
+from occgen_hub.kinds import check_not_lerobot, lerobot_kind
 from occgen_hub.media import (
     RESTORE,
     ImageSequence,
@@ -41,8 +57,13 @@ from occgen_hub.media import (
 )
 from occgen_hub.schema import Feature, feature_of, load_schema
 
+from . import vlnce
+
 DEPTH_UNITS = 10_000
 """Units of the depth PNGs in a metre."""
+
+MAX_WAYS = 16
+"""In which links may lead to one folder."""
 
 MAX_IMAGES = 1 << 30
 """In one folder; far above what a file system likes."""
@@ -55,6 +76,9 @@ FPS = (0.01, 1000.0)
 
 POSE = "action"
 INTRINSIC = "observation.camera_intrinsic"
+SCENES = 2
+"""How many scenes' tables and folders a process keeps: episodes are read scene by scene."""
+
 META = ("info.json", "tasks.jsonl", "episodes.jsonl", "episodes_stats.jsonl")
 LEROBOT = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 
@@ -79,7 +103,7 @@ class Files:
 
     def all(self) -> list[Path]:
         """Every file that there is, in a fixed order."""
-        meta = [self.info, self.tasks, self.episodes, self.stats]
+        meta = list(dict.fromkeys((self.info, self.tasks, self.episodes, self.stats)))
         extra = [path for path in (self.video, self.cloud) if path is not None]
         return [*meta, self.parquet, *self.rgb.values(), *self.depth.values(), *extra]
 
@@ -88,12 +112,16 @@ class InternNavBuilder(DatasetBuilder):
     """Reads InternData-N1: RGB with poses, and depth where it is there."""
 
     name = "internnav"
+    takes_archives = True
 
     def episodes(self) -> Iterator[EpisodeRef]:
         """Every trajectory folder, or every episode of a scene's folder, sorted."""
         for folder in _dataset_folders(self.root, self.pass_over):
+            check_not_lerobot(folder, [folder])
             parquets = _parquets(folder)
-            if _is_scene(folder, parquets):
+            if vlnce.cameras_of(folder):
+                yield from vlnce.refs(folder, "/".join(_name(self.root, folder, 2)), parquets)
+            elif _is_scene(folder, parquets):
                 parts = _name(self.root, folder, 2)
                 for index, path in sorted(parquets.items()):
                     yield EpisodeRef("/".join([*parts, path.stem]), folder, index)
@@ -101,15 +129,24 @@ class InternNavBuilder(DatasetBuilder):
                 index = min(parquets, default=0)
                 yield EpisodeRef("/".join(_name(self.root, folder, 3)), folder, index)
 
+    @classmethod
+    def recognise(cls, root: Path) -> str | None:
+        """By the first dataset folder."""
+        found = next(_dataset_folders(root, lambda *_: None), None)
+        return None if found is None or lerobot_kind(found) else "a tree of InternData-N1"
+
     def has_depth(self, ref: EpisodeRef) -> bool:
         """Whether there is a depth image; in a scene's folder, one of this episode's frames.
 
         So there is behind what should be a folder and is none: `read` says what is wrong with it.
         """
-        if not any(map(_may_hold_depth, ref.path.glob("videos/chunk-*/observation.images.depth"))):
-            return False
+        if (camera := vlnce.camera_name(ref)) is not None:
+            return vlnce.has_depth(ref, camera)
+        if not _is_scene(ref.path, _parquets(ref.path)):
+            depth = ref.path.glob("videos/chunk-*/observation.images.depth")
+            return any(map(_may_hold_depth, depth))
         try:
-            return not _is_scene(ref.path, _parquets(ref.path)) or bool(_locate(ref).depth)
+            return bool(_locate(ref).depth)
         except OccGenError:
             return True  # Reading it says what is wrong.
 
@@ -130,9 +167,11 @@ class InternNavBuilder(DatasetBuilder):
     def read(self, ref: EpisodeRef) -> Episode:
         """One episode, with what is wrong in its files noted or, if it matters, raised."""
         files = _locate(ref)
+        if (camera := vlnce.camera_name(ref)) is not None:
+            return self._read_camera(ref, files, camera)
         sources = files.all()
         info = read_json(files.info)
-        read_jsonl(files.stats)  # Made anew, but where it is damaged, so may be the rest.
+        _rows(files.stats)  # Made anew, but where it is damaged, so may be the rest.
         table = read_parquet(files.parquet)
         length = table.num_rows
         if length == 0:
@@ -183,6 +222,64 @@ class InternNavBuilder(DatasetBuilder):
             ),
         )
 
+    def _read_camera(self, ref: EpisodeRef, files: Files, camera: str) -> Episode:
+        """One camera of an episode of VLN-CE. Rows in which it has no pose are left out."""
+        info = read_json(files.info)
+        whole = read_parquet(files.parquet)
+        if whole.num_rows == 0:
+            raise SourceError(files.parquet, "holds no frames", "leave this trajectory out")
+        posed = vlnce.posed_rows(whole, camera, files.parquet)
+        length = len(posed.rows)
+        known = load_schema(self.schema).features
+        known = {name: feature for name, feature in known.items() if name != POSE}
+        columns, left_out = _columns(posed.table, known)
+        rgb, depth = (
+            _images_of_rows(found, posed.rows, whole.num_rows) for found in (files.rgb, files.depth)
+        )
+        if not rgb:
+            raise SourceError(files.parquet, f"has no images of the camera {camera}", RESTORE)
+        size = image_size(rgb[0])
+        _check_last(rgb, size)
+        _check_last(depth, size)
+        images = ImageSequence(rgb, size, read_rgb)
+        depths = ImageSequence(depth, size, read_depth)
+        K, view_notes = vlnce.intrinsics(size, length, self.hfov)
+        fps, rate_notes = _rate(info, None, files)
+        tasks = vlnce.instructions(read_jsonl(files.episodes), ref.index)
+        task_notes = []
+        if not tasks:
+            tasks = (Task("navigate"),)
+            text = f"{files.episodes.name} holds no instruction: the task is called 'navigate'"
+            task_notes = [Note("no task", text)]
+        return Episode(
+            id=ref.id,
+            length=length,
+            fps=fps,
+            robot_type=_text(info.get("robot_type")) or "unknown",
+            image_size=size,
+            read_rgb=images,
+            read_depth=(lambda t: depths(t) / vlnce.DEPTH_UNITS) if depth else None,
+            world_from_camera=posed.poses,
+            intrinsics=K,
+            assumed_view=True,
+            tasks=tasks,
+            task_index=np.zeros(length, np.int64),
+            columns={name: c for name, c in columns.items() if name not in LEROBOT},
+            media=(
+                *_image_media("rgb", rgb, images),
+                *_image_media("depth", depth, depths),
+            ),
+            fingerprint=self.fingerprint(files.all()),
+            notes=(
+                *posed.notes,
+                *_left_out(left_out, files),
+                *view_notes,
+                *_format_notes(rgb),
+                *rate_notes,
+                *task_notes,
+            ),
+        )
+
 
 # Finding the files
 
@@ -194,72 +291,93 @@ def _may_hold_depth(folder: Path) -> bool:
         return True
 
 
-def _dataset_folders(
-    folder: Path,
-    pass_over: Callable[[Path, OSError], None],
-    above: tuple[tuple[int, int], ...] = (),
-) -> Iterator[Path]:
+def _dataset_folders(root: Path, pass_over: Callable[[Path, OSError], None]) -> Iterator[Path]:
     """Folders with two of `data`, `meta` and `videos`, sorted; nothing is sought below them.
 
-    Links to folders are followed, but not back to a folder `above`, given by device and inode. What
-    cannot be looked into goes to `pass_over`.
+    Links to folders are followed, but not back to a folder above, and to each folder MAX_WAYS times
+    at most, or few links to one another would be endless. What cannot be looked into goes to
+    `pass_over`.
     """
-    try:
-        stat, names = folder.stat(), []
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                try:
-                    if entry.is_dir() and not entry.name.startswith("."):
-                        names.append(entry.name)
-                except OSError as error:  # Of a link to itself, for one.
-                    pass_over(Path(entry.path), error)
-    except OSError as error:
-        pass_over(folder, error)
-        return
-    here = (stat.st_dev, stat.st_ino)
-    if here in above:
-        return
-    if len({"data", "meta", "videos"} & set(names)) >= 2:
-        yield folder
-        return
-    for name in sorted(names):
-        yield from _dataset_folders(folder / name, pass_over, (*above, here))
+    Place = tuple[int, int]  # Device and inode.
+    waiting: list[tuple[Path, tuple[Place, ...]]] = [(root, ())]
+    ways: Counter[Place] = Counter()
+    while waiting:
+        folder, above = waiting.pop()
+        try:
+            stat = folder.stat()
+            here = (stat.st_dev, stat.st_ino)
+            if here in above:
+                continue
+            ways[here] += 1
+            if ways[here] > MAX_WAYS:
+                raise OSError(errno.ELOOP, f"links lead there in more than {MAX_WAYS} ways")
+            names = _folders_in(folder, pass_over)
+        except OSError as error:
+            pass_over(folder, error)
+            continue
+        if len({"data", "meta", "videos"} & set(names)) >= 2:
+            yield folder
+        else:
+            waiting += [(folder / name, (*above, here)) for name in sorted(names, reverse=True)]
+
+
+def _folders_in(folder: Path, pass_over: Callable[[Path, OSError], None]) -> list[str]:
+    """Names of the folders in a folder, and of links to some, but for hidden ones."""
+    names = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            try:
+                if entry.is_dir() and not entry.name.startswith("."):
+                    names.append(entry.name)
+            except OSError as error:  # Of a link to itself, for one.
+                pass_over(Path(entry.path), error)
+    return names
 
 
 def _name(root: Path, folder: Path, least: int) -> tuple[str, ...]:
     """A folder's path below the root, or as much of its own path as makes `least` parts."""
     parts = folder.relative_to(root).parts
-    return parts if len(parts) >= least else folder.resolve().parts[1:][-least:]
+    parts = parts if len(parts) >= least else folder.resolve().parts[1:][-least:]
+    # A dataset's hidden folders are none of its trajectories'.
+    return tuple(f"_{part[1:]}" if part.startswith(".") else part for part in parts)
 
 
-def _parquets(folder: Path) -> dict[int, Path]:
+def _parquets(folder: Path) -> Mapping[int, Path]:
+    """The episodes' tables by their numbers, in the order of the numbers."""
+    versions = []
+    for place in (folder / "data", *sorted(folder.glob("data/chunk-*"))):
+        with suppress(OSError):
+            versions.append(version(place))
+    return _parquets_of(folder, tuple(versions))
+
+
+@lru_cache(maxsize=SCENES)
+def _parquets_of(folder: Path, versions: tuple[Version, ...]) -> Mapping[int, Path]:
     found = {}
     for path in sorted((folder / "data").glob("chunk-*/episode_*.parquet")):
         digits = path.stem.removeprefix("episode_")
         if digits.isdecimal() and len(digits) < 10:
             found[int(digits)] = path
-    return found
+    return MappingProxyType(dict(sorted(found.items())))
 
 
-def _is_scene(folder: Path, parquets: dict[int, Path]) -> bool:
+def _is_scene(folder: Path, parquets: Mapping[int, Path]) -> bool:
     """Whether the folder is in the newer layout, of many episodes that share an image folder."""
     return len(parquets) > 1 or is_file(folder / "meta" / "pointcloud.ply")
 
 
 def _locate(ref: EpisodeRef) -> Files:
     parquets = _parquets(ref.path)
+    if (camera := vlnce.camera_name(ref)) is not None:
+        return _locate_camera(ref, parquets, camera)
     meta = ref.path / "meta"
     parquet = parquets.get(ref.index, ref.path / f"data/chunk-000/episode_{ref.index:06d}.parquet")
     for path in (parquet, *(meta / name for name in META)):
         opened(path).close()
     videos = ref.path / "videos" / parquet.parent.name
-    rgb = _numbered(videos / "observation.images.rgb", ("jpg", "jpeg"))
-    depth = _numbered(videos / "observation.images.depth", ("png",))
-    clouds, first = [parquet.parent / "path.ply"], None
+    clouds, first, chosen = [parquet.parent / "path.ply"], None, range(MAX_IMAGES)
     if _is_scene(ref.path, parquets):
         chosen = _image_range(meta / "episodes_stats.jsonl", ref.index, parquets)
-        rgb = {number: path for number, path in rgb.items() if number in chosen}
-        depth = {number: path for number, path in depth.items() if number in chosen}
         clouds, first = [meta / "pointcloud.ply"], chosen.start
     video = videos / "observation.video.trajectory" / f"{parquet.stem}.mp4"
     return Files(
@@ -268,21 +386,61 @@ def _locate(ref: EpisodeRef) -> Files:
         episodes=meta / "episodes.jsonl",
         stats=meta / "episodes_stats.jsonl",
         parquet=parquet,
-        rgb=rgb,
-        depth=depth,
+        rgb=_images(videos / "observation.images.rgb", ("jpg", "jpeg"), chosen),
+        depth=_images(videos / "observation.images.depth", ("png",), chosen),
         first=first,
         video=video if is_file(video) else None,
         cloud=next((path for path in clouds if is_file(path)), None),
     )
 
 
-def _numbered(folder: Path, suffixes: tuple[str, ...]) -> dict[int, Path]:
-    """Files named by a number, sorted by that number: 10.jpg comes after 9.jpg.
+def _locate_camera(ref: EpisodeRef, parquets: Mapping[int, Path], name: str) -> Files:
+    """The files of one camera of an episode of VLN-CE; it may lack meta files besides two."""
+    meta, camera = ref.path / "meta", vlnce.camera(ref, name)
+    chunk = f"data/chunk-{ref.index // vlnce.PER_CHUNK:03d}"
+    parquet = parquets.get(ref.index, ref.path / f"{chunk}/episode_{ref.index:06d}.parquet")
+    info, episodes = meta / "info.json", meta / "episodes.jsonl"
+    for path in (parquet, info, episodes):
+        opened(path).close()
+    return Files(
+        info=info,
+        tasks=episodes,
+        episodes=episodes,
+        stats=episodes,
+        parquet=parquet,
+        rgb=camera.rgb,
+        depth=camera.depth,
+        first=0,
+        video=None,
+        cloud=None,
+    )
+
+
+def _images_of_rows(found: dict[int, Path], rows: list[int], total: int) -> tuple[Path, ...]:
+    """The images of some rows of a table of `total`; none where there are none at all.
+
+    Raises SourceError where one is missing, or there are images of rows beyond the table.
+    """
+    if not found:
+        return ()
+    path = next(iter(found.values()))
+    for row in rows:
+        if row not in found:
+            stem = path.stem.rpartition("_")[0]
+            raise SourceError(path.with_name(f"{stem}_{row}{path.suffix}"), "is missing", RESTORE)
+    if (last := max(found)) >= total:
+        problem = f"is frame {last} of an episode whose parquet has {total} rows"
+        raise SourceError(found[last], problem, "remove it, or leave this trajectory out")
+    return tuple(found[row] for row in rows)
+
+
+def _images(folder: Path, suffixes: tuple[str, ...], chosen: range) -> dict[int, Path]:
+    """Files named by a number that is among those chosen, by that number: 10.jpg after 9.jpg.
 
     None where there is no such folder; raises SourceError where it is none, or cannot be listed.
     """
     try:
-        paths = sorted(folder.iterdir())
+        found = _numbered(folder, suffixes, version(folder))
     except FileNotFoundError:
         if not folder.is_symlink():
             return {}
@@ -294,39 +452,116 @@ def _numbered(folder: Path, suffixes: tuple[str, ...]) -> dict[int, Path]:
     except OSError as error:
         problem = f"cannot be listed ({error.strerror})"
         raise SourceError(folder, problem, "check its permissions, or leave it out") from error
-    found: dict[int, Path] = {}
-    for path in paths:
-        stem, _, suffix = path.name.partition(".")
-        if suffix.lower() not in suffixes or not stem.isdecimal() or len(stem) > 9:
-            continue
-        if (other := found.get(int(stem))) is not None:
-            raise SourceError(
-                path, f"is frame {int(stem)}, as is {other.name}", "remove one of them"
-            )
-        found[int(stem)] = path
-    return dict(sorted(found.items()))
+    numbers = found.numbers
+    part = slice(bisect_left(numbers, chosen.start), bisect_left(numbers, chosen.stop))
+    for number, other in found.twice.items():
+        if number in chosen:
+            problem = f"is frame {number}, as is {found.names[numbers.index(number)]}"
+            raise SourceError(folder / other, problem, "remove one of them")
+    names = zip(numbers[part], found.names[part], strict=True)
+    return {number: folder / name for number, name in names}
 
 
-def _image_range(stats: Path, index: int, parquets: dict[int, Path]) -> range:
+@dataclass(frozen=True)
+class Numbered:
+    """Names of files that begin with a number, in the order of the numbers.
+
+    twice: names of further files of the same number.
+    """
+
+    numbers: list[int]
+    names: list[str]
+    twice: dict[int, str]
+
+
+@lru_cache(maxsize=2 * SCENES)
+def _numbered(folder: Path, suffixes: tuple[str, ...], version: Version) -> Numbered:
+    """The numbered files of a folder; raises OSError where it cannot be listed."""
+    found: dict[int, str] = {}
+    twice: dict[int, str] = {}
+    for name in sorted(path.name for path in folder.iterdir()):
+        stem, _, suffix = name.partition(".")
+        if suffix.lower() in suffixes and stem.isdecimal() and len(stem) <= 9:
+            if int(stem) in found:
+                twice[int(stem)] = name
+            else:
+                found[int(stem)] = name
+    numbers = sorted(found)
+    return Numbered(numbers, [found[number] for number in numbers], twice)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The lines of a meta file, objects; `of` is an episode's own, the first of them."""
+
+    lines: list[dict[str, Any]]
+
+    def of(self, episode: int) -> dict[str, Any] | None:
+        """The line with this episode_index, None without one."""
+        return self._by_episode.get(episode)
+
+    @cached_property
+    def tasks(self) -> dict[int, str]:
+        """The instructions by their task_index."""
+        return {
+            number: row["task"]
+            for row in self.lines
+            if (number := _number(row.get("task_index"))) is not None and _text(row.get("task"))
+        }
+
+    @cached_property
+    def _by_episode(self) -> dict[int, dict[str, Any]]:
+        found: dict[int, dict[str, Any]] = {}
+        for line in self.lines:
+            index = line.get("episode_index")
+            if isinstance(index, int | float):
+                found.setdefault(int(index) if index == index // 1 else -1, line)
+        return found
+
+
+def _rows(path: Path) -> Rows:
+    """The lines of a meta file, read once for all the episodes of a scene.
+
+    Raises SourceError where it is damaged.
+    """
+    opened(path).close()  # Its errors say what to do.
+    found = _rows_of(path, version(path))
+    if isinstance(found, SourceError):
+        raise SourceError(found.path, found.problem, found.remedy)
+    return found
+
+
+@lru_cache(maxsize=3 * SCENES)
+def _rows_of(path: Path, version: Version) -> Rows | SourceError:
+    try:
+        return Rows(read_jsonl(path))
+    except SourceError as error:
+        return error.with_traceback(None)
+
+
+@lru_cache(maxsize=4096)
+def _length(parquet: Path, version: Version) -> int:
+    return len(read_parquet(parquet))
+
+
+def _image_range(stats: Path, index: int, parquets: Mapping[int, Path]) -> range:
     """The numbers of an episode's frames in the image folder that it shares.
 
     From `image_index` in its line of episodes_stats.jsonl; without it, from the lengths of the
     episodes before it.
     """
-    rows = read_jsonl(stats)
-    line = sorted(parquets).index(index)
-    row = next((row for row in rows if row.get("episode_index") == index), None)
+    rows, numbers = _rows(stats), list(parquets)
+    line = numbers.index(index)
+    row = rows.of(index)
     if row is None:
-        row = rows[line] if line < len(rows) else {}
+        row = rows.lines[line] if line < len(rows.lines) else {}
     stated = row.get("image_index") or _mapping(row.get("stats")).get("image_index")
     if stated is not None:
         first, last = (_number(_mapping(stated).get(key)) for key in ("min", "max"))
         if first is None or last is None or not 0 <= first <= last < MAX_IMAGES:
             raise SourceError(stats, f"has no usable image_index for episode {index}", RESTORE)
         return range(first, last + 1)
-    lengths = [
-        read_parquet(path).num_rows for number, path in sorted(parquets.items()) if number <= index
-    ]
+    lengths = [_length(path, version(path)) for path in (*parquets.values(),)[: line + 1]]
     return range(sum(lengths[:-1]), sum(lengths))
 
 
@@ -591,8 +826,7 @@ def _count_notes(
     frames = _number(info.get("total_frames"))
     if info.get("total_episodes") == 1 and frames not in (None, length):
         stated.append(f"info.json says {frames} frames")
-    rows = [row for row in read_jsonl(files.episodes) if row.get("episode_index") == ref.index]
-    frames = _number(rows[0].get("length")) if rows else None
+    frames = _number((_rows(files.episodes).of(ref.index) or {}).get("length"))
     if frames not in (None, length):
         stated.append(f"episodes.jsonl says length {frames}")
     if stated:
@@ -665,17 +899,10 @@ def _task_texts(files: Files, ref: EpisodeRef) -> tuple[dict[int, str], list[str
 
     All that are listed where it gives none.
     """
-    numbered = {
-        number: row["task"]
-        for row in read_jsonl(files.tasks)
-        if (number := _number(row.get("task_index"))) is not None and _text(row.get("task"))
-    }
-    for row in read_jsonl(files.episodes):
-        given = row.get("tasks")
-        if row.get("episode_index") == ref.index and isinstance(given, list):
-            texts = [text for text in given if _text(text)]
-            return numbered, texts or list(numbered.values())
-    return numbered, list(numbered.values())
+    numbered = _rows(files.tasks).tasks
+    given = (_rows(files.episodes).of(ref.index) or {}).get("tasks")
+    texts = [text for text in given if _text(text)] if isinstance(given, list) else []
+    return numbered, texts or list(numbered.values())
 
 
 def _given_tasks(

@@ -21,10 +21,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from occgen_hub.builder import DatasetBuilder, EpisodeRef
+from occgen_hub.builder import DatasetBuilder, EpisodeRef, other_source
 from occgen_hub.episode import Episode, MediaFile, Note, Task
 from occgen_hub.errors import OccGenError, SourceError, UsageError
 from occgen_hub.files import MAX_TABLE_ROWS, is_file, opened, read_json, read_parquet
+from occgen_hub.kinds import check_not_lerobot
 from occgen_hub.media import (
     ImageSequence,
     VideoReader,
@@ -33,6 +34,7 @@ from occgen_hub.media import (
     read_picture,
     stated_pixels,
     survey_video,
+    video_facts,
 )
 
 PACKETS = ".ts"
@@ -91,14 +93,29 @@ class VideoBuilder(DatasetBuilder):
         """
         whole = is_file(self.root)
         found = [self.root] if whole else list(_find(self.root, self.pass_over))
+        if not whole:
+            check_not_lerobot(self.root, found or [self.root])
         if not found:
             raise UsageError(
                 f"{self.root}: holds neither videos ({_spoken(VIDEOS)}) nor images "
-                f"({_spoken(IMAGES)}; 16-bit grey ones are depth); give a video, a folder of "
-                "videos or a folder of images as --input."
+                f"({_spoken(IMAGES)}; 16-bit grey ones are depth, which --source capture reads "
+                "beside colour); "
+                + (
+                    other_source(self.root, self.name)
+                    or "give a video, a folder of videos or a folder of images as --input"
+                )
+                + "."
             )
         for name, path in sorted(_named(self.root, found).items()):
             yield EpisodeRef(f"{GROUP}/{name}/{TRAJECTORY}", path)
+
+    @classmethod
+    def recognise(cls, root: Path) -> str | None:
+        """A video, or whatever holds videos or colour images."""
+        if is_file(root):
+            return "a video" if _is_video(root) else None
+        found = next(_find(root, lambda *_: None), None)
+        return None if found is None else "a folder of videos or images"
 
     def work(self, ref: EpisodeRef) -> float:
         """Frames times pixels, as the video's header or the first image's has it."""
@@ -109,6 +126,17 @@ class VideoBuilder(DatasetBuilder):
             return float(len(images) * prod(picture_facts(images[0]).size))
         except OccGenError:
             return 0.0
+
+    def footage(self, ref: EpisodeRef) -> tuple[int, tuple[int, int]] | None:
+        """Frames and their size, as the video's packets or the images' names have it."""
+        try:
+            if not ref.path.is_dir():
+                facts = video_facts(ref.path)
+                return facts.frames, facts.size
+            images = _images(ref.path)
+            return len(images), picture_facts(images[0]).size
+        except OccGenError:
+            return None
 
     def sources(self, ref: EpisodeRef) -> list[Path]:
         """The video, or the images in the order of their numbers."""
@@ -304,7 +332,8 @@ def _check_alone(path: Path) -> None:
     if count is None or count > 1:
         held = "several" if count is None else str(count)
         problem = f"holds {held} episodes of a LeRobot dataset, one after another"
-        raise SourceError(path, problem, "cut it into a video for each episode")
+        remedy = "use --source lerobot on the dataset, or cut it into a video for each episode"
+        raise SourceError(path, problem, remedy)
 
 
 def _episodes_in(folder: Path, path: Path) -> int | None:
@@ -365,9 +394,11 @@ def _image_footage(paths: list[Path]) -> Footage:
     for path, own in zip(paths, facts, strict=True):
         if own.depth:
             problem = "is a 16-bit grey image, as depth is"
-            raise SourceError(
-                path, problem, "move depth away, or save it with 8 bits if it is none"
+            remedy = (
+                "move depth away, use --source capture for colour with depth, or save it with 8 "
+                "bits if it is none"
             )
+            raise SourceError(path, problem, remedy)
         if own.size != size:
             problem = (
                 f"is {own.size[0]} x {own.size[1]} pixels upright, {paths[0].name} "

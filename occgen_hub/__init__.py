@@ -11,17 +11,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from occgen_hub.api import build, finalize, load_episode, push
+    from occgen_hub.camera_mapping import CameraMapping
     from occgen_hub.config import Config
     from occgen_hub.exporting import export
     from occgen_hub.lerobot.dataset import LeRobotOccupancyDataset
-    from occgen_hub.training import OccupancyDataset, collate
+    from occgen_hub.source_check import check_source
+    from occgen_hub.training import (
+        ColorJitter,
+        Mirror,
+        OccupancyDataset,
+        OccupancyStream,
+        RotateYaw,
+        collate,
+    )
     from occgen_hub.validation import validate
 
 __all__ = [
+    "CameraMapping",
+    "ColorJitter",
     "Config",
     "LeRobotOccupancyDataset",
+    "Mirror",
     "OccupancyDataset",
+    "OccupancyStream",
+    "RotateYaw",
     "build",
+    "check_source",
     "collate",
     "export",
     "finalize",
@@ -31,10 +46,16 @@ __all__ = [
 ]
 
 _PLACES = {
+    "CameraMapping": "camera_mapping",
+    "ColorJitter": "training",
     "Config": "config",
     "LeRobotOccupancyDataset": "lerobot.dataset",
+    "Mirror": "training",
     "OccupancyDataset": "training",
+    "OccupancyStream": "training",
+    "RotateYaw": "training",
     "build": "api",
+    "check_source": "source_check",
     "collate": "training",
     "export": "exporting",
     "finalize": "api",

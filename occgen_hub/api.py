@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -10,10 +10,11 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from occgen_hub.camera_mapping import CameraMapping
 from occgen_hub.config import Config
 from occgen_hub.engines import AUTO
 from occgen_hub.errors import DatasetError, UsageError
-from occgen_hub.job import open_job
+from occgen_hub.job import License, open_job
 from occgen_hub.lerobot.writer import Media
 from occgen_hub.loading import REBUILD, Trajectory
 from occgen_hub.occupancy.codec import unpack
@@ -22,6 +23,7 @@ from occgen_hub.runtime.build import build_dataset, build_shard
 from occgen_hub.runtime.finalize import finalize as finalize_dataset
 from occgen_hub.runtime.results import Summary
 from occgen_hub.runtime.shard import Shard
+from occgen_hub.scratch import DEFAULT_LIMIT
 
 
 def build(
@@ -29,6 +31,7 @@ def build(
     root: str | Path,
     out: str | Path,
     *,
+    cameras: Sequence[CameraMapping] = (),
     engine: str = AUTO,
     weights: str | Path | None = None,
     device: str | None = None,
@@ -39,14 +42,22 @@ def build(
     overwrite: bool = False,
     shard: tuple[int, int] | None = None,
     parquet_occupancy: bool = True,
+    license: License = "any",
+    parquet_images: bool = False,
+    scenes: Sequence[str] = (),
+    scratch: str | Path | None = None,
+    scratch_limit: int = DEFAULT_LIMIT,
 ) -> Summary:
     """Build an occupancy dataset from a source, as `occgen-hub build` does.
 
-    source: what kind it is, "internnav" or "video"; root: where it is; out: the dataset's folder;
+    source: what kind it is, "internnav", "capture" or "video"; root: where it is, a path or an
+    address "hf://datasets/ORG/NAME[@REVISION][/FOLDER]" of the Hub; out: the dataset's folder;
+    cameras: what the files do not say of its cameras;
     config: the settings, metres where they are lengths; workers: processes; limit: the first so
-    many episodes only; shard: (i, n) to build share i of n, numbered from 0, of the episodes, for
-    `finalize`; the others as the command's options of their names. What is there already
-    and up to date is left alone.
+    many episodes only, or scenes that are fetched; scenes: patterns of those to build; scratch:
+    where scenes are put, `scratch_limit` bytes at most; shard: (i, n) to build share i of n,
+    numbered from 0, of the episodes, for `finalize`; the others as the command's options of their
+    names. What is there already and up to date is left alone.
 
     Raises UsageError when an argument is wrong; then nothing was done. An episode that fails stops
     no other and is listed in the summary's `failures`, with its reason. With several workers the
@@ -56,12 +67,15 @@ def build(
         raise UsageError(f"config is a {type(config).__name__}; give an occgen_hub.Config.")
     if media not in get_args(Media):
         raise UsageError(f"media is {media!r}; give one of {', '.join(get_args(Media))}.")
+    if license not in get_args(License):
+        raise UsageError(f"license is {license!r}; give one of {', '.join(get_args(License))}.")
     if workers < 1 or (limit is not None and limit < 1):
         raise UsageError("workers and limit must be 1 or more.")
     job = open_job(
         source,
-        Path(root),
+        root,
         Path(out),
+        cameras=cameras,
         engine=engine,
         weights=None if weights is None else Path(weights),
         device=device,
@@ -70,6 +84,11 @@ def build(
         limit=limit,
         overwrite=overwrite,
         parquet_occupancy=parquet_occupancy,
+        license=license,
+        parquet_images=parquet_images,
+        scenes=(scenes,) if isinstance(scenes, str) else tuple(scenes),
+        scratch=None if scratch is None else Path(scratch),
+        scratch_limit=scratch_limit,
     )
     if shard is not None:
         return build_shard(job, Shard.parse(f"{shard[0]}/{shard[1]}"), workers)

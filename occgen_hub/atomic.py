@@ -124,6 +124,21 @@ def clear_leftovers(path: Path, *, alone: bool = False) -> None:
         _remove(there)
 
 
+def clear_all_leftovers(folder: Path) -> None:
+    """`clear_leftovers` of all that was to be written into a folder, for one that holds it alone.
+
+    For what no process begins again, as a trajectory whose source is gone.
+    """
+    named = re.compile(rb"\.(.+?)(?:\.[0-9a-f]{16})?\.(?:partial|old)")
+    names = set()
+    with suppress(OSError), os.scandir(folder) as entries:
+        names = {
+            match[1] for entry in entries if (match := named.fullmatch(os.fsencode(entry.name)))
+        }
+    for name in sorted(names):
+        clear_leftovers(folder / os.fsdecode(name), alone=True)
+
+
 def _leftovers(path: Path) -> Iterator[tuple[str, str, Path]]:
     """Token, kind and place of each; without a token where an earlier version left it."""
     stem = re.escape(os.fsencode(_stem(path)))

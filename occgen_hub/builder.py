@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
+from occgen_hub.camera_mapping import CameraMapping
 from occgen_hub.config import Condition
 from occgen_hub.engines import AUTO
 from occgen_hub.episode import Episode
-from occgen_hub.errors import MachineError, OccGenError, SourceError, UsageError
-from occgen_hub.files import MACHINE_FAULTS, printable, sha256
+from occgen_hub.errors import (
+    MachineError,
+    OccGenError,
+    SourceError,
+    UsageError,
+    in_brief,
+    one_line,
+)
+from occgen_hub.files import MACHINE_FAULTS, Version, sha256, version
+from occgen_hub.kinds import lerobot_kind
 
 logger = logging.getLogger(__name__)
 
@@ -32,23 +43,47 @@ class EpisodeRef:
     index: int = 0
 
 
+def id_problem(name: str) -> str | None:
+    """What keeps an episode's id from being a place in the output, None if nothing does."""
+    parts = name.split("/")
+    if len(parts) != 3:
+        return f"has {len(parts)} parts"
+    if any(part in ("", ".", "..") or "\0" in part for part in parts):
+        return "has a part that is no name of a folder"
+    return None
+
+
 class DatasetBuilder(ABC):
     """A source of episodes. A subclass says its name, lists episodes and reads one.
 
-    schema: what it writes; engine: the name of the one that suits it when the user names none;
-    takes_file: whether `root` may be a file; knows: what `--condition` may ask of every episode,
-    besides depth, which `has_depth` tells.
+    version: to be changed whenever the same files give another episode, so that episodes are built
+    again; schema: what it writes; engine: the name of the one that suits it when the user names
+    none; takes_file: whether `root` may be a file; knows: what `--condition` may ask of every
+    episode, besides depth, which `has_depth` tells; takes_archives: whether its scenes may be
+    archives, each of which it reads as a tree with that scene alone; hfov: degrees that a camera
+    sees from side to side, for sources that give no intrinsics, None for what the source assumes;
+    maps: the attributes of `CameraMapping` that a user may give, which are then in `cameras`.
     """
 
     name: ClassVar[str]
+    version: ClassVar[str] = "1"
     schema: ClassVar[str] = "trajectory"
     engine: ClassVar[str] = AUTO
     takes_file: ClassVar[bool] = False
     knows: ClassVar[tuple[Condition, ...]] = ("intrinsics", "poses")
+    maps: ClassVar[tuple[str, ...]] = ()
+    takes_archives: ClassVar[bool] = False
+    hfov: float | None = None
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, cameras: Sequence[CameraMapping] = ()) -> None:
+        self.root, self.cameras = root, tuple(cameras)
         self._passed_over: set[Path] = set()
+
+    def at(self, root: Path) -> Self:
+        """The same builder for a tree elsewhere, such as that of an archive's content."""
+        other = copy.copy(self)
+        other.root, other._passed_over = root, set()
+        return other
 
     def pass_over(self, path: Path, error: OSError) -> None:
         """Warn, once, that something below the root cannot be looked into, and is left out.
@@ -63,7 +98,7 @@ class DatasetBuilder(ABC):
             raise SourceError(path, problem, "check its permissions") from error
         if path not in self._passed_over:
             self._passed_over.add(path)
-            logger.warning("Warning: %s: %s, and is passed over.", printable(str(path)), problem)
+            logger.warning("Warning: %s: %s, and is passed over.", one_line(str(path)), problem)
 
     @abstractmethod
     def episodes(self) -> Iterator[EpisodeRef]:
@@ -76,6 +111,14 @@ class DatasetBuilder(ABC):
     @abstractmethod
     def read(self, ref: EpisodeRef) -> Episode:
         """The episode; raises SourceError when its files cannot be used."""
+
+    @classmethod
+    def recognise(cls, root: Path) -> str | None:
+        """What is at `root`, in a few words with an article, where this source can read it.
+
+        For errors of other sources that were given it. A few names are looked at, and small files.
+        """
+        return None
 
     def has_depth(self, ref: EpisodeRef) -> bool:
         """Whether an episode has sensor depth; looked up quickly, nothing decoded."""
@@ -92,6 +135,13 @@ class DatasetBuilder(ABC):
         except (OccGenError, OSError):
             return 0.0
 
+    def footage(self, ref: EpisodeRef) -> tuple[int, tuple[int, int]] | None:
+        """How many frames an episode has, and their (width, height), by its headers.
+
+        To say beforehand what a network will take; None where that is not known.
+        """
+        return None
+
     def fingerprint(self, sources: Iterable[Path]) -> str:
         """SHA-256 over the names and contents of files, in their order.
 
@@ -103,7 +153,7 @@ class DatasetBuilder(ABC):
         digest = hashlib.sha256()
         for path in paths:
             try:
-                content = sha256(path)
+                content = _checksum(path, version(path))
             except OSError as error:
                 raise SourceError(
                     path, f"cannot be read ({error.strerror})", "restore it from the source"
@@ -116,16 +166,74 @@ class DatasetBuilder(ABC):
         return digest.hexdigest()
 
 
+@lru_cache(maxsize=4096)
+def _checksum(path: Path, version: Version) -> str:
+    """SHA-256 of a file: what episodes have in common is read once."""
+    return sha256(path)
+
+
 def builder_names() -> list[str]:
     """The sources that are installed."""
     return sorted({point.name for point in entry_points(group="occgen_hub.builders")})
 
 
-def load_builder(name: str, root: Path) -> DatasetBuilder:
-    """The builder of that name for the tree at `root`; raises UsageError when none is installed."""
-    for point in entry_points(group="occgen_hub.builders"):
-        if point.name == name:
-            builder: DatasetBuilder = point.load()(root)
-            return builder
-    known = ", ".join(builder_names()) or "none"
-    raise UsageError(f"--source {name}: no such source; installed are {known}.")
+def load_builder(
+    name: str, root: Path, cameras: Sequence[CameraMapping] = (), *, hfov: float | None = None
+) -> DatasetBuilder:
+    """The builder of that name for the tree at `root`.
+
+    hfov: degrees, see DatasetBuilder. Raises UsageError when none is installed, when what is
+    installed is no builder, and when it has no use for something that `cameras` say.
+    """
+    kind = _builder_class(name)
+    for attribute in sorted({key for camera in cameras for key in camera.said()}):
+        if attribute not in kind.maps:
+            raise UsageError(
+                f"--{_OPTIONS.get(attribute, attribute).replace('_', '-')}: is not used by "
+                f"--source {name}; leave it out."
+            )
+    builder = kind(root, cameras) if cameras else kind(root)
+    builder.hfov = hfov
+    return builder
+
+
+_OPTIONS = {"depth_unit": "depth_scale"} | dict.fromkeys(("rgb", "depth", "pose", "info"), "topics")
+"""Options of the command line, by what they say, where they are called otherwise."""
+
+
+def _builder_class(name: str) -> type[DatasetBuilder]:
+    """The class that is installed as a source; raises UsageError where it cannot be one."""
+    points = [point for point in entry_points(group="occgen_hub.builders") if point.name == name]
+    if not points:
+        known = ", ".join(builder_names()) or "none"
+        raise UsageError(f"--source {name}: no such source; installed are {known}.")
+    place = f"--source {name}: the entry point {points[0].value}"
+    try:
+        kind = points[0].load()
+    except (ImportError, AttributeError) as error:
+        said = in_brief(str(error))
+        raise UsageError(f"{place} cannot be loaded ({said}); correct that package.") from error
+    if not (isinstance(kind, type) and issubclass(kind, DatasetBuilder)):
+        raise UsageError(f"{place} is no subclass of occgen_hub.builder.DatasetBuilder.")
+    if missing := sorted(kind.__abstractmethods__):
+        raise UsageError(f"{place} lacks the methods {', '.join(missing)}; write them.")
+    if getattr(kind, "name", None) != name:
+        found = getattr(kind, "name", None)
+        raise UsageError(f"{place} has the name {found!r}; give it name = {name!r}.")
+    return kind
+
+
+def other_source(root: Path, name: str) -> str:
+    """For the end of an error: another source that knows what is at `root`, "" if none does."""
+    if (kind := lerobot_kind(root)) is not None:
+        return f"it is {kind}: use --source lerobot"
+    for other in builder_names():
+        if other == name:
+            continue
+        try:
+            found = _builder_class(other).recognise(root)
+        except (OccGenError, OSError):
+            continue
+        if found is not None:
+            return f"it is {found}: use --source {other}"
+    return ""

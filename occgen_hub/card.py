@@ -21,7 +21,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from occgen_hub.atomic import atomic_file
-from occgen_hub.errors import OccGenError, UsageError
+from occgen_hub.engines.weights import COMMERCIAL
+from occgen_hub.errors import OccGenError, UsageError, one_line
 from occgen_hub.files import (
     dump_json,
     leads_out,
@@ -31,7 +32,7 @@ from occgen_hub.files import (
 )
 from occgen_hub.fusion.quality import Quality
 from occgen_hub.index import INDEX, Entry, read_entries
-from occgen_hub.lerobot.exported import RECORD
+from occgen_hub.lerobot.export_check import RECORD
 from occgen_hub.loading import NOT_BUILT, SCHEMA, Trajectory
 from occgen_hub.schema import Feature, Schema, load_schema
 from occgen_hub.shards import FOLDER
@@ -396,15 +397,23 @@ def _columns(features: dict[str, Feature]) -> Iterator[str]:
     yield "The columns of the frames:\n"
     yield "| column | type | shape |\n| --- | --- | --- |"
     for name, feature in features.items():
-        yield f"| `{name}` | {feature.dtype} | {_by(feature.shape)} |"
+        yield f"| {_code(name)} | {feature.dtype} | {_by(feature.shape)} |"
     yield ""
+
+
+def _code(name: str) -> str:
+    """A column's name as code in a table of Markdown, whatever it holds."""
+    text = one_line(name).replace("|", "\\|")
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " * ("`" in text)
+    return f"{ticks}{space}{text}{space}{ticks}"
 
 
 def _partial(facts: Facts) -> Iterator[str]:
     if facts.partial:
         yield (
             "Not all trajectories have, or have alike, and so only their own files hold: "
-            f"{', '.join(f'`{name}`' for name in sorted(facts.partial))}.\n"
+            f"{', '.join(map(_code, sorted(facts.partial)))}.\n"
         )
     yield "`task_index` counts the tasks of the row's own trajectory, in its `meta/tasks.jsonl`.\n"
 
@@ -471,10 +480,14 @@ def _origin(facts: Facts, records: str) -> Iterator[str]:
         )
     yield "OccGen Hub itself asks for nothing."
     for network, licence in sorted(facts.licences):
+        said = f"{network}, whose weights are under the licence {licence}"
+        if licence in COMMERCIAL:
+            yield f"\nThe occupancy was reconstructed by {said}, which allows commercial use."
+            continue
         forbids = ", which allows no commercial use" if "-nc" in licence.lower() else ""
         yield (
-            f"\nThe occupancy was reconstructed by {network}, whose weights are under the licence "
-            f"{licence}{forbids}: that holds for this dataset as well."
+            f"\nThe occupancy was reconstructed by {said}{forbids}: that holds for this dataset as "
+            "well."
         )
 
 

@@ -37,13 +37,17 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    voxel_size: Positive = Field(0.02, description="edge of an occupancy cell")
+    voxel_size: Annotated[float, Field(ge=1e-4, le=100, allow_inf_nan=False)] = Field(
+        0.02, description="edge of an occupancy cell"
+    )
     pc_range: tuple[Finite, Finite, Finite, Finite, Finite, Finite] = Field(
         (-2.0, -1.5, -0.5, 2.0, 1.0, 3.5),
         description="camera grid: x_min y_min z_min x_max y_max z_max, OpenCV axes",
     )
-    interval: Annotated[int, Field(ge=1, le=MAX_INTERVAL)] = Field(
-        1, description="reconstruct from every interval-th frame"
+    interval: Annotated[int, Field(ge=1, le=MAX_INTERVAL)] | Literal["auto"] = Field(
+        1,
+        description="reconstruct from every interval-th frame; auto, for networks: skips frames "
+        "where the camera hardly moves",
     )
     depth_range: tuple[Positive, Positive] = Field(
         (0.1, 6.5), description="nearest and farthest depth to use"
@@ -68,7 +72,7 @@ class Config(BaseModel):
     fusion_voxel_size: Positive | None = Field(
         None, description="resolution of the fused cloud; half of voxel_size if not set"
     )
-    voxel_size_scale: Positive | None = Field(
+    voxel_size_scale: Annotated[float, Field(ge=1e-3, le=1e6, allow_inf_nan=False)] | None = Field(
         None,
         description="the seed's dynamic size: origin_pcd.ply is thinned to "
         "cbrt(scene volume) / voxel_size_scale where that is coarser than voxel_size",
@@ -82,11 +86,23 @@ class Config(BaseModel):
     window: Annotated[int, Field(ge=2, le=4096)] | None = Field(
         None, description="networks: frames at once; what fits into free memory if not set"
     )
-    overlap: Annotated[int, Field(ge=1, le=2048)] = Field(
-        8, description="networks: frames that a window shares with the next; half of it at most"
+    overlap: Annotated[int, Field(ge=1, le=2048)] | None = Field(
+        None,
+        description="networks: frames that a window shares with the next, half of it at most; half "
+        "if not set",
+    )
+    loop_closure: bool | Literal["auto"] = Field(
+        "auto",
+        description="networks: look for places that a video comes back to, and close the loops: "
+        "auto does in videos of four windows or more; true; false",
     )
     condition: tuple[Condition, ...] = Field(
         (), description="pi3x: what it is told besides the images: depth, intrinsics, poses"
+    )
+    hfov: Annotated[float, Field(ge=5, le=170)] | None = Field(
+        None,
+        description="degrees that a camera sees from side to side, where the source gives no "
+        "intrinsics; 79 if not set",
     )
     compile: bool = Field(
         False, description="networks: compile them first (torch.compile), for long builds"

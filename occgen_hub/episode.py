@@ -46,13 +46,15 @@ class MediaFile:
     """A file that goes with the episode; `file` is its key in the schema.
 
     check: decodes an image, unless that was done already, and raises SourceError where it is
-    damaged; where it is None, the writer decodes the image.
+    damaged; where it is None, the writer decodes the image. read: gives the (H, W, 3) uint8 image
+    to write, where the file is not that image.
     """
 
     file: str
     path: Path
     frame: int | None = None
     check: Callable[[], None] | None = None
+    read: Callable[[], NDArray[Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class Episode:
     frames; read_rgb(t): (H, W, 3) uint8; read_depth(t): (H, W) float64, metres along the optical
     axis, 0 for none; world_from_camera: (T, 4, 4) float64, OpenCV axes, metres, in the source's
     world; intrinsics: (T, 3, 3) float64, pixels; task_index: (T,) int64 into `tasks`;
-    fingerprint: SHA-256 over the names and contents of the source's files.
+    fingerprint: SHA-256 over the names and contents of the source's files; assumed_view: whether
+    the intrinsics are not the source's, but made of a field of view.
     """
 
     id: str
@@ -81,6 +84,7 @@ class Episode:
     world_from_camera: NDArray[np.float64] | None = None
     intrinsics: NDArray[np.float64] | None = None
     notes: tuple[Note, ...] = ()
+    assumed_view: bool = False
 
 
 def check_episode(episode: Episode) -> Episode:

@@ -152,14 +152,13 @@ def write_episode(
     schema = load_schema(done.builder.schema)
     try:
         with atomic_folder(place, flushing=lambda: clock("flush")) as folder:
-            _write(folder, schema, episode, done.scene, done.provenance, clock, progress)
+            notes = _write(folder, schema, episode, done.scene, done.provenance, clock, progress)
             if sizes_and_times(done.sources) != done.stamps:
                 raise ChangedError(ref.path, "changed while it was read", "run the build again")
             check_replaceable(place, schema)
             remember(folder, source_stamp(done.sources))
     finally:
         remove_scratch(place)
-    notes = (*episode.notes, *done.scene.notes)
     if done.reason not in (None, "is not there"):
         notes = (Note("built again", f"what was there {done.reason}: built again"), *notes)
     return Built(ref.id, "built", episode.length, notes, clock.seconds)
@@ -191,7 +190,15 @@ def why_outdated(
 
 def provenance(builder: DatasetBuilder, engine: Engine, settings: Settings) -> Provenance:
     """What is recorded of how an episode was built."""
-    return Provenance(builder.name, engine.name, engine.weights(), settings.config, settings.media)
+    return Provenance(
+        builder.name,
+        builder.version,
+        engine.name,
+        engine.weights(),
+        settings.config,
+        settings.media,
+        tuple(camera.said() for camera in builder.cameras),
+    )
 
 
 def _write(
@@ -202,7 +209,8 @@ def _write(
     provenance: Provenance,
     clock: Stopwatch,
     progress: Progress,
-) -> None:
+) -> tuple[Note, ...]:
+    """Write everything; returns the notes that the record holds."""
     grid = Grid.of(provenance.config)
     writer = TrajectoryWriter(folder, schema, episode, grid)
     beside, turn, over = Stopwatch(), threading.Lock(), threading.Event()
@@ -228,6 +236,7 @@ def _write(
         writer.write_media(provenance.media)
     with clock("checksums"):
         writer.finish(provenance, scene)
+    return writer.all_notes(scene)
 
 
 def _write_scene(writer: TrajectoryWriter, scene: Scene, config: Config, clock: Stopwatch) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unicodedata import category
 
 
 class OccGenError(Exception):
     """A failure that a user can act on; its text is one sentence naming the file and the remedy.
 
-    `exit_code` is what the command line ends with when nothing catches it.
+    exit_code: what the command line ends with when nothing catches it; has_lines: whether line
+    breaks in the text are ours, and not those of a name.
     """
 
     exit_code = 1
+    has_lines = False
 
 
 class UsageError(OccGenError):
@@ -43,6 +46,19 @@ def in_brief(text: str, limit: int = 160) -> str:
         return line
     words = line[: limit + 1].rpartition(" ")[0] or line[:limit]
     return f"{words.rstrip(' .,;:(')} ..."
+
+
+def one_line(text: str) -> str:
+    """Text for a terminal: line breaks, control characters and changes of direction escaped."""
+    return "".join(
+        letter.encode("unicode_escape").decode()
+        if category(letter) in ("Cc", "Cs", "Zl", "Zp") or letter in _DIRECTIONS
+        else letter
+        for letter in text
+    )
+
+
+_DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 class DatasetError(SourceError):

@@ -26,7 +26,7 @@ from occgen_hub.files import (
     sha256,
 )
 from occgen_hub.index import describe, parts
-from occgen_hub.lerobot.exported import RECORD, check_content, exported
+from occgen_hub.lerobot.export_check import RECORD, check_content, exported
 from occgen_hub.lerobot.v30 import CODEBASE, DEPTH_MAX, OWN, RESERVED, Fit, Layout, write
 from occgen_hub.loading import REBUILD, SCHEMA, Trajectory, built, trajectories
 from occgen_hub.schema import Feature, load_schema

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
@@ -22,6 +23,10 @@ from occgen_hub.errors import MachineError, SourceError, in_brief
 
 MAX_DOCUMENT_BYTES = 64 << 20
 """Far above any real meta file: a line a trajectory, some kilobytes each."""
+
+MAX_RECORD_BYTES = 1 << 28
+"""Of a trajectory's record, with a line of 120 bytes for each image: that of MAX_TABLE_ROWS frames
+with depth has room."""
 
 ABSENT = "restore it from the source or, if a build wrote it, run the same build again"
 """What to do about a file that is not there."""
@@ -72,6 +77,26 @@ def is_file(path: Path) -> bool:
         return False
 
 
+Version = tuple[int, ...]
+
+
+def version(path: Path) -> Version:
+    """Numbers that change with a file's content, or with the names in a folder.
+
+    For remembering what was read of it. File systems count time in ticks: what changed a moment ago
+    may change again within the same one, so its numbers are new each time. Raises OSError.
+    """
+    stat = path.stat()
+    times = stat.st_mtime_ns, stat.st_ctime_ns
+    now = time.time_ns()
+    moment = 0 if max(times) < now - TICK or min(times) > now else time.monotonic_ns()
+    return stat.st_dev, stat.st_ino, stat.st_size, *times, moment
+
+
+TICK = 100_000_000
+"""Nanoseconds; the coarsest clock of a local file system has ticks of 10 ms."""
+
+
 def read_bytes(path: Path, limit: int = MAX_DOCUMENT_BYTES) -> bytes:
     """A whole file of at most `limit` bytes; raises SourceError when it cannot be had."""
     with opened(path) as file:
@@ -88,19 +113,36 @@ def read_bytes(path: Path, limit: int = MAX_DOCUMENT_BYTES) -> bytes:
     return data
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises SourceError when the file is not one."""
-    return _parse_object(read_bytes(path), path, "")
+def read_json(path: Path, limit: int = MAX_DOCUMENT_BYTES) -> dict[str, Any]:
+    """A JSON object of at most `limit` bytes; raises SourceError when the file is not one."""
+    return _parse_object(_read_text(path, limit), path, "")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """A JSON object a line, blank lines left out; raises SourceError naming the bad line."""
-    lines = read_bytes(path).splitlines()
+    lines = _read_text(path, MAX_DOCUMENT_BYTES).splitlines()
     return [
         _parse_object(line, path, f"line {number}: ")
         for number, line in enumerate(lines, 1)
         if line.strip()
     ]
+
+
+def _read_text(path: Path, limit: int) -> bytes:
+    """JSON, not parsed yet, of a bounded number of values: three bytes become a hundred in memory.
+
+    Counted by their punctuation, of which words may have some as well. What we and the sources
+    write takes more than VALUE_BYTES a value.
+    """
+    text = read_bytes(path, limit)
+    weights = {b",": 1, b":": 1, b"\n": 1, b"[": 2, b"{": 3}
+    if sum(weight * text.count(mark) for mark, weight in weights.items()) > limit // VALUE_BYTES:
+        problem = "holds more values than any file of its kind"
+        raise SourceError(path, problem, "check that it is the right file")
+    return text
+
+
+VALUE_BYTES = 32
 
 
 def _parse_object(text: bytes, path: Path, where: str) -> dict[str, Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import glob
 import logging
+import random
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -16,7 +18,8 @@ from urllib.parse import quote
 from occgen_hub.card import write_card
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.files import files_under, links_out
-from occgen_hub.lerobot.exported import FOLDERS, exported
+from occgen_hub.hub_token import check_sendable
+from occgen_hub.lerobot.export_check import FOLDERS, exported
 from occgen_hub.lerobot.v30 import CODEBASE
 from occgen_hub.loading import Trajectory, trajectories
 from occgen_hub.runtime.report import FAILURES, REPORT
@@ -35,6 +38,12 @@ MAX_BYTES = 20 * 10**9
 LEFT_OUT = (".*", "*/.*", FAILURES, REPORT)
 """What stays here: hidden files and folders, and what a run says of itself, with this machine's
 paths."""
+
+CONFLICTS = (409, 412)
+"""What the Hub answers where another commit or tag came first."""
+
+PAUSES = (0.2, 0.5, 1.0, 2.0)
+"""Seconds before trying again, about."""
 
 TITLE = "Upload dataset with OccGen Hub"
 MAIN = "main"
@@ -67,10 +76,8 @@ def check_target(repo_id: str, revision: str | None = None, create_pr: bool = Fa
 
 
 def check_token(repo_id: str) -> None:
-    """Raise HubError when there is no token; whether it is good, the Hub says."""
-    from huggingface_hub import get_token
-
-    if get_token() is None:
+    """Raise OccGenError when no token can be sent; whether it is good, the Hub says."""
+    if not check_sendable():
         raise HubError(
             f"{repo_id}: there is no token to push with; run hf auth login, or set HF_TOKEN, with "
             "a token that may write."
@@ -172,18 +179,34 @@ def push(
             target, page = _pull_request(api, repo_id)
         elif revision not in (None, MAIN):
             target, page = _branch(api, repo_id, revision)
-        done = api.upload_folder(
-            repo_id=repo_id,
-            repo_type="dataset",
-            folder_path=root,
-            revision=target,
-            commit_message=TITLE,
-            ignore_patterns=[*LEFT_OUT, *links],
-            delete_patterns=_outdated(api, repo_id, target, root) or None,
+        done = _beside_others(
+            lambda: api.upload_folder(
+                repo_id=repo_id,
+                repo_type="dataset",
+                folder_path=root,
+                revision=target,
+                commit_message=TITLE,
+                ignore_patterns=[*LEFT_OUT, *links],
+                delete_patterns=_outdated(api, repo_id, target, root) or None,
+            )
         )
         if target == MAIN:
-            _tag(api, repo_id, done.oid, _version(root))
+            _beside_others(lambda: _tag(api, repo_id, done.oid, _version(root)))
     return f"{api.endpoint}/datasets/{repo_id}{page}"
+
+
+def _beside_others[Value](action: Callable[[], Value]) -> Value:
+    """Do what fails where another push does the same at that moment, once more if need be."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for pause in PAUSES:
+        try:
+            return action()
+        except HfHubHTTPError as error:
+            if error.response.status_code not in CONFLICTS:
+                raise
+            time.sleep(pause * (0.5 + random.random()))
+    return action()
 
 
 def _make_repository(api: HfApi, repo_id: str, private: bool) -> None:
@@ -249,12 +272,15 @@ def _version(root: Path) -> str:
 
 def _tag(api: HfApi, repo_id: str, commit: str, version: str) -> None:
     """Move the tag by which LeRobot finds what it can read, as its own push does."""
+    from huggingface_hub.errors import RevisionNotFoundError
+
     tags = api.list_repo_refs(repo_id, repo_type="dataset").tags
     old = next((tag.target_commit for tag in tags if tag.name == version), None)
     if old == commit:
         return
     if old is not None:
-        api.delete_tag(repo_id, tag=version, repo_type="dataset")
+        with suppress(RevisionNotFoundError):  # Another push was faster.
+            api.delete_tag(repo_id, tag=version, repo_type="dataset")
     api.create_tag(repo_id, tag=version, revision=commit, repo_type="dataset")
 
 
@@ -318,6 +344,8 @@ def _refused(repo_id: str, endpoint: str, error: HfHubHTTPError) -> HubError:
         problem, remedy = "the token may not write there", "use one that may, or another --repo-id"
     elif status == 404:
         problem, remedy = "is not there, or hidden from the token", "check --repo-id and --revision"
+    elif status in CONFLICTS:
+        problem, remedy = "others write there all the time", "run the same command again later"
     elif status == 429 or status >= 500:
         return HubError(
             f"{endpoint}: cannot take it at the moment ({said}); run the same command again later, "

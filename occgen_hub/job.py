@@ -2,26 +2,59 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from occgen_hub.builder import (
     DatasetBuilder,
     EpisodeRef,
     builder_names,
+    id_problem,
     load_builder,
+    other_source,
 )
+from occgen_hub.camera_mapping import CameraMapping
 from occgen_hub.config import Config
-from occgen_hub.engines import AUTO, Auto, Engine, load_engine, network_engine
+from occgen_hub.engines import (
+    AUTO,
+    Auto,
+    Engine,
+    check_license,
+    load_engine,
+    network_engine,
+    without_fetching,
+)
 from occgen_hub.episode_build import Settings, why_outdated
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.files import printable
+from occgen_hub.hub_source import HubSource, select_scenes
+from occgen_hub.kinds import check_not_built
 from occgen_hub.lerobot.writer import Media
+from occgen_hub.scenes import (
+    SceneRecord,
+    SceneRef,
+    digest,
+    list_archives,
+    read_scene,
+    selected,
+    why_scene_outdated,
+)
 from occgen_hub.schema import load_schema
+from occgen_hub.scratch import DEFAULT_LIMIT, ScratchPlace
 from occgen_hub.up_to_date import check_replaceable
+
+logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    from occgen_hub.engines.network import Outlook
+
+License = Literal["any", "commercial"]
+"""What the weights of a network have to allow."""
 
 
 def check_paths(root: Path, out: Path) -> None:
@@ -48,24 +81,94 @@ def check_paths(root: Path, out: Path) -> None:
         raise UsageError(f"{out}: is a file; give a folder as --output.")
 
 
-def list_episodes(builder: DatasetBuilder, limit: int | None = None) -> list[EpisodeRef]:
-    """The episodes to build, at most `limit`; raises UsageError when there are none."""
+def list_refs(
+    builder: DatasetBuilder, limit: int | None = None, scenes: Sequence[str] = ()
+) -> list[EpisodeRef | SceneRef]:
+    """What to build, sorted: the episodes, and the archives, whose episodes are not known yet.
+
+    limit: at most so many of them; scenes: patterns of the scenes to build, all if there are none.
+    Raises UsageError when there is nothing.
+    """
+    archives = list(list_archives(builder.root)) if builder.takes_archives else []
+    if not archives:
+        return [*list_episodes(builder, limit, scenes)]
+    root = builder.root
+    unpacked = {} if root.is_file() else {ref.id: ref for ref in builder.episodes()}
+    beside = {"/".join(name.split("/")[:-1]) for name in unpacked}
+    kept = [ref for ref in archives if ref.id not in beside]
+    if passed := len(archives) - len(kept):
+        logger.warning(
+            "Warning: %s: %d archives are unpacked beside themselves already: their folders count.",
+            printable(str(root)), passed,
+        )  # fmt: skip
+    found: list[EpisodeRef | SceneRef] = [*unpacked.values(), *kept]
+    found.sort(key=lambda ref: ref.id)
+    return _checked(builder, _selected(builder.root, found, scenes)[:limit])
+
+
+def list_episodes(
+    builder: DatasetBuilder, limit: int | None = None, scenes: Sequence[str] = ()
+) -> list[EpisodeRef]:
+    """The episodes to build, at most `limit`.
+
+    Raises UsageError when there are none, when two have the same id or one has an id that is none,
+    and when what they are made from is a dataset that was built.
+    """
+    check_not_built(builder.root, [builder.root])
     if builder.root.is_file() and not builder.takes_file:
         raise UsageError(
-            f"{builder.root}: is not a folder; give the root of the source tree as --input, or "
-            f"another --source than {builder.name}: {', '.join(builder_names())}."
+            f"{builder.root}: is not a folder; "
+            + (
+                other_source(builder.root, builder.name)
+                or "give the root of the source tree as --input, or another --source than "
+                f"{builder.name}: {', '.join(builder_names())}"
+            )
+            + "."
         )
     refs: list[EpisodeRef] = []
+    others = False
     for ref in builder.episodes():
         if limit is not None and len(refs) >= limit:
             break
-        refs.append(ref)
+        if selected(ref.id, scenes):
+            refs.append(ref)
+        others = True
+    if others and not refs:
+        _selected(builder.root, refs, scenes)
     if not refs:
         raise UsageError(
-            f"{builder.root}: holds no episode that the source {builder.name} knows; give the root "
-            "of the tree, above its groups and scenes, or another --source: "
-            f"{', '.join(builder_names())}."
+            f"{builder.root}: holds no episode that the source {builder.name} knows; "
+            + (
+                other_source(builder.root, builder.name)
+                or "give the root of the tree, above its groups and scenes, or another --source: "
+                + ", ".join(builder_names())
+            )
+            + "."
         )
+    check_not_built(builder.root, (ref.path for ref in refs))
+    for ref in refs:
+        if problem := id_problem(ref.id):
+            raise UsageError(
+                f"{ref.path}: the source {builder.name} calls it {printable(ref.id)!r}, which "
+                f"{problem}; the source has to give <group>/<scene>/<trajectory>."
+            )
+    return _checked(builder, refs)
+
+
+def _selected[Ref: EpisodeRef | SceneRef](
+    root: Path | HubSource, refs: list[Ref], scenes: Sequence[str]
+) -> list[Ref]:
+    """Those of the scenes that match; raises UsageError where none does."""
+    found = [ref for ref in refs if selected(ref.id, scenes)]
+    if not found:
+        raise UsageError(
+            f"--scenes {' '.join(scenes)}: matches no scene of {root}; give a pattern such as "
+            "'r2r/*' for its group and name, or its name alone."
+        )
+    return found
+
+
+def _checked[Ref: EpisodeRef | SceneRef](builder: DatasetBuilder, refs: list[Ref]) -> list[Ref]:
     seen = Counter(ref.id for ref in refs)
     if twice := [name for name, count in seen.items() if count > 1]:
         raise UsageError(f"{builder.root}: holds the episode {twice[0]} twice; rename one of them.")
@@ -74,21 +177,39 @@ def list_episodes(builder: DatasetBuilder, limit: int | None = None) -> list[Epi
 
 def choose_engine(
     builder: DatasetBuilder,
-    refs: Sequence[EpisodeRef],
+    refs: Sequence[EpisodeRef | SceneRef],
     name: str = AUTO,
     weights: Path | None = None,
     device: str | None = None,
+    license: License = "any",
 ) -> Engine:
     """The engine for these episodes: the one named, else the builder's own.
 
-    For `auto`, weights are looked for only where some episode has no depth. Raises UsageError when
-    the engine, its weights or the device cannot be had; but where some episodes have depth, and no
+    For `auto`, weights are looked for only where some episode has no depth. Where there are scenes
+    to fetch, nobody knows yet: then weights are used if they are there. Raises UsageError when
+    the engine, its weights or the device cannot be had, or its weights allow less
+    than `license`; but where some episodes have depth, and no
     weights were named, the others may as well fail one by one.
     """
     name = builder.engine if name == AUTO else name
+    commercial = license == "commercial"
     if name != AUTO:
-        return load_engine(name, weights, device)
-    have = [builder.has_depth(ref) for ref in refs]
+        engine = load_engine(name, weights, device)
+        if commercial:
+            check_license(engine)
+        return engine
+    have = [builder.has_depth(ref) for ref in refs if isinstance(ref, EpisodeRef)]
+    if len(have) < len(refs):
+        try:
+            with without_fetching():
+                auto = Auto(network_engine(weights, device, commercial=commercial))
+            if commercial:
+                check_license(auto)
+            return auto
+        except UsageError as error:
+            if weights is not None:
+                raise
+            return Auto(None, str(error).splitlines()[0].rstrip("."))
     if all(have):
         if weights is not None:
             raise UsageError(
@@ -97,18 +218,45 @@ def choose_engine(
             )
         return Auto()
     try:
-        return Auto(network_engine(weights, device))
+        auto = Auto(network_engine(weights, device, commercial=commercial))
+        if commercial:
+            check_license(auto)
+        return auto
     except UsageError as error:
         if weights is not None or not any(have):
             raise
         return Auto(None, str(error).splitlines()[0].rstrip("."))
 
 
-def check_conditions(builder: DatasetBuilder, refs: Sequence[EpisodeRef], config: Config) -> None:
+def outlook(job: Job, refs: Sequence[EpisodeRef | SceneRef]) -> dict[str, Outlook]:
+    """What the network will take for each of the episodes, by id, as far as that is known."""
+    from occgen_hub.engines.network import NetworkEngine
+
+    found = {}
+    for ref in refs:
+        if not isinstance(ref, EpisodeRef):
+            continue  # A scene's episodes are not known yet.
+        footage = job.builder.footage(ref)
+        if footage is None:
+            continue
+        has_depth = job.builder.has_depth(ref)
+        try:
+            engine = job.settings.engine.for_episode(ref.id, has_depth=has_depth)
+        except OccGenError:
+            continue
+        if isinstance(engine, NetworkEngine):
+            length, image_size = footage
+            found[ref.id] = engine.outlook(length, image_size, job.settings.config)
+    return found
+
+
+def check_conditions(
+    builder: DatasetBuilder, refs: Sequence[EpisodeRef | SceneRef], config: Config
+) -> None:
     """Raise UsageError where a network is to be told what no episode of the source has."""
     for condition in config.condition:
         if condition == "depth":
-            there = any(builder.has_depth(ref) for ref in refs)
+            there = any(isinstance(ref, SceneRef) or builder.has_depth(ref) for ref in refs)
         else:
             there = condition in builder.knows
         if not there:
@@ -122,18 +270,37 @@ def check_conditions(builder: DatasetBuilder, refs: Sequence[EpisodeRef], config
 class Job:
     """What is to be built: the episodes of a source, where they go, and how.
 
-    parquet_occupancy: whether the dataset has its occupancy as Parquet as well; limited: whether
-    `refs` are not all episodes of the source; device: where networks run, None for a GPU if there
-    is one.
+    refs: the episodes, and the scenes whose episodes are known when they are fetched;
+    parquet_occupancy: whether the dataset has its occupancy as Parquet as well;
+    parquet_images: whether its images, depth and tasks are in the same files; limited: whether
+    `refs` are not all of the source; device: where networks run, None for a GPU if there is one;
+    hub: where scenes are downloaded from, at a commit; scratch: where they are put, None for the
+    hidden folder `.scratch` of the output.
     """
 
     builder: DatasetBuilder
-    refs: Sequence[EpisodeRef]
+    refs: Sequence[EpisodeRef | SceneRef]
     out: Path
     settings: Settings
     parquet_occupancy: bool = True
     limited: bool = False
     device: str | None = None
+    hub: HubSource | None = None
+    scratch: ScratchPlace | None = None
+    parquet_images: bool = False
+
+    def part(self, workers: int) -> Job:
+        """The same for one of so many processes, which are given what to build as they go."""
+        return replace(self, refs=(), scratch=self.scratch_place.shared(workers))
+
+    @property
+    def scratch_place(self) -> ScratchPlace:
+        """Where scenes are put while they are built."""
+        return self.scratch or ScratchPlace(self.out / ".scratch")
+
+    def work(self, ref: EpisodeRef | SceneRef) -> float:
+        """About how much work an episode or a scene is, next to others of its kind."""
+        return float(ref.bytes) if isinstance(ref, SceneRef) else self.builder.work(ref)
 
     def on(self, device: str | None) -> Job:
         """The same job with its network on another device; None for a GPU if there is one.
@@ -143,10 +310,20 @@ class Job:
         engine = self.settings.engine.on(device)
         return replace(self, settings=replace(self.settings, engine=engine), device=device)
 
-    def reason_to_build(self, ref: EpisodeRef) -> str | None:
-        """Why an episode would be built or tried; None if it is up to date."""
+    def why_scene_outdated(self, ref: SceneRef, record: SceneRecord | None) -> str | None:
+        """Why a scene would be fetched; None where all that it holds is built from it."""
+        if self.settings.overwrite:
+            return "is there, --overwrite"
+        schema = load_schema(self.builder.schema)
+        return why_scene_outdated(ref, record, self.out, self.scene_choices, schema)
+
+    def reason_to_build(self, ref: EpisodeRef | SceneRef) -> str | None:
+        """Why an episode or a scene would be built or tried; None if it is up to date."""
         try:
-            reason = why_outdated(self.builder, ref, self.out, self.settings)
+            if isinstance(ref, SceneRef):
+                reason = self.why_scene_outdated(ref, read_scene(self.out, ref.id))
+            else:
+                reason = why_outdated(self.builder, ref, self.out, self.settings)
         except OccGenError as error:
             return f"would fail: {error}"
         if reason is None and not self.settings.overwrite:
@@ -165,13 +342,23 @@ class Job:
     def choices(self) -> str:
         """How its episodes are built, whichever they are: the same on all devices."""
         engine = self.settings.engine.on("cpu")
-        return str([self.builder.name, replace(self.settings, engine=engine, overwrite=False)])
+        settings = replace(self.settings, engine=engine, overwrite=False)
+        return str([self.builder.name, self.builder.cameras, settings])
+
+    @cached_property
+    def scene_choices(self) -> str:
+        """What the record of a scene says of `choices`."""
+        return digest(self.choices)
 
     def described(self) -> dict[str, Any]:
         """What a report says of it."""
         settings = self.settings
+        root = printable(str(self.hub or self.builder.root))
+        source: dict[str, Any] = {"builder": self.builder.name, "root": root}
+        if cameras := [camera.said() for camera in self.builder.cameras]:
+            source["cameras"] = cameras
         return {
-            "source": {"builder": self.builder.name, "root": printable(str(self.builder.root))},
+            "source": source,
             "output": printable(str(self.out)),
             "engine": settings.engine.name,
             "config": settings.config.model_dump(mode="json"),
@@ -181,9 +368,10 @@ class Job:
 
 def open_job(
     source: str,
-    root: Path,
+    root: Path | str,
     out: Path,
     *,
+    cameras: Sequence[CameraMapping] = (),
     engine: str = AUTO,
     weights: Path | None = None,
     device: str | None = None,
@@ -192,19 +380,44 @@ def open_job(
     limit: int | None = None,
     overwrite: bool = False,
     parquet_occupancy: bool = True,
+    license: License = "any",
+    parquet_images: bool = False,
+    scenes: Sequence[str] = (),
+    scratch: Path | None = None,
+    scratch_limit: int = DEFAULT_LIMIT,
 ) -> Job:
     """What `occgen-hub build` is to do with the options of these names; nothing is done yet.
 
-    Raises UsageError when one of them is wrong.
+    scratch_limit: in bytes. Raises UsageError when one of them is wrong, and HubSourceError where
+    the Hub does not list what `root` names.
     """
-    config = config or Config()
-    check_paths(root, out)
-    builder = load_builder(source, root)
-    refs = list_episodes(builder, limit)
+    if parquet_images and not parquet_occupancy:
+        raise UsageError("--parquet-images: goes into the occupancy as Parquet; keep that.")
+    config, hub = config or Config(), HubSource.parse(root)
+    root = Path(root)
+    builder = load_builder(source, root, cameras, hfov=config.hfov)
+    refs: Sequence[EpisodeRef | SceneRef]
+    if hub is None:
+        check_paths(root, out)
+        refs = list_refs(builder, limit, scenes)
+    else:
+        if not builder.takes_archives:
+            raise UsageError(
+                f"--source {source}: is not read from the Hub; download {hub} and give its folder."
+            )
+        hub, listed = hub.listed()
+        found: list[EpisodeRef | SceneRef] = [*_selected(hub, select_scenes(listed, hub), scenes)]
+        refs = _checked(builder, found[:limit])
     for ref in refs:
-        check_replaceable(out / ref.id, load_schema(builder.schema))
-    chosen = choose_engine(builder, refs, engine, weights, device)
+        if isinstance(ref, EpisodeRef):
+            check_replaceable(out / ref.id, load_schema(builder.schema))
+    chosen = choose_engine(builder, refs, engine, weights, device, license)
     chosen.check(config)
     check_conditions(builder, refs, config)
     settings = Settings(config, chosen, media, overwrite)
-    return Job(builder, refs, out, settings, parquet_occupancy, limit is not None, device)
+    limited = limit is not None or bool(scenes)
+    place = ScratchPlace((scratch or out / ".scratch").absolute(), scratch_limit)
+    return Job(
+        *(builder, refs, out, settings, parquet_occupancy, limited, device, hub, place),
+        parquet_images=parquet_images,
+    )

@@ -13,7 +13,8 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from math import isfinite, prod
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from occgen_hub.config import MAX_CELLS
 from occgen_hub.errors import DatasetError, SourceError, UsageError
 from occgen_hub.files import (
+    MAX_RECORD_BYTES,
     PUT_FILE,
     leads_out,
     opened,
@@ -42,7 +44,7 @@ from occgen_hub.schema import Schema, load_schema
 REBUILD = "remove this trajectory's folder and build it again"
 NOT_BUILT = "give the folder that occgen-hub build wrote or, if it is that, run the build again"
 EXPORT = "meta/occgen_export.json"
-"""The record of an export, which `lerobot.exported` reads."""
+"""The record of an export, which `lerobot.export_check` reads."""
 
 MAX_ARRAY_BYTES = 1 << 31
 CHUNK = 1 << 22
@@ -257,11 +259,18 @@ def _place(folder: Path, name: str) -> Path:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A built trajectory on disk; each call reads the file that it needs, and no other."""
+    """A built trajectory on disk.
+
+    A file is read when it is first asked for. Tables, meta files and row ends are kept; what is as
+    large as the frames (cells, masks, images) is read anew each time.
+    """
 
     path: Path
     schema: Schema
     record: dict[str, Any]
+    _kept: dict[tuple[str, str], Any] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @classmethod
     def open(cls, path: Path) -> Trajectory:
@@ -269,7 +278,7 @@ class Trajectory:
         schema = load_schema(SCHEMA)
         mark = _place(path, schema.path("record"))
         try:
-            record = read_json(mark)
+            record = read_json(mark, MAX_RECORD_BYTES)
         except SourceError as error:
             raise DatasetError(mark, error.problem, NOT_BUILT) from None
         for key, kind in RECORD.items():
@@ -281,7 +290,7 @@ class Trajectory:
         """The place of a file of the schema; raises DatasetError for a link out of the folder."""
         return _place(self.path, self.schema.path(key, frame))
 
-    @property
+    @cached_property
     def grid(self) -> Grid:
         """The camera grid of its occupancy."""
         try:
@@ -315,14 +324,25 @@ class Trajectory:
 
     def info(self) -> dict[str, Any]:
         """meta/info.json."""
-        return read_json(self.file("info"))
+        return self.document("info")[0]
+
+    def document(self, key: str) -> list[dict[str, Any]]:
+        """The objects of a JSON Lines file of the schema, or the one of a JSON file."""
+        if ("document", key) not in self._kept:
+            path, lines = self.file(key), self.schema.files[key].kind == "jsonl"
+            self._kept["document", key] = read_jsonl(path) if lines else [read_json(path)]
+        return self._kept["document", key]  # type: ignore[no-any-return]
 
     def tasks(self) -> list[str]:
         """The instructions, in words, by task_index."""
-        return [str(row.get("task", "")) for row in read_jsonl(self.file("tasks"))]
+        return [str(row.get("task", "")) for row in self.document("tasks")]
 
     def table(self) -> pa.Table:
         """The parquet; raises DatasetError when it cannot be read."""
+        return self._table
+
+    @cached_property
+    def _table(self) -> pa.Table:
         path = self.file("frames")
         try:
             table = read_parquet(path)
@@ -333,15 +353,22 @@ class Trajectory:
         return table
 
     def column(self, name: str) -> NDArray[Any]:
-        """A column of the schema as (T, *shape), or (T,) for plain numbers."""
+        """A column of the schema as (T, *shape), or (T,) for plain numbers; read-only."""
+        if ("column", name) not in self._kept:
+            self._kept["column", name] = self._read_column(name)
+        return self._kept["column", name]  # type: ignore[no-any-return]
+
+    def _read_column(self, name: str) -> NDArray[Any]:
         table = self.table()
         feature = self.schema.features[name]
         if name not in table.column_names or table[name].type != feature.arrow_type():
             raise DatasetError(self.file("frames"), f"has no column {name} of its type", REBUILD)
         try:
-            return feature.to_numpy(table[name])
+            values = feature.to_numpy(table[name]).view()
         except ValueError as error:
             raise DatasetError(self.file("frames"), f"column {name}: {error}", REBUILD) from None
+        values.flags.writeable = False
+        return values
 
     def world_from_camera(self) -> NDArray[np.float64]:
         """(T, 4, 4) float64, OpenCV axes, metres."""
@@ -357,17 +384,6 @@ class Trajectory:
             raise DatasetError(self.file("frames"), "holds intrinsics of no camera", REBUILD)
         return K
 
-    def visible(self) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
-        """The visible occupied cells: (T + 1,) row ends and (n,) columns, as in a CSR matrix."""
-        ends, stored = self._rows("visible")
-        columns = stored.load()
-        self._check_columns("visible", columns)
-        return ends, columns
-
-    def visible_ends(self) -> NDArray[np.integer]:
-        """(T + 1,) row ends of the visible occupied cells, as in a CSR matrix."""
-        return self.row_ends("visible")
-
     def visible_frames(self) -> Iterator[NDArray[np.integer]]:
         """(n,) columns of the visible occupied cells of each frame in order, one in memory."""
         return self._frames("visible")
@@ -382,7 +398,7 @@ class Trajectory:
         They are empty where there is no file of them, since nothing moves. Raises DatasetError
         where the file has not as many rows as that of the visible cells.
         """
-        frames = len(self.visible_ends()) - 1
+        frames = len(self.row_ends("visible")) - 1
         if not self.has_dynamic():
             yield from (np.zeros(0, np.int32) for _ in range(frames))
             return
@@ -393,7 +409,7 @@ class Trajectory:
         yield from self._frames("dynamic")
 
     def row_ends(self, key: str) -> NDArray[np.integer]:
-        """(T + 1,) row ends of a CSR file of the schema, such as `visible`."""
+        """(T + 1,) row ends of a CSR file of the schema: where each frame's cells end."""
         return self._rows(key)[0]
 
     def _frames(self, key: str) -> Iterator[NDArray[np.integer]]:
@@ -405,11 +421,14 @@ class Trajectory:
 
     def _rows(self, key: str) -> tuple[NDArray[np.integer], NpzArray]:
         path = self.file(key)
-        ends = npz_array(path, "indptr").check("i", None).load()
         columns = npz_array(path, "indices").check("i", None)
+        if ("row ends", key) in self._kept:
+            return self._kept["row ends", key], columns
+        ends = npz_array(path, "indptr").check("i", None).load()
         rising = len(ends) and ends[0] == 0 and (ends[1:] >= ends[:-1]).all()
         if not rising or ends[-1] != columns.shape[0]:
             raise DatasetError(path, "is not a CSR matrix", REBUILD)
+        self._kept["row ends", key] = ends
         return ends, columns
 
     def _check_columns(self, key: str, columns: NDArray[np.integer]) -> None:
@@ -458,4 +477,6 @@ class Trajectory:
     def depth(self, frame: int) -> NDArray[np.float64] | None:
         """(H, W) float64 metres, or None where depth was left out."""
         path = self.file("depth", frame)
-        return read_depth(path, self.image_size) / 10_000 if path.is_file() else None
+        if not path.is_file():
+            return None
+        return read_depth(path, self.image_size) / self.schema.depth_units_per_metre

@@ -52,7 +52,9 @@ def reconstruct(
     views = engine.reconstruct(episode, config, scratch, progress)
     check_views(views, episode)
     views, alignment = align(views, episode)
-    convention_notes = check_conventions(views, episode.id, config)
+    convention_notes = check_conventions(
+        views, episode.id, config, fps=episode.fps, assumed_view=episode.assumed_view
+    )
     check_reach(views, config, episode.id)
     # A network's own work takes long; that of sensors is to decode their frames, in fusion.
     fused = fuse(views, config, (lambda _: None) if engine.uses_device() else progress)
@@ -69,6 +71,7 @@ def reconstruct(
         scale=1.0 if alignment is None else alignment.sim3.scale,
         alignment=alignment,
         quality=fused.quality,
+        windows=views.windows,
         notes=tuple(notes),
     )
 

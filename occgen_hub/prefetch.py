@@ -1,4 +1,4 @@
-"""Doing the next few items in threads while the present one is used, and the last few after it."""
+"""Work in threads: computing the next results early, and finishing the last ones late."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _END = object()
 
 
 GPU_SHARED_BY = "OCCGEN_GPU_SHARED_BY"
-"""Where it is said how many processes use this process's GPU; it is set for them, not by users."""
+"""Environment variable: how many processes share this process's GPU. Set by OccGen Hub."""
 
 
 def own_threads() -> int:
@@ -22,8 +22,10 @@ def own_threads() -> int:
     return int(os.environ.get("NUMBA_NUM_THREADS") or len(os.sched_getaffinity(0)))
 
 
-def ahead[Item, Result](work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`map(work, items)`, in order, with as many results ready ahead as there are threads.
+def prefetch[Item, Result](
+    work: Callable[[Item], Result], items: Iterable[Item]
+) -> Iterator[Result]:
+    """`map(work, items)`, in order, with as many results ready as there are threads.
 
     For work that lets go of the interpreter, as decoding does. There are `own_threads()` threads.
     An error comes out where its result would.
@@ -44,7 +46,7 @@ def ahead[Item, Result](work: Callable[[Item], Result], items: Iterable[Item]) -
 
 
 @contextmanager
-def behind[Item](
+def background[Item](
     work: Callable[[Item], object], depth: int = 4
 ) -> Iterator[Callable[[Item], None]]:
     """A function that hands items to `work`, done in order in a thread, at most `depth` waiting.
@@ -58,7 +60,7 @@ def behind[Item](
     def take() -> None:
         while (item := waiting.get()) is not _END:
             if errors:
-                continue  # Whoever hands items on must never wait for ever.
+                continue  # Keep emptying the queue, so that nobody waits for ever.
             try:
                 work(item)  # type: ignore[arg-type]  # _END apart, only Items are put in
             except BaseException as error:
@@ -74,7 +76,7 @@ def behind[Item](
     try:
         yield hand
     except BaseException:
-        errors.append(InterruptedError())  # What waits is not worth doing any more.
+        errors.append(InterruptedError())  # Skip what is still queued.
         raise
     finally:
         waiting.put(_END)

@@ -12,6 +12,7 @@ from occgen_hub.episode import Note
 from occgen_hub.fusion.quality import Quality
 from occgen_hub.geometry.alignment import Alignment
 from occgen_hub.geometry.cloud import Cloud
+from occgen_hub.views import WindowRecord
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Scene:
         scale: what the engine's lengths were multiplied by to become metres.
         alignment: how well the engine's cameras fit onto the source's; None where it was not asked.
         quality: how well the frames agree; None where they were not compared.
+        windows: how a network's windows were put together; None where there was no network.
         notes: what a user should know.
     """
 
@@ -37,4 +39,5 @@ class Scene:
     scale: float = 1.0
     alignment: Alignment | None = None
     quality: Quality | None = None
+    windows: WindowRecord | None = None
     notes: tuple[Note, ...] = ()

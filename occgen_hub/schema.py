@@ -35,7 +35,10 @@ ARROW = {
 
 
 class Feature(BaseModel):
-    """A column: what `features` in info.json says of it, and whether every dataset has it."""
+    """A column: what `features` in info.json says of it, and whether every dataset has it.
+
+    other_kinds: whether a source may have something else under this name, which is passed through.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -43,6 +46,7 @@ class Feature(BaseModel):
     shape: tuple[Annotated[int, Field(ge=1)], ...]
     names: list[str] | None = None
     required: bool = True
+    other_kinds: bool = False
 
     @property
     def scalar(self) -> bool:
@@ -115,6 +119,8 @@ class Feature(BaseModel):
             if flat.null_count:
                 raise ValueError("a value is missing")
             fixed = pa.types.is_fixed_size_list(flat.type)
+            if not fixed and not pa.types.is_list(flat.type):
+                raise ValueError(f"expected arrays of shape {list(self.shape)}, not {flat.type}")
             counts = flat.type.list_size if fixed else np.diff(plain_numpy(flat.offsets))
             if not np.all(counts == width):
                 raise ValueError(f"expected arrays of shape {list(self.shape)}")
@@ -191,6 +197,7 @@ class Schema(BaseModel):
     features: dict[str, Feature]
     poses: str
     intrinsics: str
+    depth_units_per_metre: Annotated[int, Field(ge=1)]
     image_intrinsics: tuple[str, ...]
     files: dict[str, FileSpec]
     data_path: str
@@ -237,7 +244,7 @@ def feature_of(field: pa.Field, sample: Any) -> Feature | None:
 
 def _yaml(text: str) -> Any:
     """A document of YAML; in C where that is there, which takes a tenth of the time."""
-    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506  # safe
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # safe
 
 
 @cache

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -38,6 +39,7 @@ from occgen_hub.files import (
     parquet_file,
     plain,
     printable,
+    read_bytes,
     sha256,
 )
 from occgen_hub.index import (
@@ -55,6 +57,7 @@ from occgen_hub.index import (
     write_index,
 )
 from occgen_hub.loading import REBUILD, Trajectory, npz_array, trajectories
+from occgen_hub.media import encode_jpeg
 from occgen_hub.schema import Feature, plain_arrow, plain_texts
 
 FOLDER = "occupancy"
@@ -95,7 +98,8 @@ class Piece:
     """Frames `start` to `stop` of a trajectory, which go into one shard.
 
     path: the trajectory's folder; npz: bytes of its files, this piece's share; group_rows: frames
-    of a row group; sha256: of what the rows are made of, so that equal ones have equal rows.
+    of a row group; sha256: of what the rows are made of, so that equal ones have equal rows;
+    images: whether images, depth and tasks are among the columns.
     """
 
     path: Path
@@ -105,6 +109,7 @@ class Piece:
     npz: int
     group_rows: int
     sha256: str
+    images: bool = False
 
 
 class Row(NamedTuple):
@@ -118,6 +123,8 @@ class Row(NamedTuple):
     observed: NDArray[np.uint8]
     extrinsic: NDArray[np.float32]
     intrinsic: NDArray[np.float32]
+    media: tuple[bytes | None, bytes | None, str] | None = None
+    """The image, JPEG, and depth, PNG, where there are some, and the task in words."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +175,7 @@ def write_shards(
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
     drop_missing: bool = False,
+    images: bool = False,
 ) -> int:
     """Bring `out`/occupancy and `out`/index, `root`'s own if None, up to date with `root`.
 
@@ -179,7 +187,8 @@ def write_shards(
 
     workers: shards written at once; leave_out: folders of trajectories to go without; overwrite:
     whether those that are right are written as well; shard_bytes: of npz that go into one;
-    drop_missing: whether scenes without a trajectory here go out of the index, with their shards.
+    drop_missing: whether scenes without a trajectory here go out of the index, with their shards;
+    images: whether the shards have columns of images, depth and tasks.
     """
     out = root if out is None else out
     folder = out / FOLDER
@@ -190,7 +199,7 @@ def write_shards(
     plan = [
         shard
         for scene, found in scenes.items()
-        for shard in _plan(scene, _pieces(found, shard_bytes), shard_bytes)
+        for shard in _plan(scene, _pieces(found, shard_bytes, images), shard_bytes)
     ]
     missing, digests = [], _digests(trusted)
     there = set(_own_shards(out))
@@ -309,14 +318,17 @@ def _scenes(root: Path, leave_out: Collection[Path]) -> dict[str, list[tuple[str
     return dict(sorted(scenes.items()))
 
 
-def _pieces(found: Iterable[tuple[str, Path]], shard_bytes: int) -> Iterator[Piece]:
+def _pieces(found: Iterable[tuple[str, Path]], shard_bytes: int, images: bool) -> Iterator[Piece]:
     """The trajectories, those too long for one shard in equal parts."""
     for episode, path in found:
         trajectory = Trajectory.open(path)
         record, schema = trajectory.record, trajectory.schema
         keys = ("visible", "dynamic", "observed", "frames")
         sources = [record["files"].get(schema.path(key)) for key in keys]
-        digest = hashlib.sha256(dump_json([sources, record["grid"]]).encode()).hexdigest()
+        made_of = [sources, record["grid"]]
+        if images:
+            made_of += [record["files"], record["scene"]]
+        digest = hashlib.sha256(dump_json(made_of).encode()).hexdigest()
         files = trajectory.file("visible"), trajectory.file("observed")
         frames = npz_array(files[1], "data").check("u", None, None).shape[0]
         size = sum(file.stat().st_size for file in files)
@@ -324,7 +336,7 @@ def _pieces(found: Iterable[tuple[str, Path]], shard_bytes: int) -> Iterator[Pie
         for start, stop in pairwise(ends):
             share = size * (stop - start) // max(frames, 1)
             rows = group_rows(trajectory.grid.shape)
-            yield Piece(path, episode, start, stop, share, rows, digest)
+            yield Piece(path, episode, start, stop, share, rows, digest, images)
 
 
 def _plan(scene: str, pieces: Iterable[Piece], shard_bytes: int) -> list[Shard]:
@@ -377,9 +389,11 @@ def _rows(piece: Piece) -> Iterator[Row]:
         intrinsics,
         strict=True,
     )
+    media = _media(trajectory) if piece.images else None
     try:
         for row in islice(frames, piece.start, piece.stop):
-            yield Row(piece.episode, grid, *row)
+            found = None if media is None else media(row[0])
+            yield Row(piece.episode, grid, *row)._replace(media=found)
         if piece.stop == len(poses):
             next(frames, None)  # Files of unequal length show at their end.
     except ValueError:
@@ -387,7 +401,31 @@ def _rows(piece: Piece) -> Iterator[Row]:
         raise DatasetError(trajectory.file("visible"), problem, REBUILD) from None
 
 
-def _schema() -> pa.Schema:
+def _media(trajectory: Trajectory) -> Callable[[int], tuple[bytes | None, bytes | None, str]]:
+    """The image and depth of each frame as files, and its task in words."""
+    images, has_depth = trajectory.images(), trajectory.file("depth", 0).parent.is_dir()
+    has_images = trajectory.file("rgb", 0).parent.is_dir()
+    tasks, index = trajectory.tasks(), trajectory.column("task_index")
+
+    def read(frame: int) -> tuple[bytes | None, bytes | None, str]:
+        if has_images:
+            image: bytes | None = read_bytes(trajectory.file("rgb", frame))
+        else:
+            pixels = images(frame)
+            image = None if pixels is None else encode_jpeg(pixels)
+        depth = read_bytes(trajectory.file("depth", frame)) if has_depth else None
+        if not 0 <= index[frame] < len(tasks):
+            raise DatasetError(trajectory.file("tasks"), f"has no task of frame {frame}", REBUILD)
+        return image, depth, printable(tasks[index[frame]])
+
+    return read
+
+
+IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+"""Of the columns `image` and `depth`, as `datasets` stores images."""
+
+
+def _schema(images: bool) -> pa.Schema:
     """The shards' columns, with the types that `datasets` gives them."""
     fields = [feature.arrow_field(name) for name, feature in FEATURES.items()]
     described = {name: feature.datasets_type() for name, feature in FEATURES.items()}
@@ -396,6 +434,14 @@ def _schema() -> pa.Schema:
     described |= {"occupied": cells, "dynamic": cells, "observed": data}
     fields[3:3] = [pa.field(name, pa.list_(pa.int32())) for name in ("occupied", "dynamic")]
     fields[5:5] = [pa.field("observed", pa.binary())]
+    if images:
+        fields += [
+            pa.field("image", IMAGE),
+            pa.field("depth", IMAGE),
+            pa.field("task", pa.string()),
+        ]
+        described |= {name: {"_type": "Image"} for name in ("image", "depth")}
+        described["task"] = {"dtype": "string", "_type": "Value"}
     ordered = {field.name: described[field.name] for field in fields}
     return pa.schema(fields, {"huggingface": json.dumps({"info": {"features": ordered}})})
 
@@ -414,8 +460,20 @@ def _table(rows: tuple[Row, ...]) -> pa.Table:
     arrays["occupied"] = _lists([row.occupied for row in rows])
     arrays["dynamic"] = _lists([row.dynamic for row in rows])
     arrays["observed"] = plain_texts(pa.binary(), [row.observed.tobytes() for row in rows])
-    schema = _schema()
+    images = rows[0].media is not None
+    if images:
+        media = [row.media for row in rows if row.media is not None]
+        pictures, depths, tasks = zip(*media, strict=True)
+        arrays |= {"image": _files(pictures), "depth": _files(depths)}
+        arrays["task"] = plain_texts(pa.string(), [task.encode() for task in tasks])
+    schema = _schema(images)
     return pa.Table.from_arrays([arrays[name] for name in schema.names], schema=schema)
+
+
+def _files(contents: Sequence[bytes | None]) -> pa.Array:
+    """Files as `datasets` stores images, null where there is none."""
+    stored = [None if content is None else {"bytes": content} for content in contents]
+    return pa.array(stored, IMAGE)
 
 
 def _lists(cells: list[NDArray[np.integer]]) -> pa.ListArray:
@@ -455,7 +513,11 @@ def _write(place: Path, pieces: list[Piece], stop: Event) -> None:
             f"{name}.list.element": "DELTA_BINARY_PACKED" for name in ("occupied", "dynamic")
         },
     }
-    with atomic_file(place) as partial, pq.ParquetWriter(partial, _schema(), **how) as writer:
+    with (
+        atomic_file(place) as partial,
+        pa.OSFile(os.fsencode(partial), "wb") as file,  # A path may look like a URI.
+        pq.ParquetWriter(file, _schema(pieces[0].images), **how) as writer,
+    ):
         writer.add_key_value_metadata({_KEY: dump_json(_describe(pieces)).encode()})
         for piece in pieces:
             for rows in batched(_rows(piece), piece.group_rows):
@@ -534,12 +596,12 @@ def _check(root: Path, name: str, rows: list[Entry], here: dict[str, Path]) -> N
         if sha256(path) != rows[0].shard_sha256[rows[0].shards.index(name)]:
             raise DatasetError(path, "has another SHA-256 than the index says", "fetch it again")
         return
-    pieces = []
+    pieces, images = [], _has_images(path)
     for row in ordered:
         at = row.shards.index(name)
         stop = row.shard_starts[at + 1] if at + 1 < len(row.shards) else row.frames
         start, group = row.shard_starts[at], group_rows(row.shape)
-        pieces.append(Piece(here[row.episode], row.episode, start, stop, 0, group, ""))
+        pieces.append(Piece(here[row.episode], row.episode, start, stop, 0, group, "", images))
     place = 0
     tables = _groups(path)
     for expected in (part for piece in pieces for part in batched(_rows(piece), piece.group_rows)):
@@ -569,9 +631,18 @@ def _compare(path: Path, table: pa.Table, rows: tuple[Row, ...], place: int) -> 
     raise DatasetError(path, problem, REMAKE)
 
 
+def _has_images(path: Path) -> bool:
+    """Whether a shard has the columns of images; False where it cannot be read."""
+    try:
+        with parquet_file(path) as file:
+            return "image" in file.schema_arrow.names
+    except (*PARQUET_DAMAGE, SourceError):
+        return False
+
+
 def _groups(path: Path) -> Iterator[pa.Table]:
     """The row groups of a shard, one in memory; raises DatasetError when it is none."""
-    schema = plain(_schema().empty_table()).schema
+    schema = plain(_schema(_has_images(path)).empty_table()).schema
     try:
         with parquet_file(path) as file:
             if not plain(file.schema_arrow.empty_table()).schema.equals(schema):

@@ -34,12 +34,17 @@ def temporary_build(
     with tempfile.TemporaryDirectory(prefix="occgen-") as folder:
         # Links cost nothing, and are copies where the folder is on another disk.
         job = open_job(source, root, Path(folder), media="link", **options)
-        ref = _find(job.refs, episode)
+        ref = _find([ref for ref in job.refs if isinstance(ref, EpisodeRef)], episode)
         build_episode(job.builder, ref, job.out, job.settings, count)
         yield job.out / ref.id
 
 
 def _find(refs: Sequence[EpisodeRef], name: str) -> EpisodeRef:
+    if not refs:
+        raise UsageError(
+            f"{name}: only archives are there, which are not looked into for this; unpack its "
+            "scene and give that folder as --input."
+        )
     ends = [ref for ref in refs if ref.id == name or ref.id.endswith(f"/{name}")]
     exact = [ref for ref in ends if ref.id == name]
     if len(exact or ends) == 1:

@@ -11,7 +11,7 @@ from pathlib import Path
 from occgen_hub.builder import DatasetBuilder, EpisodeRef
 from occgen_hub.config import Config
 from occgen_hub.errors import SourceError, UsageError
-from occgen_hub.files import read_json
+from occgen_hub.files import MAX_RECORD_BYTES, read_json
 from occgen_hub.lerobot.writer import Provenance
 from occgen_hub.schema import Schema, load_schema
 
@@ -29,13 +29,14 @@ def outdated(
     if not place.exists():
         return "is not there", 0
     try:
-        record = read_json(place / schema.path("record"))
+        record = read_json(place / schema.path("record"), MAX_RECORD_BYTES)
         recorded = str(record["source"]["fingerprint"])
         files = list(record["files"])
     except (SourceError, KeyError, TypeError):
         return "has no usable record", 0
-    # Recorded before a setting was there, a configuration stands for that setting's default.
+    # A record that is older than a setting, or than the builder's version, stands for the default.
     record["config"] = {**Config().model_dump(mode="json"), **record["config"]}
+    record["source"] = {"builder_version": DatasetBuilder.version, **record["source"]}
     expected = provenance.record(schema, ref.id, recorded)
     for key, value in {"weights": None, **expected}.items():
         if record.get(key) != value:
@@ -105,7 +106,8 @@ def source_stamp(paths: Iterable[Path]) -> int:
         for path in (*files, *sorted({path.parent for path in files})):
             stat = path.stat()
             facts = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-            digest.update(os.fsencode(path.relative_to(shared)) + repr(facts).encode())
+            below = os.fspath(path)[len(shared) :].lstrip("/") or "."
+            digest.update(os.fsencode(below) + repr(facts).encode())
             newest = max(newest, *facts[1:])
     seconds = min(newest // 10**9, _LAST_SECOND)
     return seconds * 10**9 + int.from_bytes(digest.digest()[:8]) % 10**9

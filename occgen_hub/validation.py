@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,23 +20,25 @@ from occgen_hub.files import (
     files_under,
     links_out,
     printable,
-    read_json,
-    read_jsonl,
     sha256,
 )
 from occgen_hub.fusion.quality import Quality
 from occgen_hub.geometry.camera import intrinsics_problem
 from occgen_hub.geometry.ply import check_ply, read_ply
 from occgen_hub.geometry.poses import RIGID, rigidity_error
-from occgen_hub.lerobot.exported import check_export, exported, lengths
+from occgen_hub.lerobot.export_check import check_export, exported, lengths
 from occgen_hub.loading import REBUILD, NpzArray, Trajectory, npz_array, trajectories
 from occgen_hub.media import read_depth, read_rgb, video_facts
+from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.visibility import OBSERVED, OCCUPIED, trace
-from occgen_hub.prefetch import ahead
+from occgen_hub.prefetch import prefetch
 from occgen_hub.schema import ArraySpec, Feature, FileSpec
 from occgen_hub.shards import check_shards, missing_shards
 
 MAX_DIMENSIONS = 5
+MAX_FINDINGS = 20
+"""About the lines of one file."""
+
 RESTORE = "restore it from a copy, or remove this trajectory's folder and build it again"
 
 
@@ -86,8 +89,8 @@ def validate(
     those that its rays, stopped by those cells, reach: what `occ.mask` says was observed. Then the
     index and the Parquet shards, row by row against the trajectories. Of a dataset that is partly
     on this disk, what is here is checked. An export is checked against its record and itself (see
-    `lerobot.exported.check_export`). Links
-    that lead out of the dataset are findings, and what they lead to is not read.
+    `lerobot.export_check.check_export`). Links that lead out of the dataset are findings, and what
+    they lead to is not read.
 
     Trajectories whose frames do not agree well, as their records say, are warnings.
     """
@@ -97,6 +100,8 @@ def validate(
         return _exported(root, tuple(links.values()), progress)
     findings: list[Finding] = []
     found, frames = [], 0
+    grids: list[tuple[Path, Grid]] = []
+    poor: dict[str, list[str]] = {}
     try:
         found = trajectories(root)
     except SourceError as error:
@@ -105,16 +110,25 @@ def validate(
         problem = "holds no trajectory" if root.is_dir() else "is not a folder"
         findings.append(Finding(str(root), problem, "give the folder that occgen-hub build wrote"))
     for number, path in enumerate(found):
-        length, problems = check_trajectory(path)
-        frames += length
-        findings += problems
+        try:
+            check = _Check(Trajectory.open(path))
+            check.run()
+        except SourceError as error:
+            findings.append(Finding(error.path, error.problem, error.remedy))
+        else:
+            frames += check.frames
+            findings += check.findings
+            for code, text in _disagreement(check.trajectory.record):
+                poor.setdefault(code, []).append(f"{path}: {text}")
+            with suppress(SourceError):  # It has a finding of its own.
+                grids.append((path, check.trajectory.grid))
         progress(number + 1, len(found))
-    findings += _unlike(found)
+    findings += _unlike(grids)
     shard_findings, notes = _shards(root, findings)
     findings += shard_findings
     findings += _leftovers(root)
     others = (finding for finding in findings if finding.file not in links)
-    warnings = (*_poor(found), *notes)
+    warnings = (*(_warning(*texts) for texts in poor.values()), *notes)
     return Report(str(root), len(found), frames, (*links.values(), *others), warnings)
 
 
@@ -136,41 +150,20 @@ def _exported(
     return Report(str(root), len(episodes), sum(episodes.values()), findings)
 
 
-def check_trajectory(path: Path) -> tuple[int, list[Finding]]:
-    """The number of frames of a trajectory and everything that is wrong with it."""
-    try:
-        check = _Check(Trajectory.open(path))
-        check.run()
-    except SourceError as error:
-        return 0, [Finding(error.path, error.problem, error.remedy)]
-    return check.frames, check.findings
+def _disagreement(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The kind and the words of each way in which the frames of a trajectory do not agree."""
+    quality, config = Quality.from_record(record), record.get("config")
+    if quality is not None:
+        setting = config.get("refine_poses") if isinstance(config, dict) else None
+        yield from ((note.code, note.text) for note in quality.notes(setting))
 
 
-def _poor(found: list[Path]) -> Iterator[str]:
-    """A sentence for each way in which the frames of some trajectories do not agree."""
-    notes: dict[str, list[str]] = {}
-    for path in found:
-        try:
-            record = Trajectory.open(path).record
-        except SourceError:  # It has a finding of its own.
-            continue
-        quality, config = Quality.from_record(record), record.get("config")
-        if quality is not None:
-            setting = config.get("refine_poses") if isinstance(config, dict) else None
-            for note in quality.notes(setting):
-                notes.setdefault(note.code, []).append(f"{path}: {note.text}")
-    for first, *more in notes.values():
-        yield f"{first} (and {len(more)} more trajectories)." if more else f"{first}."
+def _warning(first: str, *more: str) -> str:
+    return f"{first} (and {len(more)} more trajectories)." if more else f"{first}."
 
 
-def _unlike(found: list[Path]) -> Iterator[Finding]:
-    """Trajectories with another grid than the first, which no batch can hold together."""
-    grids = []
-    for path in found:
-        try:
-            grids.append((path, Trajectory.open(path).grid))
-        except SourceError:  # It has a finding of its own.
-            continue
+def _unlike(grids: list[tuple[Path, Grid]]) -> Iterator[Finding]:
+    """The first trajectory with another grid than the first one, which no batch can hold too."""
     for path, grid in grids[1:]:
         if grid != grids[0][1]:
             problem = f"has {grid.shape} cells of {grid.voxel_size} m from {grid.lower}"
@@ -249,14 +242,15 @@ class _Check:
 
     def _documents(self) -> None:
         for key, spec in self.schema.files.items():
-            path = self.trajectory.file(key)
             if spec.json_schema is None or key == "record":
                 continue
-            if spec.kind == "json":
-                self._against(spec.json_schema, read_json(path), path, "")
-            else:
-                for number, row in enumerate(read_jsonl(path), 1):
-                    self._against(spec.json_schema, row, path, f"line {number}: ")
+            path, found = self.trajectory.file(key), len(self.findings)
+            for number, row in enumerate(self.trajectory.document(key), 1):
+                where = "" if spec.kind == "json" else f"line {number}: "
+                self._against(spec.json_schema, row, path, where)
+                if len(self.findings) - found >= MAX_FINDINGS:
+                    self.say(path, f"is looked at no further after line {number}")
+                    break
 
     def _against(self, name: str, value: Any, path: Path, where: str) -> None:
         validator = Draft202012Validator(self.schema.json_schemas[name])
@@ -279,7 +273,11 @@ class _Check:
         for name, feature in self.schema.features.items():
             if feature.required and name not in declared:
                 self.say(self.trajectory.file("info"), f"does not declare the feature {name}")
-            elif name in declared and declared[name].info() != feature.info():
+            elif (
+                name in declared
+                and declared[name].info() != feature.info()
+                and not feature.other_kinds
+            ):
                 self.say(
                     self.trajectory.file("info"), f"declares {name} otherwise than the schema does"
                 )
@@ -356,7 +354,7 @@ class _Check:
             return None
 
         held = [path for path, exists in zip(paths, there, strict=True) if exists]
-        for error in ahead(problem, held):
+        for error in prefetch(problem, held):
             if error is not None:
                 self.say(Path(error.path), error.problem, RESTORE)
 
@@ -406,10 +404,10 @@ class _Check:
                 f"says {info['total_frames']} frames, the parquet holds {self.frames}",
             )
         episodes = self.trajectory.file("episodes")
-        rows = read_jsonl(episodes)
+        rows = self.trajectory.document("episodes")
         if len(rows) != 1 or rows[0]["length"] != self.frames:
             self.say(episodes, f"does not describe one episode of {self.frames} frames")
-        tasks = read_jsonl(self.trajectory.file("tasks"))
+        tasks = self.trajectory.document("tasks")
         if [row["task_index"] for row in tasks] != list(range(info["total_tasks"])):
             self.say(self.trajectory.file("tasks"), f"does not number {info['total_tasks']} tasks")
         index = self.trajectory.column("task_index")
@@ -432,7 +430,7 @@ class _Check:
 
     def _stats(self) -> None:
         path = self.trajectory.file("stats")
-        rows = read_jsonl(path)
+        rows = self.trajectory.document("stats")
         if len(rows) != 1:
             self.say(path, "does not describe one episode")
             return

@@ -17,6 +17,21 @@ from occgen_hub.geometry.sim3 import Sim3
 
 
 @dataclass(frozen=True)
+class WindowRecord:
+    """How a long video was put together from windows.
+
+    size: frames of a window; scales: of each, how much larger its unit is than that of the first
+    one, which is how the network's scale drifts; candidates: pairs of frames that looked like one
+    place; loops: how many of them are.
+    """
+
+    size: int
+    scales: tuple[float, ...]
+    candidates: int = 0
+    loops: int = 0
+
+
+@dataclass(frozen=True)
 class Views:
     """An episode of T frames as its cameras saw it. Depth is decoded when asked for.
 
@@ -35,6 +50,8 @@ class Views:
         in_source_world: whether poses and depth are metres in the source's world. If not, they are
             in a world and a unit of the engine's own.
         scale: what `read_depth` is multiplied by to be in the unit of `world_from_camera`.
+        windows: how they were put together; None where all frames were seen at once, or by no
+            network.
         notes: what a user should know of them.
 
     The methods that take a frame number may be called from several threads at once.
@@ -52,6 +69,7 @@ class Views:
     edges: Literal["sensor", "network"] = "sensor"
     in_source_world: bool = True
     scale: float = 1.0
+    windows: WindowRecord | None = None
     notes: tuple[Note, ...] = ()
 
     def depth(self, frame: int, confidence: float = 0.0) -> NDArray[np.float32]:

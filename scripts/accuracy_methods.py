@@ -28,8 +28,8 @@ from occgen_hub.geometry.camera import continues, unproject
 from occgen_hub.geometry.cloud import VoxelDownsample
 from occgen_hub.geometry.poses import transform
 from occgen_hub.job import Job, list_episodes
-from occgen_hub.occupancy.bricks import into_bricks
 from occgen_hub.occupancy.grid import Grid, cell_centres, cell_numbers
+from occgen_hub.occupancy.point_blocks import into_blocks
 from occgen_hub.occupancy.visibility import observe
 from occgen_hub.prefetch import own_threads
 from occgen_hub.runtime.build import build_dataset
@@ -111,7 +111,7 @@ def build(builder: DatasetBuilder, out: Path, config: Config) -> None:
 
 def observed(episode: Episode, points: Points, config: Config) -> Iterator[Seen]:
     """What each frame sees of (n, 3) points, world metres, from the recorded poses."""
-    cloud, grid = into_bricks(points), Grid.of(config)
+    cloud, grid = into_blocks(points), Grid.of(config)
     for pose, K in zip(*_cameras(episode), strict=True):
         frame = observe(grid, cloud, pose, K, episode.image_size)
         yield Seen(frame.visible, frame.observed)

@@ -27,8 +27,8 @@ from occgen_hub.engines.rgbd import SensorDepth
 from occgen_hub.episode_build import Settings
 from occgen_hub.files import files_under
 from occgen_hub.job import Job, list_episodes
-from occgen_hub.occupancy.bricks import into_bricks
 from occgen_hub.occupancy.grid import Grid
+from occgen_hub.occupancy.point_blocks import into_blocks
 from occgen_hub.occupancy.visibility import OBSERVED, observe, trace, warm_up
 from occgen_hub.pipeline import reconstruct
 from occgen_hub.runtime.build import build_dataset
@@ -56,7 +56,7 @@ def kernel(source: Path, repeats: int) -> dict[str, Any]:
     episode = builder.read(next(builder.episodes()))
     scene = reconstruct(episode, SensorDepth(), config, Path(os.devnull))
     assert episode.intrinsics is not None
-    grid, cloud = Grid.of(config), into_bricks(scene.cloud.points)
+    grid, cloud = Grid.of(config), into_blocks(scene.cloud.points)
     warm_up()
     forget()
     before = memory("VmRSS")

@@ -24,7 +24,7 @@ from occgen_hub.fusion.evidence import Tolerance
 from occgen_hub.fusion.fuse import agree, fuse, union
 from occgen_hub.fusion.noise import noise_model
 from occgen_hub.fusion.quality import assess
-from occgen_hub.occupancy.bricks import into_bricks
+from occgen_hub.occupancy.point_blocks import into_blocks
 from occgen_hub.views import Views
 
 LENGTHS = (10, 100, 500)
@@ -64,7 +64,7 @@ def steps(source: Path, repeats: int) -> dict[str, float]:
         marks.append(time.perf_counter())
         agreement = agree(measured, maps, tolerance, config)
         marks.append(time.perf_counter())
-        assess(into_bricks(agreement.cloud.points), maps, tolerance, agreement)
+        assess(into_blocks(agreement.cloud.points), maps, tolerance, agreement)
         marks.append(time.perf_counter())
         for name, seconds in zip(
             ("union", "noise", "agree", "assess"), np.diff(marks), strict=True

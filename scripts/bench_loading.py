@@ -1,58 +1,119 @@
-"""How fast a trainer gets random frames of a built dataset, on one core."""
+"""How fast a trainer gets frames of a built dataset, on one core, beside other loaders."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+GRID = ("occupancy", "mask")
 WANTED = {
-    "dense occupancy + mask": {"dense": True, "keys": ("occupancy", "mask")},
-    "the same with pose and task": {"dense": True, "keys": ("occupancy", "mask", "pose", "task")},
-    "the same with the image": {"dense": True, "keys": ("occupancy", "mask", "pose", "image")},
-    "sparse occupancy + mask": {"dense": False, "keys": ("occupancy", "mask")},
+    "dense occupancy + mask": {"keys": GRID},
+    "the same, voxel_stride=4": {"keys": GRID, "voxel_stride": 4},
+    "the same with pose and task": {"keys": (*GRID, "pose", "task")},
+    "the same with the image": {"keys": (*GRID, "pose", "image")},
+    "sparse occupancy + mask": {"dense": False, "keys": GRID},
+}
+"""Of OccupancyDataset, in random order."""
+
+STREAMED = {
+    "OccupancyStream, with image, stride 1": {"keys": (*GRID, "image"), "voxel_stride": 1},
+    "OccupancyStream, with image, stride 4": {"keys": (*GRID, "image"), "voxel_stride": 4},
 }
 
 
 def loading(source: Path, seconds: float = 2.0) -> dict[str, float]:
-    """Random frames a second of the dataset that a source gives, by what is asked for.
+    """Frames a second of CPU time of the dataset that a source gives, by what is asked for.
 
     Each kind is measured for `seconds`, in turns of a quarter of that, and its best turn counts: a
     machine that others use is slow for moments.
     """
-    from occgen_hub import OccupancyDataset, build
+    from occgen_hub import OccupancyDataset, OccupancyStream, build, export
 
     cores = os.sched_getaffinity(0)
     with tempfile.TemporaryDirectory() as folder:
-        summary = build("internnav", source, folder)
+        out, exported = Path(folder, "out"), Path(folder, "exported")
+        summary = build("internnav", source, out, parquet_images=True)
         assert not summary.failures, summary.failures
-        datasets = {name: OccupancyDataset(folder, **how) for name, how in WANTED.items()}
-        found = dict.fromkeys(WANTED, 0.0)
+        export(out, exported)
+        numbers = np.random.default_rng(0)
+        kinds: dict[str, Iterator[Any]] = {}
+        for name, how in WANTED.items():
+            kinds[name] = _random(OccupancyDataset(out, **how), numbers)
+        for name, how in STREAMED.items():
+            kinds[name] = _endless(OccupancyStream(out, **how))
+        kinds["datasets, streaming, cells as lists"] = _endless(_plain(out))
+        kinds["StreamingLeRobotDataset, image only"] = _endless(_lerobot(exported))
+        found = dict.fromkeys(kinds, 0.0)
         os.sched_setaffinity(0, {min(cores)})
         try:
             for _ in range(4):
-                for name, dataset in datasets.items():
-                    found[name] = max(found[name], _rate(dataset, seconds / 4))
+                for name, frames in kinds.items():
+                    found[name] = max(found[name], _rate(frames, seconds / 4))
         finally:
             os.sched_setaffinity(0, cores)
     return found
 
 
-def _rate(dataset: Any, seconds: float) -> float:
-    order = np.random.default_rng(0).integers(len(dataset), size=1 << 16)
-    start, done = time.perf_counter(), 0
-    while (elapsed := time.perf_counter() - start) < seconds:
-        dataset[int(order[done % len(order)])]
+def _random(dataset: Any, numbers: np.random.Generator) -> Iterator[Any]:
+    while True:
+        yield dataset[int(numbers.integers(len(dataset)))]
+
+
+def _endless(frames: Any) -> Iterator[Any]:
+    return itertools.chain.from_iterable(itertools.repeat(frames))
+
+
+def _plain(root: Path) -> Any:
+    """The rows of the shards as `datasets` streams them; images stay undecoded."""
+    from datasets import load_dataset
+
+    files = [str(path) for path in sorted(root.glob("occupancy/*/*.parquet"))]
+    return load_dataset("parquet", data_files=files, split="train", streaming=True).select_columns(
+        ["occupied", "observed"]
+    )
+
+
+def _lerobot(root: Path) -> Any:
+    from lerobot.datasets.streaming_dataset import StreamingLeRobotDataset
+
+    return StreamingLeRobotDataset("bench/rooms", root=root)
+
+
+def _rate(frames: Iterator[Any], seconds: float) -> float:
+    next(frames)
+    start, done = time.process_time(), 0
+    while (elapsed := time.process_time() - start) < seconds:
+        next(frames)
         done += 1
     return done / elapsed
 
 
 def loading_table(found: dict[str, float]) -> None:
     """Print what `loading` found."""
-    print("\nrandom frames a second, one core, one process")
+    print("\nframes a second of CPU time, one core, one process")
     for name, rate in found.items():
-        print(f"  {name:<34}{rate:,.0f}")
+        print(f"  {name:<40}{rate:,.0f}")
+
+
+def main() -> None:
+    """Measure a sample, or the tree that is given."""
+    import sys
+
+    from occgen_hub.sample import make_sample
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(sys.argv[1]) if sys.argv[1:] else Path(folder, "sample")
+        if not sys.argv[1:]:
+            make_sample(source, trajectories=1, frames=24)
+        loading_table(loading(source))
+
+
+if __name__ == "__main__":
+    main()

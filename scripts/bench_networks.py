@@ -18,9 +18,8 @@ import torch
 from plain_networks import plain
 from torch.utils.flop_counter import FlopCounterMode
 
-from occgen_hub.engines.pi3 import load_network
 from occgen_hub.engines.pi3.network import NETWORKS
-from occgen_hub.engines.pi3.weights import published
+from occgen_hub.engines.weights import load_network, published
 
 SIZE = (224, 308)
 """Height and width of a view."""

@@ -19,8 +19,8 @@ before, begin, idle = psutil.Process().memory_info().rss, time.perf_counter(), t
 frames = OccupancyDataset(sys.argv[1], keys=("occupancy", "mask", "pose"))
 spent, core = time.perf_counter() - begin, time.process_time() - idle
 memory = psutil.Process().memory_info().rss
-print(json.dumps({"frames": len(frames), "episodes": len(frames.episodes), "seconds": spent, "core_seconds": core,
-                  "bytes": memory, "bytes_more": memory - before}))
+print(json.dumps({"frames": len(frames), "episodes": len(frames.episodes), "seconds": spent,
+                  "core_seconds": core, "bytes": memory, "bytes_more": memory - before}))
 """
 
 

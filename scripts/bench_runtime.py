@@ -134,6 +134,65 @@ def many(counts: tuple[int, int] = (20, 200), frames: int = 6) -> dict[str, Any]
     return {"peak_memory_mb": {k: round(v / 1e6) for k, v in peaks.items()}, "ratio": lot / few}
 
 
+def repeat_scene(scene: Path, out: Path, count: int) -> None:
+    """A scene's folder of `count` episodes, all equal to the only one of `scene`, by hard links."""
+    (out / "meta").mkdir(parents=True)
+    for path in scene.rglob("*"):
+        if path.is_dir():
+            (out / path.relative_to(scene)).mkdir(exist_ok=True)
+    for kind in ("rgb", "depth"):
+        images = sorted((scene / f"videos/chunk-000/observation.images.{kind}").iterdir())
+        for number in range(count * len(images)):
+            image = images[number % len(images)]
+            place = out / image.relative_to(scene)
+            place.with_name(f"{number}{image.suffix}").hardlink_to(image)
+    table = scene / "data/chunk-000/episode_000000.parquet"
+    for number in range(count):
+        (out / f"data/chunk-000/episode_{number:06d}.parquet").hardlink_to(table)
+    (out / "meta/info.json").hardlink_to(scene / "meta/info.json")
+    (out / "meta/pointcloud.ply").hardlink_to(scene / "meta/pointcloud.ply")
+    for name in ("tasks", "episodes", "episodes_stats"):
+        (first, *_) = (scene / f"meta/{name}.jsonl").read_text().splitlines()
+        row = json.loads(first)
+        with (out / f"meta/{name}.jsonl").open("w") as file:
+            for number in range(count):
+                row["task_index" if name == "tasks" else "episode_index"] = number
+                if "image_index" in row:
+                    row["image_index"] = {"min": number * len(images)} | {
+                        "max": (number + 1) * len(images) - 1
+                    }
+                file.write(json.dumps(row) + "\n")
+
+
+def scenes(counts: tuple[int, int] = (50, 800), frames: int = 6) -> dict[str, Any]:
+    """Seconds that a build takes for a frame, and a rerun with nothing to do, by episodes of a
+    scene.
+    """
+    found: dict[str, Any] = {"milliseconds_per_frame": {}, "rerun_seconds": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        make_sample(Path(folder, "one"), trajectories=1, frames=frames, layout="scenes")
+        (scene,) = (path.parent for path in Path(folder, "one").rglob("meta"))
+        for count in counts:
+            source, out = Path(folder, f"source_{count}"), Path(folder, f"out_{count}")
+            repeat_scene(scene, source / "group" / "scene", count)
+            command = ["-m", "occgen_hub", "build", "--input", str(source), "--output", str(out)]
+            command += ["--set", "voxel_size=0.1", "--media", "none"]
+            times = []
+            for _ in range(2):
+                start = time.monotonic()
+                env = os.environ | {"TQDM_DISABLE": "1"}
+                subprocess.run([sys.executable, *command], check=True, capture_output=True, env=env)
+                times.append(time.monotonic() - start)
+                if not found["rerun_seconds"].get(count) and len(times) == 1:
+                    report = json.loads((out / "report.json").read_text())
+                    (process,) = report["processes"]
+                    per_frame = 1000 * process["seconds"] / process["frames"]
+                    found["milliseconds_per_frame"][count] = per_frame
+            found["rerun_seconds"][count] = times[1]
+    few, lot = (found["milliseconds_per_frame"][count] for count in counts)
+    return {**found, "ratio": lot / few}
+
+
 def measure(trajectories: int = 12, frames: int = 10, rounds: int = 3) -> dict[str, Any]:
     """All figures of this script."""
     print("measuring processes and threads", file=sys.stderr)

@@ -24,9 +24,9 @@ from fixed_stride import fixed_stride
 from occgen_hub.builder import load_builder
 from occgen_hub.config import Config
 from occgen_hub.engines.rgbd import SensorDepth
-from occgen_hub.occupancy.bricks import BrickedCloud, into_bricks
-from occgen_hub.occupancy.bundles import Bundles, follow_bundles
 from occgen_hub.occupancy.grid import Grid
+from occgen_hub.occupancy.point_blocks import PointBlocks, into_blocks
+from occgen_hub.occupancy.ray_packets import RayPackets, follow_packets
 from occgen_hub.occupancy.visibility import (
     OBSERVED,
     OCCUPIED,
@@ -49,7 +49,7 @@ class Scene:
         found = reconstruct(episode, SensorDepth(), Config(), Path(os.devnull))
         assert episode.intrinsics is not None
         self.points = found.cloud.points
-        self.cloud: BrickedCloud = into_bricks(found.cloud.points)
+        self.cloud: PointBlocks = into_blocks(found.cloud.points)
         self.poses = found.world_from_camera
         self.K = episode.intrinsics[0].astype(np.float32).astype(np.float64)
         self.size: Size = episode.image_size
@@ -91,7 +91,7 @@ def measure(source: Path, repeats: int) -> dict[str, Any]:
 
 
 def _known(scene: Scene, grid: Grid, K: np.ndarray, size: Size) -> float:
-    """Have the camera's bundles made; how much its first frames take beyond later ones, in seconds
+    """Have the camera's packets made; how much its first frames take beyond later ones, in seconds
     of the processor.
     """
     state = np.empty(grid.cells, np.uint8)
@@ -108,8 +108,8 @@ def _known(scene: Scene, grid: Grid, K: np.ndarray, size: Size) -> float:
 
 def _compared(scene: Scene, grid: Grid, repeats: int) -> dict[str, Any]:
     K, size = scene.K, scene.size
-    bundles = Bundles.of(grid, K, size)
-    assert bundles is not None
+    packets = RayPackets.of(grid, K, size)
+    assert packets is not None
     state = np.empty(grid.cells, np.uint8)
     observe(grid, scene.cloud, scene.poses[0], K, size, state)
     blank = state & OCCUPIED
@@ -122,7 +122,7 @@ def _compared(scene: Scene, grid: Grid, repeats: int) -> dict[str, Any]:
     }
     # What is observed already costs what it cost the first time, so one state serves all calls.
     ours, single = blank.copy(), blank.copy()
-    seconds["ours: see only"] = best(lambda: follow_bundles(bundles, ours), 10 * repeats)
+    seconds["ours: see only"] = best(lambda: follow_packets(packets, ours), 10 * repeats)
     ends = first_occupied(grid, K, size, single)
     seconds["single exact rays: see only"] = best(
         lambda: first_occupied(grid, K, size, single), repeats
@@ -233,7 +233,7 @@ def _frame(scene: Scene, grid: Grid, K: np.ndarray, size: Size, repeats: int) ->
         4 * repeats,
         time.process_time,
     )
-    made = Bundles.of(grid, K, size)
+    made = RayPackets.of(grid, K, size)
     kept = 0 if made is None else made.cells.nbytes + made.crossing.nbytes
     return {"frame_ms": 1e3 * seconds, "once_a_camera_ms": 1e3 * beginning, "kept_mb": kept / 1e6}
 

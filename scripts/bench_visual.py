@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from occgen_hub import build
 from occgen_hub.loading import Trajectory, trajectories
-from occgen_hub.visual.film import Shot, View, render
+from occgen_hub.visual.render import Shot, View, render
 
 SIZE = (1280, 480)
 

@@ -3,6 +3,7 @@
 # .venv, the pinned packages of requirements.lock, and occgen_hub itself (editable).
 #
 # When nothing changed since the last run it only checks that, which takes a fraction of a second.
+#   --with-da3                      also install Depth Anything 3, for --engine da3
 #   OCCGEN_PYTHON=/path/to/python   use this Python and no other
 set -euo pipefail
 
@@ -14,6 +15,17 @@ venv="$root/.venv"
 py="$venv/bin/python"
 stamp="$venv/.occgen-setup"                 # what the finished set-up was made from
 unfinished="$venv/.occgen-setup-unfinished" # there while a set-up runs: a leftover means it was cut off
+
+with_da3=""
+for option in "$@"; do
+    case $option in
+        --with-da3) with_da3=yes ;;
+        *)
+            printf 'usage: scripts/setup.sh [--with-da3]\n' >&2
+            exit 2
+            ;;
+    esac
+done
 
 say() { printf 'set-up: %s\n' "$*" >&2; }
 die() {
@@ -244,6 +256,26 @@ install_project() {
     "$py" -m pip install --quiet --no-deps --no-build-isolation --editable . >&2
 }
 
+# Pinned by hash, and without what it asks for besides: an older numpy, and much for its own tools.
+install_da3() {
+    "$py" -I -c "$has_da3" && return 0
+    say "installing Depth Anything 3."
+    "$py" -m pip install --quiet --no-deps --no-build-isolation --require-hashes \
+        -r requirements-da3.lock >&2 ||
+        die "Depth Anything 3 could not be installed; check the network, and run this again."
+}
+
+# Are the packages of requirements-da3.lock there, in these versions?
+has_da3='
+import sys
+from importlib.metadata import PackageNotFoundError, version
+lines = [line.split() for line in open("requirements-da3.lock") if "==" in line]
+try:
+    sys.exit(any(version(name) != pin for name, pin in (line[0].split("==") for line in lines)))
+except PackageNotFoundError:
+    sys.exit(1)
+'
+
 make_environment() {
     local begun=$SECONDS
     if usable; then
@@ -268,7 +300,8 @@ make_environment() {
         die "the packages of requirements.lock could not be installed with Python $(minor_version "$py"); check the network and the free disk space (10 GB), and that this is Python 3.12 or 3.13, and run this again."
     install_project ||
         die "occgen_hub itself could not be installed from $root; the lines above say why."
-    "$py" -m pip check >&2 ||
+    # Depth Anything 3 is installed without what it asks for.
+    "$py" -m pip check 2>&1 | { ! grep -v -e '^depth-anything-3 ' -e '^No broken requirements'; } >&2 ||
         say "requirements.lock does not fit pyproject.toml, as said above; docs/development.md says how to refresh it."
     "$py" -c 'from occgen_hub.occupancy.visibility import warm_up; warm_up()' >/dev/null 2>&1 ||
         say "the kernels could not be compiled ahead; they will be at their first use."
@@ -294,3 +327,4 @@ if up_to_date; then
 else
     make_environment
 fi
+if [ -n "$with_da3" ]; then install_da3; fi

@@ -22,8 +22,11 @@ import pyarrow as pa
 import yaml
 
 WRITER, READER, BAD = "hf_" + "w" * 34, "hf_" + "r" * 34, "hf_" + "b" * 34
+LOCKED = "hf_" + "l" * 34
+"""A token without access to any gated dataset, as all are to it."""
+
 ORGANIZATION = "org"
-LARGE = re.compile(r"\.(npz|ply|mp4|jpg|png|parquet)$")
+LARGE = re.compile(r"\.(npz|ply|mp4|jpg|png|parquet|gz|tgz|tar|zip)$")
 DATE = "2025-01-01T00:00:00.000Z"
 
 
@@ -238,7 +241,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.headers.get("Authorization", "").removeprefix("Bearer ") or None
 
     def check_token(self, *, writing):
-        if self.token not in (None, WRITER, READER):
+        if self.token not in (None, WRITER, READER, LOCKED):
             raise RefusedError(401, "", "Invalid credentials in Authorization header")
         if writing and self.token is None:
             raise RefusedError(401, "", "Invalid username or password.")
@@ -273,6 +276,7 @@ class Handler(BaseHTTPRequestHandler):
         (r"/api/datasets/(\w+/[\w.-]+)/xet-write-token/(.+)", "xet_token"),
         (r"/api/datasets/(\w+/[\w.-]+)/preupload/(.+)", "preupload"),
         (r"/api/datasets/(\w+/[\w.-]+)/commit/(.+)", "commit"),
+        (r"/api/datasets/(\w+/[\w.-]+)/auth-check", "auth_check"),
         (r"/api/datasets/(\w+/[\w.-]+)/refs", "list_refs"),
         (r"/api/datasets/(\w+/[\w.-]+)/branch/(.+)", "branch"),
         (r"/api/datasets/(\w+/[\w.-]+)/tag/(.+)", "tag"),
@@ -342,6 +346,17 @@ class Handler(BaseHTTPRequestHandler):
                 "siblings": siblings,
             }
         )
+
+    def auth_check(self):
+        """Whether the files may be read: anybody may list a gated dataset."""
+        self.repository()
+        self.check_access()
+        self.answer({})
+
+    def check_access(self):
+        if self.token == LOCKED:
+            words = f"Access to dataset {self.repo_id} is restricted"
+            raise RefusedError(403, "GatedRepo", words)
 
     def list_refs(self):
         repository = self.repository()
@@ -514,6 +529,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def resolve(self, revision, path):
         repository = self.repository()
+        self.check_access()
         made = self.commit_of(repository, revision)
         content = repository.commits[made].get(path)
         if content is None:

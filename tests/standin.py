@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from occgen_hub.engines.pi3.network import Pi3, Pi3X
 from occgen_hub.engines.pi3.sizes import Sizes
-from occgen_hub.engines.pi3.weights import load_network
+from occgen_hub.engines.weights import load_network
 
 TINY = Sizes(
     width=64, heads=4, encoder_depth=1, encoder_registers=1, position_grid=5, decoder_depth=2,

@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ import pytest
 from PIL import Image
 from scipy import sparse
 
+from occgen_hub import loading
 from occgen_hub.files import read_parquet
 from occgen_hub.loading import NpzArray, Trajectory, trajectories
 from occgen_hub.media import video_facts, video_frames
@@ -46,6 +49,34 @@ def test_visible_cells_are_checked_frame_by_frame(dataset, monkeypatch):
     assert validate(dataset).findings == ()
     assert "indptr" in loaded
     assert "indices" not in loaded
+
+
+def test_each_table_and_meta_file_is_parsed_once(dataset, monkeypatch):
+    """`validate` reads a trajectory through one object, which keeps what it parsed."""
+    parsed: Counter[Path] = Counter()
+    for name in ("read_parquet", "read_jsonl", "read_json"):
+        read = getattr(loading, name)
+        monkeypatch.setattr(loading, name, partial(_counted, parsed, read))
+    monkeypatch.setattr("occgen_hub.validation.check_shards", lambda root: None)
+    assert validate(dataset).findings == ()
+    tables = {path: n for path, n in parsed.items() if path.suffix == ".parquet"}
+    meta = {path: n for path, n in parsed.items() if path.suffix != ".parquet"}
+    assert list(tables.values()) == [1, 1]
+    assert set(meta.values()) == {1}
+    assert {path.name for path in meta} >= {"info.json", "tasks.jsonl", "episodes_stats.jsonl"}
+
+
+def _counted(parsed, read, path, *limit):
+    parsed[path] += 1
+    return read(path, *limit)
+
+
+def test_columns_are_kept_and_cannot_be_written_to(trajectory):
+    opened = Trajectory.open(trajectory)
+    poses = opened.column(SCHEMA.poses)
+    assert opened.column(SCHEMA.poses) is poses
+    with pytest.raises(ValueError, match="read-only"):
+        poses[0] = 0
 
 
 def test_it_is_valid(dataset):
@@ -226,9 +257,8 @@ def test_each_depth_pixel_lies_in_a_visible_cell_or_behind_one(trajectory):
     grid, K, size = opened.grid, opened.intrinsics()[0], opened.image_size
     from occgen_hub.occupancy.visibility import OCCUPIED, first_occupied
 
-    ends, columns = opened.visible()
     state = np.zeros(grid.cells, np.uint8)
-    state[columns[: ends[1]]] = OCCUPIED
+    state[next(opened.visible_frames())] = OCCUPIED
     hit = first_occupied(grid, K, size, state)
     depth = opened.depth(0)
     z = grid.centres(hit[hit >= 0])[:, 2]

@@ -414,7 +414,7 @@ def test_the_legend_is_there_where_something_moves(trajectory, dataset):
 
 @pytest.mark.parametrize("view", ["ego", "world", "panels"])
 def test_render_shows_moving_cells(view, trajectory, dataset, truth):
-    from occgen_hub.visual.film import Shot, pictures
+    from occgen_hub.visual.render import Shot, pictures
 
     frame = int(np.argmax([len(cells) for cells in truth]))
     for number, picture in enumerate(pictures(trajectory, Shot(view, (960, 540)))):

@@ -40,7 +40,7 @@ from occgen_hub.episode_build import (
 from occgen_hub.errors import MachineError, UsageError
 from occgen_hub.files import read_json
 from occgen_hub.job import Job, check_conditions, list_episodes, open_job
-from occgen_hub.prefetch import behind
+from occgen_hub.prefetch import background
 from occgen_hub.runtime import cluster, records
 from occgen_hub.runtime.build import build_dataset, build_shard
 from occgen_hub.runtime.episodes import build_episodes
@@ -850,7 +850,7 @@ def test_behind_is_in_order_bounded_and_hands_errors_back() -> None:
         time.sleep(0.001)
         done.append(item)
 
-    with behind(slow, depth=3) as hand:
+    with background(slow, depth=3) as hand:
         for item in range(50):
             hand(item)
             ahead = max(ahead, item - len(done))
@@ -862,7 +862,7 @@ def test_behind_is_in_order_bounded_and_hands_errors_back() -> None:
             raise OSError(28, "No space left on device")
 
     def run(items: Iterable[int], error: type[Exception] | None = None) -> None:
-        with behind(bad, depth=1) as hand:
+        with background(bad, depth=1) as hand:
             for item in items:
                 hand(item)
             if error is not None:

@@ -24,7 +24,7 @@ from occgen_hub.episode_build import Settings
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.exporting import export, plan_export
 from occgen_hub.job import Job, list_episodes
-from occgen_hub.lerobot.exported import RECORD
+from occgen_hub.lerobot.export_check import RECORD
 from occgen_hub.lerobot.v30 import DEPTH_MAX, Fit
 from occgen_hub.loading import Trajectory, trajectories
 from occgen_hub.runtime.build import build_dataset

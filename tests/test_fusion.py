@@ -45,7 +45,7 @@ from occgen_hub.fusion.fuse import Fused, fuse
 from occgen_hub.fusion.moving import WIDEST_SPLAT, _render
 from occgen_hub.fusion.noise import NAMED, NoiseModel, compare, estimate_noise, noise_model
 from occgen_hub.geometry.cloud import Cloud, voxel_downsample
-from occgen_hub.occupancy.bricks import into_bricks
+from occgen_hub.occupancy.point_blocks import into_blocks
 
 VOXEL = 0.05
 CONFIG = Config(voxel_size=VOXEL)
@@ -437,8 +437,10 @@ def test_refined_poses_are_those_that_the_frames_were_taken_from():
     truth = path(10)
     wrong = disturbed(truth, 0.02, 0.4)
     views = views_of(seen(room(), truth), wrong)
-    plain = fuse(views, CONFIG)
+    plain = fuse(views, CONFIG.model_copy(update={"refine_poses": False}))
     refined = fuse(views, CONFIG.model_copy(update={"refine_poses": True}))
+    by_default = fuse(views, CONFIG)
+    assert by_default.quality == refined.quality
     assert plain.views is views
     before, after = (
         gauge_removed(v.world_from_camera, truth) for v in (plain.views, refined.views)
@@ -451,6 +453,29 @@ def test_refined_poses_are_those_that_the_frames_were_taken_from():
     assert "poses" in [note.code for note in plain.notes]
     assert "refine_poses" in plain.notes[[n.code for n in plain.notes].index("poses")].text
     assert "poses" not in [note.code for note in refined.notes]
+
+
+def test_poses_stay_where_the_scale_of_the_depth_is_at_fault():
+    """Poses that make up for it would let frames see through one another."""
+    truth = path(10)
+    scales = 1 + 0.02 * np.random.default_rng(3).normal(size=10)
+    depths = [s * depth for s, depth in zip(scales, seen(room(), truth), strict=True)]
+    fused = fuse(views_of(depths, truth), CONFIG)
+    np.testing.assert_array_equal(fused.views.world_from_camera, truth)
+    assert fused.quality is not None
+    assert not fused.quality.refined
+    (note,) = (note for note in fused.notes if note.code == "poses")
+    assert "aligning the frames did not help" in note.text
+
+
+def test_a_frame_is_not_held_in_a_wrong_place_by_its_own_points():
+    truth = path(10)
+    wrong = truth.copy()
+    wrong[4, :3, 3] += (0.0, 0.03, 0.01)
+    fused = fuse(views_of(seen(room(), truth), wrong), CONFIG)
+    found = fused.views.world_from_camera
+    moved = np.linalg.inv(found[3]) @ found[4]
+    np.testing.assert_allclose(moved, np.linalg.inv(truth[3]) @ truth[4], atol=3e-3)
 
 
 def test_poses_that_are_right_stay():
@@ -676,7 +701,7 @@ def test_evidence_is_what_it_says(seed, size, frames, noise, looks):
     maps = DepthMaps(random_views(rng, frames, size), 0.1, 0.1)
     tolerance = Tolerance(NoiseModel(*noise), 0.02, looks)
     points = rng.uniform([-1, -1, -0.5], [1, 1, 3.2], (60, 3))
-    cloud = into_bricks(points.astype(np.float32))
+    cloud = into_blocks(points.astype(np.float32))
     found = gather_evidence(cloud, maps, tolerance)
     for n, point in enumerate(cloud.points.astype(np.float64)):
         supports = contradictions = doubts = 0
@@ -723,7 +748,7 @@ def test_evidence_is_what_it_says(seed, size, frames, noise, looks):
 def test_the_rendered_surface_is_what_it_says(seed, size, spacing):
     rng = np.random.default_rng(seed)
     view = DepthMaps(random_views(rng, 1, size), 0.1, 0.1)(0)
-    cloud = into_bricks(rng.uniform([-2, -2, -1], [2, 2, 4], (80, 3)).astype(np.float32))
+    cloud = into_blocks(rng.uniform([-2, -2, -1], [2, 2, 4], (80, 3)).astype(np.float32))
     width, height = size
     found = _render(
         cloud.points,

@@ -432,3 +432,19 @@ def test_a_link_to_a_file_elsewhere_is_refused(hub, desk, folder, tmp_path):
     (folder / "notes.txt").symlink_to(tmp_path / "secret")
     refused(desk.push(folder), 1, "notes.txt", "leads out of the dataset", "nothing was sent")
     assert REPO not in hub.repositories
+
+
+def test_a_push_gives_way_to_others_at_the_same_time(hub, desk, folder):
+    hub.faults = [
+        Fault("POST .*/commit/main", status=412, times=2),
+        Fault("POST .*/tag/", status=409),
+    ]
+    said = desk.push(folder)
+    assert said.returncode == 0, said.stderr
+    assert local(folder).items() <= hub.repositories[REPO].files().items()
+    assert hub.repositories[REPO].tags == {"v2.1": hub.repositories[REPO].find("main")}
+    hub.faults = [Fault("POST .*/commit/main", status=412, times=9)]
+    (folder / "notes.txt").write_text("new")
+    said = desk.push(folder)
+    assert said.returncode == 1
+    assert "run the same command again later" in said.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from occgen_hub.errors import SourceError
 from occgen_hub.loading import Trajectory, trajectories
 from occgen_hub.media import ImageSequence, read_rgb
 from occgen_hub.sample import make_sample
+from occgen_hub.schema import load_schema
+from occgen_hub.shards import write_shards
 from occgen_hub.validation import validate
 
 RGB = "videos/chunk-000/observation.images.rgb"
@@ -131,3 +134,106 @@ def test_a_png_that_is_called_jpg_is_stored_as_jpeg(mine, tmp_path, kind, media)
     assert path.read_bytes() == content.getvalue()
     assert validate(tmp_path / "out").valid
     assert Trajectory.open(there).rgb(0) is not None
+
+
+# Depth of other units
+
+
+class Metres(InternNavBuilder):
+    """Depth as another source may have it: images in millimetres, of which it gives metres."""
+
+    name = "metres"
+    far = False
+
+    def read(self, ref) -> Episode:
+        episode = super().read(ref)
+        stored = episode.read_depth
+        assert stored is not None
+
+        def metres(frame: int) -> np.ndarray:
+            depth = stored(frame) * 10
+            if self.far and frame == 1:
+                depth[:2, :2] = 70.0
+            return depth
+
+        return replace(episode, read_depth=metres)
+
+
+class MetresAlone(Metres):
+    """As that, without image files of depth."""
+
+    name = "metres-alone"
+
+    def read(self, ref) -> Episode:
+        episode = super().read(ref)
+        return replace(episode, media=tuple(m for m in episode.media if m.file != "depth"))
+
+
+class FarMetres(MetresAlone):
+    """As that, with something 70 m away in frame 1."""
+
+    name = "far-metres"
+    far = True
+
+
+def in_millimetres(tree: Path) -> None:
+    for path in tree.rglob(f"{DEPTH}/*.png"):
+        Image.fromarray(np.asarray(Image.open(path)) // 10).save(path)
+
+
+@pytest.mark.parametrize("kind", [Metres, MetresAlone, FarMetres])
+@pytest.mark.parametrize("media", ["copy", "link"])
+def test_depth_is_stored_in_the_schemas_unit(mine, tmp_path, kind, media):
+    in_millimetres(mine)
+    built = build(mine, tmp_path / "out", kind=kind, media=media)
+    (there,) = trajectories(tmp_path / "out")
+    trajectory = Trajectory.open(there)
+    units = trajectory.schema.depth_units_per_metre
+    for frame in range(4):
+        millimetres = np.asarray(Image.open(folder(mine) / DEPTH / f"{frame}.png"))
+        expected = millimetres / 1000
+        if kind is FarMetres and frame == 1:
+            expected[:2, :2] = 0
+        image = Image.open(there / DEPTH / f"{frame}.png")
+        assert (image.format, image.mode) == ("PNG", "I;16")
+        np.testing.assert_allclose(np.asarray(image) / units, expected, atol=0.5 / units)
+        np.testing.assert_array_equal(trajectory.depth(frame), np.asarray(image) / units)
+    far = [note.text for note in built.notes if note.code == "far depth"]
+    expected = "depth beyond 6.5535 m is stored as none, in 1 of the depth images"
+    assert far == ([expected] if kind is FarMetres else [])
+    assert far == [text for text in trajectory.record["notes"] if text.startswith("depth beyond")]
+    assert validate(tmp_path / "out").valid
+
+
+def test_depth_images_in_the_schemas_unit_are_copied_as_they_are(mine, tmp_path):
+    build(mine, tmp_path / "out")
+    (there,) = trajectories(tmp_path / "out")
+    for frame in range(4):
+        name = f"{DEPTH}/{frame}.png"
+        assert (there / name).read_bytes() == (folder(mine) / name).read_bytes()
+
+
+def test_without_media_no_depth_is_stored(mine, tmp_path):
+    in_millimetres(mine)
+    build(mine, tmp_path / "out", kind=MetresAlone, media="none")
+    assert not list((tmp_path / "out").rglob("*.png"))
+    assert validate(tmp_path / "out").valid
+
+
+def test_readers_take_the_unit_of_depth_from_the_schema(mine, tmp_path, monkeypatch):
+    """A dataset of a schema with millimetres: what is stored, read, and given to networks."""
+    import occgen_hub.training
+
+    millimetres = load_schema("trajectory").model_copy(update={"depth_units_per_metre": 1000})
+    for name, module in list(sys.modules.items()):
+        if name.startswith("occgen_hub.") and hasattr(module, "load_schema"):
+            monkeypatch.setattr(module, "load_schema", lambda _: millimetres)
+    build(mine, tmp_path / "out")
+    write_shards(tmp_path / "out")
+    (there,) = trajectories(tmp_path / "out")
+    source = np.asarray(Image.open(folder(mine) / DEPTH / "1.png"))
+    stored = np.asarray(Image.open(there / DEPTH / "1.png"))
+    np.testing.assert_allclose(stored, source / 10, atol=0.51)
+    np.testing.assert_array_equal(Trajectory.open(there).depth(1), stored / 1000)
+    item = occgen_hub.training.OccupancyDataset(tmp_path / "out", keys=("depth",))[1]
+    np.testing.assert_array_equal(item["depth"], (stored / 1000).astype(np.float32))

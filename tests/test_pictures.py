@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 
 import av
@@ -58,8 +58,7 @@ def test_the_files_of_the_seed_say_what_the_dataset_says(trajectory, tmp_path):
     poses, grid, cloud = trajectory.world_from_camera(), trajectory.grid, trajectory.cloud()
     assert count == 6 * len(poses)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(SEQUENCES)
-    ends, columns = trajectory.visible()
-    cells = [columns[a:b] for a, b in pairwise(ends)]
+    cells = list(trajectory.visible_frames())
     for t, pose in enumerate(poses):
         expected = set(cells[t].tolist())
         for past in range(max(0, t - 2), t):
@@ -365,7 +364,7 @@ def test_view_without_a_screen_says_what_to_do(trajectory, tmp_path):
 
 
 def test_the_viewpoint_found_in_the_window_is_the_one_rendered(trajectory):
-    from occgen_hub.visual.chooser import look_from, viewpoint_of, window
+    from occgen_hub.visual.viewpoint_picker import look_from, viewpoint_of, window
 
     plotter = window(trajectory, off_screen=True)
     view = Viewpoint((-20.0, -30.0, 6.0), (-27.0, -18.0, 0.0), (0.0, 0.0, 1.0), 31.0)
@@ -475,9 +474,9 @@ def test_inspect_and_report_say_the_same_number_of_cells(dataset, tmp_path, monk
     for line, path in zip(lines, trajectories(dataset), strict=True):
         said = re.search(r"([\d,]+) visible occupied cells a frame", line)
         assert f">{said[1]}<" in page.read_text()
-        ends = Trajectory.open(path).visible_ends()
+        ends = Trajectory.open(path).row_ends("visible")
         assert said[1] == f"{ends[-1] / (len(ends) - 1):,.0f}"
     ends = np.array([0, 3, 6, 8])
-    monkeypatch.setattr(Trajectory, "visible_ends", lambda self: ends)
+    monkeypatch.setattr(Trajectory, "row_ends", lambda self, key: ends)
     monkeypatch.setattr("occgen_hub.visual.inspection._frames", lambda trajectory: 3)
     assert [line for line in describe(dataset) if line.endswith("3 visible occupied cells a frame")]

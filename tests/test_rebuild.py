@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -10,13 +11,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from occgen_hub.builder import load_builder
+from occgen_hub.builder import DatasetBuilder, load_builder
 from occgen_hub.cli import cli
 from occgen_hub.config import Config
 from occgen_hub.episode_build import Settings, build_episode, reconstruct_episode, write_episode
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.sample import make_sample
 from occgen_hub.up_to_date import source_stamp
+from occgen_hub.validation import validate
 
 RGB = "videos/chunk-000/observation.images.rgb"
 RECORD = "meta/occgen.json"
@@ -180,6 +182,34 @@ def test_a_change_is_noticed_though_a_file_is_of_the_future(mine, tmp_path, chan
         touch(changed, FUTURE)
     assert build(mine, out).status == "built"
     assert build(mine, out).status == "present"
+
+
+def test_another_version_of_the_builder_builds_again(mine, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert build(mine, out).status == "built"
+    kind = type(load_builder("internnav", mine))
+    monkeypatch.setattr(kind, "version", "99")
+    again = build(mine, out)
+    assert again.status == "built"
+    (reason,) = [note.text for note in again.notes if note.code == "built again"]
+    assert f"builder_version {DatasetBuilder.version}, now 99" in reason
+    record = json.loads((place(mine, out) / RECORD).read_text())
+    assert record["source"]["builder_version"] == "99"
+    assert build(mine, out).status == "present"
+
+
+def test_a_record_without_a_version_stands_for_the_first(mine, tmp_path, monkeypatch):
+    """As they were before builders had one."""
+    out = tmp_path / "out"
+    build(mine, out)
+    mark = place(mine, out) / RECORD
+    record = json.loads(mark.read_text())
+    del record["source"]["builder_version"]
+    mark.write_text(json.dumps(record))
+    assert build(mine, out).status == "present"
+    assert validate(out).valid
+    monkeypatch.setattr(type(load_builder("internnav", mine)), "version", "2")
+    assert build(mine, out).status == "built"
 
 
 def test_unchanged_files_of_the_future_are_not_read_again(mine, tmp_path, monkeypatch):

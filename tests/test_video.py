@@ -718,8 +718,10 @@ def test_what_is_no_source_is_a_wrong_command(tmp_path: Path) -> None:
     wrong: list[tuple[Callable[[], object], str]] = [
         (lambda: list_episodes(VideoBuilder(tmp_path / "in")), "neither videos (mp4"),
         (lambda: list_episodes(load_builder("internnav", tmp_path / "clip.mp4")),
+         "is not a folder; it is a video: use --source video."),
+        (lambda: list_episodes(load_builder("internnav", tmp_path / "in" / "a.txt")),
          "is not a folder; give the root of the source tree as --input, or another --source than "
-         "internnav: internnav, video."),
+         "internnav: capture, internnav"),
         (lambda: check_paths(tmp_path / "no", tmp_path / "out"), "is not there; give what to"),
         (lambda: check_paths(Path("/dev/null"), tmp_path / "out"), "is not a folder, nor a file"),
         (lambda: check_paths(tmp_path / "in", tmp_path / "in" / "out"), "inside the input"),

@@ -12,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from occgen_hub.config import Config
-from occgen_hub.occupancy.bricks import into_bricks
 from occgen_hub.occupancy.grid import Grid
+from occgen_hub.occupancy.point_blocks import into_blocks
 from occgen_hub.occupancy.visibility import OBSERVED, OCCUPIED, observe, trace
 
 
@@ -157,7 +157,7 @@ def test_the_number_of_threads_does_not_change_a_bit():
     try:
         for threads in {1, before}:
             numba.set_num_threads(threads)
-            results.append(observe(grid, into_bricks(points), np.eye(4), K, (80, 60)))
+            results.append(observe(grid, into_blocks(points), np.eye(4), K, (80, 60)))
     finally:
         numba.set_num_threads(before)
     for result in results[1:]:
@@ -168,7 +168,7 @@ def test_the_number_of_threads_does_not_change_a_bit():
 @settings(max_examples=60)
 @given(seed=st.integers(0, 2**16), scale=st.sampled_from([0.3, 1.0, 4.0]))
 def test_occupied_cells_are_those_that_hold_a_point(seed, scale):
-    """Bricks only leave out what lies outside the grid."""
+    """Blocks only leave out what lies outside the grid."""
     rng = np.random.default_rng(seed)
     points = rng.normal(0, scale, (500, 3)).astype(np.float32)
     angle = rng.uniform(0, 6)
@@ -184,7 +184,7 @@ def test_occupied_cells_are_those_that_hold_a_point(seed, scale):
 
     state = np.empty(grid.cells, np.uint8)
     frame = observe(
-        grid, into_bricks(points), pose, intrinsics(40, 40, 32, 24), (64, 48), state=state
+        grid, into_blocks(points), pose, intrinsics(40, 40, 32, 24), (64, 48), state=state
     )
     found = (state & OCCUPIED).reshape(grid.shape) > 0
     assert np.array_equal(found, expected)
@@ -196,7 +196,7 @@ def test_cells_left_over_in_the_last_byte_are_not_observed():
     grid = Grid((-0.5, -0.5, 0.0), 1.0, (1, 1, 3))
     frame = observe(
         grid,
-        into_bricks(np.zeros((0, 3), np.float32)),
+        into_blocks(np.zeros((0, 3), np.float32)),
         np.eye(4),
         intrinsics(1, 1, 0.5, 0.5),
         (1, 1),

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from standin import random_weights, save
 
-from occgen_hub.engines.pi3.weights import (
+from occgen_hub.engines.weights import (
     Checkpoint,
     Weights,
     WeightsError,
@@ -95,7 +95,7 @@ def occgen_hub(*arguments, environment, cwd):
 
 
 FETCH = """
-from occgen_hub.engines.pi3 import weights
+from occgen_hub.engines import weights
 assert weights.present("pi3") is None
 found = weights.fetch("pi3")
 assert weights.present("pi3") == found.path
@@ -165,7 +165,7 @@ def test_a_long_reason_of_the_hub_is_not_cut_within_a_word(tmp_path):
     result = occgen_hub("weights", "pull", "pi3", environment=environment, cwd=tmp_path)
     (reason,) = re.findall(r"could not be fetched \((.*)\)", result.stderr.splitlines()[0])
     program = (
-        "from occgen_hub.engines.pi3.weights import fetch\n"
+        "from occgen_hub.engines.weights import fetch\n"
         "try: fetch('pi3')\n"
         "except Exception as error: print(error.__cause__)"
     )
@@ -206,7 +206,7 @@ def test_what_is_put_by_hand_counts_before_the_cache(hub, tmp_path):
     _, environment = hub
     assert python(FETCH, environment, tmp_path).returncode == 0
     save(tmp_path / "ckpt" / "pi3", "pi3", random_weights("pi3", seed=1))
-    program = "from occgen_hub.engines.pi3 import weights; print(weights.present('pi3'))"
+    program = "from occgen_hub.engines import weights; print(weights.present('pi3'))"
     result = python(program, environment, tmp_path)
     assert result.stdout.strip() == "ckpt/pi3/model.safetensors"
 

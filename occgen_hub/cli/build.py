@@ -6,7 +6,7 @@ import shlex
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,14 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from occgen_hub.cli.command import FOLDER, Examples, no_bar
+from occgen_hub.cli.command import FOLDER, SOURCE, Examples, no_bar, say, with_options
+from occgen_hub.cli.mapping import MAPPING, take_cameras
 from occgen_hub.cli.stopping import stop_if_asked
 from occgen_hub.errors import UsageError
 
 if TYPE_CHECKING:
+    from occgen_hub.builder import EpisodeRef
     from occgen_hub.job import Job
     from occgen_hub.runtime.results import Failure, Listener, Result, Summary
     from occgen_hub.runtime.shard import Shard
+    from occgen_hub.scenes import SceneRef
+
+MOST_SHOWN = 10
+"""Episodes of which it is said beforehand what they will take."""
 
 CLUSTERS = {
     "datatrove": ("tasks",),
@@ -39,27 +45,35 @@ CLUSTERS = {
 )
 @click.option("--source", default="internnav", show_default=True, help="What kind of source it is.")
 @click.option(
-    "--input", "root", type=FOLDER, required=True,
-    help="The root of the source tree; for videos also a single one.",
+    "--input", "root", type=SOURCE, required=True,
+    help="The root of the source tree, whose scenes may be archives; hf://datasets/ORG/NAME"
+    "[@REVISION][/FOLDER] for one on the Hub; for videos also a single one.",
 )  # fmt: skip
 @click.option("--output", "out", type=FOLDER, required=True, help="Where the dataset goes.")
 @click.option(
     "--engine",
     default="auto",
     show_default=True,
-    help="How to reconstruct: rgbd from sensor depth, pi3 or pi3x from images; auto takes rgbd "
-    "where there is depth, else pi3x or pi3 by the weights that are there.",
+    help="How to reconstruct: rgbd from sensor depth; pi3, pi3x or da3 from images; auto takes "
+    "rgbd where there is depth, else pi3x, pi3 or da3 by the weights that are there.",
 )
 @click.option(
     "--weights",
     type=FOLDER,
     help="A network's weights; ckpt/NAME/model.safetensors or the Hub's if not given.",
 )
+@click.option(
+    "--license",
+    type=click.Choice(["any", "commercial"]),
+    default="any",
+    show_default=True,
+    help="What a network's weights have to allow: commercial takes only those that allow such use.",
+)
 @click.option("--device", help="Where networks run, as cuda:1; a GPU if there is one.")
 @click.option(
     "--condition",
     metavar="LIST",
-    help="What pi3x is told besides the images: depth, intrinsics, poses, or some of them.",
+    help="What pi3x is given besides the images: depth, intrinsics, poses, or some of them.",
 )
 @click.option("--config", type=FOLDER, help="A YAML file of settings.")
 @click.option(
@@ -88,13 +102,39 @@ CLUSTERS = {
     help="Who builds the shards: this command, accelerate (a process a GPU), or datatrove, here or "
     "on a cluster.  [default: local, or accelerate where that started it]",
 )
-@click.option("--limit", type=click.IntRange(1), help="Build only the first so many episodes.")
+@click.option(
+    "--limit", type=click.IntRange(1),
+    help="Build only the first so many episodes; of archives and on the Hub, scenes.",
+)  # fmt: skip
+@click.option(
+    "--scenes", multiple=True, metavar="PATTERN",
+    help="Build only scenes whose GROUP/SCENE or name matches, as 'r2r/*'; repeatable.",
+)  # fmt: skip
+@click.option(
+    "--scratch", type=FOLDER,
+    help="Where scenes are unpacked and downloaded while they are built.  [default: .scratch in "
+    "the output]",
+)  # fmt: skip
+@click.option(
+    "--scratch-limit", default="64GB", show_default=True, metavar="SIZE",
+    help="Bytes in scratch at most, which workers share.",
+)  # fmt: skip
+@click.option(
+    "--hfov", type=float, metavar="DEGREES",
+    help="What cameras see from side to side, where the source has no intrinsics (VLN-CE).  "
+    "[default: 79]",
+)  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Build also what is there already.")
 @click.option(
     "--parquet-occupancy/--no-parquet-occupancy",
     default=True,
     show_default=True,
     help="Write the occupancy as Parquet as well, in occupancy/, which the Hub can stream.",
+)
+@click.option(
+    "--parquet-images",
+    is_flag=True,
+    help="Write images, depth and tasks into these files too, so that a stream has them.",
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would be built, and by whom.")
 @click.option("--tasks", type=click.IntRange(1), help="Cluster: shards to make of the episodes.")
@@ -108,6 +148,7 @@ CLUSTERS = {
     "--slurm", multiple=True, metavar="KEY=VALUE",
     help="An option of sbatch: partition=NAME, time=24:00:00, qos, account; repeatable.",
 )  # fmt: skip
+@with_options(*MAPPING)
 def build(
     condition: str | None,
     config: Path | None,
@@ -115,6 +156,8 @@ def build(
     shard: str | None,
     executor: str | None,
     dry_run: bool,
+    hfov: float | None,
+    scratch_limit: str,
     **options: Any,
 ) -> int:
     """Build an occupancy dataset from a source.
@@ -135,10 +178,15 @@ def build(
         threads.limit(threads.cores_each(ranks))  # Before numba and torch look for it.
 
     from occgen_hub.config import load_config
+    from occgen_hub.scratch import parse_bytes
 
     if condition is not None:
         settings += (f"condition=[{condition}]",)
+    if hfov is not None:
+        settings += (f"hfov={hfov}",)
     options["config"] = load_config(config, settings)
+    options["cameras"] = take_cameras(options)
+    options["scratch_limit"] = parse_bytes(scratch_limit)
     if executor == "slurm":
         from occgen_hub.runtime.cluster import parse_slurm
 
@@ -197,7 +245,11 @@ def _open_cluster_job(options: dict[str, Any]) -> Job:
     """A job whose tasks have working folders and devices of their own."""
     from occgen_hub.job import open_job
 
-    absolute = {name: options[name].absolute() for name in ("root", "out")}
+    absolute = {
+        name: options[name].absolute()
+        for name in ("root", "out", "scratch")
+        if isinstance(options[name], Path)
+    }
     return replace(open_job(**options | absolute | {"device": "cpu"}), device=options["device"])
 
 
@@ -217,16 +269,53 @@ def _dry_run(
     for ref in refs:
         reason = job.reason_to_build(ref)
         missing += reason is not None
-        click.echo(f"{ref.id}  {reason or 'present'}")
+        say(f"{ref.id}  {reason or 'present'}")
+    _say_outlook(job, refs)
     if executor in CLUSTERS:
         tasks = cluster.make_tasks(job, executor, running["tasks"])
         click.echo(tasks)
         if executor == "slurm" and tasks.todo:
             click.echo(f"The batch script:\n\n{cluster.batch_script(tasks, running)}")
-    click.echo(
-        f"{missing} of {len(refs)} episodes would be built into {job.out}; nothing was done."
-    )
+    say(f"{missing} of {len(refs)} episodes would be built into {job.out}; nothing was done.")
     return 0
+
+
+def _say_outlook(job: Job, refs: Sequence[EpisodeRef | SceneRef]) -> None:
+    """What the network will take for these episodes: frames, windows, memory, time, licence."""
+    from occgen_hub.engines import Auto
+    from occgen_hub.engines.weights import LICENSES
+    from occgen_hub.job import outlook
+
+    if not job.settings.engine.uses_device():
+        return
+    found = outlook(job, refs)
+    if not found:
+        return
+    for name, own in list(found.items())[:MOST_SHOWN]:
+        windows = f"{own.windows} windows of {own.size} that share {own.overlap}"
+        click.echo(
+            f"{name}: {own.frames} frames in {windows if own.windows > 1 else '1 window'}, "
+            f"{own.memory / 1e9:.1f} GB, about {_duration(own.seconds)}",
+            err=True,
+        )
+    if len(found) > MOST_SHOWN:
+        click.echo(f"and {len(found) - MOST_SHOWN} more episodes", err=True)
+    engine = job.settings.engine
+    network = engine.network if isinstance(engine, Auto) else engine
+    weights = (network and network.weights()) or {}
+    license = str(weights.get("license"))
+    click.echo(
+        f"In all {sum(own.frames for own in found.values())} frames, about "
+        f"{_duration(sum(own.seconds for own in found.values()))} of {weights.get('network')} on "
+        f"{job.device_name()}. Licence of its weights: {LICENSES.get(license, license)}.",
+        err=True,
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _build_here(options: dict[str, Any], workers: int, shard: Shard | None) -> int:
@@ -235,16 +324,18 @@ def _build_here(options: dict[str, Any], workers: int, shard: Shard | None) -> i
     from occgen_hub.runtime.build import build_dataset, build_shard
 
     job = open_job(**options)
+    if job.settings.engine.uses_device():
+        _say_outlook(job, [ref for ref in job.refs if job.reason_to_build(ref)])
     warm_up()
-    told = set[str]()
-    with _progress(len(job.refs) if shard is None else None, told) as listener:
+    shown_codes = set[str]()
+    with _progress(len(job.refs) if shard is None else None, shown_codes) as listener:
         if shard is None:
             summary = build_dataset(job, workers, listener)
         else:
             summary = build_shard(job, shard, workers, listener)
-    code = _print_summary(summary, job.out, told, whole=shard is None)
+    code = _print_summary(summary, job.out, shown_codes, whole=shard is None)
     if shard is not None:
-        click.echo(f"When all shards are built: occgen-hub finalize {shlex.quote(str(job.out))}")
+        say(f"When all shards are built: occgen-hub finalize {shlex.quote(str(job.out))}")
     return code
 
 
@@ -262,18 +353,18 @@ def _build_rank(options: dict[str, Any]) -> int:
     with joined(options["device"]) as state:
         shard = Shard(state.process_index, state.num_processes)
         device = str(state.device) if state.device.type == "cuda" else "cpu"
-        told: set[str] | None = set() if state.is_main_process else None
+        shown_codes: set[str] | None = set() if state.is_main_process else None
         counted = partial(count_finished, out, shard.count)
 
         def build_own() -> None:
             job = open_job(**options | {"device": device})
             shown = state.is_local_main_process
-            with _progress(len(job.refs), told, shown=shown, counted=counted) as listener:
+            with _progress(len(job.refs), shown_codes, shown=shown, counted=counted) as listener:
                 build_shard(job, shard, listener=listener, executor="accelerate")
 
         on_all_ranks(state, build_own)
         if state.is_main_process:
-            return _print_summary(finalize_dataset(out, cores()), out, told)
+            return _print_summary(finalize_dataset(out, cores()), out, shown_codes)
     return 0
 
 
@@ -288,7 +379,7 @@ def _build_on_cluster(options: dict[str, Any], executor: str, running: dict[str,
     with _progress(len(job.refs), None, shown=executor != "slurm", counted=counted):
         summary = cluster.run_tasks(tasks, running)
     if summary is None:
-        click.echo(f"The tasks were given to Slurm; {job.out / REPORT} is there when all is done.")
+        say(f"The tasks were given to Slurm; {job.out / REPORT} is there when all is done.")
         return 0
     return _print_summary(summary, job.out)
 
@@ -296,15 +387,15 @@ def _build_on_cluster(options: dict[str, Any], executor: str, running: dict[str,
 @contextmanager
 def _progress(
     total: int | None,
-    told: set[str] | None,
+    shown_codes: set[str] | None,
     *,
     shown: bool = True,
     counted: Callable[[], int] | None = None,
 ) -> Iterator[Listener]:
     """A bar over episodes while the block lasts, and lines on failures and notes.
 
-    total: None where it is not known; told: gathers the kinds of notes that were printed, None to
-    print none; counted: how many episodes are finished, where other processes build some of them.
+    total: None if unknown; shown_codes: collects the codes of the notes that were printed, None to
+    print none; counted: how many episodes are finished, if other processes build some of them.
     """
     from tqdm import tqdm
 
@@ -335,7 +426,7 @@ def _progress(
             stop_if_asked()
             counts["episodes"] += 1
             counts["failed"] += isinstance(result, Failure)
-            for line in _news(result, told):
+            for line in _news(result, shown_codes):
                 with turn:
                     bar.write(line, file=sys.stderr)
             if counted is None:
@@ -354,16 +445,16 @@ def _progress(
             thread.join()
 
 
-def _news(result: Result, told: set[str] | None) -> list[str]:
-    """Lines to print about an episode: its failure, or those of its notes that are new in kind."""
+def _news(result: Result, shown_codes: set[str] | None) -> list[str]:
+    """Lines to print about an episode: its failure, or its notes with codes not shown before."""
     from occgen_hub.runtime.results import Failure
 
     if isinstance(result, Failure):
         return [f"failed  {_text(result)}"]
-    if told is None:
+    if shown_codes is None:
         return []
-    new = [note for note in result.notes if note.code not in told]
-    told.update(note.code for note in new)
+    new = [note for note in result.notes if note.code not in shown_codes]
+    shown_codes.update(note.code for note in new)
     return [f"note    {result.id}: {note.text}" for note in new]
 
 
@@ -373,38 +464,38 @@ def _text(failure: Failure) -> str:
 
 
 def _print_summary(
-    summary: Summary, out: Path, told: set[str] | None = None, *, whole: bool = True
+    summary: Summary, out: Path, shown_codes: set[str] | None = None, *, whole: bool = True
 ) -> int:
     """Print what a build did, and return the exit code.
 
-    told: the kinds of notes that were printed by then; whole: whether it was more than a shard.
+    shown_codes: of the notes that were printed already; whole: whether it was more than a shard.
     """
     from occgen_hub.runtime.report import FAILURES
 
     rate = f", {summary.frames / summary.seconds:.1f} frames/s" if summary.frames else ""
-    click.echo(
+    say(
         f"{summary.built} built, {summary.present} already there, {len(summary.failures)} failed "
         f"of {summary.episodes} episodes; {summary.frames} frames in {summary.seconds:.1f} s{rate}."
     )
     if total := sum(summary.stages.values()):
         shares = ", ".join(f"{k} {v / total:.0%}" for k, v in summary.stages.most_common())
-        click.echo(f"Time spent: {shares}.")
+        say(f"Time spent: {shares}.")
     for code, text in summary.examples.items():
-        if code not in (told or ()):
-            click.echo(f"note    {text}", err=True)
+        if code not in (shown_codes or ()):
+            say(f"note    {text}", err=True)
     repeated = [f"{code} ({n})" for code, n in sorted(summary.notes.items()) if n > 1]
     if repeated:
-        click.echo(f"Notes that were on several episodes, and on how many: {', '.join(repeated)}.")
+        say(f"Notes that were on several episodes, and on how many: {', '.join(repeated)}.")
     for remark in summary.remarks:
-        click.echo(f"Note: {remark}.")
+        say(f"Note: {remark}.")
     if summary.failures and whole:
-        click.echo(f"The failures are listed in {out / FAILURES}:")
+        say(f"The failures are listed in {out / FAILURES}:")
         for failure in summary.failures[:20]:
-            click.echo(f"  {_text(failure)}")
+            say(f"  {_text(failure)}")
         if len(summary.failures) > 20:
-            click.echo(f"  and {len(summary.failures) - 20} more.")
+            say(f"  and {len(summary.failures) - 20} more.")
     if summary.built and whole:
-        click.echo(f"Next: occgen-hub validate {shlex.quote(str(out))}")
+        say(f"Next: occgen-hub validate {shlex.quote(str(out))}")
     elif whole and summary.present:
-        click.echo(f"Dataset: {out}")
+        say(f"Dataset: {out}")
     return 1 if summary.failures else 0

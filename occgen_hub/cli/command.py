@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from occgen_hub.cli.stopping import Stopped
+from occgen_hub.cli.stopping import Stopped, stop_if_asked
+from occgen_hub.errors import one_line
 
 
 class _Place(click.Path):
@@ -23,7 +24,29 @@ class _Place(click.Path):
         return super().convert(value, param, ctx)
 
 
+class Source(_Place):
+    """A path, or an address of the Hub, which is kept as it is written."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path, or the address."""
+        if isinstance(value, str) and value.startswith("hf://"):
+            return value
+        return super().convert(value, param, ctx)
+
+
+SOURCE = Source(file_okay=True, dir_okay=True, path_type=Path)
 FOLDER = _Place(file_okay=True, dir_okay=True, path_type=Path)
+
+
+def with_options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A decorator that adds options, in that order."""
+
+    def decorate(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
 
 
 def beside(folder: Path, ending: str) -> Path:
@@ -58,6 +81,11 @@ class Examples(click.Command):
                 formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
 
 
+def say(line: str, *, err: bool = False) -> None:
+    """Print a line that may hold names or words of a dataset: none of them moves the cursor."""
+    click.echo(one_line(line), err=err)
+
+
 def no_bar() -> bool | None:
     """For tqdm's `disable`: None leaves out bars where no terminal is."""
     return True if os.environ.get("TQDM_DISABLE", "0") not in ("", "0") else None
@@ -74,6 +102,7 @@ def progress_bar(what: str, unit: str) -> Iterator[Callable[[int, int | None], N
     with tqdm(unit=unit, desc=what, leave=False, disable=no_bar()) as bar:
 
         def progress(done: int, total: int | None) -> None:
+            stop_if_asked()
             bar.total = total
             bar.update(done - bar.n)
 

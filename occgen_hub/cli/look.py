@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from occgen_hub.cli.command import FOLDER, Examples, beside, progress_bar
+from occgen_hub.cli.command import FOLDER, Examples, beside, progress_bar, say
 
 
 @click.command(cls=Examples, example="occgen-hub validate out")
@@ -28,14 +28,14 @@ def validate(folder: Path, as_json: bool) -> int:
         click.echo(dump_json(report.as_dict(), indent=1))
     else:
         for finding in report.findings:
-            click.echo(str(finding))
+            say(str(finding))
         verdict = "valid" if report.valid else f"{len(report.findings)} finding(s)"
         s = "y" if report.trajectories == 1 else "ies"
-        click.echo(f"{report.trajectories} trajector{s}, {report.frames} frames: {verdict}.")
+        say(f"{report.trajectories} trajector{s}, {report.frames} frames: {verdict}.")
     for warning in report.warnings:
-        click.echo(f"Warning: {warning}", err=True)
+        say(f"Warning: {warning}", err=True)
     for remark in unfinished(folder):
-        click.echo(f"Note: {remark}.", err=True)
+        say(f"Note: {remark}.", err=True)
     return 0 if report.valid else 1
 
 
@@ -55,5 +55,5 @@ def inspect(folder: Path, trajectory: str | None, frame: int | None, preview: Pa
     place = preview or beside(folder, "_preview.png")
     picture(folder, place, trajectory, frame)
     for line in describe(folder, trajectory):
-        click.echo(line)
-    click.echo(f"Picture: {place}")
+        say(line)
+    say(f"Picture: {place}")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from occgen_hub.cli.command import FOLDER, Examples, beside, progress_bar
-from occgen_hub.cli.stopping import Stopped
+from occgen_hub.cli.command import FOLDER, Examples, beside, progress_bar, say, with_options
+from occgen_hub.cli.mapping import MAPPING, take_cameras
+from occgen_hub.cli.stopping import Stopped, received
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.visual import SEQUENCES
 
@@ -36,6 +38,7 @@ _SOURCE = (
         "--set", "settings", multiple=True, metavar="KEY=VALUE",
         help="With --input: one setting; may be repeated.",
     ),
+    *MAPPING,
 )  # fmt: skip
 
 _HISTORY = (
@@ -48,17 +51,6 @@ _HISTORY = (
         help="Frames from one of them to the next.",
     ),
 )  # fmt: skip
-
-
-def _with(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A decorator that adds options, in that order."""
-
-    def decorate(function: Any) -> Any:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
 
 
 @contextmanager
@@ -74,6 +66,7 @@ def _opened(trajectory: str, root: Path | None, how: dict[str, Any]) -> Iterator
 
     options = {name: how[name] for name in ("source", "engine", "weights", "device")}
     options["config"] = load_config(how["config"], how["settings"])
+    options["cameras"] = take_cameras(how)
     with (
         progress_bar("build", unit="frame") as progress,
         temporary_build(
@@ -112,7 +105,7 @@ def _folder(place: Path) -> Path:
     "--only", type=click.Choice(SEQUENCES), multiple=True,
     help="Only these files; may be repeated. All six kinds if not given.",
 )  # fmt: skip
-@_with(*_HISTORY, *_SOURCE)
+@with_options(*_HISTORY, *_SOURCE)
 def visualize(
     trajectory: str,
     out: Path,
@@ -138,7 +131,16 @@ def visualize(
             opened, out, only=kinds, history_len=history_len, history_step=history_step,
             progress=progress,
         )  # fmt: skip
-    click.echo(f"{count} files: {out}")
+    say(f"{count} files: {out}")
+
+
+class Rate(click.FloatRange):
+    """A number in a range; NaN is in none, though it compares as if it were."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number."""
+        number = super().convert(value, param, ctx)
+        return self.fail(f"{value!r} is no number", param, ctx) if isnan(number) else number
 
 
 def _size(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -165,13 +167,13 @@ def _size(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
     "--size", callback=_size, metavar="WxH",
     help="Pixels; world 1280x720, panels 1920x540, ego as the images' shape if not given.",
 )  # fmt: skip
-@click.option("--fps", type=click.FloatRange(0.1, 240), help="The trajectory's if not given.")
+@click.option("--fps", type=Rate(0.1, 240), help="The trajectory's if not given.")
 @click.option("--frame", type=click.IntRange(0), help="For a .png: which frame; the middle one.")
 @click.option(
     "--camera", type=FOLDER,
     help="JSON: the world's viewpoint, as view --choose-camera writes it; else found by itself.",
 )  # fmt: skip
-@_with(*_HISTORY, *_SOURCE)
+@with_options(*_HISTORY, *_SOURCE)
 def render(
     trajectory: str,
     out: Path,
@@ -191,9 +193,9 @@ def render(
     cells, blue to yellow by height, those of past frames pale. The ego view shows the cells that
     the camera sees, near ones bright. Needs the extra: pip install 'occgen-hub[visual]'.
     """
-    from occgen_hub.visual.extra import need_pyvista
-    from occgen_hub.visual.film import Shot
-    from occgen_hub.visual.film import render as write
+    from occgen_hub.visual.optional_dependencies import need_pyvista
+    from occgen_hub.visual.render import Shot
+    from occgen_hub.visual.render import render as write
     from occgen_hub.visual.viewpoint import Viewpoint
 
     need_pyvista()
@@ -203,7 +205,7 @@ def render(
         progress_bar("render", unit="frame") as progress,
     ):
         write(opened, out, shot, fps=fps, frame=frame, progress=progress)
-    click.echo(f"{'Picture' if out.suffix.lower() == '.png' else 'Video'}: {out}")
+    say(f"{'Picture' if out.suffix.lower() == '.png' else 'Video'}: {out}")
 
 
 @click.command(
@@ -222,7 +224,7 @@ def render(
     "--choose-camera", type=FOLDER, metavar="FILE.json",
     help="Open a window instead to find the viewpoint in that render --camera takes.",
 )  # fmt: skip
-@_with(*_SOURCE)
+@with_options(*_SOURCE)
 def view(
     trajectory: str,
     save: Path | None,
@@ -238,8 +240,8 @@ def view(
     Opens a window; where there is no screen, --web serves a page, and --save writes a file that
     rerun FILE.rrd opens elsewhere. Needs the extra: pip install 'occgen-hub[visual]'.
     """
-    from occgen_hub.visual.chooser import choose_viewpoint, has_screen
-    from occgen_hub.visual.extra import need, need_pyvista
+    from occgen_hub.visual.optional_dependencies import need, need_pyvista
+    from occgen_hub.visual.viewpoint_picker import choose_viewpoint, has_screen
 
     if sum((save is not None, web, choose_camera is not None)) > 1:
         raise UsageError("--save, --web and --choose-camera: give one of them.")
@@ -257,8 +259,8 @@ def view(
     with _opened(trajectory, root, how) as opened:
         if choose_camera is not None:
             choose_viewpoint(opened, choose_camera)
-            click.echo(f"Viewpoint: {choose_camera}")
-            click.echo(f"Next: occgen-hub render ... --camera {shlex.quote(str(choose_camera))}")
+            say(f"Viewpoint: {choose_camera}")
+            say(f"Next: occgen-hub render ... --camera {shlex.quote(str(choose_camera))}")
         elif save is not None:
             _save(opened, save)
         elif web:
@@ -269,14 +271,14 @@ def view(
 
 def _save(trajectory: Trajectory, place: Path) -> None:
     from occgen_hub.visual import viewer
-    from occgen_hub.visual.places import written_for
+    from occgen_hub.visual.output_paths import written_for
 
     if place.suffix != ".rrd":
         raise UsageError(f"--save {place}: give a name that ends in .rrd.")
     with progress_bar("view", unit="frame") as progress, written_for(place) as partial:
         viewer.save(trajectory, partial, progress)
-    click.echo(f"Recording: {place}")
-    click.echo(f"Next: rerun {shlex.quote(str(place))}")
+    say(f"Recording: {place}")
+    say(f"Next: rerun {shlex.quote(str(place))}")
 
 
 def _show(trajectory: Trajectory, ports: tuple[int, int] | None = None) -> None:
@@ -291,11 +293,12 @@ def _show(trajectory: Trajectory, ports: tuple[int, int] | None = None) -> None:
             viewer.save(trajectory, recorded, progress)
         with viewer.viewer(recorded, ports) as process:
             if ports is not None:
-                click.echo(f"Open {viewer.page(ports)}")
+                say(f"Open {viewer.page(ports)}")
                 click.echo("Ctrl-C ends it.")
             try:
                 code = process.wait()
             except Stopped:
+                received.clear()  # It is how a server is meant to end.
                 return
         if code:
             raise OccGenError(
@@ -319,4 +322,4 @@ def report(folder: Path, output: Path | None) -> None:
     with progress_bar("report", unit="trajectory") as progress:
         count = write_report(folder, place, progress)
     s = "y" if count == 1 else "ies"
-    click.echo(f"{count} trajector{s}: {place}")
+    say(f"{count} trajector{s}: {place}")

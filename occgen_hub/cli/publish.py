@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from occgen_hub.cli.command import FOLDER, Examples, no_bar, progress_bar
+from occgen_hub.cli.command import FOLDER, Examples, no_bar, progress_bar, say
 
 
 @click.command(cls=Examples, example="occgen-hub export out out_lerobot --to lerobot-v3.0")
@@ -34,10 +34,10 @@ def export(folder: Path, out: Path, to: Any, fps: int | None, overwrite: bool) -
     with progress_bar("export", unit="frame") as progress:
         remarks = make(folder, out, to=to, fps=fps, overwrite=overwrite, progress=progress)
     for remark in remarks:
-        click.echo(f"Note: {remark}.", err=True)
-    click.echo(f"Exported to {out}.")
+        say(f"Note: {remark}.", err=True)
+    say(f"Exported to {out}.")
     place = shlex.quote(str(out))
-    click.echo(f"Next: occgen-hub push {place} --repo-id ORG/NAME")
+    say(f"Next: occgen-hub push {place} --repo-id ORG/NAME")
 
 
 @click.command(
@@ -73,14 +73,14 @@ def push(
     with progress_bar("validate", unit="trajectory") as progress:
         files = hub.prepare(folder, progress)
     for warning in (*(f"{remark}." for remark in unfinished(folder)), *hub.warnings(files)):
-        click.echo(f"Warning: {warning}", err=True)
+        say(f"Warning: {warning}", err=True)
     if dry_run:
         for path, size in files.items():
-            click.echo(f"{size:>14,}  {path}")
+            say(f"{size:>14,}  {path}")
     said = f"{len(files):,} files of {sum(files.values()):,} bytes"
     if dry_run:
-        click.echo(f"{said} would go to {repo_id}; nothing was sent.")
+        say(f"{said} would go to {repo_id}; nothing was sent.")
         return
     address = hub.push(folder, repo_id, private=private, revision=revision, create_pr=create_pr)
-    click.echo(f"{said} are on the Hub.")
-    click.echo(address)
+    say(f"{said} are on the Hub.")
+    say(address)

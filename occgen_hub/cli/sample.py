@@ -40,10 +40,11 @@ class _Size(click.ParamType[tuple[float, float]]):
 @click.option("--seed", default=0, show_default=True, help="The same seed gives the same bytes.")
 @click.option(
     "--layout",
-    type=click.Choice(["trajectories", "scenes"]),
-    default="trajectories",
+    type=click.Choice(["vln-n1", "vln-n1-scenes", "vln-ce"]),
+    default="vln-n1",
     show_default=True,
-    help="A folder a trajectory, or the newer one of many episodes in a scene's folder.",
+    help="InternData-N1's: a folder a trajectory, the newer one of many episodes in a scene's "
+    "folder, or VLN-CE, with two cameras an episode.",
 )
 @click.option(
     "--faults", is_flag=True, help="With some of the mistakes that meta files of real data have."

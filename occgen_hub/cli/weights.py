@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from occgen_hub.cli.command import FOLDER, Examples
+from occgen_hub.cli.command import FOLDER, Examples, say
 
 
 @click.group()
@@ -15,7 +15,7 @@ def weights() -> None:
     """Fetch the weights of the networks, or check them."""
 
 
-NETWORK = click.argument("name", type=click.Choice(["pi3", "pi3x"]))
+NETWORK = click.argument("name", type=click.Choice(["pi3", "pi3x", "da3"]))
 
 
 @weights.command(cls=Examples, example="occgen-hub weights pull pi3x", goes_on=True)
@@ -23,13 +23,13 @@ NETWORK = click.argument("name", type=click.Choice(["pi3", "pi3x"]))
 @click.option("--revision", help="A commit or tag on the Hub; the one in ckpt/ if not given.")
 def pull(name: Any, revision: str | None) -> None:
     """Fetch a network's published weights into the Hub's cache, and check them."""
-    from occgen_hub.engines.pi3 import weights as files
+    from occgen_hub.engines import weights as files
 
     found = files.fetch(name, revision)
     files.check(found)
     files.verify(found)
-    click.echo(found.path)
-    click.echo(f"Next: occgen-hub build --source video --engine {name} --input VIDEO --output out")
+    say(str(found.path))
+    say(f"Next: occgen-hub build --source video --engine {name} --input VIDEO --output out")
 
 
 @weights.command("check", cls=Examples, example="occgen-hub weights check pi3x")
@@ -41,12 +41,12 @@ def check_weights(name: Any, path: Path | None) -> None:
     Fetches nothing. Ends with 0 when they fit the network and are the published ones, or those
     that a config.json beside them describes, and with 2 when they are not.
     """
-    from occgen_hub.engines.pi3 import weights as files
+    from occgen_hub.engines import weights as files
 
     found = files.find(name, path, fetching=False)
     digest = files.verify(found)
     size = found.path.stat().st_size
     said = "as published" if found.checkpoint.sha256 else "whole"
-    click.echo(f"{found.path}: {name}, {size / 1e9:.2f} GB, {said}.")
-    click.echo(f"SHA-256: {digest}")
-    click.echo(f"Licence: {found.checkpoint.terms}.")
+    say(f"{found.path}: {name}, {size / 1e9:.2f} GB, {said}.")
+    say(f"SHA-256: {digest}")
+    say(f"Licence: {found.checkpoint.terms}.")

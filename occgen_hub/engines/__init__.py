@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -151,18 +152,39 @@ def load_engine(name: str, weights: Path | None = None, device: str | None = Non
     raise UsageError(f"--engine {name}: no such engine; installed are {known}.")
 
 
-def network_engine(weights: Path | None = None, device: str | None = None) -> Engine:
-    """The network that `auto` takes: of the weights given, else of those there, pi3x before pi3.
+def network_engine(
+    weights: Path | None = None, device: str | None = None, *, commercial: bool = False
+) -> Engine:
+    """The network that `auto` takes: of the weights given, else pi3x, pi3 or da3, by those there.
 
-    Raises UsageError when there are none.
+    commercial: take only one whose published weights allow commercial use. Raises UsageError when
+    there are none.
     """
-    from occgen_hub.engines.pi3.weights import NAMES, kind, present
+    from occgen_hub.engines.weights import COMMERCIAL, NAMES, kind, present, published
 
     if weights is not None:
         return load_engine(kind(weights), weights, device)
-    there = (name for name in NAMES if present(name) is not None)
-    return load_engine(next(there, NAMES[0]), None, device)
+    names = [name for name in NAMES if not commercial or published(name).license in COMMERCIAL]
+    there = (name for name in names if present(name) is not None)
+    return load_engine(next(there, names[0]), None, device)
 
 
-def _points() -> list[EntryPoint]:
-    return list(entry_points(group="occgen_hub.engines"))
+def check_license(engine: Engine) -> None:
+    """Raise UsageError where an engine's weights allow no commercial use, or do not say."""
+    from occgen_hub.engines.weights import COMMERCIAL
+
+    network = engine.network if isinstance(engine, Auto) else engine
+    weights = None if network is None else network.weights()
+    if network is None or weights is None or weights["license"] in COMMERCIAL:
+        return
+    raise UsageError(
+        f"--license commercial: the weights of {network.name} are under the licence "
+        f"{weights['license']}, which does not allow it; choose --engine da3, or leave the option "
+        "out."
+    )
+
+
+@cache
+def _points() -> tuple[EntryPoint, ...]:
+    """Looked up once: it takes the metadata of every package that is installed."""
+    return tuple(entry_points(group="occgen_hub.engines"))

@@ -22,7 +22,7 @@ class SensorDepth(Engine):
     def reconstruct(
         self, episode: Episode, config: Config, scratch: Path, progress: Progress = lambda _: None
     ) -> Views:
-        """Every `config.interval`-th frame's depth, decoded when asked for.
+        """Every `config.interval`-th frame's depth (auto: every one), decoded when asked for.
 
         Raises OccGenError when the episode has no depth, poses or intrinsics.
         """
@@ -37,6 +37,8 @@ class SensorDepth(Engine):
                 "source does not have; choose another with --engine."
             )
 
+        step = 1 if config.interval == "auto" else config.interval
+
         def depth(frame: int) -> NDArray[np.float32]:
             return read_depth(frame).astype(np.float32)
 
@@ -46,7 +48,7 @@ class SensorDepth(Engine):
             intrinsics=intrinsics,
             image_size=episode.image_size,
             depth_size=episode.image_size,
-            frames=np.arange(0, episode.length, config.interval),
+            frames=np.arange(0, episode.length, step),
             read_depth=depth,
             read_color=episode.read_rgb,
         )

@@ -1,4 +1,7 @@
-"""Wrong units, axes or directions of poses, told by whether frames then agree with one another."""
+"""Wrong units, axes, directions or times of poses, and swapped focal lengths.
+
+They are told by whether frames agree with one another.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from occgen_hub.fusion.depth_map import DepthMap, DepthMaps
 from occgen_hub.fusion.noise import compare
 from occgen_hub.geometry.poses import OPENGL_FROM_OPENCV
 from occgen_hub.geometry.sim3 import rotation_angle
+from occgen_hub.geometry.trajectory import poses_at
 from occgen_hub.views import Views
 
 PAIRS = 12
@@ -34,7 +38,11 @@ LEAST_POINTS = 200
 
 GOOD, POOR, BETTER = 0.6, 0.85, 0.25
 """Shares of depth that agree: what another convention has to reach to be named; what is so poor
-that others are tried; and by how much another has to be better."""
+that other times are tried; and by how much another has to be better."""
+
+FINE = 0.95
+"""Where that share agrees, nothing else is tried. Swapped focal lengths that differ by a seventh
+leave nearly nine tenths in agreement."""
 
 NEARLY_ALL, LEFT = 0.9, 1 / 3
 """A convention by which that share agrees is also better where no more disagrees than that share of
@@ -45,17 +53,31 @@ HARDLY = 0.25
 """Where less agrees and no other convention is better, that is told."""
 
 
+LONGEST_SHIFT = 1.0
+"""Seconds by which the clocks of poses and images may plausibly differ, and no more than
+`MOST_SHIFTED` frames."""
+
+MOST_SHIFTED = 30
+
+UNEQUAL = 0.02
+"""Focal lengths that differ by less make no difference when they are swapped."""
+
+
 @dataclass(frozen=True)
 class Convention:
-    """Another way in which poses or depth may have been meant.
+    """Another way in which a recording may have been meant.
 
-    meaning: after "as if"; remedy: what to do.
+    meaning: after "as if"; remedy: what to do; poses: from (T, 4, 4) poses as they are given to
+    those that are meant, nan where there are none; factor: of depth; swapped: whether the focal
+    lengths are; hfov: degrees that the camera sees across, None as given.
     """
 
     meaning: str
     remedy: str
     poses: Callable[[NDArray[np.float64]], NDArray[np.float64]] = lambda poses: poses
     factor: float = 1.0
+    swapped: bool = False
+    hfov: float | None = None
 
 
 def _opengl(poses: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -79,12 +101,12 @@ def _scaled(factor: float) -> Convention:
 CONVENTIONS = (
     Convention(
         "the cameras' axes were OpenGL's (y up, z backward)",
-        "convert the poses with occgen_hub.geometry.poses.from_opengl",
+        "convert the poses with occgen_hub.geometry.poses.from_opengl, or give --pose-axes",
         _opengl,
     ),
     Convention(
         "the poses were camera_from_world",
-        "invert them: world_from_camera is wanted",
+        "invert them, or give --pose-direction: world_from_camera is wanted",
         _inverse,
     ),
     Convention(
@@ -92,24 +114,72 @@ CONVENTIONS = (
         "invert them and convert them with occgen_hub.geometry.poses.from_opengl",
         lambda poses: _opengl(_inverse(poses)),
     ),
+    Convention(
+        "the focal lengths were swapped",
+        "give the horizontal one, fx, before the vertical one, fy",
+        swapped=True,
+    ),
     *(_scaled(factor) for factor in (0.001, 0.1, 0.2, 0.5, 2.0, 5.0, 10.0, 1000.0)),
 )
 
 
-def check_conventions(views: Views, episode: str, config: Config) -> list[Note]:
+def _shifted(frames: float, fps: float) -> Convention:
+    """The poses so many frames later, for the images that there are."""
+
+    def shift(poses: NDArray[np.float64]) -> NDArray[np.float64]:
+        numbers = np.arange(len(poses), dtype=np.float64)
+        later, there = poses_at(numbers + frames, numbers, poses, longest_gap=1.0, tolerance=0.0)
+        return np.where(there[:, None, None], later, np.nan)
+
+    seconds = frames / fps
+    count = f"{abs(frames):g} frame{'s' if abs(frames) > 1 else ''}"
+    return Convention(
+        f"the poses were {count} ({abs(seconds):.3g} s) too {'late' if frames > 0 else 'early'}",
+        f"shift their times, for example with --time-offset {-seconds:.3g}",
+        shift,
+    )
+
+
+HFOVS = (42, 50, 55, 60, 65, 70, 75, 79, 84, 90, 95, 100, 110, 120)
+"""Degrees, fields of view that are tried where that of the camera is not known."""
+
+MARGIN = 2 / 3
+"""Another field of view is named in a note where no more disagrees than that share of what
+disagrees with the one assumed."""
+
+
+def check_conventions(
+    views: Views,
+    episode: str,
+    config: Config,
+    *,
+    fps: float = 30.0,
+    assumed_view: bool = False,
+) -> list[Note]:
     """Compare frames that see the same places from different sides.
 
-    Raises OccGenError where they contradict one another, but agree under another convention of
-    poses or unit of depth, which it names. Returns a note where they contradict one another for
-    another reason. What a network found for itself has no conventions and is not looked at.
+    fps: frames a second; assumed_view: whether the source does not say what its cameras see, so
+    that other fields of view are tried as well.
+
+    Raises OccGenError where they contradict one another, but agree under other poses, times,
+    intrinsics or another unit of depth, which it names. Returns a note where they contradict one
+    another for another reason. What a network found for itself has no conventions and is not looked
+    at.
     """
     if not views.in_source_world or len(views.frames) < 2:
         return []
-    pairs = _pairs(views, config)
-    given = _agreement(pairs, Convention("", ""))
-    if not pairs or (given is not None and given >= POOR):
+    pairs, poses = _pairs(views, config), views.world_from_camera
+    given = _agreement(pairs, Convention("", ""), poses)
+    if not pairs:
         return []
-    tried = [(_agreement(pairs, other), other) for other in CONVENTIONS]
+    if given is not None and given >= (POOR if assumed_view else FINE):
+        return _view_note(pairs, given, poses) if assumed_view else []
+    longest = min(MOST_SHIFTED, int(LONGEST_SHIFT * fps), len(poses) - 2)
+    if given is not None and given >= POOR:
+        longest = 0  # Clocks that are a frame apart are no reason to stop.
+    others = (*CONVENTIONS, *(_VIEWS if assumed_view else ()))
+    tried = [(_agreement(pairs, other, poses), other) for other in others]
+    tried += _times(pairs, poses, longest, fps)
     found = [(share, other) for share, other in tried if share is not None]
     if found:
         share, other = max(found, key=lambda row: row[0])
@@ -121,6 +191,8 @@ def check_conventions(views: Views, episode: str, config: Config) -> list[Note]:
                 f"to another), but would agree ({share:.0%}) as if {other.meaning}; "
                 f"{other.remedy}."
             )
+    if assumed_view and given is not None and (notes := _view_note(pairs, given, poses)):
+        return notes
     if given is None or given >= HARDLY:
         return []
     text = (
@@ -130,7 +202,52 @@ def check_conventions(views: Views, episode: str, config: Config) -> list[Note]:
     return [Note("frames disagree", text)]
 
 
-def _pairs(views: Views, config: Config) -> list[tuple[DepthMap, DepthMap]]:
+def _seen(hfov: float) -> Convention:
+    return Convention(
+        f"cameras saw about {hfov:g} degrees from side to side",
+        f"give their field of view, perhaps --hfov {hfov:g}",
+        hfov=hfov,
+    )
+
+
+_VIEWS = tuple(_seen(hfov) for hfov in HFOVS)
+
+
+def _view_note(pairs: list[Pair], given: float, poses: NDArray[np.float64]) -> list[Note]:
+    """A note where frames agree clearly better under another field of view than the assumed one."""
+    shares = [(_agreement(pairs, view, poses), view) for view in _VIEWS]
+    tried = [(share, view) for share, view in shares if share is not None]
+    share, best = max(tried, key=lambda row: row[0], default=(0.0, None))
+    if best is None or best.hfov is None or 1 - share > MARGIN * (1 - given):
+        return []
+    first = pairs[0][0][1]
+    K, width = first.K, first.depth.shape[1]
+    assumed = 2 * np.degrees(np.arctan(width / 2 / K[0, 0]))
+    text = (
+        f"frames agree better ({share:.0%} of the depth) as if cameras saw about {best.hfov:g} "
+        f"degrees from side to side than with {assumed:.3g} ({given:.0%}): check --hfov"
+    )
+    return [Note("field of view", text)]
+
+
+def _times(
+    pairs: list[Pair], poses: NDArray[np.float64], longest: int, fps: float
+) -> list[tuple[float | None, Convention]]:
+    """What agrees at other times of the poses, to half a frame, by up to `longest` frames."""
+    steps = [float(n) for n in range(-longest, longest + 1) if n]
+    tried = [(_agreement(pairs, _shifted(step, fps), poses), step) for step in steps]
+    if found := [(share, step) for share, step in tried if share is not None]:
+        _, best = max(found)
+        beside = [step for step in (best - 0.5, best + 0.5) if step]
+        tried += [(_agreement(pairs, _shifted(step, fps), poses), step) for step in beside]
+    return [(share, _shifted(step, fps)) for share, step in tried]
+
+
+Pair = tuple[tuple[int, DepthMap], tuple[int, DepthMap]]
+"""Two frames, each with its number."""
+
+
+def _pairs(views: Views, config: Config) -> list[Pair]:
     """Pairs of frames whose cameras are apart, in two steps from each of a few frames."""
     read = cache(DepthMaps(views, config.confidence, config.depth_edge))
     frames, pairs = views.frames.tolist(), []
@@ -148,25 +265,39 @@ def _pairs(views: Views, config: Config) -> list[tuple[DepthMap, DepthMap]]:
         for steps in (1, 3):
             later = np.flatnonzero(apart[start:] >= steps)
             if len(later):
-                pairs.append((here, read(frames[start + int(later[0])])))
+                other = frames[start + int(later[0])]
+                pairs.append(((frames[start], here), (other, read(other))))
     return pairs
 
 
-def _agreement(pairs: list[tuple[DepthMap, DepthMap]], convention: Convention) -> float | None:
+def _agreement(
+    pairs: list[Pair], convention: Convention, poses: NDArray[np.float64]
+) -> float | None:
     """Share of the compared points that agree; None where too few can be compared."""
     count = agreeing = 0
     metres = AGREES[1] * convention.factor
+    meant = convention.poses(poses)
     for pair in pairs:
-        here, there = (_meant(view, convention) for view in pair)
+        if not all(np.isfinite(meant[frame]).all() for frame, _ in pair):
+            continue
+        here, there = (_meant(view, convention, meant[frame]) for frame, view in pair)
         z, behind = compare(here, there, farthest=np.inf)
         count += len(z)
         agreeing += int((np.abs(behind) <= AGREES[0] * z + metres).sum())
     return agreeing / count if count >= LEAST_POINTS else None
 
 
-def _meant(view: DepthMap, convention: Convention) -> DepthMap:
-    """A depth map with its pose and depth as a convention has them."""
+def _meant(view: DepthMap, convention: Convention, pose: NDArray[np.float64]) -> DepthMap:
+    """A depth map with its depth and intrinsics as a convention has them, and that pose."""
     factor = np.float32(convention.factor)
     pixels = view.pixels * np.array([factor, 1 / factor, 1 / factor, factor], np.float32)
-    pose = np.ascontiguousarray(convention.poses(view.world_from_camera))
-    return replace(view, depth=view.depth * factor, pixels=pixels, world_from_camera=pose)
+    K = view.K
+    if convention.swapped and abs(K[0, 0] / K[1, 1] - 1) > UNEQUAL:
+        K = K.copy()
+        K[0, 0], K[1, 1] = view.K[1, 1], view.K[0, 0]
+    if convention.hfov is not None:
+        K = K.copy()
+        wanted = view.depth.shape[1] / 2 / np.tan(np.radians(convention.hfov) / 2)
+        K[[0, 1], [0, 1]] *= wanted / K[0, 0]
+    pose = np.ascontiguousarray(pose)
+    return replace(view, depth=view.depth * factor, pixels=pixels, K=K, world_from_camera=pose)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from occgen_hub.geometry.camera import continues
+from occgen_hub.jit import njit
 from occgen_hub.views import Views
 
 TURN = 5.0
@@ -87,7 +87,7 @@ def camera_values(
     return np.concatenate([R.ravel(), t, [K[0, 0], K[1, 1], K[0, 2], K[1, 2]]])
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _fill_row(depth, trusted, row, inverse, least):
     """Inverse depth of a row, infinite where it is not trusted, and the least of three pixels."""
     width = depth.shape[1]
@@ -102,7 +102,7 @@ def _fill_row(depth, trusted, row, inverse, least):
             least[u] = min(least[u], depth[row, u + 1])
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _surface(depth, trusted):
     """(h, w, 4) float32 `pixels` of a `DepthMap`."""
     height, width = depth.shape
@@ -130,7 +130,7 @@ def _surface(depth, trusted):
     return pixels
 
 
-@njit(cache=True, nogil=True, inline="always", error_model="numpy")
+@njit(nogil=True, inline="always", error_model="numpy")
 def _smaller(before, here, after, has_before, has_after):
     """The smaller of two differences of inverse depth, infinite where there is no depth."""
     first = here - before if has_before else np.float32(np.inf)
@@ -139,7 +139,7 @@ def _smaller(before, here, after, has_before, has_after):
     return smaller if np.isfinite(smaller) else np.float32(0)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _off_ramps(depth, K, tolerance, cosine):
     """(h, w) bool: pixels not on a ramp that a network drew from one object to another.
 
@@ -168,7 +168,7 @@ def _off_ramps(depth, K, tolerance, cosine):
     return kept
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _normals(depth, K):
     """(h, w, 3) float32: the mean normal of the triangles that a pixel spans with its neighbours.
 

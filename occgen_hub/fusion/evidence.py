@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 from numpy.typing import NDArray
 
 from occgen_hub.fusion.depth_map import DepthMaps
 from occgen_hub.fusion.noise import NoiseModel
-from occgen_hub.occupancy.bricks import BrickedCloud
-from occgen_hub.prefetch import ahead
+from occgen_hub.jit import njit
+from occgen_hub.occupancy.point_blocks import PointBlocks
+from occgen_hub.prefetch import prefetch
 
 SIGMAS = 3.0
 """A depth within so many standard deviations of a point supports it."""
@@ -84,7 +85,7 @@ class Tolerance:
 
 
 def gather_evidence(
-    cloud: BrickedCloud,
+    cloud: PointBlocks,
     maps: DepthMaps,
     tolerance: Tolerance,
     progress: Callable[[int], None] = lambda _: None,
@@ -104,7 +105,7 @@ def gather_evidence(
         doubts=np.zeros(count, np.uint16),
         moves=np.zeros((count, 4), np.float32),
     )
-    for view in ahead(maps, spread(maps.frames)):
+    for view in prefetch(maps, spread(maps.frames)):
         _look(
             cloud.points, cloud.starts, cloud.lower, cloud.upper, view.pixels, view.camera(),
             tolerance.values(), tolerance.looks, found.supports, found.contradictions,
@@ -126,7 +127,7 @@ def spread(frames: NDArray[np.int64]) -> Iterator[int]:
             yield int(frames[place])
 
 
-@njit(cache=True, nogil=True, inline="always", error_model="numpy")
+@njit(nogil=True, inline="always", error_model="numpy")
 def allowed(z, slope, tolerance):
     """Metres by which a depth may be off at `z`, where it changes by `slope` metres per pixel."""
     square = z * z
@@ -134,7 +135,7 @@ def allowed(z, slope, tolerance):
     return SIGMAS * np.sqrt(variance) + SLANT * slope + tolerance[3]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def in_sight(low, high, camera, width, height):
     """Whether a box of world coordinates may reach into a camera's view."""
     least, most = np.empty(3), np.empty(3)
@@ -159,7 +160,7 @@ def in_sight(low, high, camera, width, height):
     return True
 
 
-@njit(cache=True, nogil=True, parallel=True, error_model="numpy")
+@njit(nogil=True, parallel=True, error_model="numpy")
 def _look(
     points,
     starts,
@@ -181,10 +182,10 @@ def _look(
     r02, r12, r22 = camera[2], camera[5], camera[8]
     fx, fy, cx, cy = camera[12], camera[13], camera[14], camera[15]
     constant, linear, quadratic, floor = tolerance[0], tolerance[1], tolerance[2], tolerance[3]
-    for brick in prange(len(starts) - 1):
-        if not in_sight(low[brick], high[brick], camera, width, height):
+    for block in prange(len(starts) - 1):
+        if not in_sight(low[block], high[block], camera, width, height):
             continue
-        for n in range(starts[brick], starts[brick + 1]):
+        for n in range(starts[block], starts[block + 1]):
             if supports[n] + contradictions[n] >= looks:
                 continue
             x, y, z = points[n, 0] - px, points[n, 1] - py, points[n, 2] - pz

@@ -21,8 +21,8 @@ from occgen_hub.fusion.refine import refine_poses
 from occgen_hub.geometry.camera import unproject_trusted
 from occgen_hub.geometry.cloud import Cloud, VoxelDownsample, voxel_downsample
 from occgen_hub.geometry.poses import transform
-from occgen_hub.occupancy.bricks import BrickedCloud, into_bricks, sorted_into_bricks
-from occgen_hub.prefetch import ahead
+from occgen_hub.occupancy.point_blocks import PointBlocks, into_blocks, sorted_into_blocks
+from occgen_hub.prefetch import prefetch
 from occgen_hub.views import Views
 
 ROUNDS = 2
@@ -41,6 +41,16 @@ STILL = 0.1
 REFINEMENTS = (0.02, 0.01, 0.005, 0.0)
 """Metres: how much wider than noise the kernel is, each time that poses are refined and the surface
 is fused anew."""
+
+LESS_RESIDUAL = 0.95
+"""Refined poses are kept where the residual falls to this share or less: less may be by chance."""
+
+MORE_CONTRADICTED = 1.1
+"""Refined poses are kept while the share of contradicted points grows at most by this factor."""
+
+LESS_SEEN = 0.97
+"""Refined poses are kept while points are seen by at least this share of the frames that saw them
+before, of those that were asked."""
 
 Progress = Callable[[int], None]
 """Called with the number of frames done since the last call."""
@@ -80,12 +90,12 @@ def fuse(views: Views, config: Config, progress: Progress = lambda _: None) -> F
     if config.fusion == "union" or not len(measured):
         return Fused(measured, views, None, None)
     found = _fused(measured, maps, config)
-    if config.refine_poses is True or (
-        config.refine_poses == "auto" and found.quality.poses_are_off(config.voxel_size)
-    ):
+    # A network's poses and depth are one estimate, whose errors belong together.
+    doubtful = views.edges == "sensor" and found.quality.poses_are_off(config.voxel_size)
+    if config.refine_poses is True or (config.refine_poses == "auto" and doubtful):
         aligned = _aligned(measured, maps, config)
         refined = _fused(union(aligned, config), aligned, config, refined=True)
-        if config.refine_poses is True or refined.quality.better_than(found.quality):
+        if config.refine_poses is True or refined.better_than(found):
             found = refined
     moving = MovingPoints(
         found.static, found.agreement.seen_through, found.maps, found.tolerance,
@@ -97,19 +107,35 @@ def fuse(views: Views, config: Config, progress: Progress = lambda _: None) -> F
 
 @dataclass(frozen=True)
 class _Fusion:
-    """A surface, the depth and the poses that it was fused from, and figures. static: its points."""
+    """A surface, the depth and poses that it was fused from, and figures. static: its points."""
 
     maps: DepthMaps
     tolerance: Tolerance
     agreement: Agreement
-    static: BrickedCloud
+    static: PointBlocks
     quality: Quality
+
+    def better_than(self, other: _Fusion) -> bool:
+        """Whether frames agree better than in another fusion of the same depth.
+
+        Poses can hide errors of the depth itself, as where each frame has another scale: surfaces
+        then fit in their middle, but frames see through one another at their ends, or no longer see
+        the same.
+        """
+        seen, seen_before = (
+            fusion.agreement.supports / fusion.tolerance.looks for fusion in (self, other)
+        )
+        return (
+            self.quality.residual < LESS_RESIDUAL * other.quality.residual
+            and self.quality.contradicted <= MORE_CONTRADICTED * other.quality.contradicted
+            and seen >= LESS_SEEN * seen_before
+        )
 
 
 def _fused(measured: Cloud, maps: DepthMaps, config: Config, *, refined: bool = False) -> _Fusion:
     tolerance = Tolerance.of(noise_model(maps, config.noise), config.voxel_size)
     agreement = agree(measured, maps, tolerance, config)
-    static = into_bricks(agreement.cloud.points)
+    static = into_blocks(agreement.cloud.points)
     quality = assess(static, maps, tolerance, agreement, refined=refined)
     return _Fusion(maps, tolerance, agreement, static, quality)
 
@@ -131,7 +157,7 @@ def _aligned(measured: Cloud, maps: DepthMaps, config: Config) -> DepthMaps:
 def union(maps: DepthMaps, config: Config, progress: Progress = lambda _: None) -> Cloud:
     """Every trusted point of every frame, one for each voxel of `Config.fusion_size`."""
     fused = VoxelDownsample(config.fusion_size)
-    measured = ahead(partial(_measured, maps, config.depth_range), maps.frames.tolist())
+    measured = prefetch(partial(_measured, maps, config.depth_range), maps.frames.tolist())
     for points, colors in measured:
         fused.add(points, colors)
         progress(1)
@@ -157,23 +183,23 @@ def agree(
     """
     removed, contradicted = [], 0.0
     for number in range(ROUNDS):
-        bricks, order = sorted_into_bricks(cloud.points)
-        evidence = gather_evidence(bricks, maps, tolerance)
+        blocks, order = sorted_into_blocks(cloud.points)
+        evidence = gather_evidence(blocks, maps, tolerance)
         seen = evidence.supports.astype(np.float32)
         seen_through = evidence.contradictions > CONTRADICTED * seen
         sure = (seen >= supports) & (seen >= SURE * (seen + evidence.doubts))
         kept = sure & ~seen_through
-        removed.append(bricks.points[seen_through])
+        removed.append(blocks.points[seen_through])
         if number == 0:
             contradicted = float(seen_through.mean())
         shift = evidence.displacement()[kept]
-        cloud = Cloud(bricks.points[kept] + shift, cloud.colors[order][kept])
+        cloud = Cloud(blocks.points[kept] + shift, cloud.colors[order][kept])
         still = np.abs(shift).max(axis=1, initial=0) < STILL * config.voxel_size
         if not len(cloud) or still.mean() > 0.9:
             break
         cloud = voxel_downsample(cloud, config.fusion_size)
     median = float(np.median(evidence.supports))
-    return Agreement(cloud, into_bricks(np.concatenate(removed)), median, contradicted)
+    return Agreement(cloud, into_blocks(np.concatenate(removed)), median, contradicted)
 
 
 def check_reach(views: Views, config: Config, episode: str) -> None:

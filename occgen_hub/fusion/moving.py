@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from occgen_hub.fusion.depth_map import DepthMaps, camera_values
 from occgen_hub.fusion.evidence import NEAREST, Tolerance, allowed, in_sight
-from occgen_hub.occupancy.bricks import BrickedCloud
+from occgen_hub.jit import njit
+from occgen_hub.occupancy.point_blocks import PointBlocks
 
 LEAST_AREA = 0.01
 """Square metres of what moves, as the camera sees it: a hand, and no group of wrong pixels."""
@@ -36,8 +36,8 @@ class MovingPoints:
     or farther counts as not measured.
     """
 
-    static: BrickedCloud
-    seen_through: BrickedCloud
+    static: PointBlocks
+    seen_through: PointBlocks
     maps: DepthMaps
     tolerance: Tolerance
     spacing: float
@@ -82,7 +82,7 @@ class MovingPoints:
         return bool(visible >= LEAST_PIXELS)
 
 
-@njit(cache=True, nogil=True, inline="always", error_model="numpy")
+@njit(nogil=True, inline="always", error_model="numpy")
 def _projected(point, camera):
     """Depth of a world point in a camera, metres, and where it falls in the image, pixels."""
     x, y, z = point[0] - camera[9], point[1] - camera[10], point[2] - camera[11]
@@ -92,14 +92,14 @@ def _projected(point, camera):
     return depth, u, v
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _in_image(points, starts, low, high, camera, width, height):
     """How many points project into an image, counted up to LEAST_PIXELS."""
     count = 0
-    for brick in range(len(starts) - 1):
-        if not in_sight(low[brick], high[brick], camera, width, height):
+    for block in range(len(starts) - 1):
+        if not in_sight(low[block], high[block], camera, width, height):
             continue
-        for n in range(starts[brick], starts[brick + 1]):
+        for n in range(starts[block], starts[block + 1]):
             depth, u, v = _projected(points[n], camera)
             if depth <= NEAREST:
                 continue
@@ -109,7 +109,7 @@ def _in_image(points, starts, low, high, camera, width, height):
     return count
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _render(points, starts, low, high, camera, shape, spacing):
     """(h, w) float32: depth of the nearest static point at each pixel, infinite for none."""
     height, width = shape
@@ -117,10 +117,10 @@ def _render(points, starts, low, high, camera, shape, spacing):
     wide = camera.copy()  # Points beside the image cover pixels of it too.
     wide[14:16] += WIDEST_SPLAT
     margin = 2 * WIDEST_SPLAT
-    for brick in range(len(starts) - 1):
-        if not in_sight(low[brick], high[brick], wide, width + margin, height + margin):
+    for block in range(len(starts) - 1):
+        if not in_sight(low[block], high[block], wide, width + margin, height + margin):
             continue
-        for n in range(starts[brick], starts[brick + 1]):
+        for n in range(starts[block], starts[block + 1]):
             depth, u, v = _projected(points[n], camera)
             if depth <= NEAREST:
                 continue
@@ -137,7 +137,7 @@ def _render(points, starts, low, high, camera, shape, spacing):
     return surface
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _in_front(pixels, trusted, surface, tolerance, spacing):
     """(h, w) bool: trusted pixels well in front of all static surface around them.
 
@@ -159,13 +159,13 @@ def _in_front(pixels, trusted, surface, tolerance, spacing):
     return found
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _same_surface(first, second, tolerance):
     """Whether two neighbouring depths may belong to one object."""
     return abs(first - second) <= allowed(first, 0.0, tolerance) + 0.05 * first
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _connected(depth, candidates, camera, tolerance):
     """The candidates that belong to groups large and thick enough; (h, w) bool."""
     height, width = depth.shape
@@ -202,7 +202,7 @@ def _connected(depth, candidates, camera, tolerance):
     return kept
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _smoothed(depth, kept, camera, tolerance):
     """(n, 3) float32 world points of the kept pixels."""
     height, width = depth.shape

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from occgen_hub.fusion.depth_map import DepthMap, DepthMaps
-from occgen_hub.prefetch import ahead
+from occgen_hub.jit import njit
+from occgen_hub.prefetch import prefetch
 
 PAIRS = 12
 """Pairs of frames that an estimate compares at most."""
@@ -87,7 +87,7 @@ def estimate_noise(maps: DepthMaps) -> NoiseModel | None:
     sqrt(2) of what one is off. It holds what poses add to it. None where frames share too little.
     """
     depths, differences = [], []
-    for z, difference in ahead(
+    for z, difference in prefetch(
         lambda pair: compare(maps(pair[0]), maps(pair[1])), _pairs(maps.frames)
     ):
         depths.append(z)
@@ -138,7 +138,7 @@ def compare(
     )  # fmt: skip
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _compare(depth, camera, pixels, other_camera, stride, farthest):
     height, width = depth.shape
     size = ((height + stride - 1) // stride) * ((width + stride - 1) // stride)

@@ -14,8 +14,8 @@ from occgen_hub.fusion.depth_map import DepthMaps
 from occgen_hub.fusion.evidence import Tolerance, spread
 from occgen_hub.fusion.refine import correction
 from occgen_hub.geometry.cloud import Cloud
-from occgen_hub.occupancy.bricks import BrickedCloud
-from occgen_hub.prefetch import ahead
+from occgen_hub.occupancy.point_blocks import PointBlocks
+from occgen_hub.prefetch import prefetch
 
 FRAMES = 8
 """Frames whose residual against the scene is measured."""
@@ -27,9 +27,6 @@ refined poses."""
 WORTH_REFINING = 1 / 16
 """Share of a cell's edge: frames that would have to be moved farther, median, are aligned to the
 scene."""
-
-MORE_CONTRADICTED = 1.1
-"""Refined poses are kept while the share of contradicted points grows at most by this factor."""
 
 POOR_CONTRADICTED = 0.3
 """Share of contradicted points over which a note says that the frames do not agree."""
@@ -45,7 +42,7 @@ class Agreement:
     """
 
     cloud: Cloud
-    seen_through: BrickedCloud
+    seen_through: PointBlocks
     supports: float
     contradicted: float
 
@@ -72,17 +69,6 @@ class Quality:
     def poses_are_off(self, voxel_size: float) -> bool:
         """Whether aligning the frames may matter for cells of an edge, metres."""
         return self.shift > WORTH_REFINING * voxel_size
-
-    def better_than(self, other: Quality) -> bool:
-        """Whether frames agree better than in another fusion of the same episode.
-
-        Aligned poses can hide errors of the depth itself, as where each frame has another scale:
-        surfaces then fit in their middle, and frames see through one another at their ends.
-        """
-        return (
-            self.residual < other.residual
-            and self.contradicted <= MORE_CONTRADICTED * other.contradicted
-        )
 
     def record(self) -> dict[str, object]:
         """As `meta/occgen.json` has it."""
@@ -119,7 +105,7 @@ class Quality:
             notes.append(Note("frames disagree", text))
         if not self.refined and (self.shift > POOR_POSES[0] or self.turn > POOR_POSES[1]):
             advice = (
-                "aligning the frames did not help, so the scale of the depth may differ between them"
+                "aligning the frames did not help: the scale of the depth may differ between them"
                 if setting == "auto"
                 else "its poses may drift; try --set refine_poses=auto"
             )
@@ -132,7 +118,7 @@ class Quality:
 
 
 def assess(
-    static: BrickedCloud,
+    static: PointBlocks,
     maps: DepthMaps,
     tolerance: Tolerance,
     agreement: Agreement,
@@ -141,7 +127,7 @@ def assess(
 ) -> Quality:
     """The figures of a fused scene. static: its surface."""
     frames = list(spread(maps.frames))[:FRAMES]
-    steps = [correction(static, view, tolerance) for view in ahead(maps, frames)]
+    steps = [correction(static, view, tolerance) for view in prefetch(maps, frames)]
     residual, shift, turn = (float(np.median(column)) for column in zip(*steps, strict=True))
     one, two, four = tolerance.noise.sigma(np.array([1.0, 2.0, 4.0])).tolist()
     return Quality(

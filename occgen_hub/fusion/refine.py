@@ -5,21 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from occgen_hub.fusion.depth_map import DepthMap, DepthMaps
 from occgen_hub.fusion.evidence import NEAREST, Tolerance, in_sight
 from occgen_hub.geometry.cloud import Cloud
-from occgen_hub.occupancy.bricks import BrickedCloud, into_bricks
-from occgen_hub.prefetch import ahead
+from occgen_hub.jit import njit
+from occgen_hub.occupancy.point_blocks import PointBlocks, into_blocks
+from occgen_hub.prefetch import prefetch
 
 STEPS = 4
 """Gauss-Newton steps of a frame against one surface."""
 
 STRIDE = 11
-"""Of the points of a brick every so many are used: a frame sees tens of thousands."""
+"""Of the points of a block every so many are used: a frame sees tens of thousands."""
 
 REACH = 0.05
 """Metres, besides three standard deviations: the farthest a point may be off its surface."""
@@ -43,10 +43,10 @@ def refine_poses(
     through the pixel that it falls onto. Frames without depth keep their poses relative to the
     frame with depth before them.
     """
-    bricks = into_bricks(cloud.points)
+    blocks = into_blocks(cloud.points)
     views, frames = maps.views, maps.frames.tolist()
     refined = views.world_from_camera.copy()
-    poses = ahead(lambda frame: _aligned(bricks, maps(frame), tolerance, width), frames)
+    poses = prefetch(lambda frame: _aligned(blocks, maps(frame), tolerance, width), frames)
     for frame, pose in zip(frames, poses, strict=True):
         refined[frame] = pose
     places = np.maximum(np.searchsorted(views.frames, np.arange(len(refined)), "right") - 1, 0)
@@ -54,17 +54,34 @@ def refine_poses(
         nearest = views.frames[places[frame]]
         change = refined[nearest] @ np.linalg.inv(views.world_from_camera[nearest])
         refined[frame] = change @ views.world_from_camera[frame]
-    return refined
+    return _in_the_world_of(views.world_from_camera, refined)
+
+
+def _in_the_world_of(
+    recorded: NDArray[np.float64], refined: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Refined poses, moved together so that on average they are where the recorded ones are.
+
+    Frames only tell where they are relative to one another. Both (T, 4, 4) world_from_camera.
+    """
+    turns = (
+        Rotation.from_matrix(recorded[:, :3, :3]) * Rotation.from_matrix(refined[:, :3, :3]).inv()
+    )
+    change = np.eye(4)
+    change[:3, :3] = turns.mean().as_matrix()
+    change[:3, 3] = (recorded[:, :3, 3] - refined[:, :3, 3] @ change[:3, :3].T).mean(axis=0)
+    together: NDArray[np.float64] = change @ refined
+    return together
 
 
 def correction(
-    bricks: BrickedCloud, view: DepthMap, tolerance: Tolerance
+    blocks: PointBlocks, view: DepthMap, tolerance: Tolerance
 ) -> tuple[float, float, float]:
     """How far a frame is off a surface: the median distance of points from its planes, metres, and
     by how much one step would move it, metres and degrees.
     """
     system, distances = _equations(
-        bricks.points, bricks.starts, bricks.lower, bricks.upper, view.pixels,
+        blocks.points, blocks.starts, blocks.lower, blocks.upper, view.pixels,
         view.camera(), tolerance.values(), REACH, STRIDE, 0.0,
     )  # fmt: skip
     step = _solved(system, np.zeros(6))
@@ -73,14 +90,14 @@ def correction(
 
 
 def _aligned(
-    bricks: BrickedCloud, view: DepthMap, tolerance: Tolerance, width: float
+    blocks: PointBlocks, view: DepthMap, tolerance: Tolerance, width: float
 ) -> NDArray[np.float64]:
     """The frame's pose, (4, 4) world_from_camera, that fits the surface best."""
     recorded, pose = view.world_from_camera, view.world_from_camera.copy()
     for _ in range(STEPS):
         moved = replace(view, world_from_camera=pose)
         system, _ = _equations(
-            bricks.points, bricks.starts, bricks.lower, bricks.upper, moved.pixels,
+            blocks.points, blocks.starts, blocks.lower, blocks.upper, moved.pixels,
             moved.camera(), tolerance.values(), REACH, STRIDE, width,
         )  # fmt: skip
         change = np.linalg.inv(recorded) @ pose  # So far, in the recorded camera's frame.
@@ -109,7 +126,7 @@ def _solved(system: NDArray[np.float64], so_far: NDArray[np.float64]) -> NDArray
     return solution
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _equations(points, starts, low, high, pixels, camera, tolerance, reach, stride, width):
     """Normal equations of the point-to-plane distances, and the distances, metres.
 
@@ -121,10 +138,10 @@ def _equations(points, starts, low, high, pixels, camera, tolerance, reach, stri
     distances = np.empty(len(points) // stride + len(starts))
     count = 0
     a, p, jacobian = np.empty(3), np.empty(3), np.empty(6)
-    for brick in range(len(starts) - 1):
-        if not in_sight(low[brick], high[brick], camera, width, height):
+    for block in range(len(starts) - 1):
+        if not in_sight(low[block], high[block], camera, width, height):
             continue
-        for n in range(starts[brick], starts[brick + 1], stride):
+        for n in range(starts[block], starts[block + 1], stride):
             for row in range(3):
                 p[row] = 0.0
                 for axis in range(3):

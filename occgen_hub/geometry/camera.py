@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from occgen_hub.jit import njit
 
 LEAST_RAYS, SAMPLED_RAYS = 16, 20_000
 """Intrinsics are fitted to no fewer rays, and to about so many of a view that has more."""
@@ -124,7 +125,7 @@ def unproject_trusted(
     return points, pixels
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _unproject(depth, kept, fx, fy, cx, cy, near, far):
     height, width = depth.shape
     points = np.empty((height * width, 3))
@@ -142,7 +143,7 @@ def _unproject(depth, kept, fx, fy, cx, cy, near, far):
     return points[:count], pixels[:count]
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def continues(depth, tolerance):
     """(H, W) float64 depth to (H, W) bool: where the surface goes on to both sides on some line.
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from occgen_hub.jit import njit
 
 REACH = 1 << 20
 """Voxels from the world's origin to where their numbers end: three fit into 63 bits."""
@@ -105,14 +106,14 @@ def _grown(array: NDArray[Any], used: int) -> NDArray[Any]:
     return larger
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(nogil=True, inline="always")
 def _slot(key, table):
     """Fibonacci hashing: multiply by 2^64 / golden ratio and take high bits."""
     spread = np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)
     return np.int64((spread >> np.uint64(24)) & np.uint64(len(table) - 1))
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _rehash(keys, count, table):
     for n in range(count):
         slot = _slot(keys[n], table)
@@ -121,7 +122,7 @@ def _rehash(keys, count, table):
         table[slot] = n
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _insert(points, colors, start, size, table, block_keys, blocks, keys, sums, used):
     """Add points from number `start` on; the number of the first that found no room."""
     last_key, last_block = np.int64(-1), 0

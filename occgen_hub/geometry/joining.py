@@ -7,13 +7,14 @@ frames they share tells that Sim3, and `blend` makes one trajectory of two acros
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import exp, log
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.distance import pdist
 from scipy.spatial.transform import Rotation
 
-from occgen_hub.geometry.sim3 import Positions, Sim3, fit_sim3
+from occgen_hub.geometry.sim3 import CUT, Positions, Sim3, fit_sim3, mean_position
 
 INDEPENDENT = 16
 """Points of a frame that count as erring independently: a network's depth errs by patches of the
@@ -25,6 +26,13 @@ MOST_POINTS = 5000
 NEAR = 0.25
 """Share of the median distance under which a point's noise is not taken to shrink any more."""
 
+SCALE_ERROR = 0.02
+"""How far off, as a share, the scale is that an overlap tells: windows are bent, so that the end of
+one and the beginning of the next differ, however many points they share."""
+
+METRIC_ERROR = 0.005
+"""How far, as a share, the scales of two windows of a metric network are taken to differ."""
+
 
 @dataclass(frozen=True)
 class Overlap:
@@ -32,11 +40,13 @@ class Overlap:
 
     points: (n, 3) float, the same pixels of the same frames in both windows, in the same order;
     numbers that are not finite mark points to leave out; world_from_camera: (k, 4, 4) float, the
-    poses of the shared frames, finite.
+    poses of the shared frames, finite; confidence: (n,) float in (0, 1], how sure each point is,
+    None where all are alike.
     """
 
     points: NDArray[np.floating]
     world_from_camera: NDArray[np.floating]
+    confidence: NDArray[np.floating] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,15 +64,20 @@ class Join:
     residual: float
 
 
-def join(earlier: Overlap, later: Overlap) -> Join:
+def join(earlier: Overlap, later: Overlap, *, metric: bool = False) -> Join:
     """The Sim3 that brings a window onto the one before it, from the frames they share.
 
     Points, camera centres and orientations are fitted together, each with a spread of its own and
     robustly (see `fit_sim3`): a third of the points and a minority of the poses may be wrong.
     The noise of a point is taken to grow with its distance from the cameras, as that of depth
-    does, which makes scale and place a quarter more exact where points lie 1 to 6 m away. With
+    does, which makes scale and place a quarter more exact where points lie 1 to 6 m away. Points
+    weigh sqrt(c1 c2) by the confidences c1 and c2 of the two windows. With
     less to go on it uses what there is: points without poses, poses without points, one frame;
     with nothing at all it is the identity. Deterministic.
+
+    metric: whether both windows are in metres, as far as the network knows them. Then the scale
+    is held near 1 (see `metric_scale`), and the cameras alone tell the place: of points whose
+    scale differs, those ahead would push the cameras back or forth.
     """
     finite = np.isfinite(earlier.points).all(axis=1) & np.isfinite(later.points).all(axis=1)
     fitted = np.flatnonzero(finite)
@@ -74,14 +89,46 @@ def join(earlier: Overlap, later: Overlap) -> Join:
     distance = _distances(q, onto[:, :3, 3])
     typical = float(np.median(distance)) if len(q) else _extent(onto[:, :3, 3])
     centres = Positions(cameras[:, :3, 3], onto[:, :3, 3], np.full(len(onto), typical))
-    points = Positions(p, q, distance, float(INDEPENDENT * max(1, len(onto))))
+    noise = distance / np.sqrt(_weights(earlier, later)[fitted])
+    points = Positions(p, q, noise, float(INDEPENDENT * max(1, len(onto))))
     rotations = onto[:, :3, :3] @ cameras[:, :3, :3].transpose(0, 2, 1)
 
     fit = fit_sim3([points, centres], rotations)
     if len(onto) and not fit.scaled:  # points that have nothing in common
         fit = fit_sim3([centres], rotations)
-    errors = (points if len(p) else centres).errors(fit.sim3)
-    return Join(fit.sim3, fit.scaled, float(np.median(errors)) if len(errors) else 0.0)
+    sim3 = fit.sim3
+    if metric and fit.scaled and len(onto):
+        scale = metric_scale(sim3.scale)
+        shift = mean_position(centres, scale, sim3.rotation)
+        sim3 = Sim3(scale, sim3.rotation, shift)
+    target, source, unit = (
+        (q, p, distance) if len(p) else (onto[:, :3, 3], cameras[:, :3, 3], typical)
+    )
+    errors = np.linalg.norm(target - sim3.points(source), axis=1) / unit
+    return Join(sim3, fit.scaled, float(np.median(errors)) if len(errors) else 0.0)
+
+
+def metric_scale(fitted: float) -> float:
+    """The scale between two windows of a metric network, where their overlap tells `fitted`.
+
+    The likeliest log of the scale, for an overlap that is `SCALE_ERROR` off and windows that
+    differ by `METRIC_ERROR`. The second is robust, with the weight of Geman and McClure: a scale
+    that is far from 1 is a window that the network got wrong, and is followed.
+    """
+    told = log(fitted)
+    spread = SCALE_ERROR**2 + METRIC_ERROR**2
+    prior = (1 + told**2 / (CUT**2 * spread)) ** -2 / METRIC_ERROR**2
+    return exp(told / (1 + prior * SCALE_ERROR**2))
+
+
+def _weights(earlier: Overlap, later: Overlap) -> NDArray[np.float64]:
+    """(n,) weights of the points that two windows share."""
+    if earlier.confidence is None or later.confidence is None:
+        return np.ones(len(earlier.points))
+    weights: NDArray[np.float64] = np.sqrt(
+        earlier.confidence.astype(np.float64) * later.confidence.astype(np.float64)
+    )
+    return np.clip(weights, 1e-3, 1.0)
 
 
 def blend(earlier: NDArray[np.floating], later: NDArray[np.floating]) -> NDArray[np.float64]:

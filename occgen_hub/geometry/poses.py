@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from occgen_hub.jit import njit
 
 OPENGL_FROM_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
 """OpenGL's camera looks along -z with y up; the matrix is its own inverse."""
@@ -41,7 +42,7 @@ def rigidity_error(poses: NDArray[np.floating]) -> NDArray[np.float64]:
     return np.where(finite, error, np.inf)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def transform(pose: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.float64]:
     """(n, 3) float64 points moved by a (4, 4) pose: R p + t.
 

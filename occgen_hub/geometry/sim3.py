@@ -148,6 +148,24 @@ def fit_unscaled(sets: list[Positions], rotations: NDArray[np.float64]) -> Fit:
     return _judged(Sim3(1.0, R, t), False, sets, rotations)
 
 
+def mean_position(
+    positions: Positions, scale: float, rotation: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """(3,) the translation of a Sim3 whose scale and rotation are known, robustly.
+
+    Weights are those of `fit_sim3`, found by reweighting from the median.
+    """
+    shifts = positions.target - scale * positions.source @ rotation.T
+    t: NDArray[np.float64] = np.median(shifts, axis=0)
+    for _ in range(ROUNDS):
+        errors = np.linalg.norm(shifts - t, axis=1) / positions.unit
+        weights = _weights(errors, TYPICAL_POSITION) / positions.unit**2
+        previous, t = t, weights @ shifts / weights.sum()
+        if np.abs(t - previous).max() <= 1e-12 * np.abs(shifts).max():
+            break
+    return t
+
+
 def nearest_rotation(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
     """(..., 3, 3): the rotation R with the largest tr(R^T matrix) (Umeyama 1991)."""
     u, _, vt = np.linalg.svd(matrix)

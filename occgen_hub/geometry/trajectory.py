@@ -60,3 +60,39 @@ def _velocities(
     speed = np.maximum(np.linalg.norm(velocity, axis=1), 1e-300)
     limited: NDArray[np.float64] = velocity * np.minimum(1.0, FASTER * slower / speed)[:, None]
     return limited
+
+
+def poses_at(
+    times: NDArray[np.floating],
+    known_times: NDArray[np.floating],
+    poses: NDArray[np.floating],
+    longest_gap: float,
+    tolerance: float,
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Poses at given times, from those of a trajectory that was tracked at times of its own.
+
+    times: (n,) seconds; known_times: (k,) seconds, ascending, none twice; poses: (k, 4, 4) float64,
+    theirs. Between two of them the camera turns about one axis at an even rate (slerp) and moves
+    straight at an even speed, which is a geodesic of SE(3) with the metric of SO(3) x R^3.
+
+    Returns (n, 4, 4) float64 poses, and (n,) bool, which of them are known: those within
+    `tolerance` seconds of a pose, and those between two that are at most `longest_gap` seconds
+    apart. The others are the nearest known pose.
+    """
+    known = poses.astype(np.float64)
+    clipped = times.astype(np.float64).clip(known_times[0], known_times[-1])
+    after = np.searchsorted(known_times, clipped).clip(1, max(len(known) - 1, 1))
+    if len(known) == 1:
+        return np.repeat(known, len(times), axis=0), np.abs(times - known_times[0]) <= tolerance
+    before = after - 1
+    gap = known_times[after] - known_times[before]
+    share = (clipped - known_times[before]) / gap
+    nearest = np.where(share < 0.5, before, after)
+    near = np.abs(times - known_times[nearest]) <= tolerance
+    between = (gap <= longest_gap) & (np.abs(times - clipped) <= 0)
+    result = known[nearest]
+    t = known[:, :3, 3]
+    moved = t[before] + share[:, None] * (t[after] - t[before])
+    R = Slerp(known_times, Rotation.from_matrix(known[:, :3, :3]))(clipped).as_matrix()
+    result[between, :3, :3], result[between, :3, 3] = R[between], moved[between]
+    return result, near | between

@@ -16,8 +16,9 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.utils.constants import HF_LEROBOT_HUB_CACHE
 
 from occgen_hub.errors import DatasetError, UsageError
+from occgen_hub.hub_token import check_sendable
 from occgen_hub.index import INDEX, parts
-from occgen_hub.lerobot.exported import AGAIN
+from occgen_hub.lerobot.export_check import AGAIN
 from occgen_hub.loading import SCHEMA
 from occgen_hub.schema import load_schema
 from occgen_hub.shards import FOLDER, shards
@@ -75,6 +76,7 @@ class LeRobotOccupancyDataset(LeRobotDataset):  # type: ignore[misc]  # lerobot 
             raise UsageError(f"delta_timestamps: {stray[0]} is not among what occupancy asks for.")
         if options.get("video_backend") is None:
             options["video_backend"] = _video_backend()
+        check_sendable(options.get("token"))
         super().__init__(repo_id, root, delta_timestamps=deltas or None, **options)
         check_delta_timestamps(own, self.meta.fps, self.tolerance_s)
         self._deltas: dict[str, list[int]] = get_delta_indices(own, self.meta.fps)

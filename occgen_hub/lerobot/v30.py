@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from PIL import Image
 
 from occgen_hub.errors import DatasetError, OccGenError
 from occgen_hub.files import ABSENT, files_under
-from occgen_hub.lerobot.urgency import never_urgent
+from occgen_hub.lerobot.realtime_guard import no_realtime_scheduling
 from occgen_hub.loading import REBUILD, Trajectory
 from occgen_hub.schema import Feature, Schema
 
@@ -123,7 +124,7 @@ def write(
     frames done since it was last told. Raises DatasetError for a trajectory that cannot be read,
     OccGenError for what LeRobot does not take, and OSError.
     """
-    with _hushed(), never_urgent():
+    with _hushed(), no_realtime_scheduling(), _temporary_files(out.with_name(f"{out.name}.tmp")):
         dataset, stats = None, MatrixStatistics()
         try:
             for trajectory in found:
@@ -144,6 +145,22 @@ def write(
             stats.write(dataset)
             shutil.rmtree(out / "images", ignore_errors=True)  # Where LeRobot had its own way.
             _share(out)
+
+
+@contextmanager
+def _temporary_files(folder: Path) -> Iterator[None]:
+    """Have what LeRobot puts into temporary files in `folder`, which is new and goes afterwards.
+
+    So they are on the disk of the export, whose room is what a user sees to, and none is left.
+    """
+    before = tempfile.tempdir
+    folder.mkdir()
+    tempfile.tempdir = str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _create(out: Path, layout: Layout, schema: Schema) -> Any:
@@ -203,7 +220,9 @@ class MatrixStatistics:
         """Put them into a LeRobotDataset that was written."""
         from lerobot.datasets.io_utils import write_stats
 
-        dataset.meta.stats = {**(dataset.meta.stats or {}), **self._stats}
+        # LeRobot has them in the order of a set, which differs from run to run.
+        stats = {**(dataset.meta.stats or {}), **self._stats}
+        dataset.meta.stats = {name: dict(sorted(stats[name].items())) for name in sorted(stats)}
         write_stats(dataset.meta.stats, dataset.root)
 
 

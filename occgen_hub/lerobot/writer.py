@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import Table
 
 from occgen_hub.config import Config
-from occgen_hub.episode import Column, Episode, MediaFile
-from occgen_hub.errors import SourceError
-from occgen_hub.files import dump_json, files_under, printable, sha256
+from occgen_hub.episode import Column, Episode, MediaFile, Note
+from occgen_hub.errors import OccGenError, SourceError
+from occgen_hub.files import MAX_RECORD_BYTES, dump_json, files_under, printable, sha256
 from occgen_hub.fusion.quality import Quality
 from occgen_hub.geometry.alignment import Alignment
 from occgen_hub.geometry.cloud import voxel_downsample
@@ -27,13 +29,14 @@ from occgen_hub.media import (
     is_jpeg,
     read_depth,
     read_rgb,
+    write_depth,
     write_jpeg,
     write_video,
 )
 from occgen_hub.occupancy.codec import CellsWriter, NpzWriter, ObservedWriter
 from occgen_hub.occupancy.grid import Grid, scene_grid
 from occgen_hub.occupancy.visibility import FrameOccupancy
-from occgen_hub.prefetch import behind
+from occgen_hub.prefetch import background
 from occgen_hub.scene import Scene
 from occgen_hub.schema import Schema
 
@@ -42,22 +45,31 @@ Media = Literal["copy", "link", "none"]
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a trajectory comes from: the builder's name, the engine's, and the configuration.
+    """Where a trajectory comes from: the builder, its version, the engine, and the configuration.
 
-    weights: of the engine's network, None where it has none.
+    weights: of the engine's network, None where it has none; cameras: what the user said of the
+    source's cameras, see `CameraMapping.said`.
     """
 
     builder: str
+    builder_version: str
     engine: str
     weights: dict[str, Any] | None
     config: Config
     media: Media
+    cameras: tuple[dict[str, Any], ...] = ()
 
     def record(self, schema: Schema, episode: str, fingerprint: str) -> dict[str, Any]:
         """What a later run compares to tell whether the trajectory is still what it would build."""
+        source = {
+            "builder": self.builder,
+            "builder_version": self.builder_version,
+            "episode": episode,
+            "fingerprint": fingerprint,
+        }
         return {
             "schema": {"name": schema.name, "version": schema.version},
-            "source": {"builder": self.builder, "episode": episode, "fingerprint": fingerprint},
+            "source": {**source, "cameras": list(self.cameras)} if self.cameras else source,
             "engine": self.engine,
             **({} if self.weights is None else {"weights": self.weights}),
             "config": self.config.model_dump(mode="json"),
@@ -71,6 +83,7 @@ class TrajectoryWriter:
     def __init__(self, folder: Path, schema: Schema, episode: Episode, grid: Grid) -> None:
         self.folder, self.schema, self.episode, self.grid = folder, schema, episode, grid
         self.moving = 0.0
+        self.notes: list[Note] = []
 
     def path(self, file: str, frame: int | None = None) -> Path:
         """Where a file of the schema goes; its folder is made."""
@@ -86,7 +99,7 @@ class TrajectoryWriter:
         visible = CellsWriter(self.path("visible"), self.grid.cells)
         dynamic = CellsWriter(self.path("dynamic"), self.grid.cells)
         observed = ObservedWriter(self.path("observed"), self.episode.length, self.grid.shape)
-        with behind(observed.append) as pack:
+        with background(observed.append) as pack:
             for frame in frames:
                 pack(frame.observed)
                 visible.append(frame.visible)
@@ -114,12 +127,22 @@ class TrajectoryWriter:
         """The source's own files, and the RGB video, made from the images where there is none.
 
         Every image is decoded once, by whoever comes first, so that a damaged one is not copied.
-        One that is no JPEG where the schema has JPEGs is encoded as one.
+        One that is no JPEG where the schema has JPEGs is encoded as one, and so is what is not in
+        the source's files as it is to be written. Depth is written anew unless the source's images
+        have the schema's unit.
         """
         if media == "none":
             return
+        new_depth = self.episode.read_depth is not None and not self._depth_fits()
+        if new_depth:
+            self._write_depth()
         for item in self.episode.media:
+            if new_depth and item.file == "depth":
+                continue
             place = self.path(item.file, item.frame)
+            if item.read is not None:
+                write_jpeg(place, item.read())
+                continue
             if self.schema.files[item.file].kind == "image":
                 self._check_image(item)
                 if place.suffix == ".jpg" and not is_jpeg(item.path):
@@ -129,6 +152,30 @@ class TrajectoryWriter:
         if not any(item.file == "video" for item in self.episode.media):
             frames = (self.episode.read_rgb(t) for t in range(self.episode.length))
             write_video(self.path("video"), frames, self.episode.fps)
+
+    def _depth_fits(self) -> bool:
+        """Whether the source has depth images in the schema's unit; its first depth is compared."""
+        assert self.episode.read_depth is not None
+        images = [item for item in self.episode.media if item.file == "depth"]
+        for item in images:
+            stored = read_depth(item.path, self.episode.image_size)
+            if stored.any():
+                metres = stored / self.schema.depth_units_per_metre
+                return np.allclose(self.episode.read_depth(item.frame or 0), metres, atol=1e-3)
+        return bool(images)
+
+    def _write_depth(self) -> None:
+        """The depth of every frame as 16-bit PNG in the schema's unit.
+
+        What lies beyond the range of 16 bits is stored as none, and a note says so.
+        """
+        read, units = self.episode.read_depth, self.schema.depth_units_per_metre
+        assert read is not None
+        frames = range(self.episode.length)
+        if far := sum(write_depth(self.path("depth", t), read(t), units) for t in frames):
+            reach = np.iinfo(np.uint16).max / units
+            text = f"depth beyond {reach:g} m is stored as none, in {far} of the depth images"
+            self.notes.append(Note("far depth", text))
 
     def _check_image(self, item: MediaFile) -> None:
         if item.check is not None:
@@ -144,7 +191,9 @@ class TrajectoryWriter:
         features = {name: column.feature for name, column in columns.items()}
         arrays = [column.feature.to_arrow(column.values) for column in columns.values()]
         table = Table.from_arrays(arrays, schema=self.schema.arrow_schema(features))
-        pq.write_table(table, self.path("frames"), compression="zstd")
+        place = os.fsencode(self.path("frames"))
+        with pa.OSFile(place, "wb") as file:  # A path may look like a URI.
+            pq.write_table(table, file, compression="zstd")
 
         episode = self.episode
         words = list(dict.fromkeys(task.text for task in episode.tasks))
@@ -176,7 +225,12 @@ class TrajectoryWriter:
             "task_index": self.episode.task_index,
         }
         columns = {name: c for name, c in self.episode.columns.items() if name not in ours}
-        known = {name: c.values for name, c in columns.items() if name in features} | ours
+        known = {
+            name: c.values
+            for name, c in columns.items()
+            if name in features
+            and not (features[name].other_kinds and c.feature.shape != features[name].shape)
+        } | ours
         for name, values in known.items():
             feature = features[name]
             kind = object if feature.dtype == "string" else feature.dtype
@@ -203,12 +257,22 @@ class TrajectoryWriter:
                 "points": len(scene.cloud),
                 "scale": scene.scale,
                 **({} if scene.alignment is None else {"alignment": _fit(scene.alignment)}),
+                **({} if scene.windows is None else {"windows": asdict(scene.windows)}),
             },
             **({} if scene.quality is None else {"quality": self._quality(scene.quality)}),
-            "notes": [note.text for note in (*self.episode.notes, *scene.notes)],
+            "notes": [note.text for note in self.all_notes(scene)],
             "files": files,
         }
         self._write("record", [record], indent=1)
+        if self.path("record").stat().st_size > MAX_RECORD_BYTES:
+            raise OccGenError(
+                f"{self.episode.id}: has {self.episode.length} frames, whose images are more than "
+                "a record can list; cut it into parts, or build with --media none."
+            )
+
+    def all_notes(self, scene: Scene) -> tuple[Note, ...]:
+        """Those of the source, of the reconstruction, and of what was written."""
+        return (*self.episode.notes, *scene.notes, *self.notes)
 
     def _quality(self, quality: Quality) -> dict[str, Any]:
         """The figures of fusion, and the share of the visible cells that move."""

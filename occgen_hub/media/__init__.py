@@ -1,15 +1,20 @@
 """Images and videos."""
 
-from occgen_hub.media.damage import MAX_PIXELS, MEND, RESTORE
+from occgen_hub.media.decode_errors import MAX_PIXELS, MEND, RESTORE
 from occgen_hub.media.pictures import (
     ImageSequence,
     PictureFacts,
+    decode_depth,
+    decode_rgb,
+    encode_jpeg,
+    fitted,
     image_size,
     is_jpeg,
     picture_facts,
     read_depth,
     read_picture,
     read_rgb,
+    write_depth,
     write_jpeg,
 )
 from occgen_hub.media.video import (
@@ -35,6 +40,10 @@ __all__ = [
     "VideoReader",
     "VideoSurvey",
     "VideoWriter",
+    "decode_depth",
+    "decode_rgb",
+    "encode_jpeg",
+    "fitted",
     "image_size",
     "is_jpeg",
     "picture_facts",
@@ -45,6 +54,7 @@ __all__ = [
     "survey_video",
     "video_facts",
     "video_frames",
+    "write_depth",
     "write_jpeg",
     "write_video",
 ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +16,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from occgen_hub.errors import SourceError
 from occgen_hub.files import opened
-from occgen_hub.media.damage import DAMAGE, MAX_PIXELS, RESTORE, damaged
+from occgen_hub.media.decode_errors import DAMAGE, MAX_PIXELS, RESTORE, damaged
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -23,28 +25,65 @@ def image_size(path: Path) -> tuple[int, int]:
         return image.size
 
 
-def read_rgb(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 RGB of an image that has to be of `size` (width, height)."""
+def read_rgb(
+    path: Path, size: tuple[int, int], target: tuple[int, int] | None = None
+) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 RGB of an image that has to be of `size` (width, height).
+
+    target: a size that it is resized to; a JPEG is decoded no larger than that needs.
+    """
     with _opened(path, size) as image:
-        try:
+        return _rgb(image, path, target)
+
+
+def decode_rgb(
+    content: bytes, path: Path, size: tuple[int, int], target: tuple[int, int] | None = None
+) -> NDArray[np.uint8]:
+    """`read_rgb` of an image in memory. path: the file that it comes from, for errors."""
+    with _image(io.BytesIO(content), path, size) as image:
+        return _rgb(image, path, target)
+
+
+def _rgb(image: Image.Image, path: Path, target: tuple[int, int] | None) -> NDArray[np.uint8]:
+    try:
+        if target is None or target == image.size:
             return np.asarray(image.convert("RGB"))
-        except DAMAGE as error:
-            raise damaged(path, error) from None
+        image.draft("RGB", target)
+        return np.asarray(image.convert("RGB").resize(target, Image.Resampling.BILINEAR))
+    except DAMAGE as error:
+        raise damaged(path, error) from None
+
+
+def fitted(pixels: NDArray[np.uint8], target: tuple[int, int] | None) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 RGB resized to `target` (width, height), None for no change."""
+    if target is None or target == (pixels.shape[1], pixels.shape[0]):
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize(target, Image.Resampling.BILINEAR))
 
 
 def read_depth(path: Path, size: tuple[int, int]) -> NDArray[np.uint16]:
     """(H, W) uint16 of a 16-bit grey image that has to be of `size` (width, height)."""
     with _opened(path, size) as image:
-        if image.mode not in ("I;16", "I;16B", "I"):
-            raise SourceError(
-                path,
-                f"is not a 16-bit grey image (its mode is {image.mode})",
-                "save depth as 16-bit PNG, 10,000 units a metre",
-            )
-        try:
-            values = np.asarray(image)
-        except DAMAGE as error:
-            raise damaged(path, error) from None
+        return _depth(image, path)
+
+
+def decode_depth(content: bytes, path: Path, size: tuple[int, int]) -> NDArray[np.uint16]:
+    """`read_depth` of an image in memory. path: the file that it comes from, for errors."""
+    with _image(io.BytesIO(content), path, size) as image:
+        return _depth(image, path)
+
+
+def _depth(image: Image.Image, path: Path) -> NDArray[np.uint16]:
+    if image.mode not in ("I;16", "I;16B", "I"):
+        raise SourceError(
+            path,
+            f"is not a 16-bit grey image (its mode is {image.mode})",
+            "save depth as 16-bit PNG",
+        )
+    try:
+        values = np.asarray(image)
+    except DAMAGE as error:
+        raise damaged(path, error) from None
     if values.dtype != np.uint16:
         if values.min() < 0 or values.max() > 65535:
             raise SourceError(path, "has values beyond 16 bits", RESTORE)
@@ -88,6 +127,25 @@ def is_jpeg(path: Path) -> bool:
 def write_jpeg(path: Path, image: NDArray[np.uint8]) -> None:
     """Write (H, W, 3) uint8 RGB; equal images give equal bytes."""
     Image.fromarray(image).save(path, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+
+
+def encode_jpeg(image: NDArray[np.uint8]) -> bytes:
+    """The bytes that `write_jpeg` writes."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return file.getvalue()
+
+
+def write_depth(path: Path, metres: NDArray[np.floating], units_per_metre: int) -> bool:
+    """Write (H, W) depth in metres, 0 for none, as a 16-bit grey PNG of that unit.
+
+    What is farther away than 16 bits can say is stored as none; returns whether there was any.
+    """
+    units = np.rint(metres * units_per_metre)
+    beyond = units > np.iinfo(np.uint16).max
+    stored = np.where(beyond, 0, units).astype(np.uint16)
+    Image.fromarray(stored).save(path, "PNG", compress_level=3)
+    return bool(beyond.any())
 
 
 JPEG_QUALITY = 95
@@ -180,19 +238,45 @@ _LONG = 4
 """EXIF's type of 32-bit numbers; orientations are 16-bit ones, if not always."""
 
 
+MAX_SCANS = 100
+"""Of a progressive JPEG. Encoders make ten; each is decoded for the whole image, however small."""
+
+
+def _has_too_many_scans(file: BinaryIO) -> bool:
+    """Whether so many scans begin in a JPEG: their mark stands nowhere within one."""
+    place, found, last = file.tell(), 0, b""
+    file.seek(0)
+    while found <= MAX_SCANS and (piece := file.read(1 << 20)):
+        found += (last + piece).count(b"\xff\xda")
+        last = piece[-1:] if piece.endswith(b"\xff") else b""
+    file.seek(place)
+    return found > MAX_SCANS
+
+
 @contextmanager
 def _opened(path: Path, size: tuple[int, int] | None = None) -> Iterator[Image.Image]:
     """A JPEG or PNG of `size`, its header read; no other of Pillow's many formats is tried."""
-    with opened(path) as file:
-        try:
-            image = Image.open(file, formats=("JPEG", "PNG"))
-        except UnidentifiedImageError:
-            raise SourceError(path, "is not a JPEG or PNG image", RESTORE) from None
-        except (*DAMAGE, Image.DecompressionBombError) as error:
-            raise damaged(path, error) from None
-        if image.width * image.height > MAX_PIXELS:
-            raise SourceError(path, f"claims {image.width} x {image.height} pixels", RESTORE)
-        if size is not None and image.size != size:
-            text = f"is {image.width} x {image.height} pixels, expected {size[0]} x {size[1]}"
-            raise SourceError(path, text, RESTORE)
+    with opened(path) as file, _image(file, path, size) as image:
         yield image
+
+
+@contextmanager
+def _image(
+    file: BinaryIO, path: Path, size: tuple[int, int] | None = None
+) -> Iterator[Image.Image]:
+    """`_opened` of a file that is open."""
+    try:
+        image = Image.open(file, formats=("JPEG", "PNG"))
+    except UnidentifiedImageError:
+        raise SourceError(path, "is not a JPEG or PNG image", RESTORE) from None
+    except (*DAMAGE, Image.DecompressionBombError) as error:
+        raise damaged(path, error) from None
+    if image.width * image.height > MAX_PIXELS:
+        raise SourceError(path, f"claims {image.width} x {image.height} pixels", RESTORE)
+    if "progressive" in image.info and _has_too_many_scans(file):
+        problem = f"is a progressive JPEG of more than {MAX_SCANS} scans, and no camera's"
+        raise SourceError(path, problem, RESTORE)
+    if size is not None and image.size != size:
+        text = f"is {image.width} x {image.height} pixels, expected {size[0]} x {size[1]}"
+        raise SourceError(path, text, RESTORE)
+    yield image

@@ -18,7 +18,15 @@ from PIL import Image
 
 from occgen_hub.errors import SourceError
 from occgen_hub.files import ABSENT, MAX_TABLE_ROWS
-from occgen_hub.media.damage import DAMAGE, MAX_PIXELS, MEND, RESTORE, brief, check_pixels, damaged
+from occgen_hub.media.decode_errors import (
+    DAMAGE,
+    MAX_PIXELS,
+    MEND,
+    RESTORE,
+    brief,
+    check_pixels,
+    damaged,
+)
 from occgen_hub.media.hdr import Transfer, is_wide, to_sdr, transfer
 
 if TYPE_CHECKING:
@@ -378,11 +386,12 @@ class SeekingVideo:
         self._upright = _Upright(self._stream)
         with self._damage():
             packets = _from_keyframe(self._container.demux(self._stream), path)
-            known = [(p.pts, p.is_keyframe) for p in packets if p.size and not p.is_discard]
-        if any(time is None for time, _ in known):
+            known = [(p.pts, p.is_keyframe, p.is_discard) for p in packets if p.size]
+        if any(time is None for time, *_ in known):
             raise SourceError(path, "has frames without a time", MEND)
-        self._times = sorted(time for time, _ in known if time is not None)
-        self._keys = sorted(time for time, key in known if key and time is not None)
+        # A video that was cut may begin after its keyframe, which is there, and not shown.
+        self._times = sorted(t for t, _, discarded in known if t is not None and not discarded)
+        self._keys = sorted(t for t, key, _ in known if t is not None and key)
         self._frames: Iterator[av.VideoFrame] = iter(())
         self._last: int | None = None
 

@@ -31,7 +31,7 @@ class VideoWriter:
 
         self._rate = Fraction(fps).limit_denominator(1001)
         faststart = {"movflags": "faststart"}
-        self._container = av.open(str(path), "w", format="mp4", options=faststart)
+        self._container = av.open(f"file:{path}", "w", format="mp4", options=faststart)
         self._stream: av.VideoStream | None = None
 
     def append(self, image: NDArray[np.uint8]) -> None:

@@ -9,19 +9,20 @@ precision floating-point arithmetic and fast robust geometric predicates", 1997)
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from occgen_hub.jit import njit
 
 _SPLIT = 134217729.0  # 2^27 + 1: halves a 53-bit significand
 
 
-@njit(cache=True, inline="always")
+@njit(inline="always")
 def _two_sum(a, b):
     total = a + b
     part = total - a
     return total, (a - (total - part)) + (b - part)
 
 
-@njit(cache=True)
+@njit()
 def _two_product(a, b):
     product = a * b
     c = _SPLIT * a
@@ -34,7 +35,7 @@ def _two_product(a, b):
     return product, error
 
 
-@njit(cache=True)
+@njit()
 def compare_crossings(plane_a, origin_a, slope_a, plane_b, origin_b, slope_b):
     """The sign of (plane_a - origin_a) / slope_a - (plane_b - origin_b) / slope_b, exactly.
 
@@ -59,12 +60,12 @@ def compare_crossings(plane_a, origin_a, slope_a, plane_b, origin_b, slope_b):
     )
 
 
-@njit(cache=True)
+@njit()
 def _sign(value):
     return 1 if value > 0.0 else (-1 if value < 0.0 else 0)
 
 
-@njit(cache=True)
+@njit()
 def _sign_of_sum(some, others):
     """The sign of the exact sum of two tuples of four numbers.
 

@@ -13,11 +13,11 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from occgen_hub.occupancy.bricks import into_bricks
-from occgen_hub.occupancy.bundles import prepare
 from occgen_hub.occupancy.grid import Grid
+from occgen_hub.occupancy.point_blocks import into_blocks
+from occgen_hub.occupancy.ray_packets import prepare
 from occgen_hub.occupancy.visibility import FrameOccupancy, observe, warm_up
-from occgen_hub.prefetch import ahead
+from occgen_hub.prefetch import prefetch
 
 SAFE = ("omp", "tbb")
 """Of numba's threading layers, those that several threads may call at once."""
@@ -37,7 +37,7 @@ def observe_frames(
     intrinsics: (T, 3, 3), pixels; size: (width, height) of the images; moving: the points of a
     frame that are there in no other, (n, 3) float32, world metres.
     """
-    cloud = into_bricks(points)
+    cloud = into_blocks(points)
     prepare(grid, intrinsics, size)
     own = threading.local()
     alone = not _several_may_call()
@@ -53,7 +53,7 @@ def observe_frames(
         )
 
     numbers = range(len(world_from_camera))
-    return map(frame, numbers) if alone else ahead(frame, numbers)
+    return map(frame, numbers) if alone else prefetch(frame, numbers)
 
 
 def _several_may_call() -> bool:

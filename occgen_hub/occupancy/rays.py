@@ -12,15 +12,15 @@ A cell is a byte of `state` (bit 0: occupied, bit 1: observed), in the order of 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from occgen_hub.jit import njit
 from occgen_hub.occupancy.exact import compare_crossings
 
 OCCUPIED = np.uint8(1)
 OBSERVED = np.uint8(2)
 
 
-@njit(cache=True)
+@njit()
 def _first(plane_a, plane_b, a, b, origin, slope):
     """Whether the ray crosses plane_a of axis a before plane_b of axis b (ties: lower axis)."""
     if slope[a] == 0.0 or slope[b] == 0.0:
@@ -31,7 +31,7 @@ def _first(plane_a, plane_b, a, b, origin, slope):
     return order < 0 or (order == 0 and a < b)
 
 
-@njit(cache=True)
+@njit()
 def _enter(origin, slope, shape):
     """The cell (i, j, k) where a ray from outside enters the grid; one outside if it does not.
 
@@ -56,7 +56,7 @@ def _enter(origin, slope, shape):
     )
 
 
-@njit(cache=True)
+@njit()
 def _cell_at(axis, gate, gate_plane, origin, slope):
     """Which cell along `axis` the ray is in once it has crossed `gate_plane` of axis `gate`."""
     if axis == gate:
@@ -79,7 +79,7 @@ def _cell_at(axis, gate, gate_plane, origin, slope):
     return index
 
 
-@njit(cache=True)
+@njit()
 def _settle(i, j, k, origin, slope):
     """The axis that the ray leaves cell (i, j, k) by, when rounding cannot tell."""
     px = i + 1 if slope[0] > 0.0 else i
@@ -90,7 +90,7 @@ def _settle(i, j, k, origin, slope):
     return 1 if _first(py, pz, 1, 2, origin, slope) else 2
 
 
-@njit(cache=True)
+@njit()
 def follow(dx, dy, dz, origin, shape, state, path):
     """Follow one ray of direction (dx, dy, dz) from `origin`, in cells; dz > 0.
 

@@ -2,7 +2,7 @@
 
 One ray a pixel is followed through every cell that it crosses up to its first occupied cell. The
 cells that it crosses are the same in every frame of a camera, so those of a camera that comes again
-are found once and then followed 64 rays at a time (`bundles`), ten to twenty times as fast; a
+are found once and then followed 64 rays at a time (`packets`), ten to twenty times as fast; a
 camera that does not, ray by ray (`rays`). Which of the two makes no difference to a single cell.
 
 A frame is worked on in one byte a cell (bit 0: occupied, bit 1: observed). Threads may store the
@@ -15,21 +15,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numba
 import numpy as np
-from numba import njit, prange
+from numba import prange
 from numpy.typing import NDArray
 
 from occgen_hub.geometry.poses import transform
-from occgen_hub.occupancy.bricks import BrickedCloud, into_bricks
-from occgen_hub.occupancy.bundles import Bundles, bundles_when_worth, follow_bundles
+from occgen_hub.jit import njit
 from occgen_hub.occupancy.grid import Grid
+from occgen_hub.occupancy.point_blocks import PointBlocks, into_blocks
+from occgen_hub.occupancy.ray_packets import RayPackets, follow_packets, packets_when_worth
 from occgen_hub.occupancy.rays import OBSERVED, OCCUPIED, follow
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = [
     "OBSERVED",
@@ -68,7 +65,7 @@ class FrameOccupancy:
 
 def observe(
     grid: Grid,
-    cloud: BrickedCloud | Tensor,
+    cloud: PointBlocks,
     world_from_camera: NDArray[np.float64],
     intrinsics: NDArray[np.float64],
     size: tuple[int, int],
@@ -77,20 +74,11 @@ def observe(
 ) -> FrameOccupancy:
     """Occupancy and visibility of one frame.
 
-    cloud: the scene, world coordinates, in bricks, or as an (n, 3) tensor of torch on a device,
-    where it then is worked on; world_from_camera: (4, 4), OpenCV axes, metres;
+    cloud: the scene, world coordinates; world_from_camera: (4, 4), OpenCV axes, metres;
     intrinsics: (3, 3), pixels; size: (width, height) of the image, a ray a pixel through its
-    centre (u + 0.5, v + 0.5); state: a (grid.cells,) buffer to work in, to save allocating one, not
-    used for a tensor; moving: (n, 3) points that are there in this frame alone, world coordinates.
+    centre (u + 0.5, v + 0.5); state: a (grid.cells,) buffer to work in, to save allocating one;
+    moving: (n, 3) points that are there in this frame alone, world coordinates.
     """
-    if not isinstance(cloud, BrickedCloud) and moving is None:
-        from occgen_hub.occupancy.tensors import observe_tensor
-
-        found = observe_tensor(grid, cloud, world_from_camera, intrinsics, size)
-        if found is not None:
-            return FrameOccupancy(*found)
-    if not isinstance(cloud, BrickedCloud):
-        cloud = into_bricks(cloud.cpu().numpy().astype(np.float32, copy=False))
     if state is None:
         state = np.empty(grid.cells, np.uint8)
     state[:] = 0
@@ -121,11 +109,11 @@ def trace(
 
     intrinsics: (3, 3), pixels, no skew; size: (width, height); state: (grid.cells,) uint8.
     """
-    bundles = bundles_when_worth(grid, intrinsics, size)
-    if bundles is None:
+    packets = packets_when_worth(grid, intrinsics, size)
+    if packets is None:
         _run(grid, intrinsics, size, state, np.empty((0, 0), np.int32))
     else:
-        follow_bundles(bundles, state)
+        follow_packets(packets, state)
 
 
 def first_occupied(
@@ -161,10 +149,10 @@ def _run(
 def warm_up() -> None:
     """Compile the kernels, or load them from the cache, before anything is timed."""
     grid = Grid((0.0, 0.0, 0.0), 1.0, (1, 1, 1))
-    observe(grid, into_bricks(np.zeros((1, 3), np.float32)), np.eye(4), np.eye(3), (1, 1))
-    bundles = Bundles.of(grid, np.eye(3), (1, 1))
-    assert bundles is not None
-    follow_bundles(bundles, np.zeros(1, np.uint8))
+    observe(grid, into_blocks(np.zeros((1, 3), np.float32)), np.eye(4), np.eye(3), (1, 1))
+    packets = RayPackets.of(grid, np.eye(3), (1, 1))
+    assert packets is not None
+    follow_packets(packets, np.zeros(1, np.uint8))
 
 
 def _column_order(width: int, threads: int) -> NDArray[np.int64]:
@@ -179,19 +167,19 @@ def _column_order(width: int, threads: int) -> NDArray[np.int64]:
     return np.concatenate([columns[start::threads] for start in range(threads)])
 
 
-@njit(cache=True, parallel=True, nogil=True)
+@njit(parallel=True, nogil=True)
 def _mark_cloud(points, starts, low, high, camera_from_world, lower, voxel_size, shape, state):
     R = camera_from_world[:3, :3]
     t = camera_from_world[:3, 3]
     nx, ny, nz = shape[0], shape[1], shape[2]
-    for brick in prange(len(starts) - 1):
-        # Skip a brick whose bounding box, seen from the camera, misses the grid on an axis.
+    for block in prange(len(starts) - 1):
+        # Skip a block whose bounding box, seen from the camera, misses the grid on an axis.
         misses = False
         for row in range(3):
             centre = t[row]
             reach = 0.0
             for axis in range(3):
-                first, last = np.float64(low[brick, axis]), np.float64(high[brick, axis])
+                first, last = np.float64(low[block, axis]), np.float64(high[block, axis])
                 centre += R[row, axis] * 0.5 * (first + last)
                 reach += abs(R[row, axis]) * 0.5 * (last - first)
             reach += 1e-6
@@ -200,17 +188,17 @@ def _mark_cloud(points, starts, low, high, camera_from_world, lower, voxel_size,
                 misses = True
         if misses:
             continue
-        for n in range(starts[brick], starts[brick + 1]):
+        for n in range(starts[block], starts[block + 1]):
             x, y, z = np.float64(points[n, 0]), np.float64(points[n, 1]), np.float64(points[n, 2])
             i = np.floor((R[0, 0] * x + R[0, 1] * y + R[0, 2] * z + t[0] - lower[0]) / voxel_size)
             j = np.floor((R[1, 0] * x + R[1, 1] * y + R[1, 2] * z + t[1] - lower[1]) / voxel_size)
             k = np.floor((R[2, 0] * x + R[2, 1] * y + R[2, 2] * z + t[2] - lower[2]) / voxel_size)
             if 0 <= i < nx and 0 <= j < ny and 0 <= k < nz:
                 column = (np.int64(i) * ny + np.int64(j)) * nz + np.int64(k)
-                state[np.uint64(column)] = OCCUPIED  # Unsigned: see `bundles._follow`.
+                state[np.uint64(column)] = OCCUPIED  # Unsigned: see `packets._follow`.
 
 
-@njit(cache=True, parallel=True, nogil=True)
+@njit(parallel=True, nogil=True)
 def _trace_columns(fx, fy, cx, cy, columns, height, origin, shape, state, ends):
     keep = len(ends) > 0
     # As tuples: an array handed to the ray's function is counted as referenced, once a ray and by
@@ -242,7 +230,7 @@ def _collect(state: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.ui
     return visible, packed
 
 
-@njit(cache=True, parallel=True, nogil=True)
+@njit(parallel=True, nogil=True)
 def _collect_words(words, packed):
     """Eight cells at a time: a word is eight bytes of `state`, the first the lowest."""
     ones = np.uint64(0x0101010101010101)

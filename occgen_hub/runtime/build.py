@@ -7,12 +7,13 @@ import socket
 import time
 from pathlib import Path
 
+from occgen_hub.episode_build import Built
 from occgen_hub.job import Job
-from occgen_hub.runtime.episodes import build_episodes
 from occgen_hub.runtime.finalize import finalize
 from occgen_hub.runtime.lock import output_lock
 from occgen_hub.runtime.records import join_build, make_plan, read_plan, recording
-from occgen_hub.runtime.results import Listener, Process, Summary
+from occgen_hub.runtime.results import Listener, Process, SceneResult, Summary
+from occgen_hub.runtime.scenes import build_refs
 from occgen_hub.runtime.shard import Shard
 from occgen_hub.runtime.workers import build_in_workers
 
@@ -50,9 +51,16 @@ def build_shard(
         if min(workers, len(refs)) > 1:
             results = build_in_workers(job, refs, min(workers, len(refs)), listener.frames)
         else:
-            results = build_episodes(job.builder, refs, job.out, job.settings, listener.frames)
+            results = build_refs(job, refs, listener.frames)
+        done = set[str]()
         try:
             for result in results:
+                if isinstance(result, SceneResult):
+                    record(result)
+                    continue
+                if result.id in done and isinstance(result, Built):
+                    continue  # Of a scene that is built again, since its process died.
+                done.add(result.id)
                 listener.finished(result)  # It may stop the build, whose failures are none then.
                 summary.add(result)
                 record(result)

@@ -6,6 +6,7 @@ import errno
 import threading
 import traceback
 from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
 
@@ -20,7 +21,8 @@ from occgen_hub.episode_build import (
 )
 from occgen_hub.errors import OccGenError
 from occgen_hub.runtime.report import FAILURES
-from occgen_hub.runtime.results import Failure, Result
+from occgen_hub.runtime.results import Failure, Result, SceneResult
+from occgen_hub.scenes import SceneRef
 
 GRACE = 2.0
 """Seconds that an interrupted build waits for a reconstruction under way."""
@@ -30,14 +32,24 @@ class Cancelled(BaseException):
     """The reconstruction was cancelled."""
 
 
+@dataclass(frozen=True)
+class SceneEpisode:
+    """An episode of a scene that was fetched, and the builder that reads it."""
+
+    builder: DatasetBuilder
+    ref: EpisodeRef
+
+
 def build_episodes(
     builder: DatasetBuilder,
-    refs: Iterable[EpisodeRef],
+    refs: Iterable[EpisodeRef | SceneEpisode | Result | SceneResult],
     out: Path,
     settings: Settings,
     progress: Progress = lambda *_: None,
-) -> Generator[Result, None, None]:
+) -> Generator[Result | SceneResult, None, None]:
     """Build episodes in their order. A failed one does not stop the others.
+
+    A result among them comes out in its place.
 
     At any time one episode is being written and one reconstructed, so that a GPU waits neither for
     images nor for compression, and memory holds two scenes at most. `refs` is iterated in a thread
@@ -50,27 +62,31 @@ def build_episodes(
             raise Cancelled
         progress(stage, frames)
 
-    reconstructed: Queue[ReconstructedEpisode | Result | BaseException | None] = Queue(1)
+    reconstructed: Queue[ReconstructedEpisode | Result | SceneResult | BaseException | None] = (
+        Queue(1)
+    )
     turn = threading.Semaphore(1)  # The next one begins when this one is taken to be written.
 
-    def reconstruct(ref: EpisodeRef) -> ReconstructedEpisode | Result:
-        return _guarded(
-            ref, out, lambda: reconstruct_episode(builder, ref, out, settings, cancellable)
-        )
+    def reconstruct(item: EpisodeRef | SceneEpisode) -> ReconstructedEpisode | Result:
+        own, ref = (item.builder, item.ref) if isinstance(item, SceneEpisode) else (builder, item)
+        return guarded(ref, out, lambda: reconstruct_episode(own, ref, out, settings, cancellable))
 
     def reconstruct_all() -> None:
         try:
-            for ref in refs:
+            for item in refs:
                 turn.acquire()
                 if stop.is_set():
                     return
-                reconstructed.put(reconstruct(ref))
+                if isinstance(item, EpisodeRef | SceneEpisode):
+                    reconstructed.put(reconstruct(item))
+                else:
+                    reconstructed.put(item)
             reconstructed.put(None)
         except BaseException as error:
             reconstructed.put(error)
 
     def write(found: ReconstructedEpisode) -> Result:
-        return _guarded(found.ref, out, lambda: write_episode(found, out, progress))
+        return guarded(found.ref, out, lambda: write_episode(found, out, progress))
 
     thread = threading.Thread(target=reconstruct_all, name="reconstruct", daemon=True)
     try:
@@ -87,8 +103,10 @@ def build_episodes(
             thread.join(GRACE)
 
 
-def _guarded[Value](ref: EpisodeRef, out: Path, action: Callable[[], Value]) -> Value | Failure:
-    """What an action on an episode returns, or its failure."""
+def guarded[Value](
+    ref: EpisodeRef | SceneRef, out: Path, action: Callable[[], Value]
+) -> Value | Failure:
+    """What an action on an episode or a scene returns, or its failure."""
     try:
         return action()
     except OccGenError as error:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from occgen_hub.atomic import clear_all_leftovers
 from occgen_hub.card import is_own, write_card
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.index import parts
@@ -21,6 +23,7 @@ from occgen_hub.runtime.report import (
     write_report,
 )
 from occgen_hub.runtime.results import Failure, Summary
+from occgen_hub.scenes import scene_of
 from occgen_hub.shards import remove_shards, write_shards
 
 
@@ -42,6 +45,10 @@ def finalize(out: Path, workers: int = 1) -> Summary:
     with output_lock(out):
         plan = read_plan(out)
         assert plan is not None
+        for folder in (out, *sorted(out.glob("*/")), *sorted(out.glob("*/*/"))):
+            clear_all_leftovers(folder)
+            for scratch in folder.glob(".*.scratch"):
+                shutil.rmtree(scratch, ignore_errors=True)
         records = [read_record(out, shard) for shard in range(len(plan.shards))]
         summary = summarize(plan, records)
         try:
@@ -49,7 +56,7 @@ def finalize(out: Path, workers: int = 1) -> Summary:
             if trajectories(out) or parts(out):
                 if plan.parquet_occupancy:
                     overwrite = any(record.began.get("overwrite") for record in records)
-                    write_shards(out, workers, overwrite=overwrite)
+                    write_shards(out, workers, overwrite=overwrite, images=plan.parquet_images)
                 else:
                     remove_shards(out)
                 if not is_own(card := write_card(out)):
@@ -77,7 +84,13 @@ def summarize(plan: Plan, records: Sequence[Record]) -> Summary:
     for number, (ids, record) in enumerate(zip(plan.shards, records, strict=True)):
         undone = f"shard {number}/{len(plan.shards)} did not end; run the same build again."
         for name in ids:
-            summary.add(record.results.get(name) or Failure(name, f"{name}: {undone}"))
+            if name in record.results:
+                summary.add(record.results[name])
+            elif name not in record.scenes:
+                summary.add(Failure(name, f"{name}: {undone}"))
+        of_scenes = set(record.results).difference(ids)
+        for name in sorted(of_scenes):
+            summary.add(record.results[name])
     summary.failures.sort(key=lambda failure: failure.id)
     ended = [record for record in records if record.began and record.ended]
     processes = [record.ended["process"] for record in ended]
@@ -102,7 +115,11 @@ def _other_failures(out: Path, plan: Plan) -> list[Failure]:
     if not plan.limited:
         return []
     about = {name for ids in plan.shards for name in ids}
-    return [f for f in read_failures(out) if f.id not in about and not (out / f.id).exists()]
+    return [
+        f
+        for f in read_failures(out)
+        if about.isdisjoint((f.id, scene_of(f.id))) and not (out / f.id).exists()
+    ]
 
 
 def unfinished(out: Path) -> list[str]:

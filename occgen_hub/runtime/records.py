@@ -16,13 +16,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from occgen_hub.episode import Note
+from pydantic import TypeAdapter
+
 from occgen_hub.episode_build import Built
 from occgen_hub.errors import OccGenError
 from occgen_hub.files import dump_json, hold, parse_json, read_bytes
 from occgen_hub.job import Job
 from occgen_hub.runtime.lock import LOGS, busy
-from occgen_hub.runtime.results import Failure, Process, Result
+from occgen_hub.runtime.results import Process, Result, SceneResult
 from occgen_hub.runtime.shard import share_out
 
 PLAN = "build.json"
@@ -31,10 +32,14 @@ RECORD = "shard-{}.jsonl"
 MAX_BYTES = 1 << 32
 """Of a plan or a record. Tens of millions of episodes have less."""
 
+_RESULT: TypeAdapter[Result] = TypeAdapter(Result)
+
 
 @dataclass(frozen=True)
 class Plan:
     """What a build was asked for, and the ids of the episodes of each of its shards.
+
+    Of archives and scenes on the Hub, whose episodes are not known yet, it is the scenes' ids.
 
     digest: of the episodes, the settings and the number of shards: the shards of one build have the
     same; asked: what the report says of it; limited: whether the source has more episodes.
@@ -45,19 +50,23 @@ class Plan:
     limited: bool
     parquet_occupancy: bool
     shards: list[list[str]]
+    parquet_images: bool = False
 
 
 def make_plan(job: Job, count: int) -> Plan:
     """Share the episodes of a job out among `count` shards, always in the same way."""
     ids = [ref.id for ref in job.refs]
-    said = dump_json([ids, job.choices, count, job.limited, job.parquet_occupancy])
+    said = dump_json(
+        [ids, job.choices, count, job.limited, job.parquet_occupancy, job.parquet_images]
+    )
     digest = hashlib.sha256(said.encode()).hexdigest()
     known = read_plan(job.out)
     if known is not None and known.digest == digest:
         return known  # Without reading the headers of all episodes again.
-    shards = share_out([job.builder.work(ref) for ref in job.refs], count)
+    shards = share_out([job.work(ref) for ref in job.refs], count)
     named = [[ids[number] for number in numbers] for numbers in shards]
-    return Plan(digest, job.described(), job.limited, job.parquet_occupancy, named)
+    described, parquet = job.described(), job.parquet_occupancy
+    return Plan(digest, described, job.limited, parquet, named, job.parquet_images)
 
 
 def read_plan(out: Path) -> Plan | None:
@@ -92,19 +101,21 @@ def join_build(out: Path, plan: Plan, *, alone: bool) -> bool:
 class Record:
     """What the last run of a shard did.
 
-    began: `time` (a datetime), `executor`, `overwrite`; results: by the episode's id; ended: `time`
-    and `process`, empty where the run did not end.
+    began: `time` (a datetime), `executor`, `overwrite`; results: by the episode's id; scenes: the
+    ids of those all whose episodes were tried; ended: `time` and `process`, empty where the run did
+    not end.
     """
 
     began: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Result] = field(default_factory=dict)
+    scenes: set[str] = field(default_factory=set)
     ended: dict[str, Any] = field(default_factory=dict)
 
 
 @contextmanager
 def recording(
     out: Path, shard: int, executor: str, *, overwrite: bool = False
-) -> Iterator[Callable[[Result | Process], None]]:
+) -> Iterator[Callable[[Result | SceneResult | Process], None]]:
     """Add a run to a shard's record: gives a function that adds results and, last, the process.
 
     What a full disk does not take is added with what comes next. Raises UsageError where the same
@@ -116,11 +127,13 @@ def recording(
     except OSError as error:
         raise _unwritable(path, error) from error
 
-    def add(row: Result | Process | dict[str, Any]) -> None:
+    def add(row: Result | SceneResult | Process | dict[str, Any]) -> None:
         nonlocal waiting
         values = row if isinstance(row, dict) else asdict(row)
         if isinstance(row, Process):
             values = {"ended": {"time": _now(), "process": values}}
+        if isinstance(row, SceneResult):
+            values = {"scene": row.id}
         waiting += f"\n{dump_json(values)}".encode()  # The break comes first: after half a row.
         with suppress(OSError):
             waiting = waiting[os.write(handle, waiting) :]
@@ -153,8 +166,10 @@ def read_record(out: Path, shard: int) -> Record:
             elif "ended" in row:
                 process = Process(**row["ended"]["process"])
                 record.ended = {**_with_time(row["ended"]), "process": process}
+            elif "scene" in row:
+                record.scenes.add(str(row["scene"]))
             else:
-                record.results[row["id"]] = _result(row)
+                record.results[row["id"]] = _RESULT.validate_python(row)
     return record
 
 
@@ -175,14 +190,6 @@ def _lines(out: Path, shard: int) -> list[bytes]:
         return read_bytes(out / LOGS / RECORD.format(shard), MAX_BYTES).splitlines()
     except OccGenError:
         return []
-
-
-def _result(row: dict[str, Any]) -> Result:
-    if "reason" in row:
-        return Failure(*(str(row[key]) for key in ("id", "reason", "trace")))
-    notes = tuple(Note(str(note["code"]), str(note["text"])) for note in row["notes"])
-    seconds = {str(stage): float(spent) for stage, spent in row["seconds"].items()}
-    return Built(str(row["id"]), row["status"], int(row["frames"]), notes, seconds)
 
 
 def _with_time(values: dict[str, Any]) -> dict[str, Any]:

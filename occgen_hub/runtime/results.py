@@ -21,6 +21,13 @@ class Failure:
 Result = Built | Failure
 
 
+@dataclass(frozen=True)
+class SceneResult:
+    """All episodes of a scene that had to be fetched were tried, or it could not be fetched."""
+
+    id: str
+
+
 @dataclass
 class Process:
     """What one process did. device: where its networks ran; peak_memory: in bytes."""

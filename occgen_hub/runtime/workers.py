@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -19,30 +19,36 @@ from occgen_hub.builder import EpisodeRef
 from occgen_hub.episode_build import Progress
 from occgen_hub.job import Job
 from occgen_hub.runtime import threads
-from occgen_hub.runtime.episodes import build_episodes
-from occgen_hub.runtime.results import Failure, Result
+from occgen_hub.runtime.results import Failure, Result, SceneResult
+from occgen_hub.runtime.scenes import build_refs
+from occgen_hub.scenes import SceneRef
 
 
 @dataclass
 class _Worker:
-    """A process. episodes: those that it was given and has not finished, at most two."""
+    """A process. episodes: those, or the scenes, that it was given and has not finished, at most
+    two.
+    """
 
     number: int
     process: SpawnProcess
-    episodes: deque[EpisodeRef] = field(default_factory=deque)
+    episodes: deque[EpisodeRef | SceneRef] = field(default_factory=deque)
 
 
 def build_in_workers(
-    job: Job, refs: Sequence[EpisodeRef], workers: int, progress: Progress
-) -> Generator[Result, None, None]:
+    job: Job, refs: Sequence[EpisodeRef | SceneRef], workers: int, progress: Progress
+) -> Generator[Result | SceneResult, None, None]:
     """Build episodes in `workers` processes, the largest first, each given to whoever is free.
+
+    A scene that has to be fetched is given to one process, which gives the results of its episodes.
 
     An episode whose process died is tried once more, alone in its process, when the others are
     done. If that process dies too, the episode has failed.
     """
-    waiting = deque(sorted(refs, key=job.builder.work, reverse=True))
+    waiting = deque(sorted(refs, key=job.work, reverse=True))
     network = job.settings.engine.uses_device()
-    at_once = 2 if network else 1  # So that a GPU does not wait until an episode is written.
+    # So that a GPU does not wait until an episode is written, nor for what is downloaded.
+    at_once = 2 if network or job.hub is not None else 1
     gpus = threads.gpus() if network and job.device in (None, "cuda") else 0
     suspects = set[str]()
     running: dict[Connection[Any, Any], _Worker] = {}
@@ -51,9 +57,7 @@ def build_in_workers(
         context = multiprocessing.get_context("spawn")
         here, there = context.Pipe()
         own = f"cuda:{number % gpus}" if gpus else None
-        process = context.Process(
-            target=_work, args=(there, replace(job, refs=()), own), daemon=True
-        )
+        process = context.Process(target=_work, args=(there, job.part(workers), own), daemon=True)
 
         def begin() -> None:
             # Blocked signals are inherited: the workers leave Ctrl-C to this process. Starting the
@@ -107,6 +111,9 @@ def build_in_workers(
                 if isinstance(message, tuple):
                     progress(*message)
                     continue
+                if isinstance(worker.episodes[0], SceneRef) != isinstance(message, SceneResult):
+                    yield message
+                    continue
                 worker.episodes.popleft()
                 yield message
                 hand_out(connection)
@@ -116,7 +123,7 @@ def build_in_workers(
             worker.process.terminate()
 
 
-def _killed(ref: EpisodeRef) -> Failure:
+def _killed(ref: EpisodeRef | SceneRef) -> Failure:
     reason = "its process was killed twice, perhaps for want of memory; free some and run again"
     return Failure(ref.id, f"{ref.path}: {reason}.")
 
@@ -131,14 +138,14 @@ def _work(connection: Connection[Any, Any], job: Job, device: str | None) -> Non
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     turn = threading.Lock()  # Frames are counted in two threads.
 
-    def tell(message: Result | tuple[str, int]) -> None:
+    def tell(message: Result | SceneResult | tuple[str, int]) -> None:
         with turn:
             connection.send(message)
 
     refs = iter(connection.recv, None)
-    settings = (job if device is None else job.on(device)).settings
+    job = job if device is None else job.on(device)
     with suppress(BrokenPipeError, EOFError):  # The parent has ended.
-        for result in build_episodes(job.builder, refs, job.out, settings, lambda *n: tell(n)):
+        for result in build_refs(job, refs, lambda *n: tell(n)):
             tell(result)
 
 

@@ -15,7 +15,7 @@ def make_sample(
     trajectories: int = 3,
     frames: int = 24,
     seed: int = 0,
-    layout: Literal["trajectories", "scenes"] = "trajectories",
+    layout: Literal["vln-n1", "vln-n1-scenes", "vln-ce", "trajectories", "scenes"] = "vln-n1",
     faults: bool = False,
     noise: Sequence[str] = (),
     pose_noise: tuple[float, float] | None = None,
@@ -35,8 +35,11 @@ def make_sample(
         trajectories: how many; a scene holds two.
         frames: about how many each has: in turn `frames`, 3/4 and 5/4 of it.
         seed: another seed gives other houses and other paths.
-        layout: "trajectories" has a folder for each; in "scenes", the newer release's way, a scene
-            folder holds its episodes together. Its path.ply is meta/pointcloud.ply there.
+        layout: "vln-n1" has a folder for each trajectory; in "vln-n1-scenes", the newer release's
+            way, a scene folder holds its episodes together, and its path.ply is
+            meta/pointcloud.ply. "trajectories" and "scenes" are older names of these. "vln-ce" is
+            that of VLN-CE: two cameras film each trajectory, so it has twice the frames; `faults`
+            and the videos are not for it.
         faults: the metadata is wrong in the ways that the real release's is.
         noise: errors of the depth images: any of "flying", "network", "stereo", "kinect" and
             "speckle", which are applied in this order; see `occgen_hub.sample.sensors`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +57,27 @@ def plan_episode(
         [_body(xy, a) @ mount for xy, a in zip(path.position, path.heading, strict=True)]
     )
     return Episode(camera, mount, house, scene.world_from_house @ house, tasks_of(scene, path))
+
+
+def plan_cameras(
+    renderer: Renderer,
+    camera: Camera,
+    number: int,
+    frames: int,
+    seed: list[int],
+    mounts: Sequence[tuple[float, float]],
+) -> list[Episode]:
+    """One walk, filmed by cameras on several mounts: (metres above the floor, degrees upward)."""
+    scene = renderer.scene
+    path = walk(scene, renderer, frames, mounts[0][0], seed)
+    body = [_body(xy, a) for xy, a in zip(path.position, path.heading, strict=True)]
+    tasks = tasks_of(scene, path)
+    found = []
+    for height, pitch in mounts:
+        mount = _mounted(height, np.radians(pitch))
+        house = np.stack(body) @ mount
+        found.append(Episode(camera, mount, house, scene.world_from_house @ house, tasks))
+    return found
 
 
 def _mounted(height: float, pitch: float) -> Floats:

@@ -49,7 +49,7 @@ class Video:
         import av
 
         self._av: Any = av
-        self._file: Any = av.open(str(path), "w")
+        self._file: Any = av.open(f"file:{path}", "w", format="mp4")
         self._stream: Any = self._file.add_stream("libx264", rate=VIDEO_FPS)
         self._stream.width = -(-width // BLOCK) * BLOCK
         self._stream.height = -(-height // BLOCK) * BLOCK

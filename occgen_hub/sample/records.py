@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,8 @@ def _write_parquet(path: Path, columns: Columns) -> None:
         fields.append(pa.field(key, kind))
         features[key] = _hub_feature(values)
     schema = pa.schema(fields, {"huggingface": json.dumps({"info": {"features": features}})})
-    pq.write_table(pa.table(arrays, schema=schema), path)
+    with pa.OSFile(os.fsencode(path), "wb") as file:  # A path may look like a URI.
+        pq.write_table(pa.table(arrays, schema=schema), file)
 
 
 def _hub_feature(values: NDArray[Any]) -> dict[str, Any]:

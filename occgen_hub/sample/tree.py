@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,45 @@ from numpy.typing import NDArray
 
 from occgen_hub.atomic import atomic_folder
 from occgen_hub.errors import UsageError
-from occgen_hub.sample.episode import CAMERAS, OPENCV, Episode, length_of, plan_episode
-from occgen_hub.sample.images import Video, depth_picture, depth_units, write_colour, write_depth
+from occgen_hub.sample import vlnce
+from occgen_hub.sample.episode import (
+    CAMERAS,
+    OPENCV,
+    Episode,
+    length_of,
+    plan_cameras,
+    plan_episode,
+)
+from occgen_hub.sample.figure import People
+from occgen_hub.sample.images import (
+    Bytes,
+    Video,
+    depth_picture,
+    depth_units,
+    write_colour,
+    write_depth,
+)
 from occgen_hub.sample.materials import Array
 from occgen_hub.sample.mesh import Floats
 from occgen_hub.sample.people import plan_people
 from occgen_hub.sample.ply import cloud_of, to_world, write_cloud, write_mesh
 from occgen_hub.sample.pose_errors import Size, with_drift, with_noise
 from occgen_hub.sample.records import Recorder
-from occgen_hub.sample.render import Renderer
+from occgen_hub.sample.render import Camera, Renderer
 from occgen_hub.sample.scene import Scene, build_scene
 from occgen_hub.sample.sensors import MODELS, corrupt
 from occgen_hub.sample.truth import write_truth
 
 GROUP = "sample_zed"
 PER_SCENE = 2
-LAYOUTS = ("trajectories", "scenes")
+LAYOUTS = {
+    "vln-n1": "trajectories",
+    "vln-n1-scenes": "scenes",
+    "vln-ce": "cameras",
+    "trajectories": "trajectories",
+    "scenes": "scenes",
+}
+"""The names of the layouts, and what is filmed in each."""
 VIDEOS = "videos/chunk-000"
 Tick = Callable[[], None]
 
@@ -78,7 +102,10 @@ def write_tree(
     """See `make_sample`."""
     _check(out, trajectories, frames, seed, layout)
     corruptions.check()
+    layout = LAYOUTS[layout]
+    group = vlnce.GROUP if layout == "cameras" else GROUP
     total = sum(length_of(k, frames) for k in range(trajectories))
+    total *= len(vlnce.MOUNTS) if layout == "cameras" else 1
     done = 0
 
     def tick() -> None:
@@ -92,10 +119,12 @@ def write_tree(
     with atomic_folder(out / "ground_truth") as truth:
         for number in range(-(-trajectories // PER_SCENE)):
             mine = range(number * PER_SCENE, min((number + 1) * PER_SCENE, trajectories))
-            place = Path(GROUP, f"house_{number:03d}")
+            place = Path(group, f"house_{number:03d}")
             stage = _Stage(seed, number, frames, faults, corruptions, truth / place, tick)
             scenes.append(stage.scene)
-            if layout == "scenes":
+            if layout == "cameras":
+                written.append(stage.film_cameras(out / place, mine))
+            elif layout == "scenes":
                 written.append(stage.film_together(out / place, mine))
             else:
                 written += [
@@ -171,6 +200,40 @@ class _Stage:
             path = np.concatenate(walked)
             write_cloud(part / "meta/pointcloud.ply", self.scene, self.cloud, path)
         return folder
+
+    def film_cameras(self, folder: Path, trajectories: range) -> Path:
+        """Several trajectories as the episodes of a scene of VLN-CE, each by several cameras."""
+        camera = vlnce.ce_camera()
+        with atomic_folder(folder) as part:
+            recorder = vlnce.CeRecorder(part)
+            for number, trajectory in enumerate(trajectories):
+                n, seed = length_of(trajectory, self.frames), [self.seed, self.number]
+                planned = plan_cameras(
+                    self.renderer, camera, trajectory, n, [*seed, 2, trajectory],
+                    list(vlnce.MOUNTS.values()),
+                )  # fmt: skip
+                cameras = dict(zip(vlnce.MOUNTS, planned, strict=True))
+                people = plan_people(
+                    self.renderer, planned[0], self.corruptions.people, [*seed, 5, trajectory]
+                )
+                vlnce.film(cameras, partial(self._picture, camera, people), part, number)
+                bodies = [people.at(i).vertices for i in range(n)]
+                vertices = np.stack([to_world(self.scene, body) for body in bodies])
+                for name, episode in cameras.items():
+                    truth = self.truth / f"episode_{number:06d}.{name}.npz"
+                    write_truth(truth, episode, people, vertices)
+                recorder.add({k: self._stated(v, trajectory) for k, v in cameras.items()})
+            recorder.close()
+        return folder
+
+    def _picture(
+        self, camera: Camera, people: People, pose: Floats, frame: int
+    ) -> tuple[Bytes, vlnce.Metres]:
+        """The colour and the measured depth (H, W), metres, of a frame; pose: OpenCV axes."""
+        posed = people.at(frame)
+        colour, metres = self.renderer.picture(camera, pose, posed if people.strolls else None)
+        self.tick()
+        return colour, self._measured(metres, camera.K, [int(pose[2, 3] * 1e4), frame])
 
     def _film(self, folder: Path, trajectory: int, shot: _Shot, name: str) -> Episode:
         """Render an episode and write its images, its videos and, as `name`, its truth.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from occgen_hub.jit import njit
 
-@njit(cache=True, nogil=True)
+
+@njit(nogil=True)
 def blended(front, depth, behind, limit, factor):
     """(H, W, 3) uint8 from pictures `factor` times as wide and high.
 

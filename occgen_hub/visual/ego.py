@@ -11,7 +11,7 @@ from occgen_hub.visual.blend import averaged
 from occgen_hub.visual.colors import MOVING, ramp
 from occgen_hub.visual.cubes import cube_faces
 from occgen_hub.visual.frames import Frame
-from occgen_hub.visual.stage import Stage
+from occgen_hub.visual.offscreen import Stage
 
 NEAR = 0.02
 

@@ -136,7 +136,7 @@ def _line(path: Path, root: Path) -> str:
     try:
         trajectory = Trajectory.open(path)
         width, height = trajectory.image_size
-        length, ends = _frames(trajectory), trajectory.visible_ends()
+        length, ends = _frames(trajectory), trajectory.row_ends("visible")
     except SourceError as error:
         return f"  {_called(path, root)}: cannot be read: {error}"
     mean = int(ends[-1]) / max(length, 1)

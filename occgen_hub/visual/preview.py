@@ -95,7 +95,7 @@ def _occupancy(
 
     (n,) and (m,) columns, and (cells,) bool.
     """
-    rows = len(trajectory.visible_ends()) - 1
+    rows = len(trajectory.row_ends("visible")) - 1
     if not frame < length == rows:
         problem = f"has {rows} rows where the parquet has {length}"
         raise DatasetError(trajectory.file("visible"), problem, REBUILD)

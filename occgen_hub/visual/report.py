@@ -20,7 +20,7 @@ from occgen_hub.files import leads_out, printable, read_jsonl
 from occgen_hub.fusion.quality import Quality
 from occgen_hub.loading import Trajectory, built, trajectories
 from occgen_hub.visual.colors import MOVING_NAME
-from occgen_hub.visual.places import written_for
+from occgen_hub.visual.output_paths import written_for
 from occgen_hub.visual.preview import from_above, from_camera
 
 FAILURES = "failures.jsonl"

@@ -20,7 +20,7 @@ from occgen_hub.visual import SEQUENCES
 from occgen_hub.visual.colors import PATH
 from occgen_hub.visual.frames import Frame, frames
 from occgen_hub.visual.heights import Heights
-from occgen_hub.visual.places import fresh_folder
+from occgen_hub.visual.output_paths import fresh_folder
 
 BACKGROUND, TRAJECTORY, OCCUPIED = 0, 1, 2
 """The labels of points."""

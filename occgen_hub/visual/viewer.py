@@ -7,10 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import quote
 
 import numpy as np
@@ -21,10 +22,10 @@ from occgen_hub.files import read_bytes
 from occgen_hub.loading import REBUILD, Trajectory
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.visual.colors import MOVING, OCCUPANCY, PATH
-from occgen_hub.visual.extra import need
-from occgen_hub.visual.film import called, rate
 from occgen_hub.visual.frames import Frame, frames
 from occgen_hub.visual.heights import Heights
+from occgen_hub.visual.optional_dependencies import need
+from occgen_hub.visual.render import called, rate
 from occgen_hub.visual.viewpoint import Viewpoint, automatic
 
 APPLICATION = "occgen-hub"
@@ -149,11 +150,10 @@ class _Scene:
         if depth.is_file():
             self._trajectory.depth(frame.number)  # It has to be an image of that size.
             content = read_bytes(depth, MAX_IMAGE_BYTES)
+            metre = self._trajectory.schema.depth_units_per_metre
             self._log("world/camera/depth", lens)
-            self._log(
-                "world/camera/depth",
-                rr.EncodedDepthImage(content, media_type="image/png", meter=10_000),
-            )
+            image = rr.EncodedDepthImage(content, media_type="image/png", meter=metre)
+            self._log("world/camera/depth", image)
 
     def _log_image(self, number: int) -> None:
         image = self._images(number)  # Has to be an image, and of that size.
@@ -232,11 +232,43 @@ def save(
     The place is the caller's to make whole. Raises what `fill` does.
     """
     stream = need("rerun").RecordingStream(APPLICATION, recording_id=called(trajectory))
-    place.touch()  # Raises OSError where rerun says it in its own way.
-    stream.save(place, default_blueprint=_blueprint(trajectory))
-    fill(stream, trajectory, progress)
-    stream.flush()
-    stream.disconnect()
+    with place.open("wb") as file, _written_to(file) as pipe:
+        stream.save(pipe, default_blueprint=_blueprint(trajectory))
+        try:
+            fill(stream, trajectory, progress)
+            stream.flush()
+        finally:
+            stream.disconnect()
+
+
+@contextmanager
+def _written_to(file: BinaryIO) -> Iterator[str]:
+    """A path of which what is written goes to a file; raises OSError where that fails.
+
+    rerun's own writing waits for ever where the disk is full. Until the block ends, what a full
+    disk does not take is read and forgotten.
+    """
+    reading, writing = os.pipe()
+    failures: list[OSError] = []
+
+    def copy() -> None:
+        with os.fdopen(reading, "rb", buffering=0) as pipe:
+            while piece := pipe.read(1 << 20):
+                try:
+                    if not failures:
+                        file.write(piece)
+                except OSError as error:
+                    failures.append(error)
+
+    thread = threading.Thread(target=copy, name="recording", daemon=True)
+    thread.start()
+    try:
+        yield f"/dev/fd/{writing}"
+    finally:
+        os.close(writing)
+        thread.join()
+    for failure in failures:
+        raise failure
 
 
 @contextmanager

@@ -19,6 +19,9 @@ ELEVATIONS = (48.0, 60.0, 72.0)
 """Degrees above the horizon: the lower, the more things stand, the higher, the less they hide."""
 
 AZIMUTHS = 24
+FARTHEST = 1e6
+"""Metres from the world's origin."""
+
 MARGIN = 1.06
 _COARSE = (96, 54)
 _SAMPLE = 40_000
@@ -71,13 +74,17 @@ class Viewpoint:
     @property
     def sound(self) -> bool:
         """Whether a camera can stand so."""
+        vectors = np.array((self.position, self.target, self.up))
+        if not (np.abs(vectors) <= FARTHEST).all():  # Nor NaN.
+            return False
         aside = np.cross(np.subtract(self.target, self.position), self.up)
         return bool(np.abs(aside).max() > 1e-9) and 1 <= self.field_of_view <= 150
 
 
 _WANTED = (
-    "is no viewpoint; it has position, target and up of three numbers each, world metres, up not "
-    "along the line of sight, and may have a field_of_view of 1 to 150 degrees"
+    "is no viewpoint; it has position, target and up of three numbers each, world metres, none "
+    f"beyond {FARTHEST:g}, up not along the line of sight, and may have a field_of_view of 1 to "
+    "150 degrees"
 )
 
 

@@ -13,7 +13,7 @@ from occgen_hub.visual.colors import INK, MOVING, PATH
 from occgen_hub.visual.cubes import Faces, cube_faces, lit
 from occgen_hub.visual.frames import Frame, FrameCells
 from occgen_hub.visual.heights import Heights
-from occgen_hub.visual.stage import Picture, Stage
+from occgen_hub.visual.offscreen import Picture, Stage
 from occgen_hub.visual.viewpoint import Viewpoint, automatic
 
 MAX_CUBES = 600_000

@@ -1,7 +1,1 @@
 """The networks pi3 and pi3x, and the engines that reconstruct with them."""
-
-from __future__ import annotations
-
-from occgen_hub.engines.pi3.weights import load_network
-
-__all__ = ["load_network"]

@@ -153,13 +153,16 @@ class Pi3(Trunk):
         """(B, N, 3, H, W) images in [0, 1], H and W multiples of the patch, to float32
 
         points, local_points: (B, N, H, W, 3), in the scene and in the view's camera; conf:
-        (B, N, H, W, 1), a logit; camera_poses: (B, N, 4, 4) world_from_camera, OpenCV axes.
+        (B, N, H, W, 1), a logit; camera_poses: (B, N, 4, 4) world_from_camera, OpenCV axes; looks:
+        (B, N, width), the mean of the encoder's tokens of each view.
         """
         batch, views = images.shape[:2]
         flat = images.flatten(0, 1)
         rotary, (h, w) = self.rotary(flat), self.patches(flat)
         with _trunk_precision(flat.device):
-            hidden = self.decode(self.encode(flat), views, rotary)
+            tokens = self.encode(flat)
+            looks = tokens.float().mean(dim=1)
+            hidden = self.decode(tokens, views, rotary)
             poses = self.cameras(hidden, rotary)
             parts = [self._heads(part, rotary, h, w) for part in hidden.split(HEAD_VIEWS)]
         local, conf = (torch.cat(maps) for maps in zip(*parts, strict=True))
@@ -169,6 +172,7 @@ class Pi3(Trunk):
                 "local_points": local,
                 "conf": conf,
                 "camera_poses": poses,
+                "looks": looks,
             },
             batch,
         )
@@ -226,6 +230,7 @@ class Pi3X(Trunk):
         rotary, (h, w) = self.rotary(flat), self.patches(flat)
         with _trunk_precision(flat.device):
             tokens = self.encode(flat)
+            looks = tokens.float().mean(dim=1)
             mean_depth = None
             if depths is not None:
                 mean_depth = _mean_depth(depths)
@@ -248,6 +253,7 @@ class Pi3X(Trunk):
             "conf": conf,
             "camera_poses": camera_poses,
             "rays": rays,
+            "looks": looks,
         }
         return {**_by_view(found, batch), "metric": metric}
 

@@ -1,0 +1,270 @@
+"""The source `capture`: finds recordings, recognises their layout, and makes episodes of them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from math import prod
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from occgen_hub.builder import DatasetBuilder, EpisodeRef, other_source
+from occgen_hub.camera_mapping import CameraMapping
+from occgen_hub.episode import Column, Episode, MediaFile, Note, Task
+from occgen_hub.errors import OccGenError, SourceError, UsageError
+from occgen_hub.geometry.lens import Lens, PinholeView
+from occgen_hub.media import picture_facts
+from occgen_hub.schema import Feature
+
+from .bag import Bag
+from .colmap import Colmap
+from .folders import PlainFolder
+from .nerfstudio import NerfStudio
+from .recording import Layout, Recording
+from .scannet import ScanNet
+from .seven_scenes import SevenScenes
+from .tum import TumRgbd
+
+LAYOUTS: tuple[Layout, ...] = (
+    *(Bag(), TumRgbd(), SevenScenes(), ScanNet(), NerfStudio(), Colmap(), PlainFolder()),
+)
+"""In the order in which they are tried; a folder may look like several."""
+
+GROUP = "capture"
+USUAL_FPS = 30.0
+FPS = (0.01, 1000.0)
+UNEVEN = 0.25
+"""Steps in time that differ by less than this share of the usual one are those of a steady rate."""
+
+SAME_SHAPE = 0.05
+"""Width over height of registered colour and depth differs by no more than that share."""
+
+TIME = "source_timestamp"
+"""The column with the times that the recording has, seconds."""
+
+
+class CaptureBuilder(DatasetBuilder):
+    """Reads RGB-D captures, posed images and ROS 2 bags."""
+
+    name = "capture"
+    takes_file = True
+    maps = (
+        *("rgb", "depth", "pose", "info", "intrinsics", "depth_unit"),
+        *("pose_direction", "pose_axes", "time_offset"),
+    )
+
+    @classmethod
+    def recognise(cls, root: Path) -> str | None:
+        """The layout of what is at the root, or in a folder right below it."""
+        for place in (root, *_folders(root)):
+            if (layout := layout_of(place)) is not None:
+                return layout.what
+        return None
+
+    def episodes(self) -> Iterator[EpisodeRef]:
+        """Every recording at or below the root, sorted by id; raises UsageError for none."""
+        found = list(_find(self.root))
+        if not found:
+            known = "; ".join(layout.what for layout in LAYOUTS)
+            other = other_source(self.root, self.name)
+            raise UsageError(
+                f"{self.root}: holds no capture that is known ({known}); "
+                f"{other or 'docs/formats.md says how each is laid out'}."
+            )
+        topics = {"rgb", "depth", "pose", "info"} & set(self._mapping.said())
+        if topics and not any(isinstance(_layout(place), Bag) for place in found):
+            raise UsageError(f"--topics: {self.root} holds no bag; leave the option out.")
+        refs = [EpisodeRef(_id(self.root, place), place) for place in found]
+        yield from sorted(refs, key=lambda ref: ref.id)
+
+    def has_depth(self, ref: EpisodeRef) -> bool:
+        """Whether its layout has depth, by the names of files."""
+        try:
+            return _layout(ref.path).has_depth(ref.path, self._mapping)
+        except SourceError:
+            return True  # Reading it says what is wrong.
+
+    def work(self, ref: EpisodeRef) -> float:
+        """Frames times pixels for images; the bytes of a bag."""
+        try:
+            images = [p for p in self.sources(ref) if p.suffix.lower() in (".jpg", ".jpeg", ".png")]
+            if images:
+                return float(len(images) * prod(picture_facts(images[0]).size))
+        except OccGenError:
+            return 0.0
+        return super().work(ref)
+
+    def sources(self, ref: EpisodeRef) -> list[Path]:
+        """The files of the frames that are used, and those that describe them."""
+        return _layout(ref.path).sources(ref.path, self._mapping)
+
+    def read(self, ref: EpisodeRef) -> Episode:
+        """One episode: colour and depth as a pinhole camera has them."""
+        recording = _layout(ref.path).read(ref.path, self._mapping)
+        view, depth_view, notes = pinhole_views(recording, ref.path)
+        length, target = len(recording.color_lens), view[0].target
+        read_raw_depth = recording.read_depth
+
+        def color(frame: int) -> NDArray[np.uint8]:
+            return view[frame].color(recording.read_color(frame))
+
+        def depth(frame: int) -> NDArray[np.float64]:
+            assert read_raw_depth is not None
+            return depth_view[frame].depth(read_raw_depth(frame))
+
+        fps, rate_notes = _rate(recording.times)
+        media = _colors(recording, view, color, ref.path)  # Depth is written anew.
+        times = {}
+        if recording.times is not None:
+            times[TIME] = Column(Feature(dtype="float64", shape=(1,)), recording.times)
+        return Episode(
+            id=ref.id,
+            length=length,
+            fps=fps,
+            robot_type="unknown",
+            image_size=target.size,
+            read_rgb=color,
+            read_depth=None if read_raw_depth is None else depth,
+            world_from_camera=np.ascontiguousarray(recording.poses),
+            intrinsics=np.stack([one.target.matrix for one in view]),
+            tasks=(Task("explore the scene"),),
+            task_index=np.zeros(length, np.int64),
+            columns=times,
+            media=tuple(media),
+            fingerprint=self.fingerprint(list(recording.sources)),
+            notes=(*recording.notes, *notes, *rate_notes),
+        )
+
+    @property
+    def _mapping(self) -> CameraMapping:
+        return self.cameras[0] if self.cameras else CameraMapping()
+
+
+# Finding recordings
+
+
+def layout_of(place: Path) -> Layout | None:
+    """The layout of a folder or file, None if it is in none."""
+    try:
+        return next((layout for layout in LAYOUTS if layout.recognise(place)), None)
+    except OSError:
+        return None
+
+
+def _layout(place: Path) -> Layout:
+    layout = layout_of(place)
+    if layout is None:
+        raise SourceError(place, "is no capture any more", "restore it or leave it out")
+    return layout
+
+
+def _folders(place: Path) -> list[Path]:
+    """The folders in a folder, sorted, without hidden ones."""
+    try:
+        with os.scandir(place) as entries:
+            names = sorted(e.name for e in entries if e.is_dir() and e.name[0] != ".")
+    except OSError:
+        return []
+    return [place / name for name in names]
+
+
+def _find(place: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
+    """Recordings at or below a place; nothing is sought below one.
+
+    Links to folders are followed, but not back to a folder `above`.
+    """
+    try:
+        stat = place.stat()
+    except OSError:
+        return
+    if (here := (stat.st_dev, stat.st_ino)) in above:
+        return
+    if layout_of(place) is not None:
+        yield place
+        return
+    if place.is_dir():
+        yield from (p for p in sorted(place.glob("*.mcap")) if layout_of(p) is not None)
+    for folder in _folders(place):
+        yield from _find(folder, (*above, here))
+
+
+def _id(root: Path, place: Path) -> str:
+    """ "capture/<scene>/<trajectory>": the last part of a path names the trajectory."""
+    own = root.resolve().name.removesuffix(".mcap")
+    parts = [own, *place.relative_to(root).parts] if place != root else [own, "trajectory_0"]
+    *scene, last = (re.sub(r"[^\w.-]+", "_", part).strip("._-") or "x" for part in parts)
+    return f"{GROUP}/{'_'.join(scene)[-100:]}/{last.removesuffix('.mcap')[-100:]}"
+
+
+# Frames
+
+
+def pinhole_views(
+    recording: Recording, place: Path
+) -> tuple[list[PinholeView], list[PinholeView], list[Note]]:
+    """How colour and depth of each frame become what one pinhole camera sees.
+
+    It has the matrix and size of the depth images, where there are any, else of the colour images:
+    geometry is worth more than pixels.
+    """
+    notes = []
+    views, depth_views = dict[Lens, PinholeView](), dict[Lens, PinholeView]()
+    size = recording.depth_size
+    for lens in dict.fromkeys(recording.color_lens):
+        target = recording.depth_lens or (lens if size is None else lens.resized(size))
+        views[lens] = PinholeView(lens, target.pinhole())
+        depth_views[lens] = PinholeView(target, target.pinhole())
+    first = next(iter(views.values()))
+    if any(lens.distorts for lens in views):
+        notes.append(Note("distortion", "lens distortion is removed from the images"))
+    if size is not None and size != first.source.size:
+        width, height = first.source.size
+        if abs(width / height / (size[0] / size[1]) - 1) > SAME_SHAPE:
+            problem = (
+                f"has colour images of {width} x {height} and depth images of {size[0]} x "
+                f"{size[1]} pixels, which differ in shape"
+            )
+            raise SourceError(place, problem, "register depth to colour when you record")
+        text = f"colour is {width} x {height}, depth {size[0]} x {size[1]}: colour is resized"
+        notes.append(Note("color size", text))
+    return (
+        [views[lens] for lens in recording.color_lens],
+        [depth_views[lens] for lens in recording.color_lens],
+        notes,
+    )
+
+
+def _colors(
+    recording: Recording,
+    views: list[PinholeView],
+    color: Callable[[int], NDArray[np.uint8]],
+    place: Path,
+) -> Iterator[MediaFile]:
+    """The colour images as they are written: the files where those are as they have to be."""
+    for frame, view in enumerate(views):
+        path = recording.colors[frame] if recording.colors else None
+        if path is not None and view.same and picture_facts(path).plain:
+            yield MediaFile("rgb", path, frame)
+        else:
+            yield MediaFile("rgb", path or place, frame, read=partial(color, frame))
+
+
+def _rate(times: NDArray[np.float64] | None) -> tuple[float, list[Note]]:
+    """Frames a second, by the usual step between two; notes where it is assumed or uneven."""
+    steps = np.diff(times) if times is not None else np.empty(0)
+    usual = float(np.median(steps)) if len(steps) else 0.0
+    if usual <= 0 or not FPS[0] <= 1 / usual <= FPS[1]:
+        text = f"nothing usable says the rate of the frames: {USUAL_FPS:g} fps is assumed"
+        return USUAL_FPS, [Note("fps", text)]
+    fps = round(1 / usual, 3)
+    if np.abs(steps - usual).max() <= UNEVEN * usual:
+        return fps, []
+    text = (
+        f"frames come {1000 * steps.min():.3g} to {1000 * steps.max():.3g} ms after one another: "
+        f"each counts once, at {fps:g} fps; their own times are in the column {TIME}"
+    )
+    return fps, [Note("variable rate", text)]

@@ -1,0 +1,83 @@
+"""ScanNet as its Python exporter and many other tools write it: a folder for each kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from occgen_hub.camera_mapping import CameraMapping
+from occgen_hub.files import is_file
+from occgen_hub.geometry.lens import Lens, opencv_matrix
+from occgen_hub.media import image_size, read_rgb
+
+from .recording import (
+    FrameFiles,
+    Layout,
+    Recording,
+    depth_reader,
+    images_in,
+    matrix_in,
+    needed_lens,
+    tracked_frames,
+)
+
+UNIT = 0.001
+
+
+class ScanNet(Layout):
+    """`color/N.jpg`, `depth/N.png`, `pose/N.txt` and `intrinsic/`; depth in millimetres."""
+
+    what = "a ScanNet export"
+
+    def recognise(self, place: Path) -> bool:
+        """By the folders color and pose."""
+        return (place / "color").is_dir() and (place / "pose").is_dir()
+
+    def has_depth(self, place: Path, mapping: CameraMapping) -> bool:
+        """By the folder depth."""
+        return (place / "depth").is_dir()
+
+    def read(self, place: Path, mapping: CameraMapping) -> Recording:
+        """The frames that have all files and a pose."""
+        with_depth = self.has_depth(place, mapping)
+        frames, poses, notes = tracked_frames(
+            place,
+            [
+                FrameFiles(
+                    path,
+                    place / "pose" / f"{path.stem}.txt",
+                    place / "depth" / f"{path.stem}.png" if with_depth else None,
+                )
+                for path in images_in(place / "color")
+            ],
+        )
+        depths = [frame.depth for frame in frames if frame.depth is not None]
+        reader, depth_size = depth_reader(depths, mapping, UNIT) if depths else (None, None)
+        size = image_size(frames[0].color)
+        stated = [place / "intrinsic" / f"intrinsic_{kind}.txt" for kind in ("color", "depth")]
+        files = [path for path in stated if is_file(path) and mapping.intrinsics is None]
+        depth_lens = None
+        if depth_size is not None and stated[1] in files:
+            depth_lens = _lens(stated[1], depth_size)
+        if stated[0] in files:
+            lens = _lens(stated[0], size)
+        elif depth_lens is not None:
+            lens = depth_lens.resized(size)
+        else:
+            lens, files = needed_lens(place, size, mapping)
+        return Recording(
+            read_color=lambda frame: read_rgb(frames[frame].color, size),
+            color_lens=[lens] * len(frames),
+            poses=mapping.world_from_camera(poses),
+            sources=[*files, *(f.pose for f in frames), *(f.color for f in frames), *depths],
+            colors=[frame.color for frame in frames],
+            read_depth=reader,
+            depth_lens=depth_lens,
+            depth_size=depth_size,
+            notes=tuple(notes),
+        )
+
+
+def _lens(path: Path, size: tuple[int, int]) -> Lens:
+    """From a 4 x 4 matrix as ScanNet writes it: the centre of the first pixel is (0, 0)."""
+    K = matrix_in(path, 3)
+    return Lens.of(opencv_matrix(K[0, 0], K[1, 1], K[0, 2], K[1, 2]), size)

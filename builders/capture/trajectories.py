@@ -1,0 +1,112 @@
+"""Trajectory files: the poses of a camera, with times or one for each frame."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
+
+from occgen_hub.camera_mapping import CameraMapping
+from occgen_hub.errors import SourceError
+from occgen_hub.geometry.trajectory import poses_at
+
+from .recording import LONGEST_GAP, TOLERANCE, known, numbers_in
+
+MAX_BYTES = 1 << 28
+"""Of a trajectory file; an hour at 200 Hz has 100 MB."""
+
+FORMATS = (
+    "lines of 'time tx ty tz qx qy qz qw' (TUM), of 12 or 16 numbers of a matrix, or Open3D's .log"
+)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Poses of a camera.
+
+    times: (k,) float64 seconds, ascending, none twice; None where the poses are those of the
+    frames, one each; poses: (k, 4, 4) float64, world_from_camera, OpenCV axes.
+    """
+
+    times: NDArray[np.float64] | None
+    poses: NDArray[np.float64]
+
+    def at(self, times: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Poses at (n,) times, and (n,) bool, which of them are known; see `poses_at`."""
+        assert self.times is not None
+        return poses_at(times, self.times, self.poses, LONGEST_GAP, TOLERANCE)
+
+
+def read_trajectory(path: Path, mapping: CameraMapping) -> Trajectory:
+    """A file in one of `FORMATS`, as the mapping means it.
+
+    Rows with times whose pose is not finite or not rigid are left out: there tracking was lost.
+    """
+    rows = numbers_in(path, MAX_BYTES)
+    widths = {len(row) for row in rows}
+    if widths == {8}:
+        return timed(path, np.array(rows), mapping)
+    if widths == {16} or widths == {12}:
+        poses = np.array(rows).reshape(len(rows), -1, 4)
+        last = np.broadcast_to([[[0.0, 0.0, 0.0, 1.0]]], (len(rows), 1, 4))
+        poses = poses if poses.shape[1] == 4 else np.concatenate([poses, last], axis=1)
+        return Trajectory(None, _meant(poses, mapping))
+    if widths == {3, 4} and len(rows) % 5 == 0 and all(len(row) == 3 for row in rows[::5]):
+        poses = np.array([row for n, row in enumerate(rows) if n % 5]).reshape(-1, 4, 4)
+        return Trajectory(None, _meant(poses, mapping))
+    raise SourceError(path, "is no trajectory", f"give one with {FORMATS}")
+
+
+def timed(path: Path, rows: NDArray[np.float64], mapping: CameraMapping) -> Trajectory:
+    """A trajectory from (k, 8) rows of time, tx, ty, tz, qx, qy, qz, qw."""
+    poses = poses_of(rows[:, 1:4], rows[:, 4:])
+    usable = known(poses) & np.isfinite(rows[:, 0])
+    if not usable.any():
+        raise SourceError(path, "holds no usable pose", "leave this recording out")
+    times, first = np.unique(rows[usable, 0], return_index=True)
+    offset = mapping.time_offset or 0.0
+    return Trajectory(times + offset, _meant(poses[usable][first], mapping))
+
+
+def poses_of(
+    positions: NDArray[np.float64], quaternions: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """(k, 4, 4) from (k, 3) positions and (k, 4) quaternions x, y, z, w; nan where it is none."""
+    norm = np.linalg.norm(quaternions, axis=1)
+    usable = np.isfinite(norm) & (np.abs(norm - 1) < 0.1)
+    poses = np.tile(np.eye(4), (len(positions), 1, 1))
+    poses[~usable] = np.nan
+    poses[usable, :3, :3] = Rotation.from_quat(quaternions[usable]).as_matrix()
+    poses[:, :3, 3] = positions
+    return poses
+
+
+def _meant(poses: NDArray[np.float64], mapping: CameraMapping) -> NDArray[np.float64]:
+    """Poses as the mapping means them; those that are not rigid and finite become nan."""
+    usable = known(poses)
+    meant = np.full(poses.shape, np.nan)
+    meant[usable] = mapping.world_from_camera(poses[usable])
+    return meant
+
+
+def matched_times(
+    names: list[str], trajectory: Trajectory
+) -> tuple[NDArray[np.float64], float] | None:
+    """The times of images that are named by them, in seconds, and their unit in seconds.
+
+    The unit (s, ms, us, ns) is that by which most of the names lie within the trajectory's time.
+    None where the names are no numbers, or hardly one lies in it.
+    """
+    try:
+        numbers = np.array([float(name) for name in names])
+    except ValueError:
+        return None
+    assert trajectory.times is not None
+    first, last = trajectory.times[0] - TOLERANCE, trajectory.times[-1] + TOLERANCE
+    units = (1.0, 1e-3, 1e-6, 1e-9)
+    inside = [((numbers * u >= first) & (numbers * u <= last)).mean() for u in units]
+    best = int(np.argmax(inside))
+    return (numbers * units[best], units[best]) if inside[best] > 0.1 else None

@@ -1,0 +1,114 @@
+"""What a user says of a camera that the files of a recording do not."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from occgen_hub.errors import UsageError
+from occgen_hub.geometry.lens import Lens, opencv_matrix
+from occgen_hub.geometry.poses import RIGID, from_opengl, rigidity_error
+
+UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001}
+"""Names of units of depth, and metres in one."""
+
+CALIBRATIONS = (4, 8, 9, 12)
+"""How many numbers `intrinsics` may have."""
+
+
+class CameraMapping(BaseModel):
+    """Where the parts of a camera's recording are, and how their numbers are meant.
+
+    A source takes what it has a use for (`DatasetBuilder.maps`); what is None is as the files say.
+
+    Attributes:
+        rgb, depth, pose, info: the topics of a bag, or the columns of a table, that hold them.
+        intrinsics: fx, fy, cx, cy in pixels of the colour images, and OpenCV's distortion: k1, k2,
+            p1, p2[, k3[, k4, k5, k6]]. The centre of the first pixel is (0, 0), as OpenCV, ROS and
+            RealSense have it.
+        depth_unit: metres in a unit of depth.
+        pose_direction: what the poses are.
+        pose_axes: the camera's axes. OpenCV: x right, y down, z forward; OpenGL: x right, y up,
+            z backward.
+        body_from_camera: where the camera sits, 16 numbers of a (4, 4) matrix row after row, where
+            the poses are those of a moving body. Its camera has axes `pose_axes`.
+        time_offset: seconds to add to the times of the poses.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rgb: str | None = None
+    depth: str | None = None
+    pose: str | None = None
+    info: str | None = None
+    intrinsics: tuple[float, ...] | None = None
+    depth_unit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    pose_direction: Literal["world_from_camera", "camera_from_world"] | None = None
+    pose_axes: Literal["opencv", "opengl"] | None = None
+    body_from_camera: tuple[float, ...] | None = None
+    time_offset: Annotated[float, Field(allow_inf_nan=False)] | None = None
+
+    @field_validator("intrinsics")
+    @classmethod
+    def _check_intrinsics(cls, numbers: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if numbers is None:
+            return None
+        if len(numbers) not in CALIBRATIONS or not np.isfinite(numbers).all():
+            raise ValueError("has to be fx,fy,cx,cy or fx,fy,cx,cy,k1,k2,p1,p2[,k3[,k4,k5,k6]]")
+        if min(numbers[:2]) <= 0 or min(numbers[2:4]) < 0:
+            raise ValueError("has a focal length or principal point under 0")
+        return numbers
+
+    @field_validator("body_from_camera")
+    @classmethod
+    def _check_mount(cls, numbers: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if numbers is not None:
+            matrix = np.reshape(numbers, (1, 4, 4)) if len(numbers) == 16 else np.zeros((1, 4, 4))
+            if not rigidity_error(matrix)[0] <= RIGID:
+                raise ValueError("has to be the 16 numbers of a rigid 4 x 4 matrix, row after row")
+        return numbers
+
+    def said(self) -> dict[str, Any]:
+        """What is not as the files say, as JSON has it."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def lens(self, size: tuple[int, int]) -> Lens | None:
+        """The lens that `intrinsics` describe, of images of `size` (width, height)."""
+        if self.intrinsics is None:
+            return None
+        return Lens.of(opencv_matrix(*self.intrinsics[:4]), size, self.intrinsics[4:])
+
+    def world_from_camera(self, poses: NDArray[np.floating]) -> NDArray[np.float64]:
+        """(..., 4, 4) poses as the recording has them, to world_from_camera of OpenCV cameras."""
+        standard = poses.astype(np.float64)
+        if self.pose_direction == "camera_from_world":
+            standard = np.asarray(np.linalg.inv(standard), np.float64)
+        if self.body_from_camera is not None:
+            standard = standard @ np.reshape(self.body_from_camera, (4, 4))
+        return from_opengl(standard) if self.pose_axes == "opengl" else standard
+
+
+def camera_mapping(where: str, values: dict[str, Any]) -> CameraMapping:
+    """A mapping from values by the names of its attributes; None stands for nothing said.
+
+    where: the file or option that they come from. Raises UsageError where one is wrong.
+    """
+    try:
+        return CameraMapping.model_validate({k: v for k, v in values.items() if v is not None})
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        said = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
+        raise UsageError(f"{where}{name.replace('_', '-')}: {said}.") from None
+
+
+def metres_in_unit(scale: float) -> float:
+    """Metres in a unit of depth, from a scale as files and tools give it.
+
+    5000 is so many units in a metre, and 0.0002 so many metres in a unit; no sensor has units of
+    more than a metre, so one number tells which of the two it is.
+    """
+    return 1.0 / scale if scale > 1 else scale

@@ -1,0 +1,387 @@
+"""Weights: where they are, whether they are a network's, and the network with them in it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from occgen_hub.engines.pi3.sizes import Sizes
+from occgen_hub.errors import SourceError, UsageError, in_brief
+from occgen_hub.files import read_json, sha256
+from occgen_hub.hub_token import check_sendable
+
+if TYPE_CHECKING:
+    import torch
+
+    from occgen_hub.engines.pi3.network import Pi3, Pi3X
+
+logger = logging.getLogger(__name__)
+
+Pi3Name = Literal["pi3", "pi3x"]
+Name = Literal["pi3", "pi3x", "da3"]
+NAMES: tuple[Name, ...] = ("pi3x", "pi3", "da3")
+"""The better one first: pi3x is metric, which a video without poses cannot be made to be."""
+
+FILE = "model.safetensors"
+LICENSES = {
+    "cc-by-nc-4.0": "CC BY-NC 4.0, which allows no commercial use",
+    "apache-2.0": "Apache-2.0, which allows commercial use",
+}
+
+DA3_WIDTHS = {384: "da3-small", 768: "da3-base", 1024: "da3-large"}
+"""The models of Depth Anything 3 that find cameras, by the width of their tokens."""
+
+DA3_FREE = ("da3-small", "da3-base")
+"""Those that are published under Apache-2.0; the larger ones are non-commercial."""
+
+_DA3_WIDTH = "model.backbone.pretrained.cls_token"
+"""The tensor whose last side is the width of the tokens."""
+
+
+class Checkpoint(BaseModel):
+    """A config.json: what network it is of, where it is published, and under which licence."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    network: Name
+    repo_id: str | None = None
+    revision: str = "main"
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    license: str = "unknown"
+    sizes: Sizes = Field(default_factory=Sizes)
+    preset: str = Field("da3-base", pattern="^da3-(small|base|large)$")
+
+    @model_validator(mode="after")
+    def _check_pose_blocks(self) -> Checkpoint:
+        if self.network == "pi3x" and self.sizes.pose_blocks[-1] >= self.sizes.decoder_depth:
+            raise ValueError("pose_blocks must be numbers of the decoder's blocks")
+        return self
+
+    @property
+    def terms(self) -> str:
+        """The licence, in words."""
+        return LICENSES.get(self.license, self.license)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A safetensors file and what it is said to be; digest: its SHA-256, empty if not known."""
+
+    path: Path
+    checkpoint: Checkpoint
+    digest: str = ""
+
+    def record(self) -> dict[str, Any]:
+        """What a dataset says of the weights that it was built with."""
+        return {
+            "network": self.checkpoint.network,
+            "sha256": self.digest,
+            "license": self.checkpoint.license,
+            "repo_id": self.checkpoint.repo_id,
+        }
+
+
+COMMERCIAL = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "isc", "cc-by-4.0", "cc0-1.0")
+"""Licences of weights, by the Hub's names, that allow commercial use."""
+
+
+class WeightsError(UsageError):
+    """Weights that are missing, damaged, or another network's."""
+
+    has_lines = True
+
+
+def published(name: Name) -> Checkpoint:
+    """The checkpoint that the authors of a network published."""
+    text = (resources.files("occgen_hub.ckpt") / name / "config.json").read_text("utf-8")
+    return Checkpoint.model_validate(json.loads(text))
+
+
+def places(name: Name) -> list[Path]:
+    """Where weights are put by hand: under the working folder, and beside the package."""
+    inside = resources.files("occgen_hub.ckpt") / name / FILE
+    return [Path("ckpt", name, FILE), Path(str(inside))]
+
+
+def present(name: Name) -> Path | None:
+    """Weights of that name that are there already, by hand or in the Hub's cache."""
+    return next((path for path in places(name) if path.is_file()), None) or _cached(name)
+
+
+def find(name: Name, path: Path | None = None, *, fetching: bool = True) -> Weights:
+    """The weights of a network, checked, with their SHA-256.
+
+    At `path` (a file, or a folder with one), else those that are there already, else, if
+    `fetching`, from the Hub. Raises WeightsError when there are none, or when they are damaged or
+    another network's.
+    """
+    if path is not None:
+        weights = _given(name, path)
+    elif (there := present(name)) is not None:
+        weights = _described(name, there)
+    elif fetching:
+        weights = fetch(name)
+    else:
+        raise _none(name)
+    check(weights)
+    return Weights(weights.path, weights.checkpoint, _digest(weights.path))
+
+
+def kind(path: Path) -> Name:
+    """Which network the weights at `path` are of, by the names of their tensors."""
+    layout = _layout(_file(path))
+    if any(name.startswith("model.") for name in layout):
+        return "da3"
+    return "pi3x" if "metric_token" in layout else "pi3"
+
+
+def fetch(name: Name, revision: str | None = None) -> Weights:
+    """The published weights, from the Hub into its cache; raises WeightsError when it fails.
+
+    Their licence is logged as a warning, which is on the terminal where nobody says otherwise.
+    """
+    import httpx
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    checkpoint = published(name)
+    if revision is not None:
+        checkpoint = checkpoint.model_copy(update={"revision": revision, "sha256": None})
+    assert checkpoint.repo_id is not None
+    check_sendable()
+    try:
+        # Asked first, because a download would try a Hub that cannot be reached for half a minute.
+        get_hf_file_metadata(
+            hf_hub_url(checkpoint.repo_id, FILE, revision=checkpoint.revision), timeout=10
+        )
+        logger.warning(
+            "Fetching %s of %s. Licence of these weights: %s.",
+            FILE, checkpoint.repo_id, checkpoint.terms,
+        )  # fmt: skip
+        path = hf_hub_download(checkpoint.repo_id, FILE, revision=checkpoint.revision)
+    except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
+        raise _none(name, in_brief(str(error)) or type(error).__name__) from error
+    return Weights(Path(path), checkpoint)
+
+
+def _none(name: Name, reason: str = "") -> WeightsError:
+    """Of weights that are not there. reason: why they could not be fetched, if that was tried."""
+    checkpoint = published(name)
+    tried = f"; {checkpoint.repo_id} could not be fetched ({reason})" if reason else ""
+    return WeightsError(
+        f"there are no weights for {name} (licence: {checkpoint.terms}): none at "
+        f"ckpt/{name}/{FILE}, none in the Hub's cache{tried}.\n"
+        f"Fetch them where the Hub can be reached: occgen-hub weights pull {name}\n"
+        f"Or put {FILE} of {checkpoint.repo_id} by hand at ckpt/{name}/{FILE}, or name its place "
+        f"with --weights."
+    )
+
+
+def _cached(name: Name) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    checkpoint = published(name)
+    assert checkpoint.repo_id is not None
+    path = try_to_load_from_cache(checkpoint.repo_id, FILE, revision=checkpoint.revision)
+    return Path(path) if isinstance(path, str) else None
+
+
+def _file(path: Path) -> Path:
+    return path / FILE if path.is_dir() else path
+
+
+def _given(name: Name, path: Path) -> Weights:
+    weights = _described(name, _file(path))
+    if weights.checkpoint.network != name:
+        raise WeightsError(
+            f"{path}: is of {weights.checkpoint.network}, as its config.json says, not of {name}; "
+            f"choose --engine {weights.checkpoint.network} or other --weights."
+        )
+    return weights
+
+
+def _described(name: Name, path: Path) -> Weights:
+    """Weights with the config.json beside them, or as published where there is none of ours.
+
+    The authors' own, of another form, lies beside what was fetched as a whole repository.
+    """
+    config = path.with_name("config.json")
+    if not config.is_file():
+        return Weights(path, _as_published(name, path))
+    try:
+        described = read_json(config)
+        if "network" not in described:
+            return Weights(path, _as_published(name, path))
+        return Weights(path, Checkpoint.model_validate(described))
+    except SourceError as error:
+        raise WeightsError(str(error)) from error
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])[:80]
+        raise WeightsError(
+            f"{config}: does not describe a checkpoint ({where}: {first['msg'][:120]}); see "
+            f"ckpt/{name}/config.json for one that does."
+        ) from error
+
+
+def _as_published(name: Name, path: Path) -> Checkpoint:
+    """What a file without a description of ours is: for da3 one of its models, by the size."""
+    checkpoint = published(name)
+    if name != "da3" or not path.is_file():
+        return checkpoint
+    width = _layout(path).get(_DA3_WIDTH, (0,))[-1]
+    preset = DA3_WIDTHS.get(width, checkpoint.preset)
+    if preset == checkpoint.preset:
+        return checkpoint
+    license = checkpoint.license if preset in DA3_FREE else "cc-by-nc-4.0"
+    other = {"preset": preset, "license": license, "repo_id": None, "sha256": None}
+    return checkpoint.model_copy(update=other)
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of the file; the Hub's cache has files named by it."""
+    stored = path.resolve().name
+    if path.is_symlink() and len(stored) == 64 and set(stored) <= set("0123456789abcdef"):
+        return stored
+    return sha256(path)
+
+
+# Whether they fit
+
+
+def verify(weights: Weights) -> str:
+    """SHA-256 of the file, read from end to end.
+
+    Raises WeightsError where it is not what the checkpoint's description says.
+    """
+    digest, stated = sha256(weights.path), weights.checkpoint.sha256
+    if stated is not None and digest != stated:
+        raise WeightsError(
+            f"{weights.path}: is not the published file (SHA-256 {digest[:12]}..., expected "
+            f"{stated[:12]}...); fetch it again, or, if it is meant to be another, put a "
+            "config.json that describes it beside it."
+        )
+    return digest
+
+
+def check(weights: Weights) -> None:
+    """Raise WeightsError unless the file is whole and has the network's tensors, all and no other.
+
+    Only the header is read; a file of a whole header is as long as it says.
+    """
+    shapes = _expected(weights.checkpoint)
+    _compare(shapes, _layout(weights.path), weights.checkpoint.network, str(weights.path))
+
+
+def _expected(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a network's tensors."""
+    import torch
+
+    if checkpoint.network == "da3":
+        from occgen_hub.engines.da3 import tensor_shapes
+
+        return tensor_shapes(checkpoint.preset)
+    with torch.device("meta"):
+        expected = _build(checkpoint.network, checkpoint.sizes).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in expected.items()}
+
+
+def _layout(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a file, from its header; WeightsError if it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise WeightsError(f"{path}: there is no such file; check --weights.")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        said = str(error).removeprefix("Error while deserializing header: ").rstrip(".")
+        raise WeightsError(
+            f"{path}: is not a whole safetensors file ({said[:120]}); fetch it again."
+        ) from error
+
+
+def _compare(
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    network: str,
+    where: str,
+) -> None:
+    problems = {
+        "lacks": [name for name in expected if name not in found],
+        "has besides": [name for name in found if name not in expected],
+        "has in another shape": [
+            f"{name} {list(found[name])} for {list(shape)}"
+            for name, shape in expected.items()
+            if name in found and found[name] != shape
+        ],
+    }
+    said = [f"{what} {_first(names)}" for what, names in problems.items() if names]
+    if said:
+        raise WeightsError(
+            f"{where}: is no checkpoint of {network} of its size: it {'; it '.join(said)}; check "
+            "which network they are of, and the config.json beside them."
+        )
+
+
+def _first(names: list[str]) -> str:
+    shown = ", ".join(name[:80] for name in names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+
+
+# The network
+
+
+def load_network(
+    name: Pi3Name,
+    weights: str | Path | Mapping[str, torch.Tensor],
+    *,
+    sizes: Sizes | None = None,
+    device: str | torch.device = "cpu",
+) -> Pi3 | Pi3X:
+    """One of the networks pi3 and pi3x in evaluation mode, with its weights.
+
+    weights: a safetensors file, a folder with model.safetensors, or the tensors by name; sizes: as
+    a config.json beside the file says, else as published. A file is mapped into memory, not
+    copied. Raises WeightsError when the weights do not fit.
+    """
+    import torch
+
+    if name not in ("pi3", "pi3x"):
+        raise WeightsError(f"{name}: there is no such network; there are pi3 and pi3x.")
+    if isinstance(weights, str | Path):
+        found = _given(name, Path(weights))
+        sizes = sizes or found.checkpoint.sizes
+        check(Weights(found.path, found.checkpoint.model_copy(update={"sizes": sizes})))
+        tensors = tensors_of(found.path, device)
+    else:
+        sizes = sizes or published(name).sizes
+        tensors = {k: torch.as_tensor(v, device=device).float() for k, v in weights.items()}
+    with torch.device("meta"):
+        network = _build(name, sizes)
+    shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+    _compare(shapes, {k: tuple(t.shape) for k, t in tensors.items()}, name, "the weights")
+    network.load_state_dict(tensors, strict=True, assign=True)
+    return network.requires_grad_(False).eval()
+
+
+def _build(name: Pi3Name, sizes: Sizes) -> Pi3 | Pi3X:
+    from occgen_hub.engines.pi3.network import NETWORKS
+
+    return NETWORKS[name](sizes)
+
+
+def tensors_of(path: Path, device: str | torch.device) -> dict[str, torch.Tensor]:
+    """The tensors of a file in float32: on a CPU they are the file itself, mapped."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        return {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118

@@ -1,0 +1,257 @@
+"""A dataset on the Hugging Face Hub as a source: listed at one commit, fetched scene by scene."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from occgen_hub.archives import archive_stem
+from occgen_hub.errors import OccGenError, SourceError, UsageError, in_brief
+from occgen_hub.scenes import (
+    PARTS,
+    FetchedScene,
+    RemoteFile,
+    SceneRef,
+    digest,
+    unpack_scene,
+)
+from occgen_hub.scratch import Room
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
+
+FORM = "hf://datasets/ORG/NAME[@REVISION][/FOLDER]"
+AGAIN = "check the connection and run the same command again, which goes on from there"
+BLOCK = 4096
+"""Bytes that a small file takes on disk."""
+
+
+class HubSourceError(OccGenError):
+    """The Hub cannot be reached, or does not give what is asked for."""
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A folder of a dataset on the Hub. revision: a branch, a tag or a commit."""
+
+    repo_id: str
+    revision: str
+    folder: str
+
+    def __str__(self) -> str:
+        below = f"/{self.folder}" if self.folder else ""
+        return f"hf://datasets/{self.repo_id}@{self.revision}{below}"
+
+    @classmethod
+    def parse(cls, text: str | Path) -> HubSource | None:
+        """The source that an --input names; None where it is a path.
+
+        Raises UsageError where it begins as an address of the Hub, but is none.
+        """
+        # A pathlib.Path has one slash where two were.
+        begin = re.match(r"hf:/{1,2}(?=[^/])", str(text))
+        if begin is None:
+            return None
+        rest = str(text)[begin.end() :].rstrip("/")
+        name = r"datasets/([\w.-]+/[\w.-]+?)"
+        revision = r"(?:@(refs/(?:pr|convert)/[\w.-]+|[^/@]+))?"
+        found = re.fullmatch(f"{name}{revision}(?:/(.+))?", rest)
+        parts = PurePosixPath(found[3] or "").parts if found else ()
+        if found is None or ".." in parts:
+            raise UsageError(f"{text}: is no dataset on the Hub; give --input {FORM}.")
+        return cls(found[1], (found[2] or "main").replace("%2F", "/"), "/".join(parts))
+
+    def listed(self) -> tuple[HubSource, list[SceneRef]]:
+        """The source at the commit that its revision is now, and its scenes, sorted.
+
+        An archive is a scene, and so are the folders of one scene together. Raises HubSourceError.
+        """
+        from huggingface_hub import HfApi
+        from huggingface_hub.hf_api import RepoFile
+
+        api = HfApi(library_name="occgen-hub")
+        with _told(self, api.endpoint):
+            info = api.repo_info(
+                self.repo_id, repo_type="dataset", revision=self.revision, timeout=20
+            )
+            # Anybody may list a gated dataset: whether its files may be read is asked apart.
+            api.auth_check(self.repo_id, repo_type="dataset")
+            pinned = HubSource(self.repo_id, info.sha or self.revision, self.folder)
+            entries = api.list_repo_tree(
+                self.repo_id,
+                self.folder or None,
+                recursive=True,
+                revision=pinned.revision,
+                repo_type="dataset",
+            )
+            files = [
+                RemoteFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id)
+                for entry in entries
+                if isinstance(entry, RepoFile)
+            ]
+        return pinned, pinned._scenes(files)
+
+    def _scenes(self, files: list[RemoteFile]) -> list[SceneRef]:
+        groups: dict[str, list[RemoteFile]] = {}
+        archives = {}
+        for file in files:
+            relative = file.path.removeprefix(f"{self.folder}/" if self.folder else "")
+            parts = relative.split("/")
+            at = next((n for n, part in enumerate(parts[:-1]) if part in PARTS), None)
+            if at is not None:
+                scene = parts[: min(at, 2)]
+                groups.setdefault("/".join(scene), []).append(file)
+            elif (stem := archive_stem(parts[-1])) and not parts[-1].startswith("."):
+                archives["/".join([*parts[:-1], stem])] = file
+        found = []
+        for name, file in archives.items():
+            found.append(self._ref(name, (file,), file.oid, archive=True))
+        for name, members in groups.items():
+            members.sort(key=lambda file: file.path)
+            stamp = digest("".join(f"{file.path}\0{file.oid}\n" for file in members))
+            found.append(self._ref(name, tuple(members), stamp, archive=False))
+        return sorted(found, key=lambda ref: ref.id)
+
+    def _ref(
+        self, name: str, files: tuple[RemoteFile, ...], stamp: str, *, archive: bool
+    ) -> SceneRef:
+        address = f"hf:/datasets/{self.repo_id}"
+        path = Path(f"{address}/{files[0].path}") if archive else Path(address, self.folder, name)
+        parts = [part for part in name.split("/") if part]
+        above = [*self.repo_id.split("/"), *PurePosixPath(self.folder).parts]
+        ident = parts if len(parts) >= 2 else [*above, *parts][-2:]
+        size = sum(file.bytes for file in files)
+        return SceneRef("/".join(ident), path, size, stamp, files, archive)
+
+    def download(self, ref: SceneRef, room: Room) -> None:
+        """Put a scene's files into a room, in `room.folder / "hub"`.
+
+        They are counted before they are fetched. Raises HubSourceError, or SourceError where a file
+        is not what was listed.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(library_name="occgen-hub")
+        room.name = ref.name
+        room.reserve(sum(max(file.bytes, BLOCK) + BLOCK for file in ref.files))
+        place = room.folder / "hub"
+        with _told(self, api.endpoint, ref):
+            for file in ref.files:
+                path = api.hf_hub_download(
+                    self.repo_id,
+                    file.path,
+                    repo_type="dataset",
+                    revision=self.revision,
+                    local_dir=place,
+                )
+                if (size := Path(path).stat().st_size) != file.bytes:
+                    problem = f"has {size} bytes where the Hub lists {file.bytes}"
+                    raise SourceError(ref.name, problem, AGAIN)
+
+    def unpack(self, ref: SceneRef, room: Room) -> FetchedScene:
+        """The scene of files that were downloaded to a room. Raises SourceError."""
+        place = room.folder / "hub"
+        if not ref.archive:
+            root, parts = room.folder / "tree", ref.id.split("/")
+            first = PurePosixPath(ref.files[0].path).parts
+            at = next(n for n, part in enumerate(first[:-1]) if part in PARTS)
+            above = len(PurePosixPath(self.folder).parts)
+            scene = place.joinpath(*first[: above + min(at - above, 2)])
+            target = root.joinpath(*parts)
+            target.parent.mkdir(parents=True)
+            scene.rename(target)
+            return FetchedScene(ref, room, root, ref.name, ref.bytes, ref.stamp)
+        file = ref.files[0]
+        scene_read = unpack_scene(ref, place / file.path, room)
+        if len(file.oid) == 64 and file.oid != scene_read.sha256:
+            raise SourceError(ref.name, "is not what the Hub lists (its SHA-256)", AGAIN)
+        (place / file.path).unlink()
+        room.give_back(max(file.bytes, BLOCK))
+        return scene_read
+
+
+def select_scenes(refs: list[SceneRef], source: HubSource) -> list[SceneRef]:
+    """The scenes, of which there has to be one; raises UsageError."""
+    if not refs:
+        raise UsageError(
+            f"{source}: holds neither an archive nor a scene's folder; give a folder of the "
+            f"dataset, as in {FORM}."
+        )
+    return refs
+
+
+# What goes wrong, in words
+
+
+@contextmanager
+def _told(source: HubSource, endpoint: str, ref: SceneRef | None = None) -> Iterator[None]:
+    """Turns what the Hub's client raises into a sentence, and keeps it quiet."""
+    import httpx
+    from huggingface_hub import errors
+
+    name = str(source) if ref is None else ref.name
+    loggers = [logging.getLogger(n) for n in ("huggingface_hub", "hf_xet")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except (OSError, httpx.HTTPError, RuntimeError, ValueError) as error:
+        for cause in _causes(error):
+            if isinstance(cause, errors.OfflineModeIsEnabled):
+                raise HubSourceError(
+                    f"{name}: HF_HUB_OFFLINE is set; unset it to read from the Hub."
+                ) from error
+            if isinstance(cause, errors.HfHubHTTPError) and cause.response is not None:
+                raise _refused(name, source, endpoint, cause) from error
+            if isinstance(cause, httpx.HTTPError):
+                said = in_brief(str(cause) or type(cause).__name__)
+                raise HubSourceError(
+                    f"{name}: the connection to {endpoint} failed ({said}); {AGAIN}."
+                ) from error
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        if isinstance(error, errors.HFValidationError):
+            raise UsageError(f"{name}: is no name of a dataset; give {FORM}.") from error
+        said = in_brief(str(error) or type(error).__name__)
+        raise HubSourceError(f"{name}: the download broke off ({said}); {AGAIN}.") from error
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _refused(name: str, source: HubSource, endpoint: str, error: HfHubHTTPError) -> HubSourceError:
+    from huggingface_hub import errors
+
+    status = error.response.status_code
+    said = in_brief(f"{status}, {error.server_message or error.response.reason_phrase}")
+    page = f"{endpoint}/datasets/{source.repo_id}"
+    if isinstance(error, errors.GatedRepoError):
+        problem = "is gated, and this token has no access"
+        remedy = f"ask for it at {page} and set HF_TOKEN, or run hf auth login"
+    elif isinstance(error, errors.RevisionNotFoundError):
+        problem, remedy = f"has no revision {source.revision}", f"choose one of those at {page}"
+    elif isinstance(error, errors.RemoteEntryNotFoundError | errors.EntryNotFoundError):
+        problem, remedy = "is not there", f"look at {page}/tree/{source.revision}"
+    elif "invalid" in said.lower() and status == 401 and "username" not in said.lower():
+        problem, remedy = "the Hub does not know the token", "run hf auth login with a good one"
+    elif isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403, 404):
+        problem = "is not there, or hidden from this token"
+        remedy = "check the name, and set HF_TOKEN where it is private"
+    elif status == 429 or status >= 500:
+        problem = "the Hub cannot answer at the moment"
+        remedy = "run the same command again later, which goes on from there"
+    else:
+        problem, remedy = "the Hub does not give it", "see what it says"
+    return HubSourceError(f"{name}: {problem} ({said}); {remedy}.")

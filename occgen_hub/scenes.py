@@ -1,0 +1,268 @@
+"""Scenes that are fetched before their episodes are known: archives, here or on the Hub.
+
+What such a scene was when it was built is recorded in the output, so that one that has not changed
+is not fetched again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from occgen_hub.archives import archive_stem, unpack
+from occgen_hub.atomic import atomic_file
+from occgen_hub.builder import EpisodeRef
+from occgen_hub.errors import OccGenError, SourceError
+from occgen_hub.files import dump_json, read_json, sha256
+from occgen_hub.schema import Schema
+from occgen_hub.scratch import Room
+
+RECORDS = ".logs/scenes"
+"""Where the records are in an output. Hidden, so no part of the dataset."""
+
+PARTS = {"data", "meta", "videos"}
+"""Folders of a dataset. Where two of them are, no archive is sought."""
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file on the Hub. oid: the SHA-256 of a large file, Git's name of a small one."""
+
+    path: str
+    bytes: int
+    oid: str
+
+
+@dataclass(frozen=True)
+class SceneRef:
+    """A scene before it is fetched.
+
+    id: "<group>/<scene>", where its episodes go in the output; path: what errors name; bytes: to
+    read or to download; stamp: changes when the scene does; files: on the Hub, one if it is an
+    archive there; archive: whether it has to be unpacked.
+    """
+
+    id: str
+    path: Path
+    bytes: int
+    stamp: str
+    files: tuple[RemoteFile, ...] = ()
+    archive: bool = True
+
+    @property
+    def name(self) -> str:
+        """What messages call it. A pathlib.Path has one slash where an address has two."""
+        return str(self.path).replace("hf:/", "hf://", 1) if self.files else str(self.path)
+
+
+@dataclass(frozen=True)
+class SceneRecord:
+    """What was built of a scene.
+
+    name, bytes, sha256: of the archive; of a folder on the Hub, the SHA-256 over its files' names
+    and contents; stamp: as of its SceneRef; choices: the SHA-256 of how it was built; episodes: the
+    ids of those built; failed: whether there were others; unpacked: bytes in scratch; seconds: from
+    fetching it until its last episode was written.
+    """
+
+    id: str
+    name: str
+    bytes: int
+    sha256: str
+    stamp: str
+    choices: str
+    episodes: tuple[str, ...]
+    failed: bool
+    unpacked: int
+    seconds: float
+
+
+def list_archives(root: Path) -> Iterator[SceneRef]:
+    """The archives below a folder, or the one that `root` is, sorted; none is opened.
+
+    The id is the path below the root without the ending, and at least two parts of the whole path.
+    """
+    if root.is_file():
+        if archive_stem(root.name) is not None:
+            yield _archive(root, root.parent)
+        return
+    for path in _archives_below(root):
+        with suppress(OSError):  # Removed since.
+            yield _archive(path, root)
+
+
+def _archive(path: Path, root: Path) -> SceneRef:
+    relative, stat = path.relative_to(root), path.stat()
+    parts = (*relative.parent.parts, archive_stem(path.name) or path.name)
+    if len(parts) < 2:
+        parts = (root.resolve().name or "archives", *parts)
+    return SceneRef("/".join(parts), path, stat.st_size, f"{stat.st_size} {stat.st_mtime_ns}")
+
+
+def _archives_below(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
+    """Links are followed, but not back to a folder `above`, given by device and inode."""
+    names: list[tuple[str, bool]] = []
+    try:
+        stat = folder.stat()
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.name.startswith("."):
+                    with suppress(OSError):
+                        is_folder = entry.is_dir()
+                        if is_folder or (archive_stem(entry.name) and entry.is_file()):
+                            names.append((entry.name, is_folder))
+    except OSError:  # The builder, which looks there too, warns of it.
+        return
+    here = (stat.st_dev, stat.st_ino)
+    if here in above or len(PARTS & {name for name, is_folder in names if is_folder}) >= 2:
+        return
+    for name, is_folder in sorted(names):
+        if is_folder:
+            yield from _archives_below(folder / name, (*above, here))
+        else:
+            yield folder / name
+
+
+def scene_of(name: str) -> str:
+    """The scene of an episode's id or of a scene's: its first two parts."""
+    return "/".join(name.split("/")[:2])
+
+
+def selected(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a scene matches one of the patterns: its id, or its name alone. All if none."""
+    scene = scene_of(name)
+    names = {name, scene, scene.split("/")[-1], name.split("/")[-1]}
+    return not patterns or any(fnmatchcase(n, pattern) for n in names for pattern in patterns)
+
+
+# Unpacking
+
+
+@dataclass
+class FetchedScene:
+    """A scene in scratch. root: of a source tree with this scene alone; room: what holds it."""
+
+    ref: SceneRef
+    room: Room
+    root: Path
+    name: str
+    bytes: int
+    sha256: str
+    episodes: list[EpisodeRef] = field(default_factory=list)
+
+    def named(self, text: str) -> str:
+        """A sentence about a file in scratch, as one about a file of the scene."""
+        scene = self.root.joinpath(*self.ref.id.split("/"))
+        return text.replace(f"{scene}/", f"{self.name}:").replace(str(self.root), self.name)
+
+
+def unpack_scene(ref: SceneRef, path: Path, room: Room) -> FetchedScene:
+    """Unpack a scene's archive, which lies at `path`, into a room. Raises SourceError.
+
+    A single folder at the top that has the scene's name, or the group's and then the scene's, is
+    the scene's own; anything else is taken to lie in the scene's folder.
+    """
+    name = ref.name
+    room.name = name
+    content = room.folder / "content"
+    content.mkdir()
+    archive = unpack(path, content, room.reserve, name)
+    parts = ref.id.split("/")
+    inner = content
+    for start in (len(parts) - 1, len(parts) - 2):
+        if start >= 0 and (found := _only(content, parts[start:])) is not None:
+            inner = found
+            break
+    root = room.folder / "tree"
+    place = root.joinpath(*parts)
+    place.parent.mkdir(parents=True)
+    inner.rename(place)
+    return FetchedScene(ref, room, root, archive.name, archive.bytes, archive.sha256)
+
+
+def _only(folder: Path, names: Sequence[str]) -> Path | None:
+    """The folder at these names, if nothing lies beside it on the way there."""
+    for name in names:
+        if not (folder / name).is_dir() or _visible(folder) != [name]:
+            return None
+        folder = folder / name
+    return folder
+
+
+def _visible(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if not path.name.startswith((".", "__MACOSX"))]
+
+
+# Records
+
+
+def write_scene(out: Path, record: SceneRecord) -> None:
+    """Record what was built of a scene. Raises OSError."""
+    path = _record_path(out, record.id)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as partial:
+        partial.write_text(dump_json(asdict(record), indent=1) + "\n", encoding="utf-8")
+
+
+def read_scene(out: Path, name: str) -> SceneRecord | None:
+    """The record of a scene; None where there is none that can be used."""
+    with suppress(OccGenError, TypeError, ValueError):
+        values: dict[str, Any] = read_json(_record_path(out, name))
+        record = SceneRecord(**values | {"episodes": tuple(values.get("episodes") or ())})
+        numbers = (record.bytes, record.unpacked, record.seconds)
+        texts = (record.id, record.name, record.sha256, record.stamp, record.choices)
+        if (
+            all(isinstance(number, int | float) for number in numbers)
+            and all(isinstance(text, str) for text in (*texts, *record.episodes))
+            and record.id == name
+        ):
+            return record
+    return None
+
+
+def _record_path(out: Path, name: str) -> Path:
+    return out / RECORDS / f"{name}.json"
+
+
+def why_scene_outdated(
+    ref: SceneRef, record: SceneRecord | None, out: Path, choices: str, schema: Schema
+) -> str | None:
+    """Why a scene has to be fetched, as far as its record tells; None where all of it is built."""
+    if record is None:
+        return "is not built"
+    if record.stamp != ref.stamp and not _same_content(ref, record):
+        return "was replaced since it was built"
+    if record.choices != choices:
+        return "was built with other settings"
+    if record.failed:
+        return "has episodes that failed"
+    if lacking := next((e for e in record.episodes if not _is_whole(out / e, schema)), None):
+        return f"lacks the episode {lacking}, or files of it"
+    return None
+
+
+def _same_content(ref: SceneRef, record: SceneRecord) -> bool:
+    """Whether an archive has another time, but the same content. It is read, but not unpacked."""
+    if ref.files:
+        return False  # Its stamp is made of its content.
+    with suppress(SourceError):
+        return ref.bytes == record.bytes and sha256(ref.path) == record.sha256
+    return False
+
+
+def _is_whole(place: Path, schema: Schema) -> bool:
+    with suppress(OccGenError, KeyError, TypeError):
+        files = list(read_json(place / schema.path("record"))["files"])
+        return all((place / name).is_file() for name in files)
+    return False
+
+
+def digest(text: str) -> str:
+    """SHA-256 of a text."""
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()

@@ -1,0 +1,114 @@
+"""A check of a source, for the tests of whoever wrote it: all that a build will ask of it."""
+
+from __future__ import annotations
+
+import pickle
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from occgen_hub.builder import DatasetBuilder, EpisodeRef
+from occgen_hub.config import Config
+from occgen_hub.engines import load_engine
+from occgen_hub.episode import Episode, check_episode
+from occgen_hub.errors import OccGenError
+from occgen_hub.files import is_file
+from occgen_hub.fusion.conventions import check_conventions
+from occgen_hub.job import list_episodes
+from occgen_hub.schema import load_schema
+
+
+def check_source(builder: DatasetBuilder, episodes: int = 1) -> list[Episode]:
+    """Ask a source for what a build asks it for, and return its first so many episodes.
+
+    Raises OccGenError at the first thing that is wrong, and says what was expected: ids, order,
+    files, fields of `Episode` with their shapes and units, three frames decoded, media and columns
+    that fit the schema, and whether frames agree with one another as given.
+    """
+    refs = list_episodes(builder)
+    ids = [ref.id for ref in refs]
+    if ids != sorted(ids):
+        raise _wrong(builder, "episodes()", "is not sorted by id", "yield sorted ids")
+    if ids != [ref.id for ref in builder.episodes()]:
+        raise _wrong(builder, "episodes()", "differs from call to call", "list the same files")
+    try:
+        pickle.dumps((builder, refs[0]))
+    except Exception as error:
+        said = f"cannot be sent to worker processes ({error})"
+        raise _wrong(builder, "the builder", said, "keep open files out of it") from error
+    return [_check_episode(builder, ref) for ref in refs[:episodes]]
+
+
+def _check_episode(builder: DatasetBuilder, ref: EpisodeRef) -> Episode:
+    sources = builder.sources(ref)
+    if missing := [path for path in sources if not is_file(path)]:
+        raise _wrong(builder, f"sources({ref.id})", f"names {missing[0]}, no file", "list files")
+    if not sources:
+        raise _wrong(builder, f"sources({ref.id})", "is empty", "list the files that read uses")
+    work = builder.work(ref)
+    if not (np.isfinite(work) and work >= 0):
+        raise _wrong(builder, f"work({ref.id})", f"is {work}", "return a number of 0 or more")
+    raw = builder.read(ref)
+    episode = check_episode(raw)
+    if episode.id != ref.id:
+        raise _wrong(builder, f"read({ref.id}).id", f"is {episode.id!r}", "give the ref's id")
+    if len(raw.fingerprint) != 64 or raw.fingerprint != builder.read(ref).fingerprint:
+        problem = "is no SHA-256 that stays the same"
+        raise _wrong(builder, "fingerprint", problem, "use self.fingerprint(self.sources(ref))")
+    if (episode.read_depth is not None) != builder.has_depth(ref):
+        problem = f"is {builder.has_depth(ref)}, and read gives the contrary"
+        raise _wrong(builder, f"has_depth({ref.id})", problem, "say what read_depth will be")
+    for frame in sorted({0, episode.length // 2, episode.length - 1}):
+        episode.read_rgb(frame)
+        if episode.read_depth is not None:
+            _check_reach(builder, episode.read_depth(frame), frame)
+    _check_files(builder, episode)
+    if not (episode.read_depth is None or episode.world_from_camera is None):
+        if episode.intrinsics is None:
+            raise _wrong(builder, "intrinsics", "are missing", "give (T, 3, 3) beside depth")
+        _check_geometry(episode)
+    return episode
+
+
+def _check_reach(builder: DatasetBuilder, depth: NDArray[np.float64], frame: int) -> None:
+    """Raise OccGenError where no depth of a frame is within reach of the usual configuration."""
+    near, far = Config().depth_range
+    measured = depth[depth > 0]
+    if len(measured) and not ((measured >= near) & (measured <= far)).any():
+        found = f"is {np.median(measured):.3g} in the median, none from {near} to {far}"
+        raise _wrong(builder, f"read_depth({frame})", found, "give metres")
+
+
+def _check_files(builder: DatasetBuilder, episode: Episode) -> None:
+    """Media and columns, as the schema has them."""
+    schema = load_schema(builder.schema)
+    for item in episode.media:
+        if item.file not in schema.files or not schema.files[item.file].media:
+            known = ", ".join(name for name, file in schema.files.items() if file.media)
+            raise _wrong(builder, f"the media {item.file}", "is in no schema", f"use {known}")
+        if item.read is None and not is_file(item.path):
+            raise _wrong(builder, f"the media {item.path}", "is no file", "give a file, or read=")
+    for name, column in episode.columns.items():
+        feature = column.feature
+        if feature.dtype == "string":
+            continue
+        shape = () if feature.scalar else feature.shape
+        values = np.asarray(column.values)
+        if values.shape != (episode.length, *shape):
+            found = f"has shape {values.shape}"
+            raise _wrong(builder, f"the column {name}", found, f"give {(episode.length, *shape)}")
+
+
+def _check_geometry(episode: Episode) -> None:
+    """Whether frames agree; raises OccGenError with the likely cause."""
+    config = Config()
+    with tempfile.TemporaryDirectory(prefix="occgen-") as scratch:
+        views = load_engine("rgbd").reconstruct(episode, config, Path(scratch))
+    for note in check_conventions(views, episode.id, config, fps=episode.fps):
+        raise OccGenError(f"{episode.id}: {note.text}.")
+
+
+def _wrong(builder: DatasetBuilder, what: str, problem: str, remedy: str) -> OccGenError:
+    return OccGenError(f"source {builder.name}: {what} {problem}; {remedy}.")

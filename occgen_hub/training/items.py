@@ -1,0 +1,268 @@
+"""What an item holds: which keys, at which size of cells and images, with which history."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from occgen_hub.errors import UsageError
+from occgen_hub.occupancy.grid import Grid
+from occgen_hub.occupancy.history import moved, past_frames
+from occgen_hub.training.augment import Augmentation, View
+from occgen_hub.training.coarse import STRIDES, coarse_cells, coarse_grid, coarse_mask, resampled
+from occgen_hub.training.reader import FrameReader
+
+KEYS = (
+    *("occupancy", "mask", "labels", "dynamic", "pose", "intrinsics", "image", "depth", "history"),
+    *("task", "episode", "frame_index"),
+)
+"""What an item may hold."""
+
+DEFAULT_KEYS = tuple(key for key in KEYS if key not in ("labels", "depth", "dynamic"))
+
+HISTORY_KEYS = ("occupancy", "mask", "labels", "dynamic", "intrinsics", "image", "depth")
+"""What an item may hold of past frames, besides their poses."""
+
+UNKNOWN = 255
+"""The label of a cell that was not observed; 0 is free and 1 occupied."""
+
+COLUMNS_OF = {
+    "occupancy": ("occupied",),
+    "mask": ("observed",),
+    "labels": ("occupied", "observed"),
+    "dynamic": ("dynamic",),
+    "pose": ("camera",),
+    "intrinsics": ("camera",),
+    "history": ("camera",),
+    "image": ("image",),
+    "depth": ("depth",),
+    "task": ("task",),
+}
+"""Which columns of the shards a key of an item is read from."""
+
+Transform = Callable[[dict[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class ItemFormat:
+    """How a frame becomes an item; the fields are arguments of OccupancyDataset, which says them.
+
+    Raises UsageError where they are wrong.
+    """
+
+    keys: tuple[str, ...] = DEFAULT_KEYS
+    dense: bool = True
+    voxel_stride: int = 1
+    image_size: tuple[int, int] | None = None
+    history_len: int = 10
+    history_step: int = 2
+    align_history: bool = False
+    history_keys: tuple[str, ...] = ("occupancy",)
+    augment: tuple[Augmentation, ...] = ()
+    transform: Transform | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in (("keys", KEYS), ("history_keys", HISTORY_KEYS)):
+            asked = getattr(self, name)
+            if isinstance(asked, str) or (unknown := sorted({*asked} - {*known})):
+                wrong = asked if isinstance(asked, str) else ", ".join(unknown)
+                raise UsageError(f"{name}: {wrong} is not a list of some of {', '.join(known)}.")
+            object.__setattr__(self, name, tuple(asked))
+        if self.history_len < 0 or self.history_step < 1:
+            raise UsageError("history_len must be 0 or more, and history_step 1 or more.")
+        if self.voxel_stride not in STRIDES:
+            raise UsageError(f"voxel_stride is {self.voxel_stride}; give 1, 2 or 4.")
+        size = self.image_size
+        if size is not None:
+            if len(size) != 2 or not all(isinstance(n, int) and 0 < n <= 1 << 13 for n in size):
+                raise UsageError(f"image_size is {size}; give (width, height), pixels.")
+            object.__setattr__(self, "image_size", (size[0], size[1]))
+        object.__setattr__(self, "augment", tuple(self.augment))
+
+    @property
+    def past(self) -> int:
+        """How many frames back the history reaches."""
+        return self.history_len * self.history_step if "history" in self.keys else 0
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of the shards that items are made from."""
+        keys = [*self.keys, *(self.history_keys if "history" in self.keys else ())]
+        needed = [name for key in keys for name in COLUMNS_OF.get(key, ())]
+        return tuple(dict.fromkeys([*needed, *(["camera"] if self.augment else [])]))
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """Which of image, depth and task are read, of the frame or of past ones."""
+        return tuple(name for name in self.columns if name in ("image", "depth", "task"))
+
+    def grid(self, stored: Grid) -> Grid:
+        """The grid of the items of a dataset with that grid."""
+        return coarse_grid(stored, self.voxel_stride)
+
+    def item(self, reader: FrameReader, number: int, rng: np.random.Generator | None) -> Any:
+        """Item `number`. rng: what augmentations draw from."""
+        index = reader.index
+        episode, frame = index.located(number)
+        item: dict[str, Any] = {}
+        for key in self.keys:
+            if key == "history":
+                item |= self._history(reader, number, frame)
+            elif key in ("episode", "frame_index"):
+                item[key] = index.episodes[episode] if key == "episode" else frame
+            elif key == "task":
+                item[key] = reader.task(number)
+            elif key == "pose":
+                item[key] = torch.from_numpy(reader.camera(number)[0].copy())
+            else:
+                item[key] = torch.from_numpy(self._value(reader, key, number))
+        if self.augment:
+            assert rng is not None
+            view = self._view(reader, number)
+            for augmentation in self.augment:
+                view = augmentation(item, view, rng)
+        return item if self.transform is None else self.transform(item)
+
+    def _view(self, reader: FrameReader, number: int) -> View:
+        size = self.image_size or reader.index.image_size(reader.index.located(number)[0])
+        pose = reader.camera(number)[0].astype(np.float64)
+        K = self._intrinsics(reader, number).astype(np.float64)
+        return View(self.grid(reader.index.grid), pose, K, size, self.align_history)
+
+    def _value(
+        self,
+        reader: FrameReader,
+        key: str,
+        number: int,
+        motion: NDArray[np.float64] | None = None,
+    ) -> NDArray[Any]:
+        """What a key has of a frame. motion: (4, 4), moves its cells into another camera's grid."""
+        if key == "image":
+            pixels = reader.image(number, self.image_size)
+            return np.array(pixels.transpose(2, 0, 1), order="C")
+        if key == "depth":
+            return reader.depth(number, self.image_size)
+        if key == "intrinsics":
+            return self._intrinsics(reader, number)
+        if key == "labels":
+            return self._labels(reader, number, motion)
+        grid = self.grid(reader.index.grid)
+        if key == "mask":
+            if self.dense or motion is not None or self.voxel_stride > 1:
+                dense = self._mask(reader, number, motion)
+                return dense if self.dense else np.packbits(dense)
+            return reader.observed(number).copy()
+        cells = self._cells(reader, key, number, motion)
+        if self.dense:
+            return coarse_cells(cells, reader.index.grid.shape, self.voxel_stride)
+        if self.voxel_stride > 1:
+            stride = self.voxel_stride
+            coarse = coarse_cells(cells, reader.index.grid.shape, stride)
+            cells = np.flatnonzero(coarse).astype(np.int32)
+        return np.stack(np.unravel_index(cells, grid.shape), axis=-1).astype(np.int32)
+
+    def _cells(
+        self, reader: FrameReader, key: str, number: int, motion: NDArray[np.float64] | None
+    ) -> NDArray[np.int32]:
+        """(n,) flat numbers of cells of the stored grid."""
+        cells = reader.dynamic(number) if key == "dynamic" else reader.occupied(number)
+        return cells if motion is None else moved(cells, motion, reader.index.grid)
+
+    def _mask(
+        self, reader: FrameReader, number: int, motion: NDArray[np.float64] | None
+    ) -> NDArray[np.bool_]:
+        shape, packed = reader.index.grid.shape, reader.observed(number)
+        if self.voxel_stride == 1:
+            cells = reader.index.grid.cells
+            dense: NDArray[np.bool_] = np.unpackbits(packed, count=cells).view(np.bool_)
+            dense = dense.reshape(shape)
+        else:
+            dense = coarse_mask(packed, shape, self.voxel_stride)
+        if motion is None:
+            return dense
+        past_from_current = np.linalg.inv(motion).astype(np.float64)
+        return resampled(dense, self.grid(reader.index.grid), past_from_current)
+
+    def _labels(
+        self, reader: FrameReader, number: int, motion: NDArray[np.float64] | None
+    ) -> NDArray[np.uint8]:
+        labels = self._mask(reader, number, motion).view(np.uint8)
+        np.subtract(labels, 1, out=labels)  # Observed, 1, becomes 0; 0 becomes 255.
+        cells = self._cells(reader, "occupancy", number, motion)
+        if self.voxel_stride == 1:
+            labels.reshape(-1)[cells] = 1
+        else:
+            labels[coarse_cells(cells, reader.index.grid.shape, self.voxel_stride)] = 1
+        return labels
+
+    def _intrinsics(self, reader: FrameReader, number: int) -> NDArray[np.float32]:
+        """(3, 3) float32, for the image as it is given out."""
+        intrinsics = reader.camera(number)[1].copy()
+        if self.image_size is not None:
+            recorded = reader.index.image_size(reader.index.located(number)[0])
+            intrinsics[0] *= self.image_size[0] / recorded[0]
+            intrinsics[1] *= self.image_size[1] / recorded[1]
+        return intrinsics
+
+    def _history(self, reader: FrameReader, number: int, frame: int) -> dict[str, torch.Tensor]:
+        """The past frames, nearest first, whichever of them there are."""
+        count = self.history_len
+        before = past_frames(frame, count, self.history_step)
+        poses = np.tile(np.eye(4, dtype=np.float32), (count, 1, 1))
+        found: dict[str, list[NDArray[Any]]] = {key: [] for key in self.history_keys}
+        if before:
+            camera_from_world = np.linalg.inv(reader.camera(number)[0].astype(np.float64))
+        for h, past_frame in enumerate(before):
+            past = number - frame + past_frame
+            motion = camera_from_world @ reader.camera(past)[0]
+            poses[h] = motion
+            for key in self.history_keys:
+                move = motion if self.align_history else None
+                found[key].append(self._value(reader, key, past, move))
+        history = {}
+        for key, values in found.items():
+            name = history_name(key)
+            if key in ("occupancy", "dynamic") and not self.dense:
+                rows = [np.insert(cells, 0, h, axis=1) for h, cells in enumerate(values)]
+                stacked = np.concatenate([np.zeros((0, 4), np.int32), *rows])
+            else:
+                shape, kind = self._past_shape(reader, key, number)
+                stacked = np.full((count, *shape), UNKNOWN if key == "labels" else 0, kind)
+                for h, value in enumerate(values):
+                    stacked[h] = value
+            history[name] = torch.from_numpy(stacked)
+        history["history_valid"] = torch.arange(count) < len(before)
+        history["history_pose"] = torch.from_numpy(poses)
+        return history
+
+    def _past_shape(
+        self, reader: FrameReader, key: str, number: int
+    ) -> tuple[tuple[int, ...], type[np.generic]]:
+        """The shape and type of one past frame's value of a key."""
+        grid = self.grid(reader.index.grid)
+        width, height = self.image_size or reader.index.image_size(reader.index.located(number)[0])
+        if key == "mask" and not self.dense:
+            return (-(-grid.cells // 8),), np.uint8
+        shapes: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
+            "image": ((3, height, width), np.uint8),
+            "depth": ((height, width), np.float32),
+            "intrinsics": ((3, 3), np.float32),
+            "labels": (grid.shape, np.uint8),
+        }
+        return shapes.get(key, (grid.shape, np.bool_))
+
+
+def history_name(key: str) -> str:
+    """What an item calls a key of past frames."""
+    return "history" if key == "occupancy" else f"history_{key}"
+
+
+def check_augmentations(augment: Sequence[Augmentation], grid: Grid) -> None:
+    """Raise UsageError for an augmentation that the grid does not allow."""
+    for augmentation in augment:
+        augmentation.check(grid)

@@ -1,0 +1,165 @@
+"""Where a built dataset is: a folder, or a repository on the Hub, fetched or read in pieces."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from occgen_hub.errors import UsageError, in_brief
+from occgen_hub.hub_token import check_sendable
+from occgen_hub.index import INDEX
+from occgen_hub.loading import SCHEMA
+from occgen_hub.schema import load_schema
+from occgen_hub.shards import FOLDER
+
+HUB = "hf://datasets/"
+
+ATTEMPTS = 6
+FIRST_WAIT = 0.5
+"""Seconds before the second attempt to read; each further wait is twice as long."""
+
+_REPO_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset that is read.
+
+    root: the folder with its index; address: of the dataset in fsspec's form, from which shards are
+    read piece by piece, or None where they are below `root`.
+    """
+
+    root: Path
+    address: str | None = None
+
+    def path(self, name: str) -> Path | str:
+        """A file of the dataset; for messages also where it is not on disk."""
+        return self.root / name if self.address is None else f"{self.address}/{name}"
+
+
+def fetched_source(source: str | Path, keys: Sequence[str], revision: str | None) -> Source:
+    """The dataset in a folder, or on the Hub as "org/name", fetched as far as `keys` need it.
+
+    Raises UsageError when it cannot be had.
+    """
+    if Path(source).is_dir():
+        return Source(Path(source))
+    repo_id, revision = _repository(source, revision)
+    patterns = [f"{INDEX}/*.parquet", f"{FOLDER}/*.parquet"]
+    patterns += [*(_pattern(file) for key in keys for file in _files(key))]
+    return Source(_fetched(repo_id, revision, patterns))
+
+
+def streamed_source(source: str | Path, revision: str | None) -> Source:
+    """The dataset in a folder, or on the Hub, of which only the index is fetched.
+
+    source: a folder, "org/name" or "hf://datasets/org/name[@revision]". Raises UsageError when it
+    cannot be had.
+    """
+    if Path(source).is_dir():
+        return Source(Path(source))
+    repo_id, revision = _repository(source, revision)
+    folder = _fetched(repo_id, revision, [f"{INDEX}/*.parquet"])
+    # A snapshot's folder is named by its commit: the shards are those of the index.
+    return Source(folder, f"{HUB}{repo_id}@{folder.name}")
+
+
+def read_range(address: str, start: int, end: int) -> bytes:
+    """Bytes `start` to `end` of a file, at an address of fsspec's, tried again when cut off."""
+    import fsspec
+
+    system, path = fsspec.core.url_to_fs(address)
+    content = retried(lambda: system.cat_file(path, start, end), address)
+    return bytes(content)
+
+
+def remote_size(address: str) -> int:
+    """Bytes of a file at an address of fsspec's."""
+    import fsspec
+
+    system, path = fsspec.core.url_to_fs(address)
+    return int(retried(lambda: system.info(path)["size"], address))
+
+
+def retried[Result](work: Callable[[], Result], what: str) -> Result:
+    """The result of `work`, which reads from a network and is tried ATTEMPTS times.
+
+    Raises UsageError when it fails every time, or when there is no such file.
+    """
+    import httpx
+
+    wait = FIRST_WAIT
+    for attempt in range(ATTEMPTS):
+        try:
+            return work()
+        except FileNotFoundError:
+            raise UsageError(f"{what}: is not there; push the dataset again.") from None
+        except (OSError, httpx.HTTPError, EOFError) as error:
+            if attempt + 1 == ATTEMPTS:
+                said = in_brief(str(error) or type(error).__name__)
+                raise UsageError(
+                    f"{what}: cannot be read ({said}); check the network and run again."
+                ) from error
+        time.sleep(wait)
+        wait *= 2
+    raise AssertionError
+
+
+def _repository(source: str | Path, revision: str | None) -> tuple[str, str | None]:
+    """The repository's name and the revision that a source says."""
+    name = str(source).removeprefix(HUB).rstrip("/") if isinstance(source, str) else ""
+    name, _, stated = name.partition("@")
+    if not _REPO_ID.fullmatch(name):
+        raise UsageError(
+            f"{source}: is not a folder; give the one that occgen-hub build wrote, or a dataset on "
+            "the Hub as org/name."
+        )
+    return name, stated or revision
+
+
+def _fetched(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
+    """A dataset on the Hub in its cache, as far as the patterns say."""
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    check_sendable()
+    try:
+        folder = snapshot_download(
+            repo_id, repo_type="dataset", revision=revision, allow_patterns=patterns
+        )
+    except (httpx.HTTPError, OSError, HFValidationError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
+        raise UsageError(
+            f"{repo_id}: is no folder here, and cannot be had from the Hub ({said}); check the "
+            "name, the revision and the network."
+        ) from error
+    return Path(folder)
+
+
+def _files(key: str) -> tuple[str, ...]:
+    """The schema's files, besides the shards, that a key of an item is read from."""
+    needed: dict[str, tuple[str, ...]] = {
+        "image": ("record", "rgb", "video"),
+        "depth": ("record", "depth"),
+        "task": ("record", "tasks", "frames"),
+    }
+    return needed.get(key, ())
+
+
+def _pattern(file: str) -> str:
+    """All of a file of the schema, for the Hub."""
+    schema = load_schema(SCHEMA)
+    path: Any = schema.files[file].path
+    return "*/" + str(
+        path.format(chunk=schema.chunk, episode_index=schema.episode_index, frame="*")
+    )
+
+
+def place(root: Path, episode: str, file: str, frame: int | None = None) -> Path:
+    """A file of the schema of an episode."""
+    return root / episode / load_schema(SCHEMA).path(file, frame)

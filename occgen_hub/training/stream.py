@@ -1,0 +1,359 @@
+"""A built dataset for PyTorch as a stream: all frames, shuffled, read row group by row group."""
+
+from __future__ import annotations
+
+import heapq
+import os
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import IterableDataset, get_worker_info
+
+from occgen_hub.errors import UsageError
+from occgen_hub.training.augment import Augmentation
+from occgen_hub.training.dataset import check_media
+from occgen_hub.training.items import DEFAULT_KEYS, ItemFormat, Transform, check_augmentations
+from occgen_hub.training.reader import MAX_FILES, UnitReader
+from occgen_hub.training.selection import FrameIndex, Selection, frame_index
+from occgen_hub.training.shard_file import open_shard
+from occgen_hub.training.source import streamed_source
+
+
+class OccupancyStream(IterableDataset[dict[str, Any]]):
+    """The frames of a built dataset, each once an epoch, in an order that is shuffled.
+
+    Row groups, of a few frames of one episode, are read in a random order; `shuffle_buffer` frames
+    are held, and each next frame is a random one of them. Ranks and the worker processes of a
+    DataLoader share out the row groups: none is read twice, and none is left out. A thread reads
+    ahead. From the Hub, a row group is one request, tried again when the connection is cut.
+
+    Args:
+        source: the dataset's folder, "org/name" on the Hub or "hf://datasets/org/name[@revision]".
+            Of the Hub's only the index is fetched; images, depth and tasks must be in the shards
+            then (`occgen-hub build --parquet-images`).
+        shuffle: whether the order is random; else it is that of OccupancyDataset.
+        seed: the same seed and epoch give the same order. See `set_epoch`.
+        shuffle_buffer: frames among which the next is chosen, in each worker. They are held
+            compressed as little as decoding needs: 1 MB each at the default grid.
+        prefetch: row groups that are read ahead in each worker.
+        rank, world_size: of this process; by default those of torch.distributed where it is
+            initialized, else of the variables RANK and WORLD_SIZE, else 0 of 1. Frames are shared
+            out here, so accelerate must not share them out again: do not `prepare` the DataLoader.
+        even: whether each worker of each rank gives as many frames as the one that has fewest, so
+            that all ranks have as many batches. Up to a row group of each worker is left out then;
+            another one in each epoch.
+
+    The other arguments, and the items, are those of `OccupancyDataset`. Of a history, a few row
+    groups before those of the frames are read as well.
+
+    The order depends on the number of ranks and of workers. `state_dict` and `load_state_dict` say
+    how far it is, to a frame; torchdata's StatefulDataLoader calls them in its workers.
+
+    Attributes: root, the folder with the index; grid, of the items' cells; episodes, their ids;
+    num_frames, of all ranks and workers together; epoch.
+
+    Raises what OccupancyDataset does.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        shuffle_buffer: int = 256,
+        prefetch: int = 2,
+        rank: int | None = None,
+        world_size: int | None = None,
+        even: bool = False,
+        history_len: int = 10,
+        history_step: int = 2,
+        align_history: bool = False,
+        dense: bool = True,
+        keys: Sequence[str] = DEFAULT_KEYS,
+        revision: str | None = None,
+        episodes: Collection[str] | None = None,
+        scenes: Collection[str] | None = None,
+        split: str | None = None,
+        min_quality: float | None = None,
+        image_size: tuple[int, int] | None = None,
+        voxel_stride: int = 1,
+        history_keys: Sequence[str] = ("occupancy",),
+        augment: Sequence[Augmentation] = (),
+        transform: Transform | None = None,
+    ) -> None:
+        self._format = ItemFormat(
+            keys=keys,  # type: ignore[arg-type]  # made a tuple once it is checked
+            dense=dense,
+            voxel_stride=voxel_stride,
+            image_size=image_size,
+            history_len=history_len,
+            history_step=history_step,
+            align_history=align_history,
+            history_keys=history_keys,  # type: ignore[arg-type]
+            augment=augment,  # type: ignore[arg-type]
+            transform=transform,
+        )
+        if (rank is None) != (world_size is None):
+            raise UsageError("rank and world_size: give both or neither.")
+        if rank is not None and world_size is not None and not 0 <= rank < world_size:
+            raise UsageError(f"rank is {rank} of {world_size}; give 0 to world_size - 1.")
+        if shuffle_buffer < 1 or prefetch < 1:
+            raise UsageError("shuffle_buffer and prefetch must be 1 or more.")
+        self._place = None if rank is None or world_size is None else (rank, world_size)
+        self._shuffle, self._seed, self._even = shuffle, seed, even
+        self._buffer, self._prefetch = shuffle_buffer, prefetch
+        selection = Selection(episodes, scenes, split, min_quality)
+        found = streamed_source(source, revision)
+        self.root = found.root
+        self._index = frame_index(found, selection, self._format.media)
+        check_media(self._index, self._format)
+        self.grid = self._format.grid(self._index.grid)
+        self.episodes = self._index.episodes
+        self.num_frames = int(self._index.starts[-1])
+        check_augmentations(self._format.augment, self.grid)
+        self._units = _units(self._index, self._format.past)
+        # In memory that workers share, so that those that live longer than an epoch see it change.
+        self._epoch: torch.Tensor = torch.zeros(1, dtype=torch.int64)
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
+        self._start = self._given = 0
+
+    @property
+    def epoch(self) -> int:
+        """The number of the epoch, from 0, on which the order depends."""
+        return int(self._epoch[0])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Have the next iteration be of another epoch; also in workers that are running."""
+        self._epoch[0] = epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the latest iteration in this process is: plain numbers."""
+        return {
+            "epoch": self.epoch,
+            "given": self._given,
+            "seed": self._seed,
+            "frames": self.num_frames,
+            "consumer": list(self._consumer()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Have the next iteration go on from a state of the same place among ranks and workers.
+
+        Raises UsageError where the state is of other frames, another seed or another place.
+        """
+        here = {
+            "seed": self._seed,
+            "frames": self.num_frames,
+            "consumer": list(self._consumer()),
+        }
+        for name, value in here.items():
+            if state[name] != value:
+                raise UsageError(
+                    f"load_state_dict: {name} is {value} here and {state[name]} in the state; go "
+                    "on with the same dataset, seed, ranks and workers."
+                )
+        self.set_epoch(state["epoch"])
+        self._start = self._given = state["given"]
+
+    def __iter__(self) -> Iterator[Any]:
+        """The frames of this rank and worker, from the start or where a loaded state left off."""
+        start, self._start = self._start, 0
+        self._given = start
+        return self._items(start, self.epoch)
+
+    def _items(self, start: int, epoch: int) -> Iterator[Any]:
+        index, number, count = self._index, *self._consumer()
+        shares = _shares(self._units, count, [self._seed, epoch] if self._shuffle else None)
+        units = self._units[shares[number]]
+        frames = int((units[:, 1] - units[:, 0]).sum())
+        if self._even:
+            sizes = self._units[:, 1] - self._units[:, 0]
+            frames = min(int(sizes[share].sum()) for share in shares)
+        rng = np.random.default_rng([self._seed, epoch, number]) if self._shuffle else None
+        order = FrameOrder(units, self._buffer, rng)
+        for _ in range(min(start, frames)):
+            order.draw()
+        open_file = lru_cache(MAX_FILES)(
+            lambda shard: open_shard(index.source, index.shards[shard])
+        )
+
+        def load(unit: int) -> tuple[int, UnitReader]:
+            return unit, self._loaded(units[unit], open_file)
+
+        readers: dict[int, UnitReader] = {}
+        with _ahead(load, order.to_open(), self._prefetch) as loaded:
+            for _ in range(start, frames):
+                unit, frame, is_last = order.draw()
+                while unit not in readers:
+                    opened, reader = next(loaded)
+                    readers[opened] = reader
+                item_rng = None
+                if self._format.augment:
+                    item_rng = np.random.default_rng([self._seed, epoch, frame])
+                item = self._format.item(readers[unit], frame, item_rng)
+                if is_last:
+                    del readers[unit]
+                self._given += 1
+                yield item
+
+    def _loaded(
+        self, unit: NDArray[np.int64], open_file: Callable[[int], pq.ParquetFile]
+    ) -> UnitReader:
+        """The row groups of a unit, and for histories those before it in the episode."""
+        index, form = self._index, self._format
+        first, stop = unit.tolist()
+        episode, _ = index.located(first)
+        earliest = max(int(index.starts[episode]), first - form.past)
+        names = [n for n in form.columns if n not in MEDIA_COLUMNS or n in index.in_shards]
+        reader = UnitReader(index)
+        for group in range(index.group_of(earliest), index.group_of(stop - 1) + 1):
+            reader.load(open_file(int(index.groups[group, 0])), group, names)
+        return reader
+
+    def _consumer(self) -> tuple[int, int]:
+        """The number of this worker of this rank among all of all ranks, and how many there are."""
+        rank, world_size = self._place or _distributed()
+        worker = get_worker_info()
+        if worker is None:
+            return rank, world_size
+        return rank * worker.num_workers + worker.id, world_size * worker.num_workers
+
+
+MEDIA_COLUMNS = ("image", "depth", "task")
+
+
+def _distributed() -> tuple[int, int]:
+    """The rank of this process and how many there are."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+# Who reads what, in which order
+
+
+def _units(index: FrameIndex, past: int) -> NDArray[np.int64]:
+    """(units, 2) first and last + 1 frame of what is read at once: row groups of one episode.
+
+    Where histories reach `past` frames back, several row groups are a unit, so that not much more
+    is read than is given out.
+    """
+    bounds = [0]
+    ends = {*index.starts.tolist()}
+    for stop in index.group_starts[1:].tolist():
+        if stop in ends or stop - bounds[-1] >= 2 * past:
+            bounds.append(stop)
+    return np.stack([bounds[:-1], bounds[1:]], axis=1).astype(np.int64)
+
+
+def _shares(
+    units: NDArray[np.int64], count: int, seed: list[int] | None
+) -> list[NDArray[np.int64]]:
+    """The numbers of the units that each of `count` workers has, in the order it reads them.
+
+    With a seed they are shuffled. Each next unit goes to whoever has fewest frames, so that none
+    has more than a unit more than another.
+    """
+    sizes = units[:, 1] - units[:, 0]
+    if seed is None:
+        middles = np.cumsum(sizes) - sizes / 2
+        owners = (middles * count / max(int(sizes.sum()), 1)).astype(np.int64)
+        return [np.flatnonzero(owners == n) for n in range(count)]
+    order = np.random.default_rng(seed).permutation(len(units))
+    shares: list[list[int]] = [[] for _ in range(count)]
+    heap = [(0, n) for n in range(count)]
+    for unit in order.tolist():
+        frames, n = heap[0]
+        shares[n].append(unit)
+        heapq.heapreplace(heap, (frames + int(sizes[unit]), n))
+    return [np.array(share, np.int64) for share in shares]
+
+
+class FrameOrder:
+    """Draws the frames of units in a random order, from a buffer of those that are open.
+
+    units: (n, 2) first and last + 1 frames; buffer: frames that are open at least, if there are so
+    many; rng: None for no shuffling. Nothing is read: the order is known without it.
+    """
+
+    def __init__(
+        self, units: NDArray[np.int64], buffer: int, rng: np.random.Generator | None
+    ) -> None:
+        self._units, self._buffer, self._rng = units, buffer if rng is not None else 1, rng
+        self._open: list[_OpenUnit] = []
+        self._frames = self._next = 0
+        self._fill()
+
+    def to_open(self) -> list[int]:
+        """The units from which frames are still to come, in the order in which they are opened."""
+        opened = sorted(unit.number for unit in self._open)
+        return [*opened, *range(self._next, len(self._units))]
+
+    def draw(self) -> tuple[int, int, bool]:
+        """The unit and the number of the next frame, and whether it is the unit's last."""
+        place = 0
+        if self._rng is not None:
+            place = int(self._rng.random() * len(self._open))
+        unit = self._open[place]
+        frame = unit.frames.pop()
+        self._frames -= 1
+        if not unit.frames:
+            self._open[place] = self._open[-1]
+            self._open.pop()
+        self._fill()
+        return unit.number, frame, not unit.frames
+
+    def _fill(self) -> None:
+        while self._next < len(self._units) and self._frames < self._buffer:
+            first, stop = self._units[self._next].tolist()
+            frames = np.arange(first, stop)[::-1]
+            if self._rng is not None:
+                frames = self._rng.permutation(frames)
+            self._open.append(_OpenUnit(self._next, frames.tolist()))
+            self._frames += stop - first
+            self._next += 1
+
+
+@dataclass
+class _OpenUnit:
+    """A unit and its frames that were not drawn yet."""
+
+    number: int
+    frames: list[int]
+
+
+class _ahead[Item, Result]:  # noqa: N801  # a context manager, as prefetch's functions are
+    """`map(work, items)` with `count` results ready ahead, done in order by one thread.
+
+    The thread does not keep a process alive: what it has begun ends, and no more is begun, when the
+    block is left or the interpreter ends.
+    """
+
+    def __init__(self, work: Callable[[Item], Result], items: Iterable[Item], count: int) -> None:
+        self._work, self._items, self._count = work, iter(items), count
+        self._pending: deque[Future[Result]] = deque()
+
+    def __enter__(self) -> Iterator[Result]:
+        self._pool = ThreadPoolExecutor(1)
+        return self._results()
+
+    def _results(self) -> Iterator[Result]:
+        for item in self._items:
+            self._pending.append(self._pool.submit(self._work, item))
+            if len(self._pending) > self._count:
+                yield self._pending.popleft().result()
+        while self._pending:
+            yield self._pending.popleft().result()
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,34 @@
+"""Importing what the optional dependencies `visual` install."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from types import ModuleType
+
+from occgen_hub.errors import UsageError
+
+
+def need(name: str) -> ModuleType:
+    """Import a module; raises UsageError, with how to install it, if it cannot be imported."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"{error.name or name}: is not installed, and this command needs it; run "
+            "pip install 'occgen-hub[visual]'."
+        ) from None
+    except ImportError as error:
+        raise UsageError(
+            f"{name}: cannot be loaded ({str(error).splitlines()[0]}); install the system library "
+            "that is missing, or run pip install --force-reinstall 'occgen-hub[visual]'."
+        ) from None
+
+
+def need_pyvista() -> ModuleType:
+    """PyVista, told to draw without a screen where there is none."""
+    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        # Or VTK looks for an X server first, and warns that it found none.
+        os.environ.setdefault("VTK_DEFAULT_OPENGL_WINDOW", "vtkEGLRenderWindow")
+    return need("pyvista")

@@ -1,0 +1,44 @@
+"""Output paths of pictures and recordings: raises UsageError for invalid ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from occgen_hub.atomic import atomic_file, atomic_folder
+from occgen_hub.errors import SourceError, UsageError
+
+
+@contextmanager
+def written_for(place: Path) -> Iterator[Path]:
+    """`atomic_file` that raises UsageError if the path cannot be written."""
+    if not place.name or place.is_dir():
+        raise UsageError(f"{place}: is a folder; give the name of a file.")
+    try:
+        with atomic_file(place) as partial:
+            yield partial
+    except SourceError:
+        raise
+    except OSError as error:
+        raise UsageError(
+            f"{place}: cannot be written ({error.strerror or error}); choose another place."
+        ) from error
+
+
+@contextmanager
+def fresh_folder(out: Path) -> Iterator[Path]:
+    """A folder that becomes `out` when the block succeeds; UsageError unless `out` is new."""
+    if out.name in ("", ".."):
+        raise UsageError(f"{out}: give the name of a new folder.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out}: is there already; give a new folder, or remove it.")
+    try:
+        with atomic_folder(out) as partial:
+            yield partial
+            if out.exists():
+                out.rmdir()  # Raises where somebody put something in it meanwhile.
+    except OSError as error:
+        raise UsageError(
+            f"{out}: cannot be written ({error.strerror or error}); choose another place."
+        ) from error

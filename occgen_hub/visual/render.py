@@ -1,0 +1,167 @@
+"""A trajectory as a video, or one frame of it as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from occgen_hub.errors import DatasetError, UsageError
+from occgen_hub.loading import REBUILD, Trajectory
+from occgen_hub.media import VideoWriter
+from occgen_hub.prefetch import background
+from occgen_hub.visual.ego import EgoView
+from occgen_hub.visual.frames import Frame, frame_title, frames
+from occgen_hub.visual.output_paths import written_for
+from occgen_hub.visual.panels import Panels, with_legend
+from occgen_hub.visual.viewpoint import Viewpoint
+from occgen_hub.visual.world import WorldView
+
+View = Literal["world", "ego", "panels"]
+LARGEST = 3840
+"""Pixels of a side: twice as many are drawn, which graphics cards take."""
+
+
+@dataclass(frozen=True)
+class Shot:
+    """How to show a trajectory.
+
+    size: (width, height), pixels, None for one that suits the view; viewpoint: of the world, None
+    for one that is found; history_len, history_step: past frames whose occupancy the world shows.
+    """
+
+    view: View = "panels"
+    size: tuple[int, int] | None = None
+    viewpoint: Viewpoint | None = None
+    history_len: int = 10
+    history_step: int = 2
+
+    def fitted(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """The size of its pictures: even, as videos have to be.
+
+        Raises UsageError when the one that was asked for is none.
+        """
+        if self.size is not None:
+            if any(n % 2 or not 64 <= n <= LARGEST for n in self.size):
+                width, height = self.size
+                raise UsageError(
+                    f"--size {width}x{height}: give even numbers from 64 to {LARGEST}."
+                )
+            return self.size
+        if self.view == "ego":
+            scale = min(1280 / image_size[0], 960 / image_size[1])
+            width, height = (max(64, round(n * scale / 2) * 2) for n in image_size)
+            return width, height
+        return (1280, 720) if self.view == "world" else (1920, 540)
+
+
+class _Renderer(Protocol):
+    def __call__(self, frame: Frame, image: NDArray[np.uint8] | None) -> NDArray[np.uint8]: ...
+
+
+def pictures(trajectory: Trajectory, shot: Shot) -> Iterator[NDArray[np.uint8]]:
+    """(H, W, 3) uint8 of each frame in order, made as they are asked for.
+
+    Raises UsageError when nothing can be drawn here, DatasetError when a file cannot be used.
+    """
+    yield from _drawn(trajectory, shot, 0, None)
+
+
+def _drawn(
+    trajectory: Trajectory, shot: Shot, start: int, stop: int | None
+) -> Iterator[NDArray[np.uint8]]:
+    images = trajectory.images()
+    length, shown = (0, False) if shot.view == "ego" else (shot.history_len, True)
+    with _renderer(trajectory, shot) as renderer:
+        for frame in islice(frames(trajectory, length, shot.history_step), start, stop):
+            yield renderer(frame, images(frame.number) if shown else None)
+
+
+@contextmanager
+def _renderer(trajectory: Trajectory, shot: Shot) -> Iterator[_Renderer]:
+    size, moving = shot.fitted(trajectory.image_size), trajectory.has_dynamic()
+
+    def explained(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return with_legend(picture) if moving else picture
+
+    if shot.view == "world":
+        with closing(WorldView(trajectory, size, shot.viewpoint)) as world:
+            yield lambda frame, image: explained(world(frame, image))
+    elif shot.view == "ego":
+        with closing(EgoView(trajectory, size)) as ego:
+            yield lambda frame, _: explained(ego(frame))
+    else:
+        panels = Panels(size, trajectory.image_size, moving=moving)
+        name = called(trajectory)
+        count, fps = len(trajectory.world_from_camera()), rate(trajectory)
+        with (
+            closing(WorldView(trajectory, panels.world_size, shot.viewpoint)) as world,
+            closing(EgoView(trajectory, panels.image_size)) as ego,
+        ):
+
+            def draw(frame: Frame, image: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
+                line = (
+                    f"{name}  \u00b7  {frame_title(frame.number, count)}  \u00b7  "
+                    f"{frame.number / fps:.1f} s  \u00b7  "
+                    f"{len(frame.cells.columns):,} visible occupied cells"
+                )
+                if moving:
+                    line += f", {len(frame.cells.moving):,} of them moving"
+                return panels(image, world(frame, image), ego(frame), line)
+
+            yield draw
+
+
+def called(trajectory: Trajectory) -> str:
+    """Its id, as far as its folder's place tells."""
+    return "/".join(trajectory.path.resolve().parts[-3:])
+
+
+def rate(trajectory: Trajectory) -> float:
+    """Frames a second."""
+    fps = trajectory.info().get("fps")
+    if not isinstance(fps, int | float) or not 0.001 <= fps <= 1000:
+        raise DatasetError(trajectory.file("info"), "says no usable frames a second", REBUILD)
+    return float(fps)
+
+
+def render(
+    trajectory: Trajectory,
+    place: Path,
+    shot: Shot,
+    *,
+    fps: float | None = None,
+    frame: int | None = None,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> None:
+    """Write an mp4 of all frames, or a PNG of one, the middle one if None.
+
+    H.264, 4:2:0, its index first: browsers play it as it arrives. fps: the trajectory's if None.
+    Raises UsageError where the name is neither or cannot be written, and what `pictures` does.
+    """
+    count = len(trajectory.world_from_camera())
+    if place.suffix.lower() == ".png":
+        number = count // 2 if frame is None else frame
+        if number >= count:
+            raise UsageError(f"--frame {number}: there are {count} frames, numbered from 0.")
+        (drawn,) = _drawn(trajectory, shot, number, number + 1)
+        with written_for(place) as partial:
+            Image.fromarray(drawn).save(partial, "PNG", optimize=True)
+        return
+    if place.suffix.lower() != ".mp4" or frame is not None:
+        raise UsageError(f"{place}: give a name that ends in .mp4 or, for one frame, in .png.")
+    with (
+        written_for(place) as partial,
+        VideoWriter(partial, fps or rate(trajectory)) as video,
+        background(video.append) as encode,  # While the next picture is drawn.
+    ):
+        for done, picture in enumerate(pictures(trajectory, shot), 1):
+            encode(picture)
+            progress(done, count)

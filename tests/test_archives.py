@@ -1,0 +1,322 @@
+"""Archives and datasets on the Hub as sources: what is built of them, and what is refused."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import shutil
+import tarfile
+import zipfile
+
+import pytest
+from commands import occgen_hub, tree
+from hub_server import BAD, LOCKED, READER, WRITER, Fault, Hub, Repository
+
+import occgen_hub as library
+from occgen_hub.archives import unpack
+from occgen_hub.errors import SourceError
+from occgen_hub.hub_source import HubSource
+from occgen_hub.scratch import ScratchPlace, open_scratch
+
+
+def free(_):
+    """Room for everything."""
+
+
+def pack(folder, path):
+    """An archive of a folder, under its own name, of the kind that its name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for file in sorted(folder.rglob("*")):
+                archive.write(file, file.relative_to(folder.parent))
+        return
+    with tarfile.open(path, "w:gz" if path.suffix in (".gz", ".tgz") else "w") as archive:
+        archive.add(folder, folder.name)
+
+
+@pytest.fixture(scope="module")
+def packed(sample_tree, tmp_path_factory):
+    """The scene of the sample in three kinds of archive, and one that is cut off."""
+    out = tmp_path_factory.mktemp("packed") / "tree"
+    (scene,) = [path for path in (sample_tree / "sample_zed").iterdir() if path.is_dir()]
+    for name in ("g1/house_000.tar.gz", "g2/house_000.zip", "g3/house_000.tar"):
+        pack(scene, out / name)
+    whole = (out / "g1/house_000.tar.gz").read_bytes()
+    (out / "g1/cut.tgz").write_bytes(whole[:2000])
+    return out
+
+
+def parts(out, group):
+    """The files of a group, without the records, which hold its name."""
+    found = tree(out / group)
+    return {
+        name: value
+        for name, value in found.items()
+        if not name.endswith(("occgen.json", ".parquet"))
+    }
+
+
+@pytest.fixture(scope="module")
+def built(packed, tmp_path_factory):
+    """What is built of them by two workers, in scratch of 40 MB."""
+    place = tmp_path_factory.mktemp("built")
+    ran = occgen_hub(
+        "build", "--input", packed, "--output", place / "out", "--workers", "2",
+        "--scratch", place / "scratch", "--scratch-limit", "40MB",
+    )  # fmt: skip
+    return place / "out", ran
+
+
+def test_archives_are_built_like_the_tree_they_hold(built, dataset):
+    out, ran = built
+    assert ran.returncode == 1, ran.stderr
+    assert "6 built, 0 already there, 1 failed of 7 episodes" in ran.stdout
+    plain = parts(dataset, "sample_zed")
+    assert plain
+    for group in ("g1", "g2", "g3"):
+        assert parts(out, group) == plain
+    assert not (out.parent / "scratch").exists()
+
+
+def test_a_damaged_archive_is_a_failure_with_its_reason(built, packed):
+    out, _ = built
+    (row,) = [json.loads(line) for line in (out / "failures.jsonl").read_text().splitlines()]
+    assert row["episode"] == "g1/cut"
+    assert row["reason"].startswith(f"{packed / 'g1/cut.tgz'}: is cut off before its end")
+
+
+def test_unchanged_archives_are_not_unpacked_again_and_replaced_ones_are(built, packed, tmp_path):
+    copy, out = tmp_path / "tree", tmp_path / "out"
+    shutil.copytree(packed / "g1", copy / "g1", copy_function=shutil.copy2)
+    (copy / "g1/cut.tgz").unlink()
+    shutil.copytree(built[0], out, copy_function=shutil.copy2)
+    archive = copy / "g1/house_000.tar.gz"
+    os.utime(archive, (1, 1))  # Touched: the content decides.
+
+    unreadable = tmp_path / "scratch"
+    unreadable.write_text("No scratch can be made here.")
+    summary = library.build("internnav", copy, out, scratch=unreadable / "below")
+    assert (summary.built, summary.present, summary.failures) == (0, 2, [])
+
+    other = tmp_path / "other"
+    library_sample(other)
+    pack(other / "sample_zed/house_000", archive)
+    ran = occgen_hub("build", "--input", copy, "--output", out, "--dry-run")
+    assert "g1/house_000  to build: was replaced since it was built" in ran.stdout
+    summary = library.build("internnav", copy, out)
+    assert (summary.built, summary.failures) == (1, [])
+
+
+def library_sample(out):
+    from occgen_hub.sample import make_sample
+
+    make_sample(out, trajectories=1, frames=2, seed=8)
+
+
+def test_a_shard_builds_its_scenes(packed, tmp_path):
+    copy = tmp_path / "tree"
+    shutil.copytree(packed / "g1", copy / "g1")
+    for index in (0, 1):
+        library.build("internnav", copy, tmp_path / "out", shard=(index, 2))
+    summary = library.finalize(tmp_path / "out")
+    assert (summary.built, len(summary.failures)) == (2, 1)
+
+
+def test_a_scene_larger_than_scratch_is_a_failure(packed, tmp_path):
+    summary = library.build(
+        "internnav", packed, tmp_path / "out", scenes=["g3/*"], scratch_limit=200_000
+    )
+    (failure,) = summary.failures
+    assert "needs more than 0 MB of scratch; raise --scratch-limit" in failure.reason
+    assert not (tmp_path / "out/.scratch").exists()
+
+
+def test_failures_name_the_file_in_the_archive(packed, tmp_path):
+    with tarfile.open(packed / "g3/house_000.tar") as archive:
+        archive.extractall(tmp_path / "scene", filter="data")
+    image = next((tmp_path / "scene").rglob("*.jpg"))
+    image.write_bytes(b"")
+    pack(tmp_path / "scene/house_000", tmp_path / "tree/g/house_000.tgz")
+    summary = library.build("internnav", tmp_path / "tree", tmp_path / "out")
+    (failure,) = summary.failures
+    assert summary.built == 1
+    inside = image.relative_to(tmp_path / "scene/house_000")
+    assert failure.reason.startswith(f"{tmp_path / 'tree/g/house_000.tgz'}:{inside}: ")
+
+
+# What archives may hold
+
+
+def tar_of(path, name="x", **values):
+    with tarfile.open(path, "w") as archive:
+        entry = tarfile.TarInfo(name)
+        for key, value in values.items():
+            setattr(entry, key, value)
+        archive.addfile(entry, io.BytesIO(b"a" * entry.size))
+
+
+@pytest.mark.parametrize(
+    ("entry", "problem"),
+    [
+        ({"name": "../x"}, "leads out"),
+        ({"name": "/tmp/x"}, "leads out"),
+        ({"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, "is a symbolic link to /etc/passwd"),
+        ({"type": tarfile.LNKTYPE, "linkname": "../../etc/passwd"}, "leads out"),
+        ({"type": tarfile.LNKTYPE, "linkname": "later"}, "does not come before it"),
+        ({"type": tarfile.CHRTYPE}, "is a device"),
+        ({"type": tarfile.FIFOTYPE}, "is a device, a pipe"),
+        ({"name": "a/" * 40 + "x"}, "has a name that no file can have"),
+    ],
+)
+def test_nothing_leaves_the_folder(entry, problem, tmp_path):
+    tar_of(tmp_path / "x.tar", **entry)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(SourceError, match=problem):
+        unpack(tmp_path / "x.tar", tmp_path / "out", free)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "x.tar"]
+
+
+def test_links_in_a_zip_are_refused(tmp_path):
+    entry = zipfile.ZipInfo("x")
+    entry.create_system, entry.external_attr = 3, 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr(entry, "/etc/passwd")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(SourceError, match="is a symbolic link"):
+        unpack(tmp_path / "x.zip", tmp_path / "out", free)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "is empty"),
+        (b"<!DOCTYPE html>", "neither a gzip, a tar nor a zip"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"),
+        (b"\x1f\x8b\x08\x00broken", "is damaged|is cut off"),
+        (b"PK\x03\x04broken", "is damaged"),
+    ],
+)
+def test_what_is_no_archive_is_said(content, problem, tmp_path):
+    (tmp_path / "x.tar.gz").write_bytes(content)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(SourceError, match=problem):
+        unpack(tmp_path / "x.tar.gz", tmp_path / "out", free)
+
+
+def test_a_bomb_is_stopped_at_the_limit(tmp_path):
+    with (
+        gzip.open(tmp_path / "x.tar.gz", "wb") as packed,
+        tarfile.open(fileobj=packed, mode="w|") as archive,
+    ):
+        entry = tarfile.TarInfo("zeros")
+        entry.size = 50_000_000
+        archive.addfile(entry, io.BytesIO(bytes(entry.size)))
+    with open_scratch(ScratchPlace(tmp_path / "scratch", 5_000_000)) as scratch:
+        room = scratch.room()
+        with pytest.raises(SourceError, match="raise --scratch-limit"):
+            unpack(tmp_path / "x.tar.gz", room.folder, room.reserve)
+        held = sum(p.stat().st_size for p in room.folder.rglob("*") if p.is_file())
+        assert held <= 5_000_000
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_a_header_that_claims_gigabytes_is_refused(tmp_path):
+    entry = tarfile.TarInfo("x")
+    entry.type, entry.size = tarfile.XHDTYPE, 7 << 30
+    with gzip.open(tmp_path / "x.tgz", "wb") as packed:
+        packed.write(entry.tobuf(tarfile.USTAR_FORMAT) + bytes(1 << 20))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(SourceError, match="a header of 7516192768 bytes"):
+        unpack(tmp_path / "x.tgz", tmp_path / "out", free)
+
+
+# The Hub
+
+
+@pytest.fixture
+def hub(packed, sample_tree):
+    served = Hub()
+    repository = Repository(private=False)
+    files = {"README.md": b"rooms"}
+    for path in packed.rglob("*.tar.gz"):
+        files[f"traj/{path.relative_to(packed).as_posix()}"] = path.read_bytes()
+    scene = sample_tree / "sample_zed"
+    for path in scene.rglob("*"):
+        if path.is_file():
+            files[f"traj/loose/{path.relative_to(scene).as_posix()}"] = path.read_bytes()
+    repository.commit("main", files, "rooms")
+    served.repositories["org/rooms"] = repository
+    yield served
+    served.close()
+
+
+def from_hub(hub, tmp_path, *arguments, address="hf://datasets/org/rooms/traj", **env):
+    return occgen_hub(
+        "build", "--input", address, "--output", tmp_path / "out", *arguments,
+        HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"),
+        **{"HF_HUB_OFFLINE": "0", "HF_TOKEN": READER} | env,
+    )  # fmt: skip
+
+
+def test_scenes_on_the_hub_are_fetched_built_and_removed(hub, dataset, tmp_path):
+    ran = from_hub(hub, tmp_path)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "4 built, 0 already there, 0 failed" in ran.stdout
+    plain = parts(dataset, "sample_zed")
+    assert parts(tmp_path / "out", "g1") == parts(tmp_path / "out", "loose") == plain
+    left = [path for path in (tmp_path / "home").rglob("*") if path.suffix in (".gz", ".jpg")]
+    assert not left
+    assert not (tmp_path / "out/.scratch").exists()
+
+    hub.asked.clear()
+    ran = from_hub(hub, tmp_path)
+    assert "0 built, 4 already there" in ran.stdout
+    assert not [line for line in hub.asked if "/resolve/" in line]
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({"HF_TOKEN": LOCKED}, "is gated, and this token has no access"),
+        ({"HF_TOKEN": BAD}, "the Hub does not know the token"),
+        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set; unset it to read from the Hub."),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "the connection to http://127.0.0.1:9 failed"),
+        ({"address": "hf://datasets/org/none"}, "is not there, or hidden from this token"),
+        ({"address": "hf://datasets/org/rooms@none"}, "has no revision none"),
+        ({"address": "hf://datasets/org"}, "is no dataset on the Hub; give --input hf://"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_sentence(hub, tmp_path, env, said):
+    options = {"address": env.pop("address")} if "address" in env else {}
+    env = dict(env)
+    if "HF_ENDPOINT" in env:
+        hub.url = env.pop("HF_ENDPOINT")
+    ran = from_hub(hub, tmp_path, "--dry-run", **options, **env)
+    assert ran.returncode in (1, 2)
+    assert said in ran.stderr
+    assert len(ran.stderr.strip().splitlines()) == 1, ran.stderr
+
+
+def test_a_download_that_is_cut_off_is_a_failure_of_its_scene(hub, tmp_path):
+    hub.faults.append(Fault("GET .*/resolve/.*tar.gz", times=100))
+    ran = from_hub(hub, tmp_path, "--scenes", "g1/*", "--scenes", "loose/*")
+    assert ran.returncode == 1
+    assert "2 built" in ran.stdout
+    (row,) = map(json.loads, (tmp_path / "out/failures.jsonl").read_text().splitlines())
+    assert row["episode"] == "g1/house_000"
+    assert "check the connection and run the same command again" in row["reason"]
+    hub.faults.clear()
+    assert (
+        "2 built, 0 already there, 0 failed"
+        in from_hub(hub, tmp_path, "--scenes", "g1/*", HF_TOKEN=WRITER).stdout
+    )
+
+
+def test_addresses():
+    commit = HubSource.parse("hf://datasets/org/rooms@refs/pr/3/a/b/")
+    assert commit == HubSource("org/rooms", "refs/pr/3", "a/b")
+    assert HubSource.parse("hf://datasets/org/rooms") == HubSource("org/rooms", "main", "")
+    assert HubSource.parse("rooms") is None

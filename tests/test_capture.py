@@ -1,0 +1,508 @@
+"""The source `capture`: every layout gives the scene that it is of, and says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import captures
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from commands import occgen_hub
+from PIL import Image
+from scipy.ndimage import binary_dilation
+from scipy.spatial.transform import Rotation
+
+import occgen_hub as library
+from occgen_hub.builder import load_builder
+from occgen_hub.camera_mapping import CameraMapping
+from occgen_hub.cli.build import build
+from occgen_hub.engines import load_engine
+from occgen_hub.episode import Episode, check_episode
+from occgen_hub.episode_build import Settings, build_episode, why_outdated
+from occgen_hub.errors import OccGenError, SourceError, UsageError
+from occgen_hub.fusion.conventions import check_conventions
+from occgen_hub.geometry.trajectory import poses_at
+from occgen_hub.job import list_episodes
+from occgen_hub.lerobot.writer import Media
+from occgen_hub.loading import Trajectory, trajectories
+
+KINECT = Path(__file__).parent.parent.parent / "shared/data/kinect"
+SMALL = library.Config(pc_range=(-0.4, -0.4, 0.4, 0.4, 0.4, 1.2))
+"""The usual cells, but few of them in sight, which is fast."""
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source tree of one trajectory, in which the camera walks and turns."""
+    from occgen_hub.sample import make_sample
+
+    out = tmp_path_factory.mktemp("captured") / "tree"
+    make_sample(out, trajectories=1, frames=12, seed=7)
+    return out
+
+
+@pytest.fixture(scope="module")
+def episode(tree: Path) -> Episode:
+    builder = load_builder("internnav", tree)
+    return builder.read(next(builder.episodes()))
+
+
+@pytest.fixture(scope="module")
+def cells(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    """The scene's cells as built from the InternData-N1 tree."""
+    return scene_cells("internnav", tree, tmp_path_factory.mktemp("tree") / "out")
+
+
+def scene_cells(
+    source: str, root: Path, out: Path, media: Media = "none", **mapping: object
+) -> np.ndarray:
+    """(n, 3) cell numbers of the scene that is built."""
+    cameras = [CameraMapping(**mapping)] if mapping else []
+    builder = load_builder(source, root, cameras)
+    (ref,) = list_episodes(builder)
+    build_episode(builder, ref, out, Settings(SMALL, media=media))
+    centres = Trajectory.open(out / ref.id).scene_cells()
+    return np.floor(centres / SMALL.voxel_size).astype(np.int64)
+
+
+def share_beside(cells: np.ndarray, others: np.ndarray) -> float:
+    """How many of the cells are, or are beside, one of the others."""
+    lower = np.minimum(cells.min(axis=0), others.min(axis=0)) - 1
+    shape = np.maximum(cells.max(axis=0), others.max(axis=0)) - lower + 2
+    grid = np.zeros(shape, bool)
+    grid[tuple((others - lower).T)] = True
+    near = binary_dilation(grid, np.ones((3, 3, 3)))
+    return float(near[tuple((cells - lower).T)].mean())
+
+
+FORMS: dict[str, Callable[[Episode, Path], None]] = {
+    "tum": captures.write_tum,
+    "seven_scenes": captures.write_seven_scenes,
+    "scannet": captures.write_scannet,
+    "transforms": captures.write_transforms,
+    "mcap": captures.write_bag,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_layout_gives_the_scene_of_the_tree(
+    form: str, episode: Episode, cells: np.ndarray, tmp_path: Path
+) -> None:
+    place = tmp_path / "recording"
+    if form == "mcap":
+        pytest.importorskip("rosbags")
+    else:
+        place.mkdir()
+    FORMS[form](episode, place)
+    if form == "mcap":  # Without its metadata.yaml, as it is handed on.
+        (place,) = place.glob("*.mcap")
+    said = {}
+    if form == "tum":
+        said["intrinsics"] = captures.opencv_intrinsics(episode)
+    out = tmp_path / "out"
+    kept = form in ("tum", "mcap")
+    found = scene_cells("capture", place, out, "copy" if kept else "none", **said)
+    assert share_beside(found, cells) >= 0.98
+    assert share_beside(cells, found) >= 0.98
+
+    trajectory = Trajectory.open(trajectories(out)[0])
+    assert len(trajectory.world_from_camera()) == episode.length
+    assert np.allclose(trajectory.world_from_camera(), episode.world_from_camera, atol=2e-3)
+    assert np.allclose(trajectory.intrinsics(), episode.intrinsics, atol=1e-3)
+    if kept:  # What is written is what a pinhole camera saw, in the units of every dataset.
+        assert np.allclose(trajectory.depth(2), episode.read_depth(2), atol=6e-4)
+        assert np.array_equal(trajectory.rgb(2), episode.read_rgb(2)) == (form == "tum")
+        assert np.abs(trajectory.rgb(2).astype(int) - episode.read_rgb(2)).mean() < 2
+    assert trajectory.record["source"].get("cameras", []) == ([said] if said else [])
+    if kept:
+        times = trajectory.table()["source_timestamp"].to_numpy()
+        assert np.allclose(np.diff(times), 1 / episode.fps, atol=1e-6)
+        assert json.loads(trajectory.file("info").read_text())["fps"] == episode.fps
+
+
+def test_a_plain_folder_is_read_as_it_was_recorded(episode: Episode, tmp_path: Path) -> None:
+    captures.write_plain(episode, tmp_path)
+    found = read(tmp_path, intrinsics=captures.opencv_intrinsics(episode))
+    check_equal(found, episode)
+    assert np.array_equal(found.read_rgb(2), episode.read_rgb(2))
+
+
+def test_a_bag_of_odometry_is_read_as_it_was_recorded(episode: Episode, tmp_path: Path) -> None:
+    pytest.importorskip("rosbags")
+    captures.write_bag(episode, tmp_path / "walk", odometry=True)
+    found = read(tmp_path / "walk")
+    check_equal(found, episode)
+    assert np.array_equal(found.read_rgb(2), episode.read_rgb(2))
+    topics = "/camera/color/image_raw", "/camera/aligned_depth_to_color/image_raw"
+    again = read(tmp_path / "walk", rgb=topics[0], depth=topics[1], pose="/odom")
+    check_equal(again, episode)
+    with pytest.raises(SourceError, match="give --topics depth=TOPIC"):
+        read(tmp_path / "walk", depth="/odom")
+
+
+def check_equal(found: Episode, episode: Episode) -> None:
+    """All but the colours: millimetres of depth, and poses as text has them."""
+    assert (found.length, found.fps) == (episode.length, episode.fps)
+    assert np.allclose(found.world_from_camera, episode.world_from_camera, atol=1e-6)
+    assert np.allclose(found.intrinsics, episode.intrinsics)
+    assert np.allclose(found.read_depth(2), episode.read_depth(2), atol=6e-4)
+
+
+# What is wrong is named
+
+
+def read(place: Path, **mapping: object) -> Episode:
+    builder = load_builder("capture", place, [CameraMapping(**mapping)] if mapping else [])
+    (ref,) = list_episodes(builder)
+    return check_episode(builder.read(ref))
+
+
+def judged(episode: Episode) -> list[str]:
+    """The notes on its conventions; raises OccGenError where they are wrong."""
+    config = library.Config()
+    views = load_engine("rgbd").reconstruct(episode, config, Path("unused"))
+    return [note.text for note in check_conventions(views, episode.id, config, fps=episode.fps)]
+
+
+@pytest.fixture(scope="module")
+def tum(episode: Episode, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A TUM recording. Not to be changed by tests."""
+    place = tmp_path_factory.mktemp("tum") / "rgbd_dataset"
+    place.mkdir()
+    captures.write_tum(episode, place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def seven(episode: Episode, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 7-Scenes recording. Not to be changed by tests."""
+    place = tmp_path_factory.mktemp("seven") / "seq-01"
+    place.mkdir()
+    captures.write_seven_scenes(episode, place)
+    return place
+
+
+def test_a_wrong_unit_of_depth_is_named(tum: Path, episode: Episode) -> None:
+    K = captures.opencv_intrinsics(episode)
+    assert judged(read(tum, intrinsics=K)) == []
+    with pytest.raises(OccGenError, match=r"as if depth were 0\.2 times as large"):
+        judged(read(tum, intrinsics=K, depth_unit=0.001))
+
+
+def test_inverse_poses_are_named_and_the_remedy_helps(seven: Path) -> None:
+    with pytest.raises(OccGenError, match=r"camera_from_world; .*--pose-direction"):
+        judged(read(seven, pose_direction="camera_from_world"))
+
+
+def test_wrong_axes_are_named_and_the_remedy_helps(seven: Path) -> None:
+    with pytest.raises(OccGenError, match=r"OpenGL's \(y up, z backward\); .*--pose-axes"):
+        judged(read(seven, pose_axes="opengl"))
+
+
+def test_swapped_focal_lengths_are_named(episode: Episode, tmp_path: Path) -> None:
+    captures.write_transforms(episode, tmp_path, swapped=True)
+    with pytest.raises(OccGenError, match="as if the focal lengths were swapped"):
+        judged(read(tmp_path))
+
+
+@pytest.mark.parametrize("offset", [0.2, -0.35])
+def test_a_time_offset_is_named_and_the_remedy_helps(
+    offset: float, episode: Episode, tmp_path: Path
+) -> None:
+    captures.write_tum(episode, tmp_path, offset)
+    K = captures.opencv_intrinsics(episode)
+    with pytest.raises(OccGenError, match=r"too (late|early) *; .*--time-offset") as error:
+        judged(read(tmp_path, intrinsics=K))
+    assert ("late" in str(error.value)) == (offset > 0)
+    advised = float(str(error.value).rstrip(".").rpartition(" ")[2])
+    assert abs(advised + offset) <= 0.05
+    assert judged(read(tmp_path, intrinsics=K, time_offset=advised)) == []
+
+
+# Parts of recordings
+
+
+def test_frames_without_depth_or_pose_are_left_out(tum: Path, episode: Episode, tmp_path: Path):
+    place = Path(shutil.copytree(tum, tmp_path / "tum"))
+    lines = (place / "depth.txt").read_text().splitlines()
+    (place / "depth.txt").write_text("\n".join(lines[:3] + lines[4:]))
+    poses = (place / "groundtruth.txt").read_text().splitlines()
+    lost = captures.START + (episode.length - 2) / episode.fps
+    (place / "groundtruth.txt").write_text(
+        "\n".join(
+            " ".join([row.split()[0], *["nan"] * 7])
+            if row[0] != "#" and float(row.split()[0]) > lost else row
+            for row in poses
+        )
+    )  # fmt: skip
+    found = read(place, intrinsics=captures.opencv_intrinsics(episode))
+    (note,) = (note.text for note in found.notes if note.code == "left out")
+    assert note.startswith(f"{3} of {episode.length} frames are left out: 1 without depth, 2 with")
+    assert found.length == episode.length - 3
+    kept = [n for n in range(episode.length - 2) if n != 2]
+    assert np.allclose(found.world_from_camera, episode.world_from_camera[kept], atol=1e-4)
+
+
+def test_a_pose_that_was_lost_is_left_out(seven: Path, episode: Episode, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(seven, tmp_path / "seq"))
+    (place / "frame-000001.pose.txt").write_text("\n".join(["-inf -inf -inf -inf"] * 4))
+    (place / "frame-000003.depth.png").unlink()
+    units = np.asarray(Image.open(place / "frame-000000.depth.png")).copy()
+    units[:9] = 65535
+    Image.fromarray(units).save(place / "frame-000000.depth.png")
+    found = read(place)
+    assert found.length == episode.length - 2
+    assert not found.read_depth(0)[:9].any()
+    (note,) = (note.text for note in found.notes if note.code == "left out")
+    assert "1 without depth or pose, 1 where tracking was lost" in note
+
+
+@pytest.mark.parametrize("binary", [False, True], ids=["text", "binary"])
+def test_colmap_models_are_read(binary: bool, episode: Episode, tmp_path: Path) -> None:
+    captures.write_colmap(episode, tmp_path, binary=binary)
+    found = read(tmp_path)
+    assert found.read_depth is None
+    assert np.allclose(found.world_from_camera, episode.world_from_camera, atol=1e-9)
+    assert np.allclose(found.intrinsics, episode.intrinsics)
+    assert np.array_equal(found.read_rgb(3), episode.read_rgb(3))
+    assert {note.code for note in found.notes} >= {"units"}
+
+
+def test_transforms_without_depth_are_read_and_the_unit_is_noted(
+    episode: Episode, tmp_path: Path
+) -> None:
+    captures.write_transforms(episode, tmp_path, with_depth=False)
+    found = read(tmp_path)
+    assert found.read_depth is None
+    assert np.allclose(found.world_from_camera, episode.world_from_camera)
+    assert "often not metres" in next(n.text for n in found.notes if n.code == "units")
+
+
+def test_colour_of_another_size_becomes_what_the_depth_camera_sees(
+    episode: Episode, tmp_path: Path
+) -> None:
+    captures.write_scannet(episode, tmp_path)
+    K = np.eye(4)
+    K[:3, :3] = np.diag([2, 2, 1]) @ episode.intrinsics[0]
+    K[:2, 2] -= 0.5
+    np.savetxt(tmp_path / "intrinsic/intrinsic_color.txt", K)
+    for path in (tmp_path / "color").iterdir():
+        Image.open(path).resize((960, 540), Image.Resampling.NEAREST).save(path, quality=100)
+    found = read(tmp_path)
+    assert found.image_size == episode.image_size
+    assert np.allclose(found.intrinsics, episode.intrinsics)
+    off = np.abs(found.read_rgb(2).astype(int) - episode.read_rgb(2))
+    assert off.mean() < 3
+    assert {note.code for note in found.notes} >= {"color size"}
+    Image.new("RGB", (540, 540)).save(tmp_path / "color/0.jpg")
+    with pytest.raises(SourceError, match="differ in shape"):
+        read(tmp_path)
+
+
+def test_open3d_files_and_floating_point_depth_are_read(episode: Episode, tmp_path: Path) -> None:
+    rows = []
+    for frame, pose in enumerate(episode.world_from_camera):
+        captures.color(episode, frame, tmp_path / f"color/{frame:06d}.jpg")
+        (tmp_path / "depth").mkdir(exist_ok=True)
+        metres = np.where(episode.read_depth(frame) > 0, episode.read_depth(frame), np.nan)
+        np.save(tmp_path / f"depth/{frame:06d}.npy", metres.astype(np.float32))
+        rows += [
+            f"{frame} {frame} {frame + 1}",
+            *(" ".join(map(repr, map(float, r))) for r in pose),
+        ]
+    (tmp_path / "trajectory.log").write_text("\n".join(rows))
+    fx, fy, cx, cy = captures.opencv_intrinsics(episode)
+    width, height = episode.image_size
+    K = [fx, 0, 0, 0, fy, 0, cx, cy, 1]  # Column after column.
+    values = {"width": width, "height": height, "intrinsic_matrix": K}
+    (tmp_path / "camera_intrinsic.json").write_text(json.dumps(values))
+    found = read(tmp_path)
+    assert np.allclose(found.world_from_camera, episode.world_from_camera)
+    assert np.allclose(found.intrinsics, episode.intrinsics)
+    assert np.allclose(found.read_depth(1), episode.read_depth(1), atol=1e-6)
+    assert np.allclose(read(tmp_path, depth_unit=0.01).read_depth(1), found.read_depth(1) / 100)
+    (tmp_path / "depth/000002.npy").write_bytes(b"\x93NUMPY" + bytes(20))
+    with pytest.raises(SourceError, match=r"000002\.npy: is not an array"):
+        read(tmp_path).read_depth(2)
+
+
+@pytest.mark.parametrize("fisheye", [False, True])
+def test_distortion_is_removed_once(fisheye: bool, tmp_path: Path) -> None:
+    """A distorted photograph of a known pattern becomes the pattern as a pinhole camera sees it."""
+    import cv2
+
+    size, f, c = (160, 120), 110.0, (79.0, 61.0)
+    D = [0.08, -0.01, 0.002, -0.001] if fisheye else [-0.2, 0.05, 0.003, -0.002, 0.01]
+    K = np.array([[f, 0, c[0] - 0.5], [0, f, c[1] - 0.5], [0, 0, 1]])
+
+    def pattern(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return 128 + 60 * np.sin(9 * x) + 60 * np.cos(7 * y)
+
+    u, v = np.meshgrid(np.arange(size[0], dtype=float), np.arange(size[1], dtype=float))
+    pixels = np.stack([u, v], axis=-1).reshape(-1, 1, 2)
+    undistort = cv2.fisheye.undistortPoints if fisheye else cv2.undistortPoints
+    x, y = undistort(pixels, K, np.array(D)).reshape(*u.shape, 2).transpose(2, 0, 1)
+    photograph = np.repeat(pattern(x, y)[..., None], 3, axis=2).round().astype(np.uint8)
+    depth = np.rint(1000 + 100 * x + 50 * y).astype(np.uint16)
+    names = ("k1", "k2", "k3", "k4") if fisheye else ("k1", "k2", "p1", "p2", "k3")
+    Image.fromarray(photograph).save(tmp_path / "0.png")
+    Image.fromarray(depth).save(tmp_path / "0_depth.png")
+    values = {
+        "camera_model": "OPENCV_FISHEYE" if fisheye else "OPENCV",
+        "fl_x": f, "fl_y": f, "cx": c[0], "cy": c[1], "w": size[0], "h": size[1],
+        **dict(zip(names, D, strict=True)),
+        "frames": [{"file_path": "0.png", "depth_file_path": "0_depth.png",
+                    "transform_matrix": np.eye(4).tolist()}],
+    }  # fmt: skip
+    (tmp_path / "transforms.json").write_text(json.dumps(values))
+    found = read(tmp_path)
+    expected = pattern((u + 0.5 - c[0]) / f, (v + 0.5 - c[1]) / f)
+    inside = np.zeros(u.shape, bool)
+    inside[8:-8, 8:-8] = True
+    off = np.abs(found.read_rgb(0)[..., 0] - expected)[inside]
+    assert np.median(off) < 1
+    assert off.max() < 6
+    assert np.abs(photograph[..., 0] - expected)[inside].max() > 40  # It was distorted.
+    metres = 1 + 0.1 * (u + 0.5 - c[0]) / f + 0.05 * (v + 0.5 - c[1]) / f
+    assert np.abs(found.read_depth(0) - metres)[inside].max() < 2e-3
+    assert np.allclose(found.intrinsics[0], [[f, 0, c[0]], [0, f, c[1]], [0, 0, 1]])
+    # What is written is the undistorted image and depth.
+    assert all(item.read is not None for item in found.media)
+
+
+def test_poses_are_interpolated_on_se3_and_not_across_gaps() -> None:
+    poses = np.tile(np.eye(4), (3, 1, 1))
+    poses[1, :3, :3] = Rotation.from_euler("y", 40, degrees=True).as_matrix()
+    poses[:, 0, 3] = (0, 1, 5)
+    times = np.array([0.1, 0.19, 0.5, 1.2, 1.221])
+    found, good = poses_at(times, np.array([0.0, 0.2, 1.2]), poses, 0.25, 0.02)
+    assert good.tolist() == [True, True, False, True, False]
+    assert np.allclose(found[0, :3, :3], Rotation.from_euler("y", 20, degrees=True).as_matrix())
+    assert np.allclose(found[0, :3, 3], (0.5, 0, 0))
+
+
+def test_rotations_of_a_body_are_those_of_the_camera_that_sits_on_it() -> None:
+    mount = captures.np.eye(4)
+    mount[:3, 3] = (0, 0, 1)
+    mapping = CameraMapping(body_from_camera=tuple(mount.ravel()), pose_axes="opengl")
+    pose = np.eye(4)[None]
+    assert np.allclose(mapping.world_from_camera(pose)[0], mount @ np.diag([1, -1, -1, 1]))
+    with pytest.raises(ValueError, match="rigid"):
+        CameraMapping(body_from_camera=(1.0,) * 16)
+
+
+# Commands
+
+
+def test_real_kinect_frames_build_with_one_command(tmp_path: Path) -> None:
+    if not KINECT.is_dir():
+        pytest.skip("../shared/data/kinect is not there")
+    few = tmp_path / "kinect/rgbd-frames"
+    few.mkdir(parents=True)
+    shutil.copy(KINECT / "camera-intrinsics.txt", few.parent)
+    for path in sorted((KINECT / "rgbd-frames").iterdir())[:24]:
+        shutil.copy(path, few)
+    done = occgen_hub(
+        "build", "--source", "capture", "--input", tmp_path / "kinect", "--output",
+        tmp_path / "out", "--set", "pc_range=[-0.4, -0.4, 0.4, 0.4, 0.4, 1.2]",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "1 built" in done.stdout
+    assert "contradict" not in done.stdout + done.stderr
+    (trajectory,) = trajectories(tmp_path / "out")
+    opened = Trajectory.open(trajectory)
+    assert opened.path == tmp_path / "out/capture/kinect/rgbd-frames"
+    assert len(opened.world_from_camera()) == 8
+    assert opened.record["quality"]["contradicted"] < 0.2
+
+
+def command(*options: str | Path) -> Result:
+    """The command `build`, in this process."""
+    return CliRunner().invoke(build, [str(option) for option in options], standalone_mode=False)
+
+
+def test_options_say_what_files_do_not_and_a_change_builds_again(
+    tum: Path, episode: Episode, tmp_path: Path
+) -> None:
+    K, out = captures.opencv_intrinsics(episode), tmp_path / "out"
+    usual = ("--source", "capture", "--input", tum, "--output", out, "--media", "none")
+    done = command(*usual)
+    assert done.return_value == 1
+    assert "give --intrinsics fx,fy,cx,cy" in done.stdout
+    given = (*usual, "--intrinsics", ",".join(map(str, K)))
+    wrong = command(*given, "--depth-scale", "1000")
+    assert wrong.return_value == 1
+    assert "as if depth were 0.2 times as large" in wrong.stdout
+
+    settings = Settings(SMALL, media="none")
+
+    def why(**more: float) -> str | None:
+        builder = load_builder("capture", tum, [CameraMapping(intrinsics=K, **more)])
+        (ref,) = list_episodes(builder)
+        if not (out / ref.id).exists():
+            build_episode(builder, ref, out, settings)
+        return why_outdated(builder, ref, out, settings)
+
+    assert why() is None
+    assert "was built with another source" in str(why(depth_unit=1 / 5001))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--intrinsics", "500,500"], "--intrinsics: has to be fx,fy,cx,cy"),
+        (["--intrinsics", "a,b"], "--intrinsics a,b: is not a list of numbers"),
+        (["--depth-unit", "mm", "--depth-scale", "1000"], "leave one of them out"),
+        (["--topics", "colour=/x"], "the kinds are rgb, depth, pose, info"),
+        (["--topics", "rgb=/x"], "holds no bag; leave the option out"),
+        (["--source", "video", "--time-offset", "1"], "--time-offset: is not used by"),
+        (["--source", "video", "--topics", "rgb=/x"], "--topics: is not used by"),
+    ],
+)
+def test_wrong_options_are_refused(options: list[str], message: str, tum: Path, tmp_path: Path):
+    usual = ("--source", "capture", "--input", tum, "--output", tmp_path / "out")
+    done = command(*usual, *options)
+    assert isinstance(done.exception, UsageError)
+    assert message in str(done.exception)
+
+
+def test_a_bag_without_rosbags_says_what_to_install(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "rosbags.highlevel", None)
+    (tmp_path / "walk.mcap").write_bytes(b"\x89MCAP0\r\n")
+    builder = load_builder("capture", tmp_path / "walk.mcap")
+    (ref,) = list_episodes(builder)
+    assert ref.id == "capture/walk/trajectory_0"
+    with pytest.raises(UsageError, match=r"occgen-hub\[ros\]"):
+        builder.has_depth(ref)
+
+
+def test_a_damaged_bag_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("rosbags")
+    (tmp_path / "walk.mcap").write_bytes(b"\x89MCAP0\r\n" + bytes(100))
+    with pytest.raises(SourceError, match=r"walk\.mcap: cannot be read"):
+        read(tmp_path / "walk.mcap")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("groundtruth.txt", "1 2 3", "is no trajectory"),
+        ("groundtruth.txt", "1 0 0 0 0 0 0 1", "has no pose at the time of any frame"),
+        ("groundtruth.txt", "a b", "line 1: is not a row of numbers"),
+        ("rgb.txt", "x", "line 1: is not 'time name'"),
+        ("rgb.txt", "", "lists 0 images"),
+        ("depth.txt", "5.0 depth/a.png", "has no time within 0.02 s"),
+    ],
+)
+def test_what_is_wrong_with_a_recording_is_named(
+    file: str, content: str, message: str, tum: Path, episode: Episode, tmp_path: Path
+) -> None:
+    place = Path(shutil.copytree(tum, tmp_path / "tum"))
+    (place / file).write_text(content)
+    with pytest.raises(SourceError, match=message):
+        read(place, intrinsics=captures.opencv_intrinsics(episode))

@@ -1,0 +1,514 @@
+"""What users and machines do to the commands: odd names, full disks, huge and hostile files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from commands import start
+from PIL import Image
+
+import occgen_hub as library
+from occgen_hub import cli, hub, hub_token
+from occgen_hub.atomic import clear_all_leftovers
+from occgen_hub.builder import load_builder
+from occgen_hub.cli.command import say
+from occgen_hub.config import Config
+from occgen_hub.errors import DatasetError, OccGenError, SourceError, UsageError, one_line
+from occgen_hub.files import read_jsonl
+from occgen_hub.job import list_episodes
+from occgen_hub.lerobot import writer
+from occgen_hub.loading import Trajectory, trajectories
+from occgen_hub.media import SeekingVideo, pictures, read_rgb
+from occgen_hub.sample import make_sample
+from occgen_hub.schema import Feature
+from occgen_hub.visual.viewpoint import Viewpoint
+
+COARSE = Config(voxel_size=0.25)
+SECRET = "hf_abcdefghijklmnopq"
+
+
+def built(source: Path, out: Path, **options: Any) -> list[str]:
+    summary = library.build("internnav", source, out, config=COARSE, **options)
+    return [failure.reason for failure in summary.failures]
+
+
+# Scenes with many episodes
+
+
+def many_episodes(scene: Path, count: int) -> None:
+    """Give the only episode of a scene's folder `count - 1` copies."""
+    meta, images = scene / "meta", 0
+    for kind in ("rgb", "depth"):
+        found = sorted((scene / f"videos/chunk-000/observation.images.{kind}").iterdir())
+        images = len(found)
+        for number in range(images, count * images):
+            image = found[number % images]
+            image.with_name(f"{number}{image.suffix}").hardlink_to(image)
+    table = scene / "data/chunk-000/episode_000000.parquet"
+    for number in range(1, count):
+        table.with_name(f"episode_{number:06d}.parquet").hardlink_to(table)
+    for name in ("episodes", "episodes_stats"):
+        row = json.loads((meta / f"{name}.jsonl").read_text().splitlines()[0])
+        rows = []
+        for number in range(count):
+            row["episode_index"] = number
+            if "image_index" in row:
+                row["image_index"] = {
+                    "min": number * images,
+                    "max": (number + 1) * images - 1,
+                }
+            rows.append(json.dumps(row))
+        (meta / f"{name}.jsonl").write_text("\n".join(rows))
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_a_scene_is_read_once_however_many_episodes_it_has(tmp_path, monkeypatch, stated):
+    make_sample(tmp_path / "tree", trajectories=1, frames=2, layout="scenes", seed=3)
+    (scene,) = (path.parent for path in (tmp_path / "tree").rglob("meta"))
+    many_episodes(scene, 12)
+    if not stated:
+        path = scene / "meta/episodes_stats.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("\n".join(json.dumps({**row, "image_index": None}) for row in rows))
+    time.sleep(0.2)  # What was changed just now is read again each time.
+    listings: dict[str, int] = {}
+    listed, listdir = os.scandir, os.listdir
+
+    def count_listing(function: Any) -> Any:
+        def call(path: Any = ".") -> Any:
+            if not isinstance(path, int):
+                listings[Path(path).name] = listings.get(Path(path).name, 0) + 1
+            return function(path)
+
+        return call
+
+    builder = load_builder("internnav", tmp_path / "tree")
+    refs = list_episodes(builder)
+    assert len(refs) == 12
+    monkeypatch.setattr("os.scandir", count_listing(listed))
+    monkeypatch.setattr("os.listdir", count_listing(listdir))
+    parsed = count_parses(monkeypatch)
+    for ref in refs:
+        assert builder.has_depth(ref)
+        builder.work(ref)
+        episode = builder.read(ref)
+        assert episode.length == 2
+        first = refs.index(ref) * 2
+        assert [m.path.stem for m in episode.media if m.file == "rgb"] == [
+            str(first),
+            str(first + 1),
+        ]
+    assert parsed == {"episodes.jsonl": 1, "episodes_stats.jsonl": 1, "tasks.jsonl": 1}
+    large = ("chunk-000", "observation.images.rgb", "observation.images.depth")
+    assert all(listings.get(name, 0) <= 1 for name in large), listings
+
+
+def count_parses(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    parsed: dict[str, int] = {}
+
+    def counted(path: Path) -> Any:
+        parsed[path.name] = parsed.get(path.name, 0) + 1
+        return read_jsonl(path)
+
+    monkeypatch.setattr("occgen_hub.builders.internnav.read_jsonl", counted)
+    return parsed
+
+
+def test_a_scene_that_changes_is_read_again(tmp_path):
+    make_sample(tmp_path / "tree", trajectories=1, frames=2, layout="scenes", seed=3)
+    (scene,) = (path.parent for path in (tmp_path / "tree").rglob("meta"))
+    builder = load_builder("internnav", tmp_path / "tree")
+    (ref,) = list_episodes(builder)
+    assert builder.read(ref).length == 2
+    for text in ("first", "other"):  # Of one length, one after the other.
+        path = scene / "meta/episodes.jsonl"
+        row = {"episode_index": 0, "tasks": [text], "length": 2}
+        path.write_text(json.dumps(row))
+        assert [task.text for task in builder.read(ref).tasks] == [text]
+
+
+# Bounded cost
+
+
+def test_a_meta_file_of_millions_of_values_is_refused_at_once(tmp_path):
+    path = tmp_path / "tasks.jsonl"
+    path.write_bytes(b"{}\n" * 3_000_000)
+    began = time.monotonic()
+    with pytest.raises(SourceError, match=r"tasks.jsonl: holds more values"):
+        read_jsonl(path)
+    assert time.monotonic() - began < 5
+
+
+def test_many_bad_lines_are_few_findings(dataset, tmp_path):
+    (place, *_) = trajectories(dataset)
+    copy = Path(shutil.copytree(place, tmp_path / "out/a/b/c"))
+    (copy / "meta/tasks.jsonl").write_bytes(b"{}\n" * 100_000)
+    findings = library.validate(tmp_path / "out").findings
+    assert 1 < len(findings) < 50
+    assert any("no further" in str(finding) for finding in findings)
+
+
+def test_a_progressive_image_of_many_scans_is_refused(tmp_path):
+    content = BytesIO()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    image.save(content, "JPEG", progressive=True)
+    whole = content.getvalue()
+    (tmp_path / "good.jpg").write_bytes(whole)
+    assert read_rgb(tmp_path / "good.jpg", (64, 64)).shape == (64, 64, 3)
+    scan = whole.rindex(b"\xff\xda")
+    (tmp_path / "bad.jpg").write_bytes(whole[:-2] + whole[scan:-2] * 30_000 + whole[-2:])
+    began = time.monotonic()
+    with pytest.raises(SourceError, match=f"more than {pictures.MAX_SCANS} scans"):
+        read_rgb(tmp_path / "bad.jpg", (64, 64))
+    assert time.monotonic() - began < 2
+
+
+def test_links_that_lead_on_twice_each_come_to_an_end(sample_tree, tmp_path, caplog):
+    root = tmp_path / "root"
+    for number in range(26):
+        folder = root / str(number)
+        folder.mkdir(parents=True)
+        for name in "ab":
+            (folder / name).symlink_to(f"../{number + 1}")
+    shutil.copytree(next(sample_tree.rglob("meta")).parent, root / "26")
+    began = time.monotonic()
+    refs = list(load_builder("internnav", root).episodes())
+    assert time.monotonic() - began < 10
+    assert refs
+    assert "in more than 16 ways" in caplog.text
+
+
+def test_folders_nested_deep_are_looked_through(sample_tree, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(next(sample_tree.rglob("meta")).parent, root / "group/scene/one")
+    deep = str(root)
+    for _ in range(1500):
+        deep += "/d"
+        os.mkdir(deep)  # noqa: PTH102  # pathlib goes down by recursion.
+    try:
+        assert [ref.id for ref in load_builder("internnav", root).episodes()] == ["group/scene/one"]
+    finally:
+        subprocess.run(["rm", "-r", root / "d"], check=True)  # So does pytest.
+
+
+def test_the_record_of_a_long_episode_is_read_back(dataset, tmp_path):
+    (place, *_) = trajectories(dataset)
+    copy = Path(shutil.copytree(place, tmp_path / "long"))
+    record = json.loads((copy / "meta/occgen.json").read_text())
+    for kind in ("rgb", "depth"):
+        folder = f"videos/chunk-000/observation.images.{kind}"
+        record["files"] |= {f"{folder}/{n}.png": f"{n:064x}" for n in range(275_000)}
+    (copy / "meta/occgen.json").write_text(json.dumps(record, indent=1))
+    assert (copy / "meta/occgen.json").stat().st_size > 64 << 20
+    assert len(Trajectory.open(copy).record["files"]) > 550_000
+
+
+def test_a_record_that_could_not_be_read_back_is_not_written(sample_tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "MAX_RECORD_BYTES", 1000)
+    failures = built(sample_tree, tmp_path / "out", limit=1)
+    assert "cut it into parts" in failures[0]
+    assert not trajectories(tmp_path / "out")
+
+
+# A dataset that changes while it is open
+
+
+def test_shards_that_were_written_again_are_told(sample_tree, dataset, tmp_path):
+    torch_dataset = pytest.importorskip("occgen_hub.training").OccupancyDataset
+    root = Path(shutil.copytree(dataset, tmp_path / "out"))
+    first, *others = trajectories(root)
+    opened = torch_dataset(root, keys=("occupancy", "episode"))
+    assert opened[0]["episode"] == first.relative_to(root).as_posix()
+    for other in others:
+        shutil.rmtree(other)
+    library.finalize(root)
+    again = __import__("pickle").loads(__import__("pickle").dumps(opened))  # As a worker has it.
+    with pytest.raises(DatasetError, match=r"since the dataset was opened; open the dataset again"):
+        again[len(again) - 1]
+
+
+# Tokens
+
+
+@pytest.mark.parametrize(
+    "bad", [f"hf_\x0b{SECRET}", f"hf_\x0c{SECRET}", f"a b{SECRET}", f"{SECRET}é"]
+)
+def test_a_token_that_cannot_be_sent_is_refused_unseen(bad, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", bad)
+    with pytest.raises(OccGenError, match="HF_TOKEN: holds a token") as caught:
+        hub.check_token("me/rooms")
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("coding", ["utf-16", "utf-16-le"])
+def test_a_token_file_in_another_encoding_is_named_unseen(coding, tmp_path, monkeypatch):
+    place = tmp_path / "token"
+    place.write_bytes(SECRET.encode(coding))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(place))
+    with pytest.raises(OccGenError, match=f"^{place}: holds a token") as caught:
+        hub_token.check_sendable()
+    assert "hf_" not in str(caught.value)
+    place.write_text(f"{SECRET}\n")
+    assert hub_token.check_sendable()
+
+
+# Full disks
+
+
+def test_an_export_puts_no_file_into_the_temporary_folder(dataset, tmp_path, monkeypatch):
+    pytest.importorskip("lerobot")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "not there"))
+    library.export(dataset, tmp_path / "lerobot")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lerobot"]
+    # The order of the keys is not that of a set.
+    stats = json.loads((tmp_path / "lerobot/meta/stats.json").read_text())
+    assert list(stats) == sorted(stats)
+    assert all(list(values) == sorted(values) for values in stats.values())
+
+
+def test_a_recording_on_a_full_disk_fails_at_once(dataset, monkeypatch):
+    pytest.importorskip("rerun")
+    from occgen_hub.visual.viewer import save
+
+    (place, *_) = trajectories(dataset)
+    with pytest.raises(OSError, match="No space left"):
+        save(Trajectory.open(place), Path("/dev/full"))
+
+
+def test_an_export_moved_aside_comes_back_when_the_next_one_fails(dataset, tmp_path, monkeypatch):
+    pytest.importorskip("lerobot")
+    aside = tmp_path / f".lerobot.{'0' * 16}.old"
+    aside.mkdir()
+    (aside / "kept").write_text("kept")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise DatasetError(tmp_path, "is full", "make room")
+
+    monkeypatch.setattr("occgen_hub.exporting.write", fail)
+    with pytest.raises(OccGenError):
+        library.export(dataset, tmp_path / "lerobot", overwrite=True)
+    assert (tmp_path / "lerobot/kept").read_text() == "kept"
+
+
+# Stops
+
+
+@pytest.mark.parametrize("ready", [".mp4.", None])
+def test_a_render_that_is_stopped_says_so_and_no_more(people, tmp_path, ready):
+    pytest.importorskip("pyvista")
+    (place, *_) = trajectories(people)
+    process = start("render", place, tmp_path / "room.mp4", "--view", "world")
+    try:
+        if ready is None:
+            time.sleep(2)  # While libraries are imported, or soon after.
+        while ready and process.poll() is None and not list(tmp_path.glob(f".*{ready}*")):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, said
+    assert said == ("", "Stopped.\n")
+    assert not list(tmp_path.iterdir())
+
+
+# Names
+
+
+def test_an_output_that_looks_like_a_uri_is_a_folder(sample_tree, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert not built(sample_tree, Path("run:1"), limit=1)
+    assert len(trajectories(Path("run:1"))) == 1
+    assert library.validate("run:1").valid
+
+
+def test_names_that_are_not_utf_8_are_built(sample_tree, tmp_path):
+    odd = os.fsdecode(b"sc\xffne")
+    source = next(sample_tree.rglob("meta")).parent
+    shutil.copytree(source, tmp_path / "tree/group" / odd / "one")
+    out = tmp_path / os.fsdecode(b"o\xfft")
+    assert not built(tmp_path / "tree", out)
+    assert library.validate(out).valid
+
+
+def test_a_hidden_folder_of_the_source_is_seen_in_the_dataset(sample_tree, tmp_path):
+    source = next(sample_tree.rglob("meta")).parent
+    root = tmp_path / ".group/scene"
+    shutil.copytree(source, root / "one")
+    assert not built(root / "one", tmp_path / "out")
+    (found,) = trajectories(tmp_path / "out")
+    assert found.relative_to(tmp_path / "out").as_posix() == "_group/scene/one"
+
+
+def test_leftovers_of_episodes_that_are_gone_are_cleared(dataset, tmp_path):
+    root = Path(shutil.copytree(dataset, tmp_path / "out"))
+    (path, *_) = trajectories(root)
+    for name in (f".gone.{'1' * 16}.partial", ".gone.scratch", ".other.partial"):
+        (path.parent / name).mkdir()
+    aside = path.parent / f".back.{'2' * 16}.old"
+    shutil.copytree(path, aside)
+    library.finalize(root)
+    assert not [p for p in path.parent.iterdir() if p.name.startswith(".")]
+    assert (path.parent / "back").is_dir()
+    clear_all_leftovers(path.parent / "not there")
+
+
+# The terminal
+
+
+def test_control_characters_do_not_reach_the_terminal(capsys):
+    say("a\x1b[31m\r\nb\x07\u202ec \u3042\u00e9")
+    assert capsys.readouterr().out == "a\\x1b[31m\\r\\nb\\x07\\u202ec \u3042\u00e9\n"
+    assert one_line(os.fsdecode(b"\xff")) == "\\udcff"
+
+
+def test_a_task_cannot_write_on_the_terminal(dataset, tmp_path):
+    root = Path(shutil.copytree(dataset, tmp_path / "out"))
+    for path in root.rglob("tasks.jsonl"):
+        path.write_text(json.dumps({"task_index": 0, "task": "\x1b[2Jgo"}) + "\n")
+    said = CliRunner().invoke(cli.cli, ["inspect", str(root), "--preview", str(tmp_path / "p.png")])
+    assert "\\x1b[2Jgo" in said.output
+    assert "\x1b" not in said.output
+
+
+def test_a_column_name_stays_in_its_cell_of_the_card():
+    from occgen_hub.card import _columns
+
+    (row,) = [
+        line
+        for line in _columns({"a`b|c\n# d": Feature(dtype="int64", shape=(1,))})
+        if "int64" in line
+    ]
+    assert row == "| `` a`b\\|c\\n# d `` | int64 | 1 |"
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("setting", [{"voxel_size": 1e300}, {"voxel_size_scale": 5e-324}])
+def test_sizes_beyond_reason_are_refused(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        Config(**setting)
+
+
+def test_rates_and_viewpoints_beyond_reason_are_refused(dataset, tmp_path):
+    (place, *_) = trajectories(dataset)
+    said = CliRunner().invoke(
+        cli.cli, ["render", str(place), str(tmp_path / "a.mp4"), "--fps", "nan"]
+    )
+    assert said.exit_code == 2
+    assert "is no number" in said.output
+    camera = tmp_path / "camera.json"
+    camera.write_text(json.dumps({"position": [1e308, 0, 0], "target": [0, 0, 0], "up": [0, 0, 1]}))
+    with pytest.raises(UsageError, match="is no viewpoint"):
+        Viewpoint.load(camera)
+    from occgen_hub.visual.film import rate
+
+    copy = Path(shutil.copytree(place, tmp_path / "slow"))
+    info = json.loads((copy / "meta/info.json").read_text())
+    (copy / "meta/info.json").write_text(json.dumps({**info, "fps": 1e-320}))
+    with pytest.raises(DatasetError, match="frames a second"):
+        rate(Trajectory.open(copy))
+
+
+def test_words_in_place_of_poses_are_told(dataset, tmp_path):
+    pytest.importorskip("lerobot")
+    root = Path(shutil.copytree(dataset, tmp_path / "out"))
+    path = next(root.rglob("episode_000000.parquet"))
+    name, table = "observation.camera_extrinsic_occ", pq.read_table(path)
+    place = table.schema.get_field_index(name)
+    pq.write_table(table.set_column(place, name, pa.array(["word"] * len(table))), path)
+    info = path.parents[2] / "meta/info.json"
+    said = json.loads(info.read_text())
+    said["features"][name] = {"dtype": "string", "shape": [4, 4], "names": None}
+    info.write_text(json.dumps(said))
+    with pytest.raises(OccGenError, match=r"^[^ ]+: "):
+        library.export(root, tmp_path / "lerobot")
+    with pytest.raises(ValueError, match="not string"):
+        Feature(dtype="float32", shape=(4, 4)).to_numpy(pa.array(["word"]))
+
+
+def test_a_shard_without_the_episodes_is_told(dataset, tmp_path):
+    training = pytest.importorskip("occgen_hub.training")
+    root = Path(shutil.copytree(dataset, tmp_path / "out"))
+    (shard,) = root.glob("occupancy/*.parquet")
+    pq.write_table(pq.read_table(shard).drop_columns(["episode"]), shard)
+    with pytest.raises(DatasetError, match="no column episode"):
+        training.OccupancyDataset(root, keys=("occupancy",))
+
+
+def test_a_video_that_was_cut_after_its_keyframe_is_read(tmp_path):
+    import av
+
+    path, options = tmp_path / "cut.mp4", {"avoid_negative_ts": "disabled"}
+    with av.open(str(path), "w", format="mp4", options=options) as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.options = {"x264-params": "keyint=100:bframes=0"}
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        grey = [np.full((64, 64, 3), 30 * n, np.uint8) for n in range(8)]
+        packets = [
+            packet
+            for image in grey
+            for packet in stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24"))
+        ]
+        packets += stream.encode()
+        step = packets[1].pts - packets[0].pts
+        for packet in packets:  # The first three frames come before time zero.
+            packet.pts, packet.dts = packet.pts - 3 * step, packet.dts - 3 * step
+            container.mux(packet)
+    video = SeekingVideo(path, (64, 64))
+    for number in (2, 0, 4):
+        assert abs(int(video(number).mean()) - 30 * (number + 3)) <= 2
+
+
+def test_too_little_memory_is_said(monkeypatch, capsys):
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(cli.cli, "main", fail)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert "not enough memory" in capsys.readouterr().err
+
+
+# Compiling
+
+
+def test_without_a_place_for_a_cache_kernels_are_compiled_all_the_same(tmp_path):
+    code = "from occgen_hub.jit import njit\n@njit()\ndef f(a):\n    return a + 1\nprint(f(1))\n"
+    (tmp_path / "kernel.py").write_text(code)
+    # The only place that is looked for is the one that nobody named.
+    env = {**os.environ, "NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator"}
+    env.pop("NUMBA_CACHE_DIR", None)
+    said = subprocess.run(
+        [sys.executable, tmp_path / "kernel.py"],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert said.stdout == "2\n", said.stderr
+
+
+def test_every_kernel_is_compiled_so():
+    for path in Path(library.__file__).parent.rglob("*.py"):
+        if path.name != "jit.py":
+            assert not re.search(r"from numba import.*njit|numba\.njit", path.read_text()), path

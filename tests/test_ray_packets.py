@@ -1,0 +1,140 @@
+"""Rays followed 64 at a time against single rays and against rational arithmetic."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_visibility import brute_force, centre, focal, intrinsics, lowest
+
+from occgen_hub.config import Config
+from occgen_hub.occupancy import ray_packets
+from occgen_hub.occupancy.grid import Grid
+from occgen_hub.occupancy.point_blocks import into_blocks
+from occgen_hub.occupancy.ray_packets import RayPackets, follow_packets, packets_when_worth
+from occgen_hub.occupancy.visibility import OBSERVED, OCCUPIED, first_occupied, observe
+
+
+@pytest.fixture(autouse=True)
+def _no_camera_is_known():
+    ray_packets._camera.cache_clear()
+
+
+def by_packets(
+    grid: Grid, K: np.ndarray, size: tuple[int, int], occupied: np.ndarray
+) -> np.ndarray:
+    """(cells,) uint8: the state after all rays were followed."""
+    state = occupied.astype(np.uint8).ravel() * OCCUPIED
+    made = RayPackets.of(grid, K, size)
+    assert made is not None
+    follow_packets(made, state)
+    return state
+
+
+def one_by_one(
+    grid: Grid, K: np.ndarray, size: tuple[int, int], occupied: np.ndarray
+) -> np.ndarray:
+    state = occupied.astype(np.uint8).ravel() * OCCUPIED
+    first_occupied(grid, K, size, state)
+    return state
+
+
+@settings(max_examples=100)
+@given(
+    lower=st.tuples(lowest, lowest, lowest),
+    shape=st.tuples(*[st.integers(1, 7)] * 3),
+    voxel_size=st.sampled_from([1.0, 0.5, 0.1, 0.3]),
+    K=st.builds(intrinsics, focal, focal, centre, centre),
+    size=st.tuples(st.integers(1, 11), st.integers(1, 11)),
+    fill=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_bundles_equal_brute_force(lower, shape, voxel_size, K, size, fill, seed):
+    grid = Grid(tuple(x * voxel_size for x in lower), voxel_size, shape)
+    occupied = np.random.default_rng(seed).random(shape) < fill
+    state = by_packets(grid, K, size, occupied)
+    assert np.array_equal(state & OCCUPIED, occupied.ravel())
+    seen = ((state & OBSERVED) > 0).reshape(shape)
+    assert np.array_equal(seen, brute_force(grid, K, size, occupied))
+
+
+@pytest.mark.parametrize("fill", [0.0, 0.0005, 0.01])
+@pytest.mark.parametrize(
+    ("config", "K", "size"),
+    [
+        # The camera on a corner of the lattice and square pixels: ties in every diagonal.
+        (Config(), intrinsics(120, 120, 64, 48), (128, 96)),
+        # Wide, as the real trajectory's camera, and a size that 8 does not divide.
+        (Config(), intrinsics(58.3, 61.7, 79.5, 44.25), (157, 91)),
+        # The camera outside the grid, whose rays enter it at many distances.
+        (Config(pc_range=(-1, -1, 0.5, 2, 1, 3)), intrinsics(71, 73, 60, 50), (121, 99)),
+    ],
+)
+def test_bundles_equal_single_rays(config, K, size, fill):
+    grid = Grid.of(config)
+    occupied = np.random.default_rng(3).random(grid.shape) < fill
+    assert np.array_equal(by_packets(grid, K, size, occupied), one_by_one(grid, K, size, occupied))
+
+
+def test_the_number_of_threads_does_not_change_a_bit():
+    grid = Grid.of(Config(voxel_size=0.05))
+    occupied = np.random.default_rng(4).random(grid.shape) < 0.01
+    K, size = intrinsics(60, 61, 40, 30), (80, 60)
+    before = numba.get_num_threads()
+    states = []
+    try:
+        for threads in {1, before}:
+            numba.set_num_threads(threads)
+            states.append(by_packets(grid, K, size, occupied))
+    finally:
+        numba.set_num_threads(before)
+    assert all(np.array_equal(state, states[0]) for state in states)
+
+
+def test_a_camera_that_comes_again_gets_bundles_and_sees_the_same():
+    rng = np.random.default_rng(5)
+    cloud = into_blocks(rng.uniform(-2, 3, (4000, 3)).astype(np.float32))
+    grid = Grid.of(Config(voxel_size=0.05))
+    K, size = intrinsics(60, 61, 40, 30), (80, 60)
+    frames = [observe(grid, cloud, np.eye(4), K, size) for _ in range(7)]
+    assert packets_when_worth(grid, K, size) is not None
+    for frame in frames:
+        assert np.array_equal(frame.visible, frames[0].visible)
+        assert np.array_equal(frame.observed, frames[0].observed)
+
+
+def test_cameras_that_change_are_followed_ray_by_ray():
+    grid = Grid.of(Config(voxel_size=0.1))
+    for focal_length in range(20, 40):
+        assert packets_when_worth(grid, intrinsics(focal_length, 30, 16, 16), (32, 32)) is None
+
+
+def test_the_camera_of_an_episode_has_its_bundles_before_the_first_frame():
+    grid, size = Grid.of(Config(voxel_size=0.1)), (32, 32)
+    most, other = intrinsics(30, 31, 16, 16), intrinsics(20, 21, 16, 16)
+    ray_packets.prepare(grid, np.stack([other, *[most] * 5, other]), size)
+    assert packets_when_worth(grid, most, size) is not None
+    assert packets_when_worth(grid, other, size) is None
+    ray_packets.prepare(grid, np.stack([other] * 4), size)  # Too few to be worth it.
+    assert packets_when_worth(grid, other, size) is None
+    ray_packets.prepare(grid, np.zeros((0, 3, 3)), size)
+
+
+def test_lists_too_long_to_keep_are_not_made(monkeypatch):
+    monkeypatch.setattr(ray_packets, "_MOST", 1000)
+    grid = Grid.of(Config(voxel_size=0.1))
+    K, size = intrinsics(30, 30, 16, 16), (64, 32)
+    assert RayPackets.of(grid, K, size) is None
+    frames = [
+        observe(grid, into_blocks(np.zeros((0, 3), np.float32)), np.eye(4), K, size)
+        for _ in range(6)
+    ]
+    assert all(np.array_equal(frame.observed, frames[0].observed) for frame in frames)
+
+
+def test_rays_that_miss_the_grid_see_nothing():
+    grid = Grid((5.0, 5.0, 0.0), 1.0, (2, 2, 2))
+    state = by_packets(grid, intrinsics(100, 100, 4, 4), (9, 9), np.ones(grid.shape, bool))
+    assert not (state & OBSERVED).any()

@@ -1,0 +1,125 @@
+"""The template for a source, as a package of its own, and what is said of wrong ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from made_up import depth_of, episode_of, path, room
+
+import occgen_hub
+from occgen_hub import builder as builder_module
+from occgen_hub.builder import DatasetBuilder, EpisodeRef, load_builder
+from occgen_hub.errors import OccGenError, UsageError
+from occgen_hub.source_check import check_source
+
+EXAMPLE = Path(__file__).parent.parent / "examples/source_plugin"
+
+
+def test_the_template_is_a_package_of_its_own(tmp_path: Path) -> None:
+    """Installed into a folder, it is found by its entry point, and its own tests pass."""
+    package = Path(shutil.copytree(EXAMPLE, tmp_path / "package"))
+    target = tmp_path / "installed"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index",
+               "--no-build-isolation", "--target", target, package]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(package / "src")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"],
+        cwd=package, env=os.environ | {"PYTHONPATH": str(target)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "3 passed" in done.stdout
+
+
+# What is wrong with a source is said early
+
+
+def test_what_is_installed_wrongly_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def given(value: str) -> None:
+        points = [EntryPoint("mine", value, "occgen_hub.builders")]
+        monkeypatch.setattr(builder_module, "entry_points", lambda group: points)
+
+    for value, message in (
+        ("nowhere:Builder", "cannot be loaded .*nowhere"),
+        ("pathlib:Path", "is no subclass of"),
+        ("occgen_hub.builder:DatasetBuilder", "lacks the methods episodes, read, sources"),
+        ("occgen_hub.builders.video:VideoBuilder", "has the name 'video'; give it name = 'mine'"),
+    ):
+        given(value)
+        with pytest.raises(UsageError, match=message):
+            load_builder("mine", Path())
+
+
+class Mine(DatasetBuilder):
+    """A source of one made-up episode, which a test may change."""
+
+    name = "mine"
+    changes: dict[str, Any] = {}  # noqa: RUF012
+    ids = ("mine/room/walk",)
+    depth = True
+
+    def episodes(self):
+        for name in self.ids:
+            yield EpisodeRef(name, self.root)
+
+    def sources(self, ref):
+        return [self.root / "recording"]
+
+    def has_depth(self, ref):
+        return self.depth
+
+    def read(self, ref):
+        poses = path(6)
+        episode = episode_of([depth_of(room(), pose) for pose in poses], poses, ref.id)
+        return dataclasses.replace(episode, **self.changes)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "recording").write_text("")
+    return tmp_path
+
+
+def test_a_right_source_passes(root: Path) -> None:
+    (episode,) = check_source(Mine(root))
+    assert episode.length == 6
+    assert occgen_hub.check_source is check_source
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"ids": ("mine/walk",)}, "which has 2 parts"),
+        ({"ids": ("mine/../walk",)}, "no name of a folder"),
+        ({"ids": ("b/b/b", "a/a/a")}, "is not sorted by id"),
+        ({"ids": ("a/a/a", "a/a/a")}, "holds the episode a/a/a twice"),
+        ({"depth": False}, "has_depth.* and read gives the contrary"),
+        ({"sources": lambda self, ref: []}, "is empty"),
+        ({"sources": lambda self, ref: [self.root / "lost"]}, "lost, no file"),
+        ({"work": lambda self, ref: -1.0}, "return a number of 0 or more"),
+        ({"changes": {"id": "other"}}, "is 'other'; give the ref's id"),
+        ({"changes": {"fingerprint": "1"}}, "no SHA-256"),
+        ({"changes": {"image_size": (60, 80)}}, "swapped"),
+        ({"changes": {"fps": 0.0}}, "fps is 0.0"),
+        ({"changes": {"intrinsics": None}}, "intrinsics are missing"),
+        ({"changes": {"world_from_camera": np.linalg.inv(path(6))}}, "camera_from_world"),
+    ],
+)
+def test_a_wrong_source_fails_early(attributes: dict[str, Any], message: str, root: Path) -> None:
+    wrong = type("Mine", (Mine,), attributes)
+    wrong.__module__, wrong.__qualname__ = "pytest_wrong", "Mine"
+    sys.modules["pytest_wrong"] = type(sys)("pytest_wrong")
+    sys.modules["pytest_wrong"].Mine = wrong  # Where pickle looks for it.
+    with pytest.raises(OccGenError, match=message):
+        check_source(wrong(root))
