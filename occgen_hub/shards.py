@@ -548,6 +548,8 @@ def check_shards(root: Path) -> Iterator[DatasetError]:
     scenes = _scenes(root, ())
     if scenes.keys() == {""}:  # A trajectory by itself.
         return
+    if not known and not shards(root) and not any((root / FOLDER).glob(OLD_PATTERN)):
+        return  # Built and not finalized, of which the records of the build tell.
     here = {episode: path for found in scenes.values() for episode, path in found}
     for path in sorted((root / FOLDER).glob(OLD_PATTERN)):
         yield DatasetError(path, "is a shard of an earlier version", RUN_FINALIZE)

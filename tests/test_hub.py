@@ -317,7 +317,7 @@ assert len(frames) == len(built)
 for row, other in zip(frames, built):
     same(row, other)
 streamed = list(load_dataset(repo_id, "occupancy", split="train", streaming=True))
-built = rows(sorted(folder.glob("occupancy/*.parquet")))
+built = rows(sorted(folder.glob("occupancy/*/*.parquet")))
 assert len(streamed) == len(built) == len(frames)
 for row, other in zip(streamed, built):
     same(row, other)

@@ -437,7 +437,7 @@ def test_of_a_dataset_that_is_partly_here_there_are_the_episodes_that_are(many, 
         ({"shard_starts": (1,)}, "without frames"),
         ({"shard_starts": (0, 1)}, "of unequal length"),
         ({"row_groups": (-1,)}, "without frames"),
-        ({"group_rows": 1 << 20}, "larger than any"),
+        ({"group_rows": 1 << 20, "frames": 1 << 20}, "larger than any"),
     ],
 )
 def test_an_index_that_does_not_say_where_frames_are(many, tmp_path, change, problem):
@@ -496,7 +496,7 @@ def first(value):
         (put("camera_extrinsic", first(lambda v: [[float("nan")] * 4] * 4)), "not finite"),
         (put("camera_extrinsic", first(lambda v: [[2.0] * 4] * 4)), "not rigid"),
         (lambda table: table.drop_columns(["observed"]), "no column observed of binary"),
-        (lambda table: table.slice(0, 0), "row group 0.*as the index says"),
+        (lambda table: table.slice(0, 0), "not of frames 0 to 3"),
         (lambda table: table.slice(0, 3), "not of frames 0 to 3"),
     ],
 )  # fmt: skip
@@ -583,9 +583,9 @@ def test_opening_and_an_item_read_little(many):
 def test_a_large_dataset_opens_in_no_time(tmp_path):
     """20,000 episodes, by their index alone: the shards are empty files."""
     make_up(tmp_path, 20_000)
-    found = min((opening(tmp_path) for _ in range(2)), key=lambda found: found["seconds"])
+    found = opening(tmp_path)
     assert (found["episodes"], found["frames"]) == (20_000, 76 * 20_000)
-    assert found["seconds"] < 2
+    assert found["core_seconds"] < 2  # Others may have the cores.
     assert found["bytes_more"] < 300e6
 
 

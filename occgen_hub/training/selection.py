@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from occgen_hub.config import MAX_CELLS
 from occgen_hub.errors import DatasetError, UsageError
 from occgen_hub.index import FINALIZE, INDEX, read_index
+from occgen_hub.loading import EXPORT
 from occgen_hub.media import MAX_PIXELS
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.training.shard_file import MAX_GROUP_ROWS, MAX_SHARD_ROWS, open_shard
@@ -151,7 +152,8 @@ def frame_index(source: Source, selection: Selection, keys: Sequence[str]) -> Fr
     if table.num_rows and media:
         shard = table["shards"][0].as_py()[0]
         in_shards = frozenset(MEDIA) & {*open_shard(source, shard).schema_arrow.names}
-        if not in_shards.issuperset(media) and source.address is None:
+        folders = source.address is None and not (root / EXPORT).exists()
+        if not in_shards.issuperset(media) and folders:
             table = table.filter(pa.array(_folders_here(root, table))).combine_chunks()
     if not table.num_rows:
         raise UsageError(
@@ -249,6 +251,8 @@ def _row_groups(
 
 def _grid(root: Path, table: pa.Table) -> Grid:
     """The grid of all episodes; raises DatasetError where it is none, or they have several."""
+    if not np.isfinite(table["voxel_size"].to_numpy()).all():
+        raise DatasetError(root / INDEX, "does not describe a grid", FINALIZE)
     columns = [table[name].to_pylist() for name in ("shape", "voxel_size", "pc_range")]
     first, *others = {(*shape, size, *low) for shape, size, low in zip(*columns, strict=True)}
     for numbers in (first, *others):
