@@ -456,7 +456,10 @@ def _grid(root: Path, table: pa.Table) -> Grid:
 def _open(path: Path) -> pq.ParquetFile:
     """A shard, its columns looked at; raises ValueError and what Arrow does when it is none."""
     with opened(path):  # No pipe, which would block.
-        file = pq.ParquetFile(path, read_dictionary=["episode"])
+        try:
+            file = pq.ParquetFile(path, read_dictionary=["episode"])
+        except KeyError as error:
+            raise ValueError("it has no column episode") from error
     if file.metadata.num_rows > MAX_SHARD_ROWS:
         raise ValueError(f"it claims {file.metadata.num_rows} rows")
     types = plain(file.schema_arrow.empty_table()).schema
