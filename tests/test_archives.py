@@ -6,9 +6,11 @@ import gzip
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 import zipfile
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -21,6 +23,7 @@ from occgen_hub.archives import unpack
 from occgen_hub.config import Config
 from occgen_hub.errors import OccGenError, SourceError
 from occgen_hub.hub_source import HubSource
+from occgen_hub.scenes import SceneRef, estimate, read_scene
 from occgen_hub.scratch import ScratchPlace, open_scratch
 
 COARSE = Config(voxel_size=0.25)
@@ -116,7 +119,9 @@ def test_unchanged_archives_are_not_unpacked_again_and_replaced_ones_are(built, 
     library_sample(other)
     pack(other / "sample_zed/house_000", archive)
     ran = run("build", "--input", copy, "--output", out, "--dry-run")
-    assert "g1/house_000  to build: was replaced since it was built" in ran.stdout
+    assert " MB  to build: was replaced since it was built" in ran.stdout
+    assert "(measured on 3 built scenes)" in ran.stdout
+    assert "1 of 1 scenes would be built" in ran.stdout
     summary = library.build("internnav", copy, out)
     assert (summary.built, summary.failures) == (1, [])
 
@@ -334,9 +339,35 @@ def test_what_the_hub_refuses_is_one_sentence(
     for name, value in constants.items():
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
     ran = run("build", "--input", address, "--output", tmp_path / "out", "--dry-run")
-    assert isinstance(ran.exception, OccGenError)
+    assert isinstance(ran.exception, OccGenError), ran.output
     assert said in str(ran.exception)
     assert "\n" not in str(ran.exception)
+
+
+def test_a_dry_run_lists_scenes_with_their_bytes_and_an_estimate(hub, packed, tmp_path):
+    ran = run("build", "--input", ROOMS, "--output", tmp_path / "out", "--dry-run")
+    size = (packed / "g1/house_000.tar.gz").stat().st_size
+    assert f"g1/house_000  {size / 1e6:.1f} MB  to build: is not built" in ran.stdout
+    assert re.search(
+        r"2 scenes, [\d.]+ MB to be downloaded: about \S+ s of one process, [\d.]+ MB in the "
+        r"dataset, and [\d.]+ MB of scratch for the largest \(assumed, since no scene",
+        ran.stdout,
+    )
+    assert "2 of 2 scenes would be built" in ran.stdout
+    assert not [line for line in hub.asked if "/resolve/" in line]
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_estimate_is_in_proportion_to_what_was_built(built):
+    refs = [SceneRef(f"g/{n}", Path(f"g/{n}.tar"), 5_000_000, "") for n in (1, 2)]
+    found = estimate(built[0], refs)
+    records = [read_scene(built[0], f"g{n}/house_000") for n in (1, 2, 3)]
+    read = sum(record.bytes for record in records)
+    assert found.measured == 3
+    assert found.seconds == pytest.approx(1e7 * sum(r.seconds for r in records) / read)
+    assert found.unpacked == int(5e6 * sum(r.unpacked for r in records) / read)
+    written = sum(p.stat().st_size for p in built[0].glob("g?/**/*") if p.is_file())
+    assert found.output == int(1e7 * written / read)
 
 
 def test_a_download_that_is_cut_off_is_a_failure_of_its_scene(hub, tmp_path):
