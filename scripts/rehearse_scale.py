@@ -100,7 +100,7 @@ def build(root: Path, out: Path, workers: int, limit: str) -> dict[str, float]:
     spent = time.perf_counter() - begin
     if process.returncode:
         raise SystemExit(f"The build of {root} ended with {process.returncode}.")
-    episodes = sum(1 for _ in out.glob("*/*/*/meta/occgen.json"))
+    episodes = sum(1 for _ in out.rglob("meta/occgen.json"))
     return {
         "seconds": spent, "episodes": episodes, "output": held(out),
         "scratch": most_scratch, "memory": most_memory,
