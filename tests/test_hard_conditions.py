@@ -239,7 +239,7 @@ def test_shards_that_were_written_again_are_told(sample_tree, dataset, tmp_path)
         shutil.rmtree(other)
     library.finalize(root)
     again = __import__("pickle").loads(__import__("pickle").dumps(opened))  # As a worker has it.
-    with pytest.raises(DatasetError, match=r"since the dataset was opened; open the dataset again"):
+    with pytest.raises(DatasetError, match=r"open the dataset again if it was changed since"):
         again[len(again) - 1]
 
 

@@ -244,7 +244,7 @@ def _row_groups(
     sizes = np.repeat(per_group, counts)
     last = np.cumsum(counts) - 1
     sizes[last] = stops - starts - (counts - 1) * per_group
-    if sizes.max() > MAX_GROUP_ROWS:
+    if per_group.max() > MAX_GROUP_ROWS:
         raise ValueError("it has row groups larger than any of ours")
     return names.tolist(), groups.astype(np.int32), sizes
 
@@ -255,13 +255,13 @@ def _grid(root: Path, table: pa.Table) -> Grid:
         raise DatasetError(root / INDEX, "does not describe a grid", FINALIZE)
     columns = [table[name].to_pylist() for name in ("shape", "voxel_size", "pc_range")]
     first, *others = {(*shape, size, *low) for shape, size, low in zip(*columns, strict=True)}
+    for numbers in (first, *others):
+        if not (len(numbers) == 10 and np.isfinite(numbers).all() and min(numbers[:4]) > 0):
+            raise DatasetError(root / INDEX, "does not describe a grid", FINALIZE)
     if others:
         problem = "has episodes of several grids, which no batch can hold together"
         raise DatasetError(root / INDEX, problem, "build the whole dataset with one configuration")
     shape, (size, *low) = first[:3], first[3:]
-    sound = len(first) == 10 and np.isfinite([size, *low]).all() and size > 0 and min(shape) > 0
-    if not sound:
-        raise DatasetError(root / INDEX, "does not describe a grid", FINALIZE)
     grid = Grid((*low[:3],), size, tuple(int(n) for n in shape))  # type: ignore[arg-type]  # three
     if grid.cells > MAX_CELLS:
         problem = f"has a grid of more than {MAX_CELLS} cells"

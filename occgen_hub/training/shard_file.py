@@ -35,6 +35,9 @@ MAX_GROUP_BYTES = 1 << 30
 MAX_GROUP_ROWS = 1 << 12
 """Of a row group, which is decoded whole: ours have 8 rows and 6 MB."""
 
+UNREADABLE = f"open the dataset again if it was changed since, fetch it again, or {REMAKE}"
+"""What to do about a shard that is not as the index says."""
+
 FOOTER_BYTES = 1 << 17
 """Of a file on the Hub that are read first: they hold the metadata of some 50 row groups."""
 
@@ -144,8 +147,8 @@ def reading(path: Path | str) -> Iterator[None]:
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         text = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         problem = f"is not a shard that can be read ({text.rstrip('.')})"
-        raise DatasetError(path, problem, f"fetch it again, or {REMAKE}") from None
+        raise DatasetError(path, problem, UNREADABLE) from None
     except (DatasetError, UsageError):
         raise
     except SourceError as error:
-        raise DatasetError(path, error.problem, f"fetch it again, or {REMAKE}") from None
+        raise DatasetError(path, error.problem, UNREADABLE) from None
