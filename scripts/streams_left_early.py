@@ -2,8 +2,8 @@
 
     python scripts/streams_left_early.py SHARD.parquet [--trials N]
 
-The rows of a shard are written in several layouts, and each is streamed by processes that leave after
-some rows. Up to version 4 of `datasets`, a process may hang or be aborted then (apache/arrow 45214).
+The rows of a shard are written in several layouts. Processes stream each of them and leave after
+some rows. Up to version 4 of `datasets`, they may hang or be aborted (apache/arrow 45214).
 """
 
 from __future__ import annotations
