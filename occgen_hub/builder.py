@@ -27,7 +27,7 @@ from occgen_hub.errors import (
     one_line,
 )
 from occgen_hub.files import MACHINE_FAULTS, Version, sha256, version
-from occgen_hub.kinds import lerobot_kind
+from occgen_hub.kinds import LEROBOT_REMEDY, lerobot_kind
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +226,7 @@ def _builder_class(name: str) -> type[DatasetBuilder]:
 def other_source(root: Path, name: str) -> str:
     """For the end of an error: another source that knows what is at `root`, "" if none does."""
     if (kind := lerobot_kind(root)) is not None:
-        return f"it is {kind}: use --source lerobot"
+        return f"it is {kind}: {LEROBOT_REMEDY}"
     for other in builder_names():
         if other == name:
             continue

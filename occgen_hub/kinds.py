@@ -17,6 +17,10 @@ INTERNNAV = "observation.camera_intrinsic"
 """A feature of InternData-N1, whose trajectories are LeRobot datasets of their own kind."""
 
 
+LEROBOT_REMEDY = "give --source video its folder videos, which has to have a file an episode"
+"""Of LeRobot datasets only the videos are read."""
+
+
 def lerobot_kind(folder: Path) -> str | None:
     """Such as "a LeRobot v3.0 dataset", if a folder is one; None for one of InternData-N1."""
     if not is_file(folder / INFO):
@@ -51,7 +55,7 @@ def check_not_lerobot(root: Path, paths: Iterable[Path]) -> None:
     """Raise UsageError where one of `paths`, at or below `root`, lies in a LeRobot dataset."""
     for folder in _folders(root, paths):
         if (kind := lerobot_kind(folder)) is not None:
-            raise UsageError(f"{folder}: is {kind}; use --source lerobot.")
+            raise UsageError(f"{folder}: is {kind}; {LEROBOT_REMEDY}.")
 
 
 def _folders(root: Path, paths: Iterable[Path]) -> Iterator[Path]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from occgen_hub.archives import archive_stem, unpack
 from occgen_hub.atomic import atomic_file
 from occgen_hub.builder import EpisodeRef
 from occgen_hub.errors import OccGenError, SourceError
-from occgen_hub.files import dump_json, read_json, sha256
+from occgen_hub.files import dump_json, files_under, read_json, sha256
 from occgen_hub.schema import Schema
 from occgen_hub.scratch import Room
 
@@ -224,6 +225,58 @@ def read_scene(out: Path, name: str) -> SceneRecord | None:
         ):
             return record
     return None
+
+
+# What building scenes takes
+
+SECONDS_PER_BYTE = 1 / 1_600_000
+UNPACKED_PER_BYTE = 1.2
+OUTPUT_PER_BYTE = 1.5
+"""What is assumed while no scene is built: 0.2 MB a frame, and 8 frames a second of one process, as
+of the trajectory of InternData-N1 in docs/measurements.md; the sizes are rough."""
+
+MAX_MEASURED = 100
+"""Scenes whose records an estimate is made from."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What building scenes takes. measured: the scenes that were built already and say so, 0 where
+    all is assumed; seconds: of one process, fetching included; unpacked: bytes of scratch that the
+    largest scene takes; output: bytes that all of them take in the dataset.
+    """
+
+    measured: int
+    seconds: float
+    unpacked: int
+    output: int
+
+
+def estimate(out: Path, refs: Sequence[SceneRef]) -> Estimate:
+    """What building these scenes takes, in proportion to those that were built into `out`."""
+    folder = out / RECORDS
+    records = []
+    for path in islice(folder.rglob("*.json"), MAX_MEASURED):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        record = read_scene(out, name)
+        if record and record.episodes and not record.failed and record.bytes > 0:
+            records.append(record)
+    total, largest = sum(ref.bytes for ref in refs), max((ref.bytes for ref in refs), default=0)
+    rates = [SECONDS_PER_BYTE, UNPACKED_PER_BYTE, OUTPUT_PER_BYTE]
+    if records:
+        read = sum(record.bytes for record in records)
+        rates = [
+            sum(record.seconds for record in records) / read,
+            sum(record.unpacked for record in records) / read,
+            sum(_size(out / name) for record in records for name in record.episodes) / read,
+        ]
+    seconds, unpacked, output = rates
+    return Estimate(len(records), seconds * total, int(unpacked * largest), int(output * total))
+
+
+def _size(folder: Path) -> int:
+    """The bytes of the files in a folder."""
+    return sum(path.stat().st_size for path in files_under(folder))
 
 
 def _record_path(out: Path, name: str) -> Path:

@@ -6,19 +6,33 @@ import gzip
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 import zipfile
+from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from commands import occgen_hub, tree
-from hub_server import BAD, LOCKED, READER, WRITER, Fault, Hub, Repository
+from hub_server import BAD, LOCKED, READER, Fault, Hub, Repository
 
 import occgen_hub as library
+from occgen_hub import cli
 from occgen_hub.archives import unpack
-from occgen_hub.errors import SourceError
+from occgen_hub.config import Config
+from occgen_hub.errors import OccGenError, SourceError
 from occgen_hub.hub_source import HubSource
+from occgen_hub.scenes import SceneRef, estimate, read_scene
 from occgen_hub.scratch import ScratchPlace, open_scratch
+
+COARSE = Config(voxel_size=0.25)
+"""For builds of which only the episodes' names are looked at."""
+
+
+def run(*arguments):
+    """Run the command line in this process."""
+    return CliRunner().invoke(cli.cli, [str(argument) for argument in arguments])
 
 
 def free(_):
@@ -104,8 +118,10 @@ def test_unchanged_archives_are_not_unpacked_again_and_replaced_ones_are(built, 
     other = tmp_path / "other"
     library_sample(other)
     pack(other / "sample_zed/house_000", archive)
-    ran = occgen_hub("build", "--input", copy, "--output", out, "--dry-run")
-    assert "g1/house_000  to build: was replaced since it was built" in ran.stdout
+    ran = run("build", "--input", copy, "--output", out, "--dry-run")
+    assert " MB  to build: was replaced since it was built" in ran.stdout
+    assert "(measured on 3 built scenes)" in ran.stdout
+    assert "1 of 1 scenes would be built" in ran.stdout
     summary = library.build("internnav", copy, out)
     assert (summary.built, summary.failures) == (1, [])
 
@@ -120,7 +136,7 @@ def test_a_shard_builds_its_scenes(packed, tmp_path):
     copy = tmp_path / "tree"
     shutil.copytree(packed / "g1", copy / "g1")
     for index in (0, 1):
-        library.build("internnav", copy, tmp_path / "out", shard=(index, 2))
+        library.build("internnav", copy, tmp_path / "out", shard=(index, 2), config=COARSE)
     summary = library.finalize(tmp_path / "out")
     assert (summary.built, len(summary.failures)) == (2, 1)
 
@@ -140,7 +156,7 @@ def test_failures_name_the_file_in_the_archive(packed, tmp_path):
     image = next((tmp_path / "scene").rglob("*.jpg"))
     image.write_bytes(b"")
     pack(tmp_path / "scene/house_000", tmp_path / "tree/g/house_000.tgz")
-    summary = library.build("internnav", tmp_path / "tree", tmp_path / "out")
+    summary = library.build("internnav", tmp_path / "tree", tmp_path / "out", config=COARSE)
     (failure,) = summary.failures
     assert summary.built == 1
     inside = image.relative_to(tmp_path / "scene/house_000")
@@ -235,9 +251,12 @@ def test_a_header_that_claims_gigabytes_is_refused(tmp_path):
 
 # The Hub
 
+ROOMS = "hf://datasets/org/rooms/traj"
 
-@pytest.fixture
-def hub(packed, sample_tree):
+
+@pytest.fixture(scope="module")
+def served(packed, sample_tree):
+    """A Hub with an archive and a folder of the same scene."""
     served = Hub()
     repository = Repository(private=False)
     files = {"README.md": b"rooms"}
@@ -253,66 +272,115 @@ def hub(packed, sample_tree):
     served.close()
 
 
-def from_hub(hub, tmp_path, *arguments, address="hf://datasets/org/rooms/traj", **env):
-    return occgen_hub(
-        "build", "--input", address, "--output", tmp_path / "out", *arguments,
-        HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"),
-        **{"HF_HUB_OFFLINE": "0", "HF_TOKEN": READER} | env,
-    )  # fmt: skip
+@pytest.fixture
+def hub(served, monkeypatch):
+    """That Hub, read by this process, whose client does not wait before it tries again."""
+    served.asked.clear()
+    served.faults.clear()
+    files = f"{served.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", served.url)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", files)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    for module in ("file_download", "utils._http"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.time.sleep", lambda _: None)
+    monkeypatch.setenv("HF_TOKEN", READER)
+    return served
 
 
-def test_scenes_on_the_hub_are_fetched_built_and_removed(hub, dataset, tmp_path):
-    ran = from_hub(hub, tmp_path)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "4 built, 0 already there, 0 failed" in ran.stdout
+def test_scenes_on_the_hub_are_fetched_built_and_removed(hub, dataset, tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home))
+    summary = library.build("internnav", ROOMS, tmp_path / "out")
+    assert (summary.built, summary.present, summary.failures) == (4, 0, []), summary.failures
     plain = parts(dataset, "sample_zed")
     assert parts(tmp_path / "out", "g1") == parts(tmp_path / "out", "loose") == plain
-    left = [path for path in (tmp_path / "home").rglob("*") if path.suffix in (".gz", ".jpg")]
-    assert not left
+    assert not [path for path in home.rglob("*") if path.suffix in (".gz", ".jpg")]
     assert not (tmp_path / "out/.scratch").exists()
 
     hub.asked.clear()
-    ran = from_hub(hub, tmp_path)
-    assert "0 built, 4 already there" in ran.stdout
+    summary = library.build("internnav", ROOMS, tmp_path / "out")
+    assert (summary.built, summary.present) == (0, 4)
     assert not [line for line in hub.asked if "/resolve/" in line]
 
 
-@pytest.mark.parametrize(
-    ("env", "said"),
-    [
-        ({"HF_TOKEN": LOCKED}, "is gated, and this token has no access"),
-        ({"HF_TOKEN": BAD}, "the Hub does not know the token"),
-        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set; unset it to read from the Hub."),
-        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "the connection to http://127.0.0.1:9 failed"),
-        ({"address": "hf://datasets/org/none"}, "is not there, or hidden from this token"),
-        ({"address": "hf://datasets/org/rooms@none"}, "has no revision none"),
-        ({"address": "hf://datasets/org"}, "is no dataset on the Hub; give --input hf://"),
-    ],
-)
-def test_what_the_hub_refuses_is_one_sentence(hub, tmp_path, env, said):
-    options = {"address": env.pop("address")} if "address" in env else {}
-    env = dict(env)
-    if "HF_ENDPOINT" in env:
-        hub.url = env.pop("HF_ENDPOINT")
-    ran = from_hub(hub, tmp_path, "--dry-run", **options, **env)
-    assert ran.returncode in (1, 2)
-    assert said in ran.stderr
+def test_a_refusal_is_all_that_a_process_says(hub, tmp_path):
+    ran = occgen_hub(
+        "build", "--input", ROOMS, "--output", tmp_path / "out", "--dry-run",
+        HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="0", HF_TOKEN=LOCKED,
+    )  # fmt: skip
+    assert ran.returncode == 1
+    assert "is gated, and this token has no access" in ran.stderr
     assert len(ran.stderr.strip().splitlines()) == 1, ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("constants", "token", "address", "said"),
+    [
+        ({}, LOCKED, ROOMS, "is gated, and this token has no access"),
+        ({}, BAD, ROOMS, "the Hub does not know the token"),
+        (
+            {"HF_HUB_OFFLINE": True}, READER, ROOMS,
+            "HF_HUB_OFFLINE is set; unset it to read from the Hub.",
+        ),
+        (
+            {"ENDPOINT": "http://127.0.0.1:9"}, READER, ROOMS,
+            "the connection to http://127.0.0.1:9 failed",
+        ),
+        ({}, READER, "hf://datasets/org/none", "is not there, or hidden from this token"),
+        ({}, READER, "hf://datasets/org/rooms@none", "has no revision none"),
+        ({}, READER, "hf://datasets/org", "is no dataset on the Hub; give --input hf://"),
+    ],
+)  # fmt: skip
+def test_what_the_hub_refuses_is_one_sentence(
+    hub, tmp_path, monkeypatch, constants, token, address, said
+):
+    monkeypatch.setenv("HF_TOKEN", token)
+    for name, value in constants.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    ran = run("build", "--input", address, "--output", tmp_path / "out", "--dry-run")
+    assert isinstance(ran.exception, OccGenError), ran.output
+    assert said in str(ran.exception)
+    assert "\n" not in str(ran.exception)
+
+
+def test_a_dry_run_lists_scenes_with_their_bytes_and_an_estimate(hub, packed, tmp_path):
+    ran = run("build", "--input", ROOMS, "--output", tmp_path / "out", "--dry-run")
+    size = (packed / "g1/house_000.tar.gz").stat().st_size
+    assert f"g1/house_000  {size / 1e6:.1f} MB  to build: is not built" in ran.stdout
+    assert re.search(
+        r"2 scenes, [\d.]+ MB to be downloaded: about \S+ s of one process, [\d.]+ MB in the "
+        r"dataset, and [\d.]+ MB of scratch for the largest \(assumed, since no scene",
+        ran.stdout,
+    )
+    assert "2 of 2 scenes would be built" in ran.stdout
+    assert not [line for line in hub.asked if "/resolve/" in line]
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_estimate_is_in_proportion_to_what_was_built(built):
+    refs = [SceneRef(f"g/{n}", Path(f"g/{n}.tar"), 5_000_000, "") for n in (1, 2)]
+    found = estimate(built[0], refs)
+    records = [read_scene(built[0], f"g{n}/house_000") for n in (1, 2, 3)]
+    read = sum(record.bytes for record in records)
+    assert found.measured == 3
+    assert found.seconds == pytest.approx(1e7 * sum(r.seconds for r in records) / read)
+    assert found.unpacked == int(5e6 * sum(r.unpacked for r in records) / read)
+    written = sum(p.stat().st_size for p in built[0].glob("g?/**/*") if p.is_file())
+    assert found.output == int(1e7 * written / read)
 
 
 def test_a_download_that_is_cut_off_is_a_failure_of_its_scene(hub, tmp_path):
     hub.faults.append(Fault("GET .*/resolve/.*tar.gz", times=100))
-    ran = from_hub(hub, tmp_path, "--scenes", "g1/*", "--scenes", "loose/*")
-    assert ran.returncode == 1
-    assert "2 built" in ran.stdout
+    summary = library.build("internnav", ROOMS, tmp_path / "out", config=COARSE)
+    (failure,) = summary.failures
+    assert (summary.built, failure.id) == (2, "g1/house_000")
+    assert "check the connection and run the same command again" in failure.reason
     (row,) = map(json.loads, (tmp_path / "out/failures.jsonl").read_text().splitlines())
     assert row["episode"] == "g1/house_000"
-    assert "check the connection and run the same command again" in row["reason"]
     hub.faults.clear()
-    assert (
-        "2 built, 0 already there, 0 failed"
-        in from_hub(hub, tmp_path, "--scenes", "g1/*", HF_TOKEN=WRITER).stdout
-    )
+    again = library.build("internnav", ROOMS, tmp_path / "out", scenes=["g1/*"], config=COARSE)
+    assert (again.built, again.failures) == (2, [])
 
 
 def test_addresses():

@@ -419,7 +419,7 @@ def test_rates_and_viewpoints_beyond_reason_are_refused(dataset, tmp_path):
     camera.write_text(json.dumps({"position": [1e308, 0, 0], "target": [0, 0, 0], "up": [0, 0, 1]}))
     with pytest.raises(UsageError, match="is no viewpoint"):
         Viewpoint.load(camera)
-    from occgen_hub.visual.film import rate
+    from occgen_hub.visual.render import rate
 
     copy = Path(shutil.copytree(place, tmp_path / "slow"))
     info = json.loads((copy / "meta/info.json").read_text())
@@ -448,10 +448,11 @@ def test_words_in_place_of_poses_are_told(dataset, tmp_path):
 def test_a_shard_without_the_episodes_is_told(dataset, tmp_path):
     training = pytest.importorskip("occgen_hub.training")
     root = Path(shutil.copytree(dataset, tmp_path / "out"))
-    (shard,) = root.glob("occupancy/*.parquet")
-    pq.write_table(pq.read_table(shard).drop_columns(["episode"]), shard)
-    with pytest.raises(DatasetError, match="no column episode"):
-        training.OccupancyDataset(root, keys=("occupancy",))
+    opened = training.OccupancyDataset(root, keys=("occupancy",))
+    for shard in root.glob("occupancy/*/*.parquet"):
+        pq.write_table(pq.read_table(shard).drop_columns(["episode"]), shard)
+    with pytest.raises(DatasetError, match=r"\.parquet: .*(no column episode|since the dataset)"):
+        opened[0]
 
 
 def test_a_video_that_was_cut_after_its_keyframe_is_read(tmp_path):

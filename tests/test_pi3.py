@@ -259,7 +259,8 @@ def test_memory_does_not_grow_with_the_video(checkpoint, tmp_path):
         result = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
         peaks.append(int(result.stdout))
     # Each frame more, kept as points, would take over half a megabyte: 150 MB in all.
-    assert peaks[1] - peaks[0] < 10_000
+    # Verifying a loop, of which the short one has none, takes what two windows take: 18 MB.
+    assert peaks[1] - peaks[0] < 30_000
 
 
 # From a recording whose cameras the stand-in network knows

@@ -260,24 +260,49 @@ def _dry_run(
     from occgen_hub.job import open_job
     from occgen_hub.runtime import cluster
     from occgen_hub.runtime.records import make_plan
+    from occgen_hub.scenes import SceneRef
 
     with without_fetching():
         job = _open_cluster_job(options) if executor in CLUSTERS else open_job(**options)
     mine = None if shard is None else set(make_plan(job, shard.count).shards[shard.index])
     refs = [ref for ref in job.refs if mine is None or ref.id in mine]
-    missing = 0
+    todo = []
     for ref in refs:
         reason = job.reason_to_build(ref)
-        missing += reason is not None
-        say(f"{ref.id}  {reason or 'present'}")
+        size = f"  {ref.bytes / 1e6:,.1f} MB" if isinstance(ref, SceneRef) else ""
+        if reason is not None:
+            todo.append(ref)
+        say(f"{ref.id}{size}  {reason or 'present'}")
+    _say_estimate(job, [ref for ref in todo if isinstance(ref, SceneRef)])
     _say_outlook(job, refs)
     if executor in CLUSTERS:
         tasks = cluster.make_tasks(job, executor, running["tasks"])
         click.echo(tasks)
         if executor == "slurm" and tasks.todo:
             click.echo(f"The batch script:\n\n{cluster.batch_script(tasks, running)}")
-    say(f"{missing} of {len(refs)} episodes would be built into {job.out}; nothing was done.")
+    units = "scenes" if any(isinstance(ref, SceneRef) for ref in refs) else "episodes"
+    say(f"{len(todo)} of {len(refs)} {units} would be built into {job.out}; nothing was done.")
     return 0
+
+
+def _say_estimate(job: Job, scenes: Sequence[SceneRef]) -> None:
+    """What building these scenes takes: bytes to fetch, time and disk."""
+    from occgen_hub.scenes import estimate
+
+    if not scenes:
+        return
+    found = estimate(job.out, scenes)
+    fetched = "downloaded" if job.hub else "read"
+    basis = (
+        f"measured on {found.measured} built scenes"
+        if found.measured
+        else "assumed, since no scene is built yet"
+    )
+    say(
+        f"{len(scenes)} scenes, {sum(ref.bytes for ref in scenes) / 1e6:,.1f} MB to be {fetched}: "
+        f"about {_duration(found.seconds)} of one process, {found.output / 1e6:,.1f} MB in the "
+        f"dataset, and {found.unpacked / 1e6:,.1f} MB of scratch for the largest ({basis})."
+    )
 
 
 def _say_outlook(job: Job, refs: Sequence[EpisodeRef | SceneRef]) -> None:

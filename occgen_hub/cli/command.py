@@ -69,7 +69,11 @@ class Examples(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Run it; what stops it is told whether it goes on."""
         try:
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            except ImportError:  # Some libraries make one of a signal that comes as they load.
+                stop_if_asked()
+                raise
         except Stopped as stopped:
             stopped.goes_on = self.goes_on
             raise

@@ -17,7 +17,8 @@ LEAST_WINDOWS = 4
 """Of fewer, `loop_closure: auto` leaves loops alone: they hardly drift."""
 
 AROUND = 20
-"""Frames around each end that a candidate is verified with."""
+"""Frames around each end that a candidate is verified with, at most; both ends together are no more
+than a window, of which it is known that there is memory for it."""
 
 LOOKS = 1000
 """Frames whose looks are compared, evenly chosen: more are too alike to tell anything."""
@@ -94,15 +95,16 @@ def close_loops(
     """
     edges = []
     tried = candidates(looks, assembly.windows)
+    reach = min(AROUND, max(map(len, assembly.windows)) // 2)
     for candidate in tried:
-        ends = [around(place, len(looks)) for place in (candidate.first, candidate.second)]
+        ends = [around(place, len(looks), reach) for place in (candidate.first, candidate.second)]
         known = [remembered(end) for end in ends]
         drift = verified(look([*ends[0], *ends[1]]), known, metric=assembly.metric)
         if drift is None:
             continue
         first, second = (assembly.owner(place) for place in (candidate.first, candidate.second))
-        reach = _reach(remembered([candidate.first]))
-        edge = closure_edge(assembly.nodes, first, second, drift, reach)
+        depth = _reach(remembered([candidate.first]))
+        edge = closure_edge(assembly.nodes, first, second, drift, depth)
         place = assembly.world_from_camera[candidate.second, :3, 3]
         if plausible(assembly.nodes, assembly.edges, first, second, drift, place):
             edges.append(edge)
@@ -112,10 +114,10 @@ def close_loops(
     return len(tried), sum(kept) - len(assembly.edges)
 
 
-def around(place: int, count: int) -> list[int]:
-    """The `AROUND` views around one of `count`, fewer where there are not so many."""
-    start = min(max(0, place - AROUND // 2), max(0, count - AROUND))
-    return list(range(start, min(start + AROUND, count)))
+def around(place: int, count: int, reach: int) -> list[int]:
+    """The `reach` views around one of `count`, fewer where there are not so many."""
+    start = min(max(0, place - reach // 2), max(0, count - reach))
+    return list(range(start, min(start + reach, count)))
 
 
 def verified(found: Window, known: list[Window], *, metric: bool = False) -> Sim3 | None:

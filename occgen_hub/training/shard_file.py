@@ -63,7 +63,10 @@ def open_group(source: Source, name: str, shard: pq.ParquetFile, group: int) -> 
 
 def _open(path: Path) -> pq.ParquetFile:
     with opened(path):  # No pipe, which would block.
-        file = pq.ParquetFile(path, read_dictionary=["episode"])
+        try:
+            file = pq.ParquetFile(path, read_dictionary=["episode"])
+        except KeyError as error:
+            raise ValueError("it has no column episode") from error
     _check_columns(file)
     file.scan_contents(["episode", "frame_index"])  # Raises where damaged metadata would abort.
     return _checked(file)
