@@ -57,7 +57,7 @@ def test_each_table_and_meta_file_is_parsed_once(dataset, monkeypatch):
     for name in ("read_parquet", "read_jsonl", "read_json"):
         read = getattr(loading, name)
         monkeypatch.setattr(loading, name, partial(_counted, parsed, read))
-    monkeypatch.setattr("occgen_hub.validation.check_shards", lambda root: None)
+    monkeypatch.setattr("occgen_hub.validation.check_shards", lambda root: ())
     assert validate(dataset).findings == ()
     tables = {path: n for path, n in parsed.items() if path.suffix == ".parquet"}
     meta = {path: n for path, n in parsed.items() if path.suffix != ".parquet"}
