@@ -6,6 +6,7 @@ import glob
 import logging
 import random
 import re
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,7 @@ from occgen_hub.card import write_card
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.files import files_under, links_out
 from occgen_hub.hub_token import check_sendable
+from occgen_hub.index import INDEX, entries, file_stem, read_entries, read_part, write_index
 from occgen_hub.lerobot.export_check import FOLDERS, exported
 from occgen_hub.lerobot.v30 import CODEBASE
 from occgen_hub.loading import Trajectory, trajectories
@@ -27,7 +29,7 @@ from occgen_hub.shards import FOLDER
 from occgen_hub.validation import validate
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitInfo, HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
 MAX_FILES = 100_000
@@ -164,6 +166,7 @@ def push(
     """Send a dataset that `prepare` found good to the Hub, and return its address there.
 
     What is there already is not sent again, so an interrupted push goes on when it is repeated.
+    Scenes that are there and not here stay, and their rows are added to the index here.
     The repository and the branch `revision` are made where they are missing. `main` is tagged
     with the version of the LeRobot layout. Raises HubError when something is in the way.
     """
@@ -179,17 +182,23 @@ def push(
             target, page = _pull_request(api, repo_id)
         elif revision not in (None, MAIN):
             target, page = _branch(api, repo_id, revision)
-        done = _beside_others(
-            lambda: api.upload_folder(
+
+        def send() -> CommitInfo:
+            # Another push in between is noticed by its commit, and then all this is done again.
+            head = api.dataset_info(repo_id, revision=target, timeout=20).sha
+            _take_index(api, repo_id, target, root)
+            return api.upload_folder(
                 repo_id=repo_id,
                 repo_type="dataset",
                 folder_path=root,
                 revision=target,
+                parent_commit=head,
                 commit_message=TITLE,
                 ignore_patterns=[*LEFT_OUT, *links],
                 delete_patterns=_outdated(api, repo_id, target, root) or None,
             )
-        )
+
+        done = _beside_others(send)
         if target == MAIN:
             _beside_others(lambda: _tag(api, repo_id, done.oid, _version(root)))
     return f"{api.endpoint}/datasets/{repo_id}{page}"
@@ -249,18 +258,49 @@ def _pull_request(api: HfApi, repo_id: str) -> tuple[str, str]:
 def _outdated(api: HfApi, repo_id: str, revision: str, root: Path) -> list[str]:
     """What the Hub has inside of what is pushed and that is no more: patterns of paths.
 
-    Without it, a trajectory that was built again with fewer files would not be valid there.
+    Without it, a trajectory that was built again with fewer files would not be valid there. Of a
+    built dataset, these are files of trajectories that are here, and shards of their scenes.
     """
-    folders = {FOLDER, *FOLDERS}
-    if not exported(root):
-        folders = {FOLDER, *(path.relative_to(root).as_posix() for path in trajectories(root))}
     here = contents(root)
     there = api.list_repo_files(repo_id, repo_type="dataset", revision=revision)
+    if exported(root):
+        folders, shards = {FOLDER, INDEX, *FOLDERS}, re.compile("(?!)")
+    else:
+        folders = {path.relative_to(root).as_posix() for path in trajectories(root)}
+        stems = "|".join(re.escape(file_stem(scene)) for scene in sorted(_scenes(root)))
+        shards = re.compile(rf"{FOLDER}/(?:[^/]*|[^/]*/(?:{stems})-[^/]*)\.parquet")
     return [
         glob.escape(path)
         for path in there
-        if path not in here and not folders.isdisjoint(map(str, PurePosixPath(path).parents))
+        if path not in here
+        and (
+            shards.fullmatch(path) or not folders.isdisjoint(map(str, PurePosixPath(path).parents))
+        )
     ]
+
+
+def _scenes(root: Path) -> set[str]:
+    """The scenes of which a built dataset has trajectories here."""
+    return {path.parent.relative_to(root).as_posix() for path in trajectories(root)}
+
+
+def _take_index(api: HfApi, repo_id: str, revision: str, root: Path) -> None:
+    """Add to a built dataset's index the rows that the Hub has of other scenes; and to its card."""
+    if exported(root):
+        return
+    there = api.list_repo_files(repo_id, repo_type="dataset", revision=revision)
+    names = [path for path in there if re.fullmatch(rf"{INDEX}/[0-9a-f]{{2}}\.parquet", path)]
+    own = _scenes(root)
+    rows = {row.episode: row for row in read_entries(root).values() if row.scene in own}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            part = api.hf_hub_download(
+                repo_id, name, repo_type="dataset", revision=revision, local_dir=folder
+            )
+            others = entries(read_part(Path(part)))
+            rows |= {row.episode: row for row in others if row.scene not in own}
+    if write_index(root, rows.values()):
+        write_card(root)
 
 
 def _version(root: Path) -> str:

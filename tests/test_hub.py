@@ -15,6 +15,9 @@ from hub_server import BAD, READER, WRITER, Fault, Hub
 
 from occgen_hub.files import files_under
 from occgen_hub.hub import contents, warnings
+from occgen_hub.index import read_entries
+from occgen_hub.training import OccupancyDataset
+from occgen_hub.validation import validate
 
 REPO = "org/rooms"
 STALL = 30
@@ -29,7 +32,10 @@ def hub():
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A dataset of one trajectory, quick to validate. Not to be changed by tests."""
+    """A dataset of one trajectory, quick to validate; beside it `other`, of another scene.
+
+    Not to be changed by tests.
+    """
     from occgen_hub.builder import load_builder
     from occgen_hub.episode_build import Settings
     from occgen_hub.job import Job, list_episodes
@@ -38,8 +44,12 @@ def small(tmp_path_factory):
 
     place = tmp_path_factory.mktemp("hub")
     make_sample(place / "rooms", trajectories=1, frames=2)
-    builder = load_builder("internnav", place / "rooms")
-    build_dataset(Job(builder, list_episodes(builder), place / "out", Settings()))
+    scene = place / "rooms/sample_zed/house_000"
+    for name in ("out", "other"):
+        builder = load_builder("internnav", place / "rooms")
+        build_dataset(Job(builder, list_episodes(builder), place / name, Settings()))
+        if name == "out":  # The other dataset has a scene of another name.
+            scene.rename(scene.with_name("house_009"))
     return place / "out"
 
 
@@ -121,6 +131,35 @@ def test_a_push_sends_what_is_there_once_and_tags_it(hub, desk, folder):
     places = (folder, Path(desk.environment["HF_HOME"]))
     assert not [p for place in places for p in files_under(place) if token in p.read_bytes()]
     assert WRITER not in result.stdout + result.stderr + again.stdout + again.stderr
+
+
+def test_a_push_of_other_scenes_leaves_the_first_ones_alone(hub, desk, folder, small, tmp_path):
+    other = Path(shutil.copytree(small.parent / "other", tmp_path / "other"))
+    assert desk.push(folder).returncode == 0
+    first = held(hub)
+    result = desk.push(other)
+    assert result.returncode == 0, result.stderr
+    both = held(hub)
+    kept = {path for path in first if not path.startswith(("README.md", "index/", "preview"))}
+    assert {path: both[path] for path in kept} == {path: first[path] for path in kept}
+    assert {row.scene for row in read_entries(other).values()} == {
+        "sample_zed/house_000", "sample_zed/house_009"
+    }  # fmt: skip
+    fetched = tmp_path / "fetched"
+    for path, content in both.items():
+        (fetched / path).parent.mkdir(parents=True, exist_ok=True)
+        (fetched / path).write_bytes(content)
+    assert validate(fetched).findings == ()
+    frames = OccupancyDataset(fetched, keys=("occupancy", "episode"))
+    assert {frames[n]["episode"].split("/")[1] for n in range(len(frames))} == {
+        "house_000", "house_009"
+    }  # fmt: skip
+    # And the first folder again, which knows nothing of the other one.
+    assert desk.push(folder).returncode == 0
+    assert {path for path in held(hub) if path.startswith("occupancy/")} == {
+        path for path in both if path.startswith("occupancy/")
+    }
+    assert len(read_entries(folder)) == len(frames.episodes) == 2
 
 
 def test_what_was_removed_here_is_removed_there(hub, desk, folder):
