@@ -16,6 +16,9 @@ INFO = "meta/info.json"
 INTERNNAV = "observation.camera_intrinsic"
 """A feature of InternData-N1, whose trajectories are LeRobot datasets of their own kind."""
 
+IMAGES = "chunk-*/observation.images.rgb/*.jp*g"
+"""Below `videos`, images that other LeRobot datasets do not have there."""
+
 
 LEROBOT_REMEDY = "give --source video its folder videos, which has to have a file an episode"
 """Of LeRobot datasets only the videos are read."""
@@ -31,6 +34,8 @@ def lerobot_kind(folder: Path) -> str | None:
         return None  # It may be anybody's.
     version, features = info.get("codebase_version"), info.get("features")
     if not isinstance(version, str) or not isinstance(features, dict) or INTERNNAV in features:
+        return None
+    if any((folder / "videos").glob(IMAGES)):
         return None
     return f"a LeRobot {version[:8]} dataset"
 

@@ -7,9 +7,9 @@ cells of an axis may reach beyond the grid.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from occgen_hub.jit import njit
 from occgen_hub.occupancy.grid import Grid
 
 STRIDES = (1, 2, 4)
@@ -68,7 +68,7 @@ def resampled(
     return out
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _mark(cells, ny, nz, shift, out):
     # Unsigned 32 bits are divided several times as fast as signed 64.
     rows, columns, bits = np.uint32(ny), np.uint32(nz), np.uint32(shift)
@@ -80,7 +80,7 @@ def _mark(cells, ny, nz, shift, out):
         out[i >> bits, j >> bits, k >> bits] = True
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _pool(rows, stride, out):
     """rows: (nx, ny, bytes); out: (nx, coarse ny, bytes, 8 / stride) 0 or 1.
 
@@ -99,7 +99,7 @@ def _pool(rows, stride, out):
                     out[i, cj, m, k] = (value >> np.uint8(8 - stride * (k + 1)) & keep) != 0
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _pull(dense, rotation, shift, out):
     nx, ny, nz = out.shape
     for i in range(nx):
