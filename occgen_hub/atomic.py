@@ -159,9 +159,12 @@ def _stem(path: Path) -> str:
 
 
 def _lock(handle: int) -> None:
-    """Hold a file or folder until it is closed, where the file system can."""
+    """Hold a file or folder until it is closed, where the file system can.
+
+    It waits for those who are asking right now whether anybody holds it.
+    """
     with suppress(OSError):
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX)
 
 
 def _is_dead(path: Path) -> bool:
