@@ -127,7 +127,7 @@ def _solved(system: NDArray[np.float64], so_far: NDArray[np.float64]) -> NDArray
 
 
 @njit(nogil=True, error_model="numpy")
-def _equations(points, starts, low, high, pixels, camera, tolerance, reach, stride, width):
+def _equations(points, starts, low, high, pixels, camera, tolerance, reach, stride, kernel):
     """Normal equations of the point-to-plane distances, and the distances, metres.
 
     A plane through a pixel is all X with a . X = 1 in the camera's frame, where 1 / z is linear in
@@ -174,7 +174,7 @@ def _equations(points, starts, low, high, pixels, camera, tolerance, reach, stri
                 continue
             distances[count] = distance
             count += 1
-            weight = 1 / (across * (1 + (distance / (2 * across + width)) ** 2)) ** 2
+            weight = 1 / (across * (1 + (distance / (2 * across + kernel)) ** 2)) ** 2
             jacobian[0] = p[1] * a[2] - p[2] * a[1]
             jacobian[1] = p[2] * a[0] - p[0] * a[2]
             jacobian[2] = p[0] * a[1] - p[1] * a[0]
