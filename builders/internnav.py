@@ -184,10 +184,7 @@ class InternNavBuilder(DatasetBuilder):
         K = _intrinsics(columns, left_out, files.parquet)
         size, K, size_notes = _image_size(rgb, depth, video, files, K)
         _check_view(K, size, files.parquet)
-        _check_last(rgb, size)
-        _check_last(depth, size)
-        images = ImageSequence(rgb, size, read_rgb)
-        depths = ImageSequence(depth, size, read_depth)
+        images, metres, media = _pictures(rgb, depth, size, DEPTH_UNITS)
         fps, rate_notes = _rate(info, video, files)
         tasks, task_index, task_notes = _tasks(files, columns, ref, length)
         cloud, cloud_notes = _cloud(files)
@@ -199,17 +196,13 @@ class InternNavBuilder(DatasetBuilder):
             robot_type=_text(info.get("robot_type")) or "unknown",
             image_size=size,
             read_rgb=images if rgb or files.video is None else VideoReader(files.video, size),
-            read_depth=(lambda t: depths(t) / DEPTH_UNITS) if depth else None,
+            read_depth=metres,
             world_from_camera=_poses(columns, left_out, files.parquet),
             intrinsics=K,
             tasks=tasks,
             task_index=task_index,
             columns={name: c for name, c in columns.items() if name not in LEROBOT},
-            media=(
-                *_image_media("rgb", rgb, images),
-                *_image_media("depth", depth, depths),
-                *_other_media(files),
-            ),
+            media=(*media, *_other_media(files)),
             fingerprint=self.fingerprint(sources),
             notes=(
                 *notes,
@@ -239,10 +232,7 @@ class InternNavBuilder(DatasetBuilder):
         if not rgb:
             raise SourceError(files.parquet, f"has no images of the camera {camera}", RESTORE)
         size = image_size(rgb[0])
-        _check_last(rgb, size)
-        _check_last(depth, size)
-        images = ImageSequence(rgb, size, read_rgb)
-        depths = ImageSequence(depth, size, read_depth)
+        images, metres, media = _pictures(rgb, depth, size, vlnce.DEPTH_UNITS)
         K, view_notes = vlnce.intrinsics(size, length, self.hfov)
         fps, rate_notes = _rate(info, None, files)
         tasks = vlnce.instructions(read_jsonl(files.episodes), ref.index)
@@ -258,17 +248,14 @@ class InternNavBuilder(DatasetBuilder):
             robot_type=_text(info.get("robot_type")) or "unknown",
             image_size=size,
             read_rgb=images,
-            read_depth=(lambda t: depths(t) / vlnce.DEPTH_UNITS) if depth else None,
+            read_depth=metres,
             world_from_camera=posed.poses,
             intrinsics=K,
             assumed_view=True,
             tasks=tasks,
             task_index=np.zeros(length, np.int64),
             columns={name: c for name, c in columns.items() if name not in LEROBOT},
-            media=(
-                *_image_media("rgb", rgb, images),
-                *_image_media("depth", depth, depths),
-            ),
+            media=media,
             fingerprint=self.fingerprint(files.all()),
             notes=(
                 *posed.notes,
@@ -798,6 +785,22 @@ def _cloud(files: Files) -> tuple[Path | None, list[Note]]:
         except SourceError as error:
             return None, [Note("cloud", f"{files.cloud.name} {error.problem}: left out")]
     return files.cloud, []
+
+
+def _pictures(
+    rgb: tuple[Path, ...], depth: tuple[Path, ...], size: tuple[int, int], units: int
+) -> tuple[
+    ImageSequence[np.uint8], Callable[[int], NDArray[np.float64]] | None, tuple[MediaFile, ...]
+]:
+    """Readers of the images and of their depth in metres, None without any, and all their files.
+
+    units: of depth in a metre. Raises SourceError where the last image of a kind has another size.
+    """
+    _check_last(rgb, size)
+    _check_last(depth, size)
+    images, depths = ImageSequence(rgb, size, read_rgb), ImageSequence(depth, size, read_depth)
+    media = (*_image_media("rgb", rgb, images), *_image_media("depth", depth, depths))
+    return images, (lambda t: depths(t) / units) if depth else None, media
 
 
 def _image_media[Pixel: np.generic](

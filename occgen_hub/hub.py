@@ -9,7 +9,7 @@ import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -186,7 +186,9 @@ def push(
         def send() -> CommitInfo:
             # Another push in between is noticed by its commit, and then all this is done again.
             head = api.dataset_info(repo_id, revision=target, timeout=20).sha
-            _take_index(api, repo_id, target, root)
+            there = api.list_repo_files(repo_id, repo_type="dataset", revision=target)
+            if not exported(root):
+                _take_index(api, repo_id, target, root, there)
             return api.upload_folder(
                 repo_id=repo_id,
                 repo_type="dataset",
@@ -195,7 +197,7 @@ def push(
                 parent_commit=head,
                 commit_message=TITLE,
                 ignore_patterns=[*LEFT_OUT, *links],
-                delete_patterns=_outdated(api, repo_id, target, root) or None,
+                delete_patterns=_outdated(root, there) or None,
             )
 
         done = _beside_others(send)
@@ -255,14 +257,15 @@ def _pull_request(api: HfApi, repo_id: str) -> tuple[str, str]:
     return f"refs/pr/{found.num}", f"/discussions/{found.num}"
 
 
-def _outdated(api: HfApi, repo_id: str, revision: str, root: Path) -> list[str]:
+def _outdated(root: Path, there: Sequence[str]) -> list[str]:
     """What the Hub has inside of what is pushed and that is no more: patterns of paths.
+
+    there: the paths of all files that the Hub has.
 
     Without it, a trajectory that was built again with fewer files would not be valid there. Of a
     built dataset, these are files of trajectories that are here, and shards of their scenes.
     """
     here = contents(root)
-    there = api.list_repo_files(repo_id, repo_type="dataset", revision=revision)
     if exported(root):
         folders, shards = {FOLDER, INDEX, *FOLDERS}, re.compile("(?!)")
     else:
@@ -284,11 +287,11 @@ def _scenes(root: Path) -> set[str]:
     return {path.parent.relative_to(root).as_posix() for path in trajectories(root)}
 
 
-def _take_index(api: HfApi, repo_id: str, revision: str, root: Path) -> None:
-    """Add to a built dataset's index the rows that the Hub has of other scenes; and to its card."""
-    if exported(root):
-        return
-    there = api.list_repo_files(repo_id, repo_type="dataset", revision=revision)
+def _take_index(api: HfApi, repo_id: str, revision: str, root: Path, there: Sequence[str]) -> None:
+    """Add to a built dataset's index the rows that the Hub has of other scenes; and to its card.
+
+    there: the paths of all files that the Hub has.
+    """
     names = [path for path in there if re.fullmatch(rf"{INDEX}/[0-9a-f]{{2}}\.parquet", path)]
     own = _scenes(root)
     rows = {row.episode: row for row in read_entries(root).values() if row.scene in own}

@@ -6,7 +6,7 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -23,20 +23,26 @@ def own_threads() -> int:
 
 
 def prefetch[Item, Result](
-    work: Callable[[Item], Result], items: Iterable[Item]
-) -> Iterator[Result]:
-    """`map(work, items)`, in order, with as many results ready as there are threads.
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    threads: int | None = None,
+    ready: int | None = None,
+) -> Generator[Result]:
+    """`map(work, items)`, in order, with results ready ahead.
 
-    For work that lets go of the interpreter, as decoding does. There are `own_threads()` threads.
-    An error comes out where its result would.
+    threads: `own_threads()` if not given; with one, items are worked on in order. ready: how many
+    results, as many as there are threads if not given. For work that lets go of the interpreter, as
+    decoding does. An error comes out where its result would. When the generator is closed, what was
+    begun ends and no more is begun.
     """
-    threads = own_threads()
+    threads = threads or own_threads()
+    ready = ready or threads
     with ThreadPoolExecutor(threads) as pool:
         pending: deque[Future[Result]] = deque()
         try:
             for item in items:
                 pending.append(pool.submit(work, item))
-                if len(pending) > threads:
+                if len(pending) > ready:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

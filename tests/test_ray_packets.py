@@ -51,7 +51,7 @@ def one_by_one(
     fill=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
     seed=st.integers(0, 2**16),
 )
-def test_bundles_equal_brute_force(lower, shape, voxel_size, K, size, fill, seed):
+def test_packets_equal_brute_force(lower, shape, voxel_size, K, size, fill, seed):
     grid = Grid(tuple(x * voxel_size for x in lower), voxel_size, shape)
     occupied = np.random.default_rng(seed).random(shape) < fill
     state = by_packets(grid, K, size, occupied)
@@ -72,7 +72,7 @@ def test_bundles_equal_brute_force(lower, shape, voxel_size, K, size, fill, seed
         (Config(pc_range=(-1, -1, 0.5, 2, 1, 3)), intrinsics(71, 73, 60, 50), (121, 99)),
     ],
 )
-def test_bundles_equal_single_rays(config, K, size, fill):
+def test_packets_equal_single_rays(config, K, size, fill):
     grid = Grid.of(config)
     occupied = np.random.default_rng(3).random(grid.shape) < fill
     assert np.array_equal(by_packets(grid, K, size, occupied), one_by_one(grid, K, size, occupied))
@@ -93,7 +93,7 @@ def test_the_number_of_threads_does_not_change_a_bit():
     assert all(np.array_equal(state, states[0]) for state in states)
 
 
-def test_a_camera_that_comes_again_gets_bundles_and_sees_the_same():
+def test_a_camera_that_comes_again_gets_packets_and_sees_the_same():
     rng = np.random.default_rng(5)
     cloud = into_blocks(rng.uniform(-2, 3, (4000, 3)).astype(np.float32))
     grid = Grid.of(Config(voxel_size=0.05))
@@ -111,7 +111,7 @@ def test_cameras_that_change_are_followed_ray_by_ray():
         assert packets_when_worth(grid, intrinsics(focal_length, 30, 16, 16), (32, 32)) is None
 
 
-def test_the_camera_of_an_episode_has_its_bundles_before_the_first_frame():
+def test_the_camera_of_an_episode_has_its_packets_before_the_first_frame():
     grid, size = Grid.of(Config(voxel_size=0.1)), (32, 32)
     most, other = intrinsics(30, 31, 16, 16), intrinsics(20, 21, 16, 16)
     ray_packets.prepare(grid, np.stack([other, *[most] * 5, other]), size)

@@ -18,7 +18,7 @@ from occgen_hub.errors import SourceError
 from occgen_hub.files import MAX_TABLE_ROWS, is_file, parse_json, read_bytes
 from occgen_hub.geometry.lens import Lens, opencv_matrix
 from occgen_hub.geometry.poses import RIGID, rigidity_error
-from occgen_hub.media import image_size, read_depth
+from occgen_hub.media import image_size, read_depth, read_rgb
 
 TOLERANCE = 0.02
 """Seconds: colour, depth and poses that are no farther apart are of one moment."""
@@ -189,6 +189,36 @@ def tracked_frames(
         where_tracking_was_lost=len(whole) - len(kept),
     )
     return kept, poses[tracked], notes
+
+
+def recorded(
+    frames: Sequence[FrameFiles],
+    poses: NDArray[np.float64],
+    lens: Lens,
+    mapping: CameraMapping,
+    unit: float,
+    *,
+    files: Sequence[Path] = (),
+    depth_lens: Lens | None = None,
+    notes: Iterable[Note] = (),
+) -> Recording:
+    """The recording of tracked frames, all of one lens and of that lens's size.
+
+    unit: metres in a unit of depth, where the mapping says nothing; files: what says the lenses.
+    """
+    depths = [frame.depth for frame in frames if frame.depth is not None]
+    reader, size = depth_reader(depths, mapping, unit) if depths else (None, None)
+    return Recording(
+        read_color=lambda frame: read_rgb(frames[frame].color, lens.size),
+        color_lens=[lens] * len(frames),
+        poses=mapping.world_from_camera(poses),
+        sources=[*files, *(f.pose for f in frames), *(f.color for f in frames), *depths],
+        colors=[frame.color for frame in frames],
+        read_depth=reader,
+        depth_lens=depth_lens,
+        depth_size=size,
+        notes=tuple(notes),
+    )
 
 
 # Intrinsics

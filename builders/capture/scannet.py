@@ -7,16 +7,17 @@ from pathlib import Path
 from occgen_hub.camera_mapping import CameraMapping
 from occgen_hub.files import is_file
 from occgen_hub.geometry.lens import Lens, opencv_matrix
-from occgen_hub.media import image_size, read_rgb
+from occgen_hub.media import image_size
 
 from .recording import (
     FrameFiles,
     Layout,
     Recording,
-    depth_reader,
+    depth_size,
     images_in,
     matrix_in,
     needed_lens,
+    recorded,
     tracked_frames,
 )
 
@@ -50,30 +51,20 @@ class ScanNet(Layout):
                 for path in images_in(place / "color")
             ],
         )
-        depths = [frame.depth for frame in frames if frame.depth is not None]
-        reader, depth_size = depth_reader(depths, mapping, UNIT) if depths else (None, None)
         size = image_size(frames[0].color)
         stated = [place / "intrinsic" / f"intrinsic_{kind}.txt" for kind in ("color", "depth")]
         files = [path for path in stated if is_file(path) and mapping.intrinsics is None]
         depth_lens = None
-        if depth_size is not None and stated[1] in files:
-            depth_lens = _lens(stated[1], depth_size)
+        if (depth := frames[0].depth) is not None and stated[1] in files:
+            depth_lens = _lens(stated[1], depth_size(depth))
         if stated[0] in files:
             lens = _lens(stated[0], size)
         elif depth_lens is not None:
             lens = depth_lens.resized(size)
         else:
             lens, files = needed_lens(place, size, mapping)
-        return Recording(
-            read_color=lambda frame: read_rgb(frames[frame].color, size),
-            color_lens=[lens] * len(frames),
-            poses=mapping.world_from_camera(poses),
-            sources=[*files, *(f.pose for f in frames), *(f.color for f in frames), *depths],
-            colors=[frame.color for frame in frames],
-            read_depth=reader,
-            depth_lens=depth_lens,
-            depth_size=depth_size,
-            notes=tuple(notes),
+        return recorded(
+            frames, poses, lens, mapping, UNIT, files=files, depth_lens=depth_lens, notes=notes
         )
 
 

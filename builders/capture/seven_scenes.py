@@ -9,7 +9,7 @@ from occgen_hub.camera_mapping import CameraMapping
 from occgen_hub.episode import Note
 from occgen_hub.errors import SourceError
 from occgen_hub.geometry.lens import Lens
-from occgen_hub.media import image_size, read_rgb
+from occgen_hub.media import image_size
 
 from .recording import (
     CALIBRATIONS,
@@ -17,10 +17,10 @@ from .recording import (
     FrameFiles,
     Layout,
     Recording,
-    depth_reader,
     file_among,
     matrix_in,
     natural,
+    recorded,
     tracked_frames,
 )
 
@@ -59,20 +59,9 @@ class SevenScenes(Layout):
                 for stem in sorted(colors, key=natural)
             ],
         )
-        depths = [frame.depth for frame in frames if frame.depth is not None]
-        reader, depth_size = depth_reader(depths, mapping, UNIT) if depths else (None, None)
-        size = image_size(frames[0].color)
-        lens, files, lens_notes = _lens(place, size, mapping)
-        return Recording(
-            read_color=lambda frame: read_rgb(frames[frame].color, size),
-            color_lens=[lens] * len(frames),
-            poses=mapping.world_from_camera(poses),
-            sources=[*files, *(f.pose for f in frames), *(f.color for f in frames), *depths],
-            colors=[frame.color for frame in frames],
-            read_depth=reader,
-            depth_size=depth_size,
-            notes=(*lens_notes, *notes),
-        )
+        lens, files, lens_notes = _lens(place, image_size(frames[0].color), mapping)
+        notes = [*lens_notes, *notes]
+        return recorded(frames, poses, lens, mapping, UNIT, files=files, notes=notes)
 
 
 def _lens(

@@ -33,7 +33,6 @@ from occgen_hub.occupancy.rays import OBSERVED, OCCUPIED, follow
 
 _EDGE = 8
 """Pixels: 8 x 8 rays have the bits of one word."""
-PACKET = _EDGE * _EDGE
 _MOST = 20_000_000
 """Cells in all lists: 240 MB."""
 _STRIPS = 4

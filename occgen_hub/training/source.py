@@ -133,7 +133,7 @@ def _fetched(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
             repo_id, repo_type="dataset", revision=revision, allow_patterns=patterns
         )
     except (httpx.HTTPError, OSError, HFValidationError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
+        said = in_brief(str(error) or type(error).__name__)
         raise UsageError(
             f"{repo_id}: is no folder here, and cannot be had from the Hub ({said}); check the "
             "name, the revision and the network."

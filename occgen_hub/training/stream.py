@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import heapq
 import os
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,11 +18,12 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from occgen_hub.errors import UsageError
+from occgen_hub.prefetch import prefetch
 from occgen_hub.training.augment import Augmentation
 from occgen_hub.training.dataset import check_media
 from occgen_hub.training.items import DEFAULT_KEYS, ItemFormat, Transform, check_augmentations
 from occgen_hub.training.reader import MAX_FILES, UnitReader
-from occgen_hub.training.selection import FrameIndex, Selection, frame_index
+from occgen_hub.training.selection import MEDIA, FrameIndex, Selection, frame_index
 from occgen_hub.training.shard_file import open_shard
 from occgen_hub.training.source import streamed_source
 
@@ -191,7 +191,8 @@ class OccupancyStream(IterableDataset[dict[str, Any]]):
             return unit, self._loaded(units[unit], open_file)
 
         readers: dict[int, UnitReader] = {}
-        with _ahead(load, order.to_open(), self._prefetch) as loaded:
+        # Closed at the end, so that a loop that is left early leaves no thread behind.
+        with closing(prefetch(load, order.to_open(), threads=1, ready=self._prefetch)) as loaded:
             for _ in range(start, frames):
                 unit, frame, is_last = order.draw()
                 while unit not in readers:
@@ -214,7 +215,7 @@ class OccupancyStream(IterableDataset[dict[str, Any]]):
         first, stop = unit.tolist()
         episode, _ = index.located(first)
         earliest = max(int(index.starts[episode]), first - form.past)
-        names = [n for n in form.columns if n not in MEDIA_COLUMNS or n in index.in_shards]
+        names = [n for n in form.columns if n not in MEDIA or n in index.in_shards]
         reader = UnitReader(index)
         for group in range(index.group_of(earliest), index.group_of(stop - 1) + 1):
             reader.load(open_file(int(index.groups[group, 0])), group, names)
@@ -227,9 +228,6 @@ class OccupancyStream(IterableDataset[dict[str, Any]]):
         if worker is None:
             return rank, world_size
         return rank * worker.num_workers + worker.id, world_size * worker.num_workers
-
-
-MEDIA_COLUMNS = ("image", "depth", "task")
 
 
 def _distributed() -> tuple[int, int]:
@@ -330,30 +328,3 @@ class _OpenUnit:
 
     number: int
     frames: list[int]
-
-
-class _ahead[Item, Result]:  # noqa: N801  # a context manager, as prefetch's functions are
-    """`map(work, items)` with `count` results ready ahead, done in order by one thread.
-
-    The thread does not keep a process alive: what it has begun ends, and no more is begun, when the
-    block is left or the interpreter ends.
-    """
-
-    def __init__(self, work: Callable[[Item], Result], items: Iterable[Item], count: int) -> None:
-        self._work, self._items, self._count = work, iter(items), count
-        self._pending: deque[Future[Result]] = deque()
-
-    def __enter__(self) -> Iterator[Result]:
-        self._pool = ThreadPoolExecutor(1)
-        return self._results()
-
-    def _results(self) -> Iterator[Result]:
-        for item in self._items:
-            self._pending.append(self._pool.submit(self._work, item))
-            if len(self._pending) > self._count:
-                yield self._pending.popleft().result()
-        while self._pending:
-            yield self._pending.popleft().result()
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
