@@ -51,7 +51,7 @@ def build(
     """Build an occupancy dataset from a source, as `occgen-hub build` does.
 
     source: what kind it is, "internnav", "capture" or "video"; root: where it is, a path or an
-    address "hf://datasets/ORG/NAME[@REVISION][/FOLDER]" of the Hub; out: the dataset's folder;
+    address `hf://datasets/ORG/NAME[@REVISION][/FOLDER]` of the Hub; out: the dataset's folder;
     cameras: what the files do not say of its cameras;
     config: the settings, metres where they are lengths; workers: processes; limit: the first so
     many episodes only, or scenes that are fetched; scenes: patterns of those to build; scratch:
