@@ -93,9 +93,7 @@ def grid() -> Figure:
         (_plain(above, (z0 - 0.9, z1 + 0.5), (-x1 - 0.8, -x0 + 0.5)), x0, x1, "from above"),
     ):
         # Forward is to the right in both; down the page is down in one, and right in the other.
-        axes.add_patch(
-            Rectangle((z0, -high), z1 - z0, high - low, fc="#eef3fa", ec=SOLID, lw=1.5)
-        )
+        axes.add_patch(Rectangle((z0, -high), z1 - z0, high - low, fc="#eef3fa", ec=SOLID, lw=1.5))
         lines = np.arange(0, z1 - z0 + 0.01, 0.25)
         for z in z0 + lines:
             axes.plot([z, z], [-low, -high], color=SOLID, lw=0.3, alpha=0.6)
@@ -150,7 +148,7 @@ def visibility() -> Figure:
     _camera(axes, (0, 0), 0)
     for n, (name, (_, color)) in enumerate(kinds.items()):
         _key(axes, 5.15, 1.9 - 0.75 * n, name, fc=color, ec="0.4")
-    _key(axes, 5.15, -0.35, "solid, but hidden:\nunknown as well", fill=False, ec=SOLID, hatch="////")
+    _key(axes, 5.15, -0.35, "solid, but hidden:\nunknown", fill=False, ec=SOLID, hatch="////")
     axes.plot([5.15, 5.35], [-1.1, -1.1], color=RAY, lw=1.6)
     axes.text(5.47, -1.1, "some of the rays,\none for each pixel", va="center")
     return figure
@@ -267,7 +265,9 @@ def tables(page: str, heading: str) -> list[list[list[str]]]:
     section = re.split(r"^## ", text.split(f"## {heading}\n", 1)[1], maxsplit=1, flags=re.M)[0]
     found = []
     for table in re.findall(r"(?:^\|.*\n)+", section, flags=re.M):
-        rows = [[cell.strip() for cell in row.strip("| \n").split("|")] for row in table.splitlines()]
+        rows = [
+            [cell.strip() for cell in row.strip("| \n").split("|")] for row in table.splitlines()
+        ]
         found.append(rows[2:])
     return found
 
@@ -305,15 +305,15 @@ def performance() -> Figure:
     """Milliseconds a frame, by rays and by cells."""
     rays, cells, _ = tables("performance.md", "Growth")
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    for axes, rows, what in zip(figure.subplots(1, 2, sharey=True), (rays, cells), ("rays", "cells"),
-                                strict=True):  # fmt: skip
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, rows, what in ((left, rays, "rays"), (right, cells, "cells")):
         x, y = [number(row[0]) for row in rows], [number(row[1]) for row in rows]
         axes.plot(x, y, "o-", color=SOLID)
         for a, b in zip(x, y, strict=True):
             axes.annotate(f"{b:g}", (a, b), (0, 7), textcoords="offset points", ha="center")
         axes.set(xscale="log", xlabel=what, ylim=(0, 24))
         _tidy(axes)
-    figure.axes[0].set_ylabel("ms a frame, one core")
+    left.set_ylabel("ms a frame, one core")
     return figure
 
 
