@@ -262,7 +262,7 @@ def _dry_run(
     from occgen_hub.runtime.records import make_plan
     from occgen_hub.scenes import SceneRef
 
-    with without_fetching():
+    with without_fetching("expect"):
         job = _open_cluster_job(options) if executor in CLUSTERS else open_job(**options)
     mine = None if shard is None else set(make_plan(job, shard.count).shards[shard.index])
     refs = [ref for ref in job.refs if mine is None or ref.id in mine]
@@ -308,7 +308,8 @@ def _say_estimate(job: Job, scenes: Sequence[SceneRef]) -> None:
 def _say_outlook(job: Job, refs: Sequence[EpisodeRef | SceneRef]) -> None:
     """What the network will take for these episodes: frames, windows, memory, time, licence."""
     from occgen_hub.engines import Auto
-    from occgen_hub.engines.weights import LICENSES
+    from occgen_hub.engines.network import NetworkEngine
+    from occgen_hub.engines.weights import LICENSES, missing_error
     from occgen_hub.job import outlook
 
     if not job.settings.engine.uses_device():
@@ -335,6 +336,8 @@ def _say_outlook(job: Job, refs: Sequence[EpisodeRef | SceneRef]) -> None:
         f"{job.device_name()}. Licence of its weights: {LICENSES.get(license, license)}.",
         err=True,
     )
+    if isinstance(network, NetworkEngine) and not network.found.path.is_file():
+        click.echo(f"Before the build: {missing_error(network.found.checkpoint.network)}", err=True)
 
 
 def _duration(seconds: float) -> str:
