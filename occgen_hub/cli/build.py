@@ -17,8 +17,8 @@ import click
 
 from occgen_hub.cli.command import FOLDER, SOURCE, Examples, no_bar, say, with_options
 from occgen_hub.cli.mapping import MAPPING, take_cameras
-from occgen_hub.cli.stopping import stop_if_asked
 from occgen_hub.errors import UsageError
+from occgen_hub.stopping import stop_if_asked
 
 if TYPE_CHECKING:
     from occgen_hub.builder import EpisodeRef
