@@ -406,6 +406,7 @@ def open_job(
                 f"--source {source}: is not read from the Hub; download {hub} and give its folder."
             )
         hub, listed = hub.listed()
+        builder.license = hub.license
         found: list[EpisodeRef | SceneRef] = [*_selected(hub, select_scenes(listed, hub), scenes)]
         refs = _checked(builder, found[:limit])
     for ref in refs:

@@ -333,6 +333,7 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, revision="main"):
         repository = self.repository()
         oid = self.commit_of(repository, revision)
+        card = repository.commits[oid].get("README.md", b"").decode().split("---\n")
         siblings = [{"rfilename": path} for path in repository.commits[oid]]
         self.answer(
             {
@@ -344,6 +345,7 @@ class Handler(BaseHTTPRequestHandler):
                 "likes": 0,
                 "lastModified": DATE,
                 "siblings": siblings,
+                "cardData": yaml.safe_load(card[1]) if len(card) > 2 else None,
             }
         )
 
