@@ -321,10 +321,13 @@ def _folders_in(folder: Path, pass_over: Callable[[Path, OSError], None]) -> lis
     return names
 
 
-def _name(root: Path, folder: Path, least: int) -> tuple[str, ...]:
-    """A folder's path below the root, or as much of its own path as makes `least` parts."""
+def _name(root: Path, folder: Path, count: int) -> tuple[str, ...]:
+    """The last `count` parts of a folder's path below the root, or of its own if that has fewer.
+
+    Folders above a group, as `vln_n1/traj_data` in InternData-N1, are no part of an id.
+    """
     parts = folder.relative_to(root).parts
-    parts = parts if len(parts) >= least else folder.resolve().parts[1:][-least:]
+    parts = (parts if len(parts) >= count else folder.resolve().parts[1:])[-count:]
     # A dataset's hidden folders are none of its trajectories'.
     return tuple(f"_{part[1:]}" if part.startswith(".") else part for part in parts)
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 FORM = "hf://datasets/ORG/NAME[@REVISION][/FOLDER]"
 AGAIN = "check the connection and run the same command again, which goes on from there"
+GROUPS = "traj_data"
+"""The folder of InternData-N1 that holds the groups."""
 BLOCK = 4096
 """Bytes that a small file takes on disk."""
 
@@ -110,10 +112,8 @@ class HubSource:
         for file in files:
             relative = file.path.removeprefix(f"{self.folder}/" if self.folder else "")
             parts = relative.split("/")
-            at = next((n for n, part in enumerate(parts[:-1]) if part in PARTS), None)
-            if at is not None:
-                scene = parts[: min(at, 2)]
-                groups.setdefault("/".join(scene), []).append(file)
+            if (scene := self._scene_folder(relative)) is not None:
+                groups.setdefault(scene, []).append(file)
             elif (stem := archive_stem(parts[-1])) and not parts[-1].startswith("."):
                 archives["/".join([*parts[:-1], stem])] = file
         found = []
@@ -125,6 +125,19 @@ class HubSource:
             found.append(self._ref(name, tuple(members), stamp, archive=False))
         return sorted(found, key=lambda ref: ref.id)
 
+    @staticmethod
+    def _scene_folder(relative: str) -> str | None:
+        """The folder of the scene that a file belongs to, None of a file that is in none.
+
+        It is a group's folder, and the groups lie in `traj_data` or in the folder that was given.
+        """
+        parts = relative.split("/")[:-1]
+        at = next((n for n, part in enumerate(parts) if part in PARTS), None)
+        if at is None:
+            return None
+        start = max((n + 1 for n, part in enumerate(parts[:at]) if part == GROUPS), default=0)
+        return "/".join(parts[: min(at, start + 2)])
+
     def _ref(
         self, name: str, files: tuple[RemoteFile, ...], stamp: str, *, archive: bool
     ) -> SceneRef:
@@ -132,7 +145,7 @@ class HubSource:
         path = Path(f"{address}/{files[0].path}") if archive else Path(address, self.folder, name)
         parts = [part for part in name.split("/") if part]
         above = [*self.repo_id.split("/"), *PurePosixPath(self.folder).parts]
-        ident = parts if len(parts) >= 2 else [*above, *parts][-2:]
+        ident = [*above, *parts][-2:]
         size = sum(file.bytes for file in files)
         return SceneRef("/".join(ident), path, size, stamp, files, archive)
 
@@ -166,10 +179,8 @@ class HubSource:
         place = room.folder / "hub"
         if not ref.archive:
             root, parts = room.folder / "tree", ref.id.split("/")
-            first = PurePosixPath(ref.files[0].path).parts
-            at = next(n for n, part in enumerate(first[:-1]) if part in PARTS)
-            above = len(PurePosixPath(self.folder).parts)
-            scene = place.joinpath(*first[: above + min(at - above, 2)])
+            first = ref.files[0].path.removeprefix(f"{self.folder}/" if self.folder else "")
+            scene = place.joinpath(self.folder, self._scene_folder(first) or "")
             target = root.joinpath(*parts)
             target.parent.mkdir(parents=True)
             scene.rename(target)

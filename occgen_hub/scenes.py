@@ -87,7 +87,7 @@ class SceneRecord:
 def list_archives(root: Path) -> Iterator[SceneRef]:
     """The archives below a folder, or the one that `root` is, sorted; none is opened.
 
-    The id is the path below the root without the ending, and at least two parts of the whole path.
+    The id is the last two parts of the path without the ending: the group and the scene.
     """
     if root.is_file():
         if archive_stem(root.name) is not None:
@@ -103,7 +103,7 @@ def _archive(path: Path, root: Path) -> SceneRef:
     parts = (*relative.parent.parts, archive_stem(path.name) or path.name)
     if len(parts) < 2:
         parts = (root.resolve().name or "archives", *parts)
-    return SceneRef("/".join(parts), path, stat.st_size, f"{stat.st_size} {stat.st_mtime_ns}")
+    return SceneRef("/".join(parts[-2:]), path, stat.st_size, f"{stat.st_size} {stat.st_mtime_ns}")
 
 
 def _archives_below(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:

@@ -252,7 +252,7 @@ def test_a_header_that_claims_gigabytes_is_refused(tmp_path):
 
 # The Hub
 
-ROOMS = "hf://datasets/org/rooms/traj"
+ROOMS = "hf://datasets/org/rooms"
 
 
 @pytest.fixture(scope="module")
@@ -262,11 +262,13 @@ def served(packed, sample_tree):
     repository = Repository(private=False)
     files = {"README.md": b"---\nlicense: cc-by-nc-sa-4.0\n---\nRooms.\n"}
     for path in packed.rglob("*.tar.gz"):
-        files[f"traj/{path.relative_to(packed).as_posix()}"] = path.read_bytes()
+        files[f"vln_n1/traj_data/{path.relative_to(packed).as_posix()}"] = path.read_bytes()
     scene = sample_tree / "sample_zed"
     for path in scene.rglob("*"):
         if path.is_file():
-            files[f"traj/loose/{path.relative_to(scene).as_posix()}"] = path.read_bytes()
+            files[f"vln_n1/traj_data/loose/{path.relative_to(scene).as_posix()}"] = (
+                path.read_bytes()
+            )
     repository.commit("main", files, "rooms")
     served.repositories["org/rooms"] = repository
     yield served
