@@ -70,7 +70,8 @@ class DatasetBuilder(ABC):
     episode, besides depth, which `has_depth` tells; takes_archives: whether its scenes may be
     archives, each of which it reads as a tree with that scene alone; hfov: degrees that a camera
     sees from side to side, for sources that give no intrinsics, None for what the source assumes;
-    license: of what was recorded, as the Hub calls it, None where the source does not say; maps: the attributes of `CameraMapping` that a user may give, which are then in `cameras`.
+    license: of what was recorded, as the Hub calls it, None where the source does not say; maps:
+    the attributes of `CameraMapping` that a user may give, which are then in `cameras`.
     """
 
     name: ClassVar[str]

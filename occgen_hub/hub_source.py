@@ -83,9 +83,7 @@ class HubSource:
 
         api = HfApi(library_name="occgen-hub")
         with _told(self, api.endpoint):
-            info = api.repo_info(
-                self.repo_id, repo_type="dataset", revision=self.revision, timeout=20
-            )
+            info = api.dataset_info(self.repo_id, revision=self.revision, timeout=20)
             # Anybody may list a gated dataset: whether its files may be read is asked apart.
             api.auth_check(self.repo_id, repo_type="dataset")
             said = info.card_data.get("license") if info.card_data else None

@@ -474,7 +474,9 @@ class Handler(BaseHTTPRequestHandler):
         if revision not in repository.refs:
             raise RefusedError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         files = dict(repository.files(revision))
-        message = ""
+        message, sent = "", json.loads(self.body.splitlines()[0])["value"]
+        if sent.get("parentCommit", repository.find(revision)) != repository.find(revision):
+            raise RefusedError(412, "", "A commit has happened since.")
         for line in map(json.loads, self.body.splitlines()):
             value = line["value"]
             if line["key"] == "header":

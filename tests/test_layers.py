@@ -51,6 +51,7 @@ GROUND_TO_ROOF = [
     "runtime",
     "exporting",
     "hub",
+    "publishing",
     "api",
     "cli",
     "__main__",
