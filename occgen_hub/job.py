@@ -373,10 +373,11 @@ class Job:
             return self._state({r.id: self.builder.fingerprint(self.builder.sources(r))
                                 for r in episodes})  # fmt: skip
         if first.files:
-            return self._state(first.stamp)
+            return self._state({first.id: first.stamp})
         record = read_scene(self.out, first.id)
         known = record is not None and record.stamp == first.stamp
-        return self._state(record.sha256 if known and record else sha256(first.path))
+        content = record.sha256 if known and record else sha256(first.path)
+        return self._state({first.id: content})
 
     def built_state(self, refs: Sequence[EpisodeRef | SceneRef]) -> str | None:
         """The same of a scene all of whose episodes were built, from what they record."""
@@ -385,14 +386,14 @@ class Job:
             record = read_scene(self.out, first.id)
             good = record is not None and not record.failed
             good = good and record is not None and record.choices == self.scene_choices
-            return self._state(record.sha256) if good and record else None
+            return self._state({first.id: record.sha256}) if good and record else None
         found = {}
         for ref in refs:
             found[ref.id] = str(Trajectory.open(self.out / ref.id).record["source"]["fingerprint"])
         return self._state(found)
 
-    def _state(self, source: str | dict[str, str]) -> str:
-        return digest(dump_json([source, self.scene_choices]))
+    def _state(self, sources: dict[str, str]) -> str:
+        return digest(dump_json([sorted(sources.items()), self.scene_choices]))
 
     def described(self) -> dict[str, Any]:
         """What a report says of it."""

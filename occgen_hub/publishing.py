@@ -48,7 +48,7 @@ from occgen_hub.loading import trajectories
 from occgen_hub.prefetch import prefetch
 from occgen_hub.runtime.lock import LOGS
 from occgen_hub.runtime.results import Failure
-from occgen_hub.scenes import SceneRef
+from occgen_hub.scenes import SceneRef, read_scene
 from occgen_hub.schema import load_schema
 from occgen_hub.shards import FOLDER, write_shards
 from occgen_hub.validation import check_trajectory
@@ -118,7 +118,7 @@ class HubPublisher:
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         self._warned = False
-        self._done = 0
+        self._done, self._files = 0, 0
 
     def begin(
         self, job: Job, refs: Sequence[EpisodeRef | SceneRef], shard: int
@@ -131,13 +131,13 @@ class HubPublisher:
         from huggingface_hub import HfApi
 
         check_job(job)
-        self._job, self._total = job, len(job.refs)
+        self._job = job
         self._stage = job.out / LOGS / f"push-{shard}"
         shutil.rmtree(self._stage, ignore_errors=True)
         self._refs: dict[str, list[EpisodeRef | SceneRef]] = {}
         for ref in refs:
-            scene = ref.id if isinstance(ref, SceneRef) else ref.id.rpartition("/")[0]
-            self._refs.setdefault(printable(scene), []).append(ref)
+            self._refs.setdefault(_unit(ref), []).append(ref)
+        self._units = len({_unit(ref) for ref in job.refs})
         self._api = HfApi(library_name="occgen-hub")
         self.address = f"{self._api.endpoint}/datasets/{self.repo_id}"
         self._copy = job.out / LOGS / f"push-{shard}-index"
@@ -156,25 +156,38 @@ class HubPublisher:
             )
         present = {} if job.settings.overwrite else dict(self._present())
         if self._keep == "none":
-            self._remove({path for name in present for path in self._local(name)})
+            names = {name for episodes in present.values() for name in episodes}
+            self._remove(path for name in names if (path := job.out / name).is_dir())
         self._thread = threading.Thread(target=self._run, name="push", daemon=True)
         self._thread.start()
         return present
 
-    def _local(self, name: str) -> list[Path]:
-        """The trajectories that are here of a scene, or the one of that name."""
-        return trajectories(self._job.out / name)
+    def _scenes(self, unit: str) -> set[str]:
+        """The scenes that came of what is built as one; several, where an archive holds them."""
+        record = None
+        if isinstance(self._refs[unit][0], SceneRef):
+            record = read_scene(self._job.out, unit)
+        if record is None:
+            return {unit}
+        return {name.rpartition("/")[0] for name in record.episodes}
+
+    def _local(self, unit: str) -> list[Path]:
+        """The trajectories of a scene that are here."""
+        places = [self._job.out / scene for scene in sorted(self._scenes(unit))]
+        return [path for place in places for path in trajectories(place)]
 
     def _present(self) -> Iterator[tuple[str, tuple[str, ...]]]:
-        for scene, (state, episodes) in self._hub.states(self._refs).items():
-            refs = self._refs[scene]  # By the names of the index.
+        states, known = self._hub.states()
+        for unit, refs in self._refs.items():
+            first = refs[0]
+            if not (isinstance(first, SceneRef) and first.files) and printable(unit) not in known:
+                continue  # Sources are read to know their state.
             with suppress(OccGenError):  # Building it says what is wrong.
-                if state is None or state != self._job.source_state(refs):
-                    continue
-                if isinstance(refs[0], SceneRef):
-                    yield refs[0].id, tuple(episodes)
-                else:
-                    yield from ((ref.id, (ref.id,)) for ref in refs)
+                if episodes := states.get(self._job.source_state(refs)):
+                    if isinstance(first, SceneRef):
+                        yield unit, tuple(episodes)
+                    else:
+                        yield from ((ref.id, (ref.id,)) for ref in refs)
 
     def add(self, scene: str, *, whole: bool) -> None:
         """A scene all of whose episodes were tried. whole: whether none of them failed.
@@ -255,38 +268,42 @@ class HubPublisher:
 
     def _push(self, batch: dict[str, bool]) -> None:
         """Validate scenes, send them, and remove them here if they need not stay."""
-        good = {scene: self._valid(scene) for scene in batch}
-        good = {scene: paths for scene, paths in good.items() if paths}
-        if not good:
+        kept: set[Path] = set()
+        bad: list[Path] = []
+        states: dict[str, str | None] = {}
+        for unit, whole in batch.items():
+            good, others = self._valid(unit)
+            if good:
+                state = self._job.built_state(self._refs[unit]) if whole and not others else None
+                states |= dict.fromkeys(self._scenes(unit), state)
+            kept.update(good)
+            bad += others
+        if not kept:
             return
         images = self._packed or self._job.parquet_images
-        kept = {path for paths in good.values() for path in paths}
-        bad = [path for scene in good for path in self._local(scene) if path not in kept]
-        write_shards(self._job.out, out=self._stage, leave_out=bad, only=good, images=images)
-        whole = {printable(scene) for scene in good if batch[scene]}
-        whole -= {printable(path.parent.relative_to(self._job.out).as_posix()) for path in bad}
-        rows = []
-        for row in read_entries(self._stage).values():
-            state = None
-            if row.scene in whole:
-                state = self._job.built_state(self._refs[row.scene])
-            files = 0 if self._packed else row.files
-            rows.append(replace(row, files=files, scene_state=state))
+        write_shards(self._job.out, out=self._stage, leave_out=bad, only=states, images=images)
+        named = {printable(scene): state for scene, state in states.items()}
+        rows = [
+            replace(row, files=0 if self._packed else row.files, scene_state=named[row.scene])
+            for row in read_entries(self._stage).values()
+        ]
+        self._done += len(batch)
+        self._files += sum(row.files for row in rows)
         self._send(rows, kept)
-        self._done += sum(len(self._refs[scene]) for scene in {row.scene for row in rows})
         self._settle(kept)
 
-    def _valid(self, scene: str) -> list[Path]:
-        """The trajectories of a scene that may be sent; the others are failures."""
-        found = []
-        for path in self._local(scene):
+    def _valid(self, unit: str) -> tuple[list[Path], list[Path]]:
+        """The trajectories of a scene that may be sent, and the others, which are failures."""
+        good, bad = [], []
+        for path in self._local(unit):
             if findings := check_trajectory(path):
                 name = path.relative_to(self._job.out).as_posix()
                 if name not in {failure.id for failure in self._failures}:
                     self._failures.append(Failure(name, f"{findings[0]}"))
+                bad.append(path)
             else:
-                found.append(path)
-        return found
+                good.append(path)
+        return good, bad
 
     def _send(self, rows: list[Entry], kept: Iterable[Path]) -> None:
         """Commit the files of scenes and, in the last commit, their rows of the index."""
@@ -343,9 +360,7 @@ class HubPublisher:
                 f"{self.repo_id}: would have {total:,} files, more than the {MAX_FILES:,} that a "
                 f"repository should have; {remedy}."
             )
-        units = self._done + sum(len(self._refs[scene]) for scene in scenes)
-        own = sum(row.files for row in rows) / max(sum(len(self._refs[s]) for s in scenes), 1)
-        expected = total + int(own * max(self._total - units, 0))
+        expected = max(total, self._files * self._units // self._done)
         if expected > MAX_FILES and not self._warned:
             self._warned = True
             self._tell(
@@ -407,6 +422,11 @@ def check_job(job: Job) -> None:
         raise UsageError("--push-to: the Hub's index needs the occupancy as Parquet; keep that.")
     if not job.whole_scenes:
         raise UsageError("--push-to: needs a job with whole_scenes.")
+
+
+def _unit(ref: EpisodeRef | SceneRef) -> str:
+    """What is built and pushed as one: a scene, or what an archive holds."""
+    return ref.id if isinstance(ref, SceneRef) else ref.id.rpartition("/")[0]
 
 
 class _HubIndex:
@@ -485,16 +505,17 @@ class _HubIndex:
             return not any(table["files"].to_pylist())
         return None
 
-    def states(self, scenes: Iterable[str]) -> dict[str, tuple[str | None, list[str]]]:
-        """Of those of these scenes that the Hub has: their state, and their episodes."""
-        wanted, found = set(scenes), dict[str, tuple[str | None, list[str]]]()
+    def states(self) -> tuple[dict[str, list[str]], set[str]]:
+        """The episodes of each state that the index has, and the names of all its scenes."""
+        found: dict[str, list[str]] = {}
+        scenes: set[str] = set()
         for path in parts(self.root):
             table = read_part(path, ["episode", "scene", "shards", "scene_state"])
-            for row in table.to_pylist():
-                if row["scene"] in wanted:
-                    place = found.setdefault(row["scene"], (row["scene_state"], []))
-                    place[1].append(row["episode"])
-        return found
+            for row in table.select(["episode", "scene", "scene_state"]).to_pylist():
+                scenes.add(row["scene"])
+                if row["scene_state"] is not None:
+                    found.setdefault(row["scene_state"], []).append(row["episode"])
+        return found, scenes
 
     def files(self, without: Iterable[str]) -> int:
         """How many files the Hub has of trajectories and their shards, but for these scenes."""
