@@ -52,6 +52,7 @@ GROUND_TO_ROOF = [
     "runtime",
     "exporting",
     "hub",
+    "publishing",
     "api",
     "cli",
     "__main__",
