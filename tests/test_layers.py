@@ -31,6 +31,7 @@ GROUND_TO_ROOF = [
     "pipeline",
     "loading",
     "index",
+    "scene_states",
     "shards",
     "training",
     "lerobot",
