@@ -33,8 +33,8 @@ from occgen_hub.lerobot.export_check import FOLDERS, exported
 from occgen_hub.lerobot.v30 import CODEBASE
 from occgen_hub.loading import SCHEMA, Trajectory, trajectories
 from occgen_hub.runtime.report import FAILURES, REPORT
-from occgen_hub.schema import load_schema
 from occgen_hub.scene_states import FOLDER as STATES
+from occgen_hub.schema import load_schema
 from occgen_hub.shards import FOLDER
 from occgen_hub.validation import validate
 

@@ -48,7 +48,8 @@ CLUSTERS = {
 @click.option(
     "--input", "root", type=SOURCE, required=True,
     help="The root of the source tree, whose scenes may be archives; hf://datasets/ORG/NAME"
-    "[@REVISION][/FOLDER] for one on the Hub; for videos also a single one.",
+    "[@REVISION][/FOLDER] for one on the Hub, or ORG/NAME for a LeRobot dataset; for videos also a "
+    "single one.",
 )  # fmt: skip
 @click.option("--output", "out", type=FOLDER, required=True, help="Where the dataset goes.")
 @click.option(
@@ -83,9 +84,8 @@ CLUSTERS = {
 @click.option(
     "--media",
     type=click.Choice(["copy", "link", "none"]),
-    default="copy",
-    show_default=True,
-    help="What to do with the source's images and videos: link makes hard links.",
+    help="What to do with the source's images and videos: link makes hard links.  [default: copy; "
+    "none for LeRobot datasets, which the result is joined to]",
 )
 @click.option(
     "--workers", type=click.IntRange(1),
@@ -308,7 +308,7 @@ def _open_cluster_job(options: dict[str, Any]) -> Job:
     absolute = {
         name: options[name].absolute()
         for name in ("root", "out", "scratch")
-        if isinstance(options[name], Path)
+        if isinstance(options[name], Path) and (name != "root" or options[name].exists())
     }
     return replace(open_job(**options | absolute | {"device": "cpu"}), device=options["device"])
 

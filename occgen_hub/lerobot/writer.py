@@ -272,6 +272,7 @@ class TrajectoryWriter:
                 **({} if scene.windows is None else {"windows": asdict(scene.windows)}),
             },
             **({} if scene.quality is None else {"quality": self._quality(scene.quality)}),
+            **({} if self.episode.origin is None else {"origin": self.episode.origin}),
             "notes": [note.text for note in self.all_notes(scene)],
             "files": files,
         }
