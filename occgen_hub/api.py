@@ -56,7 +56,7 @@ def build(
     """Build an occupancy dataset from a source, as `occgen-hub build` does.
 
     source: what kind it is, "internnav", "lerobot", "capture" or "video"; root: where it is, a path
-    or an address "hf://datasets/ORG/NAME[@REVISION][/FOLDER]" of the Hub; out: the dataset's
+    or an address `hf://datasets/ORG/NAME[@REVISION][/FOLDER]` of the Hub; out: the dataset's
     folder; cameras: what the files do not say of its cameras; media: what to do with images, None
     for "copy", or "none" for LeRobot datasets;
     config: the settings, metres where they are lengths; workers: processes; limit: the first so
