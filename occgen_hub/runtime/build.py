@@ -1,4 +1,4 @@
-"""Building: one shard of a job, or all of it."""
+"""Building one shard of a job, or the whole job."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ from occgen_hub.runtime.workers import build_in_workers
 
 
 def build_dataset(job: Job, workers: int = 1, listener: Listener | None = None) -> Summary:
-    """Build the episodes of a job, with `workers` processes, and then the files of the dataset.
+    """Build the episodes of a job in `workers` processes, then write the files of the dataset.
 
     A failed episode does not stop the others. Failures are listed in failures.jsonl, which is
-    absent when there are none, and are tried again by the next run. The result does not depend on
-    the number of workers, nor on whether an earlier run was interrupted.
+    absent when there are none, and the next run tries them again. The result is the same for any
+    number of workers, and after any interruption.
+
+    Raises UsageError if another build is running, and OccGenError if a file of the whole dataset
+    cannot be read or written.
     """
     build_shard(job, Shard(0, 1), workers, listener, "local")
     return finalize(job.out, workers)
@@ -36,17 +39,19 @@ def build_shard(
     listener: Listener | None = None,
     executor: str = "shard",
 ) -> Summary:
-    """Build one shard of a job, beside others perhaps; `finalize` does the rest when all ended.
+    """Build one shard of a job. `finalize` completes the dataset when all shards are built.
 
-    Raises UsageError where another build, or the same shard of this one, is running.
+    Other shards of the same job may run at the same time. Raises UsageError if another build, or
+    the same shard of this one, is running.
     """
     plan, listener, summary = make_plan(job, shard.count), listener or Listener(), Summary()
     start = time.perf_counter()
     with (
-        output_lock(job.out, lambda alone: join_build(job.out, plan, alone=alone)),
+        output_lock(job.out, lambda exclusive: join_build(job.out, plan, exclusive=exclusive)),
         recording(job.out, shard.index, executor, overwrite=job.settings.overwrite) as record,
     ):
-        own = set((read_plan(job.out) or plan).shards[shard.index])  # As all shards have it.
+        # The plan on disk, which all shards of this build read.
+        own = set((read_plan(job.out) or plan).shards[shard.index])
         refs = [ref for ref in job.refs if ref.id in own]
         if min(workers, len(refs)) > 1:
             results = build_in_workers(job, refs, min(workers, len(refs)), listener.frames)
@@ -59,13 +64,15 @@ def build_shard(
                     record(result)
                     continue
                 if result.id in done and isinstance(result, Built):
-                    continue  # Of a scene that is built again, since its process died.
+                    continue  # Its scene is built again, since the first process died.
                 done.add(result.id)
-                listener.finished(result)  # It may stop the build, whose failures are none then.
+                # Before the result is recorded: this call may stop the build, and failures that
+                # the stop itself caused must not be recorded.
+                listener.finished(result)
                 summary.add(result)
                 record(result)
         finally:
-            results.close()  # So that an interruption stops what is under way as well.
+            results.close()  # On an interruption, also stops the episodes under way.
         summary.seconds = time.perf_counter() - start
         process = Process(
             host=socket.gethostname(),
@@ -81,8 +88,8 @@ def build_shard(
 
 
 def _peak_memory() -> int:
-    """Bytes that this process, or one that it started, had in memory at most."""
+    """Peak resident memory, in bytes, of this process or of the largest one that it started."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10
-    # Of this process, getrusage may tell what was there before it was this one.
+    # For this process, getrusage may report the peak of the process it was forked from.
     status = Path("/proc/self/status").read_text()
     return max(children, int(status.split("VmHWM:")[1].split()[0]) << 10)
