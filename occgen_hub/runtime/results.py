@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
+from occgen_hub.builder import EpisodeRef
 from occgen_hub.episode_build import Built, Progress
+from occgen_hub.job import Job
+from occgen_hub.scenes import SceneRef
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,24 @@ class Summary:
             self.examples.setdefault(note.code, f"{result.id}: {note.text}")
         for stage, seconds in result.seconds.items():
             self.stages[stage] += seconds  # type: ignore[assignment]  # a Counter adds up floats as well
+
+
+class Publisher(Protocol):
+    """Publishes the finished scenes of a build, for example on the Hub."""
+
+    def begin(
+        self, job: Job, refs: Sequence[EpisodeRef | SceneRef], shard: int
+    ) -> dict[str, tuple[str, ...]]:
+        """The ids of those of `refs` that are published and up to date, with their episodes."""
+
+    def add(self, scene: str, *, whole: bool) -> None:
+        """Publish a scene whose episodes were all tried. whole: whether none of them failed."""
+
+    def end(self) -> list[Failure]:
+        """Wait until everything is published; returns a failure for each episode that is not."""
+
+    def stop(self) -> None:
+        """Stop publishing, because the build was stopped or has ended."""
 
 
 @dataclass(frozen=True)
