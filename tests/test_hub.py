@@ -262,7 +262,7 @@ def test_a_dataset_that_is_not_whole_is_told_of(desk, folder):
     (folder / ".aside").rename(folder / "report.json")
     result = desk.push(folder, "--dry-run")
     assert result.returncode == 0, result.stderr
-    assert f"Warning: 1 episode failed: {folder}/failures.jsonl says why." in result.stderr
+    assert f"Warning: 1 episode failed; see {folder}/failures.jsonl." in result.stderr
 
 
 def test_a_dry_run_says_what_would_go_and_sends_nothing(hub, desk, folder):

@@ -419,8 +419,10 @@ def _say_outlook(job: Job, refs: Sequence[EpisodeRef | SceneRef]) -> None:
         f"{job.device_name()}. Licence of its weights: {LICENSES.get(license, license)}.",
         err=True,
     )
-    if isinstance(network, NetworkEngine) and not network.found.path.is_file():
-        click.echo(f"Before the build: {missing_error(network.found.checkpoint.network)}", err=True)
+    if isinstance(network, NetworkEngine) and not network.weights_file.path.is_file():
+        click.echo(
+            f"Before the build: {missing_error(network.weights_file.checkpoint.network)}", err=True
+        )
 
 
 def _duration(seconds: float) -> str:
@@ -459,13 +461,13 @@ def _build_rank(options: dict[str, Any]) -> int:
     from occgen_hub.job import open_job
     from occgen_hub.runtime.build import build_shard
     from occgen_hub.runtime.finalize import finalize as finalize_dataset
-    from occgen_hub.runtime.ranks import joined, on_all_ranks
+    from occgen_hub.runtime.ranks import on_all_ranks, process_group
     from occgen_hub.runtime.records import count_finished
     from occgen_hub.runtime.shard import Shard
     from occgen_hub.runtime.threads import cores
 
     out = options["out"]
-    with joined(options["device"]) as state:
+    with process_group(options["device"]) as state:
         shard = Shard(state.process_index, state.num_processes)
         device = str(state.device) if state.device.type == "cuda" else "cpu"
         shown_codes: set[str] | None = set() if state.is_main_process else None
