@@ -16,11 +16,13 @@ if TYPE_CHECKING:
 
 TOPICS = ("rgb", "depth", "pose", "info")
 
+CAMERA = click.option(
+    "--camera", "camera_keys", multiple=True, metavar="KEY",
+    help="The colour images of a LeRobot dataset to build from; repeatable.",
+)  # fmt: skip
+
 MAPPING = (
-    click.option(
-        "--camera", "camera_keys", multiple=True, metavar="KEY",
-        help="The colour images of a LeRobot dataset to build from; repeatable.",
-    ),
+    CAMERA,
     click.option(
         "--cameras", "cameras_file", type=FOLDER, metavar="FILE",
         help="A YAML file of what belongs to each camera; occgen-hub cameras INPUT writes one.",
