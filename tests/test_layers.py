@@ -50,6 +50,7 @@ GROUND_TO_ROOF = [
     "temporary_build",
     "runtime",
     "exporting",
+    "navdp",
     "hub",
     "publishing",
     "api",
