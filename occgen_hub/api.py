@@ -37,7 +37,7 @@ def build(
     weights: str | Path | None = None,
     device: str | None = None,
     config: Config | None = None,
-    media: Media = "copy",
+    media: Media | None = None,
     workers: int = 1,
     limit: int | None = None,
     overwrite: bool = False,
@@ -55,9 +55,10 @@ def build(
 ) -> Summary:
     """Build an occupancy dataset from a source, as `occgen-hub build` does.
 
-    source: what kind it is, "internnav", "capture" or "video"; root: where it is, a path or an
-    address "hf://datasets/ORG/NAME[@REVISION][/FOLDER]" of the Hub; out: the dataset's folder;
-    cameras: what the files do not say of its cameras;
+    source: what kind it is, "internnav", "lerobot", "capture" or "video"; root: where it is, a path
+    or an address `hf://datasets/ORG/NAME[@REVISION][/FOLDER]` of the Hub; out: the dataset's
+    folder; cameras: what the files do not say of its cameras; media: what to do with images, None
+    for "copy", or "none" for LeRobot datasets;
     config: the settings, metres where they are lengths; workers: processes; limit: the first so
     many episodes only, or scenes that are fetched; scenes: patterns of those to build; scratch:
     where scenes are put, `scratch_limit` bytes at most; shard: (i, n) to build share i of n,
@@ -71,7 +72,7 @@ def build(
     """
     if config is not None and not isinstance(config, Config):
         raise UsageError(f"config is a {type(config).__name__}; give an occgen_hub.Config.")
-    if media not in get_args(Media):
+    if media is not None and media not in get_args(Media):
         raise UsageError(f"media is {media!r}; give one of {', '.join(get_args(Media))}.")
     if license not in get_args(License):
         raise UsageError(f"license is {license!r}; give one of {', '.join(get_args(License))}.")

@@ -30,7 +30,7 @@ from occgen_hub.errors import (
     one_line,
 )
 from occgen_hub.files import MACHINE_FAULTS, Version, read_bytes, sha256, version
-from occgen_hub.kinds import LEROBOT_REMEDY, lerobot_kind
+from occgen_hub.lerobot.writer import Media
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,16 @@ class EpisodeRef:
     id: str
     path: Path
     index: int = 0
+
+
+@dataclass(frozen=True)
+class CameraSurvey:
+    """What `occgen-hub cameras` says. lines: of what was found, for a user to read; mapping: the
+    text of a file for `--cameras`, to be corrected.
+    """
+
+    lines: tuple[str, ...]
+    mapping: str
 
 
 def id_problem(name: str) -> str | None:
@@ -71,7 +81,9 @@ class DatasetBuilder(ABC):
     archives, each of which it reads as a tree with that scene alone; hfov: degrees that a camera
     sees from side to side, for sources that give no intrinsics, None for what the source assumes;
     license: of what was recorded, as the Hub calls it, None where the source does not say; maps:
-    the attributes of `CameraMapping` that a user may give, which are then in `cameras`.
+    the attributes of `CameraMapping` that a user may give, which are then in `cameras`;
+    several_cameras: whether more than one camera may be given; takes_repository: whether `root`
+    may be a LeRobot dataset on the Hub; media: what a build does with images if nothing is said.
     """
 
     name: ClassVar[str]
@@ -81,7 +93,10 @@ class DatasetBuilder(ABC):
     takes_file: ClassVar[bool] = False
     knows: ClassVar[tuple[Condition, ...]] = ("intrinsics", "poses")
     maps: ClassVar[tuple[str, ...]] = ()
+    several_cameras: ClassVar[bool] = False
     takes_archives: ClassVar[bool] = False
+    takes_repository: ClassVar[bool] = False
+    media: ClassVar[Media] = "copy"
     hfov: float | None = None
     license: str | None = None
 
@@ -129,6 +144,10 @@ class DatasetBuilder(ABC):
         For errors of other sources that were given it. A few names are looked at, and small files.
         """
         return None
+
+    def survey_cameras(self) -> CameraSurvey:
+        """What the cameras of the recording are; raises UsageError where nothing can be mapped."""
+        raise UsageError(f"--source {self.name}: has no columns to map to cameras.")
 
     def has_depth(self, ref: EpisodeRef) -> bool:
         """Whether an episode has sensor depth; looked up quickly, nothing decoded."""
@@ -202,13 +221,17 @@ def load_builder(
                 f"--{_OPTIONS.get(attribute, attribute).replace('_', '-')}: is not used by "
                 f"--source {name}; leave it out."
             )
+    if len(cameras) > 1 and not kind.several_cameras:
+        raise UsageError(f"--camera: --source {name} takes one camera; leave the others out.")
     builder = kind(root, cameras) if cameras else kind(root)
     builder.hfov = hfov
     builder.license = license_of_folder(root)
     return builder
 
 
-_OPTIONS = {"depth_unit": "depth_scale"} | dict.fromkeys(("rgb", "depth", "pose", "info"), "topics")
+_OPTIONS = {"depth_unit": "depth_scale", "pose_layout": "cameras"} | dict.fromkeys(
+    ("rgb", "depth", "pose", "info"), "topics"
+)
 """Options of the command line, by what they say, where they are called otherwise."""
 
 
@@ -263,8 +286,6 @@ def _builder_class(name: str) -> type[DatasetBuilder]:
 
 def other_source(root: Path, name: str) -> str:
     """For the end of an error: another source that knows what is at `root`, "" if none does."""
-    if (kind := lerobot_kind(root)) is not None:
-        return f"it is {kind}: {LEROBOT_REMEDY}"
     for other in builder_names():
         if other == name:
             continue

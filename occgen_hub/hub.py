@@ -33,6 +33,7 @@ from occgen_hub.lerobot.export_check import FOLDERS, exported
 from occgen_hub.lerobot.v30 import CODEBASE
 from occgen_hub.loading import SCHEMA, Trajectory, trajectories
 from occgen_hub.runtime.report import FAILURES, REPORT
+from occgen_hub.scene_states import FOLDER as STATES
 from occgen_hub.schema import load_schema
 from occgen_hub.shards import FOLDER
 from occgen_hub.validation import validate
@@ -287,7 +288,9 @@ def _outdated(root: Path, there: Sequence[str]) -> list[str]:
     else:
         folders = {path.relative_to(root).as_posix() for path in trajectories(root)}
         stems = "|".join(re.escape(file_stem(scene)) for scene in sorted(_scenes(root)))
-        shards = re.compile(rf"{FOLDER}/(?:[^/]*|[^/]*/(?:{stems})-[^/]*)\.parquet")
+        shards = re.compile(
+            rf"{FOLDER}/(?:[^/]*|[^/]*/(?:{stems})-[^/]*)\.parquet|{STATES}/[^/]*/(?:{stems})\.parquet"
+        )
     return [
         glob.escape(path)
         for path in there

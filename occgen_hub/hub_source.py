@@ -73,6 +73,60 @@ class HubSource:
             raise UsageError(f"{text}: is no dataset on the Hub; give --input {FORM}.")
         return cls(found[1], (found[2] or "main").replace("%2F", "/"), "/".join(parts))
 
+    @classmethod
+    def named(cls, text: str | Path) -> HubSource | None:
+        """The dataset that an --input names as ORG/NAME; None where a path has that name."""
+        found = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(text))
+        return None if found is None or Path(text).exists() else cls(str(text), "main", "")
+
+    @classmethod
+    def of_snapshot(cls, folder: Path) -> HubSource | None:
+        """What a folder in the cache of huggingface_hub is of; None for a folder elsewhere.
+
+        The revision is a commit.
+        """
+        parts = folder.absolute().parts
+        for n, part in enumerate(parts[:-2]):
+            name = re.fullmatch(r"datasets--([\w.-]+?)--([\w.-]+)", part)
+            if name and parts[n + 1] == "snapshots" and re.fullmatch("[0-9a-f]{40}", parts[n + 2]):
+                return cls(f"{name[1]}/{name[2]}", parts[n + 2], "/".join(parts[n + 3 :]))
+        return None
+
+    def snapshot(self, *patterns: str) -> Path:
+        """The folder in the cache of huggingface_hub with the files below `folder` that match.
+
+        Raises HubSourceError.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(library_name="occgen-hub")
+        with _told(self, api.endpoint):
+            info = api.repo_info(
+                self.repo_id, repo_type="dataset", revision=self.revision, timeout=20
+            )
+            api.auth_check(self.repo_id, repo_type="dataset")
+            below = f"{self.folder}/" if self.folder else ""
+            place = api.snapshot_download(
+                self.repo_id,
+                repo_type="dataset",
+                revision=info.sha or self.revision,
+                allow_patterns=[f"{below}{pattern}" for pattern in patterns],
+            )
+        return Path(place, self.folder)
+
+    def fetch(self, name: str) -> None:
+        """Put a file below `folder` into the cache of huggingface_hub. Raises HubSourceError."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(library_name="occgen-hub")
+        with _told(self, api.endpoint):
+            api.hf_hub_download(
+                self.repo_id,
+                f"{self.folder}/{name}" if self.folder else name,
+                repo_type="dataset",
+                revision=self.revision,
+            )
+
     def listed(self) -> tuple[HubSource, list[SceneRef]]:
         """The source at the commit that its revision is now, and its scenes, sorted.
 

@@ -398,7 +398,8 @@ class Job:
     def described(self) -> dict[str, Any]:
         """What a report says of it."""
         settings = self.settings
-        root = printable(str(self.hub or self.builder.root))
+        place = self.builder.root
+        root = printable(str(self.hub or HubSource.of_snapshot(place) or place))
         source: dict[str, Any] = {"builder": self.builder.name, "root": root}
         if cameras := [camera.said() for camera in self.builder.cameras]:
             source["cameras"] = cameras
@@ -411,6 +412,26 @@ class Job:
         }
 
 
+def open_source(
+    source: str,
+    root: Path | str,
+    cameras: Sequence[CameraMapping] = (),
+    *,
+    hfov: float | None = None,
+) -> tuple[DatasetBuilder, HubSource | None]:
+    """The builder for what an --input names, and the place on the Hub to fetch its scenes from.
+
+    Of a LeRobot dataset on the Hub the meta files are fetched, and the builder stands where they
+    are. Raises UsageError, and HubSourceError where the Hub does not give them.
+    """
+    hub = HubSource.parse(root)
+    builder = load_builder(source, Path(root), cameras, hfov=hfov)
+    repository = hub or HubSource.named(root)
+    if builder.takes_repository and repository is not None:
+        return builder.at(repository.snapshot("meta/**")), None
+    return builder, hub
+
+
 def open_job(
     source: str,
     root: Path | str,
@@ -421,7 +442,7 @@ def open_job(
     weights: Path | None = None,
     device: str | None = None,
     config: Config | None = None,
-    media: Media = "copy",
+    media: Media | None = None,
     limit: int | None = None,
     overwrite: bool = False,
     parquet_occupancy: bool = True,
@@ -434,17 +455,17 @@ def open_job(
 ) -> Job:
     """What `occgen-hub build` is to do with the options of these names; nothing is done yet.
 
-    scratch_limit: in bytes; whole_scenes: as of a Job. Raises UsageError when one of them is wrong,
-    and HubSourceError where the Hub does not list what `root` names.
+    media: None for what the source does if nothing is said; scratch_limit: in bytes; whole_scenes:
+    as of a Job. Raises UsageError when one of them is wrong, and HubSourceError where the Hub does
+    not list what `root` names.
     """
     if parquet_images and not parquet_occupancy:
         raise UsageError("--parquet-images: goes into the occupancy as Parquet; keep that.")
-    config, hub = config or Config(), HubSource.parse(root)
-    root = Path(root)
-    builder = load_builder(source, root, cameras, hfov=config.hfov)
+    config = config or Config()
+    builder, hub = open_source(source, root, cameras, hfov=config.hfov)
     refs: Sequence[EpisodeRef | SceneRef]
     if hub is None:
-        check_paths(root, out)
+        check_paths(builder.root, out)
         refs = list_refs(builder, limit, scenes)
     else:
         if not builder.takes_archives:
@@ -463,7 +484,7 @@ def open_job(
     chosen = choose_engine(builder, refs, engine, weights, device, license)
     chosen.check(config)
     check_conditions(builder, refs, config)
-    settings = Settings(config, chosen, media, overwrite)
+    settings = Settings(config, chosen, media or builder.media, overwrite)
     limited = limit is not None or bool(scenes)
     place = ScratchPlace((scratch or out / ".scratch").absolute(), scratch_limit)
     return Job(

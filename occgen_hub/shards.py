@@ -58,6 +58,13 @@ from occgen_hub.index import (
 )
 from occgen_hub.loading import REBUILD, Trajectory, npz_array, trajectories
 from occgen_hub.media import encode_jpeg
+from occgen_hub.scene_states import (
+    check_states,
+    remove_states,
+    states_file,
+    states_files,
+    write_states,
+)
 from occgen_hub.schema import Feature, plain_arrow, plain_texts
 
 FOLDER = "occupancy"
@@ -178,7 +185,7 @@ def write_shards(
     images: bool = False,
     only: Collection[str] | None = None,
 ) -> int:
-    """Bring `out`/occupancy and `out`/index, `root`'s own if None, up to date with `root`.
+    """Bring occupancy, index and scene_states below `out`, or `root`, up to date with `root`.
 
     The shards of a scene depend on the trajectories of that scene alone. Shards that hold what they
     should are left alone; the bytes are those of a fresh start. Scenes that the index has and of
@@ -220,6 +227,8 @@ def write_shards(
     write_index(out, [*kept, *_placed(out, rows, plan, digests)])
     needed = {out / shard.name for shard in plan} | {out / n for row in kept for n in row.shards}
     _remove(there - needed, folder)
+    others = {row.scene for row in kept if row.shards}
+    write_states(out, scenes, others, workers, overwrite=overwrite)
     return len(missing)
 
 
@@ -239,6 +248,8 @@ def remove_shards(root: Path) -> None:
     own = set(_own_shards(root))
     write_index(root, [*kept, *rows])
     _remove(own - {root / name for row in kept for name in row.shards}, folder)
+    others = {root / states_file(row.scene) for row in kept}
+    remove_states(root, {*states_files(root)} - others)
 
 
 def _remove(paths: Iterable[Path], folder: Path) -> None:
@@ -575,6 +586,8 @@ def check_shards(root: Path) -> Iterator[DatasetError]:
             _check(root, name, rows[name], here)
         except DatasetError as error:
             yield error
+    with_shards = {row.scene for row in known.values() if row.shards}
+    yield from check_states(root, scenes, with_shards)
 
 
 def _check_entry(

@@ -30,8 +30,10 @@ from occgen_hub.index import read_index
 from occgen_hub.lerobot.export_check import check_export, exported, lengths
 from occgen_hub.loading import REBUILD, NpzArray, Trajectory, npz_array, trajectories
 from occgen_hub.media import read_depth, read_rgb, video_facts
+from occgen_hub.occupancy.codec import unpack
 from occgen_hub.occupancy.grid import Grid
-from occgen_hub.occupancy.visibility import OBSERVED, OCCUPIED, trace
+from occgen_hub.occupancy.states import FreeSpace
+from occgen_hub.occupancy.visibility import OBSERVED, OCCUPIED, FrameOccupancy, trace
 from occgen_hub.prefetch import prefetch
 from occgen_hub.schema import ArraySpec, Feature, FileSpec
 from occgen_hub.shards import check_shards, missing_shards
@@ -505,14 +507,17 @@ class _Check:
             )
             return
         state: NDArray[np.uint8] = np.zeros(grid.cells, np.uint8)
+        poses, free = self.trajectory.world_from_camera(), FreeSpace(grid)
         rows = zip(
             self.trajectory.visible_frames(),
             self.trajectory.dynamic_frames(),
-            self.trajectory.observed(),
+            self.trajectory.observed_packed(),
             intrinsics,
             strict=True,
         )
-        for frame, (visible, dynamic, observed, K) in enumerate(rows):
+        for frame, (visible, dynamic, packed, K) in enumerate(rows):
+            observed = unpack(packed, grid.cells)
+            free.add(FrameOccupancy(visible.astype(np.int32), packed), poses[frame])
             for key, columns in (("visible", visible), ("dynamic", dynamic)):
                 if not (columns[1:] > columns[:-1]).all():
                     self.say(self.trajectory.file(key), f"frame {frame}: columns are not sorted")
@@ -535,6 +540,17 @@ class _Check:
                     self.trajectory.file("observed"),
                     f"frame {frame}: is not what the rays of its camera see past its visible cells",
                 )
+                return
+        self._states(free)
+
+    def _states(self, free: FreeSpace) -> None:
+        """The scene's occupied cells in their two forms, and the free ones as frames saw them."""
+        path, found = self.trajectory.file("scene_occupancy"), self.trajectory.states()
+        expected = free.states(self.trajectory.scene_cells())
+        for name in ("blocks", "occupied", "free"):
+            if not np.array_equal(getattr(found, name), getattr(expected, name)):
+                what = "free cells are" if name == "free" else "occupied cells are"
+                self.say(path, f"its {what} not those of its centres and of the frames ({name})")
                 return
 
     def _checksums(self) -> None:

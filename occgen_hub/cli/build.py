@@ -17,8 +17,8 @@ import click
 
 from occgen_hub.cli.command import FOLDER, SOURCE, Examples, no_bar, say, with_options
 from occgen_hub.cli.mapping import MAPPING, take_cameras
-from occgen_hub.cli.stopping import stop_if_asked
 from occgen_hub.errors import UsageError
+from occgen_hub.stopping import stop_if_asked
 
 if TYPE_CHECKING:
     from occgen_hub.builder import EpisodeRef
@@ -48,7 +48,8 @@ CLUSTERS = {
 @click.option(
     "--input", "root", type=SOURCE, required=True,
     help="The root of the source tree, whose scenes may be archives; hf://datasets/ORG/NAME"
-    "[@REVISION][/FOLDER] for one on the Hub; for videos also a single one.",
+    "[@REVISION][/FOLDER] for one on the Hub, or ORG/NAME for a LeRobot dataset; for videos also a "
+    "single one.",
 )  # fmt: skip
 @click.option("--output", "out", type=FOLDER, required=True, help="Where the dataset goes.")
 @click.option(
@@ -83,9 +84,8 @@ CLUSTERS = {
 @click.option(
     "--media",
     type=click.Choice(["copy", "link", "none"]),
-    default="copy",
-    show_default=True,
-    help="What to do with the source's images and videos: link makes hard links.",
+    help="What to do with the source's images and videos: link makes hard links.  [default: copy; "
+    "none for LeRobot datasets, which the result is joined to]",
 )
 @click.option(
     "--workers", type=click.IntRange(1),
@@ -308,7 +308,7 @@ def _open_cluster_job(options: dict[str, Any]) -> Job:
     absolute = {
         name: options[name].absolute()
         for name in ("root", "out", "scratch")
-        if isinstance(options[name], Path)
+        if isinstance(options[name], Path) and (name != "root" or options[name].exists())
     }
     return replace(open_job(**options | absolute | {"device": "cpu"}), device=options["device"])
 
@@ -322,7 +322,7 @@ def _dry_run(
     from occgen_hub.runtime.records import make_plan
     from occgen_hub.scenes import SceneRef
 
-    with without_fetching():
+    with without_fetching("expect"):
         job = _open_cluster_job(options) if executor in CLUSTERS else open_job(**options)
     mine = None if shard is None else set(make_plan(job, shard.count).shards[shard.index])
     refs = [ref for ref in job.refs if mine is None or ref.id in mine]
@@ -368,7 +368,8 @@ def _say_estimate(job: Job, scenes: Sequence[SceneRef]) -> None:
 def _say_outlook(job: Job, refs: Sequence[EpisodeRef | SceneRef]) -> None:
     """What the network will take for these episodes: frames, windows, memory, time, licence."""
     from occgen_hub.engines import Auto
-    from occgen_hub.engines.weights import LICENSES
+    from occgen_hub.engines.network import NetworkEngine
+    from occgen_hub.engines.weights import LICENSES, missing_error
     from occgen_hub.job import outlook
 
     if not job.settings.engine.uses_device():
@@ -395,6 +396,8 @@ def _say_outlook(job: Job, refs: Sequence[EpisodeRef | SceneRef]) -> None:
         f"{job.device_name()}. Licence of its weights: {LICENSES.get(license, license)}.",
         err=True,
     )
+    if isinstance(network, NetworkEngine) and not network.found.path.is_file():
+        click.echo(f"Before the build: {missing_error(network.found.checkpoint.network)}", err=True)
 
 
 def _duration(seconds: float) -> str:
