@@ -19,7 +19,6 @@ from occgen_hub.errors import DatasetError, OccGenError, UsageError
 from occgen_hub.files import LINK_OUT, PUT_FILE, dump_json, links_out, printable, sha256
 from occgen_hub.geometry.cloud import Cloud
 from occgen_hub.geometry.ply import read_ply, write_ply
-from occgen_hub.lerobot.export_check import RECORD, exported
 from occgen_hub.loading import Trajectory, built
 from occgen_hub.media import encode_jpeg
 
@@ -36,6 +35,9 @@ MATRICES = {
 OBSTACLE = np.array([0.0, 0.0, 0.5])
 NEAR = 0.05
 """The colour of obstacles in a scene's cloud, 0 to 1, and the sum of differences that is none."""
+
+MARK = "meta/occgen_navdp.json"
+"""By this file a folder is known as one of such an export, which may be replaced."""
 
 CHUNK = "chunk-000"
 RGB, DEPTH = "observation.images.rgb", "observation.images.depth"
@@ -103,7 +105,7 @@ def _check_places(root: Path, out: Path, *, overwrite: bool) -> None:
         raise UsageError(f"{out}: is there and no folder; choose another place.")
     if out.is_dir() and any(out.iterdir()):
         places = [place for place in out.glob("*/*") if place.is_dir()]
-        ours = all(exported(p) or any(map(exported, p.iterdir())) for p in places) and places
+        ours = places and all(any(p.glob(MARK)) or any(p.glob(f"*/{MARK}")) for p in places)
         if not ours or any(path.is_file() for path in (*out.iterdir(), *out.glob("*/*"))):
             raise UsageError(f"{out}: holds files that no export wrote; choose another place.")
         if not overwrite:
@@ -264,12 +266,12 @@ def _obstacles(cloud: Cloud) -> np.ndarray[Any, np.dtype[np.bool_]]:
 
 
 def _write_mark(folder: Path, members: list[Trajectory]) -> None:
-    """meta/occgen_export.json, where the loader does not look: which episode is which."""
+    """Write, where the loader does not look, which episode is which."""
     episodes = [
         {"episode": printable("/".join(member.path.parts[-3:])), "length": member.table().num_rows}
         for member in members
     ]
-    _write(folder / RECORD, [{"format": "navdp", "episodes": episodes}], indent=1)
+    _write(folder / MARK, [{"format": "navdp", "episodes": episodes}], indent=1)
 
 
 def _write(path: Path, rows: list[dict[str, Any]], indent: int | None = None) -> None:
