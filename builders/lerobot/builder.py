@@ -34,6 +34,7 @@ from .cameras import (
 )
 from .dataset import (
     CONTAINERS,
+    INFO,
     RESTORE,
     EpisodeEntry,
     Info,
@@ -87,7 +88,7 @@ class LeRobotBuilder(DatasetBuilder):
 
     def episodes(self) -> Iterator[EpisodeRef]:
         """Every camera of every episode, sorted by id; raises UsageError where there is none."""
-        if lerobot_kind(self.root) is None:
+        if not is_file(self.root / INFO):
             other = other_source(self.root, self.name)
             raise UsageError(
                 f"{self.root}: is no LeRobot dataset (meta/info.json says what one is); "

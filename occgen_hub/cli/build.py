@@ -40,7 +40,8 @@ CLUSTERS = {
 
 @click.command(
     cls=Examples,
-    example="occgen-hub build --source internnav --input traj_data --output out --workers 8",
+    example="occgen-hub build --source internnav --input traj_data --output out --workers 8\n"
+    "occgen-hub build --source lerobot --input my-org/robot --cameras cameras.yaml --output out",
     goes_on=True,
 )
 @click.option("--source", default="internnav", show_default=True, help="What kind of source it is.")

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from occgen_hub.cli.command import FOLDER, Examples, no_bar, progress_bar, say
+from occgen_hub.errors import UsageError
 
 
 @click.command(cls=Examples, example="occgen-hub export out out_lerobot --to lerobot-v3.0")
@@ -23,19 +24,33 @@ from occgen_hub.cli.command import FOLDER, Examples, no_bar, progress_bar, say
     help="Frames a second, where the trajectories have several rates.",
 )  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export at OUT.")
-def export(folder: Path, out: Path, to: Any, fps: int | None, overwrite: bool) -> None:
+@click.option(
+    "--update", is_flag=True,
+    help="OUT is an export that LeRobot's tools edited: bring its occupancy up to date, no more.",
+)  # fmt: skip
+def export(
+    folder: Path, out: Path, to: Any, fps: int | None, overwrite: bool, update: bool
+) -> None:
     """Make one LeRobot v3.0 dataset of all trajectories of a dataset.
 
     RGB and depth become video, the occupancy lies beside it as Parquet: few files, which LeRobot
     loads, and push sends to the Hub as well.
     """
     from occgen_hub.exporting import export as make
+    from occgen_hub.exporting import update_export
 
-    with progress_bar("export", unit="frame") as progress:
-        remarks = make(folder, out, to=to, fps=fps, overwrite=overwrite, progress=progress)
+    if update and (overwrite or fps is not None):
+        raise UsageError(
+            "--update: changes no table and no video; leave --overwrite and --fps out."
+        )
+    if update:
+        remarks = update_export(folder, out)
+    else:
+        with progress_bar("export", unit="frame") as progress:
+            remarks = make(folder, out, to=to, fps=fps, overwrite=overwrite, progress=progress)
     for remark in remarks:
         say(f"Note: {remark}.", err=True)
-    say(f"Exported to {out}.")
+    say(f"{'Updated' if update else 'Exported to'} {out}.")
     place = shlex.quote(str(out))
     say(f"Next: occgen-hub push {place} --repo-id ORG/NAME")
 
