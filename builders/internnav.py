@@ -160,6 +160,19 @@ class InternNavBuilder(DatasetBuilder):
         except OccGenError:
             return 0.0
 
+    def footage(self, ref: EpisodeRef) -> tuple[int, tuple[int, int]] | None:
+        """Its images and the size of the first; without images, as its video's packets have it."""
+        try:
+            files = _locate(ref)
+            if images := [*files.rgb.values()]:
+                return len(images), image_size(images[0])
+            if files.video is None:
+                return None
+            facts = video_facts(files.video)
+            return facts.frames, facts.size
+        except OccGenError:
+            return None
+
     def sources(self, ref: EpisodeRef) -> list[Path]:
         """The tables, images and videos of one episode."""
         return _locate(ref).all()

@@ -6,13 +6,16 @@ import copy
 import hashlib
 import logging
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
+
+import yaml
 
 from occgen_hub.camera_mapping import CameraMapping
 from occgen_hub.config import Condition
@@ -26,10 +29,15 @@ from occgen_hub.errors import (
     in_brief,
     one_line,
 )
-from occgen_hub.files import MACHINE_FAULTS, Version, sha256, version
+from occgen_hub.files import MACHINE_FAULTS, Version, read_bytes, sha256, version
 from occgen_hub.lerobot.writer import Media
 
 logger = logging.getLogger(__name__)
+
+LEVELS = 3
+"""Folders above a source's root in which its card is looked for: vln_n1/traj_data/<group>."""
+
+MAX_CARD_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,8 @@ class DatasetBuilder(ABC):
     episode, besides depth, which `has_depth` tells; takes_archives: whether its scenes may be
     archives, each of which it reads as a tree with that scene alone; hfov: degrees that a camera
     sees from side to side, for sources that give no intrinsics, None for what the source assumes;
-    maps: the attributes of `CameraMapping` that a user may give, which are then in `cameras`;
+    license: of what was recorded, as the Hub calls it, None where the source does not say; maps:
+    the attributes of `CameraMapping` that a user may give, which are then in `cameras`;
     several_cameras: whether more than one camera may be given; takes_repository: whether `root`
     may be a LeRobot dataset on the Hub; media: what a build does with images if nothing is said.
     """
@@ -89,6 +98,7 @@ class DatasetBuilder(ABC):
     takes_repository: ClassVar[bool] = False
     media: ClassVar[Media] = "copy"
     hfov: float | None = None
+    license: str | None = None
 
     def __init__(self, root: Path, cameras: Sequence[CameraMapping] = ()) -> None:
         self.root, self.cameras = root, tuple(cameras)
@@ -215,6 +225,7 @@ def load_builder(
         raise UsageError(f"--camera: --source {name} takes one camera; leave the others out.")
     builder = kind(root, cameras) if cameras else kind(root)
     builder.hfov = hfov
+    builder.license = license_of_folder(root)
     return builder
 
 
@@ -222,6 +233,33 @@ _OPTIONS = {"depth_unit": "depth_scale", "pose_layout": "cameras"} | dict.fromke
     ("rgb", "depth", "pose", "info"), "topics"
 )
 """Options of the command line, by what they say, where they are called otherwise."""
+
+
+def license_of_folder(root: Path) -> str | None:
+    """The licence that a dataset's card says, in the nearest README.md with one; None without one.
+
+    Looked for in `root` and in the LEVELS folders above it, since `root` may be a part of a copy of
+    a dataset on the Hub.
+    """
+    folder = root.resolve()
+    for place in (folder, *folder.parents[:LEVELS]):
+        try:
+            text = read_bytes(place / "README.md", MAX_CARD_BYTES).decode()
+            _, matter, _ = text.replace("\r\n", "\n").split("---\n", 2)
+            said = yaml.safe_load(matter) if text.startswith("---") else None
+        except (OccGenError, OSError, ValueError, yaml.YAMLError):
+            continue
+        if isinstance(said, dict) and (found := plain_license(said.get("license"))):
+            return found
+    return None
+
+
+def plain_license(said: Any) -> str | None:
+    """The name of a licence in a card; None where it gives none, several, or one of its own."""
+    if isinstance(said, list) and len(said) == 1:
+        said = said[0]
+    known = isinstance(said, str) and re.fullmatch(r"[a-z0-9][a-z0-9.+-]{1,60}", said)
+    return said if known and said not in ("other", "unknown") else None
 
 
 def _builder_class(name: str) -> type[DatasetBuilder]:

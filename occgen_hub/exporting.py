@@ -30,6 +30,7 @@ from occgen_hub.index import describe, parts
 from occgen_hub.lerobot.export_check import RECORD, check_content, exported, held_episodes
 from occgen_hub.lerobot.v30 import CODEBASE, DEPTH_MAX, OWN, RESERVED, Fit, Layout, write
 from occgen_hub.loading import REBUILD, SCHEMA, Trajectory, built, trajectories
+from occgen_hub.scene_states import states_files
 from occgen_hub.schema import Feature, load_schema
 from occgen_hub.shards import shards, write_shards
 
@@ -297,7 +298,7 @@ def _all_have(
 
 def _add_occupancy(root: Path, folder: Path, leave_out: tuple[Path, ...]) -> None:
     """The dataset's shards, copied, and made anew where they are missing or out of date."""
-    for path in (*shards(root), *parts(root)):
+    for path in (*shards(root), *parts(root), *states_files(root)):
         place = folder / path.relative_to(root)
         place.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(place) as partial:

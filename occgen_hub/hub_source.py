@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from occgen_hub.archives import archive_stem
+from occgen_hub.builder import plain_license
 from occgen_hub.errors import OccGenError, SourceError, UsageError, in_brief
 from occgen_hub.scenes import (
     PARTS,
@@ -39,11 +40,15 @@ class HubSourceError(OccGenError):
 
 @dataclass(frozen=True)
 class HubSource:
-    """A folder of a dataset on the Hub. revision: a branch, a tag or a commit."""
+    """A folder of a dataset on the Hub. revision: a branch, a tag or a commit.
+
+    license: that of the dataset's card, when it is listed.
+    """
 
     repo_id: str
     revision: str
     folder: str
+    license: str | None = None
 
     def __str__(self) -> str:
         below = f"/{self.folder}" if self.folder else ""
@@ -132,12 +137,13 @@ class HubSource:
 
         api = HfApi(library_name="occgen-hub")
         with _told(self, api.endpoint):
-            info = api.repo_info(
-                self.repo_id, repo_type="dataset", revision=self.revision, timeout=20
-            )
+            info = api.dataset_info(self.repo_id, revision=self.revision, timeout=20)
             # Anybody may list a gated dataset: whether its files may be read is asked apart.
             api.auth_check(self.repo_id, repo_type="dataset")
-            pinned = HubSource(self.repo_id, info.sha or self.revision, self.folder)
+            said = info.card_data.get("license") if info.card_data else None
+            pinned = HubSource(
+                self.repo_id, info.sha or self.revision, self.folder, plain_license(said)
+            )
             entries = api.list_repo_tree(
                 self.repo_id,
                 self.folder or None,

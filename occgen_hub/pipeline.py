@@ -29,6 +29,7 @@ from occgen_hub.geometry.sim3 import rotation_angle
 from occgen_hub.geometry.surface import poisson_surface
 from occgen_hub.occupancy.frames import observe_frames
 from occgen_hub.occupancy.grid import Grid
+from occgen_hub.occupancy.states import FreeSpace
 from occgen_hub.occupancy.visibility import FrameOccupancy
 from occgen_hub.scene import Scene
 from occgen_hub.views import Views, check_views
@@ -132,8 +133,10 @@ def align(views: Views, episode: Episode) -> tuple[Views, Alignment | None]:
     return views.moved(alignment.sim3), alignment
 
 
-def observe(scene: Scene, episode: Episode, grid: Grid) -> Iterator[FrameOccupancy]:
-    """Occupancy and visibility of each frame, in order."""
+def observe(
+    scene: Scene, episode: Episode, grid: Grid, free: FreeSpace | None = None
+) -> Iterator[FrameOccupancy]:
+    """Occupancy and visibility of each frame, in order. free: gathers what they observed free."""
     # Intrinsics as they will be written, so that a reader who traces the same rays sees the same.
     intrinsics = scene.intrinsics.astype(np.float32).astype(np.float64)
     return observe_frames(
@@ -143,6 +146,7 @@ def observe(scene: Scene, episode: Episode, grid: Grid) -> Iterator[FrameOccupan
         intrinsics,
         episode.image_size,
         scene.moving,
+        free,
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 GROUND_TO_ROOF = [
     "errors",
+    "stopping",
     "jit",
     "hub_token",
     "atomic",
@@ -30,6 +31,7 @@ GROUND_TO_ROOF = [
     "pipeline",
     "loading",
     "index",
+    "scene_states",
     "shards",
     "training",
     "lerobot",
@@ -51,6 +53,7 @@ GROUND_TO_ROOF = [
     "runtime",
     "exporting",
     "hub",
+    "publishing",
     "api",
     "cli",
     "__main__",

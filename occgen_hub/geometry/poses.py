@@ -42,6 +42,20 @@ def rigidity_error(poses: NDArray[np.floating]) -> NDArray[np.float64]:
     return np.where(finite, error, np.inf)
 
 
+def upright_pose(world_from_camera: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(4, 4) world_from_grid of axes at a camera that stand upright in a world whose z points up.
+
+    They are x right, y down along gravity, and z ahead: where the camera looks, or where the top of
+    its image is when it looks straight down.
+    """
+    ahead, down = world_from_camera[:3, 2], world_from_camera[:3, 1]
+    flat = ahead[:2] if np.hypot(*ahead[:2]) > 1e-3 else down[:2] * np.sign(ahead[2])
+    x, y = flat / np.hypot(*flat)
+    pose = world_from_camera.copy()
+    pose[:3, :3] = [[y, 0, x], [-x, 0, y], [0, -1, 0]]
+    return pose
+
+
 @njit(nogil=True)
 def transform(pose: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.float64]:
     """(n, 3) float64 points moved by a (4, 4) pose: R p + t.

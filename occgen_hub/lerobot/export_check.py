@@ -25,6 +25,7 @@ from occgen_hub.index import INDEX, read_index
 from occgen_hub.lerobot.v30 import CODEBASE
 from occgen_hub.loading import EXPORT, SCHEMA
 from occgen_hub.media import video_facts
+from occgen_hub.scene_states import FOLDER as STATES
 from occgen_hub.schema import load_schema
 from occgen_hub.shards import FOLDER
 
@@ -32,7 +33,7 @@ RECORD = EXPORT
 AGAIN = (
     "export the dataset again, with --overwrite, or with --update where LeRobot's tools changed it"
 )
-FOLDERS = ("data", "meta", "videos", FOLDER, INDEX)
+FOLDERS = ("data", "meta", "videos", FOLDER, INDEX, STATES)
 """What an export is made of, beside its card."""
 
 

@@ -40,6 +40,11 @@ class NpzWriter:
         with self.stream(name, array.dtype, array.shape) as file:
             file.write(np.ascontiguousarray(array).tobytes())
 
+    def add_bits(self, name: str, packed: NDArray[np.uint8]) -> None:
+        """Write a whole array of packed bits, compressed as masks are."""
+        with self.stream(name, np.uint8, packed.shape, _for_bits) as file:
+            file.write(np.ascontiguousarray(packed).tobytes())
+
     @contextmanager
     def stream(
         self,

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.point_blocks import into_blocks
 from occgen_hub.occupancy.ray_packets import prepare
+from occgen_hub.occupancy.states import FreeSpace
 from occgen_hub.occupancy.visibility import FrameOccupancy, observe, warm_up
 from occgen_hub.prefetch import prefetch
 
@@ -30,12 +31,14 @@ def observe_frames(
     intrinsics: NDArray[np.float64],
     size: tuple[int, int],
     moving: Callable[[int], NDArray[np.float32]] | None = None,
+    free: FreeSpace | None = None,
 ) -> Iterator[FrameOccupancy]:
     """What each frame sees of a scene, in order; see `observe` for one.
 
     points: (n, 3) float32, world metres; world_from_camera: (T, 4, 4), OpenCV axes, metres;
     intrinsics: (T, 3, 3), pixels; size: (width, height) of the images; moving: the points of a
-    frame that are there in no other, (n, 3) float32, world metres.
+    frame that are there in no other, (n, 3) float32, world metres; free: what is given what each
+    frame observed free.
     """
     cloud = into_blocks(points)
     prepare(grid, intrinsics, size)
@@ -48,9 +51,12 @@ def observe_frames(
             if not alone:
                 numba.set_num_threads(1)  # Of this thread's calls.
         own_points = None if moving is None else moving(t)
-        return observe(
+        seen = observe(
             grid, cloud, world_from_camera[t], intrinsics[t], size, own.state, own_points
         )
+        if free is not None:
+            free.add(seen, world_from_camera[t])
+        return seen
 
     numbers = range(len(world_from_camera))
     return map(frame, numbers) if alone else prefetch(frame, numbers)
