@@ -33,7 +33,7 @@ from occgen_hub.source_check import check_source
 SMALL = library.Config(pc_range=(-0.4, -0.4, 0.4, 0.4, 0.4, 1.2))
 """The usual cells, but few of them in sight, which is fast."""
 
-FRAMES = 8
+FRAMES = 10
 PARTS = (range(3), range(FRAMES))
 """Of two episodes: some frames, and all of them."""
 

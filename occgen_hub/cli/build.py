@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from occgen_hub.cli.command import FOLDER, SOURCE, Examples, no_bar, say, with_options
-from occgen_hub.cli.mapping import MAPPING, take_cameras
+from occgen_hub.cli.mapping import CAMERA, MAPPING, take_cameras
 from occgen_hub.errors import UsageError
 from occgen_hub.stopping import stop_if_asked
 
@@ -169,7 +169,7 @@ CLUSTERS = {
     "--slurm", multiple=True, metavar="KEY=VALUE",
     help="An option of sbatch: partition=NAME, time=24:00:00, qos, account; repeatable.",
 )  # fmt: skip
-@with_options(*MAPPING)
+@with_options(CAMERA, *MAPPING)
 def build(
     condition: str | None,
     config: Path | None,
