@@ -122,7 +122,7 @@ class PinholeView:
 
     @cached_property
     def _reduced(self) -> Lens:
-        """The source with its images reduced by the integer factor at which the target is smaller."""
+        """The source with its images reduced by the integer factor of the target's size."""
         (width, height), (w, h) = self.source.size, self.target.size
         factor = min(width // w, height // h)
         return (

@@ -150,7 +150,7 @@ def fit_unscaled(sets: list[Positions], rotations: NDArray[np.float64]) -> Fit:
 def mean_position(
     positions: Positions, scale: float, rotation: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Fit the (3,) translation of a Sim3 with known scale and rotation, with weights as `fit_sim3`."""
+    """Fit the (3,) translation of a Sim3 with known scale and rotation, weighted as `fit_sim3`."""
     shifts = positions.target - scale * positions.source @ rotation.T
     t: NDArray[np.float64] = np.median(shifts, axis=0)
     for _ in range(ROUNDS):

@@ -180,7 +180,7 @@ def _packet_column(camera, size, origin, shape, left):
 
 @njit()
 def _paths(camera, size, origin, shape, left, top, paths):
-    """Write the cells of each ray of a packet; returns the distances at which each starts and ends."""
+    """Write the cells of each ray of a packet; returns the distances of their starts and ends."""
     fx, fy, cx, cy = camera
     start = np.floor(origin)
     origin = (origin[0], origin[1], origin[2])
