@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -487,3 +488,13 @@ def test_a_push_gives_way_to_others_at_the_same_time(hub, desk, folder):
     said = desk.push(folder)
     assert said.returncode == 1
     assert "run the same command again later" in said.stderr
+
+
+def test_three_pushes_at_once_all_end_well(hub, desk, folder):
+    """Of one dataset to one repository, which all three of them make."""
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(lambda _: desk.push(folder), range(3)))
+    assert [result.returncode for result in results] == [0, 0, 0], [r.stderr for r in results]
+    assert held(hub) == local(folder)
+    assert hub.repositories[REPO].tags == {"v2.1": hub.repositories[REPO].find("main")}
+    assert desk.push(folder).returncode == 0
