@@ -244,7 +244,7 @@ def datasets(place: Path, tree: Path, wanted: Callable[[str], bool]) -> Iterator
         run_here("export", root, export)
         plans = [
             *([("validate", "{root}")],) * 3,
-            *([load_export], [load_occupancy]),
+            *([load_occupancy],) * 2,
             [("inspect", "{root}", "--preview", "{out}.png")],
             [("report", "{root}", "--output", "{out}.html")],
             [("push", "{root}", "--repo-id", "made/up", "--dry-run")],
@@ -473,6 +473,7 @@ def main() -> None:
 def fuzz(place: Path, options: argparse.Namespace) -> int:
     """The cases, one after another; how many findings there were."""
     everything = list(subjects(place / "subjects", tuple(options.only)))
+    weights = [len({str(plan) for plan in subject.plans}) for subject in everything]
     floor = forked(lambda: 0, place / "said", None)[3]
     end, number, found = time.monotonic() + 60 * options.minutes, options.first, 0
     counts: Counter[str] = Counter()
@@ -481,7 +482,7 @@ def fuzz(place: Path, options: argparse.Namespace) -> int:
     while time.monotonic() < end:
         here = place / f"case{number}"
         here.mkdir()
-        subject = everything[random.Random(f"{options.seed}/{number}").randrange(len(everything))]
+        subject = random.Random(f"{options.seed}/{number}").choices(everything, weights)[0]
         case = Case(subject, number, options.seed, here, floor)
         wrong = case.run()
         counts[f"{subject.name} {' '.join(case.codes)}"] += 1
