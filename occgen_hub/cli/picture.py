@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from occgen_hub.cli.command import FOLDER, Examples, beside, progress_bar, say, with_options
-from occgen_hub.cli.mapping import CAMERA, MAPPING, take_cameras
+from occgen_hub.cli.mapping import MAPPING, take_cameras
 from occgen_hub.errors import OccGenError, UsageError, one_line
 from occgen_hub.stopping import Stopped, received
 from occgen_hub.visual import SEQUENCES
@@ -197,7 +197,7 @@ def _size(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
     "--camera", type=FOLDER,
     help="JSON: the world's viewpoint, as view --choose-camera writes it; else found by itself.",
 )  # fmt: skip
-@with_options(*_HISTORY, *(option for option in _SOURCE if option is not CAMERA))
+@with_options(*_HISTORY, *_SOURCE)
 def render(
     trajectory: str,
     out: Path,
@@ -223,7 +223,6 @@ def render(
     from occgen_hub.visual.viewpoint import Viewpoint
 
     need_pyvista()
-    how["camera_keys"] = ()  # --camera is the viewpoint here; --cameras names those of a source.
     shot = Shot(view, size, Viewpoint.load(camera) if camera else None, history_len, history_step)
     with (
         _opened(trajectory, root, how) as opened,
