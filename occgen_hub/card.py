@@ -34,6 +34,7 @@ from occgen_hub.fusion.quality import Quality
 from occgen_hub.index import INDEX, Entry, read_entries
 from occgen_hub.lerobot.export_check import RECORD
 from occgen_hub.loading import NOT_BUILT, SCHEMA, Trajectory
+from occgen_hub.scene_states import FOLDER as STATES
 from occgen_hub.schema import Feature, Schema, load_schema
 from occgen_hub.shards import FOLDER
 from occgen_hub.visual.preview import preview
@@ -130,6 +131,26 @@ def write_export_card(
         *_columns(shown),
         *(f"In the export, {remark}.\n" for remark in remarks),
         *_grids(facts),
+        *_quality(facts),
+        *_origin(facts, EXPORT_RECORD),
+    )
+    with atomic_file(out / CARD) as partial:
+        partial.write_text("\n".join(parts) + "\n", encoding="utf-8")
+    return out / CARD
+
+
+def write_frames_card(out: Path, facts: Facts, layout: str, remarks: Iterable[str]) -> Path:
+    """Write `out`/README.md for an export to files of each frame; see `frame_exports`.
+
+    layout: what the files are, in Markdown; remarks: what differs from the dataset. Returns the
+    card's path. Raises OSError.
+    """
+    parts = (
+        _front_matter(facts, []),
+        *_introduction(facts, picture=False, layout=_FRAME_FILES),
+        "## What is in it\n",
+        layout,
+        *(f"In the export, {remark}.\n" for remark in remarks),
         *_quality(facts),
         *_origin(facts, EXPORT_RECORD),
     )
@@ -238,6 +259,10 @@ _TRAJECTORIES = (
     "; for every trajectory the occupied cells and the cloud of the whole scene. Each trajectory, "
     "`<group>/<scene>/<trajectory>/`, is a LeRobot v2.1 dataset by itself."
 )
+_FRAME_FILES = (
+    ", as the dataset has them. Here are, for each frame, the states of the scene around the "
+    "camera: occupied, free, unknown, hidden cells included."
+)
 _ONE_DATASET = (
     ". All trajectories are one LeRobot v3.0 dataset, an episode each; the occupancy lies beside "
     "it, row by row in the order of its frames."
@@ -273,6 +298,7 @@ def _configs(facts: Facts, schema: Schema, *, occupancy: bool) -> list[dict[str,
         configs[0]["columns"] = list(facts.features)
     if occupancy:
         configs.append(_config(FOLDER, f"{FOLDER}/*/*.parquet"))
+        configs.append(_config(STATES, f"{STATES}/*/*.parquet"))
     configs.append(_config(INDEX, f"{INDEX}/*.parquet"))
     return configs
 

@@ -21,7 +21,7 @@ from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.files import files_under, links_out
 from occgen_hub.hub_token import check_sendable
 from occgen_hub.index import INDEX, entries, file_stem, read_entries, read_part, write_index
-from occgen_hub.lerobot.export_check import FOLDERS, exported
+from occgen_hub.lerobot.export_check import FOLDERS, exported, is_lerobot
 from occgen_hub.lerobot.v30 import CODEBASE
 from occgen_hub.loading import Trajectory, trajectories
 from occgen_hub.runtime.report import FAILURES, REPORT
@@ -203,7 +203,9 @@ def push(
 
         done = _beside_others(send)
         if target == MAIN:
-            _beside_others(lambda: _tag(api, repo_id, done.oid, _version(root)))
+            version = _version(root)
+            if version is not None:
+                _beside_others(lambda: _tag(api, repo_id, done.oid, version))
     return f"{api.endpoint}/datasets/{repo_id}{page}"
 
 
@@ -309,10 +311,10 @@ def _take_index(api: HfApi, repo_id: str, revision: str, root: Path, there: Sequ
         write_card(root)
 
 
-def _version(root: Path) -> str:
-    """The version of the LeRobot layout, as `v2.1`."""
+def _version(root: Path) -> str | None:
+    """The version of the LeRobot layout, as `v2.1`; None for a dataset that has not this layout."""
     if exported(root):
-        return CODEBASE
+        return CODEBASE if is_lerobot(root) else None
     return str(Trajectory.open(trajectories(root)[0]).info()["codebase_version"])
 
 

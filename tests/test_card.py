@@ -83,6 +83,7 @@ def test_the_hub_reads_its_front_matter(dataset):
 def test_its_files_are_no_strays(dataset):
     assert sorted(p.name for p in dataset.iterdir()) == [
         ".logs", "README.md", "index", "occupancy", "preview.png", "report.json", "sample_zed",
+        "scene_states",
     ]  # fmt: skip
     assert validate(dataset).findings == ()
 

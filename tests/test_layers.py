@@ -50,6 +50,7 @@ GROUND_TO_ROOF = [
     "source_check",
     "temporary_build",
     "runtime",
+    "frame_exports",
     "exporting",
     "hub",
     "api",

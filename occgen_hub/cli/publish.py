@@ -11,12 +11,16 @@ import click
 from occgen_hub.cli.command import FOLDER, Examples, no_bar, progress_bar, say
 
 
-@click.command(cls=Examples, example="occgen-hub export out out_lerobot --to lerobot-v3.0")
+@click.command(
+    cls=Examples,
+    example="occgen-hub export out out_lerobot --to lerobot-v3.0\n"
+    "occgen-hub export out out_scannet --to occscannet",
+)
 @click.argument("folder", metavar="DIR", type=FOLDER)
 @click.argument("out", metavar="OUT", type=FOLDER)
 @click.option(
-    "--to", type=click.Choice(["lerobot-v3.0"]), default="lerobot-v3.0", show_default=True,
-    help="What to make of it.",
+    "--to", type=click.Choice(["lerobot-v3.0", "occscannet", "occ3d"]), default="lerobot-v3.0",
+    show_default=True, help="What to make of it.",
 )  # fmt: skip
 @click.option(
     "--fps", type=click.IntRange(1, 240),
@@ -24,10 +28,11 @@ from occgen_hub.cli.command import FOLDER, Examples, no_bar, progress_bar, say
 )  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export at OUT.")
 def export(folder: Path, out: Path, to: Any, fps: int | None, overwrite: bool) -> None:
-    """Make one LeRobot v3.0 dataset of all trajectories of a dataset.
+    """Make one LeRobot v3.0 dataset of a dataset, or the files of OccScanNet or Occ3D.
 
-    RGB and depth become video, the occupancy lies beside it as Parquet: few files, which LeRobot
-    loads, and push sends to the Hub as well.
+    For LeRobot, RGB and depth become video, the occupancy lies beside it as Parquet: few files,
+    which LeRobot loads, and push sends to the Hub as well. occscannet and occ3d hold the scene
+    around each camera, hidden cells included, as the loaders of those datasets read it.
     """
     from occgen_hub.exporting import export as make
 
