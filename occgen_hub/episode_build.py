@@ -199,6 +199,7 @@ def provenance(builder: DatasetBuilder, engine: Engine, settings: Settings) -> P
         settings.config,
         settings.media,
         tuple(camera.said() for camera in builder.cameras),
+        builder.license,
     )
 
 

@@ -59,7 +59,7 @@ class FrameExport(ABC):
     def add(self, episode: str, trajectory: Trajectory, progress: Progress) -> None:
         """Write the frames of a trajectory; raises UsageError where it has no images."""
         states = trajectory.states()
-        surface = (states.cells(OCCUPIED) + 0.5) * states.voxel_size
+        surface: NDArray[np.float64] = (states.cells(OCCUPIED) + 0.5) * states.voxel_size
         picture, depth = _pictures(trajectory), trajectory.file("depth", 0).parent.is_dir()
         self.without_depth += not depth
         frames = self._frames(episode, trajectory)
@@ -381,15 +381,15 @@ def _observed(
 ) -> NDArray[np.bool_]:
     """Which cells of CELL metres a frame observed, by the cells as wide in its camera's grid."""
     grid = frame.grid
-    bits = np.unpackbits(frame.observed, count=grid.cells).reshape(grid.shape)
+    bits: NDArray[Any] = np.unpackbits(frame.observed, count=grid.cells).reshape(grid.shape)
     step = max(1, round(CELL / grid.voxel_size))
     for axis in range(3):
         bits = np.maximum.reduceat(bits, np.arange(0, bits.shape[axis], step), axis=axis)
-    cells = np.stack(np.indices(shape), axis=-1).reshape(-1, 3)
+    cells = np.indices(shape).reshape(3, -1).T
     motion = np.linalg.inv(frame.pose) @ pose
     centres = (np.asarray(lower) + (cells + 0.5) * CELL) @ motion[:3, :3].T + motion[:3, 3]
     place = np.floor((centres - np.asarray(grid.lower)) / (step * grid.voxel_size)).astype(int)
-    seen = ((place >= 0) & (place < bits.shape)).all(axis=1)
+    seen: NDArray[np.bool_] = ((place >= 0) & (place < bits.shape)).all(axis=1)
     seen[seen] = bits[tuple(place[seen].T)]
     return seen.reshape(shape)
 

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from occgen_hub.archives import archive_stem
+from occgen_hub.builder import plain_license
 from occgen_hub.errors import OccGenError, SourceError, UsageError, in_brief
 from occgen_hub.scenes import (
     PARTS,
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 FORM = "hf://datasets/ORG/NAME[@REVISION][/FOLDER]"
 AGAIN = "check the connection and run the same command again, which goes on from there"
+GROUPS = "traj_data"
+"""The folder of InternData-N1 that holds the groups."""
 BLOCK = 4096
 """Bytes that a small file takes on disk."""
 
@@ -37,11 +40,15 @@ class HubSourceError(OccGenError):
 
 @dataclass(frozen=True)
 class HubSource:
-    """A folder of a dataset on the Hub. revision: a branch, a tag or a commit."""
+    """A folder of a dataset on the Hub. revision: a branch, a tag or a commit.
+
+    license: that of the dataset's card, when it is listed.
+    """
 
     repo_id: str
     revision: str
     folder: str
+    license: str | None = None
 
     def __str__(self) -> str:
         below = f"/{self.folder}" if self.folder else ""
@@ -66,6 +73,60 @@ class HubSource:
             raise UsageError(f"{text}: is no dataset on the Hub; give --input {FORM}.")
         return cls(found[1], (found[2] or "main").replace("%2F", "/"), "/".join(parts))
 
+    @classmethod
+    def named(cls, text: str | Path) -> HubSource | None:
+        """The dataset that an --input names as ORG/NAME; None where a path has that name."""
+        found = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(text))
+        return None if found is None or Path(text).exists() else cls(str(text), "main", "")
+
+    @classmethod
+    def of_snapshot(cls, folder: Path) -> HubSource | None:
+        """What a folder in the cache of huggingface_hub is of; None for a folder elsewhere.
+
+        The revision is a commit.
+        """
+        parts = folder.absolute().parts
+        for n, part in enumerate(parts[:-2]):
+            name = re.fullmatch(r"datasets--([\w.-]+?)--([\w.-]+)", part)
+            if name and parts[n + 1] == "snapshots" and re.fullmatch("[0-9a-f]{40}", parts[n + 2]):
+                return cls(f"{name[1]}/{name[2]}", parts[n + 2], "/".join(parts[n + 3 :]))
+        return None
+
+    def snapshot(self, *patterns: str) -> Path:
+        """The folder in the cache of huggingface_hub with the files below `folder` that match.
+
+        Raises HubSourceError.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(library_name="occgen-hub")
+        with _told(self, api.endpoint):
+            info = api.repo_info(
+                self.repo_id, repo_type="dataset", revision=self.revision, timeout=20
+            )
+            api.auth_check(self.repo_id, repo_type="dataset")
+            below = f"{self.folder}/" if self.folder else ""
+            place = api.snapshot_download(
+                self.repo_id,
+                repo_type="dataset",
+                revision=info.sha or self.revision,
+                allow_patterns=[f"{below}{pattern}" for pattern in patterns],
+            )
+        return Path(place, self.folder)
+
+    def fetch(self, name: str) -> None:
+        """Put a file below `folder` into the cache of huggingface_hub. Raises HubSourceError."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(library_name="occgen-hub")
+        with _told(self, api.endpoint):
+            api.hf_hub_download(
+                self.repo_id,
+                f"{self.folder}/{name}" if self.folder else name,
+                repo_type="dataset",
+                revision=self.revision,
+            )
+
     def listed(self) -> tuple[HubSource, list[SceneRef]]:
         """The source at the commit that its revision is now, and its scenes, sorted.
 
@@ -76,12 +137,13 @@ class HubSource:
 
         api = HfApi(library_name="occgen-hub")
         with _told(self, api.endpoint):
-            info = api.repo_info(
-                self.repo_id, repo_type="dataset", revision=self.revision, timeout=20
-            )
+            info = api.dataset_info(self.repo_id, revision=self.revision, timeout=20)
             # Anybody may list a gated dataset: whether its files may be read is asked apart.
             api.auth_check(self.repo_id, repo_type="dataset")
-            pinned = HubSource(self.repo_id, info.sha or self.revision, self.folder)
+            said = info.card_data.get("license") if info.card_data else None
+            pinned = HubSource(
+                self.repo_id, info.sha or self.revision, self.folder, plain_license(said)
+            )
             entries = api.list_repo_tree(
                 self.repo_id,
                 self.folder or None,
@@ -102,10 +164,8 @@ class HubSource:
         for file in files:
             relative = file.path.removeprefix(f"{self.folder}/" if self.folder else "")
             parts = relative.split("/")
-            at = next((n for n, part in enumerate(parts[:-1]) if part in PARTS), None)
-            if at is not None:
-                scene = parts[: min(at, 2)]
-                groups.setdefault("/".join(scene), []).append(file)
+            if (scene := self._scene_folder(relative)) is not None:
+                groups.setdefault(scene, []).append(file)
             elif (stem := archive_stem(parts[-1])) and not parts[-1].startswith("."):
                 archives["/".join([*parts[:-1], stem])] = file
         found = []
@@ -117,6 +177,19 @@ class HubSource:
             found.append(self._ref(name, tuple(members), stamp, archive=False))
         return sorted(found, key=lambda ref: ref.id)
 
+    @staticmethod
+    def _scene_folder(relative: str) -> str | None:
+        """The folder of the scene that a file belongs to, None of a file that is in none.
+
+        It is a group's folder, and the groups lie in `traj_data` or in the folder that was given.
+        """
+        parts = relative.split("/")[:-1]
+        at = next((n for n, part in enumerate(parts) if part in PARTS), None)
+        if at is None:
+            return None
+        start = max((n + 1 for n, part in enumerate(parts[:at]) if part == GROUPS), default=0)
+        return "/".join(parts[: min(at, start + 2)])
+
     def _ref(
         self, name: str, files: tuple[RemoteFile, ...], stamp: str, *, archive: bool
     ) -> SceneRef:
@@ -124,7 +197,7 @@ class HubSource:
         path = Path(f"{address}/{files[0].path}") if archive else Path(address, self.folder, name)
         parts = [part for part in name.split("/") if part]
         above = [*self.repo_id.split("/"), *PurePosixPath(self.folder).parts]
-        ident = parts if len(parts) >= 2 else [*above, *parts][-2:]
+        ident = [*above, *parts][-2:]
         size = sum(file.bytes for file in files)
         return SceneRef("/".join(ident), path, size, stamp, files, archive)
 
@@ -158,10 +231,8 @@ class HubSource:
         place = room.folder / "hub"
         if not ref.archive:
             root, parts = room.folder / "tree", ref.id.split("/")
-            first = PurePosixPath(ref.files[0].path).parts
-            at = next(n for n, part in enumerate(first[:-1]) if part in PARTS)
-            above = len(PurePosixPath(self.folder).parts)
-            scene = place.joinpath(*first[: above + min(at - above, 2)])
+            first = ref.files[0].path.removeprefix(f"{self.folder}/" if self.folder else "")
+            scene = place.joinpath(self.folder, self._scene_folder(first) or "")
             target = root.joinpath(*parts)
             target.parent.mkdir(parents=True)
             scene.rename(target)

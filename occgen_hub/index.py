@@ -73,6 +73,9 @@ class Entry:
     shard_sha256 of each; shard_starts: its first frame in each; row_groups: the row group of that
     frame. Each row group from there on has `group_rows` frames of this episode, the last one of a
     shard the rest. Empty and 0 where the occupancy was not written as Parquet.
+
+    scene_state: of a scene that was pushed while it was built, a digest of what all of it was built
+    from and how (see `Job.source_state`); None where an episode of it failed, and of other scenes.
     """
 
     episode: str
@@ -109,6 +112,7 @@ class Entry:
     shard_starts: tuple[int, ...] = ()
     row_groups: tuple[int, ...] = ()
     group_rows: int = 0
+    scene_state: str | None = None
 
     @property
     def agreement(self) -> Quality | None:

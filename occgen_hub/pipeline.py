@@ -12,6 +12,7 @@ The same episode and configuration give the same result, whatever the number of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,10 @@ from occgen_hub.engines import Engine
 from occgen_hub.episode import Episode, Note, check_episode
 from occgen_hub.fusion.conventions import check_conventions
 from occgen_hub.fusion.fuse import check_reach, fuse
+from occgen_hub.fusion.joined import MovingInAll, joined_views
 from occgen_hub.geometry.alignment import Alignment, align_poses
+from occgen_hub.geometry.cloud import Cloud
+from occgen_hub.geometry.sim3 import rotation_angle
 from occgen_hub.geometry.surface import poisson_surface
 from occgen_hub.occupancy.frames import observe_frames
 from occgen_hub.occupancy.grid import Grid
@@ -32,6 +36,10 @@ from occgen_hub.views import Views, check_views
 
 FEW_CELLS = 100
 """Fewer occupied cells in a scene are told: hardly anything was measured."""
+
+STILL = (0.01, np.radians(0.5))
+"""A camera that moves by less than that share of the median distance of what it sees, and turns by
+less than that angle, stands still."""
 
 Progress = Callable[[int], None]
 """Called with the number of frames done since the last call."""
@@ -56,25 +64,64 @@ def reconstruct(
     convention_notes = check_conventions(
         views, episode.id, config, fps=episode.fps, assumed_view=episode.assumed_view
     )
-    check_reach(views, config, episode.id)
+    seen, own, cameras = views, 0, 1
+    if episode.beside and not engine.uses_device():
+        seen, own, cameras = _with_others(episode, views, engine, config, scratch)
+        convention_notes += check_conventions(seen, episode.id, config, shifts=False)
+    check_reach(seen, config, episode.id)
     # A network's own work takes long; that of sensors is to decode their frames, in fusion.
-    fused = fuse(views, config, (lambda _: None) if engine.uses_device() else progress)
-    views, cloud = fused.views, fused.cloud
+    counted = engine.uses_device() or cameras > 1
+    fused = fuse(seen, config, (lambda _: None) if counted else progress)
+    if cameras > 1:
+        progress(len(views.frames))
+    cloud, poses, moving = fused.cloud, fused.views.world_from_camera, fused.moving
     if config.mesh:
-        centres = views.world_from_camera[:, :3, 3]
+        centres = poses[:, :3, 3]
         cloud = poisson_surface(cloud, centres, config.voxel_size, config.mesh_density_cut)
     notes = [*views.notes, *convention_notes, *fused.notes, *_notes(alignment, len(cloud))]
+    views = replace(views, world_from_camera=poses[own::cameras])
+    if cameras == 1 and _stands_still(views, cloud):
+        notes.append(Note("static camera", STATIC))
     return Scene(
         cloud=cloud,
         world_from_camera=views.world_from_camera,
         intrinsics=views.intrinsics,
-        moving=fused.moving,
+        moving=moving if moving is None or cameras == 1 else MovingInAll(moving, cameras),
         scale=1.0 if alignment is None else alignment.sim3.scale,
         alignment=alignment,
         quality=fused.quality,
         windows=views.windows,
         notes=tuple(notes),
     )
+
+
+STATIC = (
+    "the camera stands still: only surfaces that face it are seen, and no other view tells whether "
+    "its depth, intrinsics and what stands still are right"
+)
+
+
+def _with_others(
+    episode: Episode, views: Views, engine: Engine, config: Config, scratch: Path
+) -> tuple[Views, int, int]:
+    """The views of all cameras of an episode as one, which of them is its own, and how many."""
+    found = {episode.id: views}
+    for other in map(check_episode, episode.beside):
+        found[other.id] = engine.reconstruct(other, config, scratch)
+        check_views(found[other.id], other)
+    names = sorted(found)  # The same for each of the cameras, and so is the scene.
+    return joined_views([found[n] for n in names]), names.index(episode.id), len(names)
+
+
+def _stands_still(views: Views, cloud: Cloud) -> bool:
+    poses = views.world_from_camera
+    if len(poses) < 2 or not len(cloud):
+        return False
+    centres = poses[:, :3, 3]
+    away = float(np.median(np.linalg.norm(cloud.points - centres[0], axis=1)))
+    moved = float(np.linalg.norm(centres - centres[0], axis=1).max())
+    turned = float(rotation_angle(poses[0, :3, :3], poses[:, :3, :3]).max())
+    return moved <= STILL[0] * away and turned <= STILL[1]
 
 
 def align(views: Views, episode: Episode) -> tuple[Views, Alignment | None]:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
+from occgen_hub.stopping import hold_stops
+
 _END = object()
 
 
@@ -85,7 +87,8 @@ def background[Item](
         errors.append(InterruptedError())  # Skip what is still queued.
         raise
     finally:
-        waiting.put(_END)
-        thread.join()
+        with hold_stops():  # The caller goes on to close what `work` uses.
+            waiting.put(_END)
+            thread.join()
     if errors:
         raise errors[0]

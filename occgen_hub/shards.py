@@ -183,6 +183,7 @@ def write_shards(
     shard_bytes: int = SHARD_BYTES,
     drop_missing: bool = False,
     images: bool = False,
+    only: Collection[str] | None = None,
 ) -> int:
     """Bring occupancy, index and scene_states below `out`, or `root`, up to date with `root`.
 
@@ -195,14 +196,15 @@ def write_shards(
     workers: shards written at once; leave_out: folders of trajectories to go without; overwrite:
     whether those that are right are written as well; shard_bytes: of npz that go into one;
     drop_missing: whether scenes without a trajectory here go out of the index, with their shards;
-    images: whether the shards have columns of images, depth and tasks.
+    images: whether the shards have columns of images, depth and tasks; only: scenes beside which
+    the others are left as they are, None for all.
     """
     out = root if out is None else out
     folder = out / FOLDER
     for partial in folder.rglob(".*.partial"):
         partial.unlink()
     known, trusted = _known(out)
-    scenes = _scenes(root, leave_out)
+    scenes = _scenes(root, leave_out, only)
     plan = [
         shard
         for scene, found in scenes.items()
@@ -319,9 +321,12 @@ def group_rows(shape: Sequence[int]) -> int:
 # What goes where
 
 
-def _scenes(root: Path, leave_out: Collection[Path]) -> dict[str, list[tuple[str, Path]]]:
+def _scenes(
+    root: Path, leave_out: Collection[Path], only: Collection[str] | None = None
+) -> dict[str, list[tuple[str, Path]]]:
     """The ids and folders of the trajectories of each scene, both in the order of their ids."""
-    found = [path for path in trajectories(root) if path not in leave_out]
+    places = [root] if only is None else [root / name for name in only]
+    found = [path for place in places for path in trajectories(place) if path not in leave_out]
     scenes: dict[str, list[tuple[str, Path]]] = {}
     for name, path in sorted((p.relative_to(root).as_posix(), p) for p in found):
         episode = printable(name)
@@ -592,7 +597,7 @@ def _check_entry(
     part = root / INDEX / f"{bucket(found.scene)}.parquet"
     if known is None:
         yield DatasetError(part, f"has no row of {found.episode}", RUN_FINALIZE)
-    elif known.without_shards() != found:
+    elif (known := replace(known.without_shards(), scene_state=None)) != found:
         named = (f.name for f in fields(Entry) if getattr(known, f.name) != getattr(found, f.name))
         problem = f"{next(named)} of {found.episode} is not what {path} says"
         yield DatasetError(part, problem, RUN_FINALIZE)

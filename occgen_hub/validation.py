@@ -26,6 +26,7 @@ from occgen_hub.fusion.quality import Quality
 from occgen_hub.geometry.camera import intrinsics_problem
 from occgen_hub.geometry.ply import check_ply, read_ply
 from occgen_hub.geometry.poses import RIGID, rigidity_error
+from occgen_hub.index import read_index
 from occgen_hub.lerobot.export_check import check_export, exported, lengths
 from occgen_hub.loading import REBUILD, NpzArray, Trajectory, npz_array, trajectories
 from occgen_hub.media import read_depth, read_rgb, video_facts
@@ -108,7 +109,8 @@ def validate(
         found = trajectories(root)
     except SourceError as error:
         findings.append(Finding(error.path, error.problem, error.remedy))
-    if not found and not findings:
+    packed = [row for row in _packed(root) if not found]
+    if not found and not findings and not packed:
         problem = "holds no trajectory" if root.is_dir() else "is not a folder"
         findings.append(Finding(str(root), problem, "give the folder that occgen-hub build wrote"))
     for number, path in enumerate(found):
@@ -131,7 +133,31 @@ def validate(
     findings += _leftovers(root)
     others = (finding for finding in findings if finding.file not in links)
     warnings = (*(_warning(*texts) for texts in poor.values()), *notes)
-    return Report(str(root), len(found), frames, (*links.values(), *others), warnings)
+    count, frames = len(found) + len(packed), frames + sum(packed)
+    return Report(str(root), count, frames, (*links.values(), *others), warnings)
+
+
+def _packed(root: Path) -> list[int]:
+    """The frames of each trajectory of which only shards are to be had, all of them here."""
+    try:
+        rows = read_index(root, ["files", "frames", "shards"]).to_pylist()
+    except SourceError:  # It has a finding of its own.
+        return []
+    here = [row for row in rows if not row["files"] and row["shards"]]
+    return [row["frames"] for row in here if all((root / name).exists() for name in row["shards"])]
+
+
+def check_trajectory(path: Path) -> tuple[Finding, ...]:
+    """What is wrong with a trajectory by itself; what `validate` says of it."""
+    findings = [Finding(str(link), LINK_OUT, PUT_FILE) for link in links_out(path)]
+    if findings:
+        return tuple(findings)
+    try:
+        check = _Check(Trajectory.open(path))
+        check.run()
+    except SourceError as error:
+        return (Finding(error.path, error.problem, error.remedy),)
+    return tuple(check.findings)
 
 
 def _exported(

@@ -18,9 +18,12 @@ Tree = dict[str, str]
 def occgen_hub(
     *arguments: str | Path, launcher: tuple[str, ...] = (), timeout: float = 300, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end. launcher: arguments of Python that start it, as torchrun does."""
+    """Run the command to its end. launcher: arguments of Python that start it, as torchrun does,
+    or ("-c", script) that calls `main`.
+    """
+    name = () if launcher[:1] == ("-c",) else ("occgen_hub",)
     return subprocess.run(
-        [sys.executable, *(launcher or ("-m",)), "occgen_hub", *map(str, arguments)],
+        [sys.executable, *(launcher or ("-m",)), *name, *map(str, arguments)],
         env=os.environ | {"TQDM_DISABLE": "1"} | env,
         capture_output=True,
         text=True,

@@ -112,7 +112,7 @@ def test_a_longer_side_is_at_most_504_pixels():
 
 
 def test_other_models_are_known_by_their_size(checkpoint):
-    found = find("da3", checkpoint, fetching=False)
+    found = find("da3", checkpoint, missing="raise")
     assert found.checkpoint.preset == "da3-small"
     assert found.record()["license"] == "apache-2.0"
     assert isinstance(network_engine(checkpoint, "cpu").name, str)

@@ -109,7 +109,9 @@ def test_occscannet_is_the_scene_around_the_camera(scenes, scannet):
             origin = data["voxel_origin"]
             first = np.rint(origin / 0.02).astype(int)
             np.testing.assert_allclose(origin, first * 0.02, atol=1e-9)
-            here = tuple(slice(a, a + n) for a, n in zip(first - scene.low, (240, 240, 144), strict=True))
+            here = tuple(
+                slice(a, a + n) for a, n in zip(first - scene.low, (240, 240, 144), strict=True)
+            )
             parts = scene.labels[here].reshape(60, 4, 60, 4, 36, 4).transpose(0, 2, 4, 1, 3, 5)
             expected = joined(parts.reshape(60, 60, 36, 64))
             np.testing.assert_array_equal(target, np.where(expected == 1, 11, expected))

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from commands import start
+from commands import occgen_hub, start
 from PIL import Image
 
 import occgen_hub as library
@@ -327,6 +327,59 @@ def test_a_render_that_is_stopped_says_so_and_no_more(people, tmp_path, ready):
     assert process.returncode == 130, said
     assert said == ("", "Stopped.\n")
     assert not list(tmp_path.iterdir())
+
+
+STOPPED_IN_VTK = """
+import os, signal, sys
+from vtkmodules.util.vtkAlgorithm import VTKPythonAlgorithmBase as Algorithm
+from occgen_hub.cli import main
+
+called_back = Algorithm.FillInputPortInformation
+
+def stop(*arguments):
+    os.kill(os.getpid(), signal.SIGINT)
+    return called_back(*arguments)
+
+Algorithm.FillInputPortInformation = stop
+main()
+"""
+
+
+def test_a_stop_while_vtk_calls_python_back_waits_for_its_end(people, tmp_path):
+    pytest.importorskip("pyvista")
+    (place, *_) = trajectories(people)
+    done = occgen_hub("render", place, tmp_path / "room.png", launcher=("-c", STOPPED_IN_VTK))
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "Stopped.\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_after_the_command_is_over_changes_nothing(tmp_path):
+    script = (
+        "import atexit, os, signal; atexit.register(os.kill, os.getpid(), signal.SIGTERM)\n"
+        "from occgen_hub.cli import main\n"
+        "import threading; threading._register_atexit(os.kill, os.getpid(), signal.SIGINT)\n"
+        "main()"
+    )
+    done = occgen_hub("--version", launcher=("-c", script))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("occgen-hub")
+    done = occgen_hub("inspect", tmp_path / "not there", launcher=("-c", script))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("Error:")
+
+
+def test_a_second_signal_ends_what_holds_the_first():
+    script = (
+        "import os, signal; from occgen_hub.stopping import hold_stops, stop_in_order\n"
+        "stop_in_order()\n"
+        "with hold_stops():\n"
+        "    os.kill(os.getpid(), signal.SIGINT); print('held', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT); print('not reached', flush=True)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "held\n", "")
 
 
 # Names

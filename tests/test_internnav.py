@@ -169,6 +169,7 @@ def test_scenes_are_built_and_valid(together: Path, tmp_path: Path) -> None:
 
 def test_ids_are_the_same_from_the_group_on(source: Path) -> None:
     tree = source.rename(source.with_name("sample_zed")) / "sample_zed"
+    assert ids(tree.parent.parent) == [TRAJECTORY]
     assert ids(tree.parent) == [TRAJECTORY]
     assert ids(tree) == [TRAJECTORY]
     assert ids(tree / "house_000") == [TRAJECTORY]
@@ -177,7 +178,7 @@ def test_ids_are_the_same_from_the_group_on(source: Path) -> None:
 
 def test_ids_of_scenes_are_the_same_from_the_group_on(scenes: Path) -> None:
     expected = [f"sample_zed/house_000/episode_{n:06d}" for n in range(2)]
-    for root in (scenes, scenes / "sample_zed", scenes / "sample_zed/house_000"):
+    for root in (scenes.parent, scenes, scenes / "sample_zed", scenes / "sample_zed/house_000"):
         assert ids(root) == expected
 
 

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 GROUND_TO_ROOF = [
     "errors",
+    "stopping",
     "jit",
     "hub_token",
     "atomic",
@@ -53,6 +54,7 @@ GROUND_TO_ROOF = [
     "frame_exports",
     "exporting",
     "hub",
+    "publishing",
     "api",
     "cli",
     "__main__",

@@ -108,7 +108,7 @@ def command(
     """`occgen-hub build` in this process: its exit code, output and errors."""
     before = {number: signal.getsignal(number) for number in cli.STOPS}
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    monkeypatch.setattr(cli, "_end_at_once", sys.exit)  # The process is that of the tests.
+    monkeypatch.setattr(cli, "end_at_once", sys.exit)  # The process is that of the tests.
 
     def call(source: Path, out: Path, *options: str) -> tuple[int, str, str]:
         arguments = ["build", "--input", str(source), "--output", str(out), "--set", COARSE]

@@ -18,8 +18,8 @@ from occgen_hub.engines.weights import (
     Checkpoint,
     Weights,
     WeightsError,
-    _none,
     find,
+    missing_error,
     published,
     verify,
 )
@@ -142,7 +142,7 @@ def test_without_weights_their_licence_is_said(name):
     with pytest.raises(
         WeightsError, match=r"licence: CC BY-NC 4\.0, which allows no commercial use"
     ):
-        raise _none(name)
+        raise missing_error(name)
 
 
 def test_what_a_library_says_is_cut_between_words():

@@ -6,22 +6,22 @@ import io
 import os
 import signal
 import sys
-from contextlib import suppress
-from typing import NoReturn
 
 import click
 
-from occgen_hub.cli import build, look, picture, publish, sample, weights
+from occgen_hub.cli import build, look, mapping, picture, publish, sample, weights
 from occgen_hub.cli.command import say
-from occgen_hub.cli.stopping import (
+from occgen_hub.errors import OccGenError
+from occgen_hub.stopping import (
     STOPS,
     Stopped,
+    end_at_once,
+    end_with,
     received,
     stop_at_once,
     stop_if_asked,
     stop_in_order,
 )
-from occgen_hub.errors import OccGenError
 
 __all__ = ["STOPS", "cli", "main"]
 
@@ -37,7 +37,7 @@ def cli() -> None:
 
 
 for command in (
-    *(sample.sample, build.build, build.finalize, look.validate, look.inspect),
+    *(sample.sample, mapping.cameras, build.build, build.finalize, look.validate, look.inspect),
     *(picture.visualize, picture.render, picture.view, picture.report),
     *(publish.export, publish.push, weights.weights),
 ):
@@ -51,42 +51,35 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
+        code = _exit_code()
+        end_with(code)
+    except (Stopped, click.Abort, KeyboardInterrupt) as stopped:
+        stop_at_once()
+        more = " What was finished stays; the same command goes on from there."
+        click.echo(f"Stopped.{more * getattr(stopped, 'goes_on', False)}", err=True)
+        end_at_once(128 + (received[0] if received else signal.SIGINT))
+    sys.exit(code)
+
+
+def _exit_code() -> int:
+    """Run the command line and print what went wrong. Raises Stopped, Abort, KeyboardInterrupt."""
+    try:
         code = cli.main(standalone_mode=False)
         stop_if_asked()
+        return code if isinstance(code, int) else 0
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        return error.exit_code
     except OccGenError as error:
         text = f"Error: {error}"
         for line in text.splitlines() if error.has_lines else [text]:
             say(line, err=True)
-        sys.exit(error.exit_code)
-    except (Stopped, click.Abort, KeyboardInterrupt) as stopped:
-        more = " What was finished stays; the same command goes on from there."
-        click.echo(f"Stopped.{more * getattr(stopped, 'goes_on', False)}", err=True)
-        _end_at_once(128 + (received[0] if received else signal.SIGINT))
+        return error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         say(f"Error: {place}{error.strerror or error}.", err=True)
-        sys.exit(1)
     except MemoryError:
         say("Error: there is not enough memory for this; use a machine with more.", err=True)
-        sys.exit(1)
-    finally:
-        stop_at_once()
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def _end_at_once(code: int) -> NoReturn:
-    """End the process without taking its modules apart.
-
-    All that the command had begun is undone by now. Graphics and encoders that were stopped midway
-    may crash when the interpreter ends, or print what went wrong in their threads.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)
+    return 1

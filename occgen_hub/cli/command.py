@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from occgen_hub.cli.stopping import Stopped, stop_if_asked
 from occgen_hub.errors import one_line
+from occgen_hub.stopping import Stopped, stop_if_asked
 
 
 class _Place(click.Path):

@@ -13,8 +13,8 @@ import click
 
 from occgen_hub.cli.command import FOLDER, Examples, beside, progress_bar, say, with_options
 from occgen_hub.cli.mapping import MAPPING, take_cameras
-from occgen_hub.cli.stopping import Stopped, received
 from occgen_hub.errors import OccGenError, UsageError
+from occgen_hub.stopping import Stopped, received
 from occgen_hub.visual import SEQUENCES
 
 if TYPE_CHECKING:

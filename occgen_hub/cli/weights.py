@@ -43,7 +43,7 @@ def check_weights(name: Any, path: Path | None) -> None:
     """
     from occgen_hub.engines import weights as files
 
-    found = files.find(name, path, fetching=False)
+    found = files.find(name, path, missing="raise")
     digest = files.verify(found)
     size = found.path.stat().st_size
     said = "as published" if found.checkpoint.sha256 else "whole"

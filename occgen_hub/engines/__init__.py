@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from occgen_hub.config import Config
 from occgen_hub.episode import Episode
@@ -65,22 +65,26 @@ class Engine(ABC):
         """
 
 
-_FETCHING: ContextVar[bool] = ContextVar("fetching", default=True)
+MissingWeights = Literal["fetch", "raise", "expect"]
+"""What to do about weights that are not there: fetch them, raise, or describe the published ones
+without having them, which is enough for a plan."""
+
+_MISSING: ContextVar[MissingWeights] = ContextVar("missing", default="fetch")
 
 
-def may_fetch() -> bool:
-    """Whether weights that are not there may be fetched now."""
-    return _FETCHING.get()
+def missing_weights() -> MissingWeights:
+    """What to do now about weights that are not there."""
+    return _MISSING.get()
 
 
 @contextmanager
-def without_fetching() -> Iterator[None]:
+def without_fetching(missing: MissingWeights = "raise") -> Iterator[None]:
     """Open engines in this block with the weights that are there: none are fetched."""
-    token = _FETCHING.set(False)
+    token = _MISSING.set(missing)
     try:
         yield
     finally:
-        _FETCHING.reset(token)
+        _MISSING.reset(token)
 
 
 Opener = Callable[[Path | None, str | None], Engine]

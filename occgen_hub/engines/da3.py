@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occgen_hub.config import Config
-from occgen_hub.engines import may_fetch
+from occgen_hub.engines import missing_weights
 from occgen_hub.engines.frames import network_size
 from occgen_hub.engines.network import (
     Attention,
@@ -113,7 +113,7 @@ def open_da3(weights: Path | None, device: str | None) -> Da3Engine:
     """The engine da3; raises UsageError where its package, weights or the device cannot be had."""
     check_installed()
     chosen = choose_device(device)
-    return Da3Engine(find("da3", weights, fetching=may_fetch()), chosen)
+    return Da3Engine(find("da3", weights, missing=missing_weights()), chosen)
 
 
 def check_installed() -> None:

@@ -148,7 +148,7 @@ class NetworkEngine(Engine):
         windows = plan(frames, size, overlap_of(size, config))
         width, height = self.input_size(image_size, config)
         tokens = width * height / self.patch**2
-        weights = self.found.path.stat().st_size
+        weights = self.found.bytes()
         seen = len(windows[0]) * tokens
         spread = 4 * self.attention.blocks * self.attention.width * seen
         operations = len(windows) * seen * (weights / 2 + spread)  # 4 bytes each, used twice

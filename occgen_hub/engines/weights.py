@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +21,7 @@ from occgen_hub.hub_token import check_sendable
 if TYPE_CHECKING:
     import torch
 
+    from occgen_hub.engines import MissingWeights
     from occgen_hub.engines.pi3.network import Pi3, Pi3X
 
 logger = logging.getLogger(__name__)
@@ -72,11 +74,20 @@ class Checkpoint(BaseModel):
 
 @dataclass(frozen=True)
 class Weights:
-    """A safetensors file and what it is said to be; digest: its SHA-256, empty if not known."""
+    """A safetensors file and what it is said to be; digest: its SHA-256, empty if not known.
+
+    The file of published weights may be missing, when only a plan is made.
+    """
 
     path: Path
     checkpoint: Checkpoint
     digest: str = ""
+
+    def bytes(self) -> int:
+        """Size of the file; of one that is missing, the size of its tensors."""
+        if self.path.is_file():
+            return self.path.stat().st_size
+        return 4 * sum(prod(shape) for shape in _expected(self.checkpoint).values())
 
     def record(self) -> dict[str, Any]:
         """What a dataset says of the weights that it was built with."""
@@ -115,21 +126,23 @@ def present(name: Name) -> Path | None:
     return next((path for path in places(name) if path.is_file()), None) or _cached(name)
 
 
-def find(name: Name, path: Path | None = None, *, fetching: bool = True) -> Weights:
+def find(name: Name, path: Path | None = None, *, missing: MissingWeights = "fetch") -> Weights:
     """The weights of a network, checked, with their SHA-256.
 
-    At `path` (a file, or a folder with one), else those that are there already, else, if
-    `fetching`, from the Hub. Raises WeightsError when there are none, or when they are damaged or
-    another network's.
+    At `path` (a file, or a folder with one), else those that are there already, else as `missing`
+    says. Raises WeightsError when there are none, or when they are damaged or another network's.
     """
     if path is not None:
         weights = _given(name, path)
     elif (there := present(name)) is not None:
         weights = _described(name, there)
-    elif fetching:
+    elif missing == "fetch":
         weights = fetch(name)
+    elif missing == "expect":
+        checkpoint = published(name)
+        return Weights(places(name)[0], checkpoint, checkpoint.sha256 or "")
     else:
-        raise _none(name)
+        raise missing_error(name)
     check(weights)
     return Weights(weights.path, weights.checkpoint, _digest(weights.path))
 
@@ -167,12 +180,12 @@ def fetch(name: Name, revision: str | None = None) -> Weights:
         )  # fmt: skip
         path = hf_hub_download(checkpoint.repo_id, FILE, revision=checkpoint.revision)
     except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
-        raise _none(name, in_brief(str(error)) or type(error).__name__) from error
+        raise missing_error(name, in_brief(str(error)) or type(error).__name__) from error
     return Weights(Path(path), checkpoint)
 
 
-def _none(name: Name, reason: str = "") -> WeightsError:
-    """Of weights that are not there. reason: why they could not be fetched, if that was tried."""
+def missing_error(name: Name, reason: str = "") -> WeightsError:
+    """The error of missing weights. reason: why fetching them failed, if that was tried."""
     checkpoint = published(name)
     tried = f"; {checkpoint.repo_id} could not be fetched ({reason})" if reason else ""
     return WeightsError(

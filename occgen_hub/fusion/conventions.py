@@ -155,11 +155,12 @@ def check_conventions(
     *,
     fps: float = 30.0,
     assumed_view: bool = False,
+    shifts: bool = True,
 ) -> list[Note]:
     """Compare frames that see the same places from different sides.
 
     fps: frames a second; assumed_view: whether the source does not say what its cameras see, so
-    that other fields of view are tried as well.
+    that other fields of view are tried as well; shifts: whether other times of the poses are tried.
 
     Raises OccGenError where they contradict one another, but agree under other poses, times,
     intrinsics or another unit of depth, which it names. Returns a note where they contradict one
@@ -174,7 +175,7 @@ def check_conventions(
         return []
     if given is not None and given >= (POOR if assumed_view else FINE):
         return _view_note(pairs, given, poses) if assumed_view else []
-    longest = min(MOST_SHIFTED, int(LONGEST_SHIFT * fps), len(poses) - 2)
+    longest = min(MOST_SHIFTED, int(LONGEST_SHIFT * fps), len(poses) - 2) if shifts else 0
     if given is not None and given >= POOR:
         longest = 0  # Clocks that are a frame apart are no reason to stop.
     others = (*CONVENTIONS, *(_VIEWS if assumed_view else ()))

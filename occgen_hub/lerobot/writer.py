@@ -49,7 +49,8 @@ class Provenance:
     """Where a trajectory comes from: the builder, its version, the engine, and the configuration.
 
     weights: of the engine's network, None where it has none; cameras: what the user said of the
-    source's cameras, see `CameraMapping.said`.
+    source's cameras, see `CameraMapping.said`; license: of what was recorded, where the source says
+    it, which is recorded and not compared.
     """
 
     builder: str
@@ -59,6 +60,7 @@ class Provenance:
     config: Config
     media: Media
     cameras: tuple[dict[str, Any], ...] = ()
+    license: str | None = None
 
     def record(self, schema: Schema, episode: str, fingerprint: str) -> dict[str, Any]:
         """What a later run compares to tell whether the trajectory is still what it would build."""
@@ -254,7 +256,7 @@ class TrajectoryWriter:
             path.relative_to(self.folder).as_posix(): sha256(path)
             for path in files_under(self.folder)
         }
-        record = {
+        record: dict[str, Any] = {
             "version": version("occgen-hub"),
             **provenance.record(self.schema, self.episode.id, self.episode.fingerprint),
             "grid": {
@@ -270,9 +272,12 @@ class TrajectoryWriter:
                 **({} if scene.windows is None else {"windows": asdict(scene.windows)}),
             },
             **({} if scene.quality is None else {"quality": self._quality(scene.quality)}),
+            **({} if self.episode.origin is None else {"origin": self.episode.origin}),
             "notes": [note.text for note in self.all_notes(scene)],
             "files": files,
         }
+        if provenance.license is not None:
+            record["source"]["license"] = provenance.license
         self._write("record", [record], indent=1)
         if self.path("record").stat().st_size > MAX_RECORD_BYTES:
             raise OccGenError(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +71,30 @@ def decode_depth(content: bytes, path: Path, size: tuple[int, int]) -> NDArray[n
     """`read_depth` of an image in memory. path: the file that it comes from, for errors."""
     with _image(io.BytesIO(content), path, size) as image:
         return _depth(image, path)
+
+
+def decode_color(content: bytes, path: Path) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 RGB of a JPEG or PNG in memory, of whatever size.
+
+    path: the file that it comes from, for errors.
+    """
+    with _image(io.BytesIO(content), path) as image:
+        return _rgb(image, path, None)
+
+
+def decode_grey(content: bytes, path: Path) -> NDArray[Any]:
+    """(H, W) numbers of a grey PNG or TIFF in memory, as stored: uint16, int32 or float32.
+
+    path: the file that it comes from, for errors. Raises SourceError for other kinds of pixels.
+    """
+    with _image(io.BytesIO(content), path, formats=("PNG", "TIFF")) as image:
+        if image.mode not in ("I;16", "I;16B", "I", "F"):
+            problem = f"holds an image whose pixels are {image.mode}, not grey of 16 or 32 bits"
+            raise SourceError(path, problem, "name another column of depth")
+        try:
+            return np.asarray(image)
+        except DAMAGE as error:
+            raise damaged(path, error) from None
 
 
 def _depth(image: Image.Image, path: Path) -> NDArray[np.uint16]:
@@ -262,13 +286,16 @@ def _opened(path: Path, size: tuple[int, int] | None = None) -> Iterator[Image.I
 
 @contextmanager
 def _image(
-    file: BinaryIO, path: Path, size: tuple[int, int] | None = None
+    file: BinaryIO,
+    path: Path,
+    size: tuple[int, int] | None = None,
+    formats: tuple[str, ...] = ("JPEG", "PNG"),
 ) -> Iterator[Image.Image]:
     """`_opened` of a file that is open."""
     try:
-        image = Image.open(file, formats=("JPEG", "PNG"))
+        image = Image.open(file, formats=formats)
     except UnidentifiedImageError:
-        raise SourceError(path, "is not a JPEG or PNG image", RESTORE) from None
+        raise SourceError(path, f"is not a {' or '.join(formats)} image", RESTORE) from None
     except (*DAMAGE, Image.DecompressionBombError) as error:
         raise damaged(path, error) from None
     if image.width * image.height > MAX_PIXELS:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -327,26 +327,33 @@ _QUARTERS = {90: (True, False, True), 180: (False, True, True), 270: (True, True
 """`_turn` by the degrees that PyAV works out of a matrix, which knows of no mirrors."""
 
 
-class VideoReader:
-    """Frames of a video by number, best asked for in order; going far back starts over.
+Frames = Iterator[Callable[[], NDArray[Any]]]
+"""Functions that make frames, in order, for those who do not want all of them."""
 
-    Threads may ask at once: the lowest of the numbers that wait comes first, and frames that were
-    passed over are kept for a while.
+
+class SequentialReader:
+    """Frames by number, of what gives them in order only, such as a video.
+
+    They are best asked for in order; going far back starts over. Threads may ask at once: the
+    lowest of the numbers that wait comes first, and frames that were passed over are kept for a
+    while.
+
+    path: what to name where frames are missing; start: gives the frames from number 0 on.
     """
 
     KEPT = 32
 
-    def __init__(self, path: Path, size: tuple[int, int]) -> None:
-        self._path, self._size = path, size
+    def __init__(self, path: Path, start: Callable[[], Frames]) -> None:
+        self._path, self._start = path, start
         self._next = 0
-        self._frames = _pictures(path)
-        self._passed: dict[int, Callable[[], NDArray[np.uint8]]] = {}
+        self._frames = start()
+        self._passed: dict[int, Callable[[], NDArray[Any]]] = {}
         self._turn = threading.Condition()
         self._waiting: list[int] = []
         self._busy = False
 
-    def __call__(self, number: int) -> NDArray[np.uint8]:
-        """(H, W, 3) uint8 RGB, upright, resized to the size asked for."""
+    def __call__(self, number: int) -> NDArray[Any]:
+        """The frame of that number."""
         with self._turn:
             self._waiting.append(number)
             try:
@@ -355,17 +362,17 @@ class VideoReader:
                 self._waiting.remove(number)
             self._busy = True
         try:
-            return _resized(self._picture(number)(), self._size)
+            return self._picture(number)()
         finally:
             with self._turn:
                 self._busy = False
                 self._turn.notify_all()
 
-    def _picture(self, number: int) -> Callable[[], NDArray[np.uint8]]:
+    def _picture(self, number: int) -> Callable[[], NDArray[Any]]:
         if number in self._passed:
             return self._passed.pop(number)
         if number < self._next:
-            self._next, self._frames = 0, _pictures(self._path)
+            self._next, self._frames = 0, self._start()
         for picture in self._frames:
             self._next += 1
             self._passed.pop(self._next - 1 - self.KEPT, None)
@@ -373,6 +380,73 @@ class VideoReader:
                 return picture
             self._passed[self._next - 1] = picture
         raise SourceError(self._path, f"ends before frame {number}", RESTORE)
+
+
+class VideoReader:
+    """Frames of a video by number, see `SequentialReader`."""
+
+    def __init__(self, path: Path, size: tuple[int, int]) -> None:
+        self._size = size
+        self._read = SequentialReader(path, partial(_pictures, path))
+
+    def __call__(self, number: int) -> NDArray[np.uint8]:
+        """(H, W, 3) uint8 RGB, upright, resized to the size asked for."""
+        return _resized(self._read(number), self._size)
+
+
+def frames_at(path: Path, times: NDArray[np.float64], tolerance: float, *, grey: bool) -> Frames:
+    """The frames that a video shows at some times, from the first of these on.
+
+    times: (n,) seconds, ascending; tolerance: seconds that a frame may be off. Frames are (H, W, 3)
+    uint8 RGB, upright; with `grey` they are (H, W) uint16, the codes of a grey video of over 8
+    bits. Only the part of the file around the times is decoded, unless a decoder that begins there
+    loses frames. Raises SourceError where no frame is near a time.
+    """
+    done = 0
+    try:
+        for picture in _frames_at(path, times, tolerance, grey=grey, seek=True):
+            yield picture
+            done += 1
+    except SourceError:
+        yield from _frames_at(path, times[done:], tolerance, grey=grey, seek=False)
+
+
+def _frames_at(
+    path: Path, times: NDArray[np.float64], tolerance: float, *, grey: bool, seek: bool
+) -> Frames:
+    with _video(path) as container:
+        stream = _stream(container)
+        upright = _Upright(stream)
+        if seek and times[0] > 0 and stream.time_base is not None:
+            # No earlier: where files were joined, a decoder that begins before may lose the next.
+            with suppress(*_video_damage()):  # Then it is decoded from where it stands.
+                container.seek(round(times[0] / stream.time_base), stream=stream)
+        shown = _decoded(container, path)
+        frame, following = next(shown, None), next(shown, None)
+        for time in times.tolist():
+            while following is not None and _nearer(following, frame, time):
+                frame, following = following, next(shown, None)
+            if frame is None or frame.time is None or abs(frame.time - time) > tolerance:
+                raise SourceError(path, f"has no frame at {time:.3f} s", RESTORE)
+            as_color = partial(_converted, upright, frame, path)
+            yield partial(_codes, frame, path) if grey else as_color
+
+
+def _nearer(frame: av.VideoFrame, than: av.VideoFrame | None, time: float) -> bool:
+    """Whether a frame is as near to a time as the one before it, or nearer."""
+    if frame.time is None or than is None or than.time is None:
+        return True
+    return abs(frame.time - time) <= abs(than.time - time)
+
+
+def _codes(frame: av.VideoFrame, path: Path) -> NDArray[np.uint16]:
+    """(H, W) uint16: the first plane of a frame, as it is stored."""
+    if not frame.format.name.endswith("le") or frame.format.components[0].bits <= 8:
+        problem = f"is no video of depth: its pixels are {frame.format.name}"
+        raise SourceError(path, problem, "name another column of depth")
+    plane = frame.planes[0]
+    rows = np.frombuffer(plane, np.uint16).reshape(-1, plane.line_size // 2)
+    return np.array(rows[: frame.height, : frame.width])
 
 
 class SeekingVideo:

@@ -25,6 +25,7 @@ from occgen_hub.job import Job
 from occgen_hub.runtime.lock import LOGS, busy
 from occgen_hub.runtime.results import Process, Result, SceneResult
 from occgen_hub.runtime.shard import share_out
+from occgen_hub.scenes import scene_of
 
 PLAN = "build.json"
 RECORD = "shard-{}.jsonl"
@@ -58,12 +59,19 @@ def make_plan(job: Job, count: int) -> Plan:
     ids = [ref.id for ref in job.refs]
     said = dump_json(
         [ids, job.choices, count, job.limited, job.parquet_occupancy, job.parquet_images]
+        + ([True] if job.whole_scenes else [])
     )
     digest = hashlib.sha256(said.encode()).hexdigest()
     known = read_plan(job.out)
     if known is not None and known.digest == digest:
         return known  # Without reading the headers of all episodes again.
-    shards = share_out([job.work(ref) for ref in job.refs], count)
+    groups: dict[str, list[int]] = {}
+    for number, name in enumerate(ids):
+        groups.setdefault(scene_of(name) if job.whole_scenes else name, []).append(number)
+    costs = [sum(job.work(job.refs[number]) for number in group) for group in groups.values()]
+    members = list(groups.values())
+    shards = [sorted(n for group in share for n in members[group])
+              for share in share_out(costs, count)]  # fmt: skip
     named = [[ids[number] for number in numbers] for numbers in shards]
     described, parquet = job.described(), job.parquet_occupancy
     return Plan(digest, described, job.limited, parquet, named, job.parquet_images)

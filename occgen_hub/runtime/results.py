@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
+from occgen_hub.builder import EpisodeRef
 from occgen_hub.episode_build import Built, Progress
+from occgen_hub.job import Job
+from occgen_hub.scenes import SceneRef
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,24 @@ class Summary:
             self.examples.setdefault(note.code, f"{result.id}: {note.text}")
         for stage, seconds in result.seconds.items():
             self.stages[stage] += seconds  # type: ignore[assignment]  # a Counter adds up floats as well
+
+
+class Publisher(Protocol):
+    """Takes finished scenes out of a build, as to the Hub."""
+
+    def begin(
+        self, job: Job, refs: Sequence[EpisodeRef | SceneRef], shard: int
+    ) -> dict[str, tuple[str, ...]]:
+        """Those of `refs`, by id, that are published as they would be built, and their episodes."""
+
+    def add(self, scene: str, *, whole: bool) -> None:
+        """A scene all of whose episodes were tried. whole: whether none of them failed."""
+
+    def end(self) -> list[Failure]:
+        """Wait until all is published; returns the episodes that could not be."""
+
+    def stop(self) -> None:
+        """The build was stopped, or has ended."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occgen_hub.errors import UsageError
+from occgen_hub.stopping import hold_stops
 from occgen_hub.visual.colors import PAPER
 from occgen_hub.visual.cubes import Faces
 from occgen_hub.visual.optional_dependencies import need_pyvista
@@ -45,9 +46,12 @@ class Picture:
 class Stage:
     """Where meshes are put and looked at; what is put there under a name replaces what was.
 
+    VTK calls Python back, and prints what comes out of it, so that no signal stops a call midway.
+
     size: (width, height), pixels; near, far: metres between which something is seen.
     """
 
+    @hold_stops()
     def __init__(self, size: tuple[int, int], near: float, far: float) -> None:
         self._pyvista = need_pyvista()
         self.size, self._near, self._far = size, near, far
@@ -57,6 +61,7 @@ class Stage:
         self._actors: dict[str, Any] = {}
         self._drawn = False
 
+    @hold_stops()
     def look(self, world_from_camera: NDArray[np.float64], K: NDArray[np.float64]) -> None:
         """Stand the camera there: (4, 4), OpenCV axes, metres, and (3, 3), pixels of `size`."""
         R, t = world_from_camera[:3, :3], world_from_camera[:3, 3]
@@ -77,6 +82,7 @@ class Stage:
         matrix[3, 2] = -1
         return matrix
 
+    @hold_stops()
     def put_faces(self, name: str, faces: Faces, colors: NDArray[np.uint8]) -> None:
         """Squares, of (m, 3) colours, which are shown as they are."""
         count = len(faces)
@@ -90,6 +96,7 @@ class Stage:
             mesh.cell_data["color"] = colors
         self._put(name, mesh, scalars="color", rgb=True)
 
+    @hold_stops()
     def put_lines(
         self, name: str, lines: NDArray[np.floating], color: tuple[int, int, int], radius: float
     ) -> None:
@@ -100,6 +107,7 @@ class Stage:
         line = self._pyvista.lines_from_points(lines.astype(np.float32))
         self._put(name, line.tube(radius=radius, n_sides=8), color=color)
 
+    @hold_stops()
     def put_segments(
         self, name: str, ends: NDArray[np.floating], color: tuple[int, int, int], radius: float
     ) -> None:
@@ -107,6 +115,7 @@ class Stage:
         lines = self._pyvista.line_segments_from_points(ends.reshape(-1, 3).astype(np.float32))
         self._put(name, lines.tube(radius=radius, n_sides=8), color=color)
 
+    @hold_stops()
     def put_image(self, name: str, corners: NDArray[np.floating], image: NDArray[np.uint8]) -> None:
         """An (H, W, 3) image on the quadrilateral of its (4, 3) corners.
 
@@ -130,6 +139,7 @@ class Stage:
                 show_scalar_bar=False, **how,
             )  # fmt: skip
 
+    @hold_stops()
     def picture(self) -> Picture:
         """What the camera sees. Raises UsageError where nothing can be drawn on this machine."""
         from vtkmodules.util.numpy_support import vtk_to_numpy
@@ -150,6 +160,7 @@ class Stage:
         self._drawn = True
         return Picture(pixels, zbuffer, self._near, self._far)
 
+    @hold_stops()
     def close(self) -> None:
         """Free the window."""
         self._plotter.close()

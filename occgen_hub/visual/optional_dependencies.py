@@ -8,6 +8,7 @@ from importlib import import_module
 from types import ModuleType
 
 from occgen_hub.errors import UsageError
+from occgen_hub.stopping import hold_stops
 
 
 def need(name: str) -> ModuleType:
@@ -31,4 +32,5 @@ def need_pyvista() -> ModuleType:
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         # Or VTK looks for an X server first, and warns that it found none.
         os.environ.setdefault("VTK_DEFAULT_OPENGL_WINDOW", "vtkEGLRenderWindow")
-    return need("pyvista")
+    with hold_stops():  # VTK prints what stops the import of its modules.
+        return need("pyvista")

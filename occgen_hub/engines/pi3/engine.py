@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from occgen_hub.config import Config
-from occgen_hub.engines import may_fetch
+from occgen_hub.engines import missing_weights
 from occgen_hub.engines.network import (
     Attention,
     Memory,
@@ -96,13 +96,13 @@ class Pi3Network:
 def open_pi3(weights: Path | None, device: str | None) -> Pi3Engine:
     """The engine pi3; raises UsageError where its weights or the device cannot be had."""
     chosen = choose_device(device)  # First, because looking for weights may take long.
-    return Pi3Engine(find("pi3", weights, fetching=may_fetch()), chosen)
+    return Pi3Engine(find("pi3", weights, missing=missing_weights()), chosen)
 
 
 def open_pi3x(weights: Path | None, device: str | None) -> Pi3XEngine:
     """The engine pi3x; raises UsageError where its weights or the device cannot be had."""
     chosen = choose_device(device)
-    return Pi3XEngine(find("pi3x", weights, fetching=may_fetch()), chosen)
+    return Pi3XEngine(find("pi3x", weights, missing=missing_weights()), chosen)
 
 
 @lru_cache(maxsize=1)
