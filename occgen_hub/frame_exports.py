@@ -59,7 +59,7 @@ class FrameExport(ABC):
     def add(self, episode: str, trajectory: Trajectory, progress: Progress) -> None:
         """Write the frames of a trajectory; raises UsageError where it has no images."""
         states = trajectory.states()
-        surface: NDArray[np.float64] = (states.cells(OCCUPIED) + 0.5) * states.voxel_size
+        surface = (states.cells(OCCUPIED).astype(np.float64) + 0.5) * states.voxel_size
         picture, depth = _pictures(trajectory), trajectory.file("depth", 0).parent.is_dir()
         self.without_depth += not depth
         frames = self._frames(episode, trajectory)
