@@ -449,7 +449,7 @@ def test_sound_alone(tmp_path: Path) -> None:
             frame.sample_rate = 44100
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    assert_fails(tmp_path / "sound.mp4", "holds no video")
+    assert_fails(tmp_path / "sound.mp4", "has no video stream")
 
 
 def test_a_video_without_frames(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from occgen_hub.errors import DatasetError, SourceError
 from occgen_hub.files import (
     PARQUET_DAMAGE,
     files_under,
-    no_parquet,
     parquet_file,
+    parquet_problem,
     plain,
     read_json,
     sha256,
@@ -178,4 +178,4 @@ def _read(paths: list[Path], columns: dict[str, pa.DataType]) -> Iterator[tuple[
                     table = plain(pa.Table.from_batches([batch]))
                     yield from zip(*(table[name].to_pylist() for name in columns), strict=True)
         except PARQUET_DAMAGE as error:
-            raise DatasetError(path, no_parquet(error), AGAIN) from None
+            raise DatasetError(path, parquet_problem(error), AGAIN) from None
