@@ -151,7 +151,7 @@ def test_a_meta_file_of_millions_of_values_is_refused_at_once(tmp_path):
     path = tmp_path / "tasks.jsonl"
     path.write_bytes(b"{}\n" * 3_000_000)
     began = time.monotonic()
-    with pytest.raises(SourceError, match=r"tasks.jsonl: holds more values"):
+    with pytest.raises(SourceError, match=r"tasks.jsonl: has more values"):
         read_jsonl(path)
     assert time.monotonic() - began < 5
 

@@ -442,7 +442,7 @@ def bit_flipped(values: list[bytes]) -> None:
         (rewritten(retyped), "has other columns"),
         (rewritten(lambda t: t.drop_columns(["shape"])), "has other columns"),
         (lambda p: pq.write_table(pa.concat_tables([pq.read_table(p)] * 2), p), "more than 32"),
-        (lambda p: p.write_bytes(b"PAR1"), "is not a parquet file that can be read"),
+        (lambda p: p.write_bytes(b"PAR1"), "is not a readable Parquet file"),
         (lambda p: shutil.copy(p, p.with_name("more.parquet")), "that the index does not have"),
         (lambda p: (p.unlink(), p.mkdir()), "is a folder"),
     ],
