@@ -1,4 +1,4 @@
-"""What can be tuned, under the seed's names, with defaults that need no tuning."""
+"""What can be tuned, with defaults that need no tuning."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class Config(BaseModel):
     """The parameters of a build; two builds with equal ones give equal bytes.
 
-    Lengths are metres. Everything has a default, so `Config()` is the seed's setting.
+    Lengths are metres. Everything has a default, so `Config()` is the usual setting.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,7 +57,7 @@ class Config(BaseModel):
     )
     fusion: Literal["evidence", "union"] = Field(
         "evidence",
-        description="evidence keeps what frames agree on; union every point, as the seed does",
+        description="evidence keeps what frames agree on; union every measured point",
     )
     noise: Noise = Field(
         "auto",
@@ -74,7 +74,7 @@ class Config(BaseModel):
     )
     voxel_size_scale: Annotated[float, Field(ge=1e-3, le=1e6, allow_inf_nan=False)] | None = Field(
         None,
-        description="the seed's dynamic size: origin_pcd.ply is thinned to "
+        description="dynamic size: origin_pcd.ply is thinned to "
         "cbrt(scene volume) / voxel_size_scale where that is coarser than voxel_size",
     )
     confidence: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(

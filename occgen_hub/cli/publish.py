@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from occgen_hub.cli.command import FOLDER, Examples, no_bar, progress_bar, say
+from occgen_hub.cli.command import FOLDER, Examples, no_bar, progress_bar, say, say_by_folder
 from occgen_hub.errors import UsageError
 
 
@@ -79,8 +79,15 @@ def _export_navdp(
 @click.option("--revision", help="A branch, made if it is missing; main if not given.")
 @click.option("--create-pr", is_flag=True, help="As a pull request; an open one of yours goes on.")
 @click.option("--dry-run", is_flag=True, help="Send nothing; only say what would go.")
+@click.option("--verbose", is_flag=True, help="With --dry-run: every file, not totals by folder.")
 def push(
-    folder: Path, repo_id: str, private: bool, revision: str | None, create_pr: bool, dry_run: bool
+    folder: Path,
+    repo_id: str,
+    private: bool,
+    revision: str | None,
+    create_pr: bool,
+    dry_run: bool,
+    verbose: bool,
 ) -> None:
     """Send a dataset to the Hugging Face Hub.
 
@@ -103,8 +110,11 @@ def push(
     for warning in (*(f"{remark}." for remark in unfinished(folder)), *hub.warnings(files)):
         say(f"Warning: {warning}", err=True)
     if dry_run:
-        for path, size in files.items():
-            say(f"{size:>14,}  {path}")
+        say_by_folder(
+            {path: f"{size:>14,}  {path}" for path, size in files.items()},
+            lambda paths: f"{sum(files[path] for path in paths):>14,}  {len(paths):>8,} files",
+            verbose=verbose,
+        )
     said = f"{len(files):,} files of {sum(files.values()):,} bytes"
     if dry_run:
         say(f"{said} would go to {repo_id}; nothing was sent.")
