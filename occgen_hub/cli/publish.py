@@ -29,27 +29,42 @@ from occgen_hub.errors import UsageError
     "which it read before.  [default: scenes]",
 )  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export at OUT.")
+@click.option(
+    "--update", is_flag=True,
+    help="OUT is an export that LeRobot's tools edited: bring its occupancy up to date, no more.",
+)  # fmt: skip
 def export(
-    folder: Path, out: Path, to: Any, fps: int | None, navdp_layout: Any, overwrite: bool
-) -> None:
+    folder: Path, out: Path, to: Any, fps: int | None, navdp_layout: Any, overwrite: bool,
+    update: bool,
+) -> None:  # fmt: skip
     """Make one dataset of another form of all trajectories of a dataset.
 
     lerobot-v3.0: RGB and depth become video, the occupancy lies beside it as Parquet: few files,
     which LeRobot loads, and push sends to the Hub as well. navdp: a root that InternNav's NavDP
     loader takes as it is.
     """
+    if update and to == "navdp":
+        raise UsageError("--update: goes with --to lerobot-v3.0; leave it out.")
     if to == "navdp":
         _export_navdp(folder, out, navdp_layout or "scenes", fps, overwrite=overwrite)
         return
     if navdp_layout is not None:
         raise UsageError("--navdp-layout: goes with --to navdp; leave it out.")
     from occgen_hub.exporting import export as make
+    from occgen_hub.exporting import update_export
 
-    with progress_bar("export", unit="frame") as progress:
-        remarks = make(folder, out, to=to, fps=fps, overwrite=overwrite, progress=progress)
+    if update and (overwrite or fps is not None):
+        raise UsageError(
+            "--update: changes no table and no video; leave --overwrite and --fps out."
+        )
+    if update:
+        remarks = update_export(folder, out)
+    else:
+        with progress_bar("export", unit="frame") as progress:
+            remarks = make(folder, out, to=to, fps=fps, overwrite=overwrite, progress=progress)
     for remark in remarks:
         say(f"Note: {remark}.", err=True)
-    say(f"Exported to {out}.")
+    say(f"{'Updated' if update else 'Exported to'} {out}.")
     place = shlex.quote(str(out))
     say(f"Next: occgen-hub push {place} --repo-id ORG/NAME")
 
