@@ -122,7 +122,7 @@ def _damage(name: str) -> Iterator[None]:
         NotImplementedError, RuntimeError, ValueError, OverflowError, UnicodeError,
     ) as error:  # fmt: skip
         problem = f"is damaged ({in_brief(printable(str(error)) or type(error).__name__, 120)})"
-        raise SourceError(name, problem, AGAIN) from None
+        raise SourceError(name, problem, DOWNLOAD_AGAIN) from None
 
 
 class _Hashed(io.RawIOBase):
@@ -291,7 +291,7 @@ class _Writer:
         )
 
     def _place(self, name: str) -> Path:
-        """The path of an entry. The folder has no symbolic links, so checking the name is enough."""
+        """The path of an entry. The folder has no symbolic links: checking the name is enough."""
         parts = [part for part in name.split("/") if part not in ("", ".")]
         if name.startswith("/") or ".." in parts:
             self.refuse(name, "leads out of the archive")

@@ -20,11 +20,11 @@ from occgen_hub.files import (
     PUT_FILE,
     dump_json,
     files_under,
-    hold,
     links_out,
     printable,
     read_json,
     sha256,
+    try_lock,
 )
 from occgen_hub.index import describe, parts
 from occgen_hub.lerobot.export_check import RECORD, check_content, exported, held_episodes
@@ -389,7 +389,7 @@ def _alone(out: Path, lock: Path) -> Iterator[None]:
     """Hold the place of an export; raises UsageError where another export holds it."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with os.fdopen(os.open(lock, flags, 0o666), "r+b", buffering=0) as file:
-        if not hold(file.fileno()):
+        if not try_lock(file.fileno()):
             raise UsageError(
                 f"{out}: another export is writing there; wait for it or choose another place."
             )

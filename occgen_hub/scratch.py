@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from occgen_hub.errors import OccGenError, SourceError, UsageError
-from occgen_hub.files import hold
+from occgen_hub.files import try_lock
 
 PREFIX = "occgen-"
 LOCK = ".occgen-lock"
@@ -160,7 +160,7 @@ def _own_folder(folder: Path) -> tuple[Path, int]:
                 _clear_leftovers(folder)
                 own = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))
                 handle = os.open(own, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                hold(handle)
+                try_lock(handle)
                 return own, handle
         except FileNotFoundError:  # Another process removed it, as the last one to use it.
             if attempt == ATTEMPTS - 1:
@@ -196,7 +196,7 @@ def _clear_leftovers(folder: Path) -> None:
         with suppress(OSError):
             handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
-                if hold(handle):
+                if try_lock(handle):
                     shutil.rmtree(path, ignore_errors=True)
             finally:
                 os.close(handle)

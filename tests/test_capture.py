@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -502,6 +503,18 @@ def test_a_damaged_bag_is_named(tmp_path: Path) -> None:
     (tmp_path / "walk.mcap").write_bytes(b"\x89MCAP0\r\n" + bytes(100))
     with pytest.raises(SourceError, match=r"walk\.mcap: cannot be read"):
         read(tmp_path / "walk.mcap")
+
+
+def test_a_pipe_in_the_place_of_a_bags_file_is_not_waited_for(
+    episode: Episode, tmp_path: Path
+) -> None:
+    pytest.importorskip("rosbags")
+    captures.write_bag(episode, tmp_path / "walk")
+    (held,) = (tmp_path / "walk").glob("*.mcap")
+    held.unlink()
+    os.mkfifo(held)
+    with pytest.raises(SourceError, match="is not a regular file"):
+        read(tmp_path / "walk")
 
 
 @pytest.mark.parametrize(

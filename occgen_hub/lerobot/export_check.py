@@ -15,8 +15,8 @@ from occgen_hub.errors import DatasetError, SourceError
 from occgen_hub.files import (
     PARQUET_DAMAGE,
     files_under,
-    no_parquet,
     parquet_file,
+    parquet_problem,
     plain,
     read_json,
     sha256,
@@ -179,7 +179,7 @@ def held_episodes(root: Path) -> list[tuple[str, int]]:
                     raise DatasetError(path, "has no column episode any more", AGAIN)
                 rows = plain(file.read(columns=names)).select(names).to_pylist()
         except PARQUET_DAMAGE as error:
-            raise DatasetError(path, no_parquet(error), AGAIN) from None
+            raise DatasetError(path, parquet_problem(error), AGAIN) from None
         for row in rows:
             name, frame, index = row["episode"], row["frame_index"], row["episode_index"]
             if index != before:
@@ -218,7 +218,7 @@ def _read(paths: list[Path], poses: str) -> Iterator[tuple[str, int, list[float]
                     for episode, frame, pose in zip(*rows, strict=True):
                         yield episode, frame, np.ravel(pose).tolist()
         except PARQUET_DAMAGE as error:
-            raise DatasetError(path, no_parquet(error), AGAIN) from None
+            raise DatasetError(path, parquet_problem(error), AGAIN) from None
 
 
 def _innermost(kind: pa.DataType) -> pa.DataType:
