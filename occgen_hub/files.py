@@ -41,6 +41,9 @@ MAX_TABLE_BYTES = 1 << 28
 MAX_TABLE_ROWS = 1 << 20
 """An episode of 1 << 20 frames lasts ten hours, and its matrices take some 200 MB."""
 
+MAX_BUILT_BYTES = 1 << 36
+"""Of a file of a dataset or an export; a sparse one may claim to hold more than a disk does."""
+
 
 def opened(path: Path) -> BufferedReader:
     """A regular file, open for reading; raises SourceError, also for a pipe, which would block."""
@@ -202,8 +205,6 @@ def read_parquet(path: Path) -> pa.Table:
             table.validate(full=True)
     except PARQUET_DAMAGE as error:
         raise SourceError(path, no_parquet(error), "restore it from the source") from None
-    if len(set(table.column_names)) < table.num_columns:
-        raise SourceError(path, "has two columns of one name", "restore it from the source")
     return table
 
 
@@ -215,7 +216,16 @@ def parquet_file(path: Path) -> Iterator[pq.ParquetFile]:
     of only while there is an interpreter, and the process would be aborted when it ends early.
     """
     with opened(path), pa.OSFile(os.fsencode(path)) as file:
-        yield pq.ParquetFile(file)
+        found = pq.ParquetFile(file)
+        check_column_names(found)
+        yield found
+
+
+def check_column_names(file: pq.ParquetFile) -> None:
+    """Raise ValueError where two columns have one name, which Arrow does not find by it."""
+    names = file.schema_arrow.names
+    if len(set(names)) < len(names):
+        raise ValueError("it has two columns of one name")
 
 
 PARQUET_DAMAGE = (pa.ArrowException, OSError, ValueError, MemoryError)
@@ -252,9 +262,12 @@ def _too_large(path: Path) -> SourceError:
     return SourceError(path, problem, "check that it is the right file")
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
+def sha256(path: Path, limit: int | None = None) -> str:
+    """The SHA-256 of a file's content, in hexadecimal; SourceError above `limit` bytes."""
     with opened(path) as file:
+        if limit is not None and os.fstat(file.fileno()).st_size > limit:
+            problem = f"holds more than {limit >> 30} GB, more than any file of a dataset"
+            raise SourceError(path, problem, "restore it from a copy")
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from occgen_hub.errors import DatasetError, SourceError, UsageError
-from occgen_hub.files import opened, plain
+from occgen_hub.files import check_column_names, opened, plain
 from occgen_hub.shards import FEATURES, REMAKE
 from occgen_hub.training.source import Source, read_range, remote_size
 
@@ -75,6 +75,7 @@ def _open(path: Path) -> pq.ParquetFile:
 def _check_columns(file: pq.ParquetFile) -> None:
     if file.metadata.num_rows > MAX_SHARD_ROWS:
         raise ValueError(f"it claims {file.metadata.num_rows} rows")
+    check_column_names(file)
     types = plain(file.schema_arrow.empty_table()).schema
     for name, kind in TYPES.items():
         if name not in types.names or types.field(name).type != kind:
