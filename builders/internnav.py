@@ -27,7 +27,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from occgen_hub.builder import DatasetBuilder, EpisodeRef
-from occgen_hub.episode import Column, Episode, MediaFile, Note, Task
+from occgen_hub.episode import Column, Episode, MediaFile, Note, Task, column_of
 from occgen_hub.errors import OccGenError, SourceError
 from occgen_hub.files import (
     Version,
@@ -55,7 +55,7 @@ from occgen_hub.media import (
     stated_pixels,
     video_facts,
 )
-from occgen_hub.schema import Feature, feature_of, load_schema
+from occgen_hub.schema import Feature, load_schema
 
 from . import vlnce
 
@@ -159,6 +159,19 @@ class InternNavBuilder(DatasetBuilder):
             return 0.0 if files.video is None else stated_pixels(files.video)
         except OccGenError:
             return 0.0
+
+    def footage(self, ref: EpisodeRef) -> tuple[int, tuple[int, int]] | None:
+        """Its images and the size of the first; without images, as its video's packets have it."""
+        try:
+            files = _locate(ref)
+            if images := [*files.rgb.values()]:
+                return len(images), image_size(images[0])
+            if files.video is None:
+                return None
+            facts = video_facts(files.video)
+            return facts.frames, facts.size
+        except OccGenError:
+            return None
 
     def sources(self, ref: EpisodeRef) -> list[Path]:
         """The tables, images and videos of one episode."""
@@ -608,21 +621,13 @@ def _columns(
 
 def _column(field: pa.Field, values: pa.ChunkedArray, known: Feature | None) -> Column:
     """A column that can be written and has statistics; raises ValueError where it cannot."""
-    if values.null_count:
-        raise ValueError("lacks the value of a frame")
-    feature = feature_of(field, values[0].as_py())
-    if feature is None:
-        raise ValueError(f"is {str(field.type)[:80]}, which no feature of LeRobot describes")
-    array = values.to_pylist() if feature.dtype == "string" else feature.to_numpy(values)
+    # Poses and intrinsics are looked at frame by frame, to name the one that is wrong.
+    column = column_of(field, values, finite=field.name not in (POSE, INTRINSIC))
+    feature = column.feature
     if known is not None and (feature.shape != known.shape or feature.dtype in ("string", "bool")):
         kind = f"{feature.dtype} of shape {list(feature.shape)}"
         raise ValueError(f"holds {kind} where {known.dtype} of shape {list(known.shape)} belongs")
-    # Poses and intrinsics are looked at frame by frame, to name the one that is wrong.
-    if feature.dtype.startswith("float") and field.name not in (POSE, INTRINSIC):
-        with np.errstate(over="ignore"):
-            if not np.isfinite(np.square(array, dtype=np.float64)).all():
-                raise ValueError("holds a number that is not finite, or as good as infinite")
-    return Column(feature, array)
+    return column
 
 
 def _left_out(reasons: dict[str, str], files: Files) -> list[Note]:

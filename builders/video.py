@@ -332,7 +332,7 @@ def _check_alone(path: Path) -> None:
     if count is None or count > 1:
         held = "several" if count is None else str(count)
         problem = f"holds {held} episodes of a LeRobot dataset, one after another"
-        remedy = "cut it into a video for each episode"
+        remedy = "give the dataset's folder to --source lerobot"
         raise SourceError(path, problem, remedy)
 
 

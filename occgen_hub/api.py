@@ -19,6 +19,7 @@ from occgen_hub.lerobot.writer import Media
 from occgen_hub.loading import REBUILD, Trajectory
 from occgen_hub.occupancy.codec import unpack
 from occgen_hub.occupancy.grid import Grid
+from occgen_hub.publishing import EVERY, HubPublisher, Keep, Layout
 from occgen_hub.runtime.build import build_dataset, build_shard
 from occgen_hub.runtime.finalize import finalize as finalize_dataset
 from occgen_hub.runtime.results import Summary
@@ -36,7 +37,7 @@ def build(
     weights: str | Path | None = None,
     device: str | None = None,
     config: Config | None = None,
-    media: Media = "copy",
+    media: Media | None = None,
     workers: int = 1,
     limit: int | None = None,
     overwrite: bool = False,
@@ -47,17 +48,23 @@ def build(
     scenes: Sequence[str] = (),
     scratch: str | Path | None = None,
     scratch_limit: int = DEFAULT_LIMIT,
+    push_to: str | None = None,
+    keep: Keep = "all",
+    layout: Layout = "trajectories",
+    push_every: float = EVERY,
 ) -> Summary:
     """Build an occupancy dataset from a source, as `occgen-hub build` does.
 
-    source: what kind it is, "internnav", "capture" or "video"; root: where it is, a path or an
-    address "hf://datasets/ORG/NAME[@REVISION][/FOLDER]" of the Hub; out: the dataset's folder;
-    cameras: what the files do not say of its cameras;
+    source: what kind it is, "internnav", "lerobot", "capture" or "video"; root: where it is, a path
+    or an address `hf://datasets/ORG/NAME[@REVISION][/FOLDER]` of the Hub; out: the dataset's
+    folder; cameras: what the files do not say of its cameras; media: what to do with images, None
+    for "copy", or "none" for LeRobot datasets;
     config: the settings, metres where they are lengths; workers: processes; limit: the first so
     many episodes only, or scenes that are fetched; scenes: patterns of those to build; scratch:
     where scenes are put, `scratch_limit` bytes at most; shard: (i, n) to build share i of n,
-    numbered from 0, of the episodes, for `finalize`; the others as the command's options of their
-    names. What is there already and up to date is left alone.
+    numbered from 0, of the episodes, for `finalize`; push_to: "org/name" on the Hub, where scenes
+    are pushed as they are built; the others as the command's options of their names. What is there
+    already and up to date is left alone.
 
     Raises UsageError when an argument is wrong; then nothing was done. An episode that fails stops
     no other and is listed in the summary's `failures`, with its reason. With several workers the
@@ -65,12 +72,15 @@ def build(
     """
     if config is not None and not isinstance(config, Config):
         raise UsageError(f"config is a {type(config).__name__}; give an occgen_hub.Config.")
-    if media not in get_args(Media):
+    if media is not None and media not in get_args(Media):
         raise UsageError(f"media is {media!r}; give one of {', '.join(get_args(Media))}.")
     if license not in get_args(License):
         raise UsageError(f"license is {license!r}; give one of {', '.join(get_args(License))}.")
     if workers < 1 or (limit is not None and limit < 1):
         raise UsageError("workers and limit must be 1 or more.")
+    publisher = None
+    if push_to is not None:
+        publisher = HubPublisher(push_to, keep=keep, layout=layout, every=push_every)
     job = open_job(
         source,
         root,
@@ -85,14 +95,16 @@ def build(
         overwrite=overwrite,
         parquet_occupancy=parquet_occupancy,
         license=license,
-        parquet_images=parquet_images,
+        parquet_images=parquet_images or layout == "packed",
         scenes=(scenes,) if isinstance(scenes, str) else tuple(scenes),
         scratch=None if scratch is None else Path(scratch),
         scratch_limit=scratch_limit,
+        whole_scenes=push_to is not None,
     )
     if shard is not None:
-        return build_shard(job, Shard.parse(f"{shard[0]}/{shard[1]}"), workers)
-    return build_dataset(job, workers)
+        own = Shard.parse(f"{shard[0]}/{shard[1]}")
+        return build_shard(job, own, workers, publisher=publisher)
+    return build_dataset(job, workers, publisher=publisher)
 
 
 def finalize(out: str | Path) -> Summary:

@@ -6,13 +6,16 @@ import copy
 import hashlib
 import logging
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
+
+import yaml
 
 from occgen_hub.camera_mapping import CameraMapping
 from occgen_hub.config import Condition
@@ -26,10 +29,15 @@ from occgen_hub.errors import (
     in_brief,
     one_line,
 )
-from occgen_hub.files import MACHINE_FAULTS, Version, sha256, version
-from occgen_hub.kinds import LEROBOT_REMEDY, lerobot_kind
+from occgen_hub.files import MACHINE_FAULTS, Version, read_bytes, sha256, version
+from occgen_hub.lerobot.writer import Media
 
 logger = logging.getLogger(__name__)
+
+LEVELS = 3
+"""Folders above a source's root in which its card is looked for: vln_n1/traj_data/<group>."""
+
+MAX_CARD_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,16 @@ class EpisodeRef:
     id: str
     path: Path
     index: int = 0
+
+
+@dataclass(frozen=True)
+class CameraSurvey:
+    """What `occgen-hub cameras` says. lines: of what was found, for a user to read; mapping: the
+    text of a file for `--cameras`, to be corrected.
+    """
+
+    lines: tuple[str, ...]
+    mapping: str
 
 
 def id_problem(name: str) -> str | None:
@@ -62,7 +80,10 @@ class DatasetBuilder(ABC):
     episode, besides depth, which `has_depth` tells; takes_archives: whether its scenes may be
     archives, each of which it reads as a tree with that scene alone; hfov: degrees that a camera
     sees from side to side, for sources that give no intrinsics, None for what the source assumes;
-    maps: the attributes of `CameraMapping` that a user may give, which are then in `cameras`.
+    license: of what was recorded, as the Hub calls it, None where the source does not say; maps:
+    the attributes of `CameraMapping` that a user may give, which are then in `cameras`;
+    several_cameras: whether more than one camera may be given; takes_repository: whether `root`
+    may be a LeRobot dataset on the Hub; media: what a build does with images if nothing is said.
     """
 
     name: ClassVar[str]
@@ -72,8 +93,12 @@ class DatasetBuilder(ABC):
     takes_file: ClassVar[bool] = False
     knows: ClassVar[tuple[Condition, ...]] = ("intrinsics", "poses")
     maps: ClassVar[tuple[str, ...]] = ()
+    several_cameras: ClassVar[bool] = False
     takes_archives: ClassVar[bool] = False
+    takes_repository: ClassVar[bool] = False
+    media: ClassVar[Media] = "copy"
     hfov: float | None = None
+    license: str | None = None
 
     def __init__(self, root: Path, cameras: Sequence[CameraMapping] = ()) -> None:
         self.root, self.cameras = root, tuple(cameras)
@@ -119,6 +144,10 @@ class DatasetBuilder(ABC):
         For errors of other sources that were given it. A few names are looked at, and small files.
         """
         return None
+
+    def survey_cameras(self) -> CameraSurvey:
+        """What the cameras of the recording are; raises UsageError where nothing can be mapped."""
+        raise UsageError(f"--source {self.name}: has no columns to map to cameras.")
 
     def has_depth(self, ref: EpisodeRef) -> bool:
         """Whether an episode has sensor depth; looked up quickly, nothing decoded."""
@@ -192,13 +221,45 @@ def load_builder(
                 f"--{_OPTIONS.get(attribute, attribute).replace('_', '-')}: is not used by "
                 f"--source {name}; leave it out."
             )
+    if len(cameras) > 1 and not kind.several_cameras:
+        raise UsageError(f"--camera: --source {name} takes one camera; leave the others out.")
     builder = kind(root, cameras) if cameras else kind(root)
     builder.hfov = hfov
+    builder.license = license_of_folder(root)
     return builder
 
 
-_OPTIONS = {"depth_unit": "depth_scale"} | dict.fromkeys(("rgb", "depth", "pose", "info"), "topics")
+_OPTIONS = {"depth_unit": "depth_scale", "pose_layout": "cameras"} | dict.fromkeys(
+    ("rgb", "depth", "pose", "info"), "topics"
+)
 """Options of the command line, by what they say, where they are called otherwise."""
+
+
+def license_of_folder(root: Path) -> str | None:
+    """The licence that a dataset's card says, in the nearest README.md with one; None without one.
+
+    Looked for in `root` and in the LEVELS folders above it, since `root` may be a part of a copy of
+    a dataset on the Hub.
+    """
+    folder = root.resolve()
+    for place in (folder, *folder.parents[:LEVELS]):
+        try:
+            text = read_bytes(place / "README.md", MAX_CARD_BYTES).decode()
+            _, matter, _ = text.replace("\r\n", "\n").split("---\n", 2)
+            said = yaml.safe_load(matter) if text.startswith("---") else None
+        except (OccGenError, OSError, ValueError, yaml.YAMLError):
+            continue
+        if isinstance(said, dict) and (found := plain_license(said.get("license"))):
+            return found
+    return None
+
+
+def plain_license(said: Any) -> str | None:
+    """The name of a licence in a card; None where it gives none, several, or one of its own."""
+    if isinstance(said, list) and len(said) == 1:
+        said = said[0]
+    known = isinstance(said, str) and re.fullmatch(r"[a-z0-9][a-z0-9.+-]{1,60}", said)
+    return said if known and said not in ("other", "unknown") else None
 
 
 def _builder_class(name: str) -> type[DatasetBuilder]:
@@ -225,8 +286,6 @@ def _builder_class(name: str) -> type[DatasetBuilder]:
 
 def other_source(root: Path, name: str) -> str:
     """For the end of an error: another source that knows what is at `root`, "" if none does."""
-    if (kind := lerobot_kind(root)) is not None:
-        return f"it is {kind}: {LEROBOT_REMEDY}"
     for other in builder_names():
         if other == name:
             continue

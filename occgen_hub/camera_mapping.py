@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from occgen_hub.errors import UsageError
+from occgen_hub.errors import UsageError, in_brief
+from occgen_hub.files import read_bytes
 from occgen_hub.geometry.lens import Lens, opencv_matrix
 from occgen_hub.geometry.poses import RIGID, from_opengl, rigidity_error
 
@@ -17,6 +20,14 @@ UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001}
 
 CALIBRATIONS = (4, 8, 9, 12)
 """How many numbers `intrinsics` may have."""
+
+POSES: dict[str, tuple[int, ...]] = {
+    "matrix": (16, 12),
+    "xyz_rpy": (6,),
+    "xyz_quaternion_xyzw": (7,),
+    "xyz_quaternion_wxyz": (7,),
+}
+"""Layouts of a pose in a column, and how many numbers it has."""
 
 
 class CameraMapping(BaseModel):
@@ -30,11 +41,15 @@ class CameraMapping(BaseModel):
             p1, p2[, k3[, k4, k5, k6]]. The centre of the first pixel is (0, 0), as OpenCV, ROS and
             RealSense have it.
         depth_unit: metres in a unit of depth.
+        pose_layout: how a pose is written: a matrix row after row; x, y, z and the angles roll,
+            pitch and yaw in radians, about the fixed axes x, y and z in that order; or x, y, z and
+            a quaternion.
         pose_direction: what the poses are.
         pose_axes: the camera's axes. OpenCV: x right, y down, z forward; OpenGL: x right, y up,
             z backward.
         body_from_camera: where the camera sits, 16 numbers of a (4, 4) matrix row after row, where
-            the poses are those of a moving body. Its camera has axes `pose_axes`.
+            the poses are those of a moving body; without poses, where it stands in the world. Its
+            camera has axes `pose_axes`.
         time_offset: seconds to add to the times of the poses.
     """
 
@@ -46,6 +61,9 @@ class CameraMapping(BaseModel):
     info: str | None = None
     intrinsics: tuple[float, ...] | None = None
     depth_unit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    pose_layout: (
+        Literal["matrix", "xyz_rpy", "xyz_quaternion_xyzw", "xyz_quaternion_wxyz"] | None
+    ) = None
     pose_direction: Literal["world_from_camera", "camera_from_world"] | None = None
     pose_axes: Literal["opencv", "opengl"] | None = None
     body_from_camera: tuple[float, ...] | None = None
@@ -70,6 +88,36 @@ class CameraMapping(BaseModel):
             if not rigidity_error(matrix)[0] <= RIGID:
                 raise ValueError("has to be the 16 numbers of a rigid 4 x 4 matrix, row after row")
         return numbers
+
+    def poses(self, numbers: NDArray[np.floating]) -> NDArray[np.float64]:
+        """(T, n) or (T, rows, columns) numbers of a column to (T, 4, 4) poses, as they stand.
+
+        Without `pose_layout` 16 and 12 numbers are a matrix, 6 are "xyz_rpy" and 7 are
+        "xyz_quaternion_xyzw". Raises ValueError for numbers of another count.
+        """
+        from scipy.spatial.transform import Rotation
+
+        flat = numbers.reshape(len(numbers), -1).astype(np.float64)
+        count = flat.shape[1]
+        layout: str = self.pose_layout or next((k for k, n in POSES.items() if count in n), "")
+        if count not in POSES.get(layout, ()):
+            raise ValueError(f"has {count} numbers, which {layout or 'no layout of poses'} has not")
+        poses = np.tile(np.eye(4), (len(flat), 1, 1))
+        if layout == "matrix":
+            poses[:, : count // 4] = flat.reshape(-1, count // 4, 4)
+            return poses
+        known: NDArray[np.bool_] = np.asarray(np.isfinite(flat).all(axis=1))
+        turned = flat[known, 3:]
+        if layout == "xyz_rpy":
+            rotation = Rotation.from_euler("xyz", turned)
+        else:
+            known[known] = np.linalg.norm(turned, axis=1) > 0.5
+            turned = flat[known, 3:]
+            xyzw = turned[:, [1, 2, 3, 0]] if layout == "xyz_quaternion_wxyz" else turned
+            rotation = Rotation.from_quat(xyzw)
+        poses[known, :3, :3], poses[:, :3, 3] = rotation.as_matrix(), flat[:, :3]
+        poses[~known] = np.nan
+        return poses
 
     def said(self) -> dict[str, Any]:
         """What is not as the files say, as JSON has it."""
@@ -102,7 +150,50 @@ def camera_mapping(where: str, values: dict[str, Any]) -> CameraMapping:
         first = error.errors(include_url=False, include_input=False)[0]
         name = ".".join(str(part) for part in first["loc"])
         said = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
-        raise UsageError(f"{where}{name.replace('_', '-')}: {said}.") from None
+        option = name.replace("_", "-") if where == "--" else name
+        raise UsageError(f"{where}{option}: {said}.") from None
+
+
+def read_cameras(path: Path) -> tuple[CameraMapping, ...]:
+    """The mappings of a YAML file: `cameras`, a list of them by the names of their attributes.
+
+    `intrinsics` may also be the name of a column, `depth_unit` one of `UNITS`, and a matrix rows of
+    numbers. Raises UsageError where the file is wrong.
+    """
+    try:
+        document = yaml.safe_load(read_bytes(path, 1 << 20))
+    except (yaml.YAMLError, RecursionError) as error:
+        said = in_brief(str(error).replace("\n", " "))
+        raise UsageError(f"{path}: is not YAML ({said}); correct it.") from None
+    rows = document.get("cameras") if isinstance(document, dict) else None
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise UsageError(
+            f"{path}: has no list 'cameras'; occgen-hub cameras INPUT writes a file to begin with."
+        )
+    return tuple(_from_file(f"{path}: camera {n}: ", row) for n, row in enumerate(rows, 1))
+
+
+def _from_file(where: str, row: dict[str, Any]) -> CameraMapping:
+    K = row.get("intrinsics")
+    if isinstance(K, list) and len(K) == 3 and all(isinstance(r, list) and len(r) == 3 for r in K):
+        row = {**row, "intrinsics": [K[0][0], K[1][1], K[0][2], K[1][2]]}
+    values = {str(key): _flat(value) for key, value in row.items()}
+    if isinstance(values.get("intrinsics"), str):
+        if values.get("info"):
+            raise UsageError(f"{where}intrinsics: info says the same; leave one of them out.")
+        values["info"] = values.pop("intrinsics")
+    if values.get("depth_unit") in UNITS:
+        values["depth_unit"] = UNITS[values["depth_unit"]]
+    if not values.get("rgb"):
+        raise UsageError(f"{where}rgb: is missing; name the camera's colour images.")
+    return camera_mapping(where, values)
+
+
+def _flat(value: Any) -> Any:
+    """Rows of numbers as one list."""
+    if isinstance(value, list) and value and all(isinstance(row, list) for row in value):
+        return [number for row in value for number in row]
+    return value
 
 
 def metres_in_unit(scale: float) -> float:

@@ -31,7 +31,7 @@ from occgen_hub.files import (
     sha256,
 )
 from occgen_hub.fusion.quality import Quality
-from occgen_hub.index import INDEX, Entry, read_entries
+from occgen_hub.index import INDEX, Entry, entries, parts, read_part
 from occgen_hub.lerobot.export_check import RECORD
 from occgen_hub.loading import NOT_BUILT, SCHEMA, Trajectory
 from occgen_hub.schema import Feature, Schema, load_schema
@@ -61,9 +61,13 @@ class Facts:
     found in the trajectories' records, by key, as JSON; licences: of weights, by network; quality:
     of each trajectory that has it; moving: how many trajectories have cells that move; splits: how
     many trajectories each split has; source_licences: of what was recorded, None where the source
-    does not say.
+    does not say; first: the first trajectory by name; occupancy: whether any has shards; packed:
+    whether all are in shards alone.
     """
 
+    first: str = ""
+    occupancy: bool = False
+    packed: bool = True
     trajectories: int = 0
     frames: int = 0
     scenes: set[str] = field(default_factory=set)
@@ -78,34 +82,33 @@ class Facts:
     source_licences: set[str | None] = field(default_factory=set)
 
 
-def write_card(root: Path) -> Path:
+def write_card(root: Path, shown: Path | None = None) -> Path:
     """Write `root`/README.md and its picture, where they are not what they should be already.
 
     A README.md that a user wrote is left as it is (see `is_own`). The picture is one of the first
-    trajectory; where it cannot be drawn, the card goes without. Returns the card's path. Raises
-    UsageError when `root` holds no trajectories, SourceError when one cannot be read, and OSError.
+    trajectory, or of that in the folder `shown`; where it cannot be drawn, the card goes without.
+    Returns the card's path. Raises UsageError when `root` holds no trajectories, SourceError when
+    one cannot be read, and OSError.
     """
     card = root / CARD
     if not is_own(card):
         return card
-    rows = list(read_entries(root).values())
-    if not rows:
+    facts = survey(row for part in parts(root) for row in entries(read_part(part)))
+    if not facts.trajectories:
         raise UsageError(f"{root}: holds no trajectories in an index; {NOT_BUILT}.")
-    facts, schema = survey(rows), load_schema(SCHEMA)
-    picture = _picture(root / PICTURE, root / rows[0].episode)
-    occupancy = any(row.shards for row in rows)
-    parts = (
-        _front_matter(facts, _configs(facts, schema, occupancy=occupancy)),
-        *_introduction(facts, picture=picture),
+    schema = load_schema(SCHEMA)
+    picture = _picture(root / PICTURE, shown or root / facts.first)
+    paragraphs = (
+        _front_matter(facts, _configs(facts, schema)),
+        *_introduction(facts, picture=picture, layout=_PACKED if facts.packed else _TRAJECTORIES),
         *_splits(facts),
-        *_examples(rows[0].episode, schema, occupancy=occupancy),
-        *_columns(facts.features),
-        *_partial(facts),
+        *(_packed_examples() if facts.packed else _examples(facts, schema)),
+        *(() if facts.packed else (*_columns(facts.features), *_partial(facts))),
         *_grids(facts),
         *_quality(facts),
-        *_origin(facts, RECORDS),
+        *_origin(facts, IN_INDEX if facts.packed else RECORDS),
     )
-    text = ("\n".join(parts) + "\n").encode()
+    text = ("\n".join(paragraphs) + "\n").encode()
     if not card.exists() or card.read_bytes() != text:
         with atomic_file(card) as partial:
             partial.write_bytes(text)
@@ -165,6 +168,9 @@ def survey(rows: Iterable[Entry]) -> Facts:
         shared = {k: v for k, v in facts.features.items() if features.get(k) == v}
         facts.partial |= (set(facts.features) | set(features)) - set(shared)
         facts.features = shared
+        facts.first = min(facts.first or row.episode, row.episode)
+        facts.occupancy |= bool(row.shards)
+        facts.packed &= not row.files
         facts.trajectories += 1
         facts.frames += row.frames
         facts.scenes.add(row.scene)
@@ -238,6 +244,10 @@ _TRAJECTORIES = (
     "; for every trajectory the occupied cells and the cloud of the whole scene. Each trajectory, "
     "`<group>/<scene>/<trajectory>/`, is a LeRobot v2.1 dataset by itself."
 )
+_PACKED = (
+    ", its image, depth and task. All is in Parquet files, a row a frame, `occupancy/*/*.parquet`, "
+    "which belong to scenes."
+)
 _ONE_DATASET = (
     ". All trajectories are one LeRobot v3.0 dataset, an episode each; the occupancy lies beside "
     "it, row by row in the order of its frames."
@@ -265,13 +275,16 @@ def _front_matter(facts: Facts, configs: list[dict[str, Any]]) -> str:
     return f"---\n{yaml.safe_dump(matter, sort_keys=False, width=100)}---\n\n{MARK}\n"
 
 
-def _configs(facts: Facts, schema: Schema, *, occupancy: bool) -> list[dict[str, Any]]:
+def _configs(facts: Facts, schema: Schema) -> list[dict[str, Any]]:
     """Which files `load_dataset` finds under which name."""
+    if facts.packed:
+        shards = _config(FOLDER, f"{FOLDER}/*/*.parquet") | {"default": True}
+        return [shards, _config(INDEX, f"{INDEX}/*.parquet")]
     frames = re.sub(r"\{[^}]*\}", "*", schema.files["frames"].path)
     configs = [_config("default", f"**/{frames}")]
     if facts.partial:  # `datasets` wants one schema, and would refuse the table.
         configs[0]["columns"] = list(facts.features)
-    if occupancy:
+    if facts.occupancy:
         configs.append(_config(FOLDER, f"{FOLDER}/*/*.parquet"))
     configs.append(_config(INDEX, f"{INDEX}/*.parquet"))
     return configs
@@ -306,7 +319,14 @@ def _splits(facts: Facts) -> Iterator[str]:
     )
 
 
-def _examples(first: str, schema: Schema, *, occupancy: bool) -> Iterator[str]:
+def _packed_examples() -> Iterator[str]:
+    """Those of a dataset that is shards alone."""
+    yield "## Load it\n"
+    yield "`DATASET` stands for this dataset's name on the Hub, or for a folder that holds it.\n"
+    yield from _occupancy_examples()
+
+
+def _examples(facts: Facts, schema: Schema) -> Iterator[str]:
     """A way to load each thing; the tests run them."""
     yield "## Load it\n"
     yield "`DATASET` stands for this dataset's name on the Hub, or for a folder that holds it.\n"
@@ -318,7 +338,8 @@ frames = load_dataset("DATASET", split="train").with_format("numpy")
 world_from_camera = frames[0]["{schema.poses}"]  # (4, 4), OpenCV axes, metres
 K = frames[0]["{schema.intrinsics}"]  # (3, 3), pixels
 """)
-    if occupancy:
+    first = facts.first
+    if facts.occupancy:
         yield from _occupancy_examples()
     yield (
         "LeRobot: `occgen-hub export DATASET lerobot` makes one LeRobot v3.0 dataset of it, with "
@@ -452,6 +473,7 @@ def _quality(facts: Facts) -> Iterator[str]:
         )
 
 
+IN_INDEX = "The index says how, with the fingerprint of each trajectory's source"
 RECORDS = "Each trajectory's `meta/occgen.json` says how,"
 EXPORT_RECORD = f"`{RECORD}` says which trajectory each episode is,"
 

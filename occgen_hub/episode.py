@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from occgen_hub.errors import OccGenError
 from occgen_hub.geometry.camera import intrinsics_problem
 from occgen_hub.geometry.poses import RIGID, rigidity_error
-from occgen_hub.schema import Feature
+from occgen_hub.schema import Feature, feature_of
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,24 @@ class Column:
 
     feature: Feature
     values: Any
+
+
+def column_of(field: pa.Field, values: pa.ChunkedArray, *, finite: bool = True) -> Column:
+    """A column of a source's table; raises ValueError where no feature describes it.
+
+    finite: whether numbers have to be finite, without which there are no statistics.
+    """
+    if values.null_count:
+        raise ValueError("lacks the value of a frame")
+    feature = feature_of(field, values[0].as_py())
+    if feature is None:
+        raise ValueError(f"is {str(field.type)[:80]}, which no feature of LeRobot describes")
+    array = values.to_pylist() if feature.dtype == "string" else feature.to_numpy(values)
+    if finite and feature.dtype.startswith("float"):
+        with np.errstate(over="ignore"):
+            if not np.isfinite(np.square(array, dtype=np.float64)).all():
+                raise ValueError("holds a number that is not finite, or as good as infinite")
+    return Column(feature, array)
 
 
 @dataclass(frozen=True)
@@ -66,7 +85,9 @@ class Episode:
     axis, 0 for none; world_from_camera: (T, 4, 4) float64, OpenCV axes, metres, in the source's
     world; intrinsics: (T, 3, 3) float64, pixels; task_index: (T,) int64 into `tasks`;
     fingerprint: SHA-256 over the names and contents of the source's files; assumed_view: whether
-    the intrinsics are not the source's, but made of a field of view.
+    the intrinsics are not the source's, but made of a field of view; beside: the same moments as
+    other depth cameras saw them, in the same world, whose depth is fused with this one's; origin:
+    the repo_id and revision on the Hub that it comes from, None where that is not known.
     """
 
     id: str
@@ -85,6 +106,8 @@ class Episode:
     intrinsics: NDArray[np.float64] | None = None
     notes: tuple[Note, ...] = ()
     assumed_view: bool = False
+    beside: tuple[Episode, ...] = ()
+    origin: dict[str, str] | None = None
 
 
 def check_episode(episode: Episode) -> Episode:

@@ -19,6 +19,7 @@ from occgen_hub.episode import Episode, Note
 from occgen_hub.errors import SourceError
 from occgen_hub.lerobot.writer import Media, Provenance, TrajectoryWriter
 from occgen_hub.occupancy.grid import Grid
+from occgen_hub.occupancy.states import FreeSpace
 from occgen_hub.occupancy.visibility import FrameOccupancy
 from occgen_hub.pipeline import observe, reconstruct
 from occgen_hub.scene import Scene
@@ -112,7 +113,7 @@ def reconstruct_episode(
     It may run in another thread than `write_episode`, which writes the episode before it meanwhile.
     """
     place = out / ref.id
-    clear_leftovers(place, alone=True)  # A build holds its output; an episode is in one shard.
+    clear_leftovers(place, exclusive=True)  # A build holds its output; an episode is in one shard.
     remove_scratch(place)
     check_replaceable(place, load_schema(builder.schema))
     engine = settings.engine.for_episode(ref.id, has_depth=builder.has_depth(ref))
@@ -198,6 +199,7 @@ def provenance(builder: DatasetBuilder, engine: Engine, settings: Settings) -> P
         settings.config,
         settings.media,
         tuple(camera.said() for camera in builder.cameras),
+        builder.license,
     )
 
 
@@ -212,6 +214,7 @@ def _write(
 ) -> tuple[Note, ...]:
     """Write everything; returns the notes that the record holds."""
     grid = Grid.of(provenance.config)
+    free = FreeSpace(grid)
     writer = TrajectoryWriter(folder, schema, episode, grid)
     beside, turn, over = Stopwatch(), threading.Lock(), threading.Event()
 
@@ -224,7 +227,7 @@ def _write(
         with ThreadPoolExecutor(1) as pool:  # So that cores have work where the other has none.
             written = pool.submit(tables)
             with clock("write occupancy"):
-                writer.write_occupancy(_observed(episode, scene, grid, clock, progress))
+                writer.write_occupancy(_observed(episode, scene, grid, free, clock, progress))
             written.result()
     finally:
         # An interruption while the thread starts leaves it unknown to the pool; the folder must not
@@ -232,6 +235,8 @@ def _write(
         with turn:
             over.set()
     clock.add(beside)
+    with clock("write scene"):
+        writer.write_states(scene, free)
     with clock("write media"):
         writer.write_media(provenance.media)
     with clock("checksums"):
@@ -246,10 +251,15 @@ def _write_scene(writer: TrajectoryWriter, scene: Scene, config: Config, clock: 
 
 
 def _observed(
-    episode: Episode, scene: Scene, grid: Grid, clock: Stopwatch, progress: Progress
+    episode: Episode,
+    scene: Scene,
+    grid: Grid,
+    free: FreeSpace,
+    clock: Stopwatch,
+    progress: Progress,
 ) -> Iterator[FrameOccupancy]:
     """Occupancy and visibility of each frame in order, the wait for it counted as occupancy."""
-    frames = observe(scene, episode, grid)
+    frames = observe(scene, episode, grid, free)
     while True:
         with clock("occupancy"):
             frame = next(frames, None)

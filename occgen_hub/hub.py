@@ -20,11 +20,21 @@ from occgen_hub.card import write_card
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.files import files_under, links_out
 from occgen_hub.hub_token import check_sendable
-from occgen_hub.index import INDEX, entries, file_stem, read_entries, read_part, write_index
+from occgen_hub.index import (
+    INDEX,
+    entries,
+    file_stem,
+    read_entries,
+    read_index,
+    read_part,
+    write_index,
+)
 from occgen_hub.lerobot.export_check import FOLDERS, exported
 from occgen_hub.lerobot.v30 import CODEBASE
-from occgen_hub.loading import Trajectory, trajectories
+from occgen_hub.loading import SCHEMA, Trajectory, trajectories
 from occgen_hub.runtime.report import FAILURES, REPORT
+from occgen_hub.scene_states import FOLDER as STATES
+from occgen_hub.schema import load_schema
 from occgen_hub.shards import FOLDER
 from occgen_hub.validation import validate
 
@@ -54,6 +64,10 @@ AGAIN = "check the connection and run the same command again, which goes on from
 
 class HubError(OccGenError):
     """The Hub cannot be reached, or does not take what is sent."""
+
+
+class HubBusyError(HubError):
+    """The same may go well a moment later."""
 
 
 def check_target(repo_id: str, revision: str | None = None, create_pr: bool = False) -> None:
@@ -175,8 +189,8 @@ def push(
     api = HfApi(library_name="occgen-hub")
     # `prepare` found none; one that came since would be followed by the Hub's client.
     links = [glob.escape(path.relative_to(root).as_posix()) for path in links_out(root)]
-    with _quiet(), _told(repo_id, api.endpoint):
-        _make_repository(api, repo_id, private)
+    with quiet(), told(repo_id, api.endpoint):
+        make_repository(api, repo_id, private)
         target, page = MAIN, ""
         if create_pr:
             target, page = _pull_request(api, repo_id)
@@ -202,7 +216,7 @@ def push(
 
         done = _beside_others(send)
         if target == MAIN:
-            _beside_others(lambda: _tag(api, repo_id, done.oid, _version(root)))
+            _beside_others(lambda: move_tag(api, repo_id, done.oid, _version(root)))
     return f"{api.endpoint}/datasets/{repo_id}{page}"
 
 
@@ -220,7 +234,10 @@ def _beside_others[Value](action: Callable[[], Value]) -> Value:
     return action()
 
 
-def _make_repository(api: HfApi, repo_id: str, private: bool) -> None:
+def make_repository(api: HfApi, repo_id: str, private: bool) -> None:
+    """Make a dataset's repository where it is missing; UsageError where it is public and private is
+    asked for.
+    """
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
@@ -271,7 +288,9 @@ def _outdated(root: Path, there: Sequence[str]) -> list[str]:
     else:
         folders = {path.relative_to(root).as_posix() for path in trajectories(root)}
         stems = "|".join(re.escape(file_stem(scene)) for scene in sorted(_scenes(root)))
-        shards = re.compile(rf"{FOLDER}/(?:[^/]*|[^/]*/(?:{stems})-[^/]*)\.parquet")
+        shards = re.compile(
+            rf"{FOLDER}/(?:[^/]*|[^/]*/(?:{stems})-[^/]*)\.parquet|{STATES}/[^/]*/(?:{stems})\.parquet"
+        )
     return [
         glob.escape(path)
         for path in there
@@ -283,8 +302,11 @@ def _outdated(root: Path, there: Sequence[str]) -> list[str]:
 
 
 def _scenes(root: Path) -> set[str]:
-    """The scenes of which a built dataset has trajectories here."""
-    return {path.parent.relative_to(root).as_posix() for path in trajectories(root)}
+    """The scenes of which a built dataset has trajectories here, or shards that are all of them."""
+    table = read_index(root, ["scene", "files", "shards"]).to_pylist()
+    packed = {row["scene"] for row in table if not row["files"]
+              and all((root / name).exists() for name in row["shards"])}  # fmt: skip
+    return packed | {path.parent.relative_to(root).as_posix() for path in trajectories(root)}
 
 
 def _take_index(api: HfApi, repo_id: str, revision: str, root: Path, there: Sequence[str]) -> None:
@@ -310,10 +332,12 @@ def _version(root: Path) -> str:
     """The version of the LeRobot layout, as `v2.1`."""
     if exported(root):
         return CODEBASE
-    return str(Trajectory.open(trajectories(root)[0]).info()["codebase_version"])
+    for path in trajectories(root):
+        return str(Trajectory.open(path).info()["codebase_version"])
+    return load_schema(SCHEMA).codebase_version
 
 
-def _tag(api: HfApi, repo_id: str, commit: str, version: str) -> None:
+def move_tag(api: HfApi, repo_id: str, commit: str, version: str) -> None:
     """Move the tag by which LeRobot finds what it can read, as its own push does."""
     from huggingface_hub.errors import RevisionNotFoundError
 
@@ -331,7 +355,7 @@ def _tag(api: HfApi, repo_id: str, commit: str, version: str) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the Hub's client telling of each attempt: what comes of them is said once."""
     logger = logging.getLogger("huggingface_hub")
     before = logger.level
@@ -343,7 +367,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _told(repo_id: str, endpoint: str) -> Iterator[None]:
+def told(repo_id: str, endpoint: str) -> Iterator[None]:
     """Turns what the Hub's client raises into a sentence."""
     import httpx
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -358,9 +382,11 @@ def _told(repo_id: str, endpoint: str) -> Iterator[None]:
         if isinstance(cause, HfHubHTTPError):
             raise _refused(repo_id, endpoint, cause) from error
         if isinstance(cause, httpx.TransportError):
-            raise HubError(f"{endpoint}: cannot be reached ({_first(cause)}); {AGAIN}.") from error
+            raise HubBusyError(
+                f"{endpoint}: cannot be reached ({_first(cause)}); {AGAIN}."
+            ) from error
         if isinstance(cause, ConnectionError):  # So hf_xet says whatever happens to it.
-            raise HubError(
+            raise HubBusyError(
                 f"{endpoint}: the upload broke off ({_first(cause)}); {AGAIN}."
             ) from error
         raise
@@ -390,7 +416,7 @@ def _refused(repo_id: str, endpoint: str, error: HfHubHTTPError) -> HubError:
     elif status in CONFLICTS:
         problem, remedy = "others write there all the time", "run the same command again later"
     elif status == 429 or status >= 500:
-        return HubError(
+        return HubBusyError(
             f"{endpoint}: cannot take it at the moment ({said}); run the same command again later, "
             "which goes on from there."
         )

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from occgen_hub.archives import archive_stem
+from occgen_hub.builder import plain_license
 from occgen_hub.errors import OccGenError, SourceError, UsageError, in_brief
 from occgen_hub.scenes import (
     PARTS,
@@ -39,11 +40,15 @@ class HubSourceError(OccGenError):
 
 @dataclass(frozen=True)
 class HubSource:
-    """A folder of a dataset on the Hub. revision: a branch, a tag or a commit."""
+    """A folder of a dataset on the Hub. revision: a branch, a tag or a commit.
+
+    license: that of the dataset's card, when it is listed.
+    """
 
     repo_id: str
     revision: str
     folder: str
+    license: str | None = None
 
     def __str__(self) -> str:
         below = f"/{self.folder}" if self.folder else ""
@@ -68,6 +73,60 @@ class HubSource:
             raise UsageError(f"{text}: is no dataset on the Hub; give --input {FORM}.")
         return cls(found[1], (found[2] or "main").replace("%2F", "/"), "/".join(parts))
 
+    @classmethod
+    def named(cls, text: str | Path) -> HubSource | None:
+        """The dataset that an --input names as ORG/NAME; None where a path has that name."""
+        found = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(text))
+        return None if found is None or Path(text).exists() else cls(str(text), "main", "")
+
+    @classmethod
+    def of_snapshot(cls, folder: Path) -> HubSource | None:
+        """What a folder in the cache of huggingface_hub is of; None for a folder elsewhere.
+
+        The revision is a commit.
+        """
+        parts = folder.absolute().parts
+        for n, part in enumerate(parts[:-2]):
+            name = re.fullmatch(r"datasets--([\w.-]+?)--([\w.-]+)", part)
+            if name and parts[n + 1] == "snapshots" and re.fullmatch("[0-9a-f]{40}", parts[n + 2]):
+                return cls(f"{name[1]}/{name[2]}", parts[n + 2], "/".join(parts[n + 3 :]))
+        return None
+
+    def snapshot(self, *patterns: str) -> Path:
+        """The folder in the cache of huggingface_hub with the files below `folder` that match.
+
+        Raises HubSourceError.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(library_name="occgen-hub")
+        with _told(self, api.endpoint):
+            info = api.repo_info(
+                self.repo_id, repo_type="dataset", revision=self.revision, timeout=20
+            )
+            api.auth_check(self.repo_id, repo_type="dataset")
+            below = f"{self.folder}/" if self.folder else ""
+            place = api.snapshot_download(
+                self.repo_id,
+                repo_type="dataset",
+                revision=info.sha or self.revision,
+                allow_patterns=[f"{below}{pattern}" for pattern in patterns],
+            )
+        return Path(place, self.folder)
+
+    def fetch(self, name: str) -> None:
+        """Put a file below `folder` into the cache of huggingface_hub. Raises HubSourceError."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(library_name="occgen-hub")
+        with _told(self, api.endpoint):
+            api.hf_hub_download(
+                self.repo_id,
+                f"{self.folder}/{name}" if self.folder else name,
+                repo_type="dataset",
+                revision=self.revision,
+            )
+
     def listed(self) -> tuple[HubSource, list[SceneRef]]:
         """The source at the commit that its revision is now, and its scenes, sorted.
 
@@ -78,12 +137,13 @@ class HubSource:
 
         api = HfApi(library_name="occgen-hub")
         with _told(self, api.endpoint):
-            info = api.repo_info(
-                self.repo_id, repo_type="dataset", revision=self.revision, timeout=20
-            )
+            info = api.dataset_info(self.repo_id, revision=self.revision, timeout=20)
             # Anybody may list a gated dataset: whether its files may be read is asked apart.
             api.auth_check(self.repo_id, repo_type="dataset")
-            pinned = HubSource(self.repo_id, info.sha or self.revision, self.folder)
+            said = info.card_data.get("license") if info.card_data else None
+            pinned = HubSource(
+                self.repo_id, info.sha or self.revision, self.folder, plain_license(said)
+            )
             entries = api.list_repo_tree(
                 self.repo_id,
                 self.folder or None,

@@ -28,8 +28,8 @@ from occgen_hub.files import (
     PUT_FILE,
     dump_json,
     leads_out,
-    no_parquet,
     parquet_file,
+    parquet_problem,
     plain,
     sha256,
 )
@@ -74,6 +74,9 @@ class Entry:
     shard_sha256 of each; shard_starts: its first frame in each; row_groups: the row group of that
     frame. Each row group from there on has `group_rows` frames of this episode, the last one of a
     shard the rest. Empty and 0 where the occupancy was not written as Parquet.
+
+    scene_state: of a scene that was pushed while it was built, a digest of what all of it was built
+    from and how (see `Job.source_state`); None where an episode of it failed, and of other scenes.
     """
 
     episode: str
@@ -110,6 +113,7 @@ class Entry:
     shard_starts: tuple[int, ...] = ()
     row_groups: tuple[int, ...] = ()
     group_rows: int = 0
+    scene_state: str | None = None
 
     @property
     def agreement(self) -> Quality | None:
@@ -293,7 +297,7 @@ def read_part(path: Path, columns: Sequence[str] = tuple(SCHEMA.names)) -> pa.Ta
             table = plain(file.read(columns, use_threads=False)).replace_schema_metadata(None)
             table.validate(full=True)
     except PARQUET_DAMAGE as error:
-        raise DatasetError(path, no_parquet(error), FINALIZE) from None
+        raise DatasetError(path, parquet_problem(error), FINALIZE) from None
     except SourceError as error:
         raise DatasetError(path, error.problem, FINALIZE) from None
     _check_names(path, table)

@@ -31,10 +31,11 @@ from occgen_hub.engines import (
 )
 from occgen_hub.episode_build import Settings, why_outdated
 from occgen_hub.errors import OccGenError, UsageError
-from occgen_hub.files import printable
+from occgen_hub.files import dump_json, printable, sha256
 from occgen_hub.hub_source import HubSource, select_scenes
 from occgen_hub.kinds import check_not_built
 from occgen_hub.lerobot.writer import Media
+from occgen_hub.loading import Trajectory
 from occgen_hub.scenes import (
     SceneRecord,
     SceneRef,
@@ -273,7 +274,8 @@ class Job:
     refs: the episodes, and the scenes whose episodes are known when they are fetched;
     parquet_occupancy: whether the dataset has its occupancy as Parquet as well;
     parquet_images: whether its images, depth and tasks are in the same files; limited: whether
-    `refs` are not all of the source; device: where networks run, None for a GPU if there is one;
+    `refs` are not all of the source; whole_scenes: whether a shard has all episodes of its scenes;
+    device: where networks run, None for a GPU if there is one;
     hub: where scenes are downloaded from, at a commit; scratch: where they are put, None for the
     hidden folder `.scratch` of the output.
     """
@@ -288,6 +290,7 @@ class Job:
     hub: HubSource | None = None
     scratch: ScratchPlace | None = None
     parquet_images: bool = False
+    whole_scenes: bool = False
 
     def part(self, workers: int) -> Job:
         """The same for one of so many processes, which are given what to build as they go."""
@@ -347,13 +350,56 @@ class Job:
 
     @cached_property
     def scene_choices(self) -> str:
-        """What the record of a scene says of `choices`."""
-        return digest(self.choices)
+        """What the record of a scene says of how it is built: the same on all machines."""
+        engine = self.settings.engine
+        network = engine.network if isinstance(engine, Auto) else engine
+        schema = load_schema(self.builder.schema)
+        said = [
+            *(self.builder.name, self.builder.version, str(self.builder.cameras)),
+            *(schema.name, schema.version, engine.name, network and network.weights()),
+            *(self.settings.config.model_dump(mode="json"), self.settings.media == "none"),
+        ]
+        return digest(dump_json(said))
+
+    def source_state(self, refs: Sequence[EpisodeRef | SceneRef]) -> str:
+        """A digest of what a scene would be built from, and how. Raises SourceError.
+
+        refs: the scene, if it has to be fetched, or all its episodes. Files are read for it, and so
+        is an archive whose record is of another time.
+        """
+        first = refs[0]
+        if not isinstance(first, SceneRef):
+            episodes = [ref for ref in refs if isinstance(ref, EpisodeRef)]
+            return self._state({r.id: self.builder.fingerprint(self.builder.sources(r))
+                                for r in episodes})  # fmt: skip
+        if first.files:
+            return self._state({first.id: first.stamp})
+        record = read_scene(self.out, first.id)
+        known = record is not None and record.stamp == first.stamp
+        content = record.sha256 if known and record else sha256(first.path)
+        return self._state({first.id: content})
+
+    def built_state(self, refs: Sequence[EpisodeRef | SceneRef]) -> str | None:
+        """The same of a scene all of whose episodes were built, from what they record."""
+        first = refs[0]
+        if isinstance(first, SceneRef):
+            record = read_scene(self.out, first.id)
+            good = record is not None and not record.failed
+            good = good and record is not None and record.choices == self.scene_choices
+            return self._state({first.id: record.sha256}) if good and record else None
+        found = {}
+        for ref in refs:
+            found[ref.id] = str(Trajectory.open(self.out / ref.id).record["source"]["fingerprint"])
+        return self._state(found)
+
+    def _state(self, sources: dict[str, str]) -> str:
+        return digest(dump_json([sorted(sources.items()), self.scene_choices]))
 
     def described(self) -> dict[str, Any]:
         """What a report says of it."""
         settings = self.settings
-        root = printable(str(self.hub or self.builder.root))
+        place = self.builder.root
+        root = printable(str(self.hub or HubSource.of_snapshot(place) or place))
         source: dict[str, Any] = {"builder": self.builder.name, "root": root}
         if cameras := [camera.said() for camera in self.builder.cameras]:
             source["cameras"] = cameras
@@ -366,6 +412,26 @@ class Job:
         }
 
 
+def open_source(
+    source: str,
+    root: Path | str,
+    cameras: Sequence[CameraMapping] = (),
+    *,
+    hfov: float | None = None,
+) -> tuple[DatasetBuilder, HubSource | None]:
+    """The builder for what an --input names, and the place on the Hub to fetch its scenes from.
+
+    Of a LeRobot dataset on the Hub the meta files are fetched, and the builder stands where they
+    are. Raises UsageError, and HubSourceError where the Hub does not give them.
+    """
+    hub = HubSource.parse(root)
+    builder = load_builder(source, Path(root), cameras, hfov=hfov)
+    repository = hub or HubSource.named(root)
+    if builder.takes_repository and repository is not None:
+        return builder.at(repository.snapshot("meta/**")), None
+    return builder, hub
+
+
 def open_job(
     source: str,
     root: Path | str,
@@ -376,7 +442,7 @@ def open_job(
     weights: Path | None = None,
     device: str | None = None,
     config: Config | None = None,
-    media: Media = "copy",
+    media: Media | None = None,
     limit: int | None = None,
     overwrite: bool = False,
     parquet_occupancy: bool = True,
@@ -385,20 +451,21 @@ def open_job(
     scenes: Sequence[str] = (),
     scratch: Path | None = None,
     scratch_limit: int = DEFAULT_LIMIT,
+    whole_scenes: bool = False,
 ) -> Job:
     """What `occgen-hub build` is to do with the options of these names; nothing is done yet.
 
-    scratch_limit: in bytes. Raises UsageError when one of them is wrong, and HubSourceError where
-    the Hub does not list what `root` names.
+    media: None for what the source does if nothing is said; scratch_limit: in bytes; whole_scenes:
+    as of a Job. Raises UsageError when one of them is wrong, and HubSourceError where the Hub does
+    not list what `root` names.
     """
     if parquet_images and not parquet_occupancy:
         raise UsageError("--parquet-images: goes into the occupancy as Parquet; keep that.")
-    config, hub = config or Config(), HubSource.parse(root)
-    root = Path(root)
-    builder = load_builder(source, root, cameras, hfov=config.hfov)
+    config = config or Config()
+    builder, hub = open_source(source, root, cameras, hfov=config.hfov)
     refs: Sequence[EpisodeRef | SceneRef]
     if hub is None:
-        check_paths(root, out)
+        check_paths(builder.root, out)
         refs = list_refs(builder, limit, scenes)
     else:
         if not builder.takes_archives:
@@ -406,18 +473,22 @@ def open_job(
                 f"--source {source}: is not read from the Hub; download {hub} and give its folder."
             )
         hub, listed = hub.listed()
+        builder.license = hub.license
         found: list[EpisodeRef | SceneRef] = [*_selected(hub, select_scenes(listed, hub), scenes)]
         refs = _checked(builder, found[:limit])
+    if whole_scenes and limit is not None and any(isinstance(ref, EpisodeRef) for ref in refs):
+        raise UsageError("--limit: would push a part of a scene; choose scenes with --scenes.")
     for ref in refs:
         if isinstance(ref, EpisodeRef):
             check_replaceable(out / ref.id, load_schema(builder.schema))
     chosen = choose_engine(builder, refs, engine, weights, device, license)
     chosen.check(config)
     check_conditions(builder, refs, config)
-    settings = Settings(config, chosen, media, overwrite)
+    settings = Settings(config, chosen, media or builder.media, overwrite)
     limited = limit is not None or bool(scenes)
     place = ScratchPlace((scratch or out / ".scratch").absolute(), scratch_limit)
     return Job(
         *(builder, refs, out, settings, parquet_occupancy, limited, device, hub, place),
         parquet_images=parquet_images,
+        whole_scenes=whole_scenes,
     )

@@ -20,8 +20,7 @@ IMAGES = "chunk-*/observation.images.rgb/*.jp*g"
 """Below `videos`, images that other LeRobot datasets do not have there."""
 
 
-LEROBOT_REMEDY = "give --source video its folder videos, which has to have a file an episode"
-"""Of LeRobot datasets only the videos are read."""
+LEROBOT_REMEDY = "use --source lerobot"
 
 
 def lerobot_kind(folder: Path) -> str | None:

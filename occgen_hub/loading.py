@@ -39,6 +39,7 @@ from occgen_hub.geometry.ply import read_ply
 from occgen_hub.media import MAX_PIXELS, VideoReader, read_depth, read_rgb
 from occgen_hub.occupancy.codec import unpack
 from occgen_hub.occupancy.grid import Grid
+from occgen_hub.occupancy.states import BLOCK_BYTES, SceneStates
 from occgen_hub.schema import Schema, load_schema
 
 REBUILD = "remove this trajectory's folder and build it again"
@@ -455,6 +456,16 @@ class Trajectory:
         if not np.isfinite(cells).all():
             raise DatasetError(path, "has centres that are not finite", REBUILD)
         return cells
+
+    def states(self) -> SceneStates:
+        """The three states of the scene's cells; raises DatasetError where they are not right."""
+        path, bits = self.file("scene_occupancy"), (None, BLOCK_BYTES)
+        blocks = npz_array(path, "blocks").check("i", None, 3).load().astype(np.int32)
+        occupied, free = (npz_array(path, k).check("u", *bits).load() for k in ("occupied", "free"))
+        try:
+            return SceneStates.from_packed(self.grid.voxel_size, blocks, occupied, free)
+        except ValueError as error:
+            raise DatasetError(path, str(error), REBUILD) from None
 
     def cloud(self) -> Cloud:
         """The scene's cloud, thinned, world, metres."""

@@ -12,6 +12,7 @@ The same episode and configuration give the same result, whatever the number of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,14 @@ import numpy as np
 from occgen_hub.config import Config
 from occgen_hub.engines import Engine
 from occgen_hub.episode import Episode, Note, check_episode
-from occgen_hub.fusion.conventions import check_conventions
+from occgen_hub.fusion.conventions import STATIC, check_conventions, stands_still
 from occgen_hub.fusion.fuse import check_reach, fuse
+from occgen_hub.fusion.joined import MovingInAll, joined_views
 from occgen_hub.geometry.alignment import Alignment, align_poses
 from occgen_hub.geometry.surface import poisson_surface
 from occgen_hub.occupancy.frames import observe_frames
 from occgen_hub.occupancy.grid import Grid
+from occgen_hub.occupancy.states import FreeSpace
 from occgen_hub.occupancy.visibility import FrameOccupancy
 from occgen_hub.scene import Scene
 from occgen_hub.views import Views, check_views
@@ -55,25 +58,47 @@ def reconstruct(
     convention_notes = check_conventions(
         views, episode.id, config, fps=episode.fps, assumed_view=episode.assumed_view
     )
-    check_reach(views, config, episode.id)
+    seen, own, cameras = views, 0, 1
+    if episode.beside and not engine.uses_device():
+        seen, own, cameras = _with_others(episode, views, engine, config, scratch)
+        convention_notes += check_conventions(seen, episode.id, config, shifts=False)
+    check_reach(seen, config, episode.id)
     # A network's own work takes long; that of sensors is to decode their frames, in fusion.
-    fused = fuse(views, config, (lambda _: None) if engine.uses_device() else progress)
-    views, cloud = fused.views, fused.cloud
+    counted = engine.uses_device() or cameras > 1
+    fused = fuse(seen, config, (lambda _: None) if counted else progress)
+    if cameras > 1:
+        progress(len(views.frames))
+    cloud, poses, moving = fused.cloud, fused.views.world_from_camera, fused.moving
     if config.mesh:
-        centres = views.world_from_camera[:, :3, 3]
+        centres = poses[:, :3, 3]
         cloud = poisson_surface(cloud, centres, config.voxel_size, config.mesh_density_cut)
     notes = [*views.notes, *convention_notes, *fused.notes, *_notes(alignment, len(cloud))]
+    views = replace(views, world_from_camera=poses[own::cameras])
+    if cameras == 1 and stands_still(poses, cloud):
+        notes.append(STATIC)
     return Scene(
         cloud=cloud,
         world_from_camera=views.world_from_camera,
         intrinsics=views.intrinsics,
-        moving=fused.moving,
+        moving=moving if moving is None or cameras == 1 else MovingInAll(moving, cameras),
         scale=1.0 if alignment is None else alignment.sim3.scale,
         alignment=alignment,
         quality=fused.quality,
         windows=views.windows,
         notes=tuple(notes),
     )
+
+
+def _with_others(
+    episode: Episode, views: Views, engine: Engine, config: Config, scratch: Path
+) -> tuple[Views, int, int]:
+    """The views of all cameras of an episode as one, which of them is its own, and how many."""
+    found = {episode.id: views}
+    for other in map(check_episode, episode.beside):
+        found[other.id] = engine.reconstruct(other, config, scratch)
+        check_views(found[other.id], other)
+    names = sorted(found)  # The same for each of the cameras, and so is the scene.
+    return joined_views([found[n] for n in names]), names.index(episode.id), len(names)
 
 
 def align(views: Views, episode: Episode) -> tuple[Views, Alignment | None]:
@@ -85,8 +110,10 @@ def align(views: Views, episode: Episode) -> tuple[Views, Alignment | None]:
     return views.moved(alignment.sim3), alignment
 
 
-def observe(scene: Scene, episode: Episode, grid: Grid) -> Iterator[FrameOccupancy]:
-    """Occupancy and visibility of each frame, in order."""
+def observe(
+    scene: Scene, episode: Episode, grid: Grid, free: FreeSpace | None = None
+) -> Iterator[FrameOccupancy]:
+    """Occupancy and visibility of each frame, in order. free: gathers what they observed free."""
     # Intrinsics as they will be written, so that a reader who traces the same rays sees the same.
     intrinsics = scene.intrinsics.astype(np.float32).astype(np.float64)
     return observe_frames(
@@ -96,6 +123,7 @@ def observe(scene: Scene, episode: Episode, grid: Grid) -> Iterator[FrameOccupan
         intrinsics,
         episode.image_size,
         scene.moving,
+        free,
     )
 
 

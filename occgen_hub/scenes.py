@@ -167,7 +167,8 @@ def unpack_scene(ref: SceneRef, path: Path, room: Room) -> FetchedScene:
     """Unpack a scene's archive, which lies at `path`, into a room. Raises SourceError.
 
     A single folder at the top that has the scene's name, or the group's and then the scene's, is
-    the scene's own; anything else is taken to lie in the scene's folder.
+    the scene's own, and so is one of another name that holds trajectories; anything else is taken
+    to lie in the scene's folder.
     """
     name = ref.name
     room.name = name
@@ -180,6 +181,10 @@ def unpack_scene(ref: SceneRef, path: Path, room: Room) -> FetchedScene:
         if start >= 0 and (found := _only(content, parts[start:])) is not None:
             inner = found
             break
+    else:
+        names = _visible(content)
+        if len(names) == 1 and any(map(_holds_parts, _folders(content / names[0]))):
+            inner = content / names[0]
     root = room.folder / "tree"
     place = root.joinpath(*parts)
     place.parent.mkdir(parents=True)
@@ -194,6 +199,14 @@ def _only(folder: Path, names: Sequence[str]) -> Path | None:
             return None
         folder = folder / name
     return folder
+
+
+def _holds_parts(folder: Path) -> bool:
+    return len(PARTS & {path.name for path in _folders(folder)}) >= 2
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
 
 
 def _visible(folder: Path) -> list[str]:

@@ -35,9 +35,9 @@ from occgen_hub.files import (
     PUT_FILE,
     dump_json,
     leads_out,
-    no_parquet,
     opened,
     parquet_file,
+    parquet_problem,
     plain,
     printable,
     read_bytes,
@@ -59,6 +59,13 @@ from occgen_hub.index import (
 )
 from occgen_hub.loading import REBUILD, Trajectory, npz_array, trajectories
 from occgen_hub.media import encode_jpeg
+from occgen_hub.scene_states import (
+    check_states,
+    remove_states,
+    states_file,
+    states_files,
+    write_states,
+)
 from occgen_hub.schema import Feature, plain_arrow, plain_texts
 
 FOLDER = "occupancy"
@@ -177,8 +184,9 @@ def write_shards(
     shard_bytes: int = SHARD_BYTES,
     drop_missing: bool = False,
     images: bool = False,
+    only: Collection[str] | None = None,
 ) -> int:
-    """Bring `out`/occupancy and `out`/index, `root`'s own if None, up to date with `root`.
+    """Bring occupancy, index and scene_states below `out`, or `root`, up to date with `root`.
 
     The shards of a scene depend on the trajectories of that scene alone. Shards that hold what they
     should are left alone; the bytes are those of a fresh start. Scenes that the index has and of
@@ -189,14 +197,15 @@ def write_shards(
     workers: shards written at once; leave_out: folders of trajectories to go without; overwrite:
     whether those that are right are written as well; shard_bytes: of npz that go into one;
     drop_missing: whether scenes without a trajectory here go out of the index, with their shards;
-    images: whether the shards have columns of images, depth and tasks.
+    images: whether the shards have columns of images, depth and tasks; only: scenes beside which
+    the others are left as they are, None for all.
     """
     out = root if out is None else out
     folder = out / FOLDER
     for partial in folder.rglob(".*.partial"):
         partial.unlink()
     known, trusted = _known(out)
-    scenes = _scenes(root, leave_out)
+    scenes = _scenes(root, leave_out, only)
     plan = [
         shard
         for scene, found in scenes.items()
@@ -219,6 +228,8 @@ def write_shards(
     write_index(out, [*kept, *_placed(out, rows, plan, digests)])
     needed = {out / shard.name for shard in plan} | {out / n for row in kept for n in row.shards}
     _remove(there - needed, folder)
+    others = {row.scene for row in kept if row.shards}
+    write_states(out, scenes, others, workers, overwrite=overwrite)
     return len(missing)
 
 
@@ -238,6 +249,8 @@ def remove_shards(root: Path) -> None:
     own = set(_own_shards(root))
     write_index(root, [*kept, *rows])
     _remove(own - {root / name for row in kept for name in row.shards}, folder)
+    others = {root / states_file(row.scene) for row in kept}
+    remove_states(root, {*states_files(root)} - others)
 
 
 def _remove(paths: Iterable[Path], folder: Path) -> None:
@@ -309,9 +322,12 @@ def group_rows(shape: Sequence[int]) -> int:
 # What goes where
 
 
-def _scenes(root: Path, leave_out: Collection[Path]) -> dict[str, list[tuple[str, Path]]]:
+def _scenes(
+    root: Path, leave_out: Collection[Path], only: Collection[str] | None = None
+) -> dict[str, list[tuple[str, Path]]]:
     """The ids and folders of the trajectories of each scene, both in the order of their ids."""
-    found = [path for path in trajectories(root) if path not in leave_out]
+    places = [root] if only is None else [root / name for name in only]
+    found = [path for place in places for path in trajectories(place) if path not in leave_out]
     scenes: dict[str, list[tuple[str, Path]]] = {}
     for name, path in sorted((p.relative_to(root).as_posix(), p) for p in found):
         episode = printable(name)
@@ -571,6 +587,8 @@ def check_shards(root: Path) -> Iterator[DatasetError]:
             _check(root, name, rows[name], here)
         except SourceError as error:
             yield DatasetError(error.path, error.problem, error.remedy)
+    with_shards = {row.scene for row in known.values() if row.shards}
+    yield from check_states(root, scenes, with_shards)
 
 
 def _check_entry(
@@ -580,7 +598,7 @@ def _check_entry(
     part = root / INDEX / f"{bucket(found.scene)}.parquet"
     if known is None:
         yield DatasetError(part, f"has no row of {found.episode}", RUN_FINALIZE)
-    elif known.without_shards() != found:
+    elif (known := replace(known.without_shards(), scene_state=None)) != found:
         named = (f.name for f in fields(Entry) if getattr(known, f.name) != getattr(found, f.name))
         problem = f"{next(named)} of {found.episode} is not what {path} says"
         yield DatasetError(part, problem, RUN_FINALIZE)
@@ -656,6 +674,6 @@ def _groups(path: Path) -> Iterator[pa.Table]:
                 table.validate(full=True)
                 yield table
     except PARQUET_DAMAGE as error:
-        raise DatasetError(path, no_parquet(error), REMAKE) from None
+        raise DatasetError(path, parquet_problem(error), REMAKE) from None
     except SourceError as error:
         raise DatasetError(path, error.problem, REMAKE) from None

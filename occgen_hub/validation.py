@@ -27,11 +27,14 @@ from occgen_hub.fusion.quality import Quality
 from occgen_hub.geometry.camera import intrinsics_problem
 from occgen_hub.geometry.ply import check_ply, read_ply
 from occgen_hub.geometry.poses import RIGID, rigidity_error
+from occgen_hub.index import read_index
 from occgen_hub.lerobot.export_check import check_export, exported, lengths
 from occgen_hub.loading import REBUILD, NpzArray, Trajectory, npz_array, trajectories
 from occgen_hub.media import read_depth, read_rgb, video_facts
+from occgen_hub.occupancy.codec import unpack
 from occgen_hub.occupancy.grid import Grid
-from occgen_hub.occupancy.visibility import OBSERVED, OCCUPIED, trace
+from occgen_hub.occupancy.states import FreeSpace
+from occgen_hub.occupancy.visibility import OBSERVED, OCCUPIED, FrameOccupancy, trace
 from occgen_hub.prefetch import prefetch
 from occgen_hub.schema import ArraySpec, Feature, FileSpec
 from occgen_hub.shards import check_shards, missing_shards
@@ -107,7 +110,8 @@ def validate(
         found = trajectories(root)
     except SourceError as error:
         findings.append(Finding(error.path, error.problem, error.remedy))
-    if not found and not findings:
+    packed = [row for row in _packed(root) if not found]
+    if not found and not findings and not packed:
         problem = "holds no trajectory" if root.is_dir() else "is not a folder"
         findings.append(Finding(str(root), problem, "give the folder that occgen-hub build wrote"))
     for number, path in enumerate(found):
@@ -130,7 +134,31 @@ def validate(
     findings += _leftovers(root)
     others = (finding for finding in findings if finding.file not in links)
     warnings = (*(_warning(*texts) for texts in poor.values()), *notes)
-    return Report(str(root), len(found), frames, (*links.values(), *others), warnings)
+    count, frames = len(found) + len(packed), frames + sum(packed)
+    return Report(str(root), count, frames, (*links.values(), *others), warnings)
+
+
+def _packed(root: Path) -> list[int]:
+    """The frames of each trajectory of which only shards are to be had, all of them here."""
+    try:
+        rows = read_index(root, ["files", "frames", "shards"]).to_pylist()
+    except SourceError:  # It has a finding of its own.
+        return []
+    here = [row for row in rows if not row["files"] and row["shards"]]
+    return [row["frames"] for row in here if all((root / name).exists() for name in row["shards"])]
+
+
+def check_trajectory(path: Path) -> tuple[Finding, ...]:
+    """What is wrong with a trajectory by itself; what `validate` says of it."""
+    findings = [Finding(str(link), LINK_OUT, PUT_FILE) for link in links_out(path)]
+    if findings:
+        return tuple(findings)
+    try:
+        check = _Check(Trajectory.open(path))
+        check.run()
+    except SourceError as error:
+        return (Finding(error.path, error.problem, error.remedy),)
+    return tuple(check.findings)
 
 
 def _exported(
@@ -480,14 +508,17 @@ class _Check:
             )
             return
         state: NDArray[np.uint8] = np.zeros(grid.cells, np.uint8)
+        poses, free = self.trajectory.world_from_camera(), FreeSpace(grid)
         rows = zip(
             self.trajectory.visible_frames(),
             self.trajectory.dynamic_frames(),
-            self.trajectory.observed(),
+            self.trajectory.observed_packed(),
             intrinsics,
             strict=True,
         )
-        for frame, (visible, dynamic, observed, K) in enumerate(rows):
+        for frame, (visible, dynamic, packed, K) in enumerate(rows):
+            observed = unpack(packed, grid.cells)
+            free.add(FrameOccupancy(visible.astype(np.int32), packed), poses[frame])
             for key, columns in (("visible", visible), ("dynamic", dynamic)):
                 if not (columns[1:] > columns[:-1]).all():
                     self.say(self.trajectory.file(key), f"frame {frame}: columns are not sorted")
@@ -510,6 +541,17 @@ class _Check:
                     self.trajectory.file("observed"),
                     f"frame {frame}: is not what the rays of its camera see past its visible cells",
                 )
+                return
+        self._states(free)
+
+    def _states(self, free: FreeSpace) -> None:
+        """The scene's occupied cells in their two forms, and the free ones as frames saw them."""
+        path, found = self.trajectory.file("scene_occupancy"), self.trajectory.states()
+        expected = free.states(self.trajectory.scene_cells())
+        for name in ("blocks", "occupied", "free"):
+            if not np.array_equal(getattr(found, name), getattr(expected, name)):
+                what = "free cells are" if name == "free" else "occupied cells are"
+                self.say(path, f"its {what} not those of its centres and of the frames ({name})")
                 return
 
     def _checksums(self) -> None:

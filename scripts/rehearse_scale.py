@@ -1,28 +1,46 @@
-"""How scratch, memory and planning grow with the number of scenes, on made-up scenes in archives.
+"""A build of many made-up scenes from one dataset on a Hub to another, killed again and again.
 
-    .venv/bin/python scripts/rehearse_scale.py [--scenes 20 200] [--planned 10000]
+    .venv/bin/python scripts/rehearse_scale.py [--scenes 20 200] [--kills 20] [--planned 10000]
 
-Nothing is pushed. Each figure is of a process of its own; docs/scale.md says what they mean.
+The Hub is the one of the tests, on the loopback address. What it has at the end is compared with a
+build of the same archives from a folder. docs/scale.md says what the figures mean.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import random
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+
+from hub_server import WRITER, Hub, Repository
+
+from occgen_hub.files import files_under
+from occgen_hub.index import read_entries
 from occgen_hub.sample import make_sample
+from occgen_hub.validation import validate
 
 PAUSE = 0.02
 """Seconds between two looks at what the build holds."""
+
+DAMAGED = 20
+"""One scene in so many is damaged."""
+
+SOURCE, TARGET = "org/source", "org/target"
 
 PLAN = """
 import json, sys, time
@@ -44,75 +62,235 @@ print(json.dumps({"scenes": len(job.refs), "listing": listed - begin, "planning"
 """
 
 
-def make_archive(folder: Path, frames: int) -> Path:
-    """An archive of a scene of two trajectories of a few frames."""
-    make_sample(folder / "sample", trajectories=2, frames=frames, seed=7)
-    (scene,) = (path for path in (folder / "sample/sample_zed").iterdir() if path.is_dir())
-    with tarfile.open(folder / "scene.tar.gz", "w:gz") as archive:
+# Scenes
+
+
+def make_archives(folder: Path, frames: int) -> list[bytes]:
+    """Archives of scenes of two trajectories: two that are whole, and three that are damaged.
+
+    The damaged ones have an image that is empty, are cut off, and are no archive at all.
+    """
+    found = []
+    for seed in (7, 8):
+        tree = folder / f"sample-{seed}"
+        make_sample(tree, trajectories=2, frames=frames, seed=seed)
+        (scene,) = (path for path in (tree / "sample_zed").iterdir() if path.is_dir())
+        found.append(packed(scene, folder / "scene.tar.gz"))
+    next(iter(scene.rglob("*.jpg"))).write_bytes(b"")
+    return [*found, packed(scene, folder / "scene.tar.gz"), found[0][:5000], b"<!DOCTYPE html>"]
+
+
+def packed(scene: Path, place: Path) -> bytes:
+    """An archive of a scene's folder."""
+    with tarfile.open(place, "w:gz") as archive:
         archive.add(scene, scene.name)
-    return folder / "scene.tar.gz"
+    return place.read_bytes()
 
 
-def make_tree(archive: Path, root: Path, scenes: int) -> None:
-    """A tree in which this archive is every scene, under links so that it is stored once."""
+def name_of(number: int) -> str:
+    """The archive of a scene, below the root."""
+    return f"group_{number % 4}/scene_{number:05d}.tar.gz"
+
+
+def content_of(archives: list[bytes], number: int) -> bytes:
+    """What the archive of a scene holds."""
+    if number % DAMAGED == DAMAGED // 2:
+        return archives[2 + number // DAMAGED % 3]
+    return archives[number % 2]
+
+
+def make_tree(archives: list[bytes], root: Path, scenes: int) -> None:
+    """A tree of archives, under links so that each is stored once."""
+    stored: dict[bytes, Path] = {}
     for number in range(scenes):
-        place = root / f"group_{number % 4}/scene_{number:05d}.tar.gz"
+        content, place = content_of(archives, number), root / name_of(number)
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.hardlink_to(archive)
+        if content in stored:
+            place.hardlink_to(stored[content])
+        else:
+            place.write_bytes(content)
+            stored[content] = place
+
+
+# Measuring
+
+
+@dataclass
+class Peaks:
+    """The most that a build held at a time, bytes. disk: in scratch and output together; memory: of
+    all its processes, shared pages counted in each.
+    """
+
+    disk: int = 0
+    scratch: int = 0
+    memory: int = 0
+
+    def look(self, process: subprocess.Popen[bytes], out: Path, scratch: Path) -> None:
+        """Look once."""
+        memory = 0
+        with suppress(psutil.Error):
+            family = psutil.Process(process.pid)
+            for member in (family, *family.children(recursive=True)):
+                with suppress(psutil.Error):
+                    memory += member.memory_info().rss
+        self.memory = max(self.memory, memory)
+        used = held(scratch)
+        self.scratch = max(self.scratch, used)
+        self.disk = max(self.disk, used + held(out))
 
 
 def held(folder: Path) -> int:
     """The bytes of the files below a folder that changes."""
     total = 0
-    for path in folder.rglob("*"):
-        with suppress(OSError):
-            stat = path.stat()
-            total += stat.st_size if path.is_file() else 0
+    with suppress(OSError):
+        for path in folder.rglob("*"):
+            with suppress(OSError):
+                total += path.stat().st_size if path.is_file() else 0
     return total
 
 
-def build(root: Path, out: Path, workers: int, limit: str) -> dict[str, float]:
-    """Build a tree. Returns seconds, episodes, bytes of the dataset, and the most bytes of scratch
-    and of memory that all processes of the build held at a time.
-    """
-    scratch = out.with_name(f"{out.name}-scratch")
-    config = root.with_suffix(".yaml")
-    command = [
-        sys.executable, "-m", "occgen_hub", "build", "--input", root, "--output", out,
-        "--workers", str(workers), "--scratch", scratch, "--scratch-limit", limit,
-        "--config", config,
+def command(root: str | Path, out: Path, workers: int, limit: str, *more: str) -> list[str]:
+    """A build's command, with cells so large that they take little time."""
+    return [
+        sys.executable, "-m", "occgen_hub", "build", "--input", str(root), "--output", str(out),
+        "--workers", str(workers), "--scratch", str(scratch_of(out)), "--scratch-limit", limit,
+        "--engine", "rgbd", "--set", "voxel_size=0.25", *more,
     ]  # fmt: skip
-    config.write_text("voxel_size: 0.25\n", encoding="utf-8")
-    most_scratch = most_memory = 0
-    begin = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    family = psutil.Process(process.pid)
+
+
+def scratch_of(out: Path) -> Path:
+    """Where a build has its scratch."""
+    return out.with_name(f"{out.name}-scratch")
+
+
+def run(arguments: list[str], out: Path, peaks: Peaks, after: float | None, **env: str) -> int:
+    """Run a build, killed after so many seconds if it takes that long. Returns its exit status."""
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        env=os.environ | {"TQDM_DISABLE": "1"} | env,
+    )  # fmt: skip
+    end = time.monotonic() + (after or 1e9)
     while process.poll() is None:
-        memory = 0
-        with suppress(psutil.Error):
-            for member in (family, *family.children(recursive=True)):
-                with suppress(psutil.Error):
-                    memory += member.memory_info().rss
-        most_memory = max(most_memory, memory)
-        with suppress(OSError):
-            most_scratch = max(most_scratch, held(scratch))
+        if time.monotonic() >= end:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            break
+        peaks.look(process, out, scratch_of(out))
         time.sleep(PAUSE)
-    spent = time.perf_counter() - begin
-    if process.returncode:
-        raise SystemExit(f"The build of {root} ended with {process.returncode}.")
-    episodes = sum(1 for _ in out.rglob("meta/occgen.json"))
-    return {
-        "seconds": spent, "episodes": episodes, "output": held(out),
-        "scratch": most_scratch, "memory": most_memory,
-    }  # fmt: skip
+    return process.returncode
+
+
+@contextmanager
+def served(archives: list[bytes], scenes: int) -> Iterator[Hub]:
+    """A Hub with the archives."""
+    hub = Hub()
+    repository = Repository(private=False)
+    files = {f"traj/{name_of(n)}": content_of(archives, n) for n in range(scenes)}
+    card = b"---\nlicense: cc-by-nc-sa-4.0\n---\n"
+    repository.commit("main", files | {"README.md": card}, "rooms")
+    hub.repositories[SOURCE] = repository
+    try:
+        yield hub
+    finally:
+        hub.close()
+
+
+# The rehearsal
+
+
+@dataclass
+class Rehearsal:
+    """What came of it. kills: that met a running build; runs: seconds of each; requests: to the
+    Hub; commits, files: of the target; problems: what is not as it should be, in words.
+    """
+
+    scenes: int
+    episodes: int = 0
+    kills: int = 0
+    runs: list[float] = field(default_factory=list)
+    peaks: Peaks = field(default_factory=Peaks)
+    requests: int = 0
+    commits: int = 0
+    files: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def rehearse(
+    folder: Path, archives: list[bytes], scenes: int, kills: int, *,
+    workers: int = 2, limit: str = "500MB", seed: int = 1, times: tuple[float, float] = (5, 20),
+) -> Rehearsal:  # fmt: skip
+    """Build scenes from one repository to another, killed so often, and compare what it has.
+
+    times: seconds after which a build is killed, from and to.
+    """
+    chance, found = random.Random(seed), Rehearsal(scenes)
+    tree, out, plain = folder / "tree", folder / "out", folder / "plain"
+    make_tree(archives, tree, scenes)
+    with served(archives, scenes) as hub:
+        arguments = command(
+            f"hf://datasets/{SOURCE}/traj", out, workers, limit,
+            "--push-to", TARGET, "--keep", "none", "--push-every", "2",
+        )  # fmt: skip
+        environment = {
+            "HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "0",
+            "HF_TOKEN": WRITER,
+        }  # fmt: skip
+        for attempt in range(kills + 10):
+            after = chance.uniform(*times) if attempt < kills else None
+            began = time.monotonic()
+            status = run(arguments, out, found.peaks, after, **environment)
+            found.runs.append(time.monotonic() - began)
+            found.kills += status == -signal.SIGKILL
+            if status in (0, 1) and attempt >= kills:
+                break
+            if status not in (0, 1, -signal.SIGKILL):
+                found.problems.append(f"a run ended with {status}")
+                break
+        target = hub.repositories[TARGET]
+        found.requests, found.commits = len(hub.asked), len(target.commits)
+        files = dict(target.files())
+    there = folder / "there"
+    for name, content in files.items():
+        (there / name).parent.mkdir(parents=True, exist_ok=True)
+        (there / name).write_bytes(content)
+    found.files = len(files)
+    run(command(tree, plain, workers, limit), plain, Peaks(), None)
+    found.episodes = len(read_entries(plain))
+    found.problems += compare(there, plain, out)
+    return found
+
+
+def compare(there: Path, plain: Path, out: Path) -> Iterator[str]:
+    """What the Hub has that a plain build has not, or the other way round, or what stayed here."""
+    ours, theirs = ({
+        path.relative_to(root).as_posix(): path.read_bytes() for path in files_under(root)
+        if "/" in path.relative_to(root).as_posix() and path.relative_to(root).parts[0] not in
+        (".logs", "index")
+    } for root in (there, plain))  # fmt: skip
+    for name in sorted(ours.keys() ^ theirs.keys()):
+        yield f"{name}: only {'there' if name in ours else 'in the plain build'}"
+    for name in sorted(ours.keys() & theirs.keys()):
+        # A record has the licence, which the archives in a folder do not say.
+        if ours[name] != theirs[name] and not name.endswith("meta/occgen.json"):
+            yield f"{name}: differs"
+    rows, own = read_entries(there), read_entries(plain)  # Raises where one is there twice.
+    if rows.keys() != own.keys():
+        yield f"the index has {len(rows)} episodes, that of the plain build {len(own)}"
+    for name in rows.keys() & own.keys():
+        if rows[name].shard_sha256 != own[name].shard_sha256:
+            yield f"{name}: its shards differ"
+    yield from (str(finding) for finding in validate(there).findings)
+    if left := [path for path in files_under(out) if path.suffix in (".npz", ".parquet", ".jpg")]:
+        yield f"{left[0]}: and {len(left)} files in all stayed here"
 
 
 def main() -> None:
-    """Print a line for each number of scenes."""
+    """Print a line for each measurement."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--scenes", type=int, nargs="*", default=[20, 200])
+    parser.add_argument("--kills", type=int, default=20, help="of the last; others have fewer")
     parser.add_argument("--planned", type=int, default=10_000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--frames", type=int, default=2)
@@ -120,33 +298,38 @@ def main() -> None:
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        archive = make_archive(folder, chosen.frames)
-        print(f"an archive: {archive.stat().st_size / 1e6:.2f} MB", flush=True)
+        archives = make_archives(folder, chosen.frames)
+        print(f"an archive: {len(archives[0]) / 1e6:.2f} MB", flush=True)
         if chosen.planned:
-            make_tree(archive, folder / "planned", chosen.planned)
+            make_tree(archives, folder / "planned", chosen.planned)
             done = subprocess.run(
                 [sys.executable, "-c", PLAN, folder / "planned", folder / "none"],
                 stdout=subprocess.PIPE, text=True, check=True,
             )  # fmt: skip
-            found = json.loads(done.stdout)
+            plan = json.loads(done.stdout)
             print(
-                f"{found['scenes']:,} scenes: listed in {found['listing']:.1f} s, planned in "
-                f"{found['planning']:.1f} s, checked in {found['checking']:.1f} s, "
-                f"{found['bytes'] / 1e6:.0f} MB of memory",
+                f"{plan['scenes']:,} scenes: listed in {plan['listing']:.1f} s, planned in "
+                f"{plan['planning']:.1f} s, checked in {plan['checking']:.1f} s, "
+                f"{plan['bytes'] / 1e6:.0f} MB of memory",
                 flush=True,
             )
         for count in chosen.scenes:
-            make_tree(archive, folder / f"tree-{count}", count)
-            made = build(
-                folder / f"tree-{count}", folder / f"out-{count}", chosen.workers,
-                chosen.scratch_limit,
+            kills = chosen.kills * count // chosen.scenes[-1]
+            found = rehearse(
+                folder / f"scenes-{count}", archives, count, kills,
+                workers=chosen.workers, limit=chosen.scratch_limit,
             )  # fmt: skip
             print(
-                f"{count} scenes, {made['episodes']} episodes: {made['seconds']:.0f} s, scratch "
-                f"{made['scratch'] / 1e6:.2f} MB at most, memory {made['memory'] / 1e6:.0f} MB at "
-                f"most, dataset {made['output'] / 1e6:.1f} MB",
+                f"{count} scenes, {found.episodes} episodes, {found.kills} kills: "
+                f"{sum(found.runs):.0f} s in {len(found.runs)} runs, {found.requests} requests, "
+                f"{found.commits} commits, {found.files} files; at most "
+                f"{found.peaks.disk / 1e6:.1f} MB of disk, {found.peaks.scratch / 1e6:.1f} MB of "
+                f"it scratch, and {found.peaks.memory / 1e6:.0f} MB of memory; "
+                f"{len(found.problems)} problems",
                 flush=True,
             )
+            for problem in found.problems[:20]:
+                print(f"  {problem}", flush=True)
 
 
 if __name__ == "__main__":

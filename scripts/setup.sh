@@ -5,6 +5,7 @@
 # When nothing changed since the last run it only checks that, which takes a fraction of a second.
 #   --with-da3                      also install Depth Anything 3, for --engine da3
 #   OCCGEN_PYTHON=/path/to/python   use this Python and no other
+#   OCCGEN_TORCH=cpu                PyTorch without CUDA, 3 GB less; OCCGEN_TORCH=cuda goes back
 set -euo pipefail
 
 # uv installs the packages faster than pip does; without it pip installs the same ones.
@@ -15,6 +16,7 @@ venv="$root/.venv"
 py="$venv/bin/python"
 stamp="$venv/.occgen-setup"                 # what the finished set-up was made from
 unfinished="$venv/.occgen-setup-unfinished" # there while a set-up runs: a leftover means it was cut off
+torch_note="$venv/.occgen-torch"            # says cpu where PyTorch was installed without CUDA
 
 with_da3=""
 for option in "$@"; do
@@ -41,6 +43,13 @@ quietly() {
         return 1
     }
 }
+
+case ${OCCGEN_TORCH:-} in
+    "" | cpu | cuda) ;;
+    *) die "OCCGEN_TORCH is $OCCGEN_TORCH; set it to cpu or cuda, or unset it." ;;
+esac
+installed_torch() { cat "$torch_note" 2>/dev/null || printf 'cuda\n'; }
+torch=${OCCGEN_TORCH:-$(installed_torch)} # without a wish, as it was
 
 # Nothing here asks anything, and no setting for another environment may leak into this one.
 exec </dev/null
@@ -206,6 +215,7 @@ usable() {
 up_to_date() {
     [ -f "$stamp" ] && [ ! -e "$unfinished" ] || return 1
     [ "$("$py" -I -c "$key" "$root" 2>/dev/null)" = "$(cat "$stamp")" ] || return 1
+    [ "$torch" = "$(installed_torch)" ] || return 1
     [ -z "${OCCGEN_PYTHON:-}" ] || [ "$(minor_version "$py")" = "$(minor_version "$OCCGEN_PYTHON")" ]
 }
 
@@ -236,7 +246,24 @@ link_mode() {
         "$cache" "$venv" || export UV_LINK_MODE=copy
 }
 
+# An index has PyTorch's CPU builds as versions of their own (2.11.0+cpu), or uv knows where they are.
+install_cpu_pins() {
+    local pins="$venv/.requirements-cpu"
+    grep -v -E '^(nvidia-|cuda-|triton==)' requirements.lock >"$pins"
+    local how=(--no-deps --only-binary ":all:" -r "$pins")
+    "$py" -m pip install --quiet "$uv_pin" >/dev/null 2>&1 && link_mode &&
+        with_uv --compile-bytecode --torch-backend cpu "${how[@]}" && return
+    say "PyTorch's own index could not be used; trying versions that end in +cpu on yours."
+    grep -v -E '^(nvidia-|cuda-|triton==)' requirements.lock |
+        sed -E 's/^(torch|torchvision)==([^ +]+)/\1==\2+cpu/' >"$pins"
+    with_pip "${how[@]}"
+}
+
 install_pins() {
+    if [ "$torch" = cpu ]; then
+        install_cpu_pins && return
+        die "no CPU build of the pinned PyTorch could be fetched; unset OCCGEN_TORCH for the usual build, which runs without a GPU as well."
+    fi
     # Wheels only: a Python for which the pins have none is told at once, not after a long compile.
     local how=(--no-deps --only-binary ":all:" -r requirements.lock)
     if "$py" -m pip install --quiet "$uv_pin" >/dev/null 2>&1; then
@@ -276,9 +303,18 @@ except PackageNotFoundError:
     sys.exit(1)
 '
 
+# Where no driver of NVIDIA's is, CUDA is of no use: how to do without it.
+say_what_cuda_takes() {
+    if [ "$torch" = cpu ] || [ "$(uname -s)" != Linux ] || type -P nvidia-smi >/dev/null || [ -e /proc/driver/nvidia ]; then
+        return 0
+    fi
+    say "there is no NVIDIA GPU here, and 3 GB of what is installed are CUDA libraries for one."
+    say "To do without them, where your package index has CPU builds of PyTorch, press Ctrl-C and run: OCCGEN_TORCH=cpu scripts/setup.sh"
+}
+
 make_environment() {
     local begun=$SECONDS
-    if usable; then
+    if usable && [ "$torch" = "$(installed_torch)" ]; then
         say "bringing .venv (Python $(minor_version "$py")) up to date with requirements.lock."
         : >"$unfinished"
         rm -f "$stamp"
@@ -295,7 +331,8 @@ make_environment() {
             die "$base_python could not make a virtual environment; set OCCGEN_PYTHON to another Python."
     fi
     ensure_libraries "$py"
-    say "installing the pinned packages (the first time up to 3 GB to fetch: some minutes)."
+    say_what_cuda_takes
+    say "installing the pinned packages (the first time up to $([ "$torch" = cpu ] && echo 1 || echo 3) GB to fetch: some minutes)."
     install_pins ||
         die "the packages of requirements.lock could not be installed with Python $(minor_version "$py"); check the network and the free disk space (10 GB), and that this is Python 3.12 or 3.13, and run this again."
     install_project ||
@@ -305,6 +342,7 @@ make_environment() {
         say "requirements.lock does not fit pyproject.toml, as said above; docs/development.md says how to refresh it."
     "$py" -c 'from occgen_hub.occupancy.visibility import warm_up; warm_up()' >/dev/null 2>&1 ||
         say "the kernels could not be compiled ahead; they will be at their first use."
+    printf '%s\n' "$torch" >"$torch_note"
     "$py" -I -c "$key" "$root" >"$stamp"
     rm -f "$unfinished"
     say "done in $((SECONDS - begun)) s."

@@ -333,6 +333,7 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, revision="main"):
         repository = self.repository()
         oid = self.commit_of(repository, revision)
+        card = repository.commits[oid].get("README.md", b"").decode().split("---\n")
         siblings = [{"rfilename": path} for path in repository.commits[oid]]
         self.answer(
             {
@@ -344,6 +345,7 @@ class Handler(BaseHTTPRequestHandler):
                 "likes": 0,
                 "lastModified": DATE,
                 "siblings": siblings,
+                "cardData": yaml.safe_load(card[1]) if len(card) > 2 else None,
             }
         )
 
@@ -472,7 +474,9 @@ class Handler(BaseHTTPRequestHandler):
         if revision not in repository.refs:
             raise RefusedError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         files = dict(repository.files(revision))
-        message = ""
+        message, sent = "", json.loads(self.body.splitlines()[0])["value"]
+        if sent.get("parentCommit", repository.find(revision)) != repository.find(revision):
+            raise RefusedError(412, "", "A commit has happened since.")
         for line in map(json.loads, self.body.splitlines()):
             value = line["value"]
             if line["key"] == "header":

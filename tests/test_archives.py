@@ -23,6 +23,7 @@ from occgen_hub.archives import unpack
 from occgen_hub.config import Config
 from occgen_hub.errors import OccGenError, SourceError
 from occgen_hub.hub_source import HubSource
+from occgen_hub.index import read_entries
 from occgen_hub.scenes import SceneRef, estimate, read_scene
 from occgen_hub.scratch import ScratchPlace, open_scratch
 
@@ -259,7 +260,7 @@ def served(packed, sample_tree):
     """A Hub with an archive and a folder of the same scene."""
     served = Hub()
     repository = Repository(private=False)
-    files = {"README.md": b"rooms"}
+    files = {"README.md": b"---\nlicense: cc-by-nc-sa-4.0\n---\nRooms.\n"}
     for path in packed.rglob("*.tar.gz"):
         files[f"vln_n1/traj_data/{path.relative_to(packed).as_posix()}"] = path.read_bytes()
     scene = sample_tree / "sample_zed"
@@ -299,6 +300,10 @@ def test_scenes_on_the_hub_are_fetched_built_and_removed(hub, dataset, tmp_path,
     assert parts(tmp_path / "out", "g1") == parts(tmp_path / "out", "loose") == plain
     assert not [path for path in home.rglob("*") if path.suffix in (".gz", ".jpg")]
     assert not (tmp_path / "out/.scratch").exists()
+    assert {row.source_licence for row in read_entries(tmp_path / "out").values()} == {
+        "cc-by-nc-sa-4.0"
+    }
+    assert "\nlicense: cc-by-nc-sa-4.0\n" in (tmp_path / "out/README.md").read_text()
 
     hub.asked.clear()
     summary = library.build("internnav", ROOMS, tmp_path / "out")

@@ -133,6 +133,22 @@ def test_a_plain_folder_is_read_as_it_was_recorded(episode: Episode, tmp_path: P
     assert np.array_equal(found.read_rgb(2), episode.read_rgb(2))
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_counted_images_take_poses_in_their_order(
+    first: int, episode: Episode, tmp_path: Path
+) -> None:
+    """0.jpg, 1.jpg: no milliseconds, though the trajectory's times begin at 0."""
+    rows = []
+    for frame, pose in enumerate(episode.world_from_camera):
+        captures.color(episode, frame, tmp_path / f"color/{frame + first}.jpg")
+        captures.depth(episode, frame, tmp_path / f"depth/{frame + first}.png", 1000)
+        rows.append(captures.tum_line(frame / 10, pose))
+    (tmp_path / "trajectory.txt").write_text("\n".join(rows))
+    said = captures.opencv_intrinsics(episode)
+    (tmp_path / "intrinsics.txt").write_text(" ".join(map(str, said)))
+    check_equal(read(tmp_path), episode)
+
+
 def test_a_bag_of_odometry_is_read_as_it_was_recorded(episode: Episode, tmp_path: Path) -> None:
     pytest.importorskip("rosbags")
     captures.write_bag(episode, tmp_path / "walk", odometry=True)

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from occgen_hub.builder import load_builder
+from occgen_hub.builder import load_builder, plain_license
 from occgen_hub.card import MARK, is_own, write_card
 from occgen_hub.config import Config
 from occgen_hub.episode_build import Settings
@@ -24,6 +24,7 @@ from occgen_hub.job import Job, list_episodes
 from occgen_hub.loading import trajectories
 from occgen_hub.runtime.build import build_dataset
 from occgen_hub.runtime.finalize import finalize
+from occgen_hub.sample import make_sample
 from occgen_hub.shards import write_shards
 from occgen_hub.validation import validate
 
@@ -78,6 +79,27 @@ def test_the_hub_reads_its_front_matter(dataset):
     assert [config["config_name"] for config in found["configs"]] == [
         "default", "occupancy", "index",
     ]  # fmt: skip
+
+
+def test_the_licence_is_that_of_the_source_s_card(tmp_path):
+    tree, out = tmp_path / "copy/vln_n1/traj_data", tmp_path / "out"
+    make_sample(tree, trajectories=1, frames=1)
+    (tmp_path / "copy/README.md").write_text("---\nlicense: cc-by-nc-sa-4.0\n---\nRooms.\n")
+    build(tree, out)
+    assert matter(out)["license"] == "cc-by-nc-sa-4.0"
+    assert "under the licence cc-by-nc-sa-4.0 of its source" in (out / "README.md").read_text()
+    assert validate(out).findings == ()
+    (tmp_path / "copy/README.md").write_text("No licence here.\n")
+    job = Job(builder := load_builder("internnav", tree), list_episodes(builder), out, COARSE)
+    assert (builder.license, build_dataset(job).present) == (None, 1)  # Words are no reason.
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [("mit", "mit"), (["mit"], "mit"), (["mit", "gpl-3.0"], None), ("other", None), (3, None)],
+)
+def test_a_licence_that_is_not_one_of_the_hub_s_is_not_known(said, found):
+    assert plain_license(said) == found
 
 
 def test_its_files_are_no_strays(dataset):
@@ -204,7 +226,7 @@ def test_a_users_own_card_and_picture_are_kept(sample_tree, tmp_path):
     (out / "README.md").write_text(text)
     assert not is_own(out / "README.md")
     (remark,) = build(sample_tree, out)
-    assert f"{out / 'README.md'} is not occgen-hub's, and was left as it was" in remark
+    assert f"{out / 'README.md'} was not written by occgen-hub and is left unchanged" in remark
     assert (out / "README.md").read_text() == text
     assert validate(out).findings == ()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -32,3 +33,31 @@ def test_the_network_is_trained_on_scenes_and_measured_on_others(dataset, tmp_pa
     assert float(found[2]) > 0.5  # The held-out scene is the training scene under another name.
     assert found[3] == "4"
     assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_notebook_runs_and_is_kept_without_outputs(tmp_path, monkeypatch):
+    """All its cells, in a kernel of this Python; with fewer frames and steps."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    text = "\n".join(cell.source for cell in code)
+    for long, short in (("frames = 16", "frames = 2"), ("steps = 20", "steps = 2")):
+        assert long in text
+        for cell in code:
+            cell.source = cell.source.replace(long, short)
+    # The kernel of this environment, whatever others are installed for the user.
+    kernels = tmp_path / "share/jupyter/kernels/python3"
+    kernels.mkdir(parents=True)
+    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    spec = {"argv": command, "display_name": "Python 3", "language": "python"}
+    (kernels / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "share/jupyter"))
+    NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+    ).execute()
+    assert "loss " in code[-1].outputs[-1].text
+    assert any("image/png" in out.get("data", {}) for out in code[3].outputs)

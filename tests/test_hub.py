@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from hub_server import BAD, READER, WRITER, Fault, Hub
 
+from occgen_hub.cli.command import MOST_LINES
 from occgen_hub.files import files_under
 from occgen_hub.hub import contents, warnings
 from occgen_hub.index import read_entries
@@ -262,11 +264,16 @@ def test_a_dataset_that_is_not_whole_is_told_of(desk, folder):
     (folder / ".aside").rename(folder / "report.json")
     result = desk.push(folder, "--dry-run")
     assert result.returncode == 0, result.stderr
-    assert f"Warning: 1 episode failed: {folder}/failures.jsonl says why." in result.stderr
+    assert f"Warning: 1 episode failed; see {folder}/failures.jsonl." in result.stderr
 
 
 def test_a_dry_run_says_what_would_go_and_sends_nothing(hub, desk, folder):
-    result = desk.push(folder, "--dry-run", HF_TOKEN="")
+    short = desk.push(folder, "--dry-run", HF_TOKEN="")
+    assert re.search(
+        r"^ +[\d,]+ +2 files  sample_zed/.*observation.images.rgb$", short.stdout, re.M
+    )
+    assert len(short.stdout.splitlines()) <= MOST_LINES + 3
+    result = desk.push(folder, "--dry-run", "--verbose", HF_TOKEN="")
     assert result.returncode == 0, result.stderr
     *lines, total = result.stdout.splitlines()
     sizes = {path: int(size.replace(",", "")) for size, path in (line.split() for line in lines)}

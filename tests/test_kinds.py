@@ -50,11 +50,11 @@ def lerobot(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_of_a_lerobot_dataset_only_the_videos_are_read(source: str, lerobot: Path) -> None:
+def test_a_lerobot_dataset_is_for_the_source_lerobot(source: str, lerobot: Path) -> None:
     said = refusal(source, lerobot)
     version = json.loads((lerobot / "meta/info.json").read_text())["codebase_version"]
     assert f"a LeRobot {version} dataset" in said
-    assert "give --source video its folder videos" in said
+    assert "use --source lerobot" in said
     if source != "capture":  # Also where it lies deeper.
         assert "pick_and_place: is a LeRobot" in refusal(source, lerobot.parent)
 

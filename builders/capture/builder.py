@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -105,7 +105,12 @@ class CaptureBuilder(DatasetBuilder):
     def read(self, ref: EpisodeRef) -> Episode:
         """One episode: colour and depth as a pinhole camera has them."""
         recording = _layout(ref.path).read(ref.path, self._mapping)
-        view, depth_view, notes = pinhole_views(recording, ref.path)
+        view, depth_view, notes = pinhole_views(
+            recording.color_lens,
+            ref.path,
+            depth_lens=recording.depth_lens,
+            depth_size=recording.depth_size,
+        )
         length, target = len(recording.color_lens), view[0].target
         read_raw_depth = recording.read_depth
 
@@ -204,18 +209,25 @@ def _id(root: Path, place: Path) -> str:
 
 
 def pinhole_views(
-    recording: Recording, place: Path
+    lenses: Sequence[Lens],
+    place: Path,
+    *,
+    depth_lens: Lens | None = None,
+    depth_size: tuple[int, int] | None = None,
 ) -> tuple[list[PinholeView], list[PinholeView], list[Note]]:
     """How colour and depth of each frame become what one pinhole camera sees.
 
     It has the matrix and size of the depth images, where there are any, else of the colour images:
     geometry is worth more than pixels.
+
+    lenses: of each frame's colour image; depth_lens: of the depth images, None for the colour's;
+    depth_size: their (width, height), None where there are none; place: what to name in errors.
     """
     notes = []
     views, depth_views = dict[Lens, PinholeView](), dict[Lens, PinholeView]()
-    size = recording.depth_size
-    for lens in dict.fromkeys(recording.color_lens):
-        target = recording.depth_lens or (lens if size is None else lens.resized(size))
+    size = depth_size
+    for lens in dict.fromkeys(lenses):
+        target = depth_lens or (lens if size is None else lens.resized(size))
         views[lens] = PinholeView(lens, target.pinhole())
         depth_views[lens] = PinholeView(target, target.pinhole())
     first = next(iter(views.values()))
@@ -232,8 +244,8 @@ def pinhole_views(
         text = f"colour is {width} x {height}, depth {size[0]} x {size[1]}: colour is resized"
         notes.append(Note("color size", text))
     return (
-        [views[lens] for lens in recording.color_lens],
-        [depth_views[lens] for lens in recording.color_lens],
+        [views[lens] for lens in lenses],
+        [depth_views[lens] for lens in lenses],
         notes,
     )
 

@@ -9,7 +9,7 @@ import sys
 
 import click
 
-from occgen_hub.cli import build, look, picture, publish, sample, weights
+from occgen_hub.cli import build, look, mapping, picture, publish, sample, weights
 from occgen_hub.cli.command import say
 from occgen_hub.errors import OccGenError
 from occgen_hub.stopping import (
@@ -37,7 +37,7 @@ def cli() -> None:
 
 
 for command in (
-    *(sample.sample, build.build, build.finalize, look.validate, look.inspect),
+    *(sample.sample, mapping.cameras, build.build, build.finalize, look.validate, look.inspect),
     *(picture.visualize, picture.render, picture.view, picture.report),
     *(publish.export, publish.push, weights.weights),
 ):

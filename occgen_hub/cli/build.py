@@ -15,14 +15,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from occgen_hub.cli.command import FOLDER, SOURCE, Examples, no_bar, say, with_options
-from occgen_hub.cli.mapping import MAPPING, take_cameras
+from occgen_hub.cli.command import (
+    FOLDER,
+    SOURCE,
+    Examples,
+    no_bar,
+    say,
+    say_by_folder,
+    with_options,
+)
+from occgen_hub.cli.mapping import CAMERA, MAPPING, take_cameras
 from occgen_hub.errors import UsageError
 from occgen_hub.stopping import stop_if_asked
 
 if TYPE_CHECKING:
     from occgen_hub.builder import EpisodeRef
     from occgen_hub.job import Job
+    from occgen_hub.publishing import HubPublisher
     from occgen_hub.runtime.results import Failure, Listener, Result, Summary
     from occgen_hub.runtime.shard import Shard
     from occgen_hub.scenes import SceneRef
@@ -40,14 +49,16 @@ CLUSTERS = {
 
 @click.command(
     cls=Examples,
-    example="occgen-hub build --source internnav --input traj_data --output out --workers 8",
+    example="occgen-hub build --source internnav --input traj_data --output out --workers 8\n"
+    "occgen-hub build --source lerobot --input my-org/robot --cameras cameras.yaml --output out",
     goes_on=True,
 )
 @click.option("--source", default="internnav", show_default=True, help="What kind of source it is.")
 @click.option(
     "--input", "root", type=SOURCE, required=True,
     help="The root of the source tree, whose scenes may be archives; hf://datasets/ORG/NAME"
-    "[@REVISION][/FOLDER] for one on the Hub; for videos also a single one.",
+    "[@REVISION][/FOLDER] for one on the Hub, or ORG/NAME for a LeRobot dataset; for videos also a "
+    "single one.",
 )  # fmt: skip
 @click.option("--output", "out", type=FOLDER, required=True, help="Where the dataset goes.")
 @click.option(
@@ -82,9 +93,8 @@ CLUSTERS = {
 @click.option(
     "--media",
     type=click.Choice(["copy", "link", "none"]),
-    default="copy",
-    show_default=True,
-    help="What to do with the source's images and videos: link makes hard links.",
+    help="What to do with the source's images and videos: link makes hard links.  [default: copy; "
+    "none for LeRobot datasets, which the result is joined to]",
 )
 @click.option(
     "--workers", type=click.IntRange(1),
@@ -136,7 +146,27 @@ CLUSTERS = {
     is_flag=True,
     help="Write images, depth and tasks into these files too, so that a stream has them.",
 )
+@click.option(
+    "--push-to", metavar="ORG/NAME",
+    help="Push scenes to this dataset on the Hub as they are built, without those that it has.",
+)  # fmt: skip
+@click.option(
+    "--keep", type=click.Choice(["all", "none"]), default="all", show_default=True,
+    help="With --push-to: whether scenes stay here when the Hub has them.",
+)  # fmt: skip
+@click.option(
+    "--layout", type=click.Choice(["trajectories", "packed"]), default="trajectories",
+    show_default=True,
+    help="With --push-to: a folder a trajectory, or all in a few Parquet files a scene.",
+)  # fmt: skip
+@click.option(
+    "--push-every", type=click.FloatRange(0), metavar="SECONDS",
+    help="With --push-to: seconds between commits at least, since the Hub takes about 128 an hour "
+    "of all machines.  [default: 300]",
+)  # fmt: skip
+@click.option("--private", is_flag=True, help="With --push-to: make it private, if it is made now.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be built, and by whom.")
+@click.option("--verbose", is_flag=True, help="With --dry-run: every episode, not only totals.")
 @click.option("--tasks", type=click.IntRange(1), help="Cluster: shards to make of the episodes.")
 @click.option("--cpus-per-task", type=click.IntRange(1), help="Cluster: cores.  [default: 4]")
 @click.option(
@@ -148,7 +178,7 @@ CLUSTERS = {
     "--slurm", multiple=True, metavar="KEY=VALUE",
     help="An option of sbatch: partition=NAME, time=24:00:00, qos, account; repeatable.",
 )  # fmt: skip
-@with_options(*MAPPING)
+@with_options(CAMERA, *MAPPING)
 def build(
     condition: str | None,
     config: Path | None,
@@ -156,6 +186,7 @@ def build(
     shard: str | None,
     executor: str | None,
     dry_run: bool,
+    verbose: bool,
     hfov: float | None,
     scratch_limit: str,
     **options: Any,
@@ -174,6 +205,10 @@ def build(
     executor = executor or ("accelerate" if launched() and shard is None else "local")
     own = Shard.parse(shard) if shard else None
     _check_usage(executor, own, running)
+    pushing = {
+        name: options.pop(name) for name in ("push_to", "keep", "layout", "push_every", "private")
+    }
+    _check_pushing(pushing, options, executor)
     if executor == "accelerate" and (ranks := launched()):
         threads.limit(threads.cores_each(ranks))  # Before numba and torch look for it.
 
@@ -192,14 +227,14 @@ def build(
 
         running["slurm"] = parse_slurm(running["slurm"])
     if dry_run:
-        return _dry_run(options, executor, own, running)
+        return _dry_run(options, executor, own, running, verbose)
     if executor == "accelerate" and launched():
         return _build_rank(options)
     if executor in CLUSTERS:
         return _build_on_cluster(options, executor, running)
     if executor == "accelerate":
         running["workers"] = running["workers"] or threads.gpus() or threads.cores()
-    return _build_here(options, running["workers"] or 1, own)
+    return _build_here(options, running["workers"] or 1, own, pushing)
 
 
 @click.command(cls=Examples, example="occgen-hub finalize out")
@@ -241,6 +276,42 @@ def _check_usage(executor: str, shard: Shard | None, running: dict[str, Any]) ->
         )
 
 
+def _check_pushing(pushing: dict[str, Any], options: dict[str, Any], executor: str) -> None:
+    """Raise UsageError for options that do not fit --push-to, and set those that go with it."""
+    if pushing["push_to"] is None:
+        defaults = {"keep": "all", "layout": "trajectories", "push_every": None, "private": False}
+        for name, default in defaults.items():
+            if pushing[name] != default:
+                raise UsageError(f"--{name.replace('_', '-')}: goes with --push-to; give that too.")
+        return
+    if executor != "local":
+        raise UsageError(
+            f"--push-to: --executor {executor} does not push; start the command on each machine "
+            "with --shard I/N."
+        )
+    options["whole_scenes"] = True
+    options["parquet_images"] |= pushing["layout"] == "packed"
+
+
+def _publisher(pushing: dict[str, Any]) -> HubPublisher | None:
+    """What pushes scenes as they are built, if that is asked for."""
+    if pushing["push_to"] is None:
+        return None
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    from occgen_hub.publishing import EVERY, HubPublisher
+
+    disable_progress_bars()  # There is one of the build.
+    return HubPublisher(
+        pushing["push_to"],
+        keep=pushing["keep"],
+        layout=pushing["layout"],
+        private=pushing["private"],
+        every=EVERY if pushing["push_every"] is None else pushing["push_every"],
+        tell=lambda line: say(line, err=True),
+    )
+
+
 def _open_cluster_job(options: dict[str, Any]) -> Job:
     """A job whose tasks have working folders and devices of their own."""
     from occgen_hub.job import open_job
@@ -248,13 +319,17 @@ def _open_cluster_job(options: dict[str, Any]) -> Job:
     absolute = {
         name: options[name].absolute()
         for name in ("root", "out", "scratch")
-        if isinstance(options[name], Path)
+        if isinstance(options[name], Path) and (name != "root" or options[name].exists())
     }
     return replace(open_job(**options | absolute | {"device": "cpu"}), device=options["device"])
 
 
 def _dry_run(
-    options: dict[str, Any], executor: str, shard: Shard | None, running: dict[str, Any]
+    options: dict[str, Any],
+    executor: str,
+    shard: Shard | None,
+    running: dict[str, Any],
+    verbose: bool,
 ) -> int:
     from occgen_hub.engines import without_fetching
     from occgen_hub.job import open_job
@@ -262,17 +337,26 @@ def _dry_run(
     from occgen_hub.runtime.records import make_plan
     from occgen_hub.scenes import SceneRef
 
-    with without_fetching():
+    with without_fetching("expect"):
         job = _open_cluster_job(options) if executor in CLUSTERS else open_job(**options)
     mine = None if shard is None else set(make_plan(job, shard.count).shards[shard.index])
     refs = [ref for ref in job.refs if mine is None or ref.id in mine]
-    todo = []
+    todo, lines, reasons = [], {}, Counter[str]()
     for ref in refs:
         reason = job.reason_to_build(ref)
         size = f"  {ref.bytes / 1e6:,.1f} MB" if isinstance(ref, SceneRef) else ""
         if reason is not None:
             todo.append(ref)
-        say(f"{ref.id}{size}  {reason or 'present'}")
+        reasons[reason or "present"] += 1
+        lines[ref.id] = f"{ref.id}{size}  {reason or 'present'}"
+    missing = {ref.id for ref in todo}
+    if say_by_folder(
+        lines,
+        lambda ids: f"{len(missing.intersection(ids)):>9,} of {len(ids):>9,} to build",
+        verbose=verbose,
+    ):
+        for reason, count in reasons.most_common(MOST_SHOWN):
+            say(f"{count:,} {reason}")
     _say_estimate(job, [ref for ref in todo if isinstance(ref, SceneRef)])
     _say_outlook(job, refs)
     if executor in CLUSTERS:
@@ -308,7 +392,8 @@ def _say_estimate(job: Job, scenes: Sequence[SceneRef]) -> None:
 def _say_outlook(job: Job, refs: Sequence[EpisodeRef | SceneRef]) -> None:
     """What the network will take for these episodes: frames, windows, memory, time, licence."""
     from occgen_hub.engines import Auto
-    from occgen_hub.engines.weights import LICENSES
+    from occgen_hub.engines.network import NetworkEngine
+    from occgen_hub.engines.weights import LICENSES, missing_error
     from occgen_hub.job import outlook
 
     if not job.settings.engine.uses_device():
@@ -335,6 +420,10 @@ def _say_outlook(job: Job, refs: Sequence[EpisodeRef | SceneRef]) -> None:
         f"{job.device_name()}. Licence of its weights: {LICENSES.get(license, license)}.",
         err=True,
     )
+    if isinstance(network, NetworkEngine) and not network.weights_file.path.is_file():
+        click.echo(
+            f"Before the build: {missing_error(network.weights_file.checkpoint.network)}", err=True
+        )
 
 
 def _duration(seconds: float) -> str:
@@ -343,11 +432,14 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _build_here(options: dict[str, Any], workers: int, shard: Shard | None) -> int:
+def _build_here(
+    options: dict[str, Any], workers: int, shard: Shard | None, pushing: dict[str, Any]
+) -> int:
     from occgen_hub.job import open_job
     from occgen_hub.occupancy.visibility import warm_up
     from occgen_hub.runtime.build import build_dataset, build_shard
 
+    publisher = _publisher(pushing)
     job = open_job(**options)
     if job.settings.engine.uses_device():
         _say_outlook(job, [ref for ref in job.refs if job.reason_to_build(ref)])
@@ -355,11 +447,12 @@ def _build_here(options: dict[str, Any], workers: int, shard: Shard | None) -> i
     shown_codes = set[str]()
     with _progress(len(job.refs) if shard is None else None, shown_codes) as listener:
         if shard is None:
-            summary = build_dataset(job, workers, listener)
+            summary = build_dataset(job, workers, listener, publisher)
         else:
-            summary = build_shard(job, shard, workers, listener)
-    code = _print_summary(summary, job.out, shown_codes, whole=shard is None)
-    if shard is not None:
+            summary = build_shard(job, shard, workers, listener, publisher=publisher)
+    pushed = publisher.address if publisher else None
+    code = _print_summary(summary, job.out, shown_codes, whole=shard is None, pushed=pushed)
+    if shard is not None and not pushed:
         say(f"When all shards are built: occgen-hub finalize {shlex.quote(str(job.out))}")
     return code
 
@@ -369,13 +462,13 @@ def _build_rank(options: dict[str, Any]) -> int:
     from occgen_hub.job import open_job
     from occgen_hub.runtime.build import build_shard
     from occgen_hub.runtime.finalize import finalize as finalize_dataset
-    from occgen_hub.runtime.ranks import joined, on_all_ranks
+    from occgen_hub.runtime.ranks import on_all_ranks, process_group
     from occgen_hub.runtime.records import count_finished
     from occgen_hub.runtime.shard import Shard
     from occgen_hub.runtime.threads import cores
 
     out = options["out"]
-    with joined(options["device"]) as state:
+    with process_group(options["device"]) as state:
         shard = Shard(state.process_index, state.num_processes)
         device = str(state.device) if state.device.type == "cuda" else "cpu"
         shown_codes: set[str] | None = set() if state.is_main_process else None
@@ -489,11 +582,17 @@ def _text(failure: Failure) -> str:
 
 
 def _print_summary(
-    summary: Summary, out: Path, shown_codes: set[str] | None = None, *, whole: bool = True
+    summary: Summary,
+    out: Path,
+    shown_codes: set[str] | None = None,
+    *,
+    whole: bool = True,
+    pushed: str | None = None,
 ) -> int:
     """Print what a build did, and return the exit code.
 
-    shown_codes: of the notes that were printed already; whole: whether it was more than a shard.
+    shown_codes: of the notes that were printed already; whole: whether it was more than a shard;
+    pushed: the address on the Hub that it was pushed to.
     """
     from occgen_hub.runtime.report import FAILURES
 
@@ -519,7 +618,9 @@ def _print_summary(
             say(f"  {_text(failure)}")
         if len(summary.failures) > 20:
             say(f"  and {len(summary.failures) - 20} more.")
-    if summary.built and whole:
+    if pushed:
+        say(f"On the Hub: {pushed}")
+    elif summary.built and whole:
         say(f"Next: occgen-hub validate {shlex.quote(str(out))}")
     elif whole and summary.present:
         say(f"Dataset: {out}")

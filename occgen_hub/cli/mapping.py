@@ -1,11 +1,14 @@
-"""The options that say what the files of a recording do not: where parts are, units and axes."""
+"""What the files of a recording do not say of cameras: options, and the command `cameras`."""
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from occgen_hub.cli.command import FOLDER, SOURCE, Examples, say
 from occgen_hub.errors import UsageError
 
 if TYPE_CHECKING:
@@ -13,7 +16,20 @@ if TYPE_CHECKING:
 
 TOPICS = ("rgb", "depth", "pose", "info")
 
+CAMERA = click.option(
+    "--camera",
+    "camera_keys",
+    multiple=True,
+    metavar="KEY",
+    help="The colour images of a LeRobot dataset to build from; repeatable.",
+)
+"""Of commands that have no --camera of their own."""
+
 MAPPING = (
+    click.option(
+        "--cameras", "cameras_file", type=FOLDER, metavar="FILE",
+        help="A YAML file of what belongs to each camera; occgen-hub cameras INPUT writes one.",
+    ),
     click.option(
         "--intrinsics", metavar="FX,FY,CX,CY",
         help="The camera's, pixels of the colour images, as OpenCV, ROS and RealSense give them; "
@@ -37,25 +53,28 @@ MAPPING = (
     ),
     click.option(
         "--topics", metavar="KIND=TOPIC,...",
-        help="Topics of a bag: rgb, depth, info (CameraInfo), pose (/tf or odometry).",
+        help="Topics of a bag, or columns of a LeRobot dataset: rgb, depth, info (CameraInfo, "
+        "intrinsics), pose (/tf, odometry).",
     ),
 )  # fmt: skip
 """Options, in their order; a command takes them as `NAMES`."""
 
 NAMES = (
-    *("intrinsics", "depth_unit", "depth_scale", "pose_axes", "pose_direction", "time_offset"),
-    "topics",
+    *("cameras_file", "intrinsics", "depth_unit", "depth_scale", "pose_axes"),
+    *("pose_direction", "time_offset", "topics"),
 )
 
 
 def take_cameras(options: dict[str, Any]) -> tuple[CameraMapping, ...]:
-    """The mapping that the options of `MAPPING` make, empty where none was given.
+    """The mappings that the options of `MAPPING` make, one a camera, empty where none was given.
 
-    They are removed from `options`. Raises UsageError where one is wrong.
+    Options go before what a file says, for all of its cameras. They are removed from `options`.
+    Raises UsageError where one is wrong.
     """
-    from occgen_hub.camera_mapping import UNITS, camera_mapping, metres_in_unit
+    from occgen_hub.camera_mapping import UNITS, camera_mapping, metres_in_unit, read_cameras
 
     given = {name: options.pop(name) for name in NAMES}
+    keys, file = options.pop("camera_keys", ()), given.pop("cameras_file")
     unit, scale = given.pop("depth_unit"), given.pop("depth_scale")
     if unit is not None and scale is not None:
         raise UsageError("--depth-scale: --depth-unit says the same; leave one of them out.")
@@ -67,9 +86,47 @@ def take_cameras(options: dict[str, Any]) -> tuple[CameraMapping, ...]:
         "intrinsics": None if intrinsics is None else _numbers(intrinsics),
         **({} if topics is None else _topics(topics)),
     }
-    if all(value is None for value in values.values()):
-        return ()
-    return (camera_mapping("--", values),)
+    said = {name: value for name, value in values.items() if value is not None}
+    if file is not None:
+        listed = {camera.rgb: camera.said() for camera in read_cameras(file)}
+        if unknown := [key for key in keys if key not in listed]:
+            raise UsageError(f"--camera {unknown[0]}: is not in {file}; add it, or leave it out.")
+        return tuple(camera_mapping("--", listed[key] | said) for key in keys or listed)
+    if keys and "rgb" in said:
+        raise UsageError("--topics: --camera names the colour images already; leave out rgb.")
+    if keys:
+        return tuple(camera_mapping("--", {"rgb": key, **said}) for key in dict.fromkeys(keys))
+    return (camera_mapping("--", said),) if said else ()
+
+
+@click.command(cls=Examples, example="occgen-hub cameras my_robot --output cameras.yaml")
+@click.argument("root", metavar="INPUT", type=SOURCE)
+@click.option("--source", default="lerobot", show_default=True, help="What kind of source it is.")
+@click.option(
+    "--output", "out", type=FOLDER, default=Path("cameras.yaml"), show_default=True,
+    help="Where the mapping goes.",
+)  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
+def cameras(root: Path | str, source: str, out: Path, overwrite: bool) -> None:
+    """Say which columns of a dataset may belong to its cameras, and write a mapping to edit.
+
+    INPUT is a folder, or ORG/NAME of a LeRobot dataset on the Hub. Give the mapping to build with
+    --cameras. Names are all that it is made from: check it.
+    """
+    from occgen_hub.atomic import atomic_file
+    from occgen_hub.job import open_source
+
+    if out.exists() and not overwrite:
+        raise UsageError(f"{out}: is there already; give another --output, or --overwrite.")
+    builder, _ = open_source(source, root)
+    survey = builder.survey_cameras()
+    for line in survey.lines:
+        say(line)
+    with atomic_file(out) as partial:
+        partial.write_text(survey.mapping, encoding="utf-8")
+    place = shlex.quote(str(root))
+    say(f"Mapping: {out}. Check it, and then: occgen-hub build --source {source} --input {place} "
+        f"--cameras {shlex.quote(str(out))} --output out")  # fmt: skip
 
 
 def _numbers(text: str) -> tuple[float, ...]:

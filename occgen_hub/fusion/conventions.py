@@ -17,6 +17,7 @@ from occgen_hub.episode import Note
 from occgen_hub.errors import OccGenError
 from occgen_hub.fusion.depth_map import DepthMap, DepthMaps
 from occgen_hub.fusion.noise import compare
+from occgen_hub.geometry.cloud import Cloud
 from occgen_hub.geometry.poses import OPENGL_FROM_OPENCV
 from occgen_hub.geometry.sim3 import rotation_angle
 from occgen_hub.geometry.trajectory import poses_at
@@ -28,6 +29,16 @@ PAIRS = 12
 MOVED = (0.04, np.radians(4.0))
 """Share of the median depth, and angle, of which two cameras have to be apart by one at least.
 Frames of a camera that stands still agree whatever is wrong."""
+
+STILL = (0.01, np.radians(0.5))
+"""A camera stands still if it moves by less than that share of the median distance of what it sees,
+and turns by less than that angle."""
+
+STATIC = Note(
+    "static camera",
+    "the camera stands still: only surfaces that face it are seen, and no other view tells whether "
+    "its depth, intrinsics and what stands still are right",
+)
 
 AGREES = (0.03, 0.01)
 """Share of the depth, and metres: two depths that differ by no more than both together agree.
@@ -148,6 +159,17 @@ MARGIN = 2 / 3
 disagrees with the one assumed."""
 
 
+def stands_still(poses: NDArray[np.float64], cloud: Cloud) -> bool:
+    """Whether a camera stands still. poses: (T, 4, 4) world_from_camera; cloud: what it sees."""
+    if len(poses) < 2 or not len(cloud):
+        return False
+    centres = poses[:, :3, 3]
+    away = float(np.median(np.linalg.norm(cloud.points - centres[0], axis=1)))
+    moved = float(np.linalg.norm(centres - centres[0], axis=1).max())
+    turned = float(rotation_angle(poses[0, :3, :3], poses[:, :3, :3]).max())
+    return moved <= STILL[0] * away and turned <= STILL[1]
+
+
 def check_conventions(
     views: Views,
     episode: str,
@@ -155,11 +177,12 @@ def check_conventions(
     *,
     fps: float = 30.0,
     assumed_view: bool = False,
+    shifts: bool = True,
 ) -> list[Note]:
     """Compare frames that see the same places from different sides.
 
     fps: frames a second; assumed_view: whether the source does not say what its cameras see, so
-    that other fields of view are tried as well.
+    that other fields of view are tried as well; shifts: whether other times of the poses are tried.
 
     Raises OccGenError where they contradict one another, but agree under other poses, times,
     intrinsics or another unit of depth, which it names. Returns a note where they contradict one
@@ -174,7 +197,7 @@ def check_conventions(
         return []
     if given is not None and given >= (POOR if assumed_view else FINE):
         return _view_note(pairs, given, poses) if assumed_view else []
-    longest = min(MOST_SHIFTED, int(LONGEST_SHIFT * fps), len(poses) - 2)
+    longest = min(MOST_SHIFTED, int(LONGEST_SHIFT * fps), len(poses) - 2) if shifts else 0
     if given is not None and given >= POOR:
         longest = 0  # Clocks that are a frame apart are no reason to stop.
     others = (*CONVENTIONS, *(_VIEWS if assumed_view else ()))

@@ -34,7 +34,8 @@ from occgen_hub.media import (
     write_video,
 )
 from occgen_hub.occupancy.codec import CellsWriter, NpzWriter, ObservedWriter
-from occgen_hub.occupancy.grid import Grid, scene_grid
+from occgen_hub.occupancy.grid import Grid, SceneGrid, scene_grid
+from occgen_hub.occupancy.states import FreeSpace
 from occgen_hub.occupancy.visibility import FrameOccupancy
 from occgen_hub.prefetch import background
 from occgen_hub.scene import Scene
@@ -48,7 +49,8 @@ class Provenance:
     """Where a trajectory comes from: the builder, its version, the engine, and the configuration.
 
     weights: of the engine's network, None where it has none; cameras: what the user said of the
-    source's cameras, see `CameraMapping.said`.
+    source's cameras, see `CameraMapping.said`; license: of what was recorded, where the source says
+    it, which is recorded and not compared.
     """
 
     builder: str
@@ -58,6 +60,7 @@ class Provenance:
     config: Config
     media: Media
     cameras: tuple[dict[str, Any], ...] = ()
+    license: str | None = None
 
     def record(self, schema: Schema, episode: str, fingerprint: str) -> dict[str, Any]:
         """What a later run compares to tell whether the trajectory is still what it would build."""
@@ -83,6 +86,7 @@ class TrajectoryWriter:
     def __init__(self, folder: Path, schema: Schema, episode: Episode, grid: Grid) -> None:
         self.folder, self.schema, self.episode, self.grid = folder, schema, episode, grid
         self.moving = 0.0
+        self.cells = SceneGrid(np.zeros((0, 3), np.float32), np.zeros(3), (0, 0, 0), 0.0)
         self.notes: list[Note] = []
 
     def path(self, file: str, frame: int | None = None) -> Path:
@@ -113,15 +117,23 @@ class TrajectoryWriter:
             self.path("dynamic").parent.rmdir()
 
     def write_scene(self, scene: Scene, config: Config) -> None:
-        """The scene's occupied cells and its cloud."""
-        cells = scene_grid(scene.cloud.points, config.voxel_size)
+        """The scene's cloud; its occupied cells are written by `write_states`."""
+        self.cells = cells = scene_grid(scene.cloud.points, config.voxel_size)
+        thinned = voxel_downsample(scene.cloud, cloud_voxel_size(cells.shape, config))
+        write_ply(self.path("scene_cloud"), thinned)
+
+    def write_states(self, scene: Scene, free: FreeSpace) -> None:
+        """The scene's cells, after `write_scene` and once all frames were added to `free`."""
+        cells, states = self.cells, free.states(scene.cloud.points)
+        occupied, opened = states.packed()
         with NpzWriter(self.path("scene_occupancy")) as out:
             out.add("data", cells.centres)
             out.add("voxel_size", np.asarray(cells.voxel_size, np.float64))
             out.add("origin", cells.origin)
             out.add("shape", np.asarray(cells.shape, np.int64))
-        thinned = voxel_downsample(scene.cloud, cloud_voxel_size(cells.shape, config))
-        write_ply(self.path("scene_cloud"), thinned)
+            out.add("blocks", states.blocks)
+            out.add_bits("occupied", occupied)
+            out.add_bits("free", opened)
 
     def write_media(self, media: Media) -> None:
         """The source's own files, and the RGB video, made from the images where there is none.
@@ -244,7 +256,7 @@ class TrajectoryWriter:
             path.relative_to(self.folder).as_posix(): sha256(path)
             for path in files_under(self.folder)
         }
-        record = {
+        record: dict[str, Any] = {
             "version": version("occgen-hub"),
             **provenance.record(self.schema, self.episode.id, self.episode.fingerprint),
             "grid": {
@@ -260,9 +272,12 @@ class TrajectoryWriter:
                 **({} if scene.windows is None else {"windows": asdict(scene.windows)}),
             },
             **({} if scene.quality is None else {"quality": self._quality(scene.quality)}),
+            **({} if self.episode.origin is None else {"origin": self.episode.origin}),
             "notes": [note.text for note in self.all_notes(scene)],
             "files": files,
         }
+        if provenance.license is not None:
+            record["source"]["license"] = provenance.license
         self._write("record", [record], indent=1)
         if self.path("record").stat().st_size > MAX_RECORD_BYTES:
             raise OccGenError(

@@ -1,10 +1,12 @@
-"""Images and videos."""
+"""Reading and writing of images and videos."""
 
-from occgen_hub.media.decode_errors import MAX_PIXELS, MEND, RESTORE
+from occgen_hub.media.decode_errors import MAX_PIXELS, REENCODE, RESTORE
 from occgen_hub.media.pictures import (
     ImageSequence,
     PictureFacts,
+    decode_color,
     decode_depth,
+    decode_grey,
     decode_rgb,
     encode_jpeg,
     fitted,
@@ -19,9 +21,11 @@ from occgen_hub.media.pictures import (
 )
 from occgen_hub.media.video import (
     SeekingVideo,
+    SequentialReader,
     VideoFacts,
     VideoReader,
     VideoSurvey,
+    frames_at,
     stated_pixels,
     survey_video,
     video_facts,
@@ -31,19 +35,23 @@ from occgen_hub.media.writing import VideoWriter, write_video
 
 __all__ = [
     "MAX_PIXELS",
-    "MEND",
+    "REENCODE",
     "RESTORE",
     "ImageSequence",
     "PictureFacts",
     "SeekingVideo",
+    "SequentialReader",
     "VideoFacts",
     "VideoReader",
     "VideoSurvey",
     "VideoWriter",
+    "decode_color",
     "decode_depth",
+    "decode_grey",
     "decode_rgb",
     "encode_jpeg",
     "fitted",
+    "frames_at",
     "image_size",
     "is_jpeg",
     "picture_facts",

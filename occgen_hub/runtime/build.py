@@ -1,31 +1,52 @@
-"""Building: one shard of a job, or all of it."""
+"""Building one shard of a job, or the whole job."""
 
 from __future__ import annotations
 
 import resource
 import socket
 import time
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 
+from occgen_hub.builder import EpisodeRef
 from occgen_hub.episode_build import Built
 from occgen_hub.job import Job
 from occgen_hub.runtime.finalize import finalize
 from occgen_hub.runtime.lock import output_lock
 from occgen_hub.runtime.records import join_build, make_plan, read_plan, recording
-from occgen_hub.runtime.results import Listener, Process, SceneResult, Summary
+from occgen_hub.runtime.results import (
+    Failure,
+    Listener,
+    Process,
+    Publisher,
+    Result,
+    SceneResult,
+    Summary,
+)
 from occgen_hub.runtime.scenes import build_refs
 from occgen_hub.runtime.shard import Shard
 from occgen_hub.runtime.workers import build_in_workers
+from occgen_hub.scenes import SceneRef
 
 
-def build_dataset(job: Job, workers: int = 1, listener: Listener | None = None) -> Summary:
+def build_dataset(
+    job: Job,
+    workers: int = 1,
+    listener: Listener | None = None,
+    publisher: Publisher | None = None,
+) -> Summary:
     """Build the episodes of a job, with `workers` processes, and then the files of the dataset.
 
     A failed episode does not stop the others. Failures are listed in failures.jsonl, which is
-    absent when there are none, and are tried again by the next run. The result does not depend on
-    the number of workers, nor on whether an earlier run was interrupted.
+    absent when there are none, and the next run tries them again. The result is the same for any
+    number of workers, and after any interruption.
+
+    Raises UsageError if another build is running, and OccGenError if a file of the whole dataset
+    cannot be read or written.
     """
-    build_shard(job, Shard(0, 1), workers, listener, "local")
+    build_shard(job, Shard(0, 1), workers, listener, "local", publisher)
     return finalize(job.out, workers)
 
 
@@ -35,37 +56,53 @@ def build_shard(
     workers: int = 1,
     listener: Listener | None = None,
     executor: str = "shard",
+    publisher: Publisher | None = None,
 ) -> Summary:
-    """Build one shard of a job, beside others perhaps; `finalize` does the rest when all ended.
+    """Build one shard of a job. `finalize` completes the dataset when all shards are built.
 
-    Raises UsageError where another build, or the same shard of this one, is running.
+    Other shards of the same job may run at the same time. publisher: receives the finished scenes;
+    scenes that it has published already are not built.
+
+    Raises UsageError if another build, or the same shard of this one, is running.
     """
     plan, listener, summary = make_plan(job, shard.count), listener or Listener(), Summary()
     start = time.perf_counter()
     with (
-        output_lock(job.out, lambda alone: join_build(job.out, plan, alone=alone)),
+        output_lock(job.out, lambda exclusive: join_build(job.out, plan, exclusive=exclusive)),
         recording(job.out, shard.index, executor, overwrite=job.settings.overwrite) as record,
+        _closing(publisher),
     ):
-        own = set((read_plan(job.out) or plan).shards[shard.index])  # As all shards have it.
+        # The plan on disk, which all shards of this build read.
+        own = set((read_plan(job.out) or plan).shards[shard.index])
         refs = [ref for ref in job.refs if ref.id in own]
-        if min(workers, len(refs)) > 1:
-            results = build_in_workers(job, refs, min(workers, len(refs)), listener.frames)
-        else:
-            results = build_refs(job, refs, listener.frames)
-        done = set[str]()
-        try:
+        present = publisher.begin(job, refs, shard.index) if publisher else {}
+        refs = [ref for ref in refs if ref.id not in present]
+        done, scenes = set[str](), _Scenes(refs)
+
+        def note(result: Result) -> None:
+            done.add(result.id)
+            # Before the result is recorded: this call may stop the build, and failures that the
+            # stop itself caused must not be recorded.
+            listener.finished(result)
+            summary.add(result)
+            record(result)
+
+        for name, episodes in present.items():
+            for episode in episodes:
+                note(Built(episode, "present", 0))
+            record(SceneResult(name))
+        with closing(_results(job, refs, workers, listener)) as results:
             for result in results:
                 if isinstance(result, SceneResult):
                     record(result)
-                    continue
-                if result.id in done and isinstance(result, Built):
-                    continue  # Of a scene that is built again, since its process died.
-                done.add(result.id)
-                listener.finished(result)  # It may stop the build, whose failures are none then.
-                summary.add(result)
-                record(result)
-        finally:
-            results.close()  # So that an interruption stops what is under way as well.
+                elif result.id in done and isinstance(result, Built):
+                    continue  # Its scene is built again, since the first process died.
+                else:
+                    note(result)
+                if publisher and (finished := scenes.finished_by(result)) is not None:
+                    publisher.add(finished, whole=finished not in scenes.failed)
+        for failure in publisher.end() if publisher else ():
+            note(failure)
         summary.seconds = time.perf_counter() - start
         process = Process(
             host=socket.gethostname(),
@@ -80,9 +117,53 @@ def build_shard(
     return summary
 
 
+def _results(
+    job: Job, refs: Sequence[EpisodeRef | SceneRef], workers: int, listener: Listener
+) -> Generator[Result | SceneResult, None, None]:
+    """Build episodes and scenes in this process or in workers, and yield their results."""
+    if min(workers, len(refs)) > 1:
+        return build_in_workers(job, refs, min(workers, len(refs)), listener.frames)
+    return build_refs(job, refs, listener.frames)
+
+
+@contextmanager
+def _closing(publisher: Publisher | None) -> Iterator[None]:
+    """Stop a publisher when the block ends, also by an exception."""
+    try:
+        yield
+    finally:
+        if publisher is not None:
+            publisher.stop()
+
+
+class _Scenes:
+    """Tracks which scenes are finished. failed: scenes and episodes with a failure."""
+
+    def __init__(self, refs: Sequence[EpisodeRef | SceneRef]) -> None:
+        self._remaining = Counter(_scene(ref.id) for ref in refs if isinstance(ref, EpisodeRef))
+        self.failed: set[str] = set()
+
+    def finished_by(self, result: Result | SceneResult) -> str | None:
+        """The scene that this result completes, or None."""
+        if isinstance(result, SceneResult):
+            return result.id
+        scene = _scene(result.id)
+        if isinstance(result, Failure):
+            self.failed |= {scene, result.id}
+        if scene in self._remaining:
+            self._remaining[scene] -= 1
+            return None if self._remaining[scene] else scene
+        return None
+
+
+def _scene(episode: str) -> str:
+    """The scene of an episode, as in the index."""
+    return episode.rpartition("/")[0]
+
+
 def _peak_memory() -> int:
-    """Bytes that this process, or one that it started, had in memory at most."""
+    """Peak resident memory, in bytes, of this process or of the largest one that it started."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10
-    # Of this process, getrusage may tell what was there before it was this one.
+    # For this process, getrusage may report the peak of the process it was forked from.
     status = Path("/proc/self/status").read_text()
     return max(children, int(status.split("VmHWM:")[1].split()[0]) << 10)

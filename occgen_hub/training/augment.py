@@ -82,7 +82,7 @@ class Mirror:
                 item[key] = value.flip(-1)
             elif kind == "intrinsics":
                 item[key] = _mirrored_intrinsics(value, view.image_size[0])
-            elif kind == "pose":
+            elif kind in ("pose", "grid_pose"):
                 item[key] = _mirrored_pose(value)
         return replace(
             view,

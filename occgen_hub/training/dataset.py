@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from occgen_hub.errors import UsageError
 from occgen_hub.loading import EXPORT
+from occgen_hub.scene_states import states_file
 from occgen_hub.training.augment import Augmentation
 from occgen_hub.training.items import DEFAULT_KEYS, ItemFormat, Transform, check_augmentations
 from occgen_hub.training.reader import RandomReader
@@ -37,7 +38,14 @@ class OccupancyDataset(Dataset[dict[str, Any]]):
             leave it left out: occupied ones by their centres; of the mask, each cell is looked up
             where its centre was.
         dense: whether cells come as whole grids; see below.
-        keys: what an item holds; all but labels, dynamic and depth by default.
+        target: what "occupancy", "mask" and "labels" have of a frame. "visible": what it saw.
+            "scene": what is there, hidden cells included: where the frame saw nothing, cells have
+            the state of the scene's cell that their centre lies in, occupied, free if some frame
+            of the episode observed it free, else unknown. The history is what past frames saw.
+        upright: whether grids stand upright, turned with the camera about the world's vertical
+            alone; "grid_pose" says where. What a frame saw is moved into them as `align_history`
+            moves what past frames saw. The world's z axis must point up.
+        keys: what an item holds; all but labels, dynamic, grid_pose and depth by default.
         revision: of the dataset on the Hub.
         episodes, scenes: names of those to have, "<group>/<scene>/<trajectory>" and
             "<group>/<scene>"; None for all.
@@ -64,6 +72,8 @@ class OccupancyDataset(Dataset[dict[str, Any]]):
       (ceil(nx * ny * nz / 8),) uint8, as `np.packbits` has them
     - "labels": (nx, ny, nz) uint8: 0 free, 1 occupied, 255 unknown, which is not observed
     - "pose": (4, 4) float32, world_from_camera, OpenCV axes, metres
+    - "grid_pose": (4, 4) float32, world_from_grid, metres: "pose", unless `upright`. The grid's
+      axes are then x right, y down along gravity, z ahead; its origin is the camera
     - "intrinsics": (3, 3) float32, pixels of the image
     - "image": (3, H, W) uint8 RGB, from the shards if they have images, else from the trajectory's
       images or its video
@@ -98,6 +108,8 @@ class OccupancyDataset(Dataset[dict[str, Any]]):
         history_step: int = 2,
         align_history: bool = False,
         dense: bool = True,
+        target: str = "visible",
+        upright: bool = False,
         keys: Sequence[str] = DEFAULT_KEYS,
         revision: str | None = None,
         episodes: Collection[str] | None = None,
@@ -113,6 +125,8 @@ class OccupancyDataset(Dataset[dict[str, Any]]):
         self._format = ItemFormat(
             keys=keys,  # type: ignore[arg-type]  # made a tuple once it is checked
             dense=dense,
+            target=target,
+            upright=upright,
             voxel_stride=voxel_stride,
             image_size=image_size,
             history_len=history_len,
@@ -124,13 +138,15 @@ class OccupancyDataset(Dataset[dict[str, Any]]):
         )
         self.keys, self.dense = self._format.keys, dense
         selection = Selection(episodes, scenes, split, min_quality)
-        found = fetched_source(source, self._format.media, revision)
+        needed = (*self._format.media, *(["states"] if self._format.of_scene else []))
+        found = fetched_source(source, needed, revision)
         self.root = found.root
         self._index = frame_index(found, selection, self._format.media)
         self.grid = self._format.grid(self._index.grid)
         self.episodes, self.starts = self._index.episodes, self._index.starts
         self._held: tuple[int, RandomReader] | None = None
         check_media(self._index, self._format)
+        check_states(self._index, self._format)
         check_augmentations(self._format.augment, self.grid)
 
     def __len__(self) -> int:
@@ -157,6 +173,17 @@ class OccupancyDataset(Dataset[dict[str, Any]]):
         if self._held is None or self._held[0] != os.getpid():
             self._held = os.getpid(), RandomReader(self._index)
         return self._held[1]
+
+
+def check_states(index: FrameIndex, form: ItemFormat) -> None:
+    """Raise UsageError where the states of scenes are asked for and not there, by the first."""
+    source = index.source
+    name = states_file(index.episodes[0].rpartition("/")[0])
+    if form.of_scene and source.address is None and not (source.root / name).is_file():
+        raise UsageError(
+            f"{source.root}: has no {name}, which target='scene' needs; fetch it or, where it was "
+            "built, run occgen-hub build into it again."
+        )
 
 
 def check_media(index: FrameIndex, form: ItemFormat) -> None:

@@ -11,19 +11,20 @@ import torch
 from numpy.typing import NDArray
 
 from occgen_hub.errors import UsageError
+from occgen_hub.geometry.poses import upright_pose
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.history import moved, past_frames
-from occgen_hub.training.augment import Augmentation, View
+from occgen_hub.training.augment import Augmentation, RotateYaw, View
 from occgen_hub.training.coarse import STRIDES, coarse_cells, coarse_grid, coarse_mask, resampled
 from occgen_hub.training.reader import FrameReader
 
 KEYS = (
-    *("occupancy", "mask", "labels", "dynamic", "pose", "intrinsics", "image", "depth", "history"),
-    *("task", "episode", "frame_index"),
+    *("occupancy", "mask", "labels", "dynamic", "pose", "grid_pose", "intrinsics", "image"),
+    *("depth", "history", "task", "episode", "frame_index"),
 )
 """What an item may hold."""
 
-DEFAULT_KEYS = tuple(key for key in KEYS if key not in ("labels", "depth", "dynamic"))
+DEFAULT_KEYS = tuple(key for key in KEYS if key not in ("labels", "depth", "dynamic", "grid_pose"))
 
 HISTORY_KEYS = ("occupancy", "mask", "labels", "dynamic", "intrinsics", "image", "depth")
 """What an item may hold of past frames, besides their poses."""
@@ -37,6 +38,7 @@ COLUMNS_OF = {
     "labels": ("occupied", "observed"),
     "dynamic": ("dynamic",),
     "pose": ("camera",),
+    "grid_pose": ("camera",),
     "intrinsics": ("camera",),
     "history": ("camera",),
     "image": ("image",),
@@ -44,6 +46,10 @@ COLUMNS_OF = {
     "task": ("task",),
 }
 """Which columns of the shards a key of an item is read from."""
+
+TARGETS = ("visible", "scene")
+
+CELLS = ("occupancy", "mask", "labels", "dynamic")
 
 Transform = Callable[[dict[str, Any]], Any]
 
@@ -57,6 +63,8 @@ class ItemFormat:
 
     keys: tuple[str, ...] = DEFAULT_KEYS
     dense: bool = True
+    target: str = "visible"
+    upright: bool = False
     voxel_stride: int = 1
     image_size: tuple[int, int] | None = None
     history_len: int = 10
@@ -77,12 +85,24 @@ class ItemFormat:
             raise UsageError("history_len must be 0 or more, and history_step 1 or more.")
         if self.voxel_stride not in STRIDES:
             raise UsageError(f"voxel_stride is {self.voxel_stride}; give 1, 2 or 4.")
+        if self.target not in TARGETS:
+            raise UsageError(f"target is {self.target!r}; give {' or '.join(TARGETS)}.")
+        if (self.of_scene or self.upright) and any(isinstance(a, RotateYaw) for a in self.augment):
+            raise UsageError(
+                "RotateYaw turns what a frame saw in its camera's grid; leave it out with "
+                "target='scene' and with upright=True."
+            )
         size = self.image_size
         if size is not None:
             if len(size) != 2 or not all(isinstance(n, int) and 0 < n <= 1 << 13 for n in size):
                 raise UsageError(f"image_size is {size}; give (width, height), pixels.")
             object.__setattr__(self, "image_size", (size[0], size[1]))
         object.__setattr__(self, "augment", tuple(self.augment))
+
+    @property
+    def of_scene(self) -> bool:
+        """Whether items hold the scene's cells and not only those that the frame saw."""
+        return self.target == "scene" and not {*CELLS[:3]}.isdisjoint(self.keys)
 
     @property
     def past(self) -> int:
@@ -94,7 +114,11 @@ class ItemFormat:
         """The columns of the shards that items are made from."""
         keys = [*self.keys, *(self.history_keys if "history" in self.keys else ())]
         needed = [name for key in keys for name in COLUMNS_OF.get(key, ())]
-        return tuple(dict.fromkeys([*needed, *(["camera"] if self.augment else [])]))
+        if self.of_scene:
+            needed += ["occupied", "observed"]
+        if self.of_scene or self.upright or self.augment:
+            needed.append("camera")
+        return tuple(dict.fromkeys(needed))
 
     @property
     def media(self) -> tuple[str, ...]:
@@ -110,8 +134,11 @@ class ItemFormat:
         index = reader.index
         episode, frame = index.located(number)
         item: dict[str, Any] = {}
+        of_scene = self._of_scene(reader, number) if self.of_scene else {}
         for key in self.keys:
-            if key == "history":
+            if key in of_scene:
+                item[key] = torch.from_numpy(of_scene[key])
+            elif key == "history":
                 item |= self._history(reader, number, frame)
             elif key in ("episode", "frame_index"):
                 item[key] = index.episodes[episode] if key == "episode" else frame
@@ -119,8 +146,11 @@ class ItemFormat:
                 item[key] = reader.task(number)
             elif key == "pose":
                 item[key] = torch.from_numpy(reader.camera(number)[0].copy())
+            elif key == "grid_pose":
+                item[key] = torch.from_numpy(self._grid_pose(reader, number).astype(np.float32))
             else:
-                item[key] = torch.from_numpy(self._value(reader, key, number))
+                motion = self._own_motion(reader, number) if key in CELLS else None
+                item[key] = torch.from_numpy(self._value(reader, key, number, motion))
         if self.augment:
             assert rng is not None
             view = self._view(reader, number)
@@ -133,6 +163,34 @@ class ItemFormat:
         pose = reader.camera(number)[0].astype(np.float64)
         K = self._intrinsics(reader, number).astype(np.float64)
         return View(self.grid(reader.index.grid), pose, K, size, self.align_history)
+
+    def _grid_pose(self, reader: FrameReader, number: int) -> NDArray[np.float64]:
+        """(4, 4) world_from_grid of a frame's cells."""
+        pose = reader.camera(number)[0].astype(np.float64)
+        return upright_pose(pose) if self.upright else pose
+
+    def _own_motion(self, reader: FrameReader, number: int) -> NDArray[np.float64] | None:
+        """(4, 4) grid_from_camera of a frame; None where its cells stay in its camera's grid."""
+        if not self.upright:
+            return None
+        pose = reader.camera(number)[0].astype(np.float64)
+        return np.linalg.inv(self._grid_pose(reader, number)) @ pose
+
+    def _of_scene(self, reader: FrameReader, number: int) -> dict[str, NDArray[Any]]:
+        """The scene's cells around a frame, as "occupancy", "mask" and "labels"."""
+        motion, grid = self._own_motion(reader, number), reader.index.grid
+        observed = np.unpackbits(reader.observed(number), count=grid.cells).view(np.bool_)
+        observed = observed.reshape(grid.shape)
+        if motion is not None:
+            observed = resampled(observed, grid, np.linalg.inv(motion).astype(np.float64))
+        seen = self._labels(reader, number, motion), observed
+        pose = self._grid_pose(reader, number)
+        labels = reader.states(number).cut(grid, pose, self.voxel_stride, seen)
+        occupied, known = labels == 1, labels != UNKNOWN
+        if self.dense:
+            return {"occupancy": occupied, "mask": known, "labels": labels}
+        cells = np.argwhere(occupied).astype(np.int32)
+        return {"occupancy": cells, "mask": np.packbits(known), "labels": labels}
 
     def _value(
         self,
@@ -217,12 +275,15 @@ class ItemFormat:
         found: dict[str, list[NDArray[Any]]] = {key: [] for key in self.history_keys}
         if before:
             camera_from_world = np.linalg.inv(reader.camera(number)[0].astype(np.float64))
+            turn = self._own_motion(reader, number)
         for h, past_frame in enumerate(before):
             past = number - frame + past_frame
             motion = camera_from_world @ reader.camera(past)[0]
             poses[h] = motion
+            move = self._own_motion(reader, past)
+            if self.align_history:
+                move = motion if turn is None else turn @ motion
             for key in self.history_keys:
-                move = motion if self.align_history else None
                 found[key].append(self._value(reader, key, past, move))
         history = {}
         for key, values in found.items():

@@ -19,10 +19,11 @@ from occgen_hub.files import plain
 from occgen_hub.geometry.poses import RIGID, rigidity_error
 from occgen_hub.loading import REBUILD, SCHEMA, Trajectory
 from occgen_hub.media import SeekingVideo, decode_depth, decode_rgb, fitted, read_depth, read_rgb
+from occgen_hub.occupancy.states import SceneStates
 from occgen_hub.schema import load_schema
 from occgen_hub.shards import FEATURES
 from occgen_hub.training.selection import FrameIndex
-from occgen_hub.training.shard_file import open_group, open_shard, reading
+from occgen_hub.training.shard_file import open_group, open_shard, reading, states_of
 from occgen_hub.training.source import place
 
 HELD = {
@@ -36,6 +37,9 @@ Of the mask that is 80 MB at the seed's grid."""
 MAX_FILES = 64
 MAX_VIDEOS = 4
 """What a process keeps open."""
+
+MAX_SCENES = 16
+"""Of how many episodes a process keeps the states of the scene: some 4 MB each."""
 
 MAX_EPISODES = 4096
 """Of how many episodes a process keeps the tasks, and of how many row groups that they are right.
@@ -54,6 +58,10 @@ class FrameReader(ABC):
         self.index = index
         self._tasks = lru_cache(MAX_EPISODES)(self._read_tasks)
         self._video = lru_cache(MAX_VIDEOS)(self._open_video)
+
+    @abstractmethod
+    def states(self, number: int) -> SceneStates:
+        """The states of the cells of the scene of item `number`."""
 
     @abstractmethod
     def _decoded(self, name: str, group: int) -> Any:
@@ -168,12 +176,20 @@ class RandomReader(FrameReader):
     def __init__(self, index: FrameIndex) -> None:
         super().__init__(index)
         self._file = lru_cache(MAX_FILES)(self._open_file)
+        self._states = lru_cache(MAX_SCENES)(self._read_states)
         self._is_checked = lru_cache(MAX_EPISODES)(self._check_group)
         self._held = {
             name: lru_cache(count)(lambda group, name=name: self._decode(name, group))
             for name, count in HELD.items()
         }
         _keep_freed_memory(4 * index.grid.cells)
+
+    def states(self, number: int) -> SceneStates:
+        """See `FrameReader`."""
+        return self._states(self.index.located(number)[0])
+
+    def _read_states(self, episode: int) -> SceneStates:
+        return states_of(self.index.source, self.index.episodes[episode])
 
     def _decoded(self, name: str, group: int) -> Any:
         self._is_checked(group)
@@ -195,8 +211,10 @@ class RandomReader(FrameReader):
 class UnitReader(FrameReader):
     """Reads the frames of a few row groups, all of whose columns are decoded beforehand."""
 
-    def __init__(self, index: FrameIndex) -> None:
+    def __init__(self, index: FrameIndex, states: SceneStates | None = None) -> None:
+        """states: of the scene of the frames, where they are needed."""
         super().__init__(index)
+        self._states = states
         self._groups: dict[tuple[str, int], Any] = {}
 
     def load(self, shard: pq.ParquetFile, group: int, names: Iterable[str]) -> None:
@@ -210,6 +228,11 @@ class UnitReader(FrameReader):
             check_frames(row_group)
             for column in names:
                 self._groups[column, group] = COLUMNS[column](row_group)
+
+    def states(self, number: int) -> SceneStates:
+        """See `FrameReader`."""
+        assert self._states is not None
+        return self._states
 
     def _decoded(self, name: str, group: int) -> Any:
         return self._groups[name, group]

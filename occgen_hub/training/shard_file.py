@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from occgen_hub.errors import DatasetError, SourceError, UsageError
-from occgen_hub.files import check_column_names, opened, plain
+from occgen_hub.files import check_column_names, opened, parquet_file, plain
+from occgen_hub.occupancy.states import SceneStates
+from occgen_hub.scene_states import read_states, states_file
 from occgen_hub.shards import FEATURES, REMAKE
 from occgen_hub.training.source import Source, read_range, remote_size
 
@@ -42,6 +44,9 @@ FOOTER_BYTES = 1 << 17
 """Of a file on the Hub that are read first: they hold the metadata of some 50 row groups."""
 
 MAX_FOOTER_BYTES = 1 << 28
+
+MAX_STATES_BYTES = 1 << 31
+"""Of the file of a scene's states; that of a house of the sample has 0.1 MB."""
 
 
 def open_shard(source: Source, name: str) -> pq.ParquetFile:
@@ -141,6 +146,20 @@ class _RemoteShard:
             metadata=self.metadata,
             read_dictionary=["episode"],
         )
+
+
+def states_of(source: Source, episode: str) -> SceneStates:
+    """The states of an episode's scene; raises DatasetError where they cannot be read."""
+    name = states_file(episode.rpartition("/")[0])
+    with reading(source.path(name)):
+        if source.address is None:
+            with parquet_file(source.root / name) as file:
+                return read_states(file, episode)
+        address = f"{source.address}/{name}"
+        if (size := remote_size(address)) > MAX_STATES_BYTES:
+            raise ValueError("it is larger than any of ours")
+        content = pa.BufferReader(pa.py_buffer(read_range(address, 0, size)))
+        return read_states(pq.ParquetFile(content), episode)
 
 
 @contextmanager

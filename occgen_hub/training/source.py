@@ -13,6 +13,7 @@ from occgen_hub.errors import UsageError, in_brief
 from occgen_hub.hub_token import check_sendable
 from occgen_hub.index import INDEX
 from occgen_hub.loading import SCHEMA
+from occgen_hub.scene_states import FOLDER as STATES
 from occgen_hub.schema import load_schema
 from occgen_hub.shards import FOLDER
 
@@ -50,6 +51,7 @@ def fetched_source(source: str | Path, keys: Sequence[str], revision: str | None
         return Source(Path(source))
     repo_id, revision = _repository(source, revision)
     patterns = [f"{INDEX}/*.parquet", f"{FOLDER}/*.parquet"]
+    patterns += [f"{STATES}/*.parquet"] if "states" in keys else []
     patterns += [*(_pattern(file) for key in keys for file in _files(key))]
     return Source(_fetched(repo_id, revision, patterns))
 

@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from occgen_hub.errors import UsageError
+from occgen_hub.occupancy.states import SceneStates
 from occgen_hub.prefetch import prefetch
 from occgen_hub.training.augment import Augmentation
-from occgen_hub.training.dataset import check_media
+from occgen_hub.training.dataset import check_media, check_states
 from occgen_hub.training.items import DEFAULT_KEYS, ItemFormat, Transform, check_augmentations
-from occgen_hub.training.reader import MAX_FILES, UnitReader
+from occgen_hub.training.reader import MAX_FILES, MAX_SCENES, UnitReader
 from occgen_hub.training.selection import MEDIA, FrameIndex, Selection, frame_index
-from occgen_hub.training.shard_file import open_shard
+from occgen_hub.training.shard_file import open_shard, states_of
 from occgen_hub.training.source import streamed_source
 
 
@@ -75,6 +76,8 @@ class OccupancyStream(IterableDataset[dict[str, Any]]):
         rank: int | None = None,
         world_size: int | None = None,
         even: bool = False,
+        target: str = "visible",
+        upright: bool = False,
         history_len: int = 10,
         history_step: int = 2,
         align_history: bool = False,
@@ -94,6 +97,8 @@ class OccupancyStream(IterableDataset[dict[str, Any]]):
         self._format = ItemFormat(
             keys=keys,  # type: ignore[arg-type]  # made a tuple once it is checked
             dense=dense,
+            target=target,
+            upright=upright,
             voxel_stride=voxel_stride,
             image_size=image_size,
             history_len=history_len,
@@ -117,6 +122,7 @@ class OccupancyStream(IterableDataset[dict[str, Any]]):
         self.root = found.root
         self._index = frame_index(found, selection, self._format.media)
         check_media(self._index, self._format)
+        check_states(self._index, self._format)
         self.grid = self._format.grid(self._index.grid)
         self.episodes = self._index.episodes
         self.num_frames = int(self._index.starts[-1])
@@ -187,8 +193,12 @@ class OccupancyStream(IterableDataset[dict[str, Any]]):
             lambda shard: open_shard(index.source, index.shards[shard])
         )
 
+        scene_states = lru_cache(MAX_SCENES)(
+            lambda episode: states_of(index.source, index.episodes[episode])
+        )
+
         def load(unit: int) -> tuple[int, UnitReader]:
-            return unit, self._loaded(units[unit], open_file)
+            return unit, self._loaded(units[unit], open_file, scene_states)
 
         readers: dict[int, UnitReader] = {}
         # Closed at the end, so that a loop that is left early leaves no thread behind.
@@ -208,7 +218,10 @@ class OccupancyStream(IterableDataset[dict[str, Any]]):
                 yield item
 
     def _loaded(
-        self, unit: NDArray[np.int64], open_file: Callable[[int], pq.ParquetFile]
+        self,
+        unit: NDArray[np.int64],
+        open_file: Callable[[int], pq.ParquetFile],
+        scene_states: Callable[[int], SceneStates],
     ) -> UnitReader:
         """The row groups of a unit, and for histories those before it in the episode."""
         index, form = self._index, self._format
@@ -216,7 +229,7 @@ class OccupancyStream(IterableDataset[dict[str, Any]]):
         episode, _ = index.located(first)
         earliest = max(int(index.starts[episode]), first - form.past)
         names = [n for n in form.columns if n not in MEDIA or n in index.in_shards]
-        reader = UnitReader(index)
+        reader = UnitReader(index, scene_states(episode) if form.of_scene else None)
         for group in range(index.group_of(earliest), index.group_of(stop - 1) + 1):
             reader.load(open_file(int(index.groups[group, 0])), group, names)
         return reader

@@ -1,0 +1,72 @@
+"""Several sensors on one clock, fused as if they were one camera that jumped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from occgen_hub.geometry.camera import scale_intrinsics
+from occgen_hub.views import Views
+
+
+def joined_views(cameras: Sequence[Views]) -> Views:
+    """The views of n sensors that ran on one clock, in one world, as if one camera jumped.
+
+    Frame t of camera c is frame t * n + c. Depth and colours are brought to the size of the largest
+    images; each pixel is the nearest one's.
+    """
+    n, length = len(cameras), len(cameras[0].intrinsics)
+    size = max((views.image_size for views in cameras), key=prod)
+    poses = np.stack([views.world_from_camera for views in cameras], axis=1)
+    intrinsics = [
+        scale_intrinsics(views.intrinsics, *np.divide(size, views.image_size)) for views in cameras
+    ]
+    frames = [views.frames * n + c for c, views in enumerate(cameras)]
+
+    def depth(frame: int) -> NDArray[np.float32]:
+        own = cameras[frame % n].depth(frame // n)
+        return np.ascontiguousarray(_nearest(own, size))
+
+    def color(frame: int) -> NDArray[np.uint8]:
+        return np.ascontiguousarray(_nearest(cameras[frame % n].read_color(frame // n), size))
+
+    return replace(
+        cameras[0],
+        world_from_camera=np.ascontiguousarray(poses.reshape(n * length, 4, 4)),
+        intrinsics=np.ascontiguousarray(np.stack(intrinsics, axis=1).reshape(n * length, 3, 3)),
+        image_size=size,
+        depth_size=size,
+        frames=np.sort(np.concatenate(frames)),
+        read_depth=depth,
+        read_color=color,
+    )
+
+
+def _nearest[Pixel: np.generic](image: NDArray[Pixel], size: tuple[int, int]) -> NDArray[Pixel]:
+    """(h, w, ...) pixels resized to `size` (width, height), each the nearest one's."""
+    (height, width), (wide, high) = image.shape[:2], size
+    if (width, height) == size:
+        return image
+    rows = ((np.arange(high) + 0.5) * height / high).astype(np.int64)
+    columns = ((np.arange(wide) + 0.5) * width / wide).astype(np.int64)
+    return image[rows][:, columns]
+
+
+@dataclass(frozen=True)
+class MovingInAll:
+    """What moves in a moment, as any of n cameras saw it.
+
+    frames: the points that move in a frame of `joined_views`, (k, 3) float32 world metres.
+    """
+
+    frames: Callable[[int], NDArray[np.float32]]
+    cameras: int
+
+    def __call__(self, moment: int) -> NDArray[np.float32]:
+        """(k, 3) float32 world metres."""
+        first = moment * self.cameras
+        return np.concatenate([self.frames(first + c) for c in range(self.cameras)])

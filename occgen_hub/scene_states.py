@@ -1,0 +1,271 @@
+"""The three states of a dataset's scenes as Parquet: a file for each scene, a row for each block.
+
+`scene_states/BB/SCENE.parquet`, BB being the scene's bucket (see `index`), holds what `all_occ.npz`
+of its trajectories holds, for readers that have only the Parquet files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from occgen_hub.atomic import atomic_file
+from occgen_hub.errors import DatasetError, SourceError
+from occgen_hub.files import (
+    LINK_OUT,
+    PARQUET_DAMAGE,
+    PUT_FILE,
+    dump_json,
+    leads_out,
+    opened,
+    parquet_file,
+    parquet_problem,
+    plain,
+)
+from occgen_hub.index import bucket, file_stem
+from occgen_hub.loading import Trajectory
+from occgen_hub.occupancy.states import BLOCK_BYTES, SceneStates
+from occgen_hub.schema import plain_arrow, plain_texts
+
+FOLDER = "scene_states"
+PATTERN = "[0-9a-f][0-9a-f]/*.parquet"
+REMAKE = "remove it and run occgen-hub finalize on the dataset"
+GROUP_BLOCKS = 1024
+"""Blocks of a row group at most: 8 MB of bits. Each is of one trajectory."""
+
+MAX_BLOCKS = 1 << 18
+"""Of a trajectory: 2 GB of bits, and at 2 cm 69,000 cubic metres."""
+
+COLUMNS = {
+    "episode": pa.string(),
+    "voxel_size": pa.float64(),
+    "block": pa.list_(pa.int32()),
+    "occupied": pa.binary(),
+    "free": pa.binary(),
+}
+
+_KEY = b"occgen_states"
+_FORMAT = 1
+
+Scenes = Mapping[str, Sequence[tuple[str, Path]]]
+"""The ids and folders of the trajectories of each scene, in the order of their ids."""
+
+
+def states_file(scene: str) -> str:
+    """The file of a scene's states, relative to the dataset."""
+    return f"{FOLDER}/{bucket(scene)}/{file_stem(scene)}.parquet"
+
+
+def write_states(
+    out: Path,
+    scenes: Scenes,
+    kept: Collection[str],
+    workers: int = 1,
+    *,
+    overwrite: bool = False,
+) -> int:
+    """Bring `out`/scene_states up to date with the trajectories of these scenes.
+
+    Files that hold what they should are left alone; the bytes are those of a fresh start. kept:
+    scenes whose trajectories are somewhere else, whose files stay. workers: files written at once;
+    overwrite: whether files that are right are written as well. Returns how many were written.
+    Raises DatasetError for a trajectory or a file that cannot be taken, and OSError.
+    """
+    there, wanted = _own_files(out), {}
+    for scene, found in scenes.items():
+        place, pieces = out / states_file(scene), _pieces(found)
+        if overwrite or place not in there or _origin(place) != pieces:
+            wanted[place] = (found, pieces)
+    with ThreadPoolExecutor(workers) as pool:
+        running = [pool.submit(_write, place, *what) for place, what in wanted.items()]
+        for future in running:
+            future.result()
+    needed = {out / states_file(scene) for scene in (*scenes, *kept)}
+    remove_states(out, there - needed)
+    return len(wanted)
+
+
+def remove_states(out: Path, paths: Collection[Path]) -> None:
+    """Remove files of scenes' states, and the folders that are empty then."""
+    folder = out / FOLDER
+    for path in paths:
+        path.unlink(missing_ok=True)
+    for empty in (*folder.glob("[0-9a-f][0-9a-f]"), folder):
+        if empty.is_dir() and not any(empty.iterdir()):
+            empty.rmdir()
+
+
+def states_files(root: Path) -> list[Path]:
+    """The files of scenes' states that are on disk, sorted.
+
+    Raises DatasetError where one of them, or their folder, is a link out of the dataset.
+    """
+    folder = root / FOLDER
+    found = sorted(folder.glob(PATTERN))
+    for path in (folder, *found):
+        if leads_out(path, root):
+            raise DatasetError(path, LINK_OUT, PUT_FILE)
+    return found
+
+
+def read_states(file: pq.ParquetFile, episode: str) -> SceneStates:
+    """The states of an episode, from the open file of its scene; raises ValueError if not right."""
+    types = plain(file.schema_arrow.empty_table()).schema
+    for name, kind in COLUMNS.items():
+        if name not in types.names or types.field(name).type != kind:
+            raise ValueError(f"it has no column {name} of {kind}")
+    tables, count = [], 0
+    for n in range(file.num_row_groups):
+        rows = file.metadata.row_group(n).num_rows
+        if rows > GROUP_BLOCKS or rows < 1:
+            raise ValueError(f"row group {n} is larger than any of ours")
+        if file.read_row_group(n, ["episode"], use_threads=False)["episode"][0].as_py() == episode:
+            tables.append(plain(file.read_row_group(n, use_threads=False)))
+            count += rows
+        if count > MAX_BLOCKS:
+            raise ValueError(f"{episode[:80]} has more blocks than any of ours")
+    if not tables:
+        raise ValueError(f"it has nothing of {episode[:80]}")
+    table = pa.concat_tables(tables).combine_chunks()
+    if any(column.null_count for column in table.columns):
+        raise ValueError("a value is missing")
+    if table["episode"].unique().to_pylist() != [episode]:
+        raise ValueError("it has a row group of several episodes")
+    sizes = table["voxel_size"].unique().to_pylist()
+    if len(sizes) != 1 or not 0 < sizes[0] < float("inf"):
+        raise ValueError("it does not say the size of its cells")
+    blocks = table["block"].combine_chunks()
+    if not (np.diff(blocks.offsets.to_numpy()) == 3).all():
+        raise ValueError("a block has not three numbers")
+    numbers = blocks.flatten().to_numpy().reshape(-1, 3)
+    return SceneStates.from_packed(
+        sizes[0], numbers, *(_bits(table, k) for k in ("occupied", "free"))
+    )
+
+
+def check_states(root: Path, scenes: Scenes, known: Collection[str]) -> Iterator[DatasetError]:
+    """What is wrong with the files of scenes' states, compared with the trajectories here.
+
+    known: the scenes of the index whose occupancy is there as Parquet.
+    """
+    wanted = {root / states_file(scene): scene for scene in known}
+    there = states_files(root)
+    for path in sorted({*there} - {*wanted}):
+        yield DatasetError(path, "is of a scene that the index does not have", REMAKE)
+    for path, scene in sorted(wanted.items()):
+        if path not in there:
+            if scene in scenes:
+                yield DatasetError(path, "is missing", "run occgen-hub finalize on the dataset")
+            continue
+        for episode, folder in scenes.get(scene, ()):
+            expected = Trajectory.open(folder).states()
+            try:
+                with parquet_file(path) as file:
+                    found = read_states(file, episode)
+            except PARQUET_DAMAGE as error:
+                yield DatasetError(path, parquet_problem(error), REMAKE)
+                break
+            if not found.equals(expected):
+                problem = f"the states of {episode} are not what its trajectory holds"
+                yield DatasetError(path, problem, REMAKE)
+                break
+
+
+def _pieces(found: Sequence[tuple[str, Path]]) -> dict[str, Any]:
+    """What the file of a scene is made of, as it says itself."""
+    pieces = []
+    for episode, path in found:
+        trajectory = Trajectory.open(path)
+        name = trajectory.schema.path("scene_occupancy")
+        made_of = [trajectory.record["files"].get(name), trajectory.record["grid"]]
+        digest = hashlib.sha256(dump_json(made_of).encode()).hexdigest()
+        pieces.append({"episode": episode, "sha256": digest})
+    return {"format": _FORMAT, "pieces": pieces}
+
+
+def _origin(path: Path) -> Any:
+    """What a file says that it was made of; None where it cannot be read."""
+    try:
+        with opened(path) as file:
+            return json.loads((pq.read_metadata(file).metadata or {})[_KEY])
+    except (SourceError, *PARQUET_DAMAGE, KeyError):
+        return None
+
+
+def _own_files(out: Path) -> set[Path]:
+    """Files that may be replaced; raises DatasetError where one is none that we wrote."""
+    found = states_files(out)
+    for path in found:
+        try:
+            with opened(path) as file:
+                ours = _KEY in (pq.read_metadata(file).metadata or {})
+        except (SourceError, *PARQUET_DAMAGE):
+            continue  # One that cannot be read may be one of ours.
+        if not ours:
+            problem = "stands in the place of a scene's states, and occgen-hub did not write it"
+            raise DatasetError(path, problem, "move it away, and run the build again")
+    return set(found)
+
+
+def _write(place: Path, found: Sequence[tuple[str, Path]], pieces: dict[str, Any]) -> None:
+    """Write the file of a scene, row group by row group, each of one trajectory."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    described = {
+        "episode": {"dtype": "string", "_type": "Value"},
+        "voxel_size": {"dtype": "float64", "_type": "Value"},
+        "block": {"feature": {"dtype": "int32", "_type": "Value"}, "length": 3, "_type": "List"},
+        **{k: {"dtype": "binary", "_type": "Value"} for k in ("occupied", "free")},
+    }
+    schema = pa.schema(
+        list(COLUMNS.items()), {"huggingface": json.dumps({"info": {"features": described}})}
+    )
+    how: dict[str, Any] = {
+        "compression": "zstd",
+        "compression_level": 9,
+        "use_dictionary": ["episode", "voxel_size"],
+        "write_statistics": ["episode"],
+    }
+    with (
+        atomic_file(place) as partial,
+        pa.OSFile(os.fsencode(partial), "wb") as file,  # A path may look like a URI.
+        pq.ParquetWriter(file, schema, **how) as writer,
+    ):
+        writer.add_key_value_metadata({_KEY: dump_json(pieces).encode()})
+        for episode, path in found:
+            states = Trajectory.open(path).states()
+            for start in range(0, max(len(states.blocks), 1), GROUP_BLOCKS):
+                writer.write_table(_table(episode, states, start, schema))
+
+
+def _table(episode: str, states: SceneStates, start: int, schema: pa.Schema) -> pa.Table:
+    part = states.part(start, start + GROUP_BLOCKS)
+    count = len(part.blocks)
+    ends = np.arange(0, 3 * count + 1, 3, dtype=np.int32)
+    numbers = plain_arrow(np.ascontiguousarray(part.blocks, np.int32).reshape(-1))
+    bits = (plain_texts(pa.binary(), [row.tobytes() for row in rows]) for rows in part.packed())
+    columns = [
+        plain_texts(pa.string(), [episode.encode()] * count),
+        plain_arrow(np.full(count, states.voxel_size)),
+        pa.ListArray.from_arrays(plain_arrow(ends), numbers),
+        *bits,
+    ]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _bits(table: pa.Table, name: str) -> Any:
+    """(B, 4096) uint8 of a column of bits."""
+    column = table[name].combine_chunks()
+    _, offsets, content = column.buffers()
+    ends = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1]
+    if not (np.diff(ends) == BLOCK_BYTES).all():
+        raise ValueError(f"{name} is not of blocks of 32 x 32 x 32 cells")
+    return np.frombuffer(content, np.uint8)[ends[0] : ends[-1]].reshape(-1, BLOCK_BYTES)
