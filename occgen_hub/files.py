@@ -261,7 +261,11 @@ def _too_large(path: Path) -> SourceError:
     return SourceError(path, problem, "check that it is the right file")
 
 
-        raise SourceError(path, parquet_problem(error), "restore it from the source") from None
+def sha256(path: Path, limit: int | None = None) -> str:
+    """The SHA-256 of a file's content in hexadecimal.
+
+    Raises SourceError, also for a file of more than `limit` bytes.
+    """
     with opened(path) as file:
         if limit is not None and os.fstat(file.fileno()).st_size > limit:
             problem = f"holds more than {limit >> 30} GB, more than any file of a dataset"
