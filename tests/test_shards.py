@@ -472,7 +472,7 @@ def test_shards_of_another_trajectory_are_noticed(source, mine, tmp_path):
     ("harm", "words"),
     [
         (lambda p: p.unlink(), "has no row of sample_zed/house_000/trajectory_0"),
-        (lambda p: p.write_bytes(b"PAR1"), "is not a parquet file"),
+        (lambda p: p.write_bytes(b"PAR1"), "is not a readable Parquet file"),
         (lambda p: pq.write_table(pq.read_table(p).slice(1), p), "has no row of"),
         (
             lambda p: pq.write_table(pq.read_table(p).drop_columns(["frames"]), p),
