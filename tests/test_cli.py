@@ -128,7 +128,7 @@ def test_inspect_without_media_shows_the_cloud(sample_tree, tmp_path):
         (["build", "--input", "EMPTY", "--output", "OUT", "--set", "voxelsize=1"], "voxel_size"),
         (
             ["build", "--input", "EMPTY", "--output", "OUT", "--set", "voxel_size=-1"],
-            "voxel_size: has to be greater than or equal to 0.0001 (edge of an occupancy cell)",
+            "voxel_size: must be greater than or equal to 0.0001 (edge of an occupancy cell)",
         ),
         (
             ["build", "--input", "EMPTY", "--output", "OUT", "--set", "pc_range=[1,2]"],
@@ -137,7 +137,7 @@ def test_inspect_without_media_shows_the_cloud(sample_tree, tmp_path):
         (["build", "--input", "EMPTY", "--output", "OUT", "--set", "mesh=maybe"], "true or false"),
         (
             ["build", "--input", "EMPTY", "--output", "OUT", "--set", "interval=yes"],
-            "interval: expected no yes or no",
+            "interval: cannot be true or false",
         ),
         (["build", "--input", "EMPTY", "--output", "OUT", "--set", " =1"], "expected key=value"),
         (["build", "--input", "SAMPLE", "--output", ""], "'--output': is empty"),
