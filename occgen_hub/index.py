@@ -27,8 +27,8 @@ from occgen_hub.files import (
     PUT_FILE,
     dump_json,
     leads_out,
-    no_parquet,
     parquet_file,
+    parquet_problem,
     plain,
     sha256,
 )
@@ -296,7 +296,7 @@ def read_part(path: Path, columns: Sequence[str] = tuple(SCHEMA.names)) -> pa.Ta
             table = plain(file.read(columns, use_threads=False)).replace_schema_metadata(None)
             table.validate(full=True)
     except PARQUET_DAMAGE as error:
-        raise DatasetError(path, no_parquet(error), FINALIZE) from None
+        raise DatasetError(path, parquet_problem(error), FINALIZE) from None
     except SourceError as error:
         raise DatasetError(path, error.problem, FINALIZE) from None
     _check_names(path, table)

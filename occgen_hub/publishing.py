@@ -48,6 +48,7 @@ from occgen_hub.loading import trajectories
 from occgen_hub.prefetch import prefetch
 from occgen_hub.runtime.lock import LOGS
 from occgen_hub.runtime.results import Failure
+from occgen_hub.scene_states import FOLDER as STATES
 from occgen_hub.scenes import SceneRef, read_scene
 from occgen_hub.schema import load_schema
 from occgen_hub.shards import FOLDER, write_shards
@@ -292,6 +293,10 @@ class HubPublisher:
         self._send(rows, kept)
         self._settle(kept)
 
+    def _staged(self) -> list[Path]:
+        """The Parquet files that were written for a batch."""
+        return [path for name in (FOLDER, STATES) for path in files_under(self._stage / name)]
+
     def _valid(self, unit: str) -> tuple[list[Path], list[Path]]:
         """The trajectories of a scene that may be sent, and the others, which are failures."""
         good, bad = [], []
@@ -313,8 +318,7 @@ class HubPublisher:
         out, files = self._job.out, dict[str, Path]()
         for path in () if self._packed else kept:
             files |= {file.relative_to(out).as_posix(): file for file in files_under(path)}
-        shards = self._stage / FOLDER
-        files |= {f.relative_to(self._stage).as_posix(): f for f in files_under(shards)}
+        files |= {f.relative_to(self._stage).as_posix(): f for f in self._staged()}
         self._check_limit(rows)
         added = [CommitOperationAdd(name, str(path)) for name, path in sorted(files.items())]
         *first, last = batched(added, COMMIT_FILES)
@@ -353,7 +357,7 @@ class HubPublisher:
         """Raise HubError where files would be too many, and say once where they will be."""
         scenes = {row.scene for row in rows}
         total = self._hub.files(scenes) + sum(row.files for row in rows)
-        total += len({name for row in rows for name in row.shards})
+        total += len({name for row in rows for name in row.shards}) + len(scenes)
         remedy = "give --layout packed, which keeps all in shards, and a new --push-to"
         if total > MAX_FILES:
             raise HubError(
@@ -387,7 +391,7 @@ class HubPublisher:
         if self._keep == "none":
             self._remove(kept)
         else:
-            for path in files_under(self._stage / FOLDER):
+            for path in self._staged():
                 place = self._job.out / path.relative_to(self._stage)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 path.replace(place)
@@ -527,6 +531,7 @@ class _HubIndex:
                 table = table.filter(keep)
             total += pc.sum(table["files"]).as_py() or 0
             total += len(pc.unique(table["shards"].combine_chunks().flatten()))
+            total += len(pc.unique(table["scene"]))  # The files of their states.
         return total
 
     def merged(

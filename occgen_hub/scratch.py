@@ -1,4 +1,4 @@
-"""Scratch: a folder of bounded size for what is fetched and unpacked, removed when it was used."""
+"""Scratch: a temporary folder of bounded size for downloaded and unpacked scenes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from occgen_hub.errors import OccGenError, SourceError, UsageError
-from occgen_hub.files import hold
+from occgen_hub.files import try_lock
 
 PREFIX = "occgen-"
 LOCK = ".occgen-lock"
 MADE = b"made"
-"""What the lock file holds where a build made the folder."""
+"""Content of the lock file if a build created the folder."""
 
 ATTEMPTS = 5
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -32,18 +32,18 @@ class ScratchClosedError(OccGenError):
 
 @dataclass(frozen=True)
 class ScratchPlace:
-    """Where scratch is, and how many bytes one process may hold there."""
+    """The folder of scratch, and the bytes that one process may use there."""
 
     folder: Path
     limit: int = DEFAULT_LIMIT
 
     def shared(self, processes: int) -> ScratchPlace:
-        """The part of each of so many processes."""
+        """The share of each of `processes` processes."""
         return replace(self, limit=self.limit // processes)
 
 
 def parse_bytes(text: str) -> int:
-    """A number of bytes such as 500MB or 64G, in powers of 1000; raises UsageError."""
+    """Parse a size such as 500MB or 64G, in powers of 1000. Raises UsageError below 1 MB."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([kmgt]?)b?", text.strip().lower())
     if match is None or (size := int(float(match[1]) * UNITS[match[2]])) < 1_000_000:
         raise UsageError(f"{text}: is not a size of 1 MB or more; give one such as 500MB or 64GB.")
@@ -51,7 +51,7 @@ def parse_bytes(text: str) -> int:
 
 
 class Scratch:
-    """This process's folder in scratch. Rooms in it hold at most `limit` bytes together."""
+    """This process's folder in scratch. Its rooms together have at most `limit` bytes."""
 
     def __init__(self, place: ScratchPlace, folder: Path) -> None:
         self.place, self.folder = place, folder
@@ -60,17 +60,17 @@ class Scratch:
         self._closed = False
 
     def room(self) -> Room:
-        """A new, empty folder, which counts toward the limit until it is closed."""
+        """Create an empty folder, whose content counts toward the limit until it is closed."""
         return Room(self, Path(tempfile.mkdtemp(dir=self.folder)))
 
     def close(self) -> None:
-        """Raise ScratchClosedError where somebody goes on writing."""
+        """Make all further writing raise ScratchClosedError."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
     def fits(self, size: int) -> bool:
-        """Whether there is place for so many bytes now."""
+        """Whether so many bytes are free now."""
         with self._changed:
             return self._held() + size <= self.place.limit
 
@@ -82,7 +82,7 @@ class Scratch:
         with self._changed:
             self._rooms.add(room)
             while not self._closed and self._held() + size > limit and self._held() > room.bytes:
-                self._changed.wait()  # Until the scene before this one is written.
+                self._changed.wait()  # Until the previous scene is written and its room closed.
             if self._closed:
                 raise ScratchClosedError(f"{self.folder}: the build was stopped; run it again.")
             if room.bytes + size > limit:
@@ -102,7 +102,7 @@ class Scratch:
 
 
 class Room:
-    """A folder in scratch. bytes: what it holds; name: what errors call it."""
+    """A folder in scratch. bytes: size of its content; name: for errors."""
 
     def __init__(self, scratch: Scratch, folder: Path) -> None:
         self.scratch, self.folder = scratch, folder
@@ -160,7 +160,7 @@ def _own_folder(folder: Path) -> tuple[Path, int]:
                 _clear_leftovers(folder)
                 own = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))
                 handle = os.open(own, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                hold(handle)
+                try_lock(handle)
                 return own, handle
         except FileNotFoundError:  # Another process removed it, as the last one to use it.
             if attempt == ATTEMPTS - 1:
@@ -196,7 +196,7 @@ def _clear_leftovers(folder: Path) -> None:
         with suppress(OSError):
             handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
-                if hold(handle):
+                if try_lock(handle):
                     shutil.rmtree(path, ignore_errors=True)
             finally:
                 os.close(handle)

@@ -34,9 +34,9 @@ from occgen_hub.files import (
     PUT_FILE,
     dump_json,
     leads_out,
-    no_parquet,
     opened,
     parquet_file,
+    parquet_problem,
     plain,
     printable,
     read_bytes,
@@ -673,6 +673,6 @@ def _groups(path: Path) -> Iterator[pa.Table]:
                 table.validate(full=True)
                 yield table
     except PARQUET_DAMAGE as error:
-        raise DatasetError(path, no_parquet(error), REMAKE) from None
+        raise DatasetError(path, parquet_problem(error), REMAKE) from None
     except SourceError as error:
         raise DatasetError(path, error.problem, REMAKE) from None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, linear
 
-from occgen_hub.engines.pi3.network import FARTHEST, Pi3, Pi3X
+from occgen_hub.engines.pi3.network import MAX_LOG_DEPTH, Pi3, Pi3X
 
 Weights = Mapping[str, Tensor]
 BASE = 100.0
@@ -136,7 +136,7 @@ def plain(model: nn.Module) -> Callable[[Tensor], dict[str, Tensor]]:
         if isinstance(model, Pi3X):
             size = (images.shape[-2], images.shape[-1])
             xy, z = model.point_head(tokens("point"), h, w, size)
-            z = z.clamp(max=FARTHEST).exp()
+            z = z.clamp(max=MAX_LOG_DEPTH).exp()
             local = torch.cat((xy * z, z), 1).permute(0, 2, 3, 1)
             (conf,) = model.conf_head(tokens("conf"), h, w, size)
             token = metric_token(

@@ -103,7 +103,7 @@ def test_the_root_itself_is_not_passed_over(mine, unreadable, kind):
 def test_a_fault_of_the_machine_ends_the_listing(mine, unreadable, kind, number):
     """Or a folder of episodes would be missing as if it were not there."""
     unreadable(mine / "sample_zed", number)
-    with pytest.raises(MachineError, match="mend that and run again"):
+    with pytest.raises(MachineError, match="fix that and run again"):
         names(kind(mine))
 
 

@@ -227,7 +227,7 @@ def test_a_users_own_card_and_picture_are_kept(sample_tree, tmp_path):
     (out / "README.md").write_text(text)
     assert not is_own(out / "README.md")
     (remark,) = build(sample_tree, out)
-    assert f"{out / 'README.md'} is not occgen-hub's, and was left as it was" in remark
+    assert f"{out / 'README.md'} was not written by occgen-hub and is left unchanged" in remark
     assert (out / "README.md").read_text() == text
     assert validate(out).findings == ()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from commands import occgen_hub
 from PIL import Image
 
 from occgen_hub.cli import cli
+from occgen_hub.cli.command import by_folder, say_by_folder
 from occgen_hub.visual.colors import ramp
 
 
@@ -199,3 +201,34 @@ def test_wrong_usage_ends_with_2_and_one_sentence(sample_tree, dataset, tmp_path
     assert placed(words) in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "o").exists()
+
+
+def test_many_lines_become_totals_of_folders(capsys):
+    paths = {f"g/s{s}/t/videos/{k}/{n}.jpg": n for s in range(9) for k in "ab" for n in range(50)}
+    paths |= {"README.md": 7}
+    folders = by_folder(paths)
+    assert list(folders) == [".", *(f"g/s{s}/t/videos/{k}" for s in range(9) for k in "ab")]
+    assert sum(map(len, folders.values())) == len(paths)
+    assert len(by_folder(f"g{n}/a/b" for n in range(99))) == 99
+    assert by_folder([]) == {}
+
+    lines = {path: f"line {n}" for path, n in paths.items()}
+    assert say_by_folder(lines, lambda names: f"{len(names)} files", verbose=False)
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == ["1 files  .", "50 files  g/s0/t/videos/a"]
+    assert said[-1] == "--verbose lists all 901."
+    assert not say_by_folder(lines, lambda _: "", verbose=True)
+    assert capsys.readouterr().out.splitlines() == list(lines.values())
+    say_by_folder({f"g{n}/a/b": "" for n in range(99)}, lambda _: "1", verbose=False)
+    assert "and 79 more folders" in capsys.readouterr().out
+
+
+def test_a_dry_run_of_many_episodes_counts_them_by_scene(sample_tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[say_by_folder.__module__], "MOST_LINES", 1)
+    command = ["build", "--input", str(sample_tree), "--output", str(tmp_path / "o"), "--dry-run"]
+    said = CliRunner().invoke(cli, command, catch_exceptions=False).stdout
+    assert re.search(r"^ +2 of +2 to build  sample_zed", said, re.M), said
+    assert "\n2 to build: is not there\n" in said
+    assert "trajectory_0" not in said
+    said = CliRunner().invoke(cli, [*command, "--verbose"], catch_exceptions=False).stdout
+    assert said.count("trajectory_") == 2

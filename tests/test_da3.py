@@ -17,7 +17,7 @@ from occgen_hub.builder import load_builder
 from occgen_hub.config import Config
 from occgen_hub.engines import Auto, check_license, load_engine, network_engine
 from occgen_hub.engines.network import View
-from occgen_hub.engines.weights import find, published
+from occgen_hub.engines.weights import find_weights, published
 from occgen_hub.errors import UsageError
 from occgen_hub.geometry.sim3 import Sim3
 from occgen_hub.job import list_episodes
@@ -72,7 +72,7 @@ def test_conventions_are_those_of_the_project(checkpoint, episode):
 
     assert found.points.shape == (3, *size[::-1], 3)
     assert found.confidence.shape == (3, *size[::-1])
-    assert found.looks.shape == (3, 384)
+    assert found.descriptors.shape == (3, 384)
     np.testing.assert_allclose(found.points[..., 2], own.depth[0], rtol=1e-4, atol=1e-5)
     logit = np.log(own.depth_conf[0].numpy() - 1)
     np.testing.assert_allclose(found.confidence, 1 / (1 + np.exp(-logit)), atol=1e-4)
@@ -112,7 +112,7 @@ def test_a_longer_side_is_at_most_504_pixels():
 
 
 def test_other_models_are_known_by_their_size(checkpoint):
-    found = find("da3", checkpoint, missing="raise")
+    found = find_weights("da3", checkpoint, missing="raise")
     assert found.checkpoint.preset == "da3-small"
     assert found.record()["license"] == "apache-2.0"
     assert isinstance(network_engine(checkpoint, "cpu").name, str)

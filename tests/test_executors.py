@@ -239,8 +239,8 @@ def test_finalize_lists_what_no_shard_has_done(three: Path, expected: Tree, tmp_
     done = occgen_hub("finalize", out)
     assert done.returncode == 1, done.stderr
     assert "1 built, 0 already there, 2 failed of 3 episodes" in done.stdout
-    assert f"{second}: shard 1/3 did not end; run the same build again." in done.stdout
-    assert f"{third}: shard 2/3 did not end; run the same build again." in done.stdout
+    assert f"{second}: shard 1/3 did not finish; run the same build again." in done.stdout
+    assert f"{third}: shard 2/3 did not finish; run the same build again." in done.stdout
     assert {failure.id for failure in read_failures(out)} == {second, third}
     for index in (1, 2):
         build_shard(job(three, out), Shard(index, 3))
@@ -265,7 +265,7 @@ def test_the_same_command_does_what_a_killed_shard_left(
     assert second.returncode == 0, second.stderr
     early = occgen_hub("finalize", out)
     assert early.returncode == 1
-    assert "shard 0/2 did not end; run the same build again." in early.stdout
+    assert "shard 0/2 did not finish; run the same build again." in early.stdout
     again = occgen_hub(*command(source, out, "--shard", "0/2"))
     assert again.returncode == 0, again.stderr
     assert "0 already there" not in again.stdout
@@ -664,7 +664,7 @@ def test_what_failed_is_tried_again(three: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (ImportError("no lib"), "a library could not be loaded (no lib); mend the installation"),
+        (ImportError("no lib"), "a library could not be loaded (no lib); repair the installation"),
         (MemoryError(), "needs more memory than there is; use fewer --workers"),
         (OSError(5, "Input/output error", "x.png"), "x.png: cannot be read or written (Input/"),
         (KeyError("k"), "failed for an unexpected reason (KeyError: 'k'); please report it"),
@@ -758,9 +758,9 @@ def test_a_dry_run_fetches_no_weights(three: Path, tmp_path: Path) -> None:
     assert "frames in 1 window" in done.stderr
     assert "Licence of its weights: CC BY-NC 4.0" in done.stderr
     assert "Before the build: there are no weights for pi3x" in done.stderr
-    assert "could not be fetched" not in done.stderr
+    assert "could not be downloaded" not in done.stderr
     done = occgen_hub(*command(three, tmp_path / "out"), **offline)
-    assert "could not be fetched" in done.stderr
+    assert "could not be downloaded" in done.stderr
 
 
 def test_a_condition_that_the_source_lacks_is_wrong_usage(three: Path, tmp_path: Path) -> None:
@@ -959,11 +959,50 @@ def test_a_disk_of_64_mb_that_fills_up(
     assert tree(out) == expected
 
 
-# Killed
-
-
 KILLS = int(os.environ.get("OCCGEN_KILLS", "0"))
 """How often the long version kills; the short one, of every run, is in test_runtime.py."""
+
+
+# Other machines
+
+
+ELSEWHERE = """
+import os, sys
+os.umask(int(sys.argv.pop(1), 8))
+from occgen_hub.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("number", range(16 if KILLS else 1))
+def test_the_machine_does_not_show(
+    source: Path, expected: Tree, tmp_path: Path, number: int
+) -> None:
+    """Other threads, locales, time zones, umasks, hash seeds, caches, and a copied source."""
+    rng = random.Random(number)
+    threads = str(rng.choice((1, 2, 3, 8)))
+    env = {
+        "NUMBA_NUM_THREADS": threads,
+        "OMP_NUM_THREADS": rng.choice((threads, "1")),
+        "OPENBLAS_NUM_THREADS": threads,
+        "PYTHONHASHSEED": str(rng.randrange(1000)),
+        "TZ": rng.choice(("Asia/Kathmandu", "America/St_Johns", "UTC")),
+        "LC_ALL": rng.choice(("C", "POSIX", "C.UTF-8", "tr_TR.UTF-8", "de_DE.ISO-8859-1")),
+        "MALLOC_PERTURB_": str(rng.choice((0, 85, 170))),
+        "PYTHONUTF8": rng.choice(("0", "1")),
+    }
+    if rng.random() < 0.25:
+        env["NUMBA_CACHE_DIR"] = str(tmp_path / "cold")
+    if rng.random() < 0.5:
+        source = Path(shutil.copytree(source, tmp_path / "copied", copy_function=shutil.copy))
+    umask, workers = rng.choice(("022", "077", "002")), str(rng.choice((1, 2)))
+    arguments = (umask, *command(source, tmp_path / "out", "--workers", workers))
+    done = occgen_hub(*arguments, launcher=("-c", ELSEWHERE), timeout=900, **env)
+    assert done.returncode == 0, (env, done.stderr)
+    assert tree(tmp_path / "out") == expected, env
+
+
+# Killed
 
 
 @pytest.mark.skipif(not KILLS, reason="OCCGEN_KILLS says how often; ten minutes for 50")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.ndimage import gaussian_filter, map_coordinates
 
-from occgen_hub.engines.keyframes import LONGEST_GAP, keyframes, refine_skipped
+from occgen_hub.engines.keyframes import MAX_GAP, keyframes, refine_skipped
 
 SIZE = (192, 108)
 K = np.array([[150.0, 0, 96], [0, 150, 54], [0, 0, 1]])
@@ -37,9 +37,9 @@ def test_a_camera_that_stands_has_few_keyframes():
     found = keyframes(lambda t: seen(poses[t]), len(poses))
     assert found[0] == 0
     assert found[-1] == 89
-    assert np.diff(found).max() <= LONGEST_GAP
+    assert np.diff(found).max() <= MAX_GAP
     moving = ((found >= 25) & (found < 45)).sum()
-    assert moving >= 9  # A step shifts the picture by 1.25 %, two of them by more than `MOVED`.
+    assert moving >= 9  # A step shifts the picture by 1.25 %, two of them by more than `MAX_SHIFT`.
     assert len(found) - moving <= 6
 
 

@@ -53,6 +53,7 @@ GROUND_TO_ROOF = [
     "runtime",
     "frame_exports",
     "exporting",
+    "navdp",
     "hub",
     "publishing",
     "api",

@@ -11,8 +11,8 @@ from scipy.spatial.transform import Rotation
 
 from occgen_hub.builder import load_builder
 from occgen_hub.engines.frames import network_depth
-from occgen_hub.engines.loops import around, candidates, close_loops, plausible
-from occgen_hub.engines.network import unprojected
+from occgen_hub.engines.loops import candidates, close_loops, plausible, views_around
+from occgen_hub.engines.network import unproject
 from occgen_hub.engines.store import FrameStore
 from occgen_hub.engines.windows import Assembly, Window, plan
 from occgen_hub.geometry.camera import scale_intrinsics
@@ -110,12 +110,12 @@ def test_hundreds_of_windows_are_solved():
 
 def test_candidates_look_alike_and_are_far_apart():
     rng = np.random.default_rng(0)
-    looks = np.cumsum(rng.normal(size=(200, 32)), axis=0).astype(np.float32)
-    looks[185:] = looks[5:20] + 0.01
-    found = candidates(looks, plan(200, 24, 12))
+    descriptors = np.cumsum(rng.normal(size=(200, 32)), axis=0).astype(np.float32)
+    descriptors[185:] = descriptors[5:20] + 0.01
+    found = candidates(descriptors, plan(200, 24, 12))
     assert found[0].second - found[0].first == 180
     assert all(c.second - c.first >= 48 for c in found)
-    assert found == candidates(looks, plan(200, 24, 12))
+    assert found == candidates(descriptors, plan(200, 24, 12))
 
 
 FRAMES, SIZE = 160, (24, 14)
@@ -133,7 +133,7 @@ def rooms(tmp_path_factory):
     depth = np.stack([network_depth(episode.read_depth(t), SIZE) for t in there])
     depth[depth <= 0] = 5.0
     K = scale_intrinsics(episode.intrinsics[0], *np.divide(SIZE, episode.image_size))
-    local = unprojected(depth, np.repeat(K[None], len(depth), axis=0))
+    local = unproject(depth, np.repeat(K[None], len(depth), axis=0))
     return episode.world_from_camera[way], local[way], episode.image_size
 
 
@@ -169,22 +169,22 @@ def closed(assembly: Assembly, rooms, first: int, second: int, claimed: Sim3) ->
     end, as the place of the world that it takes it for."""
     poses, local, _ = rooms
     count = len(poses)
-    looks = np.random.default_rng(0).normal(size=(count, 64)).astype(np.float32)
-    looks = np.repeat(looks[::16], 16, axis=0) + 0.5 * looks
-    looks[second] = looks[first]
+    descriptors = np.random.default_rng(0).normal(size=(count, 64)).astype(np.float32)
+    descriptors = np.repeat(descriptors[::16], 16, axis=0) + 0.5 * descriptors
+    descriptors[second] = descriptors[first]
 
-    def look(places):
+    def predict(places):
         half = len(places) // 2
         own = poses[places].copy()
         own[half:] = claimed.poses(own[half:])
         return window_of(own, local[places])
 
-    def remembered(places):
+    def stored(places):
         depth = np.stack([assembly.depth(place) for place in places])
         points = local[places] * (depth / local[places][..., 2])[..., None]
         return window_of(assembly.world_from_camera[places], points)
 
-    return close_loops(assembly, looks, look, remembered)
+    return close_loops(assembly, descriptors, predict, stored)
 
 
 def test_a_place_that_is_come_back_to_closes_the_loop(rooms, tmp_path):
@@ -211,7 +211,10 @@ def test_like_rooms_are_no_loop(rooms, tmp_path):
         if seed % 5 == 0:  # None of them moves a window.
             assembly = bent_windows(tmp_path / str(seed), rooms, seed)
         first, second = 10 + seed, FRAMES // 2 - 10 + seed
-        target, source = poses[around(first, FRAMES, 20)[10]], poses[around(second, FRAMES, 20)[10]]
+        target, source = (
+            poses[views_around(first, FRAMES, 20)[10]],
+            poses[views_around(second, FRAMES, 20)[10]],
+        )
         R = target[:3, :3] @ source[:3, :3].T
         claimed = Sim3(1.0, R, target[:3, 3] - R @ source[:3, 3])
         assert np.linalg.norm(target[:3, 3] - source[:3, 3]) > 1.5

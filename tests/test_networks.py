@@ -65,7 +65,7 @@ def test_full_size_networks_compute_what_the_published_ones_do(name):
         known = {INPUTS[k]: reference[k] for k in INPUTS if k in reference}
         found = outputs(network, reference["imgs"], **known)
         wanted = {k for k in reference if k != "imgs" and k not in INPUTS}
-        assert wanted | {"looks"} == set(found)  # Ours: by which loops are found.
+        assert wanted | {"descriptors"} == set(found)  # Ours: by which loops are found.
         for key in wanted:
             ours = found[key][:, ::step, ::step] if found[key].ndim == 4 else found[key]
             error = np.linalg.norm(ours - reference[key]) / np.linalg.norm(reference[key])
@@ -176,7 +176,7 @@ def test_depth_without_a_valid_pixel_is_survived(tiny, images):
 
 
 def test_images_that_are_no_whole_patches_are_refused(tiny):
-    with pytest.raises(ValueError, match="60 x 56 pixels are no whole number of 14 x 14"):
+    with pytest.raises(ValueError, match="60 x 56 pixels: not multiples of 14"):
         tiny["pi3"](torch.zeros(1, 1, 3, 56, 60))
 
 
@@ -350,18 +350,21 @@ def broken(folder: Path, how: str) -> Path:
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ("missing", r"lacks camera_head\.\S+(, camera_head\.\S+){4} and 15 more"),
-        ("extra", r"has besides teacher\.weight"),
-        ("shape", r"in another shape camera_head\.fc_t\.weight \[4, 64\] for \[3, 64\]"),
-        ("truncated", "not a whole safetensors file"),
-        ("garbage", "not a whole safetensors file"),
-        ("empty", "not a whole safetensors file"),
-        ("terabytes", "not a whole safetensors file"),
-        ("pickle", "not a whole safetensors file"),
-        ("gone", "no such file"),
+        ("missing", r"missing tensors: camera_head\.\S+(, camera_head\.\S+){4} and 15 more"),
+        ("extra", r"unexpected tensors: teacher\.weight"),
+        (
+            "shape",
+            r"tensors with another shape: camera_head\.fc_t\.weight \[4, 64\] instead of \[3, 64\]",
+        ),
+        ("truncated", "not a complete safetensors file"),
+        ("garbage", "not a complete safetensors file"),
+        ("empty", "not a complete safetensors file"),
+        ("terabytes", "not a complete safetensors file"),
+        ("pickle", "not a complete safetensors file"),
+        ("gone", "does not exist"),
         ("config", r"config\.json: does not describe a checkpoint \(sizes\.width"),
         ("config text", r"config\.json: is not valid JSON"),
-        ("other", "is of pi3x"),
+        ("other", "has weights of pi3x"),
     ],
 )
 def test_weights_that_do_not_fit_are_told_in_a_sentence(tmp_path, how, says):
@@ -376,7 +379,7 @@ def test_weights_that_do_not_fit_are_told_in_a_sentence(tmp_path, how, says):
 def test_tensors_that_do_not_fit_are_told_as_well():
     tensors = random_weights("pi3")
     del tensors["register_token"]
-    with pytest.raises(WeightsError, match=r"the weights: .* lacks register_token"):
+    with pytest.raises(WeightsError, match=r"the weights: .*missing tensors: register_token"):
         load_network("pi3", tensors, sizes=TINY)
 
 

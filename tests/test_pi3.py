@@ -26,7 +26,7 @@ from occgen_hub.builder import load_builder
 from occgen_hub.config import Config
 from occgen_hub.engines import Auto, load_engine
 from occgen_hub.engines.frames import depth_edges, network_depth, network_image, network_size
-from occgen_hub.engines.network import unprojected, window_size
+from occgen_hub.engines.network import unproject, window_size
 from occgen_hub.engines.pi3.engine import MEMORY
 from occgen_hub.engines.store import FrameStore
 from occgen_hub.engines.windows import Assembly, Window, plan
@@ -436,7 +436,7 @@ def test_300_frames_in_windows_keep_their_path(episode, tmp_path):
     path = np.linalg.norm(np.diff(poses[:, :3, 3], axis=0), axis=1).sum()
     K = np.array([[90.0, 0, 56], [0, 90, 42], [0, 0, 1]])
     depth = np.full((count, *size[::-1]), 2.5) + 0.3 * np.sin(angle)[:, None, None]
-    local = unprojected(depth, np.repeat(K[None], count, axis=0)) * GAUGE.scale
+    local = unproject(depth, np.repeat(K[None], count, axis=0)) * GAUGE.scale
     wide = TINY.model_copy(update={"camera_width": 512})
     known = memorise(images, local, GAUGE.poses(poses), alone=True, sizes=wide)
     long = dataclasses.replace(
@@ -489,7 +489,9 @@ def test_conditions_reach_the_network(metric, episode, condition):
 def test_a_condition_that_the_source_lacks_is_refused(metric, episode, condition):
     bare = dataclasses.replace(episode, world_from_camera=None, intrinsics=None, read_depth=None)
     config = SMALL.model_copy(update={"condition": (condition,)})
-    with pytest.raises(OccGenError, match=f"--condition {condition}: the source has none"):
+    with pytest.raises(
+        OccGenError, match=f"--condition {condition}: the source has no {condition}"
+    ):
         reconstructed(metric, bare, config, "pi3x")
 
 
@@ -656,7 +658,7 @@ def test_weights_that_find_no_cameras_are_named(episode, tmp_path):
     weights = random_weights("pi3")
     weights["camera_head.fc_rot.weight"] *= float("nan")
     folder = save(tmp_path / "nan", "pi3", weights)
-    with pytest.raises(OccGenError, match="finds no cameras"):
+    with pytest.raises(OccGenError, match="found no cameras"):
         reconstructed(folder, episode)
 
 

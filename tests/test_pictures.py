@@ -17,8 +17,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
+from occgen_hub.cli import cli
 from occgen_hub.errors import UsageError
 from occgen_hub.geometry.ply import read_ply
 from occgen_hub.loading import Trajectory, trajectories
@@ -31,7 +33,7 @@ from occgen_hub.visual.cubes import cube_faces
 from occgen_hub.visual.frames import frame_title, frames
 from occgen_hub.visual.inspection import describe
 from occgen_hub.visual.report import write_report
-from occgen_hub.visual.sequences import SEQUENCES, write_sequences
+from occgen_hub.visual.sequences import SEQUENCES, estimate_bytes, write_sequences
 from occgen_hub.visual.viewpoint import Viewpoint, automatic
 
 SIZE = (480, 180)
@@ -107,6 +109,28 @@ def test_visualize_overwrites_nothing(trajectory, tmp_path):
     with pytest.raises(UsageError, match="is there already"):
         write_sequences(trajectory, place)
     assert (place / "thesis.tex").read_text() == "precious"
+
+
+def test_visualize_says_how_much_it_writes_and_asks_above_a_limit(
+    trajectory, tmp_path, monkeypatch
+):
+    only = ["merge_npy_sequence_world", "occ_only_cam_npy", "merge_ply_sequence_cam"]
+    write_sequences(trajectory, tmp_path / "out", only=only, history_len=1)
+    written = sum(p.stat().st_size for p in (tmp_path / "out").rglob("*.*"))
+    assert 0.8 < estimate_bytes(trajectory, only=only, history_len=1) / written < 1.6
+
+    monkeypatch.setattr("occgen_hub.cli.picture.MOST_BYTES", 10)
+    command = ["visualize", str(trajectory.path), str(tmp_path / "b"), "--only", only[1]]
+    result = CliRunner().invoke(cli, command)
+    assert isinstance(result.exception, UsageError)
+    assert "would be written; add --yes" in str(result.exception)
+    assert not (tmp_path / "b").exists()
+    monkeypatch.setattr("occgen_hub.cli.picture._can_answer", lambda: True)
+    assert CliRunner().invoke(cli, command, input="n\n").exit_code == 1
+    assert not (tmp_path / "b").exists()
+    said = CliRunner().invoke(cli, [*command, "--yes"], catch_exceptions=False)
+    assert re.search(r"About \d+ MB in 1 folder\.", said.stderr)
+    assert (tmp_path / "b").is_dir()
 
 
 def test_an_episode_of_a_source_gives_what_its_trajectory_gives(sample_tree, dataset, tmp_path):

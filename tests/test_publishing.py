@@ -170,7 +170,7 @@ def test_packed_scenes_are_a_few_files_that_hold_all_for_training(hub, tree, pla
     there = fetched(hub, tmp_path / "there")
     (there / ".gitattributes").unlink()
     names = {path.relative_to(there).parts[0] for path in files_under(there)}
-    assert names == {"README.md", "preview.png", "index", "occupancy"}
+    assert names == {"README.md", "preview.png", "index", "occupancy", "scene_states"}
     report = validate(there)
     assert (report.findings, report.trajectories, report.frames) == ((), 4, 8)
     keys = ("occupancy", "mask", "pose", "image", "depth", "task", "episode")

@@ -405,7 +405,7 @@ def test_an_episode_that_kills_its_process_twice_fails_alone(
     summary = build(source, out, workers=workers, builder=Deadly(source))
     assert counts(summary) == (2, 0, 1)
     assert summary.failures[0].id == SECOND
-    assert "its process was killed twice, perhaps for want of memory" in summary.failures[0].reason
+    assert "its process was killed twice, perhaps out of memory" in summary.failures[0].reason
     assert counts(build(source, out)) == (1, 2, 0)  # Failures are tried again.
     assert tree(out) == expected
 
@@ -436,7 +436,7 @@ def test_interrupted_and_started_again(
     check_stopped(process, number)
     if workers == 1:
         assert not begun(out)
-    assert unfinished(out) == ["the last build has not ended (1 of 1 shards); run it again"]
+    assert unfinished(out) == ["the last build did not finish (1 of 1 shards); run it again"]
     check_resumed(source, out, expected)
     assert unfinished(out) == []
 
@@ -688,7 +688,7 @@ def test_one_build_at_a_time(source: Path, out: Path, expected: Tree, command: C
     assert unfinished(out) == []
     with (out / ".logs/lock").open("r+") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert unfinished(out) == ["a build is writing here just now"]
+        assert unfinished(out) == ["a build is writing to it now"]
         code, _, errors = command(source, out, "--overwrite")
     assert code == 2
     assert errors == (
@@ -722,15 +722,15 @@ def test_progress_counts_every_frame_and_episode(source: Path, tmp_path: Path) -
 
 def test_what_a_dataset_lacks_is_said(out: Path) -> None:
     (out / "failures.jsonl").write_text('{"episode": "a/b/c", "reason": "d"}\n')
-    assert unfinished(out) == [f"1 episode failed: {out / 'failures.jsonl'} says why"]
+    assert unfinished(out) == [f"1 episode failed; see {out / 'failures.jsonl'}"]
     (out / "report.json").unlink()
     not_finalized = [f"the last build is not finalized; run occgen-hub finalize {out}"]
     assert unfinished(out) == not_finalized
     record = out / ".logs/shard-0.jsonl"
     record.write_bytes(record.read_bytes().rpartition(b"\n")[0])
-    assert unfinished(out) == ["the last build has not ended (1 of 1 shards); run it again"]
+    assert unfinished(out) == ["the last build did not finish (1 of 1 shards); run it again"]
     shutil.rmtree(out / ".logs")  # As of a dataset that came from elsewhere.
-    assert unfinished(out) == [f"1 episode failed: {out / 'failures.jsonl'} says why"]
+    assert unfinished(out) == [f"1 episode failed; see {out / 'failures.jsonl'}"]
 
 
 def test_a_folder_that_cannot_be_listed_is_no_empty_one(out: Path) -> None:
@@ -798,7 +798,7 @@ def test_read_only_folder(
     for place in (out, out.with_name("new")):
         code, _, errors = command(source, place)
         assert code == 2
-        assert f"{place}: cannot be made or written (Read-only file system)" in errors
+        assert f"{place}: cannot be created or written (Read-only file system)" in errors
         assert "Traceback" not in errors
     disk("rw")
     assert command(source, out)[0] == 0

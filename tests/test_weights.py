@@ -18,7 +18,7 @@ from occgen_hub.engines.weights import (
     Checkpoint,
     Weights,
     WeightsError,
-    find,
+    find_weights,
     missing_error,
     published,
     verify,
@@ -96,9 +96,9 @@ def occgen_hub(*arguments, environment, cwd):
 
 FETCH = """
 from occgen_hub.engines import weights
-assert weights.present("pi3") is None
-found = weights.fetch("pi3")
-assert weights.present("pi3") == found.path
+assert weights.local_weights("pi3") is None
+found = weights.download_weights("pi3")
+assert weights.local_weights("pi3") == found.path
 print(found.path)
 print(weights._digest(found.path))
 print(found.record()["license"])
@@ -123,7 +123,7 @@ def test_pull_shows_the_licence_and_checks_what_came(hub, tmp_path):
     result = occgen_hub("weights", "pull", "pi3", environment=environment, cwd=tmp_path)
     assert "Licence of these weights: CC BY-NC 4.0, which allows no comm" in result.stderr
     assert result.returncode == 2
-    assert "is no checkpoint of pi3" in result.stderr
+    assert "not a checkpoint of pi3" in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -163,10 +163,10 @@ def test_a_long_reason_of_the_hub_is_not_cut_within_a_word(tmp_path):
         "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
     result = occgen_hub("weights", "pull", "pi3", environment=environment, cwd=tmp_path)
-    (reason,) = re.findall(r"could not be fetched \((.*)\)", result.stderr.splitlines()[0])
+    (reason,) = re.findall(r"could not be downloaded \((.*)\)", result.stderr.splitlines()[0])
     program = (
-        "from occgen_hub.engines.weights import fetch\n"
-        "try: fetch('pi3')\n"
+        "from occgen_hub.engines.weights import download_weights\n"
+        "try: download_weights('pi3')\n"
         "except Exception as error: print(error.__cause__)"
     )
     whole = python(program, environment, tmp_path).stdout
@@ -206,7 +206,7 @@ def test_what_is_put_by_hand_counts_before_the_cache(hub, tmp_path):
     _, environment = hub
     assert python(FETCH, environment, tmp_path).returncode == 0
     save(tmp_path / "ckpt" / "pi3", "pi3", random_weights("pi3", seed=1))
-    program = "from occgen_hub.engines import weights; print(weights.present('pi3'))"
+    program = "from occgen_hub.engines import weights; print(weights.local_weights('pi3'))"
     result = python(program, environment, tmp_path)
     assert result.stdout.strip() == "ckpt/pi3/model.safetensors"
 
@@ -242,5 +242,5 @@ def test_the_published_checkpoints_are_pinned(name):
 def test_the_authors_own_config_beside_the_weights_is_not_taken_for_ours(tmp_path):
     folder = save(tmp_path / "w", "pi3", random_weights("pi3"))
     (folder / "config.json").write_text('{"decoder_size": "large"}')
-    with pytest.raises(WeightsError, match="is no checkpoint of pi3 of its size"):
-        find("pi3", folder)
+    with pytest.raises(WeightsError, match="not a checkpoint of pi3 with these sizes"):
+        find_weights("pi3", folder)

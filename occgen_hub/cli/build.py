@@ -15,8 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from occgen_hub.cli.command import FOLDER, SOURCE, Examples, no_bar, say, with_options
-from occgen_hub.cli.mapping import MAPPING, take_cameras
+from occgen_hub.cli.command import (
+    FOLDER,
+    SOURCE,
+    Examples,
+    no_bar,
+    say,
+    say_by_folder,
+    with_options,
+)
+from occgen_hub.cli.mapping import CAMERA, MAPPING, take_cameras
 from occgen_hub.errors import UsageError
 from occgen_hub.stopping import stop_if_asked
 
@@ -41,7 +49,8 @@ CLUSTERS = {
 
 @click.command(
     cls=Examples,
-    example="occgen-hub build --source internnav --input traj_data --output out --workers 8",
+    example="occgen-hub build --source internnav --input traj_data --output out --workers 8\n"
+    "occgen-hub build --source lerobot --input my-org/robot --cameras cameras.yaml --output out",
     goes_on=True,
 )
 @click.option("--source", default="internnav", show_default=True, help="What kind of source it is.")
@@ -157,6 +166,7 @@ CLUSTERS = {
 )  # fmt: skip
 @click.option("--private", is_flag=True, help="With --push-to: make it private, if it is made now.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be built, and by whom.")
+@click.option("--verbose", is_flag=True, help="With --dry-run: every episode, not only totals.")
 @click.option("--tasks", type=click.IntRange(1), help="Cluster: shards to make of the episodes.")
 @click.option("--cpus-per-task", type=click.IntRange(1), help="Cluster: cores.  [default: 4]")
 @click.option(
@@ -168,7 +178,7 @@ CLUSTERS = {
     "--slurm", multiple=True, metavar="KEY=VALUE",
     help="An option of sbatch: partition=NAME, time=24:00:00, qos, account; repeatable.",
 )  # fmt: skip
-@with_options(*MAPPING)
+@with_options(CAMERA, *MAPPING)
 def build(
     condition: str | None,
     config: Path | None,
@@ -176,6 +186,7 @@ def build(
     shard: str | None,
     executor: str | None,
     dry_run: bool,
+    verbose: bool,
     hfov: float | None,
     scratch_limit: str,
     **options: Any,
@@ -216,7 +227,7 @@ def build(
 
         running["slurm"] = parse_slurm(running["slurm"])
     if dry_run:
-        return _dry_run(options, executor, own, running)
+        return _dry_run(options, executor, own, running, verbose)
     if executor == "accelerate" and launched():
         return _build_rank(options)
     if executor in CLUSTERS:
@@ -314,7 +325,11 @@ def _open_cluster_job(options: dict[str, Any]) -> Job:
 
 
 def _dry_run(
-    options: dict[str, Any], executor: str, shard: Shard | None, running: dict[str, Any]
+    options: dict[str, Any],
+    executor: str,
+    shard: Shard | None,
+    running: dict[str, Any],
+    verbose: bool,
 ) -> int:
     from occgen_hub.engines import without_fetching
     from occgen_hub.job import open_job
@@ -326,13 +341,22 @@ def _dry_run(
         job = _open_cluster_job(options) if executor in CLUSTERS else open_job(**options)
     mine = None if shard is None else set(make_plan(job, shard.count).shards[shard.index])
     refs = [ref for ref in job.refs if mine is None or ref.id in mine]
-    todo = []
+    todo, lines, reasons = [], {}, Counter[str]()
     for ref in refs:
         reason = job.reason_to_build(ref)
         size = f"  {ref.bytes / 1e6:,.1f} MB" if isinstance(ref, SceneRef) else ""
         if reason is not None:
             todo.append(ref)
-        say(f"{ref.id}{size}  {reason or 'present'}")
+        reasons[reason or "present"] += 1
+        lines[ref.id] = f"{ref.id}{size}  {reason or 'present'}"
+    missing = {ref.id for ref in todo}
+    if say_by_folder(
+        lines,
+        lambda ids: f"{len(missing.intersection(ids)):>9,} of {len(ids):>9,} to build",
+        verbose=verbose,
+    ):
+        for reason, count in reasons.most_common(MOST_SHOWN):
+            say(f"{count:,} {reason}")
     _say_estimate(job, [ref for ref in todo if isinstance(ref, SceneRef)])
     _say_outlook(job, refs)
     if executor in CLUSTERS:
@@ -396,8 +420,10 @@ def _say_outlook(job: Job, refs: Sequence[EpisodeRef | SceneRef]) -> None:
         f"{job.device_name()}. Licence of its weights: {LICENSES.get(license, license)}.",
         err=True,
     )
-    if isinstance(network, NetworkEngine) and not network.found.path.is_file():
-        click.echo(f"Before the build: {missing_error(network.found.checkpoint.network)}", err=True)
+    if isinstance(network, NetworkEngine) and not network.weights_file.path.is_file():
+        click.echo(
+            f"Before the build: {missing_error(network.weights_file.checkpoint.network)}", err=True
+        )
 
 
 def _duration(seconds: float) -> str:
@@ -436,13 +462,13 @@ def _build_rank(options: dict[str, Any]) -> int:
     from occgen_hub.job import open_job
     from occgen_hub.runtime.build import build_shard
     from occgen_hub.runtime.finalize import finalize as finalize_dataset
-    from occgen_hub.runtime.ranks import joined, on_all_ranks
+    from occgen_hub.runtime.ranks import on_all_ranks, process_group
     from occgen_hub.runtime.records import count_finished
     from occgen_hub.runtime.shard import Shard
     from occgen_hub.runtime.threads import cores
 
     out = options["out"]
-    with joined(options["device"]) as state:
+    with process_group(options["device"]) as state:
         shard = Shard(state.process_index, state.num_processes)
         device = str(state.device) if state.device.type == "cuda" else "cpu"
         shown_codes: set[str] | None = set() if state.is_main_process else None

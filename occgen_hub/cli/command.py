@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import click
@@ -33,6 +33,9 @@ class Source(_Place):
             return value
         return super().convert(value, param, ctx)
 
+
+MOST_LINES = 20
+"""Lines of a list that are printed one by one; of a longer one there are totals."""
 
 SOURCE = Source(file_okay=True, dir_okay=True, path_type=Path)
 FOLDER = _Place(file_okay=True, dir_okay=True, path_type=Path)
@@ -88,6 +91,44 @@ class Examples(click.Command):
 def say(line: str, *, err: bool = False) -> None:
     """Print a line that may hold names or words of a dataset: none of them moves the cursor."""
     click.echo(one_line(line), err=err)
+
+
+def by_folder(paths: Iterable[str]) -> dict[str, list[str]]:
+    """Paths by the folders that they are in, cut off where there would be over MOST_LINES folders.
+
+    Folders are sorted, `.` for the top; at the first level there may be more of them.
+    """
+    parents = {path: PurePosixPath(path).parts[:-1] for path in paths}
+    found: dict[str, list[str]] = {}
+    for depth in range(1, 2 + max(map(len, parents.values()), default=0)):
+        deeper: dict[str, list[str]] = {}
+        for path, parts in parents.items():
+            deeper.setdefault("/".join(parts[:depth]) or ".", []).append(path)
+        if found and len(deeper) > MOST_LINES:
+            break
+        found = deeper
+    return dict(sorted(found.items()))
+
+
+def say_by_folder(
+    lines: Mapping[str, str], total: Callable[[list[str]], str], *, verbose: bool
+) -> bool:
+    """Print lines about paths; of many of them only a total for each folder, unless verbose.
+
+    lines: what there is to say of each path; total: of the paths in a folder. Returns whether they
+    were totals.
+    """
+    if verbose or len(lines) <= MOST_LINES:
+        for line in lines.values():
+            say(line)
+        return False
+    folders = by_folder(lines)
+    for folder, paths in list(folders.items())[:MOST_LINES]:
+        say(f"{total(paths)}  {folder}")
+    if (more := len(folders) - MOST_LINES) > 0:
+        say(f"and {more:,} more folders")
+    say(f"--verbose lists all {len(lines):,}.")
+    return True
 
 
 def no_bar() -> bool | None:

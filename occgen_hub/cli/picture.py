@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import isnan
@@ -13,12 +14,15 @@ import click
 
 from occgen_hub.cli.command import FOLDER, Examples, beside, progress_bar, say, with_options
 from occgen_hub.cli.mapping import MAPPING, take_cameras
-from occgen_hub.errors import OccGenError, UsageError
+from occgen_hub.errors import OccGenError, UsageError, one_line
 from occgen_hub.stopping import Stopped, received
 from occgen_hub.visual import SEQUENCES
 
 if TYPE_CHECKING:
     from occgen_hub.loading import Trajectory
+
+MOST_BYTES = 10**9
+"""`visualize` asks before it writes more."""
 
 TRAJECTORY = click.argument("trajectory")
 
@@ -105,11 +109,13 @@ def _folder(place: Path) -> Path:
     "--only", type=click.Choice(SEQUENCES), multiple=True,
     help="Only these files; may be repeated. All six kinds if not given.",
 )  # fmt: skip
+@click.option("--yes", is_flag=True, help="Write more than a gigabyte without being asked.")
 @with_options(*_HISTORY, *_SOURCE)
 def visualize(
     trajectory: str,
     out: Path,
     only: tuple[str, ...],
+    yes: bool,
     history_len: int,
     history_step: int,
     root: Path | None,
@@ -118,20 +124,38 @@ def visualize(
     """Write a trajectory as point clouds, a file a frame, for MeshLab, CloudCompare or numpy.
 
     Each holds the scene (label 0), the path so far (1) and the occupied cells (2) in world or in
-    camera coordinates, as npy or ply; two kinds hold the cells alone.
+    camera coordinates, as npy or ply; two kinds hold the cells alone. Above a gigabyte it asks.
     """
-    from occgen_hub.visual.sequences import write_sequences
+    from occgen_hub.visual.sequences import estimate_bytes, write_sequences
 
     kinds = tuple(dict.fromkeys(only)) or SEQUENCES
-    with (
-        _opened(trajectory, root, how) as opened,
-        progress_bar("visualize", unit="frame") as progress,
-    ):
-        count = write_sequences(
-            opened, out, only=kinds, history_len=history_len, history_step=history_step,
-            progress=progress,
-        )  # fmt: skip
+    with _opened(trajectory, root, how) as opened:
+        size = estimate_bytes(opened, only=kinds, history_len=history_len)
+        s = "" if len(kinds) == 1 else "s"
+        say(f"About {size / 1e6:,.0f} MB in {len(kinds)} folder{s}.", err=True)
+        if size > MOST_BYTES and not yes:
+            _ask(out, size)
+        with progress_bar("visualize", unit="frame") as progress:
+            count = write_sequences(
+                opened, out, only=kinds, history_len=history_len, history_step=history_step,
+                progress=progress,
+            )  # fmt: skip
     say(f"{count} files: {out}")
+
+
+def _ask(out: Path, size: int) -> None:
+    """Whether to write so many bytes; UsageError where nobody is there to answer."""
+    if not _can_answer():
+        raise UsageError(
+            f"{out}: about {size / 1e9:.1f} GB would be written; add --yes, or write less with "
+            f"--only, as in --only {SEQUENCES[0]}."
+        )
+    click.confirm(f"Write {size / 1e9:.1f} GB to {one_line(str(out))}?", abort=True, err=True)
+
+
+def _can_answer() -> bool:
+    """Whether somebody sits at a terminal."""
+    return sys.stdin.isatty()
 
 
 class Rate(click.FloatRange):

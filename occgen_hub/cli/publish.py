@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from occgen_hub.cli.command import FOLDER, Examples, no_bar, progress_bar, say
+from occgen_hub.cli.command import FOLDER, Examples, no_bar, progress_bar, say, say_by_folder
+from occgen_hub.errors import UsageError
 
 
 @click.command(
@@ -19,30 +20,72 @@ from occgen_hub.cli.command import FOLDER, Examples, no_bar, progress_bar, say
 @click.argument("folder", metavar="DIR", type=FOLDER)
 @click.argument("out", metavar="OUT", type=FOLDER)
 @click.option(
-    "--to", type=click.Choice(["lerobot-v3.0", "occscannet", "occ3d"]), default="lerobot-v3.0",
-    show_default=True, help="What to make of it.",
+    "--to", type=click.Choice(["lerobot-v3.0", "navdp", "occscannet", "occ3d"]),
+    default="lerobot-v3.0", show_default=True, help="What to make of it.",
 )  # fmt: skip
 @click.option(
     "--fps", type=click.IntRange(1, 240),
     help="Frames a second, where the trajectories have several rates.",
 )  # fmt: skip
+@click.option(
+    "--navdp-layout", type=click.Choice(["scenes", "trajectories"]),
+    help="navdp: scenes of many episodes, which its loader reads today, or a folder an episode, "
+    "which it read before.  [default: scenes]",
+)  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export at OUT.")
-def export(folder: Path, out: Path, to: Any, fps: int | None, overwrite: bool) -> None:
-    """Make one LeRobot v3.0 dataset of a dataset, or the files of OccScanNet or Occ3D.
+@click.option(
+    "--update", is_flag=True,
+    help="OUT is an export that LeRobot's tools edited: bring its occupancy up to date, no more.",
+)  # fmt: skip
+def export(
+    folder: Path, out: Path, to: Any, fps: int | None, navdp_layout: Any, overwrite: bool,
+    update: bool,
+) -> None:  # fmt: skip
+    """Make one dataset of another form of all trajectories of a dataset.
 
-    For LeRobot, RGB and depth become video, the occupancy lies beside it as Parquet: few files,
-    which LeRobot loads, and push sends to the Hub as well. occscannet and occ3d hold the scene
-    around each camera, hidden cells included, as the loaders of those datasets read it.
+    lerobot-v3.0: RGB and depth become video, the occupancy lies beside it as Parquet: few files,
+    which LeRobot loads, and push sends to the Hub as well. navdp: a root that InternNav's NavDP
+    loader takes as it is. occscannet, occ3d: the scene around each camera, hidden cells included,
+    in files for each frame as the loaders of those datasets read them.
     """
+    if update and to != "lerobot-v3.0":
+        raise UsageError("--update: goes with --to lerobot-v3.0; leave it out.")
+    if to == "navdp":
+        _export_navdp(folder, out, navdp_layout or "scenes", fps, overwrite=overwrite)
+        return
+    if navdp_layout is not None:
+        raise UsageError("--navdp-layout: goes with --to navdp; leave it out.")
     from occgen_hub.exporting import export as make
+    from occgen_hub.exporting import update_export
 
+    if update and (overwrite or fps is not None):
+        raise UsageError(
+            "--update: changes no table and no video; leave --overwrite and --fps out."
+        )
+    if update:
+        remarks = update_export(folder, out)
+    else:
+        with progress_bar("export", unit="frame") as progress:
+            remarks = make(folder, out, to=to, fps=fps, overwrite=overwrite, progress=progress)
+    for remark in remarks:
+        say(f"Note: {remark}.", err=True)
+    say(f"{'Updated' if update else 'Exported to'} {out}.")
+    place = shlex.quote(str(out))
+    say(f"Next: occgen-hub push {place} --repo-id ORG/NAME")
+
+
+def _export_navdp(
+    folder: Path, out: Path, layout: Any, fps: int | None, *, overwrite: bool
+) -> None:
+    from occgen_hub.navdp import export_navdp
+
+    if fps is not None:
+        raise UsageError("--fps: is not used by --to navdp, which has images; leave it out.")
     with progress_bar("export", unit="frame") as progress:
-        remarks = make(folder, out, to=to, fps=fps, overwrite=overwrite, progress=progress)
+        remarks = export_navdp(folder, out, layout=layout, overwrite=overwrite, progress=progress)
     for remark in remarks:
         say(f"Note: {remark}.", err=True)
     say(f"Exported to {out}.")
-    place = shlex.quote(str(out))
-    say(f"Next: occgen-hub push {place} --repo-id ORG/NAME")
 
 
 @click.command(
@@ -56,8 +99,15 @@ def export(folder: Path, out: Path, to: Any, fps: int | None, overwrite: bool) -
 @click.option("--revision", help="A branch, made if it is missing; main if not given.")
 @click.option("--create-pr", is_flag=True, help="As a pull request; an open one of yours goes on.")
 @click.option("--dry-run", is_flag=True, help="Send nothing; only say what would go.")
+@click.option("--verbose", is_flag=True, help="With --dry-run: every file, not totals by folder.")
 def push(
-    folder: Path, repo_id: str, private: bool, revision: str | None, create_pr: bool, dry_run: bool
+    folder: Path,
+    repo_id: str,
+    private: bool,
+    revision: str | None,
+    create_pr: bool,
+    dry_run: bool,
+    verbose: bool,
 ) -> None:
     """Send a dataset to the Hugging Face Hub.
 
@@ -80,8 +130,11 @@ def push(
     for warning in (*(f"{remark}." for remark in unfinished(folder)), *hub.warnings(files)):
         say(f"Warning: {warning}", err=True)
     if dry_run:
-        for path, size in files.items():
-            say(f"{size:>14,}  {path}")
+        say_by_folder(
+            {path: f"{size:>14,}  {path}" for path, size in files.items()},
+            lambda paths: f"{sum(files[path] for path in paths):>14,}  {len(paths):>8,} files",
+            verbose=verbose,
+        )
     said = f"{len(files):,} files of {sum(files.values()):,} bytes"
     if dry_run:
         say(f"{said} would go to {repo_id}; nothing was sent.")

@@ -25,7 +25,7 @@ def pull(name: Any, revision: str | None) -> None:
     """Fetch a network's published weights into the Hub's cache, and check them."""
     from occgen_hub.engines import weights as files
 
-    found = files.fetch(name, revision)
+    found = files.download_weights(name, revision)
     files.check(found)
     files.verify(found)
     say(str(found.path))
@@ -43,7 +43,7 @@ def check_weights(name: Any, path: Path | None) -> None:
     """
     from occgen_hub.engines import weights as files
 
-    found = files.find(name, path, missing="raise")
+    found = files.find_weights(name, path, missing="raise")
     digest = files.verify(found)
     size = found.path.stat().st_size
     said = "as published" if found.checkpoint.sha256 else "whole"

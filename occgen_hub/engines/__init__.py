@@ -1,4 +1,4 @@
-"""Engines: what reconstructs an episode, found through entry points."""
+"""Engines: they reconstruct an episode. Installed ones are found through entry points."""
 
 from __future__ import annotations
 
@@ -23,34 +23,37 @@ Progress = Callable[[int], None]
 
 
 class Engine(ABC):
-    """Reconstructs episodes, any number of them. Small, so that it is sent to other processes."""
+    """Reconstructs episodes. An engine holds no weights, so it can be sent to other processes."""
 
     name: str
 
     def weights(self) -> dict[str, Any] | None:
-        """What a dataset records of the network's weights; None for an engine without any."""
+        """The record of the network's weights in a dataset; None for an engine without a network.
+
+        Keys: network, sha256, license, repo_id.
+        """
         return None
 
     def check(self, config: Config) -> None:
-        """Raise UsageError where a configuration asks for what this engine cannot do."""
+        """Raise UsageError if the configuration asks for something that this engine cannot do."""
         if config.condition:
             raise UsageError(
-                f"--condition: the engine {self.name} takes none; choose --engine pi3x or leave "
-                "the option out."
+                f"--condition: the engine {self.name} accepts no conditions; choose --engine pi3x "
+                "or leave the option out."
             )
 
     def for_episode(self, episode: str, *, has_depth: bool) -> Engine:
-        """The engine that reconstructs the episode of that id: this one."""
+        """The engine that reconstructs the episode with that id, by default this one."""
         return self
 
     def uses_device(self) -> bool:
-        """Whether it runs a network, which wants a GPU."""
+        """Whether the engine runs a network, which needs a GPU to be fast."""
         return False
 
     def on(self, device: str | None) -> Engine:
-        """The same engine on another device, as on another machine; None: a GPU if there is one.
+        """The same engine on another device; None takes a GPU if there is one.
 
-        Raises UsageError when the device is not there.
+        Raises UsageError if there is no such device.
         """
         return self
 
@@ -58,28 +61,28 @@ class Engine(ABC):
     def reconstruct(
         self, episode: Episode, config: Config, scratch: Path, progress: Progress = lambda _: None
     ) -> Views:
-        """The depth and the cameras of an episode's frames.
+        """Return depth and cameras of an episode's frames.
 
-        scratch: a folder to make for what does not belong in memory. It stays as long as the
-        views are used. Raises OccGenError when the episode cannot be reconstructed.
+        scratch: a folder that the engine may create for data too large for memory. It is kept as
+        long as the views are used. Raises OccGenError if the episode cannot be reconstructed.
         """
 
 
 MissingWeights = Literal["fetch", "raise", "expect"]
-"""What to do about weights that are not there: fetch them, raise, or describe the published ones
-without having them, which is enough for a plan."""
+"""What to do if weights are missing: download them, raise, or describe the published ones without
+a file, which is enough to plan a build."""
 
 _MISSING: ContextVar[MissingWeights] = ContextVar("missing", default="fetch")
 
 
 def missing_weights() -> MissingWeights:
-    """What to do now about weights that are not there."""
+    """What to do if weights are missing, in the present context."""
     return _MISSING.get()
 
 
 @contextmanager
 def without_fetching(missing: MissingWeights = "raise") -> Iterator[None]:
-    """Open engines in this block with the weights that are there: none are fetched."""
+    """Download no weights for engines opened in this block."""
     token = _MISSING.set(missing)
     try:
         yield
@@ -88,20 +91,23 @@ def without_fetching(missing: MissingWeights = "raise") -> Iterator[None]:
 
 
 Opener = Callable[[Path | None, str | None], Engine]
-"""An entry point: from --weights and --device to an engine; raises UsageError where they do not
+"""An entry point: opens an engine from --weights and --device. Raises UsageError if they do not
 fit."""
 
 
 @dataclass(frozen=True)
 class Auto(Engine):
-    """Sensor depth where there is any, else a network; if that is None, `missing` says why."""
+    """Sensor depth for episodes that have it, else a network.
+
+    network: None if there is none; missing: the reason for that, used in errors.
+    """
 
     network: Engine | None = None
     missing: str = "there are no weights for a network, which would do without"
     name = AUTO
 
     def check(self, config: Config) -> None:
-        """As the network does, if there is one."""
+        """Check with the network if there is one, else as an engine without conditions."""
         if self.network is None:
             super().check(config)
         else:
@@ -110,7 +116,7 @@ class Auto(Engine):
     def for_episode(self, episode: str, *, has_depth: bool) -> Engine:
         """The engine `rgbd` for an episode with depth, else the network.
 
-        Raises OccGenError where there is neither.
+        Raises OccGenError if the episode has no depth and there is no network.
         """
         if has_depth:
             return load_engine("rgbd")
@@ -122,31 +128,31 @@ class Auto(Engine):
         return self.network
 
     def uses_device(self) -> bool:
-        """As the network does, if there is one."""
+        """Whether there is a network."""
         return self.network is not None
 
     def on(self, device: str | None) -> Engine:
-        """The same with its network there."""
+        """The same engine with its network on another device."""
         return self if self.network is None else replace(self, network=self.network.on(device))
 
     def reconstruct(
         self, episode: Episode, config: Config, scratch: Path, progress: Progress = lambda _: None
     ) -> Views:
-        """As the engine that suits the episode does."""
+        """Reconstruct with sensor depth or with the network, as `for_episode` chooses."""
         engine = self.for_episode(episode.id, has_depth=episode.read_depth is not None)
         return engine.reconstruct(episode, config, scratch, progress)
 
 
 def engine_names() -> list[str]:
-    """The engines that are installed, and `auto`."""
+    """The names of the installed engines, and `auto`."""
     return [AUTO, *sorted({point.name for point in _points()})]
 
 
 def load_engine(name: str, weights: Path | None = None, device: str | None = None) -> Engine:
-    """The engine of that name; raises UsageError when it, its weights or the device is not there.
+    """Open the engine of that name.
 
-    weights: None for those that are there or can be fetched; device: None for a GPU if there is
-    one.
+    weights: a file or folder; None for local or published ones; device: None takes a GPU if there
+    is one. Raises UsageError if the engine, its weights or the device does not exist.
     """
     for point in _points():
         if point.name == name:
@@ -159,22 +165,28 @@ def load_engine(name: str, weights: Path | None = None, device: str | None = Non
 def network_engine(
     weights: Path | None = None, device: str | None = None, *, commercial: bool = False
 ) -> Engine:
-    """The network that `auto` takes: of the weights given, else pi3x, pi3 or da3, by those there.
+    """The network for `auto`: that of `weights`, else the first with weights of pi3x, pi3, da3.
 
-    commercial: take only one whose published weights allow commercial use. Raises UsageError when
-    there are none.
+    commercial: only consider networks whose published weights allow commercial use. Raises
+    UsageError if there are no weights.
     """
-    from occgen_hub.engines.weights import COMMERCIAL, NAMES, kind, present, published
+    from occgen_hub.engines.weights import (
+        COMMERCIAL,
+        NAMES,
+        identify_network,
+        local_weights,
+        published,
+    )
 
     if weights is not None:
-        return load_engine(kind(weights), weights, device)
+        return load_engine(identify_network(weights), weights, device)
     names = [name for name in NAMES if not commercial or published(name).license in COMMERCIAL]
-    there = (name for name in names if present(name) is not None)
+    there = (name for name in names if local_weights(name) is not None)
     return load_engine(next(there, names[0]), None, device)
 
 
 def check_license(engine: Engine) -> None:
-    """Raise UsageError where an engine's weights allow no commercial use, or do not say."""
+    """Raise UsageError unless an engine's weights have a licence that allows commercial use."""
     from occgen_hub.engines.weights import COMMERCIAL
 
     network = engine.network if isinstance(engine, Auto) else engine
@@ -190,5 +202,5 @@ def check_license(engine: Engine) -> None:
 
 @cache
 def _points() -> tuple[EntryPoint, ...]:
-    """Looked up once: it takes the metadata of every package that is installed."""
+    """The entry points of engines. Cached: it reads the metadata of all installed packages."""
     return tuple(entry_points(group="occgen_hub.engines"))

@@ -1,7 +1,7 @@
-"""The engine da3: Depth Anything 3 through its own package, as any network.
+"""The engine da3: Depth Anything 3, run by its own package.
 
-After "Depth Anything 3: Recovering the Visual Space from Any Views" (arXiv 2511.10647). The package
-is an optional install (`scripts/setup.sh --with-da3`).
+See "Depth Anything 3: Recovering the Visual Space from Any Views" (arXiv 2511.10647). The package
+is optional (`scripts/setup.sh --with-da3`).
 """
 
 from __future__ import annotations
@@ -27,56 +27,56 @@ from occgen_hub.engines.network import (
     Prediction,
     View,
     choose_device,
-    unprojected,
+    unproject,
 )
-from occgen_hub.engines.weights import Weights, find, tensors_of
+from occgen_hub.engines.weights import Weights, find_weights, tensors_of
 from occgen_hub.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-LONGEST = 504
-"""Pixels of an image's longer side, as the network was trained."""
+MAX_SIDE = 504
+"""Longer side of the images that the network was trained with, pixels."""
 
-LOOK_LAYER = 3
-"""The last block that sees each view by itself."""
+DESCRIPTOR_LAYER = 3
+"""The last block that processes each view on its own."""
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PREFIX = "model."
-"""Of the names of tensors in a published file."""
+"""Prefix of the tensors' names in a published file."""
 
 
 @dataclass(frozen=True)
 class Da3Engine(NetworkEngine):
-    """Depth Anything 3. Its unit of length is its own."""
+    """Depth Anything 3. Its unit of length is arbitrary."""
 
     name = "da3"
     memory = Memory(150_000)
     attention = Attention(4, 768)
 
     def input_size(self, image_size: tuple[int, int], config: Config) -> tuple[int, int]:
-        """(width, height), the longer one at most `LONGEST` pixels."""
-        shorter = min(image_size) / max(image_size) * LONGEST
-        most = min(config.max_pixels, int(LONGEST * max(shorter, self.patch)))
-        return network_size(image_size, most, self.patch)
+        """(width, height) in pixels, the longer at most `MAX_SIDE`."""
+        shorter = min(image_size) / max(image_size) * MAX_SIDE
+        max_pixels = min(config.max_pixels, int(MAX_SIDE * max(shorter, self.patch)))
+        return network_size(image_size, max_pixels, self.patch)
 
     def load(self, config: Config) -> Da3Network:
-        """The network, kept for the episodes to come. It is not compiled."""
-        return Da3Network(_loaded(self.found, self.device), self.device)
+        """The loaded network, cached for further episodes. It is not compiled."""
+        return Da3Network(_loaded(self.weights_file, self.device), self.device)
 
 
 @dataclass(frozen=True)
 class Da3Network:
-    """The package's network, on a device."""
+    """The package's network on a device."""
 
     network: nn.Module
     device: str
 
     def predict(self, views: list[View]) -> Prediction:
-        """What it makes of views.
+        """Return the network's prediction for views.
 
-        Its poses are camera_from_world, its confidence is 1 + exp(x): 1 - 1 / confidence is the
-        logistic function of x.
+        The network gives camera_from_world poses, and a confidence of 1 + exp(x), of which
+        1 - 1 / confidence is the logistic function of x.
         """
         import torch
 
@@ -89,7 +89,7 @@ class Da3Network:
             torch.autocast(self.device.partition(":")[0], torch.bfloat16, enabled=half),
         ):
             found = self.network(
-                x, export_feat_layers=[LOOK_LAYER], ref_view_strategy="saddle_balanced"
+                x, export_feat_layers=[DESCRIPTOR_LAYER], ref_view_strategy="saddle_balanced"
             )
 
         def array(values: Tensor) -> NDArray[np.float32]:
@@ -100,24 +100,24 @@ class Da3Network:
         R = camera_from_world[:, :3, :3].transpose(0, 2, 1)
         world_from_camera[:, :3, :3] = R
         world_from_camera[:, :3, 3] = -np.einsum("nij,nj->ni", R, camera_from_world[:, :3, 3])
-        looks = array(found["aux"][f"feat_layer_{LOOK_LAYER}"]).mean(axis=(1, 2))
+        descriptors = array(found["aux"][f"feat_layer_{DESCRIPTOR_LAYER}"]).mean(axis=(1, 2))
         return Prediction(
             world_from_camera,
-            unprojected(array(found["depth"]), array(found["intrinsics"])),
+            unproject(array(found["depth"]), array(found["intrinsics"])),
             (1 - 1 / np.maximum(array(found["depth_conf"]), 1)).astype(np.float32),
-            looks.astype(np.float32),
+            descriptors.astype(np.float32),
         )
 
 
 def open_da3(weights: Path | None, device: str | None) -> Da3Engine:
-    """The engine da3; raises UsageError where its package, weights or the device cannot be had."""
+    """The engine da3. Raises UsageError if its package, its weights or the device is missing."""
     check_installed()
     chosen = choose_device(device)
-    return Da3Engine(find("da3", weights, missing=missing_weights()), chosen)
+    return Da3Engine(find_weights("da3", weights, missing=missing_weights()), chosen)
 
 
 def check_installed() -> None:
-    """Raise UsageError where the package of Depth Anything 3 is not installed."""
+    """Raise UsageError if the package of Depth Anything 3 is not installed."""
     needed = ("depth_anything_3", "einops", "omegaconf", "addict", "antlr4")
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
@@ -129,17 +129,17 @@ def check_installed() -> None:
 
 
 def tensor_shapes(preset: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in a file of a model's weights."""
+    """Names and shapes of the tensors in the weights file of a model such as da3-base."""
     tensors = build_network(preset).state_dict()
     return {PREFIX + name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def build_network(preset: str) -> nn.Module:
-    """A model of the package by its name, as da3-base, with tensors that hold nothing."""
+    """A model of the package, such as da3-base, with tensors that have no memory."""
     check_installed()
     from accelerate import init_empty_weights
 
-    os.environ.setdefault("DA3_LOG_LEVEL", "WARN")  # Else it tells of every pass.
+    os.environ.setdefault("DA3_LOG_LEVEL", "WARN")  # By default it logs every pass.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import depth_anything_3

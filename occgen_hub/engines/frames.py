@@ -1,4 +1,4 @@
-"""Frames as the networks take them: small enough, and in whole patches."""
+"""Resizing frames for the networks, and finding edges in their depth."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from PIL import Image
 
 
 def network_size(size: tuple[int, int], max_pixels: int, patch: int) -> tuple[int, int]:
-    """(width, height) of what an image of `size` is resized to, smaller or larger.
+    """(width, height) in pixels to which an image of `size` is resized, smaller or larger.
 
-    Multiples of `patch`, as near to the image's aspect as they allow, of at most `max_pixels`
-    pixels and not much fewer, as pi3's own loader chooses them.
+    Both are multiples of `patch`, with about the image's aspect ratio, and their product is close
+    to `max_pixels` and not above it, as in pi3's own loader.
     """
     scale = math.sqrt(max_pixels / (size[0] * size[1]))
     width, height = size[0] * scale, size[1] * scale
@@ -28,12 +28,12 @@ def network_size(size: tuple[int, int], max_pixels: int, patch: int) -> tuple[in
 
 
 def network_image(rgb: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 to that of `size` (width, height)."""
+    """Resize an (H, W, 3) uint8 image to `size` (width, height) with a Lanczos filter."""
     return np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.LANCZOS))
 
 
 def network_depth(depth: NDArray[np.float64], size: tuple[int, int]) -> NDArray[np.float32]:
-    """(H, W) depth to that of `size` (width, height), each pixel that of the one in its place."""
+    """Resize (H, W) depth to `size` (width, height), taking the nearest pixel; float32."""
     rows, columns = (
         ((np.arange(new) + 0.5) * old / new).astype(np.int64)
         for new, old in zip(size[::-1], depth.shape, strict=True)
@@ -42,10 +42,10 @@ def network_depth(depth: NDArray[np.float64], size: tuple[int, int]) -> NDArray[
 
 
 def depth_edges(depth: NDArray[np.floating], tolerance: float) -> NDArray[np.bool_]:
-    """(N, H, W) depths to where the 3 x 3 range of depth exceeds `tolerance` times the depth.
+    """(N, H, W) bool: where the range of depth in 3 x 3 pixels exceeds `tolerance` times the depth.
 
-    Networks draw surfaces into one another across such edges. With a tolerance of 0 there are
-    none.
+    At such edges networks connect surfaces that are apart. With a tolerance of 0 there are no
+    edges.
     """
     if tolerance <= 0:
         return np.zeros(depth.shape, np.bool_)

@@ -1,6 +1,6 @@
-"""Keyframes: the frames to reconstruct where a camera hardly moves, and the poses of the others.
+"""Keyframes: which frames of a video to reconstruct, and the poses of the frames between them.
 
-Dense input with little motion makes networks drift, and costs time.
+Many frames with little motion make networks drift, and cost time.
 """
 
 from __future__ import annotations
@@ -17,38 +17,38 @@ from occgen_hub.geometry.camera import scale_intrinsics
 from occgen_hub.prefetch import prefetch
 
 WIDTH = 96
-"""Pixels of the longer side of the images that motion is seen in."""
+"""Longer side of the reduced images in which motion is measured, pixels."""
 
-MOVED = 0.015
-"""Share of that side that the picture shifts by, in the median, until the next keyframe."""
+MAX_SHIFT = 0.015
+"""Median shift of the image's blocks, as a share of that side, that makes a new keyframe."""
 
-CHANGED = 0.5
-"""Of the picture's contrast: what no shift explains, and makes a keyframe as well."""
+MAX_CHANGE = 0.5
+"""Brightness that no shift explains, as a share of contrast, that makes a new keyframe too."""
 
-LONGEST_GAP = 30
-"""Frames from a keyframe to the next, at most."""
+MAX_GAP = 30
+"""Largest number of frames from a keyframe to the next."""
 
 BLOCKS = (3, 4)
-"""Rows and columns of blocks, each of which shifts by itself."""
+"""Rows and columns of blocks. The shift of each is estimated on its own."""
 
 _Array = NDArray[np.float64]
 
 STEPS = 10
 HUBER = 0.02
-"""Of brightness in [0, 1]: differences beyond it count less."""
+"""Brightness differences (of [0, 1]) beyond which residuals count less."""
 
 
 def keyframes(read_rgb: Callable[[int], NDArray[np.uint8]], length: int) -> NDArray[np.int64]:
-    """Frames to reconstruct, ascending, the first and the last of `length` among them.
+    """Frames to reconstruct: (n,) int64, ascending, including the first and last of `length`.
 
-    A frame is one where the picture has shifted by `MOVED`, or changed, since the last one, or
-    where that is `LONGEST_GAP` frames ago.
+    A frame becomes a keyframe if the image has shifted by `MAX_SHIFT` or changed since the last
+    keyframe, or if that was `MAX_GAP` frames ago.
     """
     chosen = [0]
     images = _small_images(read_rgb, range(length))
     last = next(images)
     for frame, image in enumerate(images, 1):
-        if frame - chosen[-1] >= LONGEST_GAP or frame == length - 1 or _moved(last, image):
+        if frame - chosen[-1] >= MAX_GAP or frame == length - 1 or _moved(last, image):
             chosen.append(frame)
             last = image
     return np.array(chosen, np.int64)
@@ -62,24 +62,26 @@ def refine_skipped(
     intrinsics: NDArray[np.float64],
     image_size: tuple[int, int],
 ) -> NDArray[np.float64]:
-    """(T, 4, 4) poses, those of skipped frames moved so that they show what their keyframe shows.
+    """Refine the poses of frames between keyframes, so that they match their keyframe's image.
 
-    frames: the keyframes, which stay as they are; read_depth: a keyframe's depth, in the unit of
-    the poses (T, 4, 4); intrinsics: (T, 3, 3), pixels of images of `image_size`. By the brightness
-    of the pixels (Gauss-Newton, Huber's weights); a pose that does not get better is left.
+    frames: the keyframes, whose poses are kept; read_depth: a keyframe's depth, in the unit of the
+    poses; world_from_camera: (T, 4, 4); intrinsics: (T, 3, 3), pixels of images of `image_size`.
+
+    The method is direct alignment of pixel brightness (Gauss-Newton with Huber weights). A pose
+    that does not improve is kept. Returns (T, 4, 4) poses.
     """
     refined = world_from_camera.copy()
     points: _Array = np.zeros((0, 3))
-    seen: _Array = np.zeros(0)
+    brightness: _Array = np.zeros(0)
     images = _small_images(read_rgb, range(len(refined)))
     known = set(frames.tolist())
     for frame, image in enumerate(images):
         factors = np.divide(image.shape[::-1], image_size)
         K = scale_intrinsics(intrinsics[frame], *factors)
         if frame in known:
-            points, seen = _surface(read_depth(frame), image, K, refined[frame])
+            points, brightness = _unproject(read_depth(frame), image, K, refined[frame])
         elif len(points):
-            refined[frame] = _aligned(points, seen, image, K, refined[frame])
+            refined[frame] = _align(points, brightness, image, K, refined[frame])
     return refined
 
 
@@ -117,42 +119,42 @@ def _moved(first: NDArray[np.float64], second: NDArray[np.float64]) -> bool:
             contrast.append(np.abs(first[block] - first[block].mean()).mean())
     if not shifts:
         return False
-    changed = np.median(left) > CHANGED * np.median(contrast) + 1e-3
-    return bool(np.median(shifts) > MOVED * max(first.shape) or changed)
+    changed = np.median(left) > MAX_CHANGE * np.median(contrast) + 1e-3
+    return bool(np.median(shifts) > MAX_SHIFT * max(first.shape) or changed)
 
 
-def _surface(
+def _unproject(
     depth: NDArray[np.float32],
     image: NDArray[np.float64],
     K: NDArray[np.float64],
     world_from_camera: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(n, 3) world points of a keyframe's pixels with depth, and their (n,) brightness."""
+    """(n, 3) world points of the pixels that have depth, and their (n,) brightness in [0, 1]."""
     height, width = image.shape
     v, u = np.indices(image.shape) + 0.5
     rows = (v * depth.shape[0] / height).astype(np.int64)
     columns = (u * depth.shape[1] / width).astype(np.int64)
     z = depth[rows, columns].astype(np.float64)
-    there = z > 0
+    valid = z > 0
     x, y = (u - K[0, 2]) / K[0, 0] * z, (v - K[1, 2]) / K[1, 1] * z
-    local = np.stack((x, y, z), axis=-1)[there]
-    return local @ world_from_camera[:3, :3].T + world_from_camera[:3, 3], image[there]
+    local = np.stack((x, y, z), axis=-1)[valid]
+    return local @ world_from_camera[:3, :3].T + world_from_camera[:3, 3], image[valid]
 
 
-def _aligned(
+def _align(
     points: NDArray[np.float64],
-    seen: NDArray[np.float64],
+    brightness: NDArray[np.float64],
     image: NDArray[np.float64],
     K: NDArray[np.float64],
     world_from_camera: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """The pose near the given one from which points look as they were seen."""
+    """The (4, 4) pose near the given one in which the image shows points at their brightness."""
     gradient = np.gradient(image)
     pose: _Array = np.linalg.inv(world_from_camera).astype(np.float64)
-    first = least = _difference(points, seen, image, K, pose)[0]
+    first = least = _residuals(points, brightness, image, K, pose)[0]
     best = pose
     for _ in range(STEPS):
-        _, local, u, v, error = _difference(points, seen, image, K, pose)
+        _, local, u, v, error = _residuals(points, brightness, image, K, pose)
         if len(local) < 100:
             break
         gy, gx = (map_coordinates(g, (v - 0.5, u - 0.5), order=1) for g in gradient)
@@ -168,9 +170,9 @@ def _aligned(
         moved[:3, :3] = Rotation.from_rotvec(step[:3]).as_matrix()
         moved[:3, 3] = step[3:]
         pose = (moved @ pose).astype(np.float64)
-        now = _difference(points, seen, image, K, pose)[0]
-        if now < least:
-            least, best = now, pose
+        cost = _residuals(points, brightness, image, K, pose)[0]
+        if cost < least:
+            least, best = cost, pose
         if np.abs(step).max() < 1e-6:
             break
     if not least < first:
@@ -181,23 +183,25 @@ def _aligned(
     return refined
 
 
-def _difference(
+def _residuals(
     points: NDArray[np.float64],
-    seen: NDArray[np.float64],
+    brightness: NDArray[np.float64],
     image: NDArray[np.float64],
     K: NDArray[np.float64],
     camera_from_world: NDArray[np.float64],
 ) -> tuple[float, _Array, _Array, _Array, _Array]:
-    """How far brightness is off (mean, cut off); of the points inside: place, pixel, difference."""
+    """The mean absolute residual, truncated, and for the n points inside the image their (n, 3)
+    camera coordinates, pixel coordinates u and v, and brightness residuals.
+    """
     local = points @ camera_from_world[:3, :3].T + camera_from_world[:3, 3]
     z = np.where(local[:, 2] > 1e-6, local[:, 2], np.nan)
     u, v = K[0, 0] * local[:, 0] / z + K[0, 2], K[1, 1] * local[:, 1] / z + K[1, 2]
     height, width = image.shape
     inside = (u >= 1) & (u < width - 1) & (v >= 1) & (v < height - 1)
     local, u, v = local[inside], u[inside], v[inside]
-    error = map_coordinates(image, (v - 0.5, u - 0.5), order=1) - seen[inside]
+    error = map_coordinates(image, (v - 0.5, u - 0.5), order=1) - brightness[inside]
     if not len(error):
         return np.inf, local, u, v, error
     error = error - np.median(error)  # The exposure may change.
-    off = float(np.minimum(np.abs(error), 3 * HUBER).mean()) / max(float(inside.mean()), 0.5)
-    return off, local, u, v, error
+    cost = float(np.minimum(np.abs(error), 3 * HUBER).mean()) / max(float(inside.mean()), 0.5)
+    return cost, local, u, v, error

@@ -1,4 +1,4 @@
-"""Engines of networks: RGB frames in, views out, window after window, whichever network it is."""
+"""The base of all engines with a network: RGB frames to views, in overlapping windows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from occgen_hub.config import Condition, Config
 from occgen_hub.engines import Engine, Progress
 from occgen_hub.engines.frames import depth_edges, network_depth, network_image, network_size
 from occgen_hub.engines.keyframes import keyframes, refine_skipped
-from occgen_hub.engines.loops import LEAST_WINDOWS, close_loops
+from occgen_hub.engines.loops import MIN_WINDOWS, close_loops
 from occgen_hub.engines.store import FrameStore
 from occgen_hub.engines.weights import Weights
 from occgen_hub.engines.windows import POOR_SEAM, Assembly, Window, plan
@@ -33,25 +33,26 @@ from occgen_hub.views import Views, WindowRecord
 WINDOWS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 DRIFT = 0.1
-"""Scales of windows that differ by more than this share are told."""
+"""Difference between the scales of windows, as a share, from which it is noted."""
 
 MATRIX_SHARE = 0.6
-"""Of the rate of a large product of matrices, what a network reaches as a whole."""
+"""Speed of a network, as a share of that of a large matrix product."""
 
 NO_CAMERAS = (
-    "the network finds no cameras in these frames (its poses are not finite); check the weights "
+    "the network found no cameras in these frames (its poses are not finite); check the weights "
     "with 'occgen-hub weights check'."
 )
 
-USUAL_VIEW = 60
-"""Degrees across the longer side, where nothing tells."""
+DEFAULT_VIEW = 60
+"""Field of view across the longer side, in degrees, if it cannot be estimated."""
 
 
 @dataclass(frozen=True)
 class View:
-    """A frame as a network takes it: image (h, w, 3) uint8, and what is known of it besides.
+    """A network's input for one frame: the image and, if known, its depth and camera.
 
-    depth: (h, w) float32 metres; intrinsics: (3, 3), pixels of that image; pose: (4, 4).
+    image: (h, w, 3) uint8 RGB; depth: (h, w) float32 metres, 0 for none; intrinsics: (3, 3), pixels
+    of that image; pose: (4, 4) world_from_camera, metres.
     """
 
     image: NDArray[np.uint8]
@@ -62,32 +63,33 @@ class View:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What any network gives for n views at once, in a world of its own.
+    """A network's prediction for n views, in a world of its own.
 
     world_from_camera: (n, 4, 4) float64, OpenCV axes; points: (n, h, w, 3) float32 in the cameras'
-    frames, in the unit of the poses (a network that gives depth and intrinsics: `unprojected`);
-    confidence: (n, h, w) float32 in [0, 1]; looks: (n, d) float32, the mean of the encoder's tokens
-    of each view, by which loops are found. What is not finite counts as not seen.
+    frames, in the unit of the poses (from depth and intrinsics: `unproject`), not finite where
+    there is none; confidence: (n, h, w) float32 in [0, 1]; descriptors: (n, d) float32, the mean of
+    the encoder's tokens of each view, used to find loops.
     """
 
     world_from_camera: NDArray[np.float64]
     points: NDArray[np.float32]
     confidence: NDArray[np.float32]
-    looks: NDArray[np.float32]
+    descriptors: NDArray[np.float32]
 
 
 class Network(Protocol):
     """A loaded network, behind an adapter."""
 
     def predict(self, views: list[View]) -> Prediction:
-        """What it makes of views of one size, all with the same things known."""
+        """Predict for views that all have the same size and the same inputs."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a network takes: of each token of all views, and of each token of some views.
+    """Memory that a network needs, in bytes per token.
 
-    token: while all views are looked at; head: of `views` views, whose maps are made at a time.
+    token: for the tokens of all views; head: for the tokens of the `views` views whose dense maps
+    are computed at a time.
     """
 
     token: float
@@ -97,10 +99,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Outlook:
-    """What a reconstruction will take.
+    """An estimate of what a reconstruction needs.
 
-    frames: to be looked at, at most; windows: how many, of `size` frames that share `overlap`;
-    memory: bytes, with the weights; seconds: an estimate, of the network alone.
+    frames: largest number of frames; windows: number of windows of `size` frames, of which
+    neighbours share `overlap`; memory: bytes, including the weights; seconds: for the network only.
     """
 
     frames: int
@@ -113,7 +115,7 @@ class Outlook:
 
 @dataclass(frozen=True)
 class Attention:
-    """Of a network's tokens over all views: how many blocks, and how wide. It grows with both."""
+    """A network's attention over the tokens of all views: the number of blocks and their width."""
 
     blocks: int
     width: int
@@ -121,34 +123,34 @@ class Attention:
 
 @dataclass(frozen=True)
 class NetworkEngine(Engine):
-    """A network with weights, on a device. It is loaded when first used.
+    """An engine with a network, which is loaded when it is first used.
 
-    found: its weights. A subclass says what kind of network it is.
+    weights_file: its weights; device: "cpu", "cuda" or "cuda:0". Subclasses load the network.
     """
 
-    found: Weights
+    weights_file: Weights
     device: str
 
     metric = False
-    """Whether the network knows metres."""
+    """Whether the network's unit of length is the metre."""
 
     patch = 14
-    """Pixels: the sides of images are multiples of it."""
+    """Side of a patch in pixels. The sides of images are multiples of it."""
 
     memory = Memory(150_000)
     attention = Attention(18, 1024)
 
     def outlook(self, length: int, image_size: tuple[int, int], config: Config) -> Outlook:
-        """What a video of `length` frames of `image_size` will take on this device.
+        """Estimate frames, memory and time for `length` frames of `image_size` (width, height).
 
-        The time is that of the network's products of matrices, at the rate of one that is timed.
+        The time is that of the network's matrix products, at the measured speed of one of them.
         """
         frames = length if config.interval == "auto" else -(-length // config.interval)
         size = self.window(image_size, config)
         windows = plan(frames, size, overlap_of(size, config))
         width, height = self.input_size(image_size, config)
         tokens = width * height / self.patch**2
-        weights = self.found.bytes()
+        weights = self.weights_file.bytes()
         seen = len(windows[0]) * tokens
         spread = 4 * self.attention.blocks * self.attention.width * seen
         operations = len(windows) * seen * (weights / 2 + spread)  # 4 bytes each, used twice
@@ -161,37 +163,38 @@ class NetworkEngine(Engine):
 
     @abstractmethod
     def load(self, config: Config) -> Network:
-        """The network, kept for the episodes to come."""
+        """The loaded network, cached for further episodes."""
 
     def weights(self) -> dict[str, Any]:
-        """What a dataset records of the weights."""
-        return self.found.record()
+        """The record of the weights in a dataset."""
+        return self.weights_file.record()
 
     def uses_device(self) -> bool:
-        """Always."""
+        """True."""
         return True
 
     def on(self, device: str | None) -> Self:
-        """The same network there; raises UsageError where that cannot be."""
+        """The same engine on another device. Raises UsageError if it cannot be used."""
         return replace(self, device=choose_device(device))
 
     def input_size(self, image_size: tuple[int, int], config: Config) -> tuple[int, int]:
-        """(width, height) of an image of `image_size` as the network takes it."""
+        """(width, height) in pixels of the network's input for images of `image_size`."""
         return network_size(image_size, config.max_pixels, self.patch)
 
     def window(self, image_size: tuple[int, int], config: Config) -> int:
-        """How many views the network looks at at once."""
+        """The number of views that the network processes at once."""
         size = self.input_size(image_size, config)
         return config.window or window_size(size, self.patch, self.device, self.memory)
 
     def reconstruct(
         self, episode: Episode, config: Config, scratch: Path, progress: Progress = lambda _: None
     ) -> Views:
-        """Depth and cameras of an episode's frames, in the world of its first camera.
+        """Reconstruct depth and cameras of an episode, in the world of its first camera.
 
-        Every `config.interval`-th frame is used, or with auto those in which the camera has moved;
-        the others' cameras are interpolated, and with auto refined by what they show. Raises
-        OccGenError where what the network finds is no camera's, or a condition is not there.
+        Every `config.interval`-th frame is used, or with auto the frames in which the camera has
+        moved. The poses of other frames are interpolated, and with auto refined by their images.
+        Raises OccGenError if the network finds no valid cameras, or if the episode lacks a
+        condition that the configuration asks for.
         """
         self.check(config)
         _check_conditions(episode, config)
@@ -207,7 +210,7 @@ class NetworkEngine(Engine):
         assembly = Assembly(store, episode.image_size, metric=self.metric)
         views = inputs.views(frames)
         held: list[View] = []
-        looks: list[NDArray[np.float32]] = []
+        descriptors: list[NDArray[np.float32]] = []
         for number, window in enumerate(windows):
             before = len(held)
             held += [next(views) for _ in range(len(window) - before)]
@@ -216,31 +219,33 @@ class NetworkEngine(Engine):
             if number + 1 < len(windows):
                 after = window.stop - windows[number + 1].start
             assembly.add(found, before, after)
-            looks.append(seen[before:])
+            descriptors.append(seen[before:])
             progress(len(window) - before)
             held = held[len(held) - after :]
         loops = (0, 0)
         if closes_loops(config, len(windows)):
-            looker = _Looker(network, inputs, frames, assembly, config, self.device)
-            loops = close_loops(assembly, np.concatenate(looks), looker.look, looker.remembered)
+            verifier = _LoopVerifier(network, inputs, frames, assembly, config, self.device)
+            loops = close_loops(
+                assembly, np.concatenate(descriptors), verifier.predict, verifier.stored
+            )
         notes = _notes(self, assembly, frames, episode)
         if config.window is None and len(windows) > 1:
-            text = f"reconstructed in windows of {size} frames, by the memory that was free"
+            text = f"reconstructed in windows of {size} frames, chosen by the free memory"
             notes.append(Note("window", text))
         poses = interpolate_poses(frames, assembly.world_from_camera, episode.length)
         intrinsics, further = _intrinsics(assembly.intrinsics, frames, episode)
 
-        def place(frame: int) -> int:
+        def number_of(frame: int) -> int:
             return int(np.searchsorted(frames, frame))
 
         def depth(frame: int) -> NDArray[np.float32]:
-            return assembly.depth(place(frame))
+            return assembly.depth(number_of(frame))
 
         if config.interval == "auto" and len(frames) < episode.length:
             poses = refine_skipped(
                 episode.read_rgb, depth, frames, poses, intrinsics, episode.image_size
             )
-            text = f"{len(frames)} of {episode.length} frames were reconstructed from, by motion"
+            text = f"{len(frames)} of {episode.length} frames were used, chosen by motion"
             notes.append(Note("keyframes", text))
 
         return Views(
@@ -251,8 +256,8 @@ class NetworkEngine(Engine):
             depth_size=inputs.size,
             frames=frames,
             read_depth=depth,
-            read_color=lambda frame: store.color(place(frame)),
-            read_confidence=lambda frame: store.confidence(place(frame)),
+            read_color=lambda frame: store.color(number_of(frame)),
+            read_confidence=lambda frame: store.confidence(number_of(frame)),
             edges="network",
             in_source_world=False,
             windows=WindowRecord(size, tuple(assembly.scales.tolist()), *loops),
@@ -261,20 +266,20 @@ class NetworkEngine(Engine):
 
 
 def overlap_of(size: int, config: Config) -> int:
-    """Frames that a window of `size` shares with the next: half of it at most."""
+    """The number of frames that a window of `size` shares with the next, at most half of it."""
     return min(config.overlap or size // 2, size // 2)
 
 
 def closes_loops(config: Config, windows: int) -> bool:
-    """Whether loops are looked for in a video of so many windows."""
+    """Whether loops are searched in a video of so many windows."""
     if config.loop_closure == "auto":
-        return windows >= LEAST_WINDOWS
+        return windows >= MIN_WINDOWS
     return bool(config.loop_closure)
 
 
 @dataclass(frozen=True)
-class _Looker:
-    """Looks at views again, to verify loops."""
+class _LoopVerifier:
+    """Gives `close_loops` new predictions and stored results of views, by their numbers."""
 
     network: Network
     inputs: Inputs
@@ -283,37 +288,35 @@ class _Looker:
     config: Config
     device: str
 
-    def look(self, places: list[int]) -> Window:
-        """What the network makes of the views of these numbers, at once."""
-        views = list(self.inputs.views(self.frames[places]))
+    def predict(self, numbers: list[int]) -> Window:
+        """The network's prediction for these views together."""
+        views = list(self.inputs.views(self.frames[numbers]))
         found = _infer(self.network, views, self.config, self.device)[0]
-        # Along the rays of `remembered`, so that what a network errs in them makes no difference.
-        return replace(found, local=self._points(found.local[..., 2], places))
+        # With the rays of `stored`, so that errors of the predicted rays have no effect.
+        return replace(found, local=self._points(found.local[..., 2], numbers))
 
-    def remembered(self, places: list[int]) -> Window:
-        """What was made of them before, in the world."""
-        depth = np.stack([self.assembly.depth(place) for place in places])
-        confidence = np.stack([self.assembly.confidence(place) for place in places])
-        colors = np.stack([self.assembly.color(place) for place in places])
-        points = self._points(depth, places)
+    def stored(self, numbers: list[int]) -> Window:
+        """The stored result for these views, in the world."""
+        depth = np.stack([self.assembly.depth(number) for number in numbers])
+        confidence = np.stack([self.assembly.confidence(number) for number in numbers])
+        colors = np.stack([self.assembly.color(number) for number in numbers])
+        points = self._points(depth, numbers)
         kept = _kept(points, confidence, self.config)
-        poses = self.assembly.world_from_camera[places]
+        poses = self.assembly.world_from_camera[numbers]
         return Window(poses, points, kept, confidence, colors)
 
-    def _points(self, depth: NDArray[np.float32], places: list[int]) -> NDArray[np.float32]:
+    def _points(self, depth: NDArray[np.float32], numbers: list[int]) -> NDArray[np.float32]:
         factors = np.divide(self.inputs.size, self.assembly.image_size)
-        usual = _usual_camera(self.assembly.image_size)
-        fitted = [self.assembly.intrinsics[place] for place in places]
-        known = [scale_intrinsics(usual if K is None else K, *factors) for K in fitted]
-        return unprojected(depth, np.stack(known))
+        default = _default_camera(self.assembly.image_size)
+        fitted = [self.assembly.intrinsics[number] for number in numbers]
+        known = [scale_intrinsics(default if K is None else K, *factors) for K in fitted]
+        return unproject(depth, np.stack(known))
 
 
-def unprojected(
-    depth: NDArray[np.floating], intrinsics: NDArray[np.floating]
-) -> NDArray[np.float32]:
-    """(n, h, w) depth and (n, 3, 3) intrinsics to (n, h, w, 3) points in the cameras' frames.
+def unproject(depth: NDArray[np.floating], intrinsics: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Points (n, h, w, 3) in the cameras' frames from (n, h, w) depth and (n, 3, 3) intrinsics.
 
-    Pixel centres are at + 0.5.
+    Pixel centres are at + 0.5. The unit is that of the depth.
     """
     height, width = depth.shape[1:]
     fx, fy, cx, cy = (
@@ -327,7 +330,10 @@ def unprojected(
 
 
 def choose_device(name: str | None) -> str:
-    """The device of that name, None for a GPU if there is one; UsageError where it is not there."""
+    """The name of a usable device; None takes a GPU if there is one.
+
+    Raises UsageError if the device is unknown or cannot be used.
+    """
     import torch
 
     if name is None:
@@ -353,15 +359,16 @@ def _check_conditions(episode: Episode, config: Config) -> None:
     for condition in config.condition:
         if have[condition] is None:
             raise OccGenError(
-                f"{episode.id}: --condition {condition}: the source has none; leave it out."
+                f"{episode.id}: --condition {condition}: the source has no {condition}; leave it "
+                "out."
             )
 
 
-# What goes into a network
+# Inputs
 
 
 class Inputs:
-    """An episode's frames, decoded and resized ahead of the network."""
+    """An episode's frames, decoded and resized in threads ahead of the network."""
 
     def __init__(self, episode: Episode, config: Config, size: tuple[int, int]) -> None:
         self.size = size
@@ -370,7 +377,7 @@ class Inputs:
         self._factors = np.divide(self.size, episode.image_size)
 
     def views(self, frames: NDArray[np.int64]) -> Iterator[View]:
-        """The frames of these numbers, in order."""
+        """Yield the views of these frames, in order."""
         return prefetch(self._view, frames.tolist())
 
     def _view(self, frame: int) -> View:
@@ -384,7 +391,7 @@ class Inputs:
         if "intrinsics" in wanted and episode.intrinsics is not None:
             K = scale_intrinsics(episode.intrinsics[frame], *self._factors)
         if "poses" in wanted and episode.world_from_camera is not None:
-            # From the first camera: far from the world's origin float32 would be too coarse.
+            # Relative to the first camera, because float32 is too coarse far from the origin.
             pose = np.linalg.inv(episode.world_from_camera[0]) @ episode.world_from_camera[frame]
         return View(image, depth, K, pose)
 
@@ -392,68 +399,70 @@ class Inputs:
 def _infer(
     network: Network, views: list[View], config: Config, device: str
 ) -> tuple[Window, NDArray[np.float32]]:
-    """What the network makes of views, with what is not to be believed marked, and their looks."""
+    """The network's prediction for views, with unreliable points marked, and their descriptors."""
     try:
         found = network.predict(views)
-    except RuntimeError as error:  # Torch has several kinds, of which few tell by their type.
+    except RuntimeError as error:  # torch has one type for most kinds of errors.
         if "linalg" in str(error):
             raise OccGenError(NO_CAMERAS) from error
         if "memory" not in str(error).lower() and "alloc" not in str(error).lower():
             if "CUDA error" not in str(error):
                 raise
-            said = str(error).splitlines()[0].rstrip(".")
-            raise MachineError(f"{device}: failed ({said}); run the same build again.") from error
+            message = str(error).splitlines()[0].rstrip(".")
+            raise MachineError(
+                f"{device}: failed ({message}); run the same build again."
+            ) from error
         raise MachineError(
             f"{len(views)} frames at once need more memory than the device {device} has free; "
-            f"set a smaller window, as with --set window={max(1, len(views) // 2)}."
+            f"set a smaller window, for example --set window={max(1, len(views) // 2)}."
         ) from error
     if not np.isfinite(found.world_from_camera).all():
         raise OccGenError(NO_CAMERAS)
     colors = np.stack([view.image for view in views])
-    there = np.isfinite(found.points).all(axis=-1) & (found.points[..., 2] > 0)
-    confidence = np.nan_to_num(np.where(there, found.confidence, np.float32(0)))
+    valid = np.isfinite(found.points).all(axis=-1) & (found.points[..., 2] > 0)
+    confidence = np.nan_to_num(np.where(valid, found.confidence, np.float32(0)))
     kept = _kept(found.points, confidence, config)
     window = Window(found.world_from_camera, found.points, kept, confidence, colors)
-    return window, found.looks
+    return window, found.descriptors
 
 
 def _kept(
     points: NDArray[np.float32], confidence: NDArray[np.float32], config: Config
 ) -> NDArray[np.bool_]:
-    """(n, h, w) which points to join and fit by: sure, and not at an edge of depth."""
+    """(n, h, w) bool: points used to join and fit, which are confident and not at a depth edge."""
     kept: NDArray[np.bool_] = (confidence > config.confidence) & ~depth_edges(
         points[..., 2], config.depth_edge
     )
     return kept
 
 
-# What comes out
+# Results
 
 
 def _notes(
     engine: NetworkEngine, assembly: Assembly, frames: NDArray[np.int64], episode: Episode
 ) -> list[Note]:
-    """What a user should know of a reconstruction."""
+    """Notes on the quality of a reconstruction."""
     notes = []
     if len(frames) == 1 < episode.length:
-        text = f"one of {episode.length} frames was looked at: set a smaller interval"
+        text = f"only one of {episode.length} frames was used: set a smaller interval"
         notes.append(Note("interval", text))
     if not engine.metric and episode.world_from_camera is None:
         text = (
-            f"{engine.name}'s unit of length is its own, not the metre, and so is that of "
-            "voxel_size here"
+            f"{engine.name}'s unit of length is arbitrary, not the metre; voxel_size is in that "
+            "unit"
         )
         notes.append(Note("no metres", text))
     if assembly.unscaled:
         text = (
-            f"{assembly.unscaled} windows share nothing that tells their scales apart: they were "
-            "joined as they are; a larger overlap may help"
+            f"{assembly.unscaled} windows share too little to estimate their relative scale and "
+            "were joined without scaling; a larger overlap may help"
         )
         notes.append(Note("seam scale", text))
     if assembly.residuals and max(assembly.residuals) > POOR_SEAM:
         text = (
-            f"windows join poorly: the worst seam's points are {max(assembly.residuals):.0%} of "
-            "their distance apart; a larger window or overlap may help"
+            f"windows join poorly: at the worst seam, points differ by "
+            f"{max(assembly.residuals):.0%} of their distance; a larger window or overlap may help"
         )
         notes.append(Note("seam", text))
     least, most = float(assembly.scales.min()), float(assembly.scales.max())
@@ -469,21 +478,21 @@ def _notes(
 def _intrinsics(
     fitted: list[NDArray[np.float64] | None], frames: NDArray[np.int64], episode: Episode
 ) -> tuple[NDArray[np.float64], list[Note]]:
-    """(T, 3, 3) for all frames from those that could be fitted to some."""
+    """(T, 3, 3) intrinsics of all frames, interpolated from those that were fitted, and notes."""
     known = [(frame, K) for frame, K in zip(frames, fitted, strict=True) if K is not None]
     notes = []
     if not known:
-        known = [(0, _usual_camera(episode.image_size))]
+        known = [(0, _default_camera(episode.image_size))]
         text = (
-            f"the points that the network finds fit no pinhole camera: {USUAL_VIEW} degrees of "
-            "view are assumed, and nothing here is to be relied on; was the video made by a "
-            "fisheye or panoramic camera, and are these the network's weights?"
+            f"the network's points fit no pinhole camera: {DEFAULT_VIEW} degrees of view are "
+            "assumed, and the result is unreliable; check whether the camera is fisheye or "
+            "panoramic, and whether the weights are the network's"
         )
         notes.append(Note("no pinhole camera", text))
     elif len(known) < len(fitted):
         text = (
             f"intrinsics could not be fitted to {len(fitted) - len(known)} of {len(fitted)} "
-            "frames: taken from their neighbours"
+            "frames and were taken from their neighbours"
         )
         notes.append(Note("intrinsics", text))
     at, matrices = np.array([frame for frame, _ in known]), np.stack([K for _, K in known])
@@ -495,31 +504,32 @@ def _intrinsics(
     return intrinsics, notes
 
 
-def _usual_camera(size: tuple[int, int]) -> NDArray[np.float64]:
-    """Intrinsics of an image of `size`, as most cameras have them."""
+def _default_camera(size: tuple[int, int]) -> NDArray[np.float64]:
+    """(3, 3) intrinsics of a typical camera with images of `size`, pixels."""
     width, height = size
-    focal = max(size) / (2 * np.tan(np.radians(USUAL_VIEW / 2)))
+    focal = max(size) / (2 * np.tan(np.radians(DEFAULT_VIEW / 2)))
     return np.array([[focal, 0.0, width / 2], [0.0, focal, height / 2], [0.0, 0.0, 1.0]])
 
 
-# How much at once
+# Size of windows
 
 
 def window_size(size: tuple[int, int], patch: int, device: str, memory: Memory) -> int:
-    """Views that fit into half the free memory, one of a few round numbers.
+    """The largest number in `WINDOWS` of views that fit into half the free memory.
 
-    So that the same machine gives the same windows from one day to the next.
+    size: (width, height), pixels. With few round numbers, a machine usually gives the same windows
+    in every run.
     """
     tokens = size[0] * size[1] / patch**2
     room = _free_memory(device) / 2 - memory.views * tokens * memory.head
-    most = 128 if device.startswith("cuda") else 32  # A CPU would be at more for hours.
-    fit = max(WINDOWS[0], min(most, room / (tokens * memory.token)))
+    limit = 128 if device.startswith("cuda") else 32  # A CPU would need hours for more.
+    fit = max(WINDOWS[0], min(limit, room / (tokens * memory.token)))
     return max(n for n in WINDOWS if n <= fit)
 
 
 @lru_cache
 def _matrix_rate(device: str) -> float:
-    """Floating-point operations a second of a product of matrices there."""
+    """Measured floating-point operations per second of a matrix product on a device."""
     import torch
 
     n, kind = (1024, torch.float32) if device == "cpu" else (8192, torch.bfloat16)
@@ -533,7 +543,7 @@ def _matrix_rate(device: str) -> float:
 
 
 def _free_memory(device: str) -> float:
-    """Bytes, those of this process's share where it is one of several."""
+    """Free memory of a device in bytes, divided by the processes that share it."""
     import psutil
     import torch
 

@@ -1,4 +1,4 @@
-"""Sensor depth with known poses: the views are as they were recorded."""
+"""The engine rgbd: recorded depth and poses, unchanged."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class SensorDepth(Engine):
     def reconstruct(
         self, episode: Episode, config: Config, scratch: Path, progress: Progress = lambda _: None
     ) -> Views:
-        """Every `config.interval`-th frame's depth (auto: every one), decoded when asked for.
+        """Views with the depth of every `config.interval`-th frame (auto: all), decoded on demand.
 
-        Raises OccGenError when the episode has no depth, poses or intrinsics.
+        Raises OccGenError if the episode has no depth, poses or intrinsics.
         """
         read_depth, poses, intrinsics = (
             episode.read_depth,
@@ -55,7 +55,9 @@ class SensorDepth(Engine):
 
 
 def open_engine(weights: Path | None, device: str | None) -> SensorDepth:
-    """The engine; raises UsageError for weights, of which it has none. It works on any device."""
+    """Open the engine. Raises UsageError if weights are given. The device is not used."""
     if weights is not None:
-        raise UsageError(f"--weights {weights}: the engine rgbd has none; leave the option out.")
+        raise UsageError(
+            f"--weights {weights}: the engine rgbd uses no weights; leave the option out."
+        )
     return SensorDepth()

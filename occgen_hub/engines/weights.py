@@ -1,4 +1,4 @@
-"""Weights: where they are, whether they are a network's, and the network with them in it."""
+"""The weights of networks: finding, downloading and checking them, and loading a network."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 Pi3Name = Literal["pi3", "pi3x"]
 Name = Literal["pi3", "pi3x", "da3"]
 NAMES: tuple[Name, ...] = ("pi3x", "pi3", "da3")
-"""The better one first: pi3x is metric, which a video without poses cannot be made to be."""
+"""In order of preference: pi3x comes first because it gives metres without known poses."""
 
 FILE = "model.safetensors"
 LICENSES = {
@@ -38,17 +38,17 @@ LICENSES = {
 }
 
 DA3_WIDTHS = {384: "da3-small", 768: "da3-base", 1024: "da3-large"}
-"""The models of Depth Anything 3 that find cameras, by the width of their tokens."""
+"""The models of Depth Anything 3 that estimate cameras, by the width of their tokens."""
 
-DA3_FREE = ("da3-small", "da3-base")
-"""Those that are published under Apache-2.0; the larger ones are non-commercial."""
+DA3_APACHE = ("da3-small", "da3-base")
+"""The models published under Apache-2.0; the larger ones are non-commercial."""
 
 _DA3_WIDTH = "model.backbone.pretrained.cls_token"
-"""The tensor whose last side is the width of the tokens."""
+"""The tensor whose last dimension is the width of the tokens."""
 
 
 class Checkpoint(BaseModel):
-    """A config.json: what network it is of, where it is published, and under which licence."""
+    """The config.json of a checkpoint: its network, its repository on the Hub, and its licence."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -68,15 +68,15 @@ class Checkpoint(BaseModel):
 
     @property
     def terms(self) -> str:
-        """The licence, in words."""
+        """The licence in words."""
         return LICENSES.get(self.license, self.license)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A safetensors file and what it is said to be; digest: its SHA-256, empty if not known.
+    """A safetensors file and its description. digest: its SHA-256, empty if not known.
 
-    The file of published weights may be missing, when only a plan is made.
+    For a plan, the file of published weights may be missing.
     """
 
     path: Path
@@ -84,13 +84,13 @@ class Weights:
     digest: str = ""
 
     def bytes(self) -> int:
-        """Size of the file; of one that is missing, the size of its tensors."""
+        """Size of the file; for a missing one, the size of its tensors in float32."""
         if self.path.is_file():
             return self.path.stat().st_size
         return 4 * sum(prod(shape) for shape in _expected(self.checkpoint).values())
 
     def record(self) -> dict[str, Any]:
-        """What a dataset says of the weights that it was built with."""
+        """The record of the weights in a dataset."""
         return {
             "network": self.checkpoint.network,
             "sha256": self.digest,
@@ -100,69 +100,72 @@ class Weights:
 
 
 COMMERCIAL = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "isc", "cc-by-4.0", "cc0-1.0")
-"""Licences of weights, by the Hub's names, that allow commercial use."""
+"""Licences that allow commercial use of weights, by the Hub's names."""
 
 
 class WeightsError(UsageError):
-    """Weights that are missing, damaged, or another network's."""
+    """Weights are missing, damaged, or belong to another network."""
 
     has_lines = True
 
 
 def published(name: Name) -> Checkpoint:
-    """The checkpoint that the authors of a network published."""
+    """The description of the checkpoint published by the authors of a network."""
     text = (resources.files("occgen_hub.ckpt") / name / "config.json").read_text("utf-8")
     return Checkpoint.model_validate(json.loads(text))
 
 
-def places(name: Name) -> list[Path]:
-    """Where weights are put by hand: under the working folder, and beside the package."""
+def manual_paths(name: Name) -> list[Path]:
+    """The paths for weights placed by hand: in the working folder, and beside the package."""
     inside = resources.files("occgen_hub.ckpt") / name / FILE
     return [Path("ckpt", name, FILE), Path(str(inside))]
 
 
-def present(name: Name) -> Path | None:
-    """Weights of that name that are there already, by hand or in the Hub's cache."""
-    return next((path for path in places(name) if path.is_file()), None) or _cached(name)
+def local_weights(name: Name) -> Path | None:
+    """The local weights of a network, placed by hand or in the Hub's cache; else None."""
+    return next((path for path in manual_paths(name) if path.is_file()), None) or _cached(name)
 
 
-def find(name: Name, path: Path | None = None, *, missing: MissingWeights = "fetch") -> Weights:
-    """The weights of a network, checked, with their SHA-256.
+def find_weights(
+    name: Name, path: Path | None = None, *, missing: MissingWeights = "fetch"
+) -> Weights:
+    """Find and check the weights of a network, and compute their SHA-256.
 
-    At `path` (a file, or a folder with one), else those that are there already, else as `missing`
-    says. Raises WeightsError when there are none, or when they are damaged or another network's.
+    path: a file, or a folder with one; None takes local weights. missing: what to do if there are
+    none, see `MissingWeights`. Raises WeightsError if there are no weights, or if they are damaged
+    or belong to another network.
     """
     if path is not None:
-        weights = _given(name, path)
-    elif (there := present(name)) is not None:
-        weights = _described(name, there)
+        weights = _weights_at(name, path)
+    elif (local := local_weights(name)) is not None:
+        weights = _with_checkpoint(name, local)
     elif missing == "fetch":
-        weights = fetch(name)
+        weights = download_weights(name)
     elif missing == "expect":
         checkpoint = published(name)
-        return Weights(places(name)[0], checkpoint, checkpoint.sha256 or "")
+        return Weights(manual_paths(name)[0], checkpoint, checkpoint.sha256 or "")
     else:
         raise missing_error(name)
     check(weights)
     return Weights(weights.path, weights.checkpoint, _digest(weights.path))
 
 
-def kind(path: Path) -> Name:
-    """Which network the weights at `path` are of, by the names of their tensors."""
+def identify_network(path: Path) -> Name:
+    """The network to which the weights at `path` belong, by the names of their tensors."""
     layout = _layout(_file(path))
     if any(name.startswith("model.") for name in layout):
         return "da3"
     return "pi3x" if "metric_token" in layout else "pi3"
 
 
-def fetch(name: Name, revision: str | None = None) -> Weights:
-    """The published weights, from the Hub into its cache; raises WeightsError when it fails.
+def download_weights(name: Name, revision: str | None = None) -> Weights:
+    """Download published weights into the Hub's cache. Raises WeightsError if that fails.
 
-    Their licence is logged as a warning, which is on the terminal where nobody says otherwise.
+    Logs their licence as a warning, so that it is on the terminal by default.
     """
-    import httpx
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.utils import httpx
 
     checkpoint = published(name)
     if revision is not None:
@@ -170,7 +173,8 @@ def fetch(name: Name, revision: str | None = None) -> Weights:
     assert checkpoint.repo_id is not None
     check_sendable()
     try:
-        # Asked first, because a download would try a Hub that cannot be reached for half a minute.
+        # First a short request, because a download would retry for half a minute if the Hub cannot
+        # be reached.
         get_hf_file_metadata(
             hf_hub_url(checkpoint.repo_id, FILE, revision=checkpoint.revision), timeout=10
         )
@@ -185,15 +189,15 @@ def fetch(name: Name, revision: str | None = None) -> Weights:
 
 
 def missing_error(name: Name, reason: str = "") -> WeightsError:
-    """The error of missing weights. reason: why fetching them failed, if that was tried."""
+    """The error for missing weights. reason: why a download failed, if there was one."""
     checkpoint = published(name)
-    tried = f"; {checkpoint.repo_id} could not be fetched ({reason})" if reason else ""
+    failure = f"; {checkpoint.repo_id} could not be downloaded ({reason})" if reason else ""
     return WeightsError(
         f"there are no weights for {name} (licence: {checkpoint.terms}): none at "
-        f"ckpt/{name}/{FILE}, none in the Hub's cache{tried}.\n"
-        f"Fetch them where the Hub can be reached: occgen-hub weights pull {name}\n"
-        f"Or put {FILE} of {checkpoint.repo_id} by hand at ckpt/{name}/{FILE}, or name its place "
-        f"with --weights."
+        f"ckpt/{name}/{FILE}, none in the Hub's cache{failure}.\n"
+        f"Download them on a machine that reaches the Hub: occgen-hub weights pull {name}\n"
+        f"Or copy {FILE} of {checkpoint.repo_id} to ckpt/{name}/{FILE}, or give its path with "
+        f"--weights."
     )
 
 
@@ -210,20 +214,20 @@ def _file(path: Path) -> Path:
     return path / FILE if path.is_dir() else path
 
 
-def _given(name: Name, path: Path) -> Weights:
-    weights = _described(name, _file(path))
+def _weights_at(name: Name, path: Path) -> Weights:
+    weights = _with_checkpoint(name, _file(path))
     if weights.checkpoint.network != name:
         raise WeightsError(
-            f"{path}: is of {weights.checkpoint.network}, as its config.json says, not of {name}; "
-            f"choose --engine {weights.checkpoint.network} or other --weights."
+            f"{path}: has weights of {weights.checkpoint.network}, according to its config.json, "
+            f"not of {name}; choose --engine {weights.checkpoint.network} or other --weights."
         )
     return weights
 
 
-def _described(name: Name, path: Path) -> Weights:
-    """Weights with the config.json beside them, or as published where there is none of ours.
+def _with_checkpoint(name: Name, path: Path) -> Weights:
+    """Weights with the description in the config.json beside them, or the published description.
 
-    The authors' own, of another form, lies beside what was fetched as a whole repository.
+    A config.json in the authors' own format, as in a download of the whole repository, is ignored.
     """
     config = path.with_name("config.json")
     if not config.is_file():
@@ -240,12 +244,12 @@ def _described(name: Name, path: Path) -> Weights:
         where = ".".join(str(part) for part in first["loc"])[:80]
         raise WeightsError(
             f"{config}: does not describe a checkpoint ({where}: {first['msg'][:120]}); see "
-            f"ckpt/{name}/config.json for one that does."
+            f"ckpt/{name}/config.json for an example."
         ) from error
 
 
 def _as_published(name: Name, path: Path) -> Checkpoint:
-    """What a file without a description of ours is: for da3 one of its models, by the size."""
+    """The published description for a file; for da3 that of the model with the file's width."""
     checkpoint = published(name)
     if name != "da3" or not path.is_file():
         return checkpoint
@@ -253,48 +257,48 @@ def _as_published(name: Name, path: Path) -> Checkpoint:
     preset = DA3_WIDTHS.get(width, checkpoint.preset)
     if preset == checkpoint.preset:
         return checkpoint
-    license = checkpoint.license if preset in DA3_FREE else "cc-by-nc-4.0"
+    license = checkpoint.license if preset in DA3_APACHE else "cc-by-nc-4.0"
     other = {"preset": preset, "license": license, "repo_id": None, "sha256": None}
     return checkpoint.model_copy(update=other)
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of the file; the Hub's cache has files named by it."""
+    """SHA-256 of the file. In the Hub's cache it is the file's name."""
     stored = path.resolve().name
     if path.is_symlink() and len(stored) == 64 and set(stored) <= set("0123456789abcdef"):
         return stored
     return sha256(path)
 
 
-# Whether they fit
+# Checks
 
 
 def verify(weights: Weights) -> str:
-    """SHA-256 of the file, read from end to end.
+    """Compute the SHA-256 of the whole file.
 
-    Raises WeightsError where it is not what the checkpoint's description says.
+    Raises WeightsError if it differs from the one in the checkpoint's description.
     """
     digest, stated = sha256(weights.path), weights.checkpoint.sha256
     if stated is not None and digest != stated:
         raise WeightsError(
             f"{weights.path}: is not the published file (SHA-256 {digest[:12]}..., expected "
-            f"{stated[:12]}...); fetch it again, or, if it is meant to be another, put a "
-            "config.json that describes it beside it."
+            f"{stated[:12]}...); download it again or, for other weights, add a config.json that "
+            "describes them."
         )
     return digest
 
 
 def check(weights: Weights) -> None:
-    """Raise WeightsError unless the file is whole and has the network's tensors, all and no other.
+    """Raise WeightsError unless the file is complete and has exactly the network's tensors.
 
-    Only the header is read; a file of a whole header is as long as it says.
+    Only the header is read. It states the file's length.
     """
     shapes = _expected(weights.checkpoint)
     _compare(shapes, _layout(weights.path), weights.checkpoint.network, str(weights.path))
 
 
 def _expected(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a network's tensors."""
+    """The names and shapes of a network's tensors."""
     import torch
 
     if checkpoint.network == "da3":
@@ -307,18 +311,18 @@ def _expected(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 
 def _layout(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in a file, from its header; WeightsError if it is damaged."""
+    """Names and shapes of the tensors in a file's header. Raises WeightsError if damaged."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise WeightsError(f"{path}: there is no such file; check --weights.")
+        raise WeightsError(f"{path}: does not exist; check --weights.")
     try:
         with safe_open(path, framework="numpy") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        said = str(error).removeprefix("Error while deserializing header: ").rstrip(".")
+        reason = str(error).removeprefix("Error while deserializing header: ").rstrip(".")
         raise WeightsError(
-            f"{path}: is not a whole safetensors file ({said[:120]}); fetch it again."
+            f"{path}: is not a complete safetensors file ({reason[:120]}); download it again."
         ) from error
 
 
@@ -329,23 +333,23 @@ def _compare(
     where: str,
 ) -> None:
     problems = {
-        "lacks": [name for name in expected if name not in found],
-        "has besides": [name for name in found if name not in expected],
-        "has in another shape": [
-            f"{name} {list(found[name])} for {list(shape)}"
+        "missing tensors": [name for name in expected if name not in found],
+        "unexpected tensors": [name for name in found if name not in expected],
+        "tensors with another shape": [
+            f"{name} {list(found[name])} instead of {list(shape)}"
             for name, shape in expected.items()
             if name in found and found[name] != shape
         ],
     }
-    said = [f"{what} {_first(names)}" for what, names in problems.items() if names]
-    if said:
+    parts = [f"{kind}: {_shorten(names)}" for kind, names in problems.items() if names]
+    if parts:
         raise WeightsError(
-            f"{where}: is no checkpoint of {network} of its size: it {'; it '.join(said)}; check "
-            "which network they are of, and the config.json beside them."
+            f"{where}: not a checkpoint of {network} with these sizes ({'; '.join(parts)}); check "
+            "--engine, and the config.json beside the file."
         )
 
 
-def _first(names: list[str]) -> str:
+def _shorten(names: list[str]) -> str:
     shown = ", ".join(name[:80] for name in names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
@@ -360,18 +364,18 @@ def load_network(
     sizes: Sizes | None = None,
     device: str | torch.device = "cpu",
 ) -> Pi3 | Pi3X:
-    """One of the networks pi3 and pi3x in evaluation mode, with its weights.
+    """Load the network pi3 or pi3x in evaluation mode.
 
-    weights: a safetensors file, a folder with model.safetensors, or the tensors by name; sizes: as
-    a config.json beside the file says, else as published. A file is mapped into memory, not
-    copied. Raises WeightsError when the weights do not fit.
+    weights: a safetensors file, a folder with model.safetensors, or the tensors by name; sizes: by
+    default those in the config.json beside the file, else the published ones. On a CPU, a float32
+    file is mapped into memory, not copied. Raises WeightsError if the weights do not fit.
     """
     import torch
 
     if name not in ("pi3", "pi3x"):
-        raise WeightsError(f"{name}: there is no such network; there are pi3 and pi3x.")
+        raise WeightsError(f"{name}: unknown network; choose pi3 or pi3x.")
     if isinstance(weights, str | Path):
-        found = _given(name, Path(weights))
+        found = _weights_at(name, Path(weights))
         sizes = sizes or found.checkpoint.sizes
         check(Weights(found.path, found.checkpoint.model_copy(update={"sizes": sizes})))
         tensors = tensors_of(found.path, device)
@@ -393,7 +397,7 @@ def _build(name: Pi3Name, sizes: Sizes) -> Pi3 | Pi3X:
 
 
 def tensors_of(path: Path, device: str | torch.device) -> dict[str, torch.Tensor]:
-    """The tensors of a file in float32: on a CPU they are the file itself, mapped."""
+    """The tensors of a file as float32. On a CPU, float32 files are mapped into memory."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt", device=str(device)) as file:

@@ -1,8 +1,7 @@
-"""Long videos: windows that overlap, joined one after the other into one world.
+"""Long videos: overlapping windows, joined one after another into one world.
 
-In memory are the cameras, and the frames that the next window will share; the depth of frames is
-in a store on disk, in the unit of the window that it comes from. So windows can still be moved when
-a loop is found.
+Memory holds the cameras and the frames that the next window shares. The depth of frames is stored
+on disk in the unit of its window, so that windows can be moved when a loop is found.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ from occgen_hub.geometry.pose_graph import Edge
 from occgen_hub.geometry.sim3 import Sim3
 
 JOIN_POINTS = 20_000
-"""Of an overlap, for fitting a Sim3; more do not make it better."""
+"""Number of points of an overlap used to fit a Sim3; more do not improve it."""
 
-TURN_ERROR, PLACE_ERROR = np.radians(0.5), 0.01
-"""What a join is taken to be off: radians, and a share of the window's reach."""
+ROTATION_ERROR, POSITION_ERROR = np.radians(0.5), 0.01
+"""Assumed error of a join: radians, and a share of the window's extent."""
 
 POOR_SEAM = 0.1
-"""Median distance of an overlap's points after joining, as a share of their distance."""
+"""Median distance of points after joining, as a share of their depth, that is noted."""
 
 
 def plan(count: int, size: int, overlap: int) -> list[range]:
-    """Windows of at most `size` that cover `count` frames, each sharing `overlap` with the next.
+    """Windows of at most `size` frames that cover `count` frames; neighbours share `overlap`.
 
-    The last two may share more, so that the last is as long as the others.
+    The last two may share more, so that all windows have the same length.
     """
     if count <= size:
         return [range(count)]
@@ -42,11 +41,12 @@ def plan(count: int, size: int, overlap: int) -> list[range]:
 
 @dataclass(frozen=True)
 class Window:
-    """What a network makes of n views, in a world of its own.
+    """A network's prediction for n views, in a world of its own.
 
     world_from_camera: (n, 4, 4) float64; local: (n, h, w, 3) float32 points in the cameras'
-    frames; kept: (n, h, w) bool, those to join and fit by: sure, and not at an edge; confidence:
-    (n, h, w) float32 in [0, 1], 0 where there is no point; colors: (n, h, w, 3) uint8.
+    frames; kept: (n, h, w) bool, the points used to join and fit: confident, and not at a depth
+    edge; confidence: (n, h, w) float32 in [0, 1], 0 where there is no point; colors: (n, h, w, 3)
+    uint8 RGB.
     """
 
     world_from_camera: NDArray[np.float64]
@@ -56,11 +56,11 @@ class Window:
     colors: NDArray[np.uint8]
 
     def __len__(self) -> int:
-        """How many views there are."""
+        """The number of views."""
         return len(self.local)
 
     def __getitem__(self, part: slice) -> Window:
-        """Some of the views."""
+        """A window of some of the views."""
         return Window(
             self.world_from_camera[part],
             self.local[part],
@@ -70,12 +70,12 @@ class Window:
         )
 
     def copy(self, start: int) -> Window:
-        """A copy of the views from `start` on, which does not keep the others in memory."""
+        """A copy of the views from `start` on, without references to the others' memory."""
         return concatenated([self[start:]])
 
 
 def concatenated(windows: list[Window]) -> Window:
-    """The views of all, which are in one world."""
+    """One window with the views of all, which must be in one world."""
     return Window(
         np.concatenate([window.world_from_camera for window in windows]),
         np.concatenate([window.local for window in windows]),
@@ -86,14 +86,14 @@ def concatenated(windows: list[Window]) -> Window:
 
 
 class Assembly:
-    """Views of all windows, in the world of the first camera and the scale of the first window.
+    """The views of all windows, in the world of the first camera and the scale of the first window.
 
-    store: where the depth of views goes; image_size: (width, height) that intrinsics are for;
-    metric: whether the network knows metres, see `geometry.joining.join`.
+    store: for the depth of views; image_size: (width, height), pixels, for the intrinsics; metric:
+    whether the network's unit is the metre, see `geometry.joining.join`.
 
-    Attributes: intrinsics, (3, 3) of each view that is done, None where none fits; windows: the
+    Attributes: intrinsics: (3, 3) of each view, None where no pinhole camera fits; windows: the
     views of each window; nodes: world_from_window of each; edges: the joins of neighbours;
-    residuals and unscaled, of the joins: see `geometry.joining.join`.
+    residuals: of each join; unscaled: number of joins without a scale (`geometry.joining.join`).
     """
 
     def __init__(
@@ -111,8 +111,8 @@ class Assembly:
         self.unscaled = 0
 
     def add(self, window: Window, shared_before: int, shared_after: int) -> None:
-        """Take the next window, which shares so many views with its neighbours."""
-        # From its first camera: what a join is off turns a window about its origin.
+        """Add the next window, which shares so many views with those before and after it."""
+        # Relative to its first camera, because the error of a join rotates it about the origin.
         own = _inverse(window.world_from_camera[0]).poses(window.world_from_camera)
         window = replace(window, world_from_camera=own)
         if self._tail is None:
@@ -123,11 +123,12 @@ class Assembly:
             start = self.windows[-1].stop - shared_before
         self.windows.append(range(start, start + len(window)))
         self._poses.append(window.world_from_camera)
-        # The nearer window's depth: what is at a window's end is seen from fewer sides.
+        # Shared views take the depth of the window in whose middle they are nearer: views at the
+        # end of a window are seen from fewer directions.
         end = len(window) - shared_after + shared_after // 2
         for view in range(len(self._owner) - start, end):
-            self._keep(window, view)
-        self._tail = window.copy(len(window) - shared_after)  # The rest is let go.
+            self._store_view(window, view)
+        self._tail = window.copy(len(window) - shared_after)
 
     @property
     def world_from_camera(self) -> NDArray[np.float64]:
@@ -136,23 +137,23 @@ class Assembly:
 
     @property
     def scales(self) -> NDArray[np.float64]:
-        """(m,) how much larger the unit of each window is than that of the first one."""
+        """(m,) float64: the scale of each of m windows relative to the first one."""
         return np.array([node.scale for node in self.nodes]) / self.nodes[0].scale
 
     def owner(self, view: int) -> int:
-        """The number of the window that a view's depth is from."""
+        """The number of the window from which a view's depth was stored."""
         return self._owner[view]
 
     def depth(self, view: int) -> NDArray[np.float32]:
-        """(h, w) float32 of a view, in the unit of the world."""
+        """(h, w) float32 depth of a view, in the unit of the world, 0 for none."""
         return self._store.depth(view) * np.float32(self.nodes[self._owner[view]].scale)
 
     def confidence(self, view: int) -> NDArray[np.float32]:
-        """(h, w) float32 in [0, 1] of a view."""
+        """(h, w) float32 confidence of a view, in [0, 1]."""
         return self._store.confidence(view)
 
     def color(self, view: int) -> NDArray[np.uint8]:
-        """(h, w, 3) uint8 of a view."""
+        """(h, w, 3) uint8 RGB of a view."""
         return self._store.color(view)
 
     def _join(self, tail: Window, window: Window, shared: int) -> None:
@@ -161,13 +162,13 @@ class Assembly:
         self.residuals.append(fit.residual)
         self.unscaled += not fit.scaled
         number = len(self.nodes)
-        reach = window_reach(window)
-        spread = join_spread(reach * fit.sim3.scale, metric=self.metric)
+        extent = window_extent(window)
+        spread = join_spread(extent * fit.sim3.scale, metric=self.metric)
         self.edges.append(Edge(number - 1, number, fit.sim3, spread))
         self.nodes.append(self.nodes[-1] @ fit.sim3)
 
-    def _keep(self, window: Window, view: int) -> None:
-        """Store a view in its window's unit."""
+    def _store_view(self, window: Window, view: int) -> None:
+        """Store a view's depth in the unit of its window."""
         confidence = window.confidence[view]
         depth = np.where(confidence > 0, window.local[view][..., 2], np.float32(0))
         self._store.add(depth, confidence, window.colors[view])
@@ -180,10 +181,10 @@ class Assembly:
 def merged(
     nodes: list[Sim3], windows: list[tuple[range, NDArray[np.float64]]]
 ) -> NDArray[np.float64]:
-    """(T, 4, 4) one path from the poses of windows, each in a world of its own.
+    """Merge the poses of windows into one (T, 4, 4) path.
 
-    nodes: world_from_window; windows: the frames of each and their (n, 4, 4) poses, in order. Where
-    two overlap, the path goes over evenly from the one to the other (see `blend`).
+    nodes: world_from_window; windows: the frames of each window and their (n, 4, 4) poses, in
+    order. Poses that two windows share are blended (see `blend`).
     """
     whole = np.empty((windows[-1][0].stop, 4, 4))
     done = 0
@@ -196,18 +197,19 @@ def merged(
     return whole
 
 
-def join_spread(reach: float, *, metric: bool) -> tuple[float, float, float]:
-    """What the join of two windows is taken to be off (see `pose_graph.Edge`).
+def join_spread(extent: float, *, metric: bool) -> tuple[float, float, float]:
+    """The assumed error of the join of two windows, as in `pose_graph.Edge`.
 
-    reach: of a window, in the earlier one's unit (see `window_reach`).
+    extent: of the later window, in the earlier one's unit (see `window_extent`).
     """
-    return (METRIC_ERROR if metric else SCALE_ERROR, float(TURN_ERROR), PLACE_ERROR * reach)
+    scale = METRIC_ERROR if metric else SCALE_ERROR
+    return (scale, float(ROTATION_ERROR), POSITION_ERROR * extent)
 
 
-def window_reach(window: Window) -> float:
-    """The length of a window's path and the median depth, which its errors are shares of."""
-    places = window.world_from_camera[:, :3, 3]
-    path = float(np.linalg.norm(np.diff(places, axis=0), axis=1).sum())
+def window_extent(window: Window) -> float:
+    """The length of a window's path plus its median depth. Its errors grow with this length."""
+    positions = window.world_from_camera[:, :3, 3]
+    path = float(np.linalg.norm(np.diff(positions, axis=0), axis=1).sum())
     depth = window.local[..., 2][window.kept]
     typical = float(np.median(depth[:: 1 + len(depth) // JOIN_POINTS])) if len(depth) else 0.0
     return max(path + typical, 1e-6)
@@ -219,7 +221,7 @@ def _inverse(world_from_camera: NDArray[np.float64]) -> Sim3:
 
 
 def overlaps(earlier: Window, later: Window) -> Iterator[Overlap]:
-    """What two windows say of the same views, at the same pixels, evenly chosen."""
+    """The points of two windows at the same pixels of the same views, evenly chosen."""
     both = np.flatnonzero(earlier.kept & later.kept)
     both = both[:: 1 + len(both) // JOIN_POINTS]
     views, pixels = np.divmod(both, earlier.kept[0].size)
@@ -227,5 +229,5 @@ def overlaps(earlier: Window, later: Window) -> Iterator[Overlap]:
         local = window.local.reshape(len(window), -1, 3)[views, pixels].astype(np.float64)
         poses = window.world_from_camera
         points = np.einsum("nij,nj->ni", poses[views, :3, :3], local) + poses[views, :3, 3]
-        sure = window.confidence.reshape(len(window), -1)[views, pixels]
-        yield Overlap(points, poses, sure)
+        confidence = window.confidence.reshape(len(window), -1)[views, pixels]
+        yield Overlap(points, poses, confidence)

@@ -1,1 +1,1 @@
-"""Running episodes: which to build, where, what is done already."""
+"""Building many episodes: shards, worker processes, clusters, and the files of the dataset."""

@@ -1,4 +1,4 @@
-"""Building: one shard of a job, or all of it."""
+"""Building one shard of a job, or the whole job."""
 
 from __future__ import annotations
 
@@ -40,8 +40,11 @@ def build_dataset(
     """Build the episodes of a job, with `workers` processes, and then the files of the dataset.
 
     A failed episode does not stop the others. Failures are listed in failures.jsonl, which is
-    absent when there are none, and are tried again by the next run. The result does not depend on
-    the number of workers, nor on whether an earlier run was interrupted.
+    absent when there are none, and the next run tries them again. The result is the same for any
+    number of workers, and after any interruption.
+
+    Raises UsageError if another build is running, and OccGenError if a file of the whole dataset
+    cannot be read or written.
     """
     build_shard(job, Shard(0, 1), workers, listener, "local", publisher)
     return finalize(job.out, workers)
@@ -55,20 +58,22 @@ def build_shard(
     executor: str = "shard",
     publisher: Publisher | None = None,
 ) -> Summary:
-    """Build one shard of a job, beside others perhaps; `finalize` does the rest when all ended.
+    """Build one shard of a job. `finalize` completes the dataset when all shards are built.
 
-    publisher: takes the scenes that are finished; those that it has already are not built.
+    Other shards of the same job may run at the same time. publisher: receives the finished scenes;
+    scenes that it has published already are not built.
 
-    Raises UsageError where another build, or the same shard of this one, is running.
+    Raises UsageError if another build, or the same shard of this one, is running.
     """
     plan, listener, summary = make_plan(job, shard.count), listener or Listener(), Summary()
     start = time.perf_counter()
     with (
-        output_lock(job.out, lambda alone: join_build(job.out, plan, alone=alone)),
+        output_lock(job.out, lambda exclusive: join_build(job.out, plan, exclusive=exclusive)),
         recording(job.out, shard.index, executor, overwrite=job.settings.overwrite) as record,
         _closing(publisher),
     ):
-        own = set((read_plan(job.out) or plan).shards[shard.index])  # As all shards have it.
+        # The plan on disk, which all shards of this build read.
+        own = set((read_plan(job.out) or plan).shards[shard.index])
         refs = [ref for ref in job.refs if ref.id in own]
         present = publisher.begin(job, refs, shard.index) if publisher else {}
         refs = [ref for ref in refs if ref.id not in present]
@@ -76,7 +81,9 @@ def build_shard(
 
         def note(result: Result) -> None:
             done.add(result.id)
-            listener.finished(result)  # It may stop the build, whose failures are none then.
+            # Before the result is recorded: this call may stop the build, and failures that the
+            # stop itself caused must not be recorded.
+            listener.finished(result)
             summary.add(result)
             record(result)
 
@@ -89,7 +96,7 @@ def build_shard(
                 if isinstance(result, SceneResult):
                     record(result)
                 elif result.id in done and isinstance(result, Built):
-                    continue  # Of a scene that is built again, since its process died.
+                    continue  # Its scene is built again, since the first process died.
                 else:
                     note(result)
                 if publisher and (finished := scenes.finished_by(result)) is not None:
@@ -113,7 +120,7 @@ def build_shard(
 def _results(
     job: Job, refs: Sequence[EpisodeRef | SceneRef], workers: int, listener: Listener
 ) -> Generator[Result | SceneResult, None, None]:
-    """What becomes of episodes and scenes, built here or in processes."""
+    """Build episodes and scenes in this process or in workers, and yield their results."""
     if min(workers, len(refs)) > 1:
         return build_in_workers(job, refs, min(workers, len(refs)), listener.frames)
     return build_refs(job, refs, listener.frames)
@@ -121,7 +128,7 @@ def _results(
 
 @contextmanager
 def _closing(publisher: Publisher | None) -> Iterator[None]:
-    """Stop a publisher at the end of the block, however it ends."""
+    """Stop a publisher when the block ends, also by an exception."""
     try:
         yield
     finally:
@@ -130,33 +137,33 @@ def _closing(publisher: Publisher | None) -> Iterator[None]:
 
 
 class _Scenes:
-    """Which scenes are finished, from results as they come. failed: those with a failure."""
+    """Tracks which scenes are finished. failed: scenes and episodes with a failure."""
 
     def __init__(self, refs: Sequence[EpisodeRef | SceneRef]) -> None:
-        self._left = Counter(_scene(ref.id) for ref in refs if isinstance(ref, EpisodeRef))
+        self._remaining = Counter(_scene(ref.id) for ref in refs if isinstance(ref, EpisodeRef))
         self.failed: set[str] = set()
 
     def finished_by(self, result: Result | SceneResult) -> str | None:
-        """The scene of which this was the last result; None if there is none."""
+        """The scene that this result completes, or None."""
         if isinstance(result, SceneResult):
             return result.id
         scene = _scene(result.id)
         if isinstance(result, Failure):
             self.failed |= {scene, result.id}
-        if scene in self._left:
-            self._left[scene] -= 1
-            return None if self._left[scene] else scene
+        if scene in self._remaining:
+            self._remaining[scene] -= 1
+            return None if self._remaining[scene] else scene
         return None
 
 
 def _scene(episode: str) -> str:
-    """The scene of an episode, as the index has it."""
+    """The scene of an episode, as in the index."""
     return episode.rpartition("/")[0]
 
 
 def _peak_memory() -> int:
-    """Bytes that this process, or one that it started, had in memory at most."""
+    """Peak resident memory, in bytes, of this process or of the largest one that it started."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10
-    # Of this process, getrusage may tell what was there before it was this one.
+    # For this process, getrusage may report the peak of the process it was forked from.
     status = Path("/proc/self/status").read_text()
     return max(children, int(status.split("VmHWM:")[1].split()[0]) << 10)

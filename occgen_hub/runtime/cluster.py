@@ -1,7 +1,7 @@
-"""Shards as tasks of datatrove, which runs them here, under Slurm or on a Ray cluster.
+"""Shards as datatrove tasks, run on this machine, under Slurm or on a Ray cluster.
 
-A task builds one shard. Which shards have something to do is said here; when and where they are
-built is datatrove's.
+A task builds one shard. This module finds the shards that have something left to do; datatrove
+decides when and where they run.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     from datatrove.executor.base import PipelineExecutor
     from datatrove.executor.slurm import SlurmPipelineExecutor
 
-EPISODES_A_TASK = 8
+EPISODES_PER_TASK = 8
 MAX_TASKS = 1000
-"""Of an array of Slurm's, as most clusters have it."""
+"""The limit that most clusters set for the size of a Slurm array."""
 
 
 @dataclass(frozen=True, repr=False)
 class Tasks:
-    """The shards of a job as tasks. todo: the shards in which something is left to do."""
+    """The shards of a job as tasks. todo: the numbers of the shards that are not complete."""
 
     job: Job
     plan: Plan
@@ -50,7 +50,7 @@ class Tasks:
 
     @property
     def folder(self) -> Path:
-        """Where datatrove keeps its logs."""
+        """The folder of datatrove's logs."""
         return self.job.out / LOGS / "datatrove"
 
     def __str__(self) -> str:
@@ -62,9 +62,10 @@ class Tasks:
 
 
 def make_tasks(job: Job, executor: str, count: int | None = None) -> Tasks:
-    """Share the episodes of a job out among tasks, and find those with something to do.
+    """Distribute the episodes of a job over tasks, and find the tasks that are not complete.
 
-    Raises UsageError where datatrove or Ray is not installed.
+    executor: "datatrove", "slurm" or "ray"; count: the number of tasks, by default one for each 8
+    episodes. Raises UsageError if datatrove or Ray is not installed.
     """
     for library in ("datatrove", "ray"):
         if library in ("datatrove", executor) and find_spec(library) is None:
@@ -72,7 +73,7 @@ def make_tasks(job: Job, executor: str, count: int | None = None) -> Tasks:
                 f"--executor {executor}: {library} is not installed; run "
                 "pip install 'occgen-hub[cluster]'."
             )
-    count = min(count or min(MAX_TASKS, -(-len(job.refs) // EPISODES_A_TASK)), len(job.refs))
+    count = min(count or min(MAX_TASKS, -(-len(job.refs) // EPISODES_PER_TASK)), len(job.refs))
     plan = make_plan(job, count)
     missing = {ref.id for ref in job.refs if job.reason_to_build(ref) is not None}
     todo = [number for number, shard in enumerate(plan.shards) if missing & set(shard)]
@@ -80,21 +81,22 @@ def make_tasks(job: Job, executor: str, count: int | None = None) -> Tasks:
 
 
 def run_tasks(tasks: Tasks, options: Mapping[str, Any]) -> Summary | None:
-    """Build shards as tasks of datatrove, and finalize the dataset.
+    """Build shards as datatrove tasks, and finalize the dataset.
 
-    options: `workers`, the tasks at once, and what each gets, by the command's names.
+    options: `workers`, the number of tasks at a time, and the resources of each task, with the
+    names of the command's options.
 
-    Returns what they did; None from Slurm, where they only begin. Raises UsageError where there is
-    no Slurm, or another build is running.
+    Returns a summary of the build, or None for Slurm, which only queues the tasks. Raises
+    UsageError if Slurm is not there or another build is running.
     """
     out, executor, remarks = tasks.job.out, tasks.executor, []
     if executor == "slurm" and shutil.which("sbatch") is None:
         raise UsageError(
-            "--executor slurm: there is no sbatch here; run it where jobs are submitted, or see "
-            "with --dry-run what would be."
+            "--executor slurm: sbatch was not found; run this on a login node, or use --dry-run to "
+            "see what would be submitted."
         )
     with output_lock(out):
-        join_build(out, tasks.plan, alone=True)
+        join_build(out, tasks.plan, exclusive=True)
         for number, shard in enumerate(tasks.plan.shards):
             if number not in tasks.todo:
                 record_present(out, number, executor, shard)
@@ -107,17 +109,19 @@ def run_tasks(tasks: Tasks, options: Mapping[str, Any]) -> Summary | None:
         with _ray() if executor == "ray" else nullcontext():
             try:
                 _executor(tasks, options).run()
-            except Exception as error:  # Whatever it is: what is missing is listed at the end.
-                said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-                remarks = [f"{executor} ended early ({said}); its logs are in {tasks.folder}"]
+            except Exception as error:  # finalize lists the missing episodes as failures.
+                message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                remarks = [f"{executor} ended early ({message}); its logs are in {tasks.folder}"]
     summary = finalize(out, threads.cores())
     summary.remarks += remarks
     return summary
 
 
-def build_task(tasks: Tasks, cores: int, on_a_gpu: int, _: object, rank: int, __: int) -> None:
-    """A step of datatrove's: build a shard. rank: which of those with something to do."""
-    threads.limit(cores, on_a_gpu)
+def build_task(
+    tasks: Tasks, cores: int, processes_per_gpu: int, _: object, rank: int, __: int
+) -> None:
+    """A datatrove step: build shard `tasks.todo[rank]`."""
+    threads.limit(cores, processes_per_gpu)
     job = tasks.job
     if job.settings.engine.uses_device():
         job = job.on(job.device)
@@ -125,12 +129,12 @@ def build_task(tasks: Tasks, cores: int, on_a_gpu: int, _: object, rank: int, __
 
 
 def finalize_task(out: Path, *_: object) -> None:
-    """A step of datatrove's: write the files of the whole dataset."""
+    """A datatrove step: write the files of the whole dataset."""
     finalize(out, threads.cores())
 
 
 def _executor(tasks: Tasks, options: Mapping[str, Any]) -> PipelineExecutor:
-    """datatrove's executor for the tasks, here or on Ray."""
+    """The datatrove executor that runs the tasks on this machine or on Ray."""
     from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor
 
     given: dict[str, Any] = {"tasks": len(tasks.todo), "skip_completed": False}
@@ -139,14 +143,14 @@ def _executor(tasks: Tasks, options: Mapping[str, Any]) -> PipelineExecutor:
         workers = min(options["workers"] or threads.cores(), len(tasks.todo))
         step = partial(build_task, tasks, threads.cores_each(workers), workers)
         return LocalPipelineExecutor([step], workers=workers, **given)
-    given |= _each_task(tasks.job, options)
-    if "RAY_ADDRESS" not in os.environ:  # More than there are, it would wait for without end.
+    given |= _task_resources(tasks.job, options)
+    if "RAY_ADDRESS" not in os.environ:  # Ray would wait forever for more cores than there are.
         given["cpus_per_task"] = min(given["cpus_per_task"], threads.cores())
     return RayPipelineExecutor([partial(build_task, tasks, given["cpus_per_task"], 1)], **given)
 
 
-def _each_task(job: Job, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What each task gets, by datatrove's names."""
+def _task_resources(job: Job, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The resources of each task, as arguments of datatrove's executors."""
     gpus = options["gpus_per_task"]
     if gpus is None:
         gpus = int(job.settings.engine.uses_device() and job.device != "cpu")
@@ -159,7 +163,7 @@ def _each_task(job: Job, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_slurm(options: tuple[str, ...]) -> dict[str, str]:
-    """`key=value` options as a mapping; raises UsageError where one is not of that form."""
+    """Parse `key=value` options into a mapping. Raises UsageError if one has another form."""
     parsed = {}
     for option in options:
         key, equals, value = option.partition("=")
@@ -173,11 +177,11 @@ def parse_slurm(options: tuple[str, ...]) -> dict[str, str]:
 def _slurm(
     tasks: Tasks, options: Mapping[str, Any]
 ) -> tuple[SlurmPipelineExecutor, SlurmPipelineExecutor]:
-    """datatrove's executors for Slurm: of the tasks, and of the last one, which finalizes."""
+    """The datatrove executors for Slurm: one for the tasks, one for the finalizing task."""
     from datatrove.executor import SlurmPipelineExecutor
 
     class Slurm(SlurmPipelineExecutor):  # type: ignore[misc]  # datatrove has no types
-        """One whose batch scripts have what a shell would take apart in quotes."""
+        """An executor that quotes paths and options in its batch scripts for the shell."""
 
         def get_launch_file_contents(self, sbatch_args: dict[str, Any], run_script: str) -> str:
             given = {k: v and shlex.quote(str(v)) for k, v in sbatch_args.items() if v is not None}
@@ -185,19 +189,19 @@ def _slurm(
             return str(super().get_launch_file_contents(given, command))
 
     folder, slurm = str(tasks.folder), dict(options["slurm"])
-    each = _each_task(tasks.job, options)
-    given: dict[str, Any] = each | {
+    resources = _task_resources(tasks.job, options)
+    given: dict[str, Any] = resources | {
         "time": slurm.pop("time", "24:00:00"),
-        "partition": slurm.pop("partition", None),  # Else the cluster's default.
+        "partition": slurm.pop("partition", None),  # None: the cluster's default.
         "qos": slurm.pop("qos", ""),
         "job_name": slurm.pop("job-name", "occgen-hub"),
         "max_array_size": int(slurm.pop("max-array-size", MAX_TASKS + 1)),
-        # The tasks run what runs here, wherever it is installed.
+        # The tasks use the Python environment of this process.
         "env_command": f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"',
         "sbatch_args": slurm,
         "skip_completed": False,
     }
-    step = partial(build_task, tasks, each["cpus_per_task"], 1)
+    step = partial(build_task, tasks, resources["cpus_per_task"], 1)
     build = Slurm([step], tasks=len(tasks.todo), logging_dir=folder, **given)
     given |= {"gpus_per_task": 0, "workers": -1, "run_on_dependency_fail": True}
     step = partial(finalize_task, tasks.job.out)
@@ -205,23 +209,24 @@ def _slurm(
 
 
 def batch_script(tasks: Tasks, options: Mapping[str, Any]) -> str:
-    """The script that datatrove would give to sbatch; nothing is written."""
+    """The script that datatrove would pass to sbatch. Writes nothing into the output folder."""
     build, _ = _slurm(tasks, options)
-    with tempfile.TemporaryDirectory() as folder:  # datatrove makes the folder of Slurm's output.
-        kept, build.slurm_logs_folder = str(build.slurm_logs_folder), folder
+    # get_sbatch_args creates the folder of Slurm's output, so it gets a temporary one.
+    with tempfile.TemporaryDirectory() as folder:
+        logs, build.slurm_logs_folder = str(build.slurm_logs_folder), folder
         arguments = build.get_sbatch_args(min(len(tasks.todo), build.max_array_size))
-    arguments |= {key: arguments[key].replace(folder, kept) for key in ("output", "error")}
+    arguments |= {key: arguments[key].replace(folder, logs) for key in ("output", "error")}
     command = f"srun  -l -n 1 launch_pickled_pipeline {tasks.folder}/executor.pik"
     return str(build.get_launch_file_contents(arguments, command))
 
 
 @contextmanager
 def _ray() -> Iterator[None]:
-    """The cluster that RAY_ADDRESS names, or one on this machine for as long as the block lasts."""
+    """Connect to the cluster that RAY_ADDRESS names, or start one on this machine for the block."""
     if "RAY_ADDRESS" not in os.environ:
-        # Ray's own is 15, which beside other work leaves a build a thirtieth of a core.
+        # Ray's default is 15: beside other load, a build got a thirtieth of a core.
         os.environ.setdefault("RAY_worker_niceness", "0")
-        # Without a cluster, Ray listens to this machine alone. It looks when it is imported.
+        # Makes Ray listen on localhost only. Ray reads it on import.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
 
@@ -239,10 +244,10 @@ def _ray() -> Iterator[None]:
 
 
 def spawn_processes() -> None:
-    """In a worker of Ray's: have datatrove start the tasks' processes afresh, not as copies of it.
+    """In a Ray worker: make datatrove spawn the processes of tasks instead of forking them.
 
-    A worker has dozens of threads; a copy has none of them but all their locks, as they were, and
-    may wait for one for ever (documentation of os.fork).
+    A Ray worker has dozens of threads. A forked copy has the locks that they held and none of the
+    threads, so it may deadlock (see the documentation of os.fork).
     """
     import multiprocess
 

@@ -1,4 +1,4 @@
-"""Episodes, one after another in this process: while one is written, the next is reconstructed."""
+"""Build episodes one after another: one is written while the next is reconstructed."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from occgen_hub.runtime.report import FAILURES
 from occgen_hub.runtime.results import Failure, Result, SceneResult
 from occgen_hub.scenes import SceneRef
 
-GRACE = 2.0
-"""Seconds that an interrupted build waits for a reconstruction under way."""
+JOIN_TIMEOUT = 2.0
+"""Seconds that an interrupted build waits for the current reconstruction."""
 
 
 class Cancelled(BaseException):
@@ -34,7 +34,7 @@ class Cancelled(BaseException):
 
 @dataclass(frozen=True)
 class SceneEpisode:
-    """An episode of a scene that was fetched, and the builder that reads it."""
+    """An episode of a fetched scene, and the builder that reads it."""
 
     builder: DatasetBuilder
     ref: EpisodeRef
@@ -47,13 +47,13 @@ def build_episodes(
     settings: Settings,
     progress: Progress = lambda *_: None,
 ) -> Generator[Result | SceneResult, None, None]:
-    """Build episodes in their order. A failed one does not stop the others.
+    """Build episodes in order, and yield their results. A failed one does not stop the others.
 
-    A result among them comes out in its place.
+    Results among `refs` are yielded unchanged, in order.
 
-    At any time one episode is being written and one reconstructed, so that a GPU waits neither for
-    images nor for compression, and memory holds two scenes at most. `refs` is iterated in a thread
-    of its own, which may have to wait for the next episode.
+    At any time at most one episode is being written and one reconstructed. So a GPU waits neither
+    for images nor for compression, and memory holds at most two scenes. `refs` is iterated in the
+    thread that reconstructs.
     """
     stop = threading.Event()
 
@@ -65,7 +65,8 @@ def build_episodes(
     reconstructed: Queue[ReconstructedEpisode | Result | SceneResult | BaseException | None] = (
         Queue(1)
     )
-    turn = threading.Semaphore(1)  # The next one begins when this one is taken to be written.
+    # Released when an episode is taken to be written: only then may the next one start.
+    may_start = threading.Semaphore(1)
 
     def reconstruct(item: EpisodeRef | SceneEpisode) -> ReconstructedEpisode | Result:
         own, ref = (item.builder, item.ref) if isinstance(item, SceneEpisode) else (builder, item)
@@ -74,7 +75,7 @@ def build_episodes(
     def reconstruct_all() -> None:
         try:
             for item in refs:
-                turn.acquire()
+                may_start.acquire()
                 if stop.is_set():
                     return
                 if isinstance(item, EpisodeRef | SceneEpisode):
@@ -92,21 +93,21 @@ def build_episodes(
     try:
         thread.start()
         while (item := reconstructed.get()) is not None:
-            turn.release()
+            may_start.release()
             if isinstance(item, BaseException):
                 raise item
             yield write(item) if isinstance(item, ReconstructedEpisode) else item
     finally:
         stop.set()
-        turn.release()
+        may_start.release()
         if thread.ident is not None:
-            thread.join(GRACE)
+            thread.join(JOIN_TIMEOUT)
 
 
 def guarded[Value](
     ref: EpisodeRef | SceneRef, out: Path, action: Callable[[], Value]
 ) -> Value | Failure:
-    """What an action on an episode or a scene returns, or its failure."""
+    """Call `action`, and return its value or a Failure of the episode or scene `ref`."""
     try:
         return action()
     except OccGenError as error:
@@ -114,19 +115,19 @@ def guarded[Value](
     except MemoryError:
         reason = "needs more memory than there is; use fewer --workers"
     except ImportError as error:
-        reason = f"a library could not be loaded ({error}); mend the installation and run again"
+        reason = f"a library could not be loaded ({error}); repair the installation and run again"
     except OSError as error:
-        # The errors of a copy name its target too; where the disk is full, no file is at fault.
+        # An error of a copy names its target too. If the disk is full, no single file is at fault.
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        place = out if full else error.filename2 or error.filename or out / ref.id
-        said = error.strerror or str(error)
+        path = out if full else error.filename2 or error.filename or out / ref.id
+        cause = error.strerror or str(error)
         return Failure(
-            ref.id, f"{place}: cannot be read or written ({said}); mend that and run again."
+            ref.id, f"{path}: cannot be read or written ({cause}); fix that and run again."
         )
     except Exception as error:
         reason = (
             f"{ref.path}: failed for an unexpected reason ({type(error).__name__}: {error}); "
-            f"please report it with its trace in {FAILURES}."
+            f"please report it with the trace in {FAILURES}."
         )
         return Failure(ref.id, reason, traceback.format_exc())
     return Failure(ref.id, f"{ref.path}: {reason}.")

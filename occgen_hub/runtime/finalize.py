@@ -1,4 +1,4 @@
-"""What belongs to a dataset as a whole, written when its shards have been built."""
+"""Write the files that belong to the whole dataset, after its shards are built."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from occgen_hub.card import is_own, write_card
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.index import parts
 from occgen_hub.loading import trajectories
-from occgen_hub.runtime.lock import LOGS, is_held, output_lock
+from occgen_hub.runtime.lock import LOGS, is_locked, output_lock
 from occgen_hub.runtime.records import PLAN, Plan, Record, read_plan, read_record, records_digest
 from occgen_hub.runtime.report import (
     FAILURES,
-    made_from,
     read_failures,
+    report_digest,
     write_failures,
     write_report,
 )
@@ -28,18 +28,18 @@ from occgen_hub.shards import remove_shards, write_shards
 
 
 def finalize(out: Path, workers: int = 1) -> Summary:
-    """Write the files of the whole dataset, from what the shards of its last build recorded.
+    """Write the files of the whole dataset, from the records of the last build's shards.
 
-    They are the Parquet occupancy, the card, failures.jsonl and report.json. Anybody may call it at
-    any time when no shard is running; a second call changes no byte. An episode that its shard has
-    not finished counts as failed. workers: threads that write Parquet.
+    These are the Parquet occupancy, the index, the card, failures.jsonl and report.json. It may be
+    called at any time when no shard is running, and again: a second call changes no byte. Episodes
+    that a shard did not finish count as failed. workers: threads that write Parquet.
 
-    Raises UsageError where there is no build or one is running, and OccGenError where a file cannot
-    be read or written.
+    Raises UsageError if there is no build or one is running, and OccGenError if a file cannot be
+    read or written.
     """
     if read_plan(out) is None:
         raise UsageError(
-            f"{out}: holds no {LOGS}/{PLAN} of a build; give the --output of occgen-hub build."
+            f"{out}: has no {LOGS}/{PLAN} of a build; give the --output of occgen-hub build."
         )
     began = time.perf_counter()
     with output_lock(out):
@@ -61,41 +61,40 @@ def finalize(out: Path, workers: int = 1) -> Summary:
                     remove_shards(out)
                 if not is_own(card := write_card(out)):
                     summary.remarks.append(
-                        f"{card} is not occgen-hub's, and was left as it was; move it away to have "
-                        "a card made"
+                        f"{card} was not written by occgen-hub and is left unchanged; move it away "
+                        "to get a generated card"
                     )
             spent = time.perf_counter() - began
             if summary.built:
                 summary.stages["finalize"] += spent  # type: ignore[assignment]  # a Counter adds up floats as well
             summary.seconds += spent
-            run = {**_times_and_executor(records), **plan.asked}
+            run = {**_times_and_executor(records), **plan.settings}
             write_report(out, summary, run, records_digest(out, plan))
         except OSError as error:
-            place, reason = error.filename or out, error.strerror or str(error)
+            path, reason = error.filename or out, error.strerror or str(error)
             raise OccGenError(
-                f"{place}: cannot be read or written ({reason}); mend that and run again."
+                f"{path}: cannot be read or written ({reason}); fix that and run again."
             ) from error
     return summary
 
 
 def summarize(plan: Plan, records: Sequence[Record]) -> Summary:
-    """What the shards did. What a shard has not finished has failed."""
+    """Add up the results of all shards. Episodes that a shard did not finish count as failed."""
     summary, end = Summary(), 0.0
     for number, (ids, record) in enumerate(zip(plan.shards, records, strict=True)):
-        undone = f"shard {number}/{len(plan.shards)} did not end; run the same build again."
+        unfinished = f"shard {number}/{len(plan.shards)} did not finish; run the same build again."
         for name in ids:
             if name in record.results:
                 summary.add(record.results[name])
             elif name not in record.scenes:
-                summary.add(Failure(name, f"{name}: {undone}"))
-        of_scenes = set(record.results).difference(ids)
-        for name in sorted(of_scenes):
+                summary.add(Failure(name, f"{name}: {unfinished}"))
+        for name in sorted(set(record.results).difference(ids)):  # Episodes of fetched scenes.
             summary.add(record.results[name])
     summary.failures.sort(key=lambda failure: failure.id)
     ended = [record for record in records if record.began and record.ended]
     processes = [record.ended["process"] for record in ended]
     summary.processes = [process for process in processes if process.seconds]  # See record_present.
-    # The time in which some shard ran: they may run beside one another or one after the other.
+    # The time during which at least one shard ran. Shards may overlap or follow one another.
     times = [[part["time"].timestamp() for part in (r.began, r.ended)] for r in ended]
     for start, stop in sorted(times):
         summary.seconds += max(0.0, stop - max(start, end))
@@ -111,31 +110,31 @@ def _times_and_executor(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _other_failures(out: Path, plan: Plan) -> list[Failure]:
-    """Failures of earlier builds, of episodes that this one, with a limit, is not about."""
+    """Failures of earlier builds in episodes that this build, with a limit, does not include."""
     if not plan.limited:
         return []
-    about = {name for ids in plan.shards for name in ids}
+    included = {name for ids in plan.shards for name in ids}
     return [
         f
         for f in read_failures(out)
-        if about.isdisjoint((f.id, scene_of(f.id))) and not (out / f.id).exists()
+        if included.isdisjoint((f.id, scene_of(f.id))) and not (out / f.id).exists()
     ]
 
 
 def unfinished(out: Path) -> list[str]:
-    """Why a dataset may not be all that was to be built, according to its last build's records.
+    """Reasons why a dataset may be incomplete, according to the records of its last build.
 
-    Nothing of a dataset that came from elsewhere, without them.
+    Empty for a complete dataset, and for one without these records.
     """
-    if is_held(out):
-        return ["a build is writing here just now"]
+    if is_locked(out):
+        return ["a build is writing to it now"]
     if (plan := read_plan(out)) is not None:
         count = len(plan.shards)
         if undone := sum(not read_record(out, shard).ended for shard in range(count)):
-            return [f"the last build has not ended ({undone} of {count} shards); run it again"]
-        if made_from(out) != records_digest(out, plan):
+            return [f"the last build did not finish ({undone} of {count} shards); run it again"]
+        if report_digest(out) != records_digest(out, plan):
             return [f"the last build is not finalized; run occgen-hub finalize {out}"]
     if count := len(read_failures(out)):
         s = "" if count == 1 else "s"
-        return [f"{count} episode{s} failed: {out / FAILURES} says why"]
+        return [f"{count} episode{s} failed; see {out / FAILURES}"]
     return []

@@ -1,4 +1,4 @@
-"""The lock of an output folder: one build at a time, of which several shards may run at once."""
+"""Output lock: one build per folder at a time, possibly with many shards."""
 
 from __future__ import annotations
 
@@ -9,33 +9,35 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from occgen_hub.errors import OccGenError, UsageError
-from occgen_hub.files import hold, opened
+from occgen_hub.files import opened, try_lock
 
 LOGS = ".logs"
-"""Hidden, since a folder of any other name may be a group of the source."""
+"""A hidden folder, since any other name may be that of a group of the source."""
 
 LOCK = "lock"
 _PAUSES = (0, 0.01, 0.05, 0.2, 0.5, 1.0)
-"""Seconds before each try. Somebody may hold the lock for a moment only, to see if it is held."""
+"""Seconds before each try. Another process may hold the lock briefly, only to test it."""
 
 
 @contextmanager
 def output_lock(out: Path, join: Callable[[bool], bool] | None = None) -> Iterator[None]:
-    """Hold an output folder: alone or, with `join`, together with other shards of the same build.
+    """Lock an output folder: exclusively or, with `join`, shared with other shards of the build.
 
-    join: whether the build that is on record is the caller's; called with whether nobody else holds
-    the folder, so that the caller may put its own on record. Raises UsageError where the folder
-    cannot be made, or another build holds it.
+    join: called with whether the caller holds the lock exclusively, and may then record its build.
+    It returns whether the recorded build is the caller's.
+
+    Raises UsageError if the folder cannot be created or another build holds the lock.
     """
     handle = _lock_handle(out)
     try:
         for pause in _PAUSES:
             time.sleep(pause)
             if join is None:
-                if hold(handle):
+                if try_lock(handle):
                     break
-            # The kind of a lock does not change at once: another build may come in between.
-            elif join(hold(handle)) and hold(handle, shared=True) and join(False):
+            # Changing an exclusive lock to a shared one is not atomic: another build may get the
+            # lock in between, so the recorded build is checked again.
+            elif join(try_lock(handle)) and try_lock(handle, shared=True) and join(False):
                 break
         else:
             raise busy(out)
@@ -45,25 +47,25 @@ def output_lock(out: Path, join: Callable[[bool], bool] | None = None) -> Iterat
 
 
 def busy(out: Path) -> UsageError:
-    """The error that another build holds an output."""
+    """The error that another build holds the lock of an output folder."""
     return UsageError(
         f"{out}: another build is writing here; wait for it or choose another --output."
     )
 
 
-def is_held(out: Path) -> bool:
-    """Whether a build is writing to a folder now; False where there is no lock file."""
+def is_locked(out: Path) -> bool:
+    """Whether a build is writing to a folder now. False if there is no lock file."""
     try:
         with opened(out / LOGS / LOCK) as file:
-            return not hold(file.fileno())
+            return not try_lock(file.fileno())
     except (OSError, OccGenError):
         return False
 
 
 def _lock_handle(out: Path) -> int:
-    """The lock file, open for writing, since NFS shows other hosts no other locks (flock(2)).
+    """Open the lock file for writing: over NFS, other hosts see only such locks (flock(2)).
 
-    If it is another user's, it is open for reading, which is as good on a local disk.
+    A lock file of another user is opened for reading, which is sufficient on a local disk.
     """
     path, flags = out / LOGS / LOCK, os.O_CLOEXEC | os.O_NONBLOCK
     try:
@@ -73,5 +75,5 @@ def _lock_handle(out: Path) -> int:
         return os.open(path, flags | os.O_RDONLY)
     except OSError as error:
         raise UsageError(
-            f"{out}: cannot be made or written ({error.strerror}); choose another --output."
+            f"{out}: cannot be created or written ({error.strerror}); choose another --output."
         ) from error

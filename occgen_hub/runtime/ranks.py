@@ -1,8 +1,8 @@
-"""Processes that accelerate launch or torchrun started: each rank builds one shard.
+"""Processes started by accelerate launch or torchrun: each rank builds one shard.
 
-Ranks meet when their shards are built. If one dies, its launcher ends the others of its host; on
-other hosts the meeting fails, or the launcher's own timeouts end them. Then the same command builds
-what is left.
+The ranks wait for one another when their shards are built. If one dies, its launcher stops the
+other ranks of its host; on other hosts the wait fails or the launcher's timeout stops them. The
+same command then builds the rest.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 TIMEOUT = timedelta(days=7)
-"""How long ranks wait for one another: shards may take days, and unequally long."""
+"""How long ranks wait for one another. Shards may take days, and unequally long."""
 
 
 def launched() -> int:
-    """How many processes a launcher started on this host; 0 if it started none."""
+    """The number of processes that a launcher started on this host; 0 without a launcher."""
     known = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])) if known else 0
 
 
 @contextmanager
-def joined(device: str | None = None) -> Iterator[PartialState]:
-    """Meet the other ranks, and wait for them when the block ends.
+def process_group(device: str | None = None) -> Iterator[PartialState]:
+    """Connect to the other ranks, and wait for them when the block ends.
 
-    device: "cpu" to leave GPUs alone; no other may be named, as each rank has its own. Raises
-    UsageError where that, or the launcher's environment, is wrong.
+    device: "cpu" to use no GPU; others are not accepted, since accelerate gives each rank its own.
+    Raises UsageError for another device, or if the launcher's environment is wrong.
     """
     import torch
     from accelerate import PartialState
@@ -43,19 +43,19 @@ def joined(device: str | None = None) -> Iterator[PartialState]:
         raise UsageError(
             f"--device {device}: accelerate gives each process a device of its own; leave it out."
         )
-    if launched() == int(os.environ["WORLD_SIZE"]):  # All on this host: listen nowhere else.
+    if launched() == int(os.environ["WORLD_SIZE"]):  # One host: listen on the loopback only.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
         cpu = device == "cpu" or not torch.cuda.is_available()
         state = PartialState(cpu=cpu, timeout=TIMEOUT)
     except (RuntimeError, ValueError, KeyError) as error:
         raise UsageError(
-            f"--executor accelerate: the processes do not find one another ({_first_line(error)}); "
-            "start them with accelerate launch or torchrun."
+            "--executor accelerate: the processes cannot connect to one another "
+            f"({_first_line(error)}); start them with accelerate launch or torchrun."
         ) from error
     try:
         yield state
-        with suppress(RuntimeError):  # A launcher complains if another host's leaves earlier.
+        with suppress(RuntimeError):  # A launcher reports ranks of other hosts that leave earlier.
             state.wait_for_everyone()
     finally:
         with suppress(RuntimeError, ValueError):
@@ -63,10 +63,11 @@ def joined(device: str | None = None) -> Iterator[PartialState]:
 
 
 def on_all_ranks(state: PartialState, action: Callable[[], None]) -> None:
-    """Run an action in this rank, and wait until it has ended in all of them.
+    """Run an action in this rank, and wait until all ranks have run it.
 
-    If it failed in some, the first rank raises the first error, and the others exit with 0, since a
-    launcher stops all ranks, also the one that says what is wrong, as soon as one ends otherwise.
+    If it failed in any rank, the first rank raises the first error and the others exit with 0: as
+    soon as one rank exits with another code, a launcher stops all of them, including the one that
+    prints the error.
     """
     from accelerate.utils import gather_object
 
@@ -77,10 +78,10 @@ def on_all_ranks(state: PartialState, action: Callable[[], None]) -> None:
         error = problem
     try:
         errors = [problem for problem in gather_object([error]) if problem is not None]
-    except RuntimeError as lost:  # torch's, of a connection that broke.
+    except RuntimeError as lost:  # torch raises it for a broken connection.
         raise OccGenError(
-            f"--executor accelerate: a process was lost ({_first_line(lost)}); see what the others "
-            "say and run the same build again."
+            f"--executor accelerate: a process was lost ({_first_line(lost)}); see the output of "
+            "the others and run the same build again."
         ) from lost
     if errors and state.is_main_process:
         raise errors[0]

@@ -1,7 +1,7 @@
-"""What a build leaves in the hidden folder `.logs`: its plan, and a record of each shard.
+"""The files of a build in the hidden folder `.logs`: its plan, and a record for each shard.
 
-Each shard adds a line to its own record for each episode that it has finished. So whatever is
-killed, `finalize` knows what was done.
+A shard appends a line to its own record for each finished episode, so `finalize` knows what was
+done even if processes were killed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 
 from occgen_hub.episode_build import Built
 from occgen_hub.errors import OccGenError
-from occgen_hub.files import dump_json, hold, parse_json, read_bytes
+from occgen_hub.files import dump_json, parse_json, read_bytes, try_lock
 from occgen_hub.job import Job
 from occgen_hub.runtime.lock import LOGS, busy
 from occgen_hub.runtime.results import Process, Result, SceneResult
@@ -31,23 +31,24 @@ PLAN = "build.json"
 RECORD = "shard-{}.jsonl"
 
 MAX_BYTES = 1 << 32
-"""Of a plan or a record. Tens of millions of episodes have less."""
+"""Maximum size of a plan or a record. Tens of millions of episodes need less."""
 
 _RESULT: TypeAdapter[Result] = TypeAdapter(Result)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a build was asked for, and the ids of the episodes of each of its shards.
+    """The settings of a build, and the ids of the episodes in each of its shards.
 
-    Of archives and scenes on the Hub, whose episodes are not known yet, it is the scenes' ids.
+    For archives and scenes on the Hub, whose episodes are not known yet, these are ids of scenes.
 
-    digest: of the episodes, the settings and the number of shards: the shards of one build have the
-    same; asked: what the report says of it; limited: whether the source has more episodes.
+    digest: SHA-256 of the episodes, the settings and the number of shards, which is the same for
+    all shards of a build; settings: copied into the report; limited: whether the source has more
+    episodes.
     """
 
     digest: str
-    asked: dict[str, Any]
+    settings: dict[str, Any]
     limited: bool
     parquet_occupancy: bool
     shards: list[list[str]]
@@ -55,16 +56,16 @@ class Plan:
 
 
 def make_plan(job: Job, count: int) -> Plan:
-    """Share the episodes of a job out among `count` shards, always in the same way."""
+    """Distribute the episodes of a job over `count` shards. The same job gives the same plan."""
     ids = [ref.id for ref in job.refs]
-    said = dump_json(
+    identity = dump_json(
         [ids, job.choices, count, job.limited, job.parquet_occupancy, job.parquet_images]
         + ([True] if job.whole_scenes else [])
     )
-    digest = hashlib.sha256(said.encode()).hexdigest()
+    digest = hashlib.sha256(identity.encode()).hexdigest()
     known = read_plan(job.out)
     if known is not None and known.digest == digest:
-        return known  # Without reading the headers of all episodes again.
+        return known  # Saves reading the headers of all episodes again.
     groups: dict[str, list[int]] = {}
     for number, name in enumerate(ids):
         groups.setdefault(scene_of(name) if job.whole_scenes else name, []).append(number)
@@ -78,22 +79,22 @@ def make_plan(job: Job, count: int) -> Plan:
 
 
 def read_plan(out: Path) -> Plan | None:
-    """The plan of the last build; None where there is none."""
+    """The plan of the last build, or None if there is no readable one."""
     try:
         return Plan(**parse_json(read_bytes(out / LOGS / PLAN, MAX_BYTES)))
     except (OccGenError, ValueError, TypeError):
         return None
 
 
-def join_build(out: Path, plan: Plan, *, alone: bool) -> bool:
-    """Whether the build on record is that of `plan`.
+def join_build(out: Path, plan: Plan, *, exclusive: bool) -> bool:
+    """Return whether the recorded plan is `plan`, or record it if the lock is held exclusively.
 
-    alone: whether nobody else holds the output: then it is put on record, and the records of an
-    earlier build go. It is written in place: over NFS, a new file under the same name may be seen
-    late. Raises OccGenError where it cannot be written.
+    Recording a plan removes the shard records of an earlier build. The file is overwritten in
+    place, because other hosts may see a renamed file late over NFS. Raises OccGenError if it cannot
+    be written.
     """
     known = read_plan(out)
-    if (known is not None and known.digest == plan.digest) or not alone:
+    if (known is not None and known.digest == plan.digest) or not exclusive:
         return known is not None and known.digest == plan.digest
     path = out / LOGS / PLAN
     try:
@@ -107,11 +108,10 @@ def join_build(out: Path, plan: Plan, *, alone: bool) -> bool:
 
 @dataclass
 class Record:
-    """What the last run of a shard did.
+    """The last run of a shard.
 
-    began: `time` (a datetime), `executor`, `overwrite`; results: by the episode's id; scenes: the
-    ids of those all whose episodes were tried; ended: `time` and `process`, empty where the run did
-    not end.
+    began: `time` (a datetime), `executor`, `overwrite`; results: by episode id; scenes: ids of
+    scenes whose episodes were all tried; ended: `time` and `process`, empty if the run did not end.
     """
 
     began: dict[str, Any] = field(default_factory=dict)
@@ -124,30 +124,31 @@ class Record:
 def recording(
     out: Path, shard: int, executor: str, *, overwrite: bool = False
 ) -> Iterator[Callable[[Result | SceneResult | Process], None]]:
-    """Add a run to a shard's record: gives a function that adds results and, last, the process.
+    """Start a run in a shard's record. Yields a function that appends results and the process.
 
-    What a full disk does not take is added with what comes next. Raises UsageError where the same
-    shard is being built by another process, and OccGenError where there can be no record.
+    Rows that do not fit on a full disk are written together with the next one. Raises UsageError if
+    another process builds the same shard, and OccGenError if the record cannot be written.
     """
-    path, waiting = out / LOGS / RECORD.format(shard), b""
+    path, pending = out / LOGS / RECORD.format(shard), b""
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise _unwritable(path, error) from error
 
     def add(row: Result | SceneResult | Process | dict[str, Any]) -> None:
-        nonlocal waiting
+        nonlocal pending
         values = row if isinstance(row, dict) else asdict(row)
         if isinstance(row, Process):
             values = {"ended": {"time": _now(), "process": values}}
         if isinstance(row, SceneResult):
             values = {"scene": row.id}
-        waiting += f"\n{dump_json(values)}".encode()  # The break comes first: after half a row.
+        # The line break comes first, since the last row of a killed run may be incomplete.
+        pending += f"\n{dump_json(values)}".encode()
         with suppress(OSError):
-            waiting = waiting[os.write(handle, waiting) :]
+            pending = pending[os.write(handle, pending) :]
 
     try:
-        if not hold(handle):
+        if not try_lock(handle):
             raise busy(out)
         add({"began": {"time": _now(), "executor": executor, "overwrite": overwrite}})
         yield add
@@ -156,7 +157,7 @@ def recording(
 
 
 def record_present(out: Path, shard: int, executor: str, ids: list[str]) -> None:
-    """Record a run of a shard in which all is there already."""
+    """Record a run of a shard whose episodes are all present already."""
     with recording(out, shard, executor) as record:
         for name in ids:
             record(Built(name, "present", 0))
@@ -164,7 +165,7 @@ def record_present(out: Path, shard: int, executor: str, ids: list[str]) -> None
 
 
 def read_record(out: Path, shard: int) -> Record:
-    """The record of a shard's last run, empty where there is none. Malformed lines are ignored."""
+    """The record of a shard's last run; empty if there is none. Malformed lines are ignored."""
     record = Record()
     for line in _lines(out, shard):
         with suppress(ValueError, TypeError, KeyError, AttributeError):
@@ -182,13 +183,13 @@ def read_record(out: Path, shard: int) -> Record:
 
 
 def count_finished(out: Path, shards: int) -> int:
-    """How many episodes the last runs of the first so many shards have finished."""
+    """The number of episodes that the last runs of shards 0 to `shards` - 1 finished."""
     runs = (b"\n".join(_lines(out, shard)).rpartition(b'{"began"')[2] for shard in range(shards))
     return sum(run.count(b'\n{"id"') for run in runs)
 
 
 def records_digest(out: Path, plan: Plan) -> str:
-    """SHA-256 of the plan and the records, as they are now."""
+    """SHA-256 of the plan and the present records, in hexadecimal."""
     parts = [_lines(out, shard) for shard in range(len(plan.shards))]
     return hashlib.sha256(repr((plan.digest, parts)).encode()).hexdigest()
 
@@ -209,4 +210,4 @@ def _now() -> str:
 
 
 def _unwritable(path: Path, error: OSError) -> OccGenError:
-    return OccGenError(f"{path}: cannot be written ({error.strerror}); mend that and run again.")
+    return OccGenError(f"{path}: cannot be written ({error.strerror}); fix that and run again.")

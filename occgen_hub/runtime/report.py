@@ -1,4 +1,4 @@
-"""failures.jsonl and report.json: what a build leaves at the root of a dataset."""
+"""failures.jsonl and report.json, the two reports at the root of a dataset."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ FIGURES = (
     "version", "finished", "executor", "frames", "seconds", "frames_per_second",
     "episodes_per_second", "stages", "notes", "processes",
 )  # fmt: skip
-"""What a report keeps of the one before it, where nothing was built."""
+"""Values that a report keeps from the earlier one if nothing was built."""
 
 
 def read_failures(out: Path) -> list[Failure]:
-    """The failures that are listed in a dataset. Malformed lines are ignored."""
-    found = []
+    """The failures listed in failures.jsonl. Malformed lines are ignored."""
+    failures = []
     with suppress(OccGenError):
         for line in read_bytes(out / FAILURES).splitlines():
             with suppress(ValueError, TypeError, KeyError, AttributeError):
                 row = parse_json(line)
                 values = row["episode"], row["reason"], row.get("trace", "")
                 if all(isinstance(value, str) for value in values):
-                    found.append(Failure(*values))
-    return found
+                    failures.append(Failure(*values))
+    return failures
 
 
 def write_failures(out: Path, failures: Iterable[Failure]) -> None:
-    """Write the list of failures or, where there are none, remove it. Raises OSError."""
+    """Write failures.jsonl, or remove it if there are no failures. Raises OSError."""
     rows = [
         {"episode": f.id, "reason": f.reason, **({"trace": f.trace} if f.trace else {})}
         for f in sorted(failures, key=lambda failure: failure.id)
@@ -46,16 +46,16 @@ def write_failures(out: Path, failures: Iterable[Failure]) -> None:
     _write(out / FAILURES, "".join(f"{dump_json(row)}\n" for row in rows).encode())
 
 
-def made_from(out: Path) -> str | None:
-    """The digest of the records that report.json was made from; None where there is none."""
+def report_digest(out: Path) -> str | None:
+    """The digest of the records that report.json was made from; None without a report."""
     return _read_report(out).get("records")
 
 
 def write_report(out: Path, summary: Summary, run: dict[str, Any], records: str) -> None:
-    """Write `out`/report.json, unless it was made from the same records. Raises OSError.
+    """Write report.json, unless the present one was made from the same records. Raises OSError.
 
-    run: how the build was made, which is put first; records: their digest. Where nothing was built,
-    the figures of the report before stay.
+    run: the time and settings of the build, which come first; records: the digest of the records.
+    If nothing was built, the figures of the earlier report are kept.
     """
     earlier = _read_report(out)
     if earlier.get("records") == records:
@@ -75,7 +75,7 @@ def _read_report(out: Path) -> dict[str, Any]:
 
 def _write(path: Path, content: bytes) -> None:
     if not content:
-        if path.exists():  # To remove what is not there fails in a read-only folder.
+        if path.exists():  # In a read-only folder, removing a missing file is an error too.
             path.unlink()
     elif not path.is_file() or path.read_bytes() != content:
         with atomic_file(path) as partial:
@@ -83,7 +83,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _describe(summary: Summary, run: dict[str, Any]) -> dict[str, Any]:
-    """The report: docs/formats.md says what its parts are."""
+    """The content of report.json, as described in docs/formats.md."""
     total = max(sum(summary.stages.values()), 1e-9)
     seconds = max(summary.seconds, 1e-9)
     return {

@@ -1,4 +1,4 @@
-"""What became of episodes, and the sum of it over a build."""
+"""The results of episodes, and their summary over a build."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from occgen_hub.scenes import SceneRef
 
 @dataclass(frozen=True)
 class Failure:
-    """An episode that could not be built, and why. trace: the traceback of an unexpected error."""
+    """An episode that could not be built. trace: the traceback of an unexpected error."""
 
     id: str
     reason: str
@@ -27,14 +27,14 @@ Result = Built | Failure
 
 @dataclass(frozen=True)
 class SceneResult:
-    """All episodes of a scene that had to be fetched were tried, or it could not be fetched."""
+    """A fetched scene is done: all its episodes were tried, or fetching it failed."""
 
     id: str
 
 
 @dataclass
 class Process:
-    """What one process did. device: where its networks ran; peak_memory: in bytes."""
+    """The work of one process. device: where networks ran; peak_memory: bytes."""
 
     host: str
     device: str
@@ -46,11 +46,11 @@ class Process:
 
 @dataclass
 class Summary:
-    """What a build did.
+    """The results of a build, added up.
 
-    seconds: of the whole build; stages: seconds, added up over episodes and threads; remarks: on
-    the files of the whole dataset; notes: the number of episodes with a note of each kind;
-    examples: the first note of each kind, with its episode.
+    seconds: duration of the whole build; stages: seconds per stage, added up over episodes and
+    threads; remarks: about the files of the whole dataset; notes: number of episodes per note code;
+    examples: the first note of each code, with its episode.
     """
 
     built: int = 0
@@ -66,11 +66,11 @@ class Summary:
 
     @property
     def episodes(self) -> int:
-        """How many episodes it counts."""
+        """The number of episodes."""
         return self.built + self.present + len(self.failures)
 
     def add(self, result: Result) -> None:
-        """Count one episode."""
+        """Add the result of one episode."""
         if isinstance(result, Failure):
             self.failures.append(result)
             return
@@ -85,26 +85,26 @@ class Summary:
 
 
 class Publisher(Protocol):
-    """Takes finished scenes out of a build, as to the Hub."""
+    """Publishes the finished scenes of a build, for example on the Hub."""
 
     def begin(
         self, job: Job, refs: Sequence[EpisodeRef | SceneRef], shard: int
     ) -> dict[str, tuple[str, ...]]:
-        """Those of `refs`, by id, that are published as they would be built, and their episodes."""
+        """The ids of those of `refs` that are published and up to date, with their episodes."""
 
     def add(self, scene: str, *, whole: bool) -> None:
-        """A scene all of whose episodes were tried. whole: whether none of them failed."""
+        """Publish a scene whose episodes were all tried. whole: whether none of them failed."""
 
     def end(self) -> list[Failure]:
-        """Wait until all is published; returns the episodes that could not be."""
+        """Wait until everything is published; returns a failure for each episode that is not."""
 
     def stop(self) -> None:
-        """The build was stopped, or has ended."""
+        """Stop publishing, because the build was stopped or has ended."""
 
 
 @dataclass(frozen=True)
 class Listener:
-    """Called during a build: with each finished episode, and with frames as they are done."""
+    """Callbacks of a build: `finished` for each episode, `frames` for frames within an episode."""
 
     finished: Callable[[Result], None] = lambda _: None
     frames: Progress = lambda *_: None

@@ -1,4 +1,4 @@
-"""Scenes that have to be fetched: each is put into scratch, built, recorded and removed."""
+"""Scenes that are fetched: each is fetched into scratch, built, recorded and removed."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from occgen_hub.scratch import Room, Scratch, open_scratch
 def build_refs(
     job: Job, refs: Iterable[EpisodeRef | SceneRef], progress: Progress
 ) -> Generator[Result | SceneResult, None, None]:
-    """Build episodes and scenes in their order. After the results of a scene comes its own.
+    """Build episodes and scenes in order. A SceneResult follows the results of a scene's episodes.
 
-    A scene that cannot be fetched is one failure. The next one on the Hub is downloaded while one
-    is built, if it fits into scratch beside it.
+    A scene that cannot be fetched is one failure. While a scene of the Hub is built, the next one
+    is downloaded if scratch has room for both.
     """
     with ExitStack() as stack:
         scenes = _Scenes(job, stack)
@@ -53,8 +53,8 @@ def build_refs(
 
 
 @dataclass
-class _Open:
-    """A scene under way."""
+class _OpenScene:
+    """A scene that is being built. began: seconds of the performance counter; unpacked: bytes."""
 
     fetched: FetchedScene
     began: float
@@ -64,21 +64,21 @@ class _Open:
 
 
 class _Scenes:
-    """The scenes of one process. `episodes` runs in a thread of its own, the rest in the main."""
+    """The scenes of one process. `episodes` runs in its own thread, the rest in the main thread."""
 
     def __init__(self, job: Job, stack: ExitStack) -> None:
         self._job, self._stack = job, stack
         self._schema = load_schema(job.builder.schema)
         self._scratch: Scratch | None = None
-        self._open: dict[str, _Open] = {}
+        self._open: dict[str, _OpenScene] = {}
         self._scene_of: dict[str, str] = {}
 
     def episodes(
         self, refs: Iterable[EpisodeRef | SceneRef]
     ) -> Iterator[EpisodeRef | SceneEpisode | Result | SceneResult]:
-        """The episodes, those of scenes as they are fetched, each scene's with its result last."""
-        ahead = _Ahead(iter(refs), self._prefetch)
-        while (item := ahead.next()) is not None:
+        """Yield episodes and, for each scene, its episodes once it is fetched and a SceneResult."""
+        prefetcher = _Prefetcher(iter(refs), self._prefetch)
+        while (item := prefetcher.next()) is not None:
             ref, room = item
             if isinstance(ref, EpisodeRef):
                 yield ref
@@ -90,7 +90,7 @@ class _Scenes:
                 yield SceneResult(ref.id)
                 continue
             opened = guarded(ref, self._job.out, partial(self._fetch, ref, room))
-            ahead.start()
+            prefetcher.start()
             if isinstance(opened, Failure):
                 yield opened
             else:
@@ -100,15 +100,15 @@ class _Scenes:
             yield SceneResult(ref.id)
 
     def _prefetch(self, ref: EpisodeRef | SceneRef) -> Room | None:
-        """Download a scene that fits beside what is there; None where there is nothing to do yet.
+        """Download a scene if scratch has room for it; None if nothing was downloaded.
 
-        What goes wrong is left to the time when the scene's turn comes.
+        Errors are ignored: they occur again, and are reported, when the scene is fetched.
         """
         if isinstance(ref, EpisodeRef) or self._job.hub is None or self._scratch is None:
             return None
         if self._job.why_scene_outdated(ref, read_scene(self._job.out, ref.id)) is None:
             return None
-        if not self._scratch.fits(3 * ref.bytes):  # So that the archive before can be unpacked.
+        if not self._scratch.fits(3 * ref.bytes):  # Leaves room to unpack the current archive.
             return None
         room = self._scratch.room()
         try:
@@ -118,7 +118,7 @@ class _Scenes:
             return None
         return room
 
-    def _fetch(self, ref: SceneRef, room: Room | None) -> _Open:
+    def _fetch(self, ref: SceneRef, room: Room | None) -> _OpenScene:
         began = time.perf_counter()
         if self._scratch is None:
             self._scratch = self._stack.enter_context(open_scratch(self._job.scratch_place))
@@ -132,31 +132,31 @@ class _Scenes:
                 if not downloaded:
                     hub.download(ref, room)
                 fetched = hub.unpack(ref, room)
-            fetched.episodes = self._listed(fetched)
+            fetched.episodes = self._list_episodes(fetched)
         except BaseException:
             room.close()
             raise
-        opened = _Open(fetched, began, room.bytes)
+        opened = _OpenScene(fetched, began, room.bytes)
         self._open[ref.id] = opened
         return opened
 
-    def _listed(self, scene: FetchedScene) -> list[EpisodeRef]:
-        """The episodes of a scene; raises SourceError where there are none."""
+    def _list_episodes(self, scene: FetchedScene) -> list[EpisodeRef]:
+        """The episodes of a scene. Raises SourceError if there are none."""
         try:
             episodes = list(self._builder(scene).episodes())
         except OccGenError as error:
             raise OccGenError(scene.named(str(error))) from error
         if not episodes:
-            known = f"holds no episode that the source {self._job.builder.name} knows"
-            raise SourceError(scene.name, known, "look into it, or leave it out with --scenes")
+            problem = f"has no episode that the source {self._job.builder.name} recognises"
+            raise SourceError(scene.name, problem, "check its content or exclude it with --scenes")
         return episodes
 
     def _builder(self, scene: FetchedScene) -> DatasetBuilder:
         return self._job.builder.at(scene.root)
 
     def add(self, result: Result) -> Result:
-        """Note what became of an episode. Where its failure names a file in scratch, the scene's
-        own file is named instead.
+        """Record an episode's result. A failure that names a file in scratch is changed to name
+        the file of the scene.
         """
         opened = self._open.get(self._scene_of.pop(result.id, ""))
         if opened is None:
@@ -169,9 +169,9 @@ class _Scenes:
         return result
 
     def finish(self, result: SceneResult) -> None:
-        """Record a scene, all of whose episodes were tried, and remove it from scratch."""
+        """Record a scene whose episodes were all tried, and remove it from scratch."""
         opened = self._open.pop(result.id, None)
-        if opened is None:  # Present, or never fetched.
+        if opened is None:  # It was present, or could not be fetched.
             return
         fetched = opened.fetched
         fetched.room.close()
@@ -187,17 +187,17 @@ class _Scenes:
             unpacked=opened.unpacked,
             seconds=round(time.perf_counter() - opened.began, 3),
         )
-        with suppress(OSError):  # Without a record, it is fetched once more.
+        with suppress(OSError):  # Without a record, the next run fetches the scene again.
             write_scene(self._job.out, record)
 
     def stop(self) -> None:
-        """End what is being fetched."""
+        """Cancel fetching."""
         if self._scratch is not None:
             self._scratch.close()
 
 
-class _Ahead:
-    """Items, of which the next is taken and prefetched in a thread when `start` is called."""
+class _Prefetcher:
+    """An iterator over items. `start` prefetches the next one in a thread."""
 
     def __init__(
         self,
@@ -209,7 +209,7 @@ class _Ahead:
         self._taken: list[tuple[EpisodeRef | SceneRef, Room | None] | BaseException | None] = []
 
     def start(self) -> None:
-        """Begin with the next item, beside whatever else is done."""
+        """Start to prefetch the next item in a thread."""
         self._thread = threading.Thread(target=self._take, name="prefetch", daemon=True)
         self._thread.start()
 
@@ -221,7 +221,7 @@ class _Ahead:
             self._taken.append(error)
 
     def next(self) -> tuple[EpisodeRef | SceneRef, Room | None] | None:
-        """The next item, and the room that it was prefetched to, if it was."""
+        """The next item and, if it was prefetched, its room in scratch."""
         if self._thread is None:
             ref = next(self._refs, None)
             return None if ref is None else (ref, None)

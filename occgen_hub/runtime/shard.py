@@ -1,4 +1,4 @@
-"""Shards: which episodes are whose. Disjoint, balanced by cost, the same on every machine."""
+"""Shards: disjoint shares of the episodes, balanced by cost, the same on every machine."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """The shard "I/N"; raises UsageError unless 0 <= I < N."""
+        """Parse "I/N". Raises UsageError unless 0 <= I < N <= MAX_SHARDS."""
         if not (match := re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)):
             raise UsageError(f"--shard {text}: expected I/N, such as 0/16 for the first of 16.")
         index, count = int(match[1]), int(match[2])
         if not index < count <= MAX_SHARDS:
             raise UsageError(
-                f"--shard {text}: shards are numbered from 0, so that of N shards (at most "
-                f"{MAX_SHARDS}) the last one is N-1/N."
+                f"--shard {text}: shards are numbered from 0, so the last of N shards (at most "
+                f"{MAX_SHARDS}) is N-1/N."
             )
         return cls(index, count)
 
 
 def share_out(costs: Sequence[float], count: int) -> list[list[int]]:
-    """The numbers of the items that each of `count` shards has, so that all cost about the same.
+    """Distribute items over `count` shards of about equal cost; returns each shard's item indices.
 
-    The largest items go first, each to the shard that costs least so far (R. L. Graham, "Bounds on
-    multiprocessing timing anomalies", 1969): no shard is more than a third above the best possible.
-    Of equal shards the first one is taken. A shard is in the order of the items; some shards are
-    empty if there are fewer items than shards.
+    Items are assigned in order of falling cost, each to the shard with the lowest cost so far (R.
+    L. Graham, "Bounds on multiprocessing timing anomalies", 1969), so the largest shard is at most
+    a third above the optimum. Ties go to the first shard. Indices in a shard ascend. With fewer
+    items than shards, some shards are empty.
     """
     least = [(0.0, 0, number) for number in range(count)]
     shards: list[list[int]] = [[] for _ in range(count)]

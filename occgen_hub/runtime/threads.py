@@ -1,4 +1,4 @@
-"""Each process's share of the cores: set where the libraries look as they load."""
+"""The share of the cores that each process uses, set in the variables that libraries read."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ LIMITS = ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_N
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def gpus() -> int:
-    """How many GPUs there are."""
+    """The number of CUDA GPUs."""
     import torch
 
     return torch.cuda.device_count()
 
 
 def cores_each(processes: int) -> int:
-    """Cores for each of so many processes on this machine, one at least."""
+    """The number of cores for each of `processes` processes on this machine, at least one."""
     return max(1, cores() // processes)
 
 
 @contextmanager
-def limited_children(processes: int, on_a_gpu: int) -> Iterator[None]:
+def limited_children(processes: int, per_gpu: int) -> Iterator[None]:
     """Give each process that is started in the block its share of the cores.
 
-    processes: how many there are; on_a_gpu: how many share a GPU. Nothing else is to happen in the
-    block: numba looks again whenever it compiles, in this process too.
+    processes: their number; per_gpu: how many share a GPU. The block must do nothing else, because
+    numba reads these variables whenever it compiles, also in this process.
     """
     before = {name: os.environ.get(name) for name in (*LIMITS, GPU_SHARED_BY)}
     os.environ.update(dict.fromkeys(LIMITS, str(cores_each(processes))))
-    os.environ[GPU_SHARED_BY] = str(on_a_gpu)
+    os.environ[GPU_SHARED_BY] = str(per_gpu)
     try:
         yield
     finally:
@@ -49,15 +49,15 @@ def limited_children(processes: int, on_a_gpu: int) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def limit(count: int, on_a_gpu: int = 1) -> None:
-    """Use at most `count` cores in this process. on_a_gpu: how many processes share its GPU."""
+def limit(count: int, per_gpu: int = 1) -> None:
+    """Use at most `count` cores in this process. per_gpu: how many processes share its GPU."""
     os.environ.update(dict.fromkeys(LIMITS, str(count)))
-    os.environ[GPU_SHARED_BY] = str(on_a_gpu)
+    os.environ[GPU_SHARED_BY] = str(per_gpu)
     numba = sys.modules.get("numba")
     if numba is None:
         return
     try:
         numba.config.reload_config()
-    except RuntimeError:  # Its threads are there already, and it insists on their number.
+    except RuntimeError:  # The threads run already, and numba does not change their number.
         os.environ["NUMBA_NUM_THREADS"] = str(numba.config.NUMBA_NUM_THREADS)
         numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))

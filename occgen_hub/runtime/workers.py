@@ -1,4 +1,4 @@
-"""Episodes in several processes on this machine."""
+"""Build episodes in several processes on this machine."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ from occgen_hub.scenes import SceneRef
 
 @dataclass
 class _Worker:
-    """A process. episodes: those, or the scenes, that it was given and has not finished, at most
-    two.
-    """
+    """A process. episodes: the episodes or scenes assigned to it and not finished, at most two."""
 
     number: int
     process: SpawnProcess
@@ -38,48 +36,48 @@ class _Worker:
 def build_in_workers(
     job: Job, refs: Sequence[EpisodeRef | SceneRef], workers: int, progress: Progress
 ) -> Generator[Result | SceneResult, None, None]:
-    """Build episodes in `workers` processes, the largest first, each given to whoever is free.
+    """Build episodes in `workers` processes, the largest first, each in the next free process.
 
-    A scene that has to be fetched is given to one process, which gives the results of its episodes.
+    A scene that is fetched is built in one process, which returns the results of its episodes.
 
-    An episode whose process died is tried once more, alone in its process, when the others are
-    done. If that process dies too, the episode has failed.
+    An episode whose process died is tried once more, after the others and in a process with no
+    other episode. If that process dies too, the episode has failed.
     """
     waiting = deque(sorted(refs, key=job.work, reverse=True))
     network = job.settings.engine.uses_device()
-    # So that a GPU does not wait until an episode is written, nor for what is downloaded.
-    at_once = 2 if network or job.hub is not None else 1
+    # With two, a GPU waits neither for an episode to be written nor for a download.
+    per_worker = 2 if network or job.hub is not None else 1
     gpus = threads.gpus() if network and job.device in (None, "cuda") else 0
     suspects = set[str]()
     running: dict[Connection[Any, Any], _Worker] = {}
 
     def start(number: int) -> None:
         context = multiprocessing.get_context("spawn")
-        here, there = context.Pipe()
-        own = f"cuda:{number % gpus}" if gpus else None
-        process = context.Process(target=_work, args=(there, job.part(workers), own), daemon=True)
+        parent_end, child_end = context.Pipe()
+        device = f"cuda:{number % gpus}" if gpus else None
+        arguments = (child_end, job.part(workers), device)
+        process = context.Process(target=_run_worker, args=arguments, daemon=True)
 
-        def begin() -> None:
-            # Blocked signals are inherited: the workers leave Ctrl-C to this process. Starting the
-            # resource tracker, which the first process would do, unblocks them again.
+        def start_process() -> None:
+            # Workers inherit blocked signals, so Ctrl-C reaches only this process. The resource
+            # tracker starts first, because starting it unblocks the signals.
             resource_tracker.ensure_running()
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            on_a_gpu = -(-workers // max(gpus, 1))
-            with threads.limited_children(workers, on_a_gpu):
+            with threads.limited_children(workers, -(-workers // max(gpus, 1))):
                 process.start()
-            running[here] = _Worker(number, process)
+            running[parent_end] = _Worker(number, process)
 
-        # In a thread, which no signal's handler interrupts while a process is half started.
-        beginning = threading.Thread(target=begin)
-        beginning.start()
-        beginning.join()
-        there.close()
-        hand_out(here)
+        # Signal handlers run in the main thread, so they cannot interrupt a process start here.
+        thread = threading.Thread(target=start_process)
+        thread.start()
+        thread.join()
+        child_end.close()
+        assign(parent_end)
 
-    def hand_out(connection: Connection[Any, Any]) -> None:
+    def assign(connection: Connection[Any, Any]) -> None:
         episodes = running[connection].episodes
-        with suppress(OSError):  # If the worker has died, receiving says so.
-            while waiting and len(episodes) < at_once:
+        with suppress(OSError):  # The worker died; the main loop finds out when it receives.
+            while waiting and len(episodes) < per_worker:
                 if episodes and suspects & {waiting[0].id, *(ref.id for ref in episodes)}:
                     return
                 episodes.append(waiting.popleft())
@@ -116,39 +114,39 @@ def build_in_workers(
                     continue
                 worker.episodes.popleft()
                 yield message
-                hand_out(connection)
+                assign(connection)
     finally:
-        # On Ctrl-C, episodes under way are not waited for; the next run clears what they leave.
+        # On Ctrl-C, unfinished episodes are dropped; the next run removes their temporary files.
         for worker in running.values():
             worker.process.terminate()
 
 
 def _killed(ref: EpisodeRef | SceneRef) -> Failure:
-    reason = "its process was killed twice, perhaps for want of memory; free some and run again"
+    reason = "its process was killed twice, perhaps out of memory; free some and run again"
     return Failure(ref.id, f"{ref.path}: {reason}.")
 
 
-def _work(connection: Connection[Any, Any], job: Job, device: str | None) -> None:
-    """In a worker: build the episodes that come, until None comes or the parent ends.
+def _run_worker(connection: Connection[Any, Any], job: Job, device: str | None) -> None:
+    """In a worker: build the episodes received, until None is received or the parent ends.
 
-    device: its own, None for the job's.
+    device: for networks; None takes the job's.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-    turn = threading.Lock()  # Frames are counted in two threads.
+    threading.Thread(target=_exit_with_parent, args=(parent.sentinel,), daemon=True).start()
+    lock = threading.Lock()  # Two threads report frames.
 
-    def tell(message: Result | SceneResult | tuple[str, int]) -> None:
-        with turn:
+    def send(message: Result | SceneResult | tuple[str, int]) -> None:
+        with lock:
             connection.send(message)
 
     refs = iter(connection.recv, None)
     job = job if device is None else job.on(device)
     with suppress(BrokenPipeError, EOFError):  # The parent has ended.
-        for result in build_refs(job, refs, lambda *n: tell(n)):
-            tell(result)
+        for result in build_refs(job, refs, lambda *n: send(n)):
+            send(result)
 
 
-def _end_with(sentinel: int) -> None:
+def _exit_with_parent(sentinel: int) -> None:
     wait([sentinel])
     os._exit(1)

@@ -104,6 +104,30 @@ def write_sequences(
     return len(only) * len(poses)
 
 
+def estimate_bytes(
+    trajectory: Trajectory, *, only: Sequence[str] = SEQUENCES, history_len: int = 10
+) -> int:
+    """About how many bytes `write_sequences` writes: it has the whole cloud in each merged file.
+
+    Cells that several frames saw count once in a scene, so of a history there are no more than the
+    scene has. Raises DatasetError when a file of the trajectory cannot be used.
+    """
+    seen = np.diff(trajectory.row_ends("visible"), prepend=0)
+    cells = np.minimum(seen * (1 + history_len), len(trajectory.scene_cells()))
+    cloud = len(trajectory.cloud())
+    return sum(
+        _point_bytes(name) * int(cells.sum() + (len(seen) * cloud if "merge" in name else 0))
+        for name in only
+    )
+
+
+def _point_bytes(name: str) -> int:
+    """Bytes of a point in the files of a sequence."""
+    if "npy" not in name:
+        return 15
+    return 28 if "world" in name else 16
+
+
 def _sequences(
     frame: Frame, scene: LabelledPoints, heights: Heights, only: Sequence[str]
 ) -> Iterator[tuple[str, LabelledPoints]]:
@@ -137,9 +161,7 @@ def _path(places: NDArray[np.float64], step: float) -> list[NDArray[np.float64]]
 
 def _check_space(out: Path, only: Sequence[str], count: int, points: int) -> None:
     """Raise UsageError where the files will not fit: they hold the whole cloud for each frame."""
-    wide = {"npy": 28, "ply": 15}
-    merged = [name for name in only if name.startswith("merge")]
-    need = count * points * sum(wide["npy" if "npy" in name else "ply"] for name in merged)
+    need = count * points * sum(_point_bytes(name) for name in only if name.startswith("merge"))
     free = shutil.disk_usage(out.resolve().parent).free
     if need > free:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Transformer blocks that the encoder, the decoder and the heads of pi3 and pi3x are made of."""
+"""Transformer blocks of the encoder, the decoder and the heads of pi3 and pi3x."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention
 
 ROTARY_BASE = 100.0
 Rotate = Callable[[Tensor], Tensor]
-"""Tells (B, heads, tokens, head width) queries or keys where their tokens stand."""
+"""Adds positions to queries or keys of shape (B, heads, tokens, head width)."""
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
-    """What linear layers compute in where x is: autocast's type, else x's own."""
+    """The dtype in which linear layers compute on the device of x: autocast's, else that of x."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class Norm(nn.LayerNorm):
-    """Layer normalisation that gives what the next linear layer computes in.
+    """Layer normalisation whose output has the dtype in which the next linear layer computes.
 
-    Autocast makes float32 of it, twice bfloat16's size, which the layer would round at once.
+    With autocast, nn.LayerNorm gives float32, twice the size, which the next layer would round.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., width) to the same shape; means and variances are in float32 all the same."""
+        """(..., width) to the same shape. Means and variances are computed in float32."""
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         to = working_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -35,7 +35,7 @@ class Norm(nn.LayerNorm):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; with `qk_norm`, queries and keys are normalised over the head."""
+    """Multi-head self-attention. With `qk_norm`, queries and keys are normalised per head."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool = False) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of few query tokens to many others."""
+    """Attention of a few query tokens to many other tokens."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, y: Tensor, rotate: Rotate) -> Tensor:
         """(B, Q, width) queries and (B, L, width) others to (B, Q, width).
 
-        Only keys are rotated: the queries stand at position (0, 0), where nothing turns.
+        Only keys are rotated, because the rotation at the queries' position (0, 0) is none.
         """
         projected = (self.q_proj(x), self.k_proj(y), self.v_proj(y))
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in projected)
@@ -80,7 +80,7 @@ class CrossAttention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(head width)) v; all three of one precision."""
+    """softmax(q k^T / sqrt(head width)) v, for tensors of one dtype."""
     out: Tensor = scaled_dot_product_attention(q, k, v)
     return out
 
@@ -136,7 +136,7 @@ class Block(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """Few tokens look at many and are worked on; the many stay as they are."""
+    """A block in which a few tokens attend to many. Only the few are updated."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -153,16 +153,16 @@ class CrossBlock(nn.Module):
 
 
 def half_turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(..., d) rotated in the planes (i, i + d/2) by angles whose cosines and sines are given."""
+    """(..., d) rotated in the planes (i, i + d/2), by angles given as cosines and sines."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
 class Rotary:
-    """Rotary positions of tokens in a plane: half of a head by row, half by column.
+    """Rotary position embedding in two dimensions: half of a head by row, half by column.
 
     Each half is rotated by its coordinate times base^(-i / n) in its n planes (RoFormer, Su et al.
-    2021, in two dimensions). The tables are those of one view and serve every view.
+    2021). All views use the same tables.
     """
 
     def __init__(self, rows: Tensor, columns: Tensor, head_width: int) -> None:
@@ -182,9 +182,9 @@ class Rotary:
         return cls(place[:, 0], place[:, 1], head_width)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(B, heads, views * L, head width) queries or keys, rotated by their tokens' places.
+        """Rotate (B, heads, views * L, head width) queries or keys by their tokens' positions.
 
-        In their own precision: the small tables are rounded to it, not they to the tables'.
+        The result has the dtype of x: the tables are converted to it.
         """
         length, _, planes = self.cos.shape
         split = x.unflatten(2, (-1, length)).unflatten(-1, (2, 2 * planes))
@@ -194,7 +194,7 @@ class Rotary:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Where bfloat16 will not do, nor convolutions in TF32: geometry, and what is read off."""
+    """Disable autocast and TF32 convolutions, for geometry and output layers."""
     exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     with torch.autocast(device.type, enabled=False), exact:
         yield

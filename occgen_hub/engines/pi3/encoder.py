@@ -10,19 +10,19 @@ from occgen_hub.engines.pi3.blocks import Block
 
 
 class PatchEmbed(nn.Module):
-    """Cuts an image into square patches, each of which becomes a token."""
+    """Divides an image into square patches and makes a token of each."""
 
     def __init__(self, channels: int, width: int, patch: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(channels, width, patch, patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) to (B, patches, width), row after row."""
+        """(B, channels, H, W) to (B, patches, width), row by row."""
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
 class Encoder(nn.Module):
-    """Tokens of patches, each image by itself; positions are learnt on a grid and resampled."""
+    """Encodes each image on its own. Position embeddings are learnt on a grid and resampled."""
 
     def __init__(
         self, channels: int, width: int, heads: int, depth: int, registers: int, patch: int,
@@ -50,7 +50,7 @@ class Encoder(nn.Module):
         return out
 
     def _positions(self, h: int, w: int) -> Tensor:
-        """(1, 1 + h * w, width): bicubic and antialiased, as the checkpoints were trained."""
+        """(1, 1 + h * w, width), resampled as in training: bicubic with antialiasing."""
         if (h, w) == (self.grid, self.grid):
             return self.pos_embed
         first, rest = self.pos_embed[:, :1], self.pos_embed[:, 1:]

@@ -1,4 +1,4 @@
-"""The engines pi3 and pi3x: the networks of this folder, as any network."""
+"""The engines pi3 and pi3x."""
 
 from __future__ import annotations
 
@@ -20,58 +20,59 @@ from occgen_hub.engines.network import (
     choose_device,
 )
 from occgen_hub.engines.pi3.sizes import HEAD_VIEWS
-from occgen_hub.engines.weights import Weights, find, load_network
+from occgen_hub.engines.weights import Weights, find_weights, load_network
 
 if TYPE_CHECKING:
     from occgen_hub.engines.pi3.network import Pi3, Pi3X
 
 MEMORY = Memory(150_000, 300_000, HEAD_VIEWS)
-"""Measured in float32: 84,000 of a token in the trunk, 255,000 in pi3x's heads."""
+"""Rounded up from measurements in float32: 84,000 bytes per token in the trunk, 255,000 in pi3x's
+heads."""
 
 
 @dataclass(frozen=True)
 class Pi3Engine(NetworkEngine):
-    """The network pi3. Its unit of length is its own."""
+    """The network pi3. Its unit of length is arbitrary."""
 
     name = "pi3"
     memory = MEMORY
 
     @property
     def patch(self) -> int:  # type: ignore[override]
-        """Pixels."""
-        return self.found.checkpoint.sizes.patch
+        """Side of a patch in pixels."""
+        return self.weights_file.checkpoint.sizes.patch
 
     @property
     def attention(self) -> Attention:  # type: ignore[override]
-        """Every second block of the decoder looks over all views."""
-        sizes = self.found.checkpoint.sizes
+        """Every second block of the decoder attends to all views."""
+        sizes = self.weights_file.checkpoint.sizes
         return Attention(sizes.decoder_depth // 2, sizes.width)
 
     def load(self, config: Config) -> Pi3Network:
-        """The network, kept for the episodes to come."""
-        return Pi3Network(_loaded(self.found, self.device, config.compile), self.device)
+        """The loaded network, cached for further episodes."""
+        return Pi3Network(_loaded(self.weights_file, self.device, config.compile), self.device)
 
 
 @dataclass(frozen=True)
 class Pi3XEngine(Pi3Engine):
-    """The network pi3x, in metres, which may be told what is known besides the images."""
+    """The network pi3x. It works in metres and accepts conditions."""
 
     name = "pi3x"
     metric = True
 
     def check(self, config: Config) -> None:
-        """Any configuration will do."""
+        """Accept any configuration."""
 
 
 @dataclass(frozen=True)
 class Pi3Network:
-    """Either network, on a device. Its confidence is a logit."""
+    """pi3 or pi3x on a device. Their confidence is a logit."""
 
     network: Pi3 | Pi3X
     device: str
 
     def predict(self, views: list[View]) -> Prediction:
-        """What it makes of views."""
+        """Return the network's prediction for views."""
         import torch
 
         images = torch.from_numpy(np.stack([view.image for view in views])).to(self.device)
@@ -89,20 +90,20 @@ class Pi3Network:
             found["camera_poses"][0].cpu().numpy().astype(np.float64),
             found["local_points"][0].cpu().numpy(),
             confidence,
-            found["looks"][0].cpu().numpy(),
+            found["descriptors"][0].cpu().numpy(),
         )
 
 
 def open_pi3(weights: Path | None, device: str | None) -> Pi3Engine:
-    """The engine pi3; raises UsageError where its weights or the device cannot be had."""
-    chosen = choose_device(device)  # First, because looking for weights may take long.
-    return Pi3Engine(find("pi3", weights, missing=missing_weights()), chosen)
+    """The engine pi3. Raises UsageError if its weights or the device are not available."""
+    chosen = choose_device(device)  # First, because finding weights may take long.
+    return Pi3Engine(find_weights("pi3", weights, missing=missing_weights()), chosen)
 
 
 def open_pi3x(weights: Path | None, device: str | None) -> Pi3XEngine:
-    """The engine pi3x; raises UsageError where its weights or the device cannot be had."""
+    """The engine pi3x. Raises UsageError if its weights or the device are not available."""
     chosen = choose_device(device)
-    return Pi3XEngine(find("pi3x", weights, missing=missing_weights()), chosen)
+    return Pi3XEngine(find_weights("pi3x", weights, missing=missing_weights()), chosen)
 
 
 @lru_cache(maxsize=1)

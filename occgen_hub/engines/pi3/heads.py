@@ -1,4 +1,4 @@
-"""What is read off the trunk's tokens: local points, confidence, cameras and scale."""
+"""The heads, which turn the trunk's tokens into points, confidence, cameras and scale."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class HeadDecoder(nn.Module):
 
 
 class MetricDecoder(nn.Module):
-    """One token that gathers from all tokens of all views how long a metre is."""
+    """A token that estimates the metric scale from the tokens of all views."""
 
     def __init__(self, width_in: int, width: int, heads: int, depth: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class MetricDecoder(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """pi3's dense head: a patch's token holds the values of all its pixels."""
+    """pi3's dense head: a linear layer from a patch's token to the values of its pixels."""
 
     def __init__(self, width: int, channels: int, patch: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class LinearHead(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two 3x3 convolutions with twice the channels between them, added to what came in."""
+    """Two 3x3 convolutions with twice the channels between them, added to the input."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -81,9 +81,9 @@ class Residual(nn.Module):
 
 
 class ConvHead(nn.Module):
-    """pi3x's dense head: upsampling stages that know where in the view plane they are (as MoGe's).
+    """pi3x's dense head: upsampling stages that get view plane coordinates, as in MoGe.
 
-    outputs: channels of each of the output maps.
+    outputs: the number of channels of each output map.
     """
 
     def __init__(self, width: int, stages: tuple[int, ...], outputs: tuple[int, ...]) -> None:
@@ -105,7 +105,7 @@ class ConvHead(nn.Module):
         )
 
     def forward(self, x: Tensor, h: int, w: int, size: tuple[int, int]) -> list[Tensor]:
-        """(B, h * w, width) to maps of (B, channels, H, W); size: (H, W)."""
+        """(B, h * w, width) to maps of shape (B, channels, H, W). size: (H, W)."""
         aspect = size[1] / size[0]
         x = x.transpose(1, 2).unflatten(2, (h, w))
         for stage in self.upsample_blocks:
@@ -120,7 +120,7 @@ def _conv(before: int, after: int, size: int) -> nn.Conv2d:
 
 
 def _with_view_plane(x: Tensor, aspect: float) -> Tensor:
-    """(B, C, H, W) to (B, C + 2, H, W): with each cell's place in a plane of diagonal 2."""
+    """(B, C, H, W) to (B, C + 2, H, W): add coordinates of pixels in a plane of diagonal 2."""
     span = (1 + aspect**2) ** 0.5
     height, width = x.shape[-2:]
     axes = [
@@ -132,7 +132,7 @@ def _with_view_plane(x: Tensor, aspect: float) -> Tensor:
 
 
 class ResidualLinear(nn.Module):
-    """Three linear layers with ReLUs, added to what came in."""
+    """Three linear layers with ReLUs, added to the input."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class ResidualLinear(nn.Module):
 
 
 class CameraHead(nn.Module):
-    """A view's pose from its patch tokens."""
+    """Estimates a view's pose from its patch tokens."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class CameraHead(nn.Module):
 
 
 def nearest_rotation(matrices: Tensor) -> Tensor:
-    """(B, 3, 3) to the rotations nearest to them once their rows are of length 1.
+    """(B, 3, 3) to the nearest rotations, after their rows are normalised to length 1.
 
     Orthogonal Procrustes (Schoenemann 1966), as Levinson et al. 2020 use it to predict rotations.
     """

@@ -1,7 +1,7 @@
-"""Known poses, put into pi3x's tokens by attention that works between cameras.
+"""Known poses as a condition of pi3x, added by attention between cameras.
 
-Queries, keys and values are taken into a common frame by their cameras and the output back, so
-that tokens compare where they look ("Cameras as Relative Positional Encoding", Li et al. 2025).
+Queries, keys and values are transformed into a common frame by their cameras' poses, and the output
+is transformed back ("Cameras as Relative Positional Encoding", Li et al. 2025).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from occgen_hub.engines.pi3.blocks import (
 
 @dataclass(frozen=True)
 class Cameras:
-    """What an attention between cameras needs of them.
+    """The transformations of N cameras for attention between them.
 
-    camera_from_world, world_from_camera: (B, N, 4, 4); cos, sin: (h * w, 2, planes) of the angles
-    by which a quarter of a head is turned for a patch's column, and a quarter for its row.
+    camera_from_world, world_from_camera: (B, N, 4, 4); cos, sin: (h * w, 2, planes), of the angles
+    by which one quarter of a head is rotated for a patch's column and one for its row.
     """
 
     camera_from_world: Tensor
@@ -55,10 +55,11 @@ class Cameras:
         return cls(inverse, world_from_camera, angle.cos(), angle.sin())
 
     def moved(self, x: Tensor, matrices: Tensor, *, back: bool = False) -> Tensor:
-        """(B, heads, N * L, head width), half of it as 4-vectors times (B, N, 4, 4) matrices.
+        """Transform (B, heads, N * L, head width) by the (B, N, 4, 4) matrices of its views.
 
-        The other half is turned clockwise by the patch's column and row, or back again. Reckoned
-        in float32, because translations may be large, and given in the precision of x.
+        The first half of a head is multiplied as 4-vectors. The second half is rotated clockwise by
+        the patch's column and row, or with `back` the other way. Computed in float32, because
+        translations may be large; the result has the dtype of x.
         """
         with full_precision(x.device):
             return self._moved(x.float(), matrices, back).to(x.dtype)
@@ -75,7 +76,7 @@ class Cameras:
 
 
 class PoseBlock(nn.Module):
-    """Attention between cameras and an MLP beside it; the sum of the two is what it gives."""
+    """The sum of an attention between cameras and an MLP, both of the same input."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -87,7 +88,7 @@ class PoseBlock(nn.Module):
         self.ls2 = LayerScale(width)
 
     def forward(self, x: Tensor, cameras: Cameras) -> Tensor:
-        """(B, N * L, width) patch tokens of all views to what is to be added to them."""
+        """(B, N * L, width) patch tokens of all views to the residual of the same shape."""
         return self.ls1(self._attention(self.norm1(x), cameras)) + self.ls2(self.mlp(self.norm2(x)))
 
     def _attention(self, x: Tensor, cameras: Cameras) -> Tensor:

@@ -1,6 +1,6 @@
 """The networks pi3 and pi3x.
 
-After "pi^3: Permutation-Equivariant Visual Geometry Learning" (arXiv 2507.13347).
+See "pi^3: Permutation-Equivariant Visual Geometry Learning" (arXiv 2507.13347).
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from occgen_hub.engines.pi3.heads import (
 from occgen_hub.engines.pi3.injection import Cameras, PoseBlock
 from occgen_hub.engines.pi3.sizes import HEAD_VIEWS, Sizes
 
-FARTHEST = 15.0
-"""Where pi3x cuts off the logarithm of depth before it is raised again."""
+MAX_LOG_DEPTH = 15.0
+"""Upper limit of the logarithm of depth in pi3x."""
 
-STILL = 0.02
-"""Where all other cameras are this near to the first, pi3x takes translations as they are."""
+MIN_MOTION = 0.02
+"""If all other cameras are nearer to the first one, pi3x does not normalise translations."""
 
 
 class Trunk(nn.Module):
-    """What both networks share: encoder, decoder, and the cameras."""
+    """The common part of both networks: encoder, decoder and camera head."""
 
     image_mean: Tensor
     image_std: Tensor
@@ -71,23 +71,23 @@ class Trunk(nn.Module):
         return HeadDecoder(2 * s.width, s.width, width_out, s.heads, s.head_depth)
 
     def compile_blocks(self) -> None:
-        """Have torch.compile make a program of each kind of block, for any number of tokens.
+        """Compile the blocks with torch.compile, for any number of tokens.
 
-        The blocks alone, since they are alike: a few programs instead of one for the whole, which
-        would take minutes. They are made as the first views come.
+        Only the blocks, since they are alike: a few compiled functions are enough, while the whole
+        network would take minutes. They are compiled when the first views are processed.
         """
         for module in self.modules():
             if isinstance(module, Block | CrossBlock | PoseBlock):
                 module.compile(dynamic=True)
 
     def patches(self, images: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches of (..., H, W) images.
+        """The numbers of rows and columns of patches in (..., H, W) images.
 
-        Raises ValueError where they are no whole number.
+        Raises ValueError if they are not whole numbers.
         """
         (height, width), patch = images.shape[-2:], self.sizes.patch
         if height % patch or width % patch or not height * width:
-            raise ValueError(f"{width} x {height} pixels are no whole number of {patch} x {patch}")
+            raise ValueError(f"{width} x {height} pixels: not multiples of {patch}")
         return height // patch, width // patch
 
     def encode(self, images: Tensor) -> Tensor:
@@ -106,8 +106,8 @@ class Trunk(nn.Module):
     ) -> Tensor:
         """(B * N, patches, width) tokens to (B * N, registers + patches, 2 width).
 
-        Blocks look within a view and over all views by turns; `after` is applied to what each
-        leaves.
+        Blocks attend within a view and to all views alternately. `after` is applied to the output
+        of each block.
         """
         registers = self.register_token[0].expand(len(tokens), -1, -1)
         x = torch.cat((registers, tokens), dim=1)
@@ -120,7 +120,7 @@ class Trunk(nn.Module):
                 x = block(x, rotary)
             x = after(number, x)
             if number >= len(self.decoder) - 2:
-                kept.append(x.to(working_dtype(x)))  # All heads begin with a linear layer.
+                kept.append(x.to(working_dtype(x)))  # The first layer of all heads is linear.
         return torch.cat(kept, dim=-1)
 
     def cameras(self, hidden: Tensor, rotary: Rotary) -> Tensor:
@@ -131,16 +131,16 @@ class Trunk(nn.Module):
         return poses
 
     def rotary(self, images: Tensor) -> Rotary:
-        """The places of a view's tokens, for heads as wide as the trunk's."""
+        """The positions of a view's tokens, for heads of the trunk's width."""
         h, w = self.patches(images)
         width = self.sizes.width // self.sizes.heads
         return Rotary.of_patches(h, w, self.sizes.registers, width, images.device)
 
 
 class Pi3(Trunk):
-    """Images of a scene to points, confidence and cameras, in an arbitrary scale.
+    """The network pi3: images of a scene to points, confidence and cameras, in an arbitrary unit.
 
-    Permuting the images permutes what is made of them.
+    It is permutation-equivariant: the outputs follow the order of the images.
     """
 
     def __init__(self, sizes: Sizes) -> None:
@@ -153,15 +153,15 @@ class Pi3(Trunk):
         """(B, N, 3, H, W) images in [0, 1], H and W multiples of the patch, to float32
 
         points, local_points: (B, N, H, W, 3), in the scene and in the view's camera; conf:
-        (B, N, H, W, 1), a logit; camera_poses: (B, N, 4, 4) world_from_camera, OpenCV axes; looks:
-        (B, N, width), the mean of the encoder's tokens of each view.
+        (B, N, H, W, 1), a logit; camera_poses: (B, N, 4, 4) world_from_camera, OpenCV axes;
+        descriptors: (B, N, width), the mean of the encoder's tokens of each view.
         """
         batch, views = images.shape[:2]
         flat = images.flatten(0, 1)
         rotary, (h, w) = self.rotary(flat), self.patches(flat)
         with _trunk_precision(flat.device):
             tokens = self.encode(flat)
-            looks = tokens.float().mean(dim=1)
+            descriptors = tokens.float().mean(dim=1)
             hidden = self.decode(tokens, views, rotary)
             poses = self.cameras(hidden, rotary)
             parts = [self._heads(part, rotary, h, w) for part in hidden.split(HEAD_VIEWS)]
@@ -172,7 +172,7 @@ class Pi3(Trunk):
                 "local_points": local,
                 "conf": conf,
                 "camera_poses": poses,
-                "looks": looks,
+                "descriptors": descriptors,
             },
             batch,
         )
@@ -189,7 +189,7 @@ class Pi3(Trunk):
 
 
 class Pi3X(Trunk):
-    """As Pi3, in metres, with dense heads of convolutions, and told of what is known besides."""
+    """The network pi3x: like Pi3 in metres, with convolutional heads and optional conditions."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__(sizes)
@@ -216,21 +216,21 @@ class Pi3X(Trunk):
         intrinsics: Tensor | None = None,
         poses: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """(B, N, 3, H, W) images in [0, 1], H and W multiples of the patch, and what is known:
+        """(B, N, 3, H, W) images in [0, 1], H and W multiples of the patch, and conditions:
 
         depths: (B, N, H, W) along the optical axis, 0 for none; intrinsics: (B, N, 3, 3) pixels
         of these images, pixel centres at + 0.5; poses: (B, N, 4, 4) world_from_camera, OpenCV
-        axes, used where there are two views or more.
+        axes, used if there are at least two views.
 
-        Gives, besides what Pi3 gives, in metres, metric: (B,) the scale that the rest was
-        multiplied by; rays: (B, N, H, W, 3) unit vectors in the view's camera.
+        Returns the outputs of Pi3 in metres, and metric: (B,) the scale by which they were
+        multiplied; rays: (B, N, H, W, 3) unit vectors in the view's camera.
         """
         batch, views = images.shape[:2]
         flat = images.flatten(0, 1)
         rotary, (h, w) = self.rotary(flat), self.patches(flat)
         with _trunk_precision(flat.device):
             tokens = self.encode(flat)
-            looks = tokens.float().mean(dim=1)
+            descriptors = tokens.float().mean(dim=1)
             mean_depth = None
             if depths is not None:
                 mean_depth = _mean_depth(depths)
@@ -253,7 +253,7 @@ class Pi3X(Trunk):
             "conf": conf,
             "camera_poses": camera_poses,
             "rays": rays,
-            "looks": looks,
+            "descriptors": descriptors,
         }
         return {**_by_view(found, batch), "metric": metric}
 
@@ -279,7 +279,7 @@ class Pi3X(Trunk):
     def _injection(
         self, poses: Tensor | None, mean_depth: Tensor | None, views: int, h: int, w: int
     ) -> Callable[[int, Tensor], Tensor]:
-        """What is done after each block of the decoder: known poses are put in after some."""
+        """The function applied after each block of the decoder, which adds known poses to some."""
         if poses is None or views < 2:
             return lambda _, x: x
         with full_precision(poses.device):
@@ -298,7 +298,7 @@ class Pi3X(Trunk):
         return after
 
     def _metric(self, hidden: Tensor, images: Tensor) -> Tensor:
-        """(B,) float32: metres in a unit."""
+        """(B,) float32: the length of the unit in metres."""
         h, w = self.patches(images)
         width = self.sizes.metric_width // self.sizes.metric_heads
         rotary = Rotary.of_patches(h, w, self.sizes.registers, width, images.device)
@@ -318,13 +318,13 @@ class Pi3X(Trunk):
             maps = self.point_head(points.float(), h, w, size)
             xy, z = (part.permute(0, 2, 3, 1) for part in maps)
             slope = torch.cat((xy, torch.ones_like(z)), dim=-1)
-            local = slope * z.clamp(max=FARTHEST).exp()
+            local = slope * z.clamp(max=MAX_LOG_DEPTH).exp()
             (logit,) = self.conf_head(conf.float(), h, w, size)
             return normalize(slope, dim=-1), local, logit.permute(0, 2, 3, 1)
 
 
 def in_world(local: Tensor, poses: Tensor) -> Tensor:
-    """(B, H, W, 3) points in their cameras, moved by (B, 4, 4) poses."""
+    """(B, H, W, 3) points in camera frames to the world, by (B, 4, 4) poses."""
     moved: Tensor = (
         torch.einsum("bij,bhwj->bhwi", poses[:, :3, :3], local) + poses[:, None, None, :3, 3]
     )
@@ -332,23 +332,23 @@ def in_world(local: Tensor, poses: Tensor) -> Tensor:
 
 
 def relative_poses(poses: Tensor, mean_depth: Tensor | None) -> Tensor:
-    """(B, N, 4, 4) poses in the frame of each scene's first view, in a unit of its own size.
+    """(B, N, 4, 4) poses relative to each scene's first view, with normalised translations.
 
-    The unit is the mean depth where that is known, else the mean distance of the other cameras,
-    unless they all stand still.
+    The unit is the mean depth (B,) if given, else the mean distance of the other cameras from the
+    first, or 1 if they do not move.
     """
     relative = torch.linalg.inv(poses[:, :1]) @ poses
     distance = relative[:, 1:, :3, 3].norm(dim=-1)
     unit = mean_depth
     if unit is None:
-        moving = (distance >= STILL).any(dim=-1)
+        moving = (distance >= MIN_MOTION).any(dim=-1)
         unit = torch.where(moving, distance.mean(dim=-1), 1.0)
     relative[:, :, :3, 3] /= unit[:, None, None]
     return relative
 
 
 def _mean_depth(depths: Tensor) -> Tensor:
-    """(B,) the mean of the valid depths of all views of a scene; 1 where there is none."""
+    """(B,) the mean of the valid depths of all views of a scene; 1 if there are none."""
     valid = depths > 0
     count = valid.sum(dim=(1, 2, 3))
     total = torch.where(valid, depths, 0.0).sum(dim=(1, 2, 3))
@@ -360,7 +360,7 @@ def _by_view(maps: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
 
 
 def _trunk_precision(device: torch.device) -> AbstractContextManager[object]:
-    """bfloat16 where a GPU multiplies it; elsewhere as the weights are."""
+    """bfloat16 on a GPU, else the dtype of the weights."""
     if device.type == "cuda":
         return torch.autocast("cuda", torch.bfloat16)
     return nullcontext()

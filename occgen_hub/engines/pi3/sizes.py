@@ -1,4 +1,4 @@
-"""How large a network is: numbers alone, so that they are read without loading torch."""
+"""The sizes of a network, which can be read without importing torch."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 HEAD_VIEWS = 8
-"""Views whose heads are worked out at a time: their maps are larger than all of the trunk's."""
+"""Number of views whose heads run at a time. Their maps need more memory than the trunk."""
 
 Width = Annotated[int, Field(ge=8, le=1 << 14)]
 Count = Annotated[int, Field(ge=1, le=1 << 10)]
 
 
 class Sizes(BaseModel):
-    """How large a network is; the published ones are in ckpt/<name>/config.json."""
+    """The sizes of a network. Those of the published ones are in ckpt/<name>/config.json."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -41,13 +41,13 @@ class Sizes(BaseModel):
 
     @model_validator(mode="after")
     def _check_fit(self) -> Sizes:
-        """What divides what: heads are of equal width, and their positions take eighths of it."""
+        """Check divisibility: heads have equal widths, and positions use eighths of a head."""
         if self.width % (8 * self.heads):
             raise ValueError("width must be a multiple of 8 * heads")
         if self.metric_width % (4 * self.metric_heads):
             raise ValueError("metric_width must be a multiple of 4 * metric_heads")
         if any(channels > 16 and channels % 16 for channels in self.upsampling):
-            raise ValueError("upsampling must be of multiples of 16, where over 16")
+            raise ValueError("values of upsampling above 16 must be multiples of 16")
         if list(self.pose_blocks) != sorted(set(self.pose_blocks)) or min(self.pose_blocks) < 0:
             raise ValueError("pose_blocks must be ascending numbers of the decoder's blocks")
         return self
