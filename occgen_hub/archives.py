@@ -69,9 +69,9 @@ def unpack(path: Path, folder: Path, reserve: Reserve, name: str | None = None) 
 
     Raises SourceError if the archive is damaged or refused, and the errors of `reserve`.
     """
-    said = name or str(path)
-    writer = _Writer(folder, reserve, said)
-    with opened(path) as file, _damage(said):
+    label = name or str(path)
+    writer = _Writer(folder, reserve, label)
+    with opened(path) as file, _damage(label):
         start = file.read(512)
         file.seek(0)
         size = os.fstat(file.fileno()).st_size
@@ -79,16 +79,16 @@ def unpack(path: Path, folder: Path, reserve: Reserve, name: str | None = None) 
             hashed = _Hashed(file)
             with gzip.GzipFile(fileobj=io.BufferedReader(hashed, CHUNK)) as plain:
                 _unpack_tar(plain, writer)  # type: ignore[arg-type]  # it reads as IO[bytes] does
-            return Archive(said, size, hashed.hexdigest())
+            return Archive(label, size, hashed.hexdigest())
         if start[257:262] == b"ustar" or (start and not any(start)) or _is_old_tar(start):
             hashed = _Hashed(file)
             _unpack_tar(io.BufferedReader(hashed, CHUNK), writer)
-            return Archive(said, size, hashed.hexdigest())
+            return Archive(label, size, hashed.hexdigest())
         if start[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
-            _check_directory(file, size, said)
+            _check_directory(file, size, label)
             _unpack_zip(file, writer)
-            return Archive(said, size, sha256(path))
-    raise SourceError(said, _not_archive(start), DOWNLOAD_AGAIN)
+            return Archive(label, size, sha256(path))
+    raise SourceError(label, _not_archive(start), DOWNLOAD_AGAIN)
 
 
 def _not_archive(start: bytes) -> str:
@@ -283,15 +283,15 @@ class _Writer:
 
     def refuse(self, name: str, problem: str) -> None:
         """Raise SourceError about an entry."""
-        said = printable(name)[:120]
+        label = printable(name)[:120]
         raise SourceError(
             self._archive,
-            f"the entry {said} {printable(problem)[:160]}",
+            f"the entry {label} {printable(problem)[:160]}",
             "pack it again without it",
         )
 
     def _place(self, name: str) -> Path:
-        """The path of an entry. The folder has no symbolic links: checking the name is enough."""
+        """The path of an entry. The folder has no symbolic links, so its name is enough."""
         parts = [part for part in name.split("/") if part not in ("", ".")]
         if name.startswith("/") or ".." in parts:
             self.refuse(name, "leads out of the archive")

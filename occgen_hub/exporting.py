@@ -124,47 +124,6 @@ def export(
     return list(plan.remarks)
 
 
-def _export_frames(
-    root: Path,
-    out: Path,
-    to: Format,
-    *,
-    overwrite: bool,
-    progress: Callable[[int, int], None],
-) -> list[str]:
-    """Write the files of OccScanNet or Occ3D; as `export`."""
-    for link in links_out(root):
-        raise DatasetError(link, LINK_OUT, PUT_FILE)
-    names = sorted((path.relative_to(root).as_posix(), path) for path in trajectories(root))
-    facts = survey(describe(printable(name), path) for name, path in names)
-    if len(facts.grids) > 1:
-        raise UsageError(_several_grids(root, facts))
-    total, done = facts.frames, 0
-
-    def count(frames: int) -> None:
-        nonlocal done
-        done += frames
-        progress(done, total)
-
-    progress(0, total)
-    with _staged(out) as folder:
-        _check_places(root, out, overwrite=overwrite)  # Another may have been faster.
-        folder.mkdir()
-        remarks = write_frames(folder, to, names, count)
-        write_frames_card(folder, facts, EXPORTS[to].card, remarks)
-        (folder / RECORD).parent.mkdir()
-        record = _record_of(to, names, facts, remarks, folder)
-        (folder / RECORD).write_text(dump_json(record, indent=1) + "\n", encoding="utf-8")
-    return remarks
-
-
-def _several_grids(root: Path, facts: Facts) -> str:
-    return (
-        f"{root}: its trajectories have {len(facts.grids)} different grids, which no batch can "
-        "hold together; build the whole dataset with one configuration."
-    )
-
-
 def update_export(root: str | Path, out: str | Path) -> list[str]:
     """Bring the occupancy of an export up to date, as `occgen-hub export --update` does.
 
@@ -232,6 +191,47 @@ def _plan_update(root: Path, out: Path, info: dict[str, Any], features: dict[str
     remark = "LeRobot's tools have changed tables or videos since the export"
     leave_out = tuple(path for path in found.values() if path not in kept)
     return Plan(names, leave_out, facts, layout, (remark,))
+
+
+def _export_frames(
+    root: Path,
+    out: Path,
+    to: Format,
+    *,
+    overwrite: bool,
+    progress: Callable[[int, int], None],
+) -> list[str]:
+    """Write the files of OccScanNet or Occ3D; as `export`."""
+    for link in links_out(root):
+        raise DatasetError(link, LINK_OUT, PUT_FILE)
+    names = sorted((path.relative_to(root).as_posix(), path) for path in trajectories(root))
+    facts = survey(describe(printable(name), path) for name, path in names)
+    if len(facts.grids) > 1:
+        raise UsageError(_several_grids(root, facts))
+    total, done = facts.frames, 0
+
+    def count(frames: int) -> None:
+        nonlocal done
+        done += frames
+        progress(done, total)
+
+    progress(0, total)
+    with _staged(out) as folder:
+        _check_places(root, out, overwrite=overwrite)  # Another may have been faster.
+        folder.mkdir()
+        remarks = write_frames(folder, to, names, count)
+        write_frames_card(folder, facts, EXPORTS[to].card, remarks)
+        (folder / RECORD).parent.mkdir()
+        record = _record_of(to, names, facts, remarks, folder)
+        (folder / RECORD).write_text(dump_json(record, indent=1) + "\n", encoding="utf-8")
+    return remarks
+
+
+def _several_grids(root: Path, facts: Facts) -> str:
+    return (
+        f"{root}: its trajectories have {len(facts.grids)} different grids, which no batch can "
+        "hold together; build the whole dataset with one configuration."
+    )
 
 
 def plan_export(root: Path, fps: int | None = None) -> Plan:

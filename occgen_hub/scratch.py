@@ -109,14 +109,14 @@ class Room:
         self.bytes, self.name = 0, "the scene"
 
     def reserve(self, size: int) -> None:
-        """Make sure of so many bytes, waiting for other rooms to close.
+        """Reserve so many bytes, waiting for other rooms to close.
 
-        Raises SourceError where they are more than there can be.
+        Raises SourceError if they exceed the limit, and ScratchClosedError.
         """
         self.scratch._take(self, size)
 
     def give_back(self, size: int) -> None:
-        """Say that so many bytes were removed."""
+        """Release so many bytes, after files were removed."""
         self.scratch._give(self, size)
 
     def close(self) -> None:
@@ -127,9 +127,9 @@ class Room:
 
 @contextmanager
 def open_scratch(place: ScratchPlace) -> Iterator[Scratch]:
-    """A folder of this process's own in scratch, while the block lasts.
+    """Create a folder for this process in scratch, and remove it after the block.
 
-    What dead processes left there is removed first. Raises UsageError where it cannot be made.
+    Folders of killed processes are removed first. Raises UsageError if it cannot be created.
     """
     try:
         own, handle = _own_folder(place.folder)
@@ -149,7 +149,7 @@ def open_scratch(place: ScratchPlace) -> Iterator[Scratch]:
 
 
 def _own_folder(folder: Path) -> tuple[Path, int]:
-    """A new folder in scratch, and a handle that says that its process is alive."""
+    """A new folder in scratch, and a handle that locks it while the process runs."""
     for attempt in range(ATTEMPTS):
         made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
@@ -162,14 +162,14 @@ def _own_folder(folder: Path) -> tuple[Path, int]:
                 handle = os.open(own, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 try_lock(handle)
                 return own, handle
-        except FileNotFoundError:  # Another process removed it, as the last one to use it.
+        except FileNotFoundError:  # Its last user removed it.
             if attempt == ATTEMPTS - 1:
                 raise
     raise AssertionError
 
 
 def _remove_if_unused(folder: Path) -> None:
-    """Remove the lock of scratch that nobody uses any more, and the folder if a build made it."""
+    """Remove an unused lock file, and the folder if a build created it."""
     with _locked(folder) as lock:
         if [path.name for path in folder.iterdir()] == [LOCK]:
             made = os.pread(lock, len(MADE), 0) == MADE

@@ -220,7 +220,7 @@ def datasets(place: Path, tree: Path, wanted: Callable[[str], bool]) -> Iterator
     run_here("build", "--input", tree, "--output", root, *COARSE, "--workers", "1")
     first = sorted(p.parent.parent.relative_to(root) for p in root.rglob("meta/occgen.json"))[0]
     one = "{root}/" + first.as_posix()
-    reads: dict[str, Step] = {"validate": load, "build": ("validate", "{root}")}
+    reads: dict[str, Step] = {"validate": load}
     plans: list[list[Step]] = [
         *([("validate", "{root}")],) * 4,
         *([load],) * 3,

@@ -476,7 +476,7 @@ def test_options_say_what_files_do_not_and_a_change_builds_again(
         (["--intrinsics", "a,b"], "--intrinsics a,b: is not a list of numbers"),
         (["--depth-unit", "mm", "--depth-scale", "1000"], "leave one of them out"),
         (["--topics", "colour=/x"], "the kinds are rgb, depth, pose, info"),
-        (["--topics", "rgb=/x"], "holds no bag; leave the option out"),
+        (["--topics", "rgb=/x"], "has no bag; leave the option out"),
         (["--source", "video", "--time-offset", "1"], "--time-offset: is not used by"),
         (["--source", "video", "--topics", "rgb=/x"], "--topics: is not used by"),
     ],

@@ -151,7 +151,7 @@ def test_a_meta_file_of_millions_of_values_is_refused_at_once(tmp_path):
     path = tmp_path / "tasks.jsonl"
     path.write_bytes(b"{}\n" * 3_000_000)
     began = time.monotonic()
-    with pytest.raises(SourceError, match=r"tasks.jsonl: holds more values"):
+    with pytest.raises(SourceError, match=r"tasks.jsonl: has more values"):
         read_jsonl(path)
     assert time.monotonic() - began < 5
 
@@ -225,6 +225,18 @@ def test_a_record_that_could_not_be_read_back_is_not_written(sample_tree, tmp_pa
     failures = built(sample_tree, tmp_path / "out", limit=1)
     assert "cut it into parts" in failures[0]
     assert not trajectories(tmp_path / "out")
+
+
+def test_a_sparse_file_of_a_terabyte_is_not_read(dataset, tmp_path):
+    root = Path(shutil.copytree(dataset, tmp_path / "out"))
+    (place, *_) = trajectories(root)
+    names = next(iter(json.loads((place / "meta/occgen.json").read_text())["files"]))
+    with (place / names).open("r+b") as file:
+        file.truncate(1 << 40)
+    began = time.monotonic()
+    findings = library.validate(root).findings
+    assert time.monotonic() - began < 20
+    assert any("more than any file of a dataset" in str(finding) for finding in findings)
 
 
 # A dataset that changes while it is open

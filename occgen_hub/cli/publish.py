@@ -45,8 +45,8 @@ def export(
 
     lerobot-v3.0: RGB and depth become video, the occupancy lies beside it as Parquet: few files,
     which LeRobot loads, and push sends to the Hub as well. navdp: a root that InternNav's NavDP
-    loader takes as it is. occscannet, occ3d: the scene around each camera, hidden cells included,
-    in files for each frame as the loaders of those datasets read them.
+    loader takes as it is. occscannet and occ3d: the scene around each camera, hidden cells
+    included, as the loaders of those datasets read it.
     """
     if update and to != "lerobot-v3.0":
         raise UsageError("--update: goes with --to lerobot-v3.0; leave it out.")
