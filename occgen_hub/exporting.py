@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from occgen_hub.atomic import atomic_folder
-from occgen_hub.card import PICTURE, Facts, survey, write_export_card
+from occgen_hub.atomic import atomic_file, atomic_folder
+from occgen_hub.card import CARD, PICTURE, Facts, is_own, survey, write_export_card
 from occgen_hub.errors import DatasetError, OccGenError, UsageError
 from occgen_hub.files import (
     LINK_OUT,
@@ -22,11 +22,12 @@ from occgen_hub.files import (
     files_under,
     links_out,
     printable,
+    read_json,
     sha256,
     try_lock,
 )
 from occgen_hub.index import describe, parts
-from occgen_hub.lerobot.export_check import RECORD, check_content, exported
+from occgen_hub.lerobot.export_check import RECORD, check_content, exported, held_episodes
 from occgen_hub.lerobot.v30 import CODEBASE, DEPTH_MAX, OWN, RESERVED, Fit, Layout, write
 from occgen_hub.loading import REBUILD, SCHEMA, Trajectory, built, trajectories
 from occgen_hub.scene_states import states_files
@@ -71,9 +72,10 @@ def export(
     at `out` is replaced; progress: called with frames done and in all.
 
     An episode is a trajectory, in the order of their ids. Columns that all trajectories have alike
-    are kept, matrices as they are; RGB becomes video, depth LeRobot's depth video. Images of
-    different sizes are brought to the commonest, with black around them, and intrinsics with them.
-    The occupancy lies beside it as Parquet, its rows in the order of the frames.
+    are kept, matrices as their numbers row after row; RGB becomes video, depth LeRobot's depth
+    video. Images of different sizes are brought to the commonest, with black around them, and
+    intrinsics with them. The occupancy lies beside it as Parquet, its rows in the order of the
+    frames.
 
     Returns what a user should know, in sentences. Raises UsageError where the arguments do not fit;
     OccGenError where a trajectory cannot be read or written.
@@ -106,6 +108,75 @@ def export(
         for problem in check_content(folder):  # LeRobot goes on after some of its errors.
             raise problem
     return list(plan.remarks)
+
+
+def update_export(root: str | Path, out: str | Path) -> list[str]:
+    """Bring the occupancy of an export up to date, as `occgen-hub export --update` does.
+
+    root: the folder that `build` wrote; out: what LeRobot's tools made of its export: episodes
+    deleted, split off or merged, tasks and statistics changed. Which trajectory an episode is the
+    column "episode" says. Tables and videos stay as they are.
+
+    Returns what a user should know, in sentences. Raises UsageError where the episodes are not all
+    different trajectories of `root`; OccGenError where a file cannot be read or written.
+    """
+    root, out = Path(root), Path(out)
+    if exported(root):
+        raise UsageError(f"{root}: is an export already; give the dataset that it was made from.")
+    info = read_json(out / "meta/info.json")
+    features = info.get("features")
+    if info.get("codebase_version") != CODEBASE or not isinstance(features, dict):
+        raise UsageError(f"{out}: is no LeRobot {CODEBASE} dataset; give what an export became.")
+    try:
+        plan = _plan_update(root, out, info, features)
+        with _alone(out, out.with_name(f".{out.name}.lock")):
+            (out / RECORD).unlink(missing_ok=True)  # The mark of an export that is whole.
+            _add_occupancy(root, out, plan.leave_out)
+            if is_own(out / CARD):
+                write_export_card(out, plan.facts, features, plan.remarks)
+            _write_record(out, plan)
+            for problem in check_content(out):
+                (out / RECORD).unlink()
+                raise problem
+    except OSError as error:
+        raise _unwritable(error, out) from error
+    return list(plan.remarks)
+
+
+def _plan_update(root: Path, out: Path, info: dict[str, Any], features: dict[str, Any]) -> Plan:
+    """What an export holds after it was edited; raises UsageError where that cannot be told."""
+    found = {printable(path.relative_to(root).as_posix()): path for path in trajectories(root)}
+    held = held_episodes(out)
+    again = "export the dataset again, with --overwrite, and edit that"
+    for name, count in Counter(name for name, _ in held).items():
+        if name not in found:
+            raise UsageError(
+                f"{out}: holds the trajectory {name}, which is not in {root}; give the dataset "
+                "that it was exported from."
+            )
+        if count > 1:
+            raise UsageError(f"{out}: holds the trajectory {name} {count} times; {again}.")
+    for name, length in held:
+        frames = Trajectory.open(found[name]).info().get("total_frames")
+        if frames != length:
+            raise UsageError(
+                f"{out}: holds {length} frames of the trajectory {name}, of {frames}; {again}."
+            )
+    names = tuple((found[name].relative_to(root).as_posix(), found[name]) for name, _ in held)
+    kept = {path for _, path in names}
+    facts = survey(describe(printable(name), path) for name, path in names)
+    schema = load_schema(SCHEMA)
+    layout = Layout(
+        fps=int(info.get("fps") or 0),
+        robot_type=str(info.get("robot_type")),
+        size=(0, 0),  # Nothing is encoded.
+        features={},
+        rgb=schema.folder("rgb") in features,
+        depth=schema.folder("depth") in features,
+    )
+    remark = "LeRobot's tools have changed tables or videos since the export"
+    leave_out = tuple(path for path in found.values() if path not in kept)
+    return Plan(names, leave_out, facts, layout, (remark,))
 
 
 def plan_export(root: Path, fps: int | None = None) -> Plan:
@@ -230,7 +301,8 @@ def _add_occupancy(root: Path, folder: Path, leave_out: tuple[Path, ...]) -> Non
     for path in (*shards(root), *parts(root), *states_files(root)):
         place = folder / path.relative_to(root)
         place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, place)
+        with atomic_file(place) as partial:
+            shutil.copyfile(path, partial)
     write_shards(root, out=folder, leave_out=leave_out, drop_missing=True)
 
 
@@ -303,11 +375,13 @@ def _staged(out: Path) -> Iterator[Path]:
             partial.rmdir()  # LeRobot makes it; until then, and after, the lock keeps others out.
             yield partial
     except OSError as error:
-        place = error.filename or out
-        raise OccGenError(
-            f"{place}: cannot be read or written ({error.strerror or error}); mend that and export "
-            "again."
-        ) from error
+        raise _unwritable(error, out) from error
+
+
+def _unwritable(error: OSError, out: Path) -> OccGenError:
+    place = error.filename or out
+    said = error.strerror or error
+    return OccGenError(f"{place}: cannot be read or written ({said}); mend that and export again.")
 
 
 @contextmanager

@@ -959,11 +959,50 @@ def test_a_disk_of_64_mb_that_fills_up(
     assert tree(out) == expected
 
 
-# Killed
-
-
 KILLS = int(os.environ.get("OCCGEN_KILLS", "0"))
 """How often the long version kills; the short one, of every run, is in test_runtime.py."""
+
+
+# Other machines
+
+
+ELSEWHERE = """
+import os, sys
+os.umask(int(sys.argv.pop(1), 8))
+from occgen_hub.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("number", range(16 if KILLS else 1))
+def test_the_machine_does_not_show(
+    source: Path, expected: Tree, tmp_path: Path, number: int
+) -> None:
+    """Other threads, locales, time zones, umasks, hash seeds, caches, and a copied source."""
+    rng = random.Random(number)
+    threads = str(rng.choice((1, 2, 3, 8)))
+    env = {
+        "NUMBA_NUM_THREADS": threads,
+        "OMP_NUM_THREADS": rng.choice((threads, "1")),
+        "OPENBLAS_NUM_THREADS": threads,
+        "PYTHONHASHSEED": str(rng.randrange(1000)),
+        "TZ": rng.choice(("Asia/Kathmandu", "America/St_Johns", "UTC")),
+        "LC_ALL": rng.choice(("C", "POSIX", "C.UTF-8", "tr_TR.UTF-8", "de_DE.ISO-8859-1")),
+        "MALLOC_PERTURB_": str(rng.choice((0, 85, 170))),
+        "PYTHONUTF8": rng.choice(("0", "1")),
+    }
+    if rng.random() < 0.25:
+        env["NUMBA_CACHE_DIR"] = str(tmp_path / "cold")
+    if rng.random() < 0.5:
+        source = Path(shutil.copytree(source, tmp_path / "copied", copy_function=shutil.copy))
+    umask, workers = rng.choice(("022", "077", "002")), str(rng.choice((1, 2)))
+    arguments = (umask, *command(source, tmp_path / "out", "--workers", workers))
+    done = occgen_hub(*arguments, launcher=("-c", ELSEWHERE), timeout=900, **env)
+    assert done.returncode == 0, (env, done.stderr)
+    assert tree(tmp_path / "out") == expected, env
+
+
+# Killed
 
 
 @pytest.mark.skipif(not KILLS, reason="OCCGEN_KILLS says how often; ten minutes for 50")

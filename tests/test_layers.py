@@ -52,6 +52,7 @@ GROUND_TO_ROOF = [
     "temporary_build",
     "runtime",
     "exporting",
+    "navdp",
     "hub",
     "publishing",
     "api",
