@@ -291,7 +291,7 @@ class _Writer:
         )
 
     def _place(self, name: str) -> Path:
-        """The path of an entry. The folder has no symbolic links, so its name is enough."""
+        """The path of an entry. The folder has no symbolic links: checking the name is enough."""
         parts = [part for part in name.split("/") if part not in ("", ".")]
         if name.startswith("/") or ".." in parts:
             self.refuse(name, "leads out of the archive")

@@ -149,7 +149,7 @@ def decimal(value: float) -> Fraction:
 
 
 def load_config(path: Path | None = None, settings: tuple[str, ...] = ()) -> Config:
-    """Load a configuration: defaults, overridden by a YAML file and by `key=value` settings.
+    """Load a configuration: defaults, then a YAML file, then `key=value` settings.
 
     Raises UsageError if the file cannot be read or a value is not valid.
     """

@@ -97,6 +97,8 @@ def export(
         raise UsageError(f"--to {to}: is no form to export to; give one of {', '.join(FORMATS)}.")
     _check_places(root, out, overwrite=overwrite)
     if to in EXPORTS:
+        if fps is not None:
+            raise UsageError("--fps: goes with --to lerobot-v3.0; leave it out.")
         return _export_frames(root, out, to, overwrite=overwrite, progress=progress)
     plan = plan_export(root, fps)
     total, done = plan.facts.frames, 0

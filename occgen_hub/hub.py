@@ -371,8 +371,8 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def told(repo_id: str, endpoint: str) -> Iterator[None]:
     """Turns what the Hub's client raises into a sentence."""
-    import httpx
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.utils import httpx
 
     try:
         yield

@@ -1,4 +1,4 @@
-"""Colours that all pictures share."""
+"""Colours shared by all images."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ INK = (235, 235, 235)
 PAPER = (24, 26, 30)
 PATH = (255, 92, 74)
 MOVING = (255, 74, 216)
-"""Of cells that hold something that moves: pink, which no ramp and no path has."""
+"""Colour of cells with moving objects: pink, which no ramp or path uses."""
 MOVING_NAME = "pink"
-# A ramp from near to far or low to high that reads in grey as well: dark blue, teal, yellow.
+# A ramp for depth or height that works in grey too: dark blue, teal, yellow.
 RAMP = np.array([(48, 25, 95), (45, 90, 150), (35, 150, 140), (120, 200, 90), (250, 230, 60)])
-# Another that stands out from wood, plaster and cloth: blue, teal, yellow.
+# A ramp that contrasts with wood, plaster and cloth: blue, teal, yellow.
 OCCUPANCY = np.array(
     [(40, 86, 204), (28, 152, 216), (44, 198, 164), (154, 216, 76), (252, 228, 62)]
 )
@@ -31,13 +31,13 @@ def ramp(values: NDArray[np.floating], stops: NDArray[np.int64] = RAMP) -> NDArr
 
 
 def limits(values: NDArray[np.floating]) -> tuple[float, float]:
-    """The ends of a scale for (n,) values, n > 0: their lowest and highest hundredth left out."""
+    """The ends of a scale for (n,) values, n > 0: their 1st and 99th percentiles."""
     low, high = np.percentile(values, [1, 99])
     return float(low), float(high)
 
 
 def by_height(values: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """(n,) heights to (n, 3) colours between their `limits`."""
+    """(n, 3) colours of (n,) heights on a scale between `limits`."""
     if not len(values):
         return np.zeros((0, 3), np.uint8)
     low, high = limits(values)
@@ -45,7 +45,7 @@ def by_height(values: NDArray[np.floating]) -> NDArray[np.uint8]:
 
 
 def shade_depth(depth: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Near is bright, none is black; in inverse depth, where near differences show."""
+    """Colours of depth, linear in inverse depth: near is bright, 0 (none) is black."""
     some = depth > 0
     if not some.any():
         return np.zeros((*depth.shape, 3), np.uint8)

@@ -1,4 +1,4 @@
-"""Three pictures of a frame side by side: what was recorded, the world, the occupancy."""
+"""Three images of a frame side by side: the recording, the world, the occupancy."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from occgen_hub.visual.colors import INK, MOVING, PAPER
 FAINT = (150, 154, 162)
 BEHIND = (32, 34, 39)
 HEADER = 0.075
-"""Of the height, for the titles; the line at the foot takes as much."""
+"""Share of the height for titles, and for the line at the bottom."""
 
 
 class Panels:
-    """Where the three pictures go. size: (width, height) of the whole, pixels.
+    """The layout of the three images. size: (width, height) of the whole, pixels.
 
     The world's picture is made to fit; images keep their own shape. moving: whether cells move,
     whose colour then is in the titles.
@@ -46,7 +46,7 @@ class Panels:
         occupancy: NDArray[np.uint8],
         line: str,
     ) -> NDArray[np.uint8]:
-        """(H, W, 3) uint8 from three such pictures, and a line for the foot."""
+        """(H, W, 3) uint8 from the three images, and a text for the bottom line."""
         sheet = Image.new("RGB", self.size, PAPER)
         draw = ImageDraw.Draw(sheet)
         titles = ("input", "world: cloud, path, occupancy", "occupancy, by depth")
@@ -74,7 +74,7 @@ class Panels:
 
 
 def with_legend(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """An (H, W, 3) picture on which the colour of moving cells is explained, in its corner."""
+    """Add a legend for the colour of moving cells to a corner of an (H, W, 3) image."""
     sheet = Image.fromarray(picture)
     draw, size = ImageDraw.Draw(sheet), max(9, round(0.03 * sheet.height))
     width = draw.textlength("moving", font=_font(size))
@@ -93,7 +93,7 @@ def _write(
     color: tuple[int, int, int],
     size: float,
 ) -> int:
-    """Write a line at its left end; returns where it ends, pixels."""
+    """Draw text from its left end; returns the pixel where it ends."""
     font = _font(max(9, round(size)))
     draw.text(place, text, fill=color, font=font, anchor="lm")
     return round(place[0] + draw.textlength(text, font=font))

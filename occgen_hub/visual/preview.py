@@ -1,4 +1,4 @@
-"""One picture of one frame: what the camera saw, how far it was, and what became of it."""
+"""One image of one frame: the colour image, depth, and occupancy from two directions."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _occupancy(
 
 
 def _panel(picture: NDArray[np.uint8] | Image.Image, title: str, moving: str = "") -> Image.Image:
-    """A picture fitted into a panel, its title on it.
+    """Fit an image into a panel, with a title.
 
     moving: what the title says of moving cells, in their colour.
     """
@@ -130,7 +130,7 @@ def _panel(picture: NDArray[np.uint8] | Image.Image, title: str, moving: str = "
 
 
 def _draw_scale(panel: Image.Image, top: float, foot: float) -> None:
-    """Draw the colours of a scale onto a panel, in its corner, with the metres at its ends."""
+    """Draw a colour scale in the corner of a panel, with the metres at its ends."""
     draw, (right, bottom), height = ImageDraw.Draw(panel), PANEL, 96
     labels = [f"{value:.1f} m" for value in (top, foot)]
     width = int(max(map(draw.textlength, labels)))
@@ -149,7 +149,7 @@ def _cells_from_camera(
     K: NDArray[np.float64],
     size: tuple[int, int],
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """The cells that the pixels' rays end in, as solid cubes: faces are lit by their direction.
+    """Draw the cells that the pixels' rays hit, as solid cubes shaded by the faces' directions.
 
     Also (n,) metres: how high over the camera they are, by which they have their colours, all but
     those that move.
@@ -165,7 +165,7 @@ def _cells_from_camera(
     v, u = np.nonzero(hit)
     ray = np.stack([(u + 0.5 - K[0, 2]) / K[0, 0], (v + 0.5 - K[1, 2]) / K[1, 1]], axis=-1)
     ray = np.concatenate([ray, np.ones((len(ray), 1))], axis=1)
-    # A ray enters a cell by the face that it reaches last.
+    # A ray enters a cell through the last of the faces whose planes it crosses.
     with np.errstate(divide="ignore"):
         reached = (centre - np.sign(ray) * grid.voxel_size / 2) / ray
     face = np.where(ray == 0, -np.inf, reached).argmax(axis=1)
@@ -183,7 +183,7 @@ def _splat(
     K: NDArray[np.float64],
     size: tuple[int, int],
 ) -> NDArray[np.uint8]:
-    """Points of the camera's frame drawn as squares of `edge` metres, far ones first."""
+    """Draw points of the camera's frame as squares of `edge` metres, far ones first."""
     width, height = size
     picture = np.full((height, width, 3), PAPER, np.uint8)
     front = points[:, 2] > 0.05
@@ -209,13 +209,13 @@ def _above(
     moving: NDArray[np.integer],
     observed: NDArray[np.bool_],
 ) -> Image.Image:
-    """The scene's occupied cells from above, what this frame observed, the path, the camera.
+    """Draw from above the scene's occupied cells, this frame's observations, path and camera.
 
     Also what moves in the frame, which is not part of the scene.
     """
     grid = trajectory.grid
     cells = trajectory.scene_cells().astype(np.float64)
-    # Up is the world axis that the cameras' up (minus their y) agrees with best.
+    # Up is the world axis nearest to the cameras' up (minus their y).
     mean_up = -poses[:, :3, 1].mean(axis=0)
     axis = int(np.abs(mean_up).argmax())
     sign = 1.0 if mean_up[axis] >= 0 else -1.0
@@ -240,7 +240,7 @@ def _above(
     spots = np.clip(place(seen_world), 0, (PANEL[0] - 1, PANEL[1] - 1))
     canvas[spots[:, 1], spots[:, 0]] = (58, 66, 82)
     height = cells[:, axis] * sign
-    # Ceilings would hide the room: show what is below the camera's head height.
+    # Without ceilings, which would hide the room.
     shown = height < (poses[:, axis, 3] * sign).max() + 0.6
     order = np.argsort(height[shown])
     drawn = np.concatenate([cells[shown][order], moving_world])

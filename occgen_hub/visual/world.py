@@ -1,4 +1,4 @@
-"""The scene from outside: its cloud, the path, the camera, and the occupancy that it sees."""
+"""Render the scene from outside: its cloud, the path, the camera, and its visible occupancy."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from occgen_hub.visual.offscreen import Picture, Stage
 from occgen_hub.visual.viewpoint import Viewpoint, automatic
 
 MAX_CUBES = 600_000
-"""Of the cloud; a larger one is drawn coarser."""
+"""Largest number of cubes for the cloud. Larger clouds get larger cubes."""
 
 SUPERSAMPLED = 2
-"""Pixels are drawn so many times as wide and high, and averaged."""
+"""Supersampling factor: images are rendered larger by this factor and averaged."""
 
 AHEAD = (120, 62, 56)
-"""The part of the path that is still to come."""
+"""Colour of the future part of the path."""
 
 OWN, PAST = 0.15, 0.6
 """How much of the cloud's own colour shows in the occupancy of a frame, and of those before it."""
 
 
 class WorldView:
-    """Pictures of a trajectory's frames, all from one viewpoint.
+    """Renders the frames of a trajectory from one viewpoint.
 
     The cloud does not change: it is drawn once, with its depth, and what moves is drawn into it.
     size: (width, height), pixels.
@@ -51,10 +51,10 @@ class WorldView:
         pose = self.viewpoint.world_from_camera()
         everything = np.concatenate([cloud.points, path.astype(np.float32)])
         span = float(np.linalg.norm(everything.max(axis=0) - everything.min(axis=0)))
-        self.reach = float(np.clip(0.055 * span, 0.2, 0.5))  # Of the frustum, metres.
+        self.reach = float(np.clip(0.055 * span, 0.2, 0.5))  # Length of the frustum, metres.
         self._heights = Heights(cloud.points, self._poses)
         forward = (everything - pose[:3, 3]) @ pose[:3, 2]
-        # A tube is a pixel and a half wide in the middle of the scene.
+        # Tubes are 1.5 pixels wide in the middle of the scene.
         drawn = (size[0] * SUPERSAMPLED, size[1] * SUPERSAMPLED)
         K = self.viewpoint.intrinsics(drawn)
         middle = float(np.median(forward[forward > 0])) if (forward > 0).any() else 1.0
@@ -131,7 +131,7 @@ class WorldView:
 
 
 def _thinned(cloud: Cloud, edge: float) -> tuple[Cloud, float]:
-    """A cloud of no more than MAX_CUBES points, and the edge of the cells that has one each."""
+    """A cloud with one point per cell and at most MAX_CUBES points, and the edge of the cells."""
     while len(cloud) > MAX_CUBES:
         edge *= 1.5
         cloud = voxel_downsample(cloud, edge)
@@ -139,7 +139,7 @@ def _thinned(cloud: Cloud, edge: float) -> tuple[Cloud, float]:
 
 
 class _Occupied:
-    """The cells of the world's grid that are drawn as a frame's occupancy.
+    """The cells of the world's grid that show a frame's occupancy.
 
     Those that centres of its cells lie in and, as cells that are turned against one another leave
     holes so, those of the cloud's points in its cells. edge: metres of the cloud's own cells, one
@@ -169,7 +169,7 @@ class _Occupied:
 
 
 class _TrueColors:
-    """The colours of the cells, of `edge` metres, that a cloud's points lie in."""
+    """The colours of the cells with edges of `edge` metres that contain a cloud's points."""
 
     def __init__(self, cloud: Cloud, edge: float) -> None:
         self._edge = edge
@@ -177,7 +177,7 @@ class _TrueColors:
         self._colors = cloud.colors[first]
 
     def of(self, points: NDArray[np.floating]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        """(n, 3) colours of the cells that (n, 3) points lie in, and (n,) whether there are any."""
+        """(n, 3) colours of the cells that contain (n, 3) points, and (n,) whether they exist."""
         if not len(self._keys):
             return np.zeros((len(points), 3), np.uint8), np.zeros(len(points), np.bool_)
         numbers = cell_numbers(points, self._edge)
