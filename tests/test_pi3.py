@@ -386,7 +386,7 @@ def test_a_camera_that_stands_still_keeps_the_networks_scale(checkpoint, episode
     assert scene.scale == 1.0
     (note,) = fit_notes(scene)
     assert note.code == "alignment"
-    assert "left at 1" in note.text
+    assert "assumed to be 1" in note.text
 
 
 def test_one_frame_is_enough_to_build(checkpoint, episode):
@@ -497,11 +497,11 @@ def test_a_condition_that_the_source_lacks_is_refused(metric, episode, condition
 
 def test_pi3_takes_no_conditions(checkpoint, episode):
     config = SMALL.model_copy(update={"condition": ("depth",)})
-    with pytest.raises(UsageError, match="pi3 takes none; choose --engine pi3x"):
+    with pytest.raises(UsageError, match="pi3 accepts no conditions; choose --engine pi3x"):
         reconstructed(checkpoint, episode, config)
-    with pytest.raises(UsageError, match="rgbd takes none"):
+    with pytest.raises(UsageError, match="rgbd accepts no conditions"):
         load_engine("rgbd").check(config)
-    with pytest.raises(UsageError, match="auto takes none"):
+    with pytest.raises(UsageError, match="auto accepts no conditions"):
         Auto().check(config)
 
 
@@ -533,7 +533,7 @@ def test_missing_device_is_named(checkpoint):
 
 
 def test_rgbd_takes_no_weights(checkpoint):
-    with pytest.raises(UsageError, match="rgbd has none"):
+    with pytest.raises(UsageError, match="rgbd uses no weights"):
         load_engine("rgbd", checkpoint)
 
 
