@@ -47,7 +47,7 @@ RESTORE = "restore it from a copy, or remove this trajectory's folder and build 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong with a dataset: the file, what is wrong with it, what to do."""
+    """A problem of a dataset: the file, the problem and the remedy."""
 
     file: str
     problem: str
@@ -138,7 +138,7 @@ def validate(
 
 
 def _packed(root: Path) -> list[int]:
-    """The frames of each trajectory of which only shards are to be had, all of them here."""
+    """The frames of each trajectory that has shards only, all of which are here."""
     try:
         rows = read_index(root, ["files", "frames", "shards"]).to_pylist()
     except SourceError:  # It has a finding of its own.
@@ -227,7 +227,7 @@ def _leftovers(root: Path) -> Iterator[Finding]:
 
 
 class _Check:
-    """The checks of one trajectory; each step notes what it finds and the others go on."""
+    """The checks of one trajectory. A problem in one step does not stop the others."""
 
     def __init__(self, trajectory: Trajectory) -> None:
         self.trajectory = trajectory
@@ -242,7 +242,7 @@ class _Check:
         self._step(self._table)
         for key, spec in self.schema.files.items():
             self._step(lambda key=key, spec=spec: self._file(key, spec))  # type: ignore[misc]  # bound now
-        if not self.findings:  # What follows needs files that can be trusted.
+        if not self.findings:  # The next checks need valid files.
             self._step(self._counts)
             counted = len(self.findings)
             self._step(self._geometry)
@@ -354,7 +354,7 @@ class _Check:
         elif spec.kind == "csr":
             self._csr(key, path, spec.arrays["data"])
         elif spec.kind == "ply":
-            if spec.media:  # The source's own, of which nothing is computed.
+            if spec.media:  # Copied from the source, and not used for computing.
                 check_ply(path)
             elif not np.isfinite(read_ply(path).points).all():
                 self.say(path, "has points that are not finite")
@@ -364,7 +364,7 @@ class _Check:
                 self.say(path, f"has {facts.frames} frames, the parquet {self.frames}")
 
     def _images(self, key: str, spec: FileSpec) -> None:
-        """All frames or none, each decoded whole."""
+        """Check that all frames are there or none, by decoding each."""
         paths = [self.trajectory.file(key, frame) for frame in range(self.frames)]
         there = [path.is_file() for path in paths]
         if not any(there) and not spec.required:
@@ -422,7 +422,7 @@ class _Check:
         if not all((row == 1).all() for row in data.pieces(ends, self.trajectory.grid.cells)):
             self.say(path, "has values other than 1")
 
-    # What has to agree
+    # Consistency
 
     def _counts(self) -> None:
         info = self.trajectory.info()
@@ -497,7 +497,7 @@ class _Check:
         self.trajectory.scene_cells()
 
     def _visibility(self) -> None:
-        """Each frame's rays, stopped by its visible cells, must see just what the mask says."""
+        """Check that each frame's rays, which end at visible cells, observe exactly the mask."""
         grid, size = self.trajectory.grid, self.trajectory.image_size
         intrinsics = self.trajectory.intrinsics()
         shape = npz_array(self.trajectory.file("observed"), "shape").check("i", 3).load()

@@ -1,4 +1,4 @@
-"""How processes and threads share the work, what flushing costs, and memory over many episodes.
+"""Benchmark of processes and threads, of flushing, and of memory over many episodes.
 
 Called by scripts/bench; alone, `python scripts/bench_runtime.py` prints the same figures.
 

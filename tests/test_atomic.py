@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all, whoever else writes there and whenever it ends."""
+"""Files and folders appear complete or not at all, with concurrent writers and after kills."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""However the shards of a build are started and stopped, the bytes are the same."""
+"""All ways to start, stop and resume the shards of a build give the same bytes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ SECOND = "sample_zed/house_000/trajectory_1"
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight trajectories of 2 to 4 frames. Not to be changed by tests."""
+    """Eight trajectories of 2 to 4 frames. Tests must not change them."""
     out = tmp_path_factory.mktemp("eight") / "tree"
     make_sample(out, trajectories=8, frames=3)
     shutil.rmtree(out / "ground_truth", ignore_errors=True)
@@ -226,7 +226,7 @@ def test_finalize_uses_the_options_of_the_shards(three: Path, tmp_path: Path) ->
 
 
 def test_finalize_lists_unfinished_episodes(three: Path, expected: Tree, tmp_path: Path) -> None:
-    """A shard was killed, another never began: their episodes are failures until they are built."""
+    """One shard was killed and one never started: their episodes count as failures until built."""
     out = tmp_path / "out"
     plan = records.make_plan(job(three, out), 3)
     _, second, third = (ids[0] for ids in plan.shards)
@@ -347,13 +347,13 @@ def mortal(self, ref):
 InternNavBuilder.read = mortal
 main()
 """
-"""`occgen-hub`, on host number DIES dying in the middle of a build."""
+"""`occgen-hub`, which dies in the middle of a build on host number DIES."""
 
 
 def on_two_hosts(
     arguments: tuple[str | Path, ...], tmp_path: Path, dies: str = ""
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Run a command as torchrun does on two hosts, of a process each, both of them here."""
+    """Run a command as torchrun does on two hosts with a process each, both on this machine."""
     (tmp_path / "mortal.py").write_text(MORTAL)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -406,7 +406,7 @@ def test_same_command_completes_after_a_lost_host(
 def test_accelerate_without_launcher_starts_a_process_per_device(
     three: Path, tmp_path: Path
 ) -> None:
-    """Started without a launcher, it starts the processes; one of them finds a broken episode."""
+    """Without a launcher it starts the processes itself. One of them has a broken episode."""
     (three / SECOND / INFO).write_text("{")
     out = tmp_path / "out"
     done = occgen_hub(*command(three, out, "--executor", "accelerate", "--workers", "2"))
@@ -447,7 +447,7 @@ def test_datatrove_on_this_machine_and_again(three: Path, tmp_path: Path) -> Non
 
 
 def test_episodes_built_by_another_command_are_not_failures(three: Path, tmp_path: Path) -> None:
-    """Tasks that have nothing to do count what is there now."""
+    """Tasks with nothing to do count the present episodes."""
     pytest.importorskip("datatrove")
     out, good = tmp_path / "out", (three / SECOND / INFO).read_bytes()
     (three / SECOND / INFO).write_bytes(b"{")
@@ -599,7 +599,7 @@ def test_usage_error_is_printed_once(three: Path, tmp_path: Path) -> None:
 def test_torchrun_stops_all_ranks_when_one_dies(
     source: Path, expected: Tree, tmp_path: Path
 ) -> None:
-    """The launcher ends them all; the same command, or any other executor, goes on."""
+    """The launcher stops them all. The same command, or another executor, resumes the build."""
     out = tmp_path / "out"
     with subprocess.Popen(
         [sys.executable, *TORCHRUN, "occgen_hub", *map(str, command(source, out))],
@@ -881,7 +881,7 @@ def test_background_is_ordered_bounded_and_raises_errors() -> None:
 def test_trajectory_is_flushed_before_rename(
     three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every file and folder of it is flushed before the rename, the folder above after it."""
+    """All its files and folders are flushed before the rename, the parent folder after it."""
     flushed: dict[str, int] = {}
     renamed: dict[str, int] = {}
     clock = itertools.count()
@@ -923,14 +923,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def trajectory_size(source: Path) -> int:
-    """About what one takes on disk: what is made anew is small at this size of cells."""
+    """About the size of an episode on disk. Generated files are small with this cell size."""
     files = [path for path in source.rglob("*") if path.is_file()]
     return sum(-(-path.stat().st_size // 4096) * 4096 for path in files) // 8
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_full_disk_of_64_mb(source: Path, expected: Tree, small_disk: Path, workers: int) -> None:
-    """What has a final name is valid; with room again, the same command does the rest."""
+    """Everything with a final name is valid. With free space, the same command completes it."""
     from occgen_hub.validation import validate
 
     out, ballast = small_disk / "out", small_disk / "ballast"
@@ -952,7 +952,7 @@ def test_full_disk_of_64_mb(source: Path, expected: Tree, small_disk: Path, work
 
 
 KILLS = int(os.environ.get("OCCGEN_KILLS", "0"))
-"""How often the long version kills; the short one, of every run, is in test_runtime.py."""
+"""Number of kills of the long version. The short one is in test_runtime.py."""
 
 
 # Other machines
@@ -1002,7 +1002,7 @@ def test_the_machine_does_not_show(
 def test_resume_after_kills_at_random_moments(
     source: Path, expected: Tree, tmp_path: Path, workers: int
 ) -> None:
-    """All processes at once, anywhere between the start and the end; one output for all kills."""
+    """All processes at a time, at any moment of a build, with one output for all kills."""
     rng, out, whole = random.Random(workers), tmp_path / "out", 0
     began = time.monotonic()
     assert occgen_hub(*command(source, out, "--workers", str(workers))).returncode == 0

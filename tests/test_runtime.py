@@ -1,4 +1,4 @@
-"""Running a build: stopped at any moment and started again, it ends with the same bytes."""
+"""Builds that are stopped at any moment and resumed give the same bytes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ Command = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three trajectories in two scenes, of 3, 2 and 4 frames. Not to be changed by tests."""
+    """Three trajectories in two scenes, of 3, 2 and 4 frames. Tests must not change it."""
     out = tmp_path_factory.mktemp("source") / "tree"
     make_sample(out, trajectories=3, frames=3)
     return out
@@ -75,7 +75,7 @@ def without_video(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="session")
 def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The dataset from one process that nobody disturbed. Not to be changed by tests."""
+    """The dataset from an uninterrupted build in one process. Tests must not change it."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     done = finish(start_build(source, out))
     assert done.returncode == 0, done.stderr
@@ -151,7 +151,7 @@ def marks(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def rebuilt(before: dict[str, tuple[int, int]], out: Path) -> set[str]:
-    """The trajectories of which not one file is what it was."""
+    """The trajectories whose files were all replaced."""
     now = marks(out)
     names = {episode for episode in (FIRST, SECOND, THIRD) if (out / episode).exists()}
     kept = {n for n in names if all(now[k] == v for k, v in before.items() if k.startswith(n))}
@@ -223,7 +223,7 @@ def check_resumed(source: Path, out: Path, expected: Tree, workers: int = 1) -> 
 
 
 def check_clean(stderr: str) -> None:
-    """No traceback, nor anything else that Python says by itself."""
+    """Check that there is no traceback or other output of Python itself."""
     for word in ("Traceback", "Exception", "Error", "Warning", "File "):
         assert word not in stderr, stderr
 
@@ -329,7 +329,7 @@ def test_resume_after_kill(
 def test_resume_after_kills_at_many_moments(
     source: Path, expected: Tree, tmp_path: Path, workers: int
 ) -> None:
-    """From the first write on, every next kill a little later; now and then the parent alone."""
+    """Each kill comes a little later after the first write; some kill the parent process only."""
     rng = random.Random(workers)
     for number in range(9 - 3 * workers):
         out = tmp_path / f"out_{number}"
@@ -349,7 +349,7 @@ def test_resume_after_kills_at_many_moments(
 def test_leftovers_of_interrupted_renames_are_repaired(
     source: Path, expected: Tree, tmp_path: Path
 ) -> None:
-    """States between two renames, made by hand."""
+    """States between two renames, created by the test."""
     out = tmp_path / "out"
     build(source, out)
     (out / FIRST).rename((out / FIRST).with_name(".trajectory_0.old"))
@@ -418,7 +418,7 @@ def test_episode_that_kills_its_process_twice_fails(
 
 
 def check_stopped(process: subprocess.Popen[str], number: signal.Signals) -> None:
-    """Signal the whole group, as a terminal does: it ends, all of it, with a sentence."""
+    """Signal the whole process group, as a terminal does. All of it ends with one sentence."""
     family = descendants(process)
     os.killpg(process.pid, number)
     done = finish(process)
@@ -458,7 +458,7 @@ def test_interruption_while_workers_start(source: Path, tmp_path: Path) -> None:
 def test_resume_after_interruptions_at_many_moments(
     source: Path, tmp_path: Path, workers: int, number: signal.Signals
 ) -> None:
-    """From the moment that the output folder is there: libraries load, kernels run, files come."""
+    """At moments from when the output folder exists: import, computation and writing."""
     rng = random.Random(workers)
     for step in range(4):
         out = tmp_path / f"out_{step}"
@@ -473,7 +473,7 @@ def test_resume_after_interruptions_at_many_moments(
 def test_interruption_swallowed_by_a_library_stops_the_build(
     source: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As happens while pandas is imported from compiled code: the build goes on, a moment."""
+    """As when compiled code imports pandas: the build continues for a moment."""
 
     def swallowing(*_: Any) -> Built:
         try:
@@ -592,7 +592,7 @@ def test_touched_source_is_not_rebuilt(mine: Path, out: Path) -> None:
 def test_unchanged_sources_are_read_once(
     mine: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A later run knows them by their times, however it came that these differ."""
+    """A later run recognises them by their times, for whatever reason these differ."""
     read: list[Path] = []
     monkeypatch.setattr(
         InternNavBuilder,
@@ -749,7 +749,7 @@ def test_unlistable_folder_is_an_error(out: Path) -> None:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """A file system whose options, such as its size, can be set; skips where none can be had."""
+    """A file system with given options, such as its size. Skips if none can be mounted."""
     place = tmp_path / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
@@ -769,7 +769,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 def test_full_disk(
     source: Path, without_video: Path, disk: Callable[[str], Path], command: Command, video: bool
 ) -> None:
-    """Full at each stage of writing: it says so, and leaves nothing half."""
+    """Full at each stage of writing: the error is reported, and nothing incomplete is left."""
     root = source if video else without_video
     place = disk("size=20k")
     for size in ("20k", "80k", "200k", "500k", "900k", "1300k", "1700k"):

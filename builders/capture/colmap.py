@@ -60,7 +60,7 @@ class Colmap(Layout):
         return _model(place) is not None
 
     def has_depth(self, place: Path, mapping: CameraMapping) -> bool:
-        """It has none."""
+        """False: COLMAP models have no depth."""
         return False
 
     def read(self, place: Path, mapping: CameraMapping) -> Recording:
@@ -162,7 +162,7 @@ Row = tuple[str, int, list[float], list[float]]
 
 
 def _text_images(path: Path) -> Iterator[Row]:
-    """Of two lines an image, the second of which, its points, may be empty."""
+    """Parse images.txt. Each image has two lines; the second, its points, may be empty."""
     second = False
     for line in _lines(path, blank=True):
         if second:

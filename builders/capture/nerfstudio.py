@@ -39,7 +39,7 @@ class NerfStudio(Layout):
         return _text(_frames(values, place)[0].get("depth_file_path")) != ""
 
     def read(self, place: Path, mapping: CameraMapping) -> Recording:
-        """The frames whose files are there, in the order of their names."""
+        """The frames whose files exist, sorted by name."""
         path = place / TRANSFORMS
         values = read_json(path)
         frames = _frames(values, place)
@@ -58,7 +58,7 @@ class NerfStudio(Layout):
         size = image_size(colors[0])
         lenses = [_lens({**values, **frame}, size, mapping, path) for frame in kept]
         poses = all_poses[tracked]
-        axes = mapping.pose_axes or "opengl"  # Only here is OpenGL what the files mean.
+        axes = mapping.pose_axes or "opengl"  # The default of this format only.
         poses = mapping.model_copy(update={"pose_axes": "opencv"}).world_from_camera(poses)
         depths = [place / frame["depth_file_path"] for frame in kept] if with_depth else []
         reader = depth_size = None
@@ -171,7 +171,7 @@ def _number(values: dict[str, Any], name: str, otherwise: float, path: Path) -> 
 
 
 def _unit(values: dict[str, Any]) -> float:
-    """Metres in a unit of depth: instant-ngp and nerfstudio's own tools may say it."""
+    """The unit of depth in metres, which instant-ngp and nerfstudio's tools may state."""
     for name in ("depth_unit_scale_factor", "integer_depth_scale"):
         value = values.get(name)
         if isinstance(value, float) and 0 < value <= 1:

@@ -1,4 +1,4 @@
-"""7-Scenes, and ScanNet as its own exporter writes it: frames by number, a pose file for each."""
+"""7-Scenes, and ScanNet as written by its own exporter: numbered frames, a pose file for each."""
 
 from __future__ import annotations
 
