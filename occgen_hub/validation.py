@@ -60,10 +60,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """What `validate` found.
+    """The result of `validate`.
 
-    trajectories, frames: how many were looked at; warnings: sentences about a valid dataset that
-    may be poor.
+    trajectories, frames: the numbers that were checked; warnings: sentences on a valid dataset that
+    may be of poor quality.
     """
 
     root: str
@@ -74,18 +74,18 @@ class Report:
 
     @property
     def valid(self) -> bool:
-        """Whether there is a dataset and nothing is wrong with it."""
+        """Whether there are no findings."""
         return not self.findings
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The report as a dictionary for JSON."""
         return {**asdict(self), "valid": self.valid}
 
 
 def validate(
     root: str | Path, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Report:
-    """Check every trajectory below `root`. Never raises for what is wrong in the dataset.
+    """Check every trajectory below `root`. Problems of the dataset are returned, not raised.
 
     Files and folders, checksums, meta files against their JSON Schemas, columns and arrays against
     the schema and each other, poses, intrinsics, and that the visible cells of each frame are
@@ -148,7 +148,7 @@ def _packed(root: Path) -> list[int]:
 
 
 def check_trajectory(path: Path) -> tuple[Finding, ...]:
-    """What is wrong with a trajectory by itself; what `validate` says of it."""
+    """The findings of `validate` for one trajectory."""
     findings = [Finding(str(link), LINK_OUT, PUT_FILE) for link in links_out(path)]
     if findings:
         return tuple(findings)
@@ -165,7 +165,7 @@ def _exported(
 ) -> Report:
     """The report on an export, whose episodes count as trajectories.
 
-    links: findings for those that lead out of it; where there is one, nothing is read.
+    links: findings on links that lead out of it; with any, nothing is read.
     """
     if links:
         return Report(str(root), 0, 0, links)
@@ -179,7 +179,7 @@ def _exported(
 
 
 def _disagreement(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """The kind and the words of each way in which the frames of a trajectory do not agree."""
+    """Code and text of the notes on frames of a trajectory that do not agree."""
     quality, config = Quality.from_record(record), record.get("config")
     if quality is not None:
         setting = config.get("refine_poses") if isinstance(config, dict) else None
@@ -191,7 +191,7 @@ def _warning(first: str, *more: str) -> str:
 
 
 def _unlike(grids: list[tuple[Path, Grid]]) -> Iterator[Finding]:
-    """The first trajectory with another grid than the first one, which no batch can hold too."""
+    """The first trajectory whose grid differs, which cannot be in one batch with the others."""
     for path, grid in grids[1:]:
         if grid != grids[0][1]:
             problem = f"has {grid.shape} cells of {grid.voxel_size} m from {grid.lower}"
@@ -201,9 +201,9 @@ def _unlike(grids: list[tuple[Path, Grid]]) -> Iterator[Finding]:
 
 
 def _shards(root: Path, findings: list[Finding]) -> tuple[list[Finding], list[str]]:
-    """What is wrong with index and shards and was not found in the trajectories already.
+    """Findings on the index and the shards that are not findings on trajectories already.
 
-    Also sentences on what is not here, of which a dataset may be only a part.
+    Also warnings about shards that are not here, if only a part of the dataset is.
     """
     known = {finding.file for finding in findings}
     try:
@@ -214,8 +214,8 @@ def _shards(root: Path, findings: list[Finding]) -> tuple[list[Finding], list[st
     notes = []
     if missing:
         notes.append(
-            f"{root}: {len(missing)} of the {count} shards that the index has are not here, "
-            f"{missing[0]} for one; fetch them to have the whole dataset."
+            f"{root}: {len(missing)} of the {count} shards in the index are missing here, "
+            f"for example {missing[0]}; download them to have the whole dataset."
         )
     return [Finding(error.path, error.problem, error.remedy) for error in errors], notes
 
@@ -236,7 +236,7 @@ class _Check:
         self.frames = 0
 
     def run(self) -> None:
-        """All checks, the cheap and telling ones first."""
+        """Run all checks, fast ones first."""
         self._step(self._record)
         self._step(self._documents)
         self._step(self._table)
