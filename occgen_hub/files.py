@@ -41,6 +41,9 @@ MAX_TABLE_BYTES = 1 << 28
 MAX_TABLE_ROWS = 1 << 20
 """Limit of an episode's frames: ten hours, with about 200 MB of matrices."""
 
+MAX_BUILT_BYTES = 1 << 36
+"""Of a file of a dataset or an export; a sparse one may claim to hold more than a disk does."""
+
 
 def opened(path: Path) -> BufferedReader:
     """Open a regular file for reading. Raises SourceError, also for a pipe, which would block, and
@@ -201,8 +204,6 @@ def read_parquet(path: Path) -> pa.Table:
             table.validate(full=True)
     except PARQUET_DAMAGE as error:
         raise SourceError(path, parquet_problem(error), "restore it from the source") from None
-    if len(set(table.column_names)) < table.num_columns:
-        raise SourceError(path, "has two columns of one name", "restore it from the source")
     return table
 
 
@@ -214,7 +215,16 @@ def parquet_file(path: Path) -> Iterator[pq.ParquetFile]:
     the interpreter ends, which aborts the process.
     """
     with opened(path), pa.OSFile(os.fsencode(path)) as file:
-        yield pq.ParquetFile(file)
+        found = pq.ParquetFile(file)
+        check_column_names(found)
+        yield found
+
+
+def check_column_names(file: pq.ParquetFile) -> None:
+    """Raise ValueError where two columns have one name, which Arrow does not find by it."""
+    names = file.schema_arrow.names
+    if len(set(names)) < len(names):
+        raise ValueError("it has two columns of one name")
 
 
 PARQUET_DAMAGE = (pa.ArrowException, OSError, ValueError, MemoryError)
@@ -251,9 +261,15 @@ def _too_large(path: Path) -> SourceError:
     return SourceError(path, problem, "check that it is the right file")
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file's content in hexadecimal. Raises SourceError."""
+def sha256(path: Path, limit: int | None = None) -> str:
+    """The SHA-256 of a file's content in hexadecimal.
+
+    Raises SourceError, also for a file of more than `limit` bytes.
+    """
     with opened(path) as file:
+        if limit is not None and os.fstat(file.fileno()).st_size > limit:
+            problem = f"holds more than {limit >> 30} GB, more than any file of a dataset"
+            raise SourceError(path, problem, "restore it from a copy")
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

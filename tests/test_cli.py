@@ -232,3 +232,9 @@ def test_a_dry_run_of_many_episodes_counts_them_by_scene(sample_tree, tmp_path, 
     assert "trajectory_0" not in said
     said = CliRunner().invoke(cli, [*command, "--verbose"], catch_exceptions=False).stdout
     assert said.count("trajectory_") == 2
+
+
+def test_no_command_has_an_option_twice():
+    for name, command in cli.commands.items():
+        options = [text for p in command.params for text in (*p.opts, *p.secondary_opts)]
+        assert len(set(options)) == len(options), f"{name}: {sorted(options)}"

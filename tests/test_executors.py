@@ -402,6 +402,20 @@ def test_same_command_completes_after_a_lost_host(
     assert tree(out) == expected
 
 
+def listened_on(process: subprocess.Popen[str]) -> set[str]:
+    """The addresses that a process and those that it starts listen on, until it ends."""
+    addresses: set[str] = set()
+    while process.poll() is None:
+        with suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(process.pid)
+            for one in (parent, *parent.children(recursive=True)):
+                with suppress(psutil.NoSuchProcess):
+                    found = one.net_connections("tcp")
+                    addresses |= {c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN}
+        time.sleep(0.2)
+    return addresses
+
+
 @pytest.mark.slow
 def test_accelerate_without_launcher_starts_a_process_per_device(
     three: Path, tmp_path: Path
@@ -409,11 +423,13 @@ def test_accelerate_without_launcher_starts_a_process_per_device(
     """Without a launcher it starts the processes itself. One of them has a broken episode."""
     (three / SECOND / INFO).write_text("{")
     out = tmp_path / "out"
-    done = occgen_hub(*command(three, out, "--executor", "accelerate", "--workers", "2"))
-    assert done.returncode == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "2 built, 0 already there, 1 failed of 3 episodes" in done.stdout
-    assert f"failed  {SECOND}: " in done.stderr
+    process = start(*command(three, out, "--executor", "accelerate", "--workers", "2"))
+    assert not listened_on(process)
+    said, errors = process.communicate()
+    assert process.returncode == 1, errors
+    assert "Traceback" not in errors
+    assert "2 built, 0 already there, 1 failed of 3 episodes" in said
+    assert f"failed  {SECOND}: " in errors
     (row,) = map(json.loads, (out / "failures.jsonl").read_text().splitlines())
     assert row["episode"] == SECOND
     assert {p.name for p in out.iterdir()} >= {"report.json", "README.md", "occupancy"}
@@ -469,14 +485,7 @@ def test_ray_cluster_listens_on_localhost_only(
     out = tmp_path / "out"
     options = ("--executor", "ray", "--tasks", "2", "--workers", "2", "--cpus-per-task", "1")
     process = start(*command(source, out, *options, "--mem-per-cpu", "1"))
-    listening: set[str] = set()
-    while process.poll() is None:
-        with suppress(psutil.NoSuchProcess):
-            for one in psutil.Process(process.pid).children(recursive=True):
-                with suppress(psutil.NoSuchProcess):
-                    found = one.net_connections("tcp")
-                    listening |= {c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN}
-        time.sleep(0.2)
+    listening = listened_on(process)
     said, errors = process.communicate()
     assert process.returncode == 0, errors
     assert "8 built, 0 already there, 0 failed of 8 episodes" in said

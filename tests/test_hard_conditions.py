@@ -227,6 +227,18 @@ def test_a_record_that_could_not_be_read_back_is_not_written(sample_tree, tmp_pa
     assert not trajectories(tmp_path / "out")
 
 
+def test_a_sparse_file_of_a_terabyte_is_not_read(dataset, tmp_path):
+    root = Path(shutil.copytree(dataset, tmp_path / "out"))
+    (place, *_) = trajectories(root)
+    names = next(iter(json.loads((place / "meta/occgen.json").read_text())["files"]))
+    with (place / names).open("r+b") as file:
+        file.truncate(1 << 40)
+    began = time.monotonic()
+    findings = library.validate(root).findings
+    assert time.monotonic() - began < 20
+    assert any("more than any file of a dataset" in str(finding) for finding in findings)
+
+
 # A dataset that changes while it is open
 
 

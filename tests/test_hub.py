@@ -398,7 +398,7 @@ assert len(there) == len(here) > 0
 for n in range(len(here)):
     assert torch.equal(there[n]["observation.occ.view"], here[n]["occupancy"])
     assert torch.equal(there[n]["observation.occ.mask"], here[n]["mask"])
-    assert torch.equal(there[n]["observation.camera_extrinsic_occ"], here[n]["pose"])
+    assert torch.equal(there[n]["observation.camera_extrinsic_occ"].view(4, 4), here[n]["pose"])
     assert there[n]["task"] == here[n]["task"]
 some = LeRobotOccupancyDataset(sys.argv[2], episodes=[1], force_cache_sync=True)
 assert torch.equal(some[0]["observation.occ.view"], here[int(here.starts[1])]["occupancy"])

@@ -51,6 +51,7 @@ GROUND_TO_ROOF = [
     "source_check",
     "temporary_build",
     "runtime",
+    "frame_exports",
     "exporting",
     "navdp",
     "hub",

@@ -12,12 +12,16 @@ from occgen_hub.cli.command import FOLDER, Examples, no_bar, progress_bar, say, 
 from occgen_hub.errors import UsageError
 
 
-@click.command(cls=Examples, example="occgen-hub export out out_lerobot --to lerobot-v3.0")
+@click.command(
+    cls=Examples,
+    example="occgen-hub export out out_lerobot --to lerobot-v3.0\n"
+    "occgen-hub export out out_scannet --to occscannet",
+)
 @click.argument("folder", metavar="DIR", type=FOLDER)
 @click.argument("out", metavar="OUT", type=FOLDER)
 @click.option(
-    "--to", type=click.Choice(["lerobot-v3.0", "navdp"]), default="lerobot-v3.0", show_default=True,
-    help="What to make of it.",
+    "--to", type=click.Choice(["lerobot-v3.0", "navdp", "occscannet", "occ3d"]),
+    default="lerobot-v3.0", show_default=True, help="What to make of it.",
 )  # fmt: skip
 @click.option(
     "--fps", type=click.IntRange(1, 240),
@@ -41,9 +45,10 @@ def export(
 
     lerobot-v3.0: RGB and depth become video, the occupancy lies beside it as Parquet: few files,
     which LeRobot loads, and push sends to the Hub as well. navdp: a root that InternNav's NavDP
-    loader takes as it is.
+    loader takes as it is. occscannet and occ3d: the scene around each camera, hidden cells
+    included, as the loaders of those datasets read it.
     """
-    if update and to == "navdp":
+    if update and to != "lerobot-v3.0":
         raise UsageError("--update: goes with --to lerobot-v3.0; leave it out.")
     if to == "navdp":
         _export_navdp(folder, out, navdp_layout or "scenes", fps, overwrite=overwrite)

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from occgen_hub.errors import DatasetError, SourceError
 from occgen_hub.files import (
+    MAX_BUILT_BYTES,
     PARQUET_DAMAGE,
     files_under,
     parquet_file,
@@ -33,7 +34,11 @@ RECORD = EXPORT
 AGAIN = (
     "export the dataset again, with --overwrite, or with --update where LeRobot's tools changed it"
 )
-FOLDERS = ("data", "meta", "videos", FOLDER, INDEX, STATES)
+FOLDERS = (
+    *("data", "meta", "videos", FOLDER, INDEX, STATES),  # Of LeRobot's form,
+    *("gathered_data", "posed_images"),  # of OccScanNet's,
+    *("gts", "imgs"),  # of Occ3D's.
+)
 """What an export is made of, beside its card."""
 
 
@@ -50,14 +55,21 @@ def lengths(root: Path) -> dict[str, int]:
     return {str(row["episode"]): int(row["length"]) for row in _record(root)["episodes"]}
 
 
+def is_lerobot(root: Path) -> bool:
+    """Whether an export is a LeRobot dataset; raises DatasetError when its record is damaged."""
+    return str(_record(root).get("format", "")).startswith("lerobot-")
+
+
 def check_export(root: Path) -> Iterator[DatasetError]:
     """Everything that is wrong with an export: nothing is raised.
 
-    Its files are those of its record, by their SHA-256; for the rest see `check_content`.
+    Its files are those of its record, by their SHA-256; for the rest of a LeRobot dataset see
+    `check_content`.
     """
     try:
         yield from _files(root)
-        yield from check_content(root)
+        if is_lerobot(root):
+            yield from check_content(root)
     except DatasetError as error:
         yield error
     except SourceError as error:
@@ -107,7 +119,7 @@ def _files(root: Path) -> Iterator[DatasetError]:
             continue  # The card is for people to change.
         if name not in there:
             yield DatasetError(root / name, "is missing", AGAIN)
-        elif sha256(root / name) != digest:
+        elif sha256(root / name, MAX_BUILT_BYTES) != digest:
             yield DatasetError(root / name, "has changed since it was exported", AGAIN)
 
 
