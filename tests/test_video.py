@@ -357,7 +357,7 @@ def test_frames_hidden_by_an_edit_list_are_skipped(tmp_path: Path) -> None:
     assert video_facts(path).frames == 20
     assert episode.length == 15
     assert [number(frame) for frame in all_frames(episode)] == list(range(5, 20))
-    assert "speaks of 20 frames, 15 can be decoded" in notes(episode)["frame count"]
+    assert "states 20 frames, but 15 can be decoded" in notes(episode)["frame count"]
     assert not episode.media
 
 
@@ -375,7 +375,7 @@ def test_a_cut_end_leaves_the_frames_before_it(name: str, tmp_path: Path) -> Non
     assert 10 < episode.length < 36
     assert len(all_frames(episode)) == episode.length
     if name in ("a.mp4", "a.avi"):
-        assert "speaks of 40 frames" in notes(episode)["frame count"]
+        assert "states 40 frames" in notes(episode)["frame count"]
 
 
 def test_recording_that_starts_between_keyframes(tmp_path: Path) -> None:
