@@ -170,8 +170,10 @@ def _named_errors(place: Path) -> Iterator[None]:
     except (OccGenError, MemoryError):
         raise
     except Exception as error:  # rosbags raises whatever its parsers meet in a damaged file.
-        said = in_brief(str(error) or type(error).__name__)
-        raise SourceError(place, f"cannot be read ({said})", "restore it from the source") from None
+        reason = in_brief(str(error) or type(error).__name__)
+        raise SourceError(
+            place, f"cannot be read ({reason})", "restore it from the source"
+        ) from None
 
 
 class OpenBag:
