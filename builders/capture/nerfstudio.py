@@ -10,12 +10,12 @@ import numpy as np
 from occgen_hub.camera_mapping import CameraMapping
 from occgen_hub.episode import Note
 from occgen_hub.errors import SourceError
-from occgen_hub.files import MAX_TABLE_ROWS, is_file, read_json
+from occgen_hub.files import MAX_TABLE_ROWS, is_file, natural_key, read_json
 from occgen_hub.geometry.lens import Lens
 from occgen_hub.geometry.poses import from_opengl
 from occgen_hub.media import image_size, read_rgb
 
-from .recording import GIVE, IMAGES, Layout, Recording, depth_reader, known, left_out, natural
+from .recording import GIVE, IMAGES, Layout, Recording, depth_reader, known, left_out
 
 UNIT = 0.001
 TRANSFORMS = "transforms.json"
@@ -97,7 +97,7 @@ def _frames(values: dict[str, Any], place: Path) -> list[dict[str, Any]]:
     if not usable or len(usable) > MAX_TABLE_ROWS:
         problem = "lists no frames with a file_path"
         raise SourceError(place / TRANSFORMS, problem, "restore it from the source")
-    return sorted(usable, key=lambda frame: natural(frame["file_path"]))
+    return sorted(usable, key=lambda frame: natural_key(frame["file_path"]))
 
 
 def _text(value: Any) -> str:
