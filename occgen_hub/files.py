@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
 import time
 from collections.abc import Iterator
@@ -316,6 +317,12 @@ LINK_OUT = "is a link that leads out of the dataset"
 
 PUT_FILE = "replace it by the file itself, or remove the link"
 """The remedy for such a link."""
+
+
+def natural_key(name: str) -> tuple[list[str | int], str]:
+    """A sort key for names in which digits count as numbers, so that 10 comes after 9."""
+    parts = re.split(r"([0-9]+)", name)
+    return [int(part) if n % 2 else part for n, part in enumerate(parts)], name
 
 
 def files_under(folder: Path) -> Iterator[Path]:
