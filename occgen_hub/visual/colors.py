@@ -7,7 +7,10 @@ from numpy.typing import NDArray
 
 INK = (235, 235, 235)
 PAPER = (24, 26, 30)
+FAINT = (150, 154, 162)
 PATH = (255, 92, 74)
+AHEAD = (120, 62, 56)
+"""The part of a path that is still to come."""
 MOVING = (255, 74, 216)
 """Of cells that hold something that moves: pink, which no ramp and no path has."""
 MOVING_NAME = "pink"
@@ -17,6 +20,17 @@ RAMP = np.array([(48, 25, 95), (45, 90, 150), (35, 150, 140), (120, 200, 90), (2
 OCCUPANCY = np.array(
     [(40, 86, 204), (28, 152, 216), (44, 198, 164), (154, 216, 76), (252, 228, 62)]
 )
+
+PAST = (104, 108, 126)
+"""A grey that is mixed into the colours of past frames' cells."""
+
+PAST_SHARE = 0.62
+
+
+def faded(colors: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(n, 3) colours of cells of the past, from those that they have now."""
+    mixed = colors + PAST_SHARE * (np.array(PAST) - colors)
+    return np.asarray(mixed, np.uint8)
 
 
 def ramp(values: NDArray[np.floating], stops: NDArray[np.int64] = RAMP) -> NDArray[np.uint8]:
