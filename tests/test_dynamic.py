@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -367,7 +369,13 @@ def test_the_report_has_the_columns_that_have_values(people, dataset, tmp_path):
         write_report(root, tmp_path / f"{name}.html")
         text = (tmp_path / f"{name}.html").read_text()
         heads[name] = re.findall(r'data-kind="number"><button>([^<]*)', text)
-        assert text.count("moving in pink") == (2 if name == "people" else 0)
+        drawn = [
+            Image.open(io.BytesIO(base64.b64decode(uri))).convert("RGB")
+            for uri in re.findall(r"data:image/png;base64,([^\"]*)", text)
+        ]
+        assert len(drawn) == 2 * len(trajectories(root))
+        for picture in drawn:  # Their legends say what moves.
+            assert pink(np.asarray(picture)[270:]).any() == (name == "people")
     assert "Depth noise at 4 m, mm" in heads["people"]
     assert "Points contradicted, %" in heads["people"]
     moving = {"Moving a frame", "Moving of occupied, %"}

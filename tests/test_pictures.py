@@ -36,6 +36,7 @@ from occgen_hub.visual.legend import AXES, BAR, round_length
 from occgen_hub.visual.preview import TEXT, preview
 from occgen_hub.visual.report import write_report
 from occgen_hub.visual.sequences import SEQUENCES, estimate_bytes, write_sequences
+from occgen_hub.visual.viewer import FREE_ALPHA
 from occgen_hub.visual.viewpoint import Viewpoint, automatic
 
 SIZE = (480, 180)
@@ -442,6 +443,12 @@ def test_a_recording_holds_the_trajectory_over_time(trajectory, tmp_path):
             moves = batch.column(names["translation"]).to_pylist()
             for frame, place in zip(batch.column("frame").to_pylist(), moves, strict=True):
                 found[frame] = np.array(place[0])
+        if chunk.entity_path == "/world/camera/observed":  # A surface that one can look through.
+            batch = chunk.to_record_batch()
+            (color,) = (n for n in batch.schema.names if n.endswith("albedo_factor"))
+            assert {row[0] & 255 for row in batch.column(color).to_pylist()} == {FREE_ALPHA}
+            (corners,) = (n for n in batch.schema.names if n.endswith("vertex_positions"))
+            assert min(len(row) for row in batch.column(corners).to_pylist()) > 400
     poses = trajectory.world_from_camera()
     assert sorted(found) == list(range(len(poses)))
     for frame, place in found.items():
@@ -532,6 +539,18 @@ def test_the_report_needs_nothing_else(page):
     assert page.stat().st_size < 600_000
 
 
+def test_the_table_of_the_report_has_no_empty_column(page):
+    table = re.search(r'<table id="trajectories">.*?</table>', page.read_text("utf-8"), re.S)
+    assert table is not None
+    heads = re.findall(r"<th .*?<button>(.*?)</button>", table[0])
+    rows = re.findall(r"<tr data-text.*?</tr>", table[0], re.S)
+    cells = [re.findall(r'<td[^>]* data-value="([^"]*)"', row) for row in rows]
+    assert len(rows) == 3
+    assert len(heads) > 8
+    for head, *values in zip(heads, *cells, strict=True):
+        assert any(values), head
+
+
 def test_the_report_works_in_a_browser(page):
     webdriver = pytest.importorskip("selenium.webdriver")
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -578,6 +597,13 @@ def test_the_report_works_in_a_browser(page):
         shown = chrome.find_elements(By.CSS_SELECTOR, "#trajectories tbody tr:not([hidden])")
         assert len(shown) == 1
         assert "OccGen" in chrome.title  # Nothing of the data was run.
+        for width in (1440, 390):  # A laptop's screen and a phone's.
+            screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+            chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+            assert chrome.execute_script(
+                "return [document.documentElement, ...document.querySelectorAll('.wide')]"
+                ".every(e => e.scrollWidth <= e.clientWidth)"
+            )
         assert chrome.get_log("browser") == []
     finally:
         chrome.quit()

@@ -13,7 +13,6 @@ AHEAD = (120, 62, 56)
 """The part of a path that is still to come."""
 MOVING = (255, 74, 216)
 """Of cells that hold something that moves: pink, which no ramp and no path has."""
-MOVING_NAME = "pink"
 # A ramp from near to far or low to high that reads in grey as well: dark blue, teal, yellow.
 RAMP = np.array([(48, 25, 95), (45, 90, 150), (35, 150, 140), (120, 200, 90), (250, 230, 60)])
 # Another that stands out from wood, plaster and cloth: blue, teal, yellow.

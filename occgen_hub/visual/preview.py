@@ -39,8 +39,8 @@ from occgen_hub.visual.legend import (
 
 PANEL = (640, 360)
 TEXT = 12
-HEAD, FOOT = 22, 36
-"""Pixels of a panel's title and legend; between them is its picture."""
+HEAD = 22
+"""Pixels of a panel's title; its legend is below the picture."""
 
 OBSERVED = (58, 66, 82)
 CLEAR = 7
@@ -55,7 +55,7 @@ def preview(trajectory: Trajectory, frame: int | None = None) -> Image.Image:
     poses, intrinsics = trajectory.world_from_camera(), trajectory.intrinsics()
     frame = len(poses) // 2 if frame is None else frame
     visible, moving, observed = _occupancy(trajectory, frame, len(poses))
-    K, size, grid = intrinsics[frame], trajectory.image_size, trajectory.grid
+    K, size = intrinsics[frame], trajectory.image_size
 
     rgb, depth = trajectory.rgb(frame), trajectory.depth(frame)
     if depth is None:
@@ -69,20 +69,31 @@ def preview(trajectory: Trajectory, frame: int | None = None) -> Image.Image:
         if rgb is not None
         else _panel(np.zeros((*size[::-1], 3), np.uint8), "images were left out")
     )
-    cells, heights = _cells_from_camera(grid, visible, moving, K, size)
-    title = f"{len(visible):,} visible occupied cells"
-    legend = [_bar("height over the camera", *limits(heights))] if len(heights) else []
-    if trajectory.has_dynamic():
-        title += f", {len(moving):,} of them moving"
-        legend.append(swatch("moving", MOVING, TEXT))
-    third = _panel(cells, title, legend)
-    fourth = _panel_from_above(trajectory, poses, frame, moving, observed)
+    third = _cells_panel(trajectory, frame, visible, moving)
+    fourth = _above(trajectory, poses, frame, moving, observed)
 
     width, height = PANEL
     sheet = Image.new("RGB", (2 * width, 2 * height), PAPER)
     for n, panel in enumerate((first, second, third, fourth)):
         sheet.paste(panel, (n % 2 * width, n // 2 * height))
     return sheet
+
+
+def _cells_panel(
+    trajectory: Trajectory,
+    frame: int,
+    visible: NDArray[np.integer],
+    moving: NDArray[np.integer],
+    size: tuple[int, int] = PANEL,
+) -> Image.Image:
+    K, image_size = trajectory.intrinsics()[frame], trajectory.image_size
+    cells, heights = _cells_from_camera(trajectory.grid, visible, moving, K, image_size)
+    title = f"{len(visible):,} visible occupied cells"
+    legend = [_bar("height over the camera", *limits(heights))] if len(heights) else []
+    if trajectory.has_dynamic():
+        title += f", {len(moving):,} of them moving"
+        legend.append(swatch("moving", MOVING, TEXT))
+    return _panel(cells, title, legend, size)
 
 
 def _depth_legend(depth: NDArray[np.float64]) -> list[Image.Image]:
@@ -104,11 +115,17 @@ def _bar(title: str, low: float, high: float) -> Image.Image:
     return color_bar(title, shades, low, high, TEXT)
 
 
-def from_above(trajectory: Trajectory, frame: int) -> Image.Image:
-    """The scene from above, with the path and what a frame observed."""
+def from_above(trajectory: Trajectory, frame: int, size: tuple[int, int] = PANEL) -> Image.Image:
+    """The scene from above, with the path and what a frame observed. size: (width, height)."""
     poses = trajectory.world_from_camera()
     _, moving, observed = _occupancy(trajectory, frame, len(poses))
-    return _panel_from_above(trajectory, poses, frame, moving, observed)
+    return _above(trajectory, poses, frame, moving, observed, size)
+
+
+def cells_panel(trajectory: Trajectory, frame: int, size: tuple[int, int] = PANEL) -> Image.Image:
+    """`from_camera` with its legend. size: (width, height)."""
+    visible, moving, _ = _occupancy(trajectory, frame, len(trajectory.world_from_camera()))
+    return _cells_panel(trajectory, frame, visible, moving, size)
 
 
 def from_camera(trajectory: Trajectory, frame: int) -> NDArray[np.uint8]:
@@ -141,23 +158,32 @@ def _occupancy(
 
 
 def _panel(
-    picture: NDArray[np.uint8] | Image.Image, title: str, legend: Sequence[Image.Image] = ()
+    picture: NDArray[np.uint8] | Image.Image,
+    title: str,
+    legend: Sequence[Image.Image] = (),
+    size: tuple[int, int] = PANEL,
 ) -> Image.Image:
     """A picture fitted into a panel, between its title and its legend."""
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    width, height = PANEL[0], PANEL[1] - HEAD - FOOT
+    width, height = _room(legend, size)
     scale = min(width / image.width, height / image.height)
     fitted = image.resize(
         (max(1, round(image.width * scale)), max(1, round(image.height * scale))),
         Image.Resampling.BILINEAR if scale < 1 else Image.Resampling.NEAREST,
     )
-    panel = Image.new("RGB", PANEL, PAPER)
+    panel = Image.new("RGB", size, PAPER)
     panel.paste(fitted, ((width - fitted.width) // 2, HEAD + (height - fitted.height) // 2))
     draw = ImageDraw.Draw(panel)
     write(draw, (6, HEAD // 2), fit_text(title, width - 12, TEXT), INK, TEXT)
     if legend:
-        panel.paste(strip(legend, width, TEXT), (0, PANEL[1] - FOOT))
+        panel.paste(strip(legend, width, TEXT), (0, HEAD + height))
     return panel
+
+
+def _room(legend: Sequence[Image.Image], size: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of the picture of a panel, whose legend takes at least one line."""
+    foot = max(strip(legend, size[0], TEXT).height if legend else 0, round(3.2 * TEXT))
+    return size[0], size[1] - HEAD - foot
 
 
 def _cells_from_camera(
@@ -202,17 +228,6 @@ def _cells_from_camera(
     return picture, heights
 
 
-def _panel_from_above(
-    trajectory: Trajectory,
-    poses: NDArray[np.float64],
-    frame: int,
-    moving: NDArray[np.integer],
-    observed: NDArray[np.bool_],
-) -> Image.Image:
-    image, legend = _above(trajectory, poses, frame, moving, observed)
-    return _panel(image, "scene from above", legend)
-
-
 def _splat(
     points: NDArray[np.floating],
     colors: NDArray[np.uint8],
@@ -245,10 +260,11 @@ def _above(
     frame: int,
     moving: NDArray[np.integer],
     observed: NDArray[np.bool_],
-) -> tuple[Image.Image, list[Image.Image]]:
+    size: tuple[int, int] = PANEL,
+) -> Image.Image:
     """The scene's occupied cells from above, what this frame observed, the path, the camera.
 
-    Also what moves in the frame, which is not part of the scene; and the picture's legend.
+    Also what moves in the frame, which is not part of the scene.
     """
     grid = trajectory.grid
     cells = trajectory.scene_cells().astype(np.float64)
@@ -261,9 +277,17 @@ def _above(
         grid.centres(columns).astype(np.float64) @ poses[frame, :3, :3].T + poses[frame, :3, 3]
         for columns in (np.flatnonzero(observed)[::7], moving)
     )
+    heights = cells[:, axis] * sign
+    # Ceilings would hide the room: show what is below the camera's head height.
+    shown = heights < (poses[:, axis, 3] * sign).max() + 0.6
+    legend = [_bar("height", *limits(heights[shown]))] if shown.any() else []
+    legend += [swatch("observed", OBSERVED, TEXT), swatch("path", PATH, TEXT, line=True)]
+    legend.append(swatch("camera", INK, TEXT, line=True))
+    if trajectory.has_dynamic():
+        legend.append(swatch("moving", MOVING, TEXT))
     everything = np.concatenate([cells, seen_world, poses[:, :3, 3]])
     low, high = everything.min(axis=0), everything.max(axis=0)
-    width, height = PANEL[0], PANEL[1] - HEAD - FOOT
+    width, height = _room(legend, size)
     scale = min(
         (width - 20) / max(high[across] - low[across], 0.1),
         (height - 16) / max(high[along] - low[along], 0.1),
@@ -278,9 +302,6 @@ def _above(
     last = (width - 1, height - 1)
     spots = np.clip(place(seen_world), 0, last)
     canvas[spots[:, 1], spots[:, 0]] = OBSERVED
-    heights = cells[:, axis] * sign
-    # Ceilings would hide the room: show what is below the camera's head height.
-    shown = heights < (poses[:, axis, 3] * sign).max() + 0.6
     order = np.argsort(heights[shown])
     drawn = np.concatenate([cells[shown][order], moving_world])
     pink = np.full((len(moving_world), 3), MOVING, np.uint8)
@@ -303,9 +324,4 @@ def _above(
     directions = np.zeros((3, 2))
     directions[across, 0], directions[along, 1] = sign, -1
     draw_axes(draw, (3 * TEXT, height - 3 * TEXT), directions, TEXT)
-    legend = [_bar("height", *limits(heights[shown]))] if shown.any() else []
-    legend += [swatch("observed", OBSERVED, TEXT), swatch("path", PATH, TEXT, line=True)]
-    legend.append(swatch("camera", INK, TEXT, line=True))
-    if trajectory.has_dynamic():
-        legend.append(swatch("moving", MOVING, TEXT))
-    return image, legend
+    return _panel(image, "scene from above", legend, size)
