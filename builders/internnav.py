@@ -146,8 +146,8 @@ class InternNavBuilder(DatasetBuilder):
             depth = ref.path.glob("videos/chunk-*/observation.images.depth")
             return any(map(_may_hold_depth, depth))
         try:
-            return bool(_locate(ref).depth)
-        except OccGenError:
+            return bool(_scene_depth(ref))
+        except (OccGenError, KeyError):
             return True  # Reading it says what is wrong.
 
     def work(self, ref: EpisodeRef) -> float:
@@ -395,6 +395,17 @@ def _locate(ref: EpisodeRef) -> Files:
         video=video if is_file(video) else None,
         cloud=next((path for path in clouds if is_file(path)), None),
     )
+
+
+def _scene_depth(ref: EpisodeRef) -> dict[int, Path]:
+    """The depth images of an episode in a scene's folder, as `_locate` has them.
+
+    Raises KeyError where its table is gone.
+    """
+    parquets = _parquets(ref.path)
+    folder = ref.path / "videos" / parquets[ref.index].parent.name / "observation.images.depth"
+    chosen = _image_range(ref.path / "meta/episodes_stats.jsonl", ref.index, parquets)
+    return _images(folder, ("png",), chosen)
 
 
 def _locate_camera(ref: EpisodeRef, parquets: Mapping[int, Path], name: str) -> Files:

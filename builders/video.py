@@ -1,8 +1,8 @@
 """RGB video: a file, a folder of images, or a folder of such files and folders.
 
-Each video file, and each folder that holds images and no video, is an episode of its own. There are
-no poses, no depth and no intrinsics: an engine with a network finds them. Folders of depth images,
-16-bit grey ones, are passed over.
+Each video file, and each folder with images and no video, is an episode. There are no poses, depth
+or intrinsics: an engine with a network estimates them. Folders of depth images, which are 16-bit
+grey, are skipped.
 """
 
 from __future__ import annotations
@@ -37,34 +37,34 @@ from occgen_hub.media import (
     video_facts,
 )
 
-PACKETS = ".ts"
-"""The suffix of MPEG transport streams, which they share with programs in TypeScript."""
+TRANSPORT_STREAM = ".ts"
+"""Suffix of MPEG transport streams, and of TypeScript programs."""
 
 ANIMATION = ".gif"
-"""Of what is a video by itself, and beside images a preview of them."""
+"""Suffix of a format that is a video on its own, and a preview beside images."""
 
 VIDEOS = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".3gp", ".mpg", ".mpeg", ".mts", ".m2ts"),
-    *(".wmv", ".flv", ".h264", ".h265", ".hevc", PACKETS, ANIMATION),
+    *(".wmv", ".flv", ".h264", ".h265", ".hevc", TRANSPORT_STREAM, ANIMATION),
 )
 IMAGES = (".jpg", ".jpeg", ".png")
 
 GROUP, TRAJECTORY = "custom_videos", "trajectory_0"
 
 NAME_BYTES = 120
-"""Of a name made from a path; file systems allow 255."""
+"""Limit of a name made from a path. File systems allow 255."""
 
 SIDES = (16, 16384)
-"""Pixels: what reference.mp4 can have for its width and height."""
+"""Smallest and largest width and height in pixels that reference.mp4 can have."""
 
 FPS = (0.01, 1000.0)
-"""Rates to believe."""
+"""Range of plausible frame rates."""
 
-USUAL_FPS = 30.0
+DEFAULT_FPS = 30.0
 
 UNEVEN = 0.1
-"""Steps in time that differ by less of their average, and by less than what containers that count
-milliseconds make of equal ones, are those of a constant rate."""
+"""Largest difference between time steps of a constant rate, as a share of the average step. The
+rounding of containers that count milliseconds is allowed too."""
 
 
 @dataclass(frozen=True)
@@ -80,16 +80,16 @@ class Footage:
 
 
 class VideoBuilder(DatasetBuilder):
-    """Reads videos and folders of images; what is seen in them is for a network to find."""
+    """Reads videos and folders of images."""
 
     name = "video"
     takes_file = True
     knows = ()
 
     def episodes(self) -> Iterator[EpisodeRef]:
-        """Every video and every folder of images, sorted by id; raises UsageError if there is none.
+        """Every video and every folder of images, sorted by id. Raises UsageError for none.
 
-        A video file that is named as the root is taken whatever it is called.
+        If the root is a file, it is used whatever its suffix is.
         """
         whole = is_file(self.root)
         found = [self.root] if whole else list(_find(self.root, self.pass_over))
@@ -97,9 +97,9 @@ class VideoBuilder(DatasetBuilder):
             check_not_lerobot(self.root, found or [self.root])
         if not found:
             raise UsageError(
-                f"{self.root}: holds neither videos ({_spoken(VIDEOS)}) nor images "
-                f"({_spoken(IMAGES)}; 16-bit grey ones are depth, which --source capture reads "
-                "beside colour); "
+                f"{self.root}: has neither videos ({_listed(VIDEOS)}) nor images "
+                f"({_listed(IMAGES)}; 16-bit grey ones are depth, which --source capture reads "
+                "together with colour); "
                 + (
                     other_source(self.root, self.name)
                     or "give a video, a folder of videos or a folder of images as --input"
@@ -111,14 +111,14 @@ class VideoBuilder(DatasetBuilder):
 
     @classmethod
     def recognise(cls, root: Path) -> str | None:
-        """A video, or whatever holds videos or colour images."""
+        """Recognise a video, or a folder with videos or colour images."""
         if is_file(root):
             return "a video" if _is_video(root) else None
         found = next(_find(root, lambda *_: None), None)
         return None if found is None else "a folder of videos or images"
 
     def work(self, ref: EpisodeRef) -> float:
-        """Frames times pixels, as the video's header or the first image's has it."""
+        """Frames times pixels, from the header of the video or of the first image."""
         try:
             if not ref.path.is_dir():
                 return stated_pixels(ref.path)
@@ -128,7 +128,7 @@ class VideoBuilder(DatasetBuilder):
             return 0.0
 
     def footage(self, ref: EpisodeRef) -> tuple[int, tuple[int, int]] | None:
-        """Frames and their size, as the video's packets or the images' names have it."""
+        """The number of frames and their size, without decoding."""
         try:
             if not ref.path.is_dir():
                 facts = video_facts(ref.path)
@@ -149,12 +149,12 @@ class VideoBuilder(DatasetBuilder):
         """One episode, without poses, intrinsics and depth."""
         sources = self.sources(ref)
         if not ref.path.is_dir():
-            _check_alone(ref.path)
+            _check_one_episode(ref.path)
         footage = _image_footage(sources) if ref.path.is_dir() else _video_footage(ref.path)
         if not SIDES[0] <= min(footage.size) <= max(footage.size) <= SIDES[1]:
             width, height = footage.size
             problem = (
-                f"is {width} x {height} pixels, and sides have to be of {_spoken(SIDES, ' to ')}"
+                f"is {width} x {height} pixels, and sides must be {_listed(SIDES, ' to ')} pixels"
             )
             raise SourceError(sources[0], problem, "scale it, or leave it out")
         return Episode(
@@ -177,10 +177,10 @@ class VideoBuilder(DatasetBuilder):
 
 
 def _find(root: Path, pass_over: Callable[[Path, OSError], None]) -> Iterator[Path]:
-    """Videos, and folders of images without any, at any depth. What is hidden is passed over.
+    """Yield videos, and folders with images and no videos, at any depth. Hidden ones are skipped.
 
-    Images beside videos are covers and thumbnails. Links to folders are followed, to each folder
-    once. What cannot be looked into goes to `pass_over`.
+    Images beside videos are covers and thumbnails. Links to folders are followed, each folder once.
+    Folders that cannot be listed are passed to `pass_over`.
     """
 
     def unlisted(error: OSError) -> None:
@@ -215,30 +215,30 @@ def _unlisted(error: OSError) -> None:
 
 
 def _is(name: str, suffixes: tuple[str, ...]) -> bool:
-    """Whether a file is of a kind, by its name. Names with a dot before them are hidden files."""
+    """Whether a file name has one of the suffixes and is not hidden."""
     return not name.startswith(".") and name.lower().endswith(suffixes)
 
 
 def _is_video(path: Path) -> bool:
-    """Whether a file is a video, by its name and, where that does not tell, by its beginning."""
+    """Whether a file is a video, by its name and, for `.ts`, by its first bytes."""
     if not _is(path.name, VIDEOS):
         return False
-    if not _is(path.name, (PACKETS,)):
+    if not _is(path.name, (TRANSPORT_STREAM,)):
         return True
     try:
         with opened(path) as file:
-            begun = file.read(_PACKET + 1)
+            start = file.read(_PACKET + 1)
     except (OccGenError, OSError):
-        return True  # What is wrong with it is said when it is read.
-    return len(begun) <= _PACKET or begun[0] == begun[_PACKET] == _SYNC
+        return True  # The error is reported when it is read.
+    return len(start) <= _PACKET or start[0] == start[_PACKET] == _SYNC
 
 
 _PACKET, _SYNC = 188, 0x47
-"""Bytes of a packet of a transport stream, and the first of them."""
+"""Size of a packet of a transport stream in bytes, and its first byte."""
 
 
 def _is_depth(path: Path) -> bool:
-    """Whether an image is depth, by its header; one that cannot be read is not known to be."""
+    """Whether an image is depth, by its header. False if it cannot be read."""
     try:
         return _is(path.name, (".png",)) and picture_facts(path).depth
     except OccGenError:
@@ -246,7 +246,7 @@ def _is_depth(path: Path) -> bool:
 
 
 def _images(folder: Path) -> list[Path]:
-    """The images of a folder in the order of the numbers in their names: 10 comes after 9."""
+    """The images of a folder in natural order of their names, in which 10 comes after 9."""
     try:
         with os.scandir(folder) as entries:
             names = [e.name for e in entries if _is(e.name, IMAGES) and not e.is_dir()]
@@ -254,19 +254,19 @@ def _images(folder: Path) -> list[Path]:
         _unlisted(error)
     paths = [folder / name for name in sorted(names, key=_natural)]
     if not paths:
-        raise SourceError(folder, "holds no images any more", "restore them or leave it out")
+        raise SourceError(folder, "has no images any more", "restore them or leave it out")
     if len(paths) > MAX_TABLE_ROWS:
-        problem = f"holds {len(paths)} images, more than an episode has"
-        raise SourceError(folder, problem, "make several folders of it")
+        problem = f"has {len(paths)} images, more than an episode can have"
+        raise SourceError(folder, problem, "split it into several folders")
     stems: dict[str, Path] = {}
     for path in paths:
         if (other := stems.setdefault(path.stem, path)) != path:
-            raise SourceError(path, f"is called as {other.name} is", "keep one of the two")
+            raise SourceError(path, f"has the same name as {other.name}", "keep one of the two")
     return paths
 
 
 def _natural(name: str) -> tuple[list[str | int], str]:
-    """A key to sort names by, in which digits count as the numbers that they write."""
+    """A sort key in which digits count as numbers."""
     parts = re.split(r"([0-9]+)", name)
     return [int(part) if n % 2 else part for n, part in enumerate(parts)], name
 
@@ -275,11 +275,11 @@ def _natural(name: str) -> tuple[list[str | int], str]:
 
 
 def _named(root: Path, paths: list[Path]) -> dict[str, Path]:
-    """Names for paths below a root, or for the root itself: safe in any file system, and distinct.
+    """Unique names, safe in any file system, for paths below a root or for the root itself.
 
-    A name is the path without its suffix. Those that would share one keep their suffixes, and those
-    that still do get some digits of a checksum of their paths. A name does not depend on the order
-    of the paths, nor on others, as long as they would not share it.
+    A name is the path without its suffix. If paths share a name, they keep their suffixes; if they
+    still do, some digits of their checksums are appended. A name depends on no other paths but
+    those that share it.
     """
     levels = dict.fromkeys(paths, 0)
     while True:
@@ -292,7 +292,7 @@ def _named(root: Path, paths: list[Path]) -> dict[str, Path]:
 
 
 def _name(root: Path, path: Path, level: int) -> str:
-    """A path's name: 0 in short, 1 with its suffix, 2 with a checksum as well."""
+    """A path's name. level: 0 without its suffix, 1 with it, 2 with a checksum as well."""
     within = path.relative_to(root) if path != root else Path(_own_name(root))
     whole = within if level or path.is_dir() else within.with_suffix("")
     text = unicodedata.normalize("NFC", "_".join(whole.parts))
@@ -307,22 +307,22 @@ def _own_name(path: Path) -> str:
     return path.name if path.name not in ("", "..") else path.resolve().name
 
 
-def _spoken(items: tuple[object, ...], between: str = ", ") -> str:
+def _listed(items: tuple[object, ...], between: str = ", ") -> str:
     return between.join(str(item).removeprefix(".") for item in items)
 
 
 # The frames
 
 
-def _check_alone(path: Path) -> None:
-    """Raise SourceError for a video in which LeRobot keeps several episodes, one after another."""
+def _check_one_episode(path: Path) -> None:
+    """Raise SourceError for a video of a LeRobot dataset that has several episodes."""
     folder = next((parent for parent in path.parents if parent.name == "videos"), None)
     if folder is None or not (folder.parent / "meta/info.json").is_file():
         return
     try:
         info = read_json(folder.parent / "meta/info.json")
     except SourceError:
-        return  # It may be anybody's.
+        return  # It may belong to something else.
     if not str(info.get("codebase_version")).startswith("v3") or info.get("total_episodes") == 1:
         return
     try:
@@ -330,14 +330,14 @@ def _check_alone(path: Path) -> None:
     except SourceError:
         count = None
     if count is None or count > 1:
-        held = "several" if count is None else str(count)
-        problem = f"holds {held} episodes of a LeRobot dataset, one after another"
+        number = "several" if count is None else str(count)
+        problem = f"has {number} episodes of a LeRobot dataset, one after another"
         remedy = "give the dataset's folder to --source lerobot"
         raise SourceError(path, problem, remedy)
 
 
 def _episodes_in(folder: Path, path: Path) -> int | None:
-    """How many episodes a file below LeRobot's folder of videos holds; None if nothing says so."""
+    """The number of episodes in a file of LeRobot's folder of videos; None if unknown."""
     key = "/".join(path.relative_to(folder).parts[:-2])
     number = re.fullmatch(r"chunk-([0-9]+)/file-([0-9]+)\..*", "/".join(path.parts[-2:]))
     tables = sorted((folder.parent / "meta/episodes").glob("*/*.parquet"))
@@ -357,15 +357,15 @@ def _video_footage(path: Path) -> Footage:
     survey = survey_video(path)
     fps, notes = _rate(survey)
     if survey.hdr is not None:
-        text = f"the video is HDR ({survey.hdr}): its colours are brought to SDR, those of BT.709"
+        text = f"the video is HDR ({survey.hdr}): its colours are converted to SDR (BT.709)"
         notes.append(Note("hdr", text))
     if survey.stated not in (0, survey.frames):
         text = (
-            f"the header speaks of {survey.stated} frames, {survey.frames} can be decoded: "
-            "those count"
+            f"the header states {survey.stated} frames, but {survey.frames} can be decoded; these "
+            "are used"
         )
         notes.append(Note("frame count", text))
-    # Made anew where it is none, by whoever writes the episode.
+    # Otherwise the writer of the episode encodes a new video.
     reference = survey.reference and fps == round(survey.fps, 6)
     media = (MediaFile("video", path),) if reference else ()
     reader = VideoReader(path, survey.size)
@@ -373,17 +373,17 @@ def _video_footage(path: Path) -> Footage:
 
 
 def _rate(survey: VideoSurvey) -> tuple[float, list[Note]]:
-    """Frames a second, on average: the dataset's frames come at a constant rate."""
+    """The average frame rate, since the dataset has a constant one."""
     if not FPS[0] <= survey.fps <= FPS[1]:
-        text = f"the video gives no usable rate: {USUAL_FPS:g} fps is assumed"
-        return USUAL_FPS, [Note("fps", text)]
+        text = f"the video has no usable frame rate: {DEFAULT_FPS:g} fps is assumed"
+        return DEFAULT_FPS, [Note("fps", text)]
     fps = round(survey.fps, 6)
     shortest, longest = survey.steps or (0.0, 0.0)
     if longest - shortest <= max(UNEVEN / fps, 0.0011):
         return fps, []
     text = (
-        f"frames come {1000 * shortest:.3g} to {1000 * longest:.3g} ms after one another: each "
-        f"counts once, at their average of {fps:g} fps"
+        f"the time between frames varies from {1000 * shortest:.3g} to {1000 * longest:.3g} ms: "
+        f"every frame is used once, at the average of {fps:g} fps"
     )
     return fps, [Note("variable rate", text)]
 
@@ -393,10 +393,10 @@ def _image_footage(paths: list[Path]) -> Footage:
     size = facts[0].size
     for path, own in zip(paths, facts, strict=True):
         if own.depth:
-            problem = "is a 16-bit grey image, as depth is"
+            problem = "is a 16-bit grey image, which is the format of depth"
             remedy = (
                 "move depth away, use --source capture for colour with depth, or save it with 8 "
-                "bits if it is none"
+                "bits if it is not depth"
             )
             raise SourceError(path, problem, remedy)
         if own.size != size:
@@ -404,7 +404,7 @@ def _image_footage(paths: list[Path]) -> Footage:
                 f"is {own.size[0]} x {own.size[1]} pixels upright, {paths[0].name} "
                 f"{size[0]} x {size[1]}"
             )
-            raise SourceError(path, problem, "give images of each size a folder of their own")
+            raise SourceError(path, problem, "use a separate folder for each image size")
     images = ImageSequence(paths, size, read_picture)
     media = tuple(
         MediaFile("rgb", path, frame, partial(images.check, frame))
@@ -413,8 +413,8 @@ def _image_footage(paths: list[Path]) -> Footage:
     return Footage(
         size=size,
         length=len(paths),
-        fps=USUAL_FPS,
+        fps=DEFAULT_FPS,
         read=images,
         media=media if all(own.plain for own in facts) else (),
-        notes=(Note("fps", f"images do not say their rate: {USUAL_FPS:g} fps is assumed"),),
+        notes=(Note("fps", f"images have no frame rate: {DEFAULT_FPS:g} fps is assumed"),),
     )

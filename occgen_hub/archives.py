@@ -1,4 +1,4 @@
-"""Archives, unpacked at a bounded cost: tar, plain or gzipped, and zip."""
+"""Unpack tar, tar.gz and zip archives, with bounded memory and disk space."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from occgen_hub.errors import SourceError, in_brief
 from occgen_hub.files import opened, printable, sha256
 
 SUFFIXES = (".tar.gz", ".tgz", ".tar", ".zip")
-"""How the name of an archive ends, in small or capital letters."""
+"""The suffixes of archives, in lower or upper case."""
 
 BLOCK = 4096
-"""Bytes that an entry takes on disk at least, which empty files would not count otherwise."""
+"""Bytes counted for each entry besides its content, so that empty files count too."""
 
 MAX_ENTRIES = 4_000_000
 MAX_LEVELS = 32
 MAX_HEADER = 1 << 20
-"""Bytes of a tar header, long names included; real ones have a few hundred."""
+"""Limit of a tar header in bytes, including long names. Real ones have a few hundred."""
 
 MAX_DIRECTORY = 1 << 28
-"""Bytes of a zip file's list of entries, which is read whole."""
+"""Limit of a zip file's list of entries in bytes. It is read into memory."""
 
 CHUNK = 1 << 18
 
-AGAIN = "fetch it again from where it came from, or leave it out"
+DOWNLOAD_AGAIN = "download it again, or leave it out"
 
 Reserve = Callable[[int], None]
-"""Called with bytes before they are written; raises where there is no room for them."""
+"""Called with a number of bytes before they are written. Raises if there is no space for them."""
 
 
 @dataclass(frozen=True)
 class Archive:
-    """What an archive was when it was read. bytes: its size; sha256: of the file itself."""
+    """An archive that was unpacked. bytes: size of the file; sha256: of the file."""
 
     name: str
     bytes: int
@@ -53,25 +53,25 @@ class Archive:
 
 
 def archive_stem(name: str) -> str | None:
-    """The name of a file without the ending of an archive; None where it is none."""
+    """The name of an archive without its suffix; None if it is not an archive."""
     lower = name.lower()
     suffix = next((s for s in SUFFIXES if lower.endswith(s) and len(name) > len(s)), None)
     return None if suffix is None else name[: -len(suffix)]
 
 
 def unpack(path: Path, folder: Path, reserve: Reserve, name: str | None = None) -> Archive:
-    """Unpack an archive into an empty folder, and return what it was.
+    """Unpack an archive into an empty folder.
 
-    name: what it is called in the result and in errors, its path if not given. A tar is read front
-    to back once; a zip is read once more for its checksum. Regular files and hard links to earlier
+    name: its name in the result and in errors, by default its path. A tar is read once from start
+    to end; a zip is read a second time for its checksum. Regular files and hard links to earlier
     files of the archive are unpacked. Names that lead out of the folder, symbolic links, devices
-    and pipes are refused. Permissions, owners and times are not taken over.
+    and pipes are refused. Permissions, owners and times are ignored.
 
-    Raises SourceError where the archive is damaged or refused, and whatever `reserve` raises.
+    Raises SourceError if the archive is damaged or refused, and the errors of `reserve`.
     """
-    said = name or str(path)
-    writer = _Writer(folder, reserve, said)
-    with opened(path) as file, _damage(said):
+    label = name or str(path)
+    writer = _Writer(folder, reserve, label)
+    with opened(path) as file, _damage(label):
         start = file.read(512)
         file.seek(0)
         size = os.fstat(file.fileno()).st_size
@@ -79,29 +79,30 @@ def unpack(path: Path, folder: Path, reserve: Reserve, name: str | None = None) 
             hashed = _Hashed(file)
             with gzip.GzipFile(fileobj=io.BufferedReader(hashed, CHUNK)) as plain:
                 _unpack_tar(plain, writer)  # type: ignore[arg-type]  # it reads as IO[bytes] does
-            return Archive(said, size, hashed.hexdigest())
+            return Archive(label, size, hashed.hexdigest())
         if start[257:262] == b"ustar" or (start and not any(start)) or _is_old_tar(start):
             hashed = _Hashed(file)
             _unpack_tar(io.BufferedReader(hashed, CHUNK), writer)
-            return Archive(said, size, hashed.hexdigest())
+            return Archive(label, size, hashed.hexdigest())
         if start[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
-            _check_directory(file, size, said)
+            _check_directory(file, size, label)
             _unpack_zip(file, writer)
-            return Archive(said, size, sha256(path))
-    raise SourceError(said, _no_archive(start), AGAIN)
+            return Archive(label, size, sha256(path))
+    raise SourceError(label, _not_archive(start), DOWNLOAD_AGAIN)
 
 
-def _no_archive(start: bytes) -> str:
+def _not_archive(start: bytes) -> str:
+    """Why a file with these first bytes is not an archive."""
     if not start:
         return "is empty"
     if start.startswith(b"version https://git-lfs"):
-        return "is a pointer of Git LFS, not the file itself (git lfs pull fetches that)"
+        return "is a Git LFS pointer, not the file itself (run git lfs pull)"
     words = "".join(c if c.isprintable() else " " for c in start[:24].decode("ascii", "replace"))
     return f"is neither a gzip, a tar nor a zip file (it begins with {words.strip()!r})"
 
 
 def _is_old_tar(start: bytes) -> bool:
-    """Whether a file begins with a tar header of before POSIX, which has no mark of its own."""
+    """Whether a file starts with a tar header older than POSIX, which has no magic number."""
     try:
         tarfile.TarInfo.frombuf(start, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
@@ -111,21 +112,21 @@ def _is_old_tar(start: bytes) -> bool:
 
 @contextmanager
 def _damage(name: str) -> Iterator[None]:
-    """What libraries raise in the middle of a damaged archive, as one sentence."""
+    """Translate the exceptions that libraries raise for a damaged archive into SourceError."""
     try:
         yield
     except EOFError:
-        raise SourceError(name, "is cut off before its end", AGAIN) from None
+        raise SourceError(name, "is truncated", DOWNLOAD_AGAIN) from None
     except (
         tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError,
         NotImplementedError, RuntimeError, ValueError, OverflowError, UnicodeError,
     ) as error:  # fmt: skip
         problem = f"is damaged ({in_brief(printable(str(error)) or type(error).__name__, 120)})"
-        raise SourceError(name, problem, AGAIN) from None
+        raise SourceError(name, problem, DOWNLOAD_AGAIN) from None
 
 
 class _Hashed(io.RawIOBase):
-    """A file that is read front to back, and its SHA-256."""
+    """A file that is read from start to end, with its SHA-256."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._digest = file, hashlib.sha256()
@@ -140,17 +141,17 @@ class _Hashed(io.RawIOBase):
         return len(data)
 
     def hexdigest(self) -> str:
-        """Of all that was read, once the end is reached."""
+        """The SHA-256 of the whole file. Reads the rest."""
         while data := self._file.read(CHUNK):
             self._digest.update(data)
         return self._digest.hexdigest()
 
 
 class _Forward(io.RawIOBase):
-    """The uncompressed bytes of a tar, for tarfile, which goes back by one byte at most.
+    """The uncompressed bytes of a tar, for tarfile, which seeks back by at most one byte.
 
-    Reads of more than MAX_HEADER bytes are refused, as tarfile asks for the whole of a header that
-    claims gigabytes.
+    Reads of more than MAX_HEADER bytes are refused, because tarfile reads a whole header into
+    memory even if it states gigabytes.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -192,7 +193,7 @@ def _unpack_tar(plain: IO[bytes], writer: _Writer) -> None:
     stream = _Forward(plain)
     with tarfile.open(fileobj=stream, mode="r:", errors="surrogateescape") as tar:
         for member in tar:
-            tar.members = []  # type: ignore[attr-defined]  # It keeps all, and memory would grow.
+            tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all in memory.
             if member.isdir():
                 writer.make_folder(member.name)
             elif member.islnk():
@@ -206,14 +207,14 @@ def _unpack_tar(plain: IO[bytes], writer: _Writer) -> None:
                 source = tar.extractfile(member)
                 assert source is not None
                 writer.write(member.name, source, member.size)
-    while stream.read(CHUNK):  # To the end, where the checksum of gzip is looked at.
+    while stream.read(CHUNK):  # gzip checks its checksum at the end.
         pass
     if any(stream.tail) or len(stream.tail) < 512:
-        raise EOFError  # A tar ends with blocks of zeros.
+        raise EOFError  # A complete tar ends with blocks of zeros.
 
 
 def _check_directory(file: IO[bytes], size: int, name: str) -> None:
-    """Raise SourceError where a zip file's list of entries does not belong in memory."""
+    """Raise SourceError if a zip file's list of entries is too large for memory."""
     file.seek(max(0, size - 66_000))
     end = file.read()
     at = end.rfind(b"PK\x05\x06")
@@ -221,7 +222,7 @@ def _check_directory(file: IO[bytes], size: int, name: str) -> None:
         large = end.rfind(b"PK\x06\x06", 0, at)
         listed = end[large + 40 : large + 48] if large >= 0 else end[at + 12 : at + 16]
         if int.from_bytes(listed, "little") > MAX_DIRECTORY:
-            raise SourceError(name, "lists more entries than a scene has", AGAIN)
+            raise SourceError(name, "lists more entries than a scene has", DOWNLOAD_AGAIN)
     file.seek(0)
 
 
@@ -242,7 +243,7 @@ def _unpack_zip(file: IO[bytes], writer: _Writer) -> None:
 
 
 class _Writer:
-    """Writes the entries of an archive below a folder, and nowhere else."""
+    """Writes the entries of an archive into a folder, and nowhere else."""
 
     def __init__(self, folder: Path, reserve: Reserve, archive: str) -> None:
         self._folder, self._reserve, self._archive = folder, reserve, archive
@@ -254,19 +255,19 @@ class _Writer:
             self._make(path)
 
     def write(self, name: str, source: IO[bytes], size: int) -> None:
-        """Write a file of `size` bytes; raises EOFError where there are fewer."""
+        """Write a file of `size` bytes. Raises EOFError if there are fewer."""
         if (path := self._place(name)) == self._folder:
             self.refuse(name, "is a file without a name")
         with self._named(name):
             self._make(path.parent)
-            path.unlink(missing_ok=True)  # A later entry of one name counts.
+            path.unlink(missing_ok=True)  # The last entry with a name counts.
             with path.open("xb") as target:
-                left = size
-                while left > 0 and (data := source.read(min(CHUNK, left))):
+                remaining = size
+                while remaining > 0 and (data := source.read(min(CHUNK, remaining))):
                     self._reserve(len(data))
                     target.write(data)
-                    left -= len(data)
-        if left:
+                    remaining -= len(data)
+        if remaining:
             raise EOFError
 
     def link(self, name: str, target: str) -> None:
@@ -282,24 +283,24 @@ class _Writer:
 
     def refuse(self, name: str, problem: str) -> None:
         """Raise SourceError about an entry."""
-        said = printable(name)[:120]
+        label = printable(name)[:120]
         raise SourceError(
             self._archive,
-            f"the entry {said} {printable(problem)[:160]}",
+            f"the entry {label} {printable(problem)[:160]}",
             "pack it again without it",
         )
 
     def _place(self, name: str) -> Path:
-        """Where an entry goes. No link is ever made in the folder, so its name alone decides."""
+        """The path of an entry. The folder has no symbolic links: checking the name is enough."""
         parts = [part for part in name.split("/") if part not in ("", ".")]
         if name.startswith("/") or ".." in parts:
             self.refuse(name, "leads out of the archive")
         if "\0" in name or len(parts) > MAX_LEVELS:
-            self.refuse(name, "has a name that no file can have")
+            self.refuse(name, "has an invalid name")
         self._entries += 1
         if self._entries > MAX_ENTRIES:
-            problem = f"holds more than {MAX_ENTRIES:,} entries, more than a scene has"
-            raise SourceError(self._archive, problem, AGAIN)
+            problem = f"has more than {MAX_ENTRIES:,} entries, the limit of a scene"
+            raise SourceError(self._archive, problem, DOWNLOAD_AGAIN)
         self._reserve(BLOCK)
         return self._folder.joinpath(*parts)
 
@@ -310,11 +311,11 @@ class _Writer:
                 for place in reversed(missing):
                     self._reserve(BLOCK)
                     place.mkdir()
-            self._made = {self._folder, path}  # Neighbours in the archive share it.
+            self._made = {self._folder, path}  # Entries next to one another share their folder.
 
     @contextmanager
     def _named(self, name: str) -> Iterator[None]:
-        """Errors that the entry is to blame for, as one sentence."""
+        """Translate errors caused by the entry into SourceError."""
         try:
             yield
         except (
@@ -323,5 +324,5 @@ class _Writer:
             self.refuse(name, f"cannot be unpacked ({error.strerror})")
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
-                self.refuse(name, "has a name that no file can have")
+                self.refuse(name, "has an invalid name")
             raise

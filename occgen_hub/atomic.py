@@ -1,8 +1,7 @@
-"""Files and folders that appear whole or not at all, also where the power fails.
+"""Atomic writing: files and folders appear complete or not at all, also after a power failure.
 
-What is written goes to a hidden place beside the final one, under a name that nobody else has, and
-is moved when it is on disk. What a dead process left there is cleared by the next that writes to
-the same place.
+Data is written under a unique hidden name beside the final path, flushed to disk, and renamed. The
+next process that writes to the same path removes what a killed process left behind.
 """
 
 from __future__ import annotations
@@ -20,27 +19,27 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from pathlib import Path
 
 _FLUSHES = 16
-"""Files that are waited for at once."""
+"""Number of files flushed at a time."""
 
 _NAME_BYTES = 200
-"""Of a hidden name; file systems allow 255, and what is added takes some."""
+"""Bytes of the path's name in a hidden name. File systems allow 255 with the suffix."""
 
 _STALE = 24 * 3600.0
-"""Seconds after which a leftover is a dead process's where a file system has no locks."""
+"""Age in seconds from which a leftover counts as abandoned on a file system without locks."""
 
 _MADE = 2.0
-"""Seconds in which a process holds what it has made."""
+"""Seconds within which a process locks a file or folder that it has created."""
 
 _TRIES = 8
-"""Of a move or a folder that other processes come between."""
+"""Number of tries to rename or create a folder, if other processes interfere."""
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Gives a new, empty file beside `path` to write to; it becomes `path` if the block ends well.
+    """Yield a new, empty file beside `path`, which replaces `path` if the block succeeds.
 
-    Its name is its own, and is made without following links. By then it is on disk. Whoever writes
-    to one path at once gets one of the files whole. Raises OSError.
+    Its name is unique, links are not followed, and it is flushed to disk before. If several
+    processes write to a path at a time, one of their files remains, complete. Raises OSError.
     """
     clear_leftovers(path)
     partial = _beside(path, secrets.token_hex(8), "partial")
@@ -61,22 +60,22 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(
-    place: Path, *, flushing: Callable[[], AbstractContextManager[object]] = nullcontext
+    path: Path, *, flushing: Callable[[], AbstractContextManager[object]] = nullcontext
 ) -> Iterator[Path]:
-    """Gives a new, empty folder beside `place`; it becomes `place` if the block ends well.
+    """Yield a new, empty folder beside `path`, which replaces `path` if the block succeeds.
 
-    What is at `place` by then is moved aside and removed; where a process dies in between, the next
-    one puts it back. By then all in the folder is on disk, and so are the folders that lead to it,
-    which are made where they are missing, and removed again if the block fails. Raises OSError.
+    What is at `path` is then moved aside and removed; if a process is killed in between, the next
+    one moves it back. Everything in the folder is flushed to disk before, as are its parents.
+    Missing parents are created, and removed again if the block fails. Raises OSError.
 
-    flushing: what to be within while waiting for the disk, for instance a clock.
+    flushing: creates a context entered while waiting for the disk, for example a stopwatch.
     """
-    clear_leftovers(place)
+    clear_leftovers(path)
     token = secrets.token_hex(8)
-    partial, old = _beside(place, token, "partial"), _beside(place, token, "old")
-    missing = [parent for parent in place.parents if not parent.exists()]
+    partial, old = _beside(path, token, "partial"), _beside(path, token, "old")
+    missing = [parent for parent in path.parents if not parent.exists()]
     handle = None
-    try:  # From before the folder is there: an interruption may come as soon as it is.
+    try:  # Starts before the folder exists, because an interruption may come right after.
         _make(partial)
         with suppress(OSError):
             handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -84,14 +83,14 @@ def atomic_folder(
         yield partial
         with flushing():
             flush_tree(partial)
-        _exchange(partial, place, old)
+        _exchange(partial, path, old)
         with flushing():
-            flush({place.parent, *(parent.parent for parent in missing)})
+            flush({path.parent, *(parent.parent for parent in missing)})
     except BaseException:
         _remove(partial)
-        if os.path.lexists(old) and not os.path.lexists(place):
-            old.rename(place)
-        with suppress(OSError):  # One that has got something else in it stays.
+        if os.path.lexists(old) and not os.path.lexists(path):
+            old.rename(path)
+        with suppress(OSError):  # Stops at a folder that is not empty.
             for parent in missing:
                 parent.rmdir()
         raise
@@ -101,33 +100,34 @@ def atomic_folder(
     _remove(old)
 
 
-def clear_leftovers(path: Path, *, alone: bool = False) -> None:
-    """Undo what processes that died while writing to `path` left beside it.
+def clear_leftovers(path: Path, *, exclusive: bool = False) -> None:
+    """Remove what processes that were killed while writing to `path` left beside it.
 
-    What was moved aside there is put back where nothing took its place. Leftovers of processes that
-    are alive, on this machine or another, are left alone. alone: whether the caller holds a lock
-    under which nobody else writes there, so that all leftovers are those of dead processes.
+    What they had moved aside is moved back if `path` does not exist. Files of running processes, on
+    this machine or another, are kept. exclusive: whether the caller holds a lock that excludes
+    other writers, so that all leftovers are those of killed processes.
     """
-    found = list(_leftovers(path))
+    leftovers = list(_leftovers(path))
     alive = {
         token
-        for token, kind, there in found
-        if kind == "partial" and not alone and not _is_dead(there)
+        for token, kind, leftover in leftovers
+        if kind == "partial" and not exclusive and not _is_abandoned(leftover)
     }
-    for token, kind, there in found:
+    for token, kind, leftover in leftovers:
         if token in alive:
             continue
         if kind == "old" and not os.path.lexists(path):
             with suppress(OSError):
-                there.rename(path)
+                leftover.rename(path)
                 continue
-        _remove(there)
+        _remove(leftover)
 
 
 def clear_all_leftovers(folder: Path) -> None:
-    """`clear_leftovers` of all that was to be written into a folder, for one that holds it alone.
+    """Call `clear_leftovers` for everything in a folder to which no other process writes.
 
-    For what no process begins again, as a trajectory whose source is gone.
+    This also removes leftovers of paths that nothing writes again, such as a trajectory whose
+    source was deleted.
     """
     named = re.compile(rb"\.(.+?)(?:\.[0-9a-f]{16})?\.(?:partial|old)")
     names = set()
@@ -136,11 +136,11 @@ def clear_all_leftovers(folder: Path) -> None:
             match[1] for entry in entries if (match := named.fullmatch(os.fsencode(entry.name)))
         }
     for name in sorted(names):
-        clear_leftovers(folder / os.fsdecode(name), alone=True)
+        clear_leftovers(folder / os.fsdecode(name), exclusive=True)
 
 
 def _leftovers(path: Path) -> Iterator[tuple[str, str, Path]]:
-    """Token, kind and place of each; without a token where an earlier version left it."""
+    """Token, kind and path of each leftover. Those of earlier versions have no token."""
     stem = re.escape(os.fsencode(_stem(path)))
     named = re.compile(rb"\." + stem + rb"(?:\.([0-9a-f]{16}))?\.(partial|old)")
     with suppress(OSError), os.scandir(path.parent) as entries:
@@ -154,21 +154,21 @@ def _beside(path: Path, token: str, kind: str) -> Path:
 
 
 def _stem(path: Path) -> str:
-    """The part of a hidden name that says whose it is."""
+    """The part of a hidden name that identifies its path."""
     return os.fsdecode(os.fsencode(path.name)[:_NAME_BYTES])
 
 
 def _lock(handle: int) -> None:
-    """Hold a file or folder until it is closed, where the file system can.
+    """Lock a file or folder until it is closed, if the file system has locks.
 
-    It waits for those who are asking right now whether anybody holds it.
+    Waits for processes that test the lock at this moment.
     """
     with suppress(OSError):
         fcntl.flock(handle, fcntl.LOCK_EX)
 
 
-def _is_dead(path: Path) -> bool:
-    """Whether nobody is writing there any more: whoever is holds it."""
+def _is_abandoned(path: Path) -> bool:
+    """Whether no process writes there any more. A process that does holds a lock."""
     try:
         if path.is_symlink():
             return True
@@ -180,36 +180,36 @@ def _is_dead(path: Path) -> bool:
             return False
         finally:
             os.close(handle)
-    except OSError:  # No locks here: told by its age.
+    except OSError:  # No locks on this file system: decide by age.
         with suppress(OSError):
             return time.time() - path.lstat().st_mtime > _STALE
         return False
 
 
 def _is_just_made(path: Path) -> bool:
-    """Whether a file or folder is new and empty: whoever made it may not hold it yet."""
+    """Whether a file or folder is new and empty, so that its process may not have locked it yet."""
     stat = path.lstat()
     empty = not any(path.iterdir()) if path.is_dir() else stat.st_size == 0
     return empty and time.time() - stat.st_mtime < _MADE
 
 
-def _exchange(partial: Path, place: Path, old: Path) -> None:
-    """Move a folder to its place, and what is there aside; others may be about the same."""
+def _exchange(partial: Path, path: Path, old: Path) -> None:
+    """Move a folder to its path, and what is there aside, while others may do the same."""
     for _ in range(_TRIES):
         with suppress(FileNotFoundError):
-            place.rename(old)
+            path.rename(old)
         try:
-            partial.rename(place)
+            partial.rename(path)
             return
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
                 raise
-            _remove(old)  # Another was faster: what it put there is newer.
-    partial.rename(place)
+            _remove(old)  # Another process was faster, and its folder is newer.
+    partial.rename(path)
 
 
 def _make(folder: Path) -> None:
-    """Make a folder and those above it, of which another process may remove an empty one."""
+    """Create a folder and its parents, while other processes may remove empty parents."""
     for _ in range(_TRIES):
         with suppress(FileNotFoundError):
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -219,7 +219,7 @@ def _make(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, a link, or a folder with all in it; where that fails, the next run tries."""
+    """Remove a file, a link, or a folder with its content. Errors are left to the next run."""
     with suppress(OSError):
         if path.is_symlink() or not path.is_dir():
             path.unlink(missing_ok=True)
@@ -228,15 +228,15 @@ def _remove(path: Path) -> None:
 
 
 def flush(paths: Iterable[Path]) -> None:
-    """Wait until files, or the entries of folders, are on disk. Raises OSError where they fail."""
-    # All at once: file systems write their journals once for many that wait.
+    """Wait until files, or the entries of folders, are on disk. Raises OSError."""
+    # In parallel, because file systems write their journal once for many waiting files.
     with ThreadPoolExecutor(_FLUSHES) as pool:
         for _ in pool.map(_flush, paths):
             pass
 
 
 def flush_tree(folder: Path) -> None:
-    """Wait until a folder is on disk, with all that is in it. Raises OSError where that fails."""
+    """Wait until a folder and its content are on disk. Raises OSError."""
     paths = [Path(parent, name) for parent, _, names in os.walk(folder) for name in names]
     flush(path for path in paths if not path.is_symlink())
     flush(Path(parent) for parent, _, _ in os.walk(folder))
@@ -247,7 +247,7 @@ def _flush(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # A file system that knows of none.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # The file system has no fsync.
             raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(handle)

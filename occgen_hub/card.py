@@ -34,6 +34,7 @@ from occgen_hub.fusion.quality import Quality
 from occgen_hub.index import INDEX, Entry, entries, parts, read_part
 from occgen_hub.lerobot.export_check import RECORD
 from occgen_hub.loading import NOT_BUILT, SCHEMA, Trajectory
+from occgen_hub.scene_states import FOLDER as STATES
 from occgen_hub.schema import Feature, Schema, load_schema
 from occgen_hub.shards import FOLDER
 from occgen_hub.visual.preview import preview
@@ -133,6 +134,26 @@ def write_export_card(
         *_columns(shown),
         *(f"In the export, {remark}.\n" for remark in remarks),
         *_grids(facts),
+        *_quality(facts),
+        *_origin(facts, EXPORT_RECORD),
+    )
+    with atomic_file(out / CARD) as partial:
+        partial.write_text("\n".join(parts) + "\n", encoding="utf-8")
+    return out / CARD
+
+
+def write_frames_card(out: Path, facts: Facts, layout: str, remarks: Iterable[str]) -> Path:
+    """Write `out`/README.md for an export to files of each frame; see `frame_exports`.
+
+    layout: what the files are, in Markdown; remarks: what differs from the dataset. Returns the
+    card's path. Raises OSError.
+    """
+    parts = (
+        _front_matter(facts, []),
+        *_introduction(facts, picture=False, layout=_FRAME_FILES),
+        "## What is in it\n",
+        layout,
+        *(f"In the export, {remark}.\n" for remark in remarks),
         *_quality(facts),
         *_origin(facts, EXPORT_RECORD),
     )
@@ -244,6 +265,10 @@ _TRAJECTORIES = (
     "; for every trajectory the occupied cells and the cloud of the whole scene. Each trajectory, "
     "`<group>/<scene>/<trajectory>/`, is a LeRobot v2.1 dataset by itself."
 )
+_FRAME_FILES = (
+    ", as the dataset has them. Here are, for each frame, the states of the scene around the "
+    "camera: occupied, free, unknown, hidden cells included."
+)
 _PACKED = (
     ", its image, depth and task. All is in Parquet files, a row a frame, `occupancy/*/*.parquet`, "
     "which belong to scenes."
@@ -279,13 +304,15 @@ def _configs(facts: Facts, schema: Schema) -> list[dict[str, Any]]:
     """Which files `load_dataset` finds under which name."""
     if facts.packed:
         shards = _config(FOLDER, f"{FOLDER}/*/*.parquet") | {"default": True}
-        return [shards, _config(INDEX, f"{INDEX}/*.parquet")]
+        states = _config(STATES, f"{STATES}/*/*.parquet")
+        return [shards, states, _config(INDEX, f"{INDEX}/*.parquet")]
     frames = re.sub(r"\{[^}]*\}", "*", schema.files["frames"].path)
     configs = [_config("default", f"**/{frames}")]
     if facts.partial:  # `datasets` wants one schema, and would refuse the table.
         configs[0]["columns"] = list(facts.features)
     if facts.occupancy:
         configs.append(_config(FOLDER, f"{FOLDER}/*/*.parquet"))
+        configs.append(_config(STATES, f"{STATES}/*/*.parquet"))
     configs.append(_config(INDEX, f"{INDEX}/*.parquet"))
     return configs
 

@@ -1,4 +1,4 @@
-"""What can be tuned, with defaults that need no tuning."""
+"""The configuration of a build, with defaults that need no tuning."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from occgen_hub.files import read_bytes
 MAX_CONFIG_BYTES = 1 << 16
 MAX_INTERVAL = 1 << 20
 MAX_CELLS = 1 << 29
-"""Half a gigabyte of cells, a byte each while a frame is worked on."""
+"""Limit of a grid: half a gigabyte, since a frame uses one byte per cell."""
 
 Condition = Literal["depth", "intrinsics", "poses"]
 
@@ -30,9 +30,9 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Config(BaseModel):
-    """The parameters of a build; two builds with equal ones give equal bytes.
+    """The parameters of a build. Equal parameters and sources give equal bytes.
 
-    Lengths are metres. Everything has a default, so `Config()` is the usual setting.
+    Lengths are in metres. Every parameter has a default.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,18 +46,18 @@ class Config(BaseModel):
     )
     interval: Annotated[int, Field(ge=1, le=MAX_INTERVAL)] | Literal["auto"] = Field(
         1,
-        description="reconstruct from every interval-th frame; auto, for networks: skips frames "
-        "where the camera hardly moves",
+        description="use every interval-th frame; auto, for networks: skips frames where the "
+        "camera hardly moves",
     )
     depth_range: tuple[Positive, Positive] = Field(
         (0.1, 6.5), description="nearest and farthest depth to use"
     )
     depth_edge: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        0.03, description="drop pixels that float between two surfaces, relative; 0 keeps all"
+        0.03, description="drop pixels between two surfaces, relative tolerance; 0 keeps all"
     )
     fusion: Literal["evidence", "union"] = Field(
         "evidence",
-        description="evidence keeps what frames agree on; union every measured point",
+        description="evidence keeps points that frames agree on; union keeps every point",
     )
     noise: Noise = Field(
         "auto",
@@ -66,25 +66,25 @@ class Config(BaseModel):
     )
     refine_poses: bool | Literal["auto"] = Field(
         "auto",
-        description="align each frame to the fused scene: auto does where poses are off and frames "
-        "then agree better; true; false",
+        description="align each frame to the fused scene: true, false, or auto, if poses have "
+        "errors and frames then agree better",
     )
     fusion_voxel_size: Positive | None = Field(
         None, description="resolution of the fused cloud; half of voxel_size if not set"
     )
     voxel_size_scale: Annotated[float, Field(ge=1e-3, le=1e6, allow_inf_nan=False)] | None = Field(
         None,
-        description="dynamic size: origin_pcd.ply is thinned to "
-        "cbrt(scene volume) / voxel_size_scale where that is coarser than voxel_size",
+        description="dynamic voxel size: origin_pcd.ply is downsampled to cbrt(scene volume) / "
+        "voxel_size_scale if that is coarser than voxel_size",
     )
     confidence: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
-        0.1, description="networks: drop points that the network is less sure of"
+        0.1, description="networks: drop points with a lower confidence"
     )
     max_pixels: Annotated[int, Field(ge=1 << 10, le=1 << 22)] = Field(
-        255_000, description="networks: of a frame as the network sees it"
+        255_000, description="networks: pixels of the resized frames"
     )
     window: Annotated[int, Field(ge=2, le=4096)] | None = Field(
-        None, description="networks: frames at once; what fits into free memory if not set"
+        None, description="networks: frames at a time; as many as fit into memory if not set"
     )
     overlap: Annotated[int, Field(ge=1, le=2048)] | None = Field(
         None,
@@ -93,25 +93,25 @@ class Config(BaseModel):
     )
     loop_closure: bool | Literal["auto"] = Field(
         "auto",
-        description="networks: look for places that a video comes back to, and close the loops: "
-        "auto does in videos of four windows or more; true; false",
+        description="networks: find places that a video returns to, and correct the drift: true, "
+        "false, or auto, for videos of four windows or more",
     )
     condition: tuple[Condition, ...] = Field(
-        (), description="pi3x: what it is told besides the images: depth, intrinsics, poses"
+        (), description="pi3x: inputs besides the images: depth, intrinsics, poses"
     )
     hfov: Annotated[float, Field(ge=5, le=170)] | None = Field(
         None,
-        description="degrees that a camera sees from side to side, where the source gives no "
-        "intrinsics; 79 if not set",
+        description="horizontal field of view in degrees, for sources without intrinsics; 79 if "
+        "not set",
     )
     compile: bool = Field(
         False, description="networks: compile them first (torch.compile), for long builds"
     )
     mesh: bool = Field(
-        False, description="close small holes along a Poisson surface through the cloud"
+        False, description="fill small holes along a Poisson surface through the cloud"
     )
     mesh_density_cut: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
-        0.0, description="mesh: leave out this share of it, where the fewest points support it"
+        0.0, description="mesh: share of the surface to remove, where points are sparsest"
     )
 
     @model_validator(mode="after")
@@ -119,7 +119,7 @@ class Config(BaseModel):
         if self.depth_range[0] >= self.depth_range[1]:
             raise ValueError("depth_range must be (nearest, farthest), nearest first")
         if any(low >= high for low, high in zip(self.pc_range, self.pc_range[3:], strict=False)):
-            raise ValueError("pc_range must have each minimum under its maximum")
+            raise ValueError("each minimum of pc_range must be below its maximum")
         if math.prod(self.grid_shape) > MAX_CELLS:
             raise ValueError(
                 f"pc_range / voxel_size gives a grid of {self.grid_shape} cells, over the limit of "
@@ -129,7 +129,7 @@ class Config(BaseModel):
 
     @property
     def grid_shape(self) -> tuple[int, int, int]:
-        """(nx, ny, nz): the fewest whole cells that cover `pc_range`."""
+        """(nx, ny, nz): the smallest numbers of cells that cover `pc_range`."""
         size = decimal(self.voxel_size)
         nx, ny, nz = (
             math.ceil((decimal(high) - decimal(low)) / size)
@@ -139,19 +139,19 @@ class Config(BaseModel):
 
     @property
     def fusion_size(self) -> float:
-        """Metres: edge of the voxels in which the fused cloud keeps one point."""
+        """Edge of the voxels in which the fused cloud has one point, metres."""
         return self.fusion_voxel_size or self.voxel_size / 2
 
 
 def decimal(value: float) -> Fraction:
-    """The number as it was written: 0.02 is 1/50 here, not its nearest binary fraction."""
+    """The number as a decimal fraction: 0.02 becomes exactly 1/50."""
     return Fraction(repr(float(value)))
 
 
 def load_config(path: Path | None = None, settings: tuple[str, ...] = ()) -> Config:
-    """Defaults, overridden by a YAML file, overridden by `key=value` settings.
+    """Load a configuration: defaults, then a YAML file, then `key=value` settings.
 
-    Raises UsageError when the file cannot be read or a value does not fit.
+    Raises UsageError if the file cannot be read or a value is not valid.
     """
     values: dict[str, Any] = {} if path is None else _read_yaml(path)
     config = _config(values, path)
@@ -169,13 +169,13 @@ def load_config(path: Path | None = None, settings: tuple[str, ...] = ()) -> Con
 
 
 def _config(values: dict[str, Any], path: Path | None) -> Config:
-    """A configuration of values, those of a file where one is given."""
+    """The configuration with these values. path: their file, for errors."""
     place = f"{path}: " if path is not None else ""
-    for key, value in values.items():  # To pydantic, true is the number 1.
+    for key, value in values.items():  # pydantic accepts true as the number 1.
         field = Config.model_fields.get(key)
         takes_bool = field is not None and bool in (field.annotation, *get_args(field.annotation))
         if field and isinstance(value, bool) and not takes_bool:
-            raise UsageError(f"{place}{key}: expected no yes or no ({field.description}).")
+            raise UsageError(f"{place}{key}: cannot be true or false ({field.description}).")
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -203,15 +203,15 @@ def _explain(error: ValidationError) -> str:
     key = str(first["loc"][0])
     if key not in Config.model_fields:
         known = ", ".join(Config.model_fields)
-        return f"{key[:80]}: there is no such setting; the settings are {known}."
-    return f"{key}: {_wanted(first, key)} ({Config.model_fields[key].description})."
+        return f"{key[:80]}: unknown setting; the settings are {known}."
+    return f"{key}: {_expected(first, key)} ({Config.model_fields[key].description})."
 
 
 _EXPECTED = {"float": "a number", "int": "a whole number", "bool": "true or false"}
 
 
-def _wanted(error: Any, key: str) -> str:
-    """What a setting should be instead, by pydantic's error on it."""
+def _expected(error: Any, key: str) -> str:
+    """The value that a setting should have, from pydantic's error."""
     kind, default = error["type"], Config.model_fields[key].default
     if kind in ("missing", "too_long", "tuple_type"):
         count = f"{len(default)} numbers" if default else "some of them"
@@ -219,4 +219,4 @@ def _wanted(error: Any, key: str) -> str:
     for prefix, words in _EXPECTED.items():
         if kind.startswith(f"{prefix}_"):
             return f"expected {words}"
-    return str(error["msg"].replace("Input should be", "has to be", 1))[:300]
+    return str(error["msg"].replace("Input should be", "must be", 1))[:300]

@@ -113,7 +113,7 @@ def reconstruct_episode(
     It may run in another thread than `write_episode`, which writes the episode before it meanwhile.
     """
     place = out / ref.id
-    clear_leftovers(place, alone=True)  # A build holds its output; an episode is in one shard.
+    clear_leftovers(place, exclusive=True)  # A build holds its output; an episode is in one shard.
     remove_scratch(place)
     check_replaceable(place, load_schema(builder.schema))
     engine = settings.engine.for_episode(ref.id, has_depth=builder.has_depth(ref))

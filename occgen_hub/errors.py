@@ -1,4 +1,4 @@
-"""What can go wrong, said so that a user can act on it."""
+"""The errors of OccGen Hub."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from unicodedata import category
 
 
 class OccGenError(Exception):
-    """A failure that a user can act on; its text is one sentence naming the file and the remedy.
+    """Base class. The message is one sentence that names the file, the problem and the remedy.
 
-    exit_code: what the command line ends with when nothing catches it; has_lines: whether line
-    breaks in the text are ours, and not those of a name.
+    exit_code: that of the command line; has_lines: whether the message has line breaks on purpose.
     """
 
     exit_code = 1
@@ -18,29 +17,29 @@ class OccGenError(Exception):
 
 
 class UsageError(OccGenError):
-    """The command, an option or a configuration is wrong; nothing was done."""
+    """The command, an option or a configuration is wrong. Nothing was done."""
 
     exit_code = 2
 
 
 class MachineError(OccGenError):
-    """The machine's fault and no file's: the same may go well another time."""
+    """A fault of the machine and not of a file. Trying again may succeed."""
 
 
 class SourceError(OccGenError):
-    """A file of the source cannot be used: says which, what is wrong and what to do."""
+    """A file of the source cannot be used."""
 
     def __init__(self, path: Path | str, problem: str, remedy: str) -> None:
         super().__init__(f"{path}: {problem}; {remedy}.")
         self.path, self.problem, self.remedy = str(path), problem, remedy
 
     def __reduce__(self) -> tuple[type[SourceError], tuple[str, str, str]]:
-        """Pickled by its parts, so that it crosses from a worker process whole."""
+        """Pickle the parts, so that the error can be sent between processes."""
         return type(self), (self.path, self.problem, self.remedy)
 
 
 def in_brief(text: str, limit: int = 160) -> str:
-    """The first line of what a library says, without its full stop, cut between words."""
+    """The first line of a library's message without the full stop, shortened between words."""
     line = (text.strip().splitlines() or [""])[0].rstrip(". ")
     if len(line) <= limit:
         return line
@@ -49,7 +48,7 @@ def in_brief(text: str, limit: int = 160) -> str:
 
 
 def one_line(text: str) -> str:
-    """Text for a terminal: line breaks, control characters and changes of direction escaped."""
+    """Escape line breaks, control characters and changes of direction, for a terminal."""
     return "".join(
         letter.encode("unicode_escape").decode()
         if category(letter) in ("Cc", "Cs", "Zl", "Zp") or letter in _DIRECTIONS

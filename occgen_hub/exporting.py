@@ -1,39 +1,49 @@
-"""A built dataset in another form: one LeRobot v3.0 dataset, with the occupancy beside it."""
+"""A built dataset in another form: one LeRobot v3.0 dataset, or files as OccScanNet has them."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from occgen_hub.atomic import atomic_folder
-from occgen_hub.card import PICTURE, Facts, survey, write_export_card
+from occgen_hub.atomic import atomic_file, atomic_folder
+from occgen_hub.card import (
+    CARD,
+    PICTURE,
+    Facts,
+    is_own,
+    survey,
+    write_export_card,
+    write_frames_card,
+)
 from occgen_hub.errors import DatasetError, OccGenError, UsageError
 from occgen_hub.files import (
     LINK_OUT,
     PUT_FILE,
     dump_json,
     files_under,
-    hold,
     links_out,
     printable,
+    read_json,
     sha256,
+    try_lock,
 )
+from occgen_hub.frame_exports import EXPORTS, write_frames
 from occgen_hub.index import describe, parts
-from occgen_hub.lerobot.export_check import RECORD, check_content, exported
+from occgen_hub.lerobot.export_check import RECORD, check_content, exported, held_episodes
 from occgen_hub.lerobot.v30 import CODEBASE, DEPTH_MAX, OWN, RESERVED, Fit, Layout, write
 from occgen_hub.loading import REBUILD, SCHEMA, Trajectory, built, trajectories
 from occgen_hub.scene_states import states_files
 from occgen_hub.schema import Feature, load_schema
 from occgen_hub.shards import shards, write_shards
 
-Format = Literal["lerobot-v3.0"]
+Format = Literal["lerobot-v3.0", "occscannet", "occ3d"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 MAX_FPS = 240
 """Frames a second: what the encoder takes at most."""
@@ -64,16 +74,18 @@ def export(
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
-    """Write a built dataset as one LeRobot v3.0 dataset, as `occgen-hub export` does.
+    """Write a built dataset in another form, as `occgen-hub export` does.
 
-    root: the folder that `build` wrote; out: the new one, which appears when it is whole; fps:
-    frames a second, where the trajectories have several rates; overwrite: whether an earlier export
-    at `out` is replaced; progress: called with frames done and in all.
+    root: the folder that `build` wrote; out: the new one, which appears when it is whole; to: one
+    LeRobot v3.0 dataset, or the files of OccScanNet or of Occ3D, see `frame_exports`; fps: of
+    LeRobot's, frames a second, where the trajectories have several rates; overwrite: whether an
+    earlier export at `out` is replaced; progress: called with frames done and in all.
 
-    An episode is a trajectory, in the order of their ids. Columns that all trajectories have alike
-    are kept, matrices as they are; RGB becomes video, depth LeRobot's depth video. Images of
-    different sizes are brought to the commonest, with black around them, and intrinsics with them.
-    The occupancy lies beside it as Parquet, its rows in the order of the frames.
+    In the LeRobot dataset, an episode is a trajectory, in the order of their ids. Columns that all
+    trajectories have alike are kept, matrices as their numbers row after row; RGB becomes video,
+    depth LeRobot's depth video. Images of different sizes are brought to the commonest, with black
+    around them, and intrinsics with them. The occupancy lies beside it as Parquet, its rows in the
+    order of the frames.
 
     Returns what a user should know, in sentences. Raises UsageError where the arguments do not fit;
     OccGenError where a trajectory cannot be read or written.
@@ -84,6 +96,10 @@ def export(
     if to not in FORMATS:
         raise UsageError(f"--to {to}: is no form to export to; give one of {', '.join(FORMATS)}.")
     _check_places(root, out, overwrite=overwrite)
+    if to in EXPORTS:
+        if fps is not None:
+            raise UsageError("--fps: goes with --to lerobot-v3.0; leave it out.")
+        return _export_frames(root, out, to, overwrite=overwrite, progress=progress)
     plan = plan_export(root, fps)
     total, done = plan.facts.frames, 0
 
@@ -108,6 +124,116 @@ def export(
     return list(plan.remarks)
 
 
+def update_export(root: str | Path, out: str | Path) -> list[str]:
+    """Bring the occupancy of an export up to date, as `occgen-hub export --update` does.
+
+    root: the folder that `build` wrote; out: what LeRobot's tools made of its export: episodes
+    deleted, split off or merged, tasks and statistics changed. Which trajectory an episode is the
+    column "episode" says. Tables and videos stay as they are.
+
+    Returns what a user should know, in sentences. Raises UsageError where the episodes are not all
+    different trajectories of `root`; OccGenError where a file cannot be read or written.
+    """
+    root, out = Path(root), Path(out)
+    if exported(root):
+        raise UsageError(f"{root}: is an export already; give the dataset that it was made from.")
+    info = read_json(out / "meta/info.json")
+    features = info.get("features")
+    if info.get("codebase_version") != CODEBASE or not isinstance(features, dict):
+        raise UsageError(f"{out}: is no LeRobot {CODEBASE} dataset; give what an export became.")
+    try:
+        plan = _plan_update(root, out, info, features)
+        with _alone(out, out.with_name(f".{out.name}.lock")):
+            (out / RECORD).unlink(missing_ok=True)  # The mark of an export that is whole.
+            _add_occupancy(root, out, plan.leave_out)
+            if is_own(out / CARD):
+                write_export_card(out, plan.facts, features, plan.remarks)
+            _write_record(out, plan)
+            for problem in check_content(out):
+                (out / RECORD).unlink()
+                raise problem
+    except OSError as error:
+        raise _unwritable(error, out) from error
+    return list(plan.remarks)
+
+
+def _plan_update(root: Path, out: Path, info: dict[str, Any], features: dict[str, Any]) -> Plan:
+    """What an export holds after it was edited; raises UsageError where that cannot be told."""
+    found = {printable(path.relative_to(root).as_posix()): path for path in trajectories(root)}
+    held = held_episodes(out)
+    again = "export the dataset again, with --overwrite, and edit that"
+    for name, count in Counter(name for name, _ in held).items():
+        if name not in found:
+            raise UsageError(
+                f"{out}: holds the trajectory {name}, which is not in {root}; give the dataset "
+                "that it was exported from."
+            )
+        if count > 1:
+            raise UsageError(f"{out}: holds the trajectory {name} {count} times; {again}.")
+    for name, length in held:
+        frames = Trajectory.open(found[name]).info().get("total_frames")
+        if frames != length:
+            raise UsageError(
+                f"{out}: holds {length} frames of the trajectory {name}, of {frames}; {again}."
+            )
+    names = tuple((found[name].relative_to(root).as_posix(), found[name]) for name, _ in held)
+    kept = {path for _, path in names}
+    facts = survey(describe(printable(name), path) for name, path in names)
+    schema = load_schema(SCHEMA)
+    layout = Layout(
+        fps=int(info.get("fps") or 0),
+        robot_type=str(info.get("robot_type")),
+        size=(0, 0),  # Nothing is encoded.
+        features={},
+        rgb=schema.folder("rgb") in features,
+        depth=schema.folder("depth") in features,
+    )
+    remark = "LeRobot's tools have changed tables or videos since the export"
+    leave_out = tuple(path for path in found.values() if path not in kept)
+    return Plan(names, leave_out, facts, layout, (remark,))
+
+
+def _export_frames(
+    root: Path,
+    out: Path,
+    to: Format,
+    *,
+    overwrite: bool,
+    progress: Callable[[int, int], None],
+) -> list[str]:
+    """Write the files of OccScanNet or Occ3D; as `export`."""
+    for link in links_out(root):
+        raise DatasetError(link, LINK_OUT, PUT_FILE)
+    names = sorted((path.relative_to(root).as_posix(), path) for path in trajectories(root))
+    facts = survey(describe(printable(name), path) for name, path in names)
+    if len(facts.grids) > 1:
+        raise UsageError(_several_grids(root, facts))
+    total, done = facts.frames, 0
+
+    def count(frames: int) -> None:
+        nonlocal done
+        done += frames
+        progress(done, total)
+
+    progress(0, total)
+    with _staged(out) as folder:
+        _check_places(root, out, overwrite=overwrite)  # Another may have been faster.
+        folder.mkdir()
+        remarks = write_frames(folder, to, names, count)
+        write_frames_card(folder, facts, EXPORTS[to].card, remarks)
+        (folder / RECORD).parent.mkdir()
+        record = _record_of(to, names, facts, remarks, folder)
+        (folder / RECORD).write_text(dump_json(record, indent=1) + "\n", encoding="utf-8")
+    return remarks
+
+
+def _several_grids(root: Path, facts: Facts) -> str:
+    return (
+        f"{root}: its trajectories have {len(facts.grids)} different grids, which no batch can "
+        "hold together; build the whole dataset with one configuration."
+    )
+
+
 def plan_export(root: Path, fps: int | None = None) -> Plan:
     """What an export of a dataset will hold; raises UsageError where it cannot be one dataset.
 
@@ -120,10 +246,7 @@ def plan_export(root: Path, fps: int | None = None) -> Plan:
     names = tuple(sorted((path.relative_to(root).as_posix(), path) for path in kept))
     facts = survey(describe(printable(name), path) for name, path in names)
     if len(facts.grids) > 1:
-        raise UsageError(
-            f"{root}: its trajectories have {len(facts.grids)} different grids, which no batch can "
-            "hold together; build the whole dataset with one configuration."
-        )
+        raise UsageError(_several_grids(root, facts))
     opened = [Trajectory.open(path) for _, path in names]
     layout = Layout(
         fps=_rate(root, opened, fps, remarks),
@@ -230,14 +353,30 @@ def _add_occupancy(root: Path, folder: Path, leave_out: tuple[Path, ...]) -> Non
     for path in (*shards(root), *parts(root), *states_files(root)):
         place = folder / path.relative_to(root)
         place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, place)
+        with atomic_file(place) as partial:
+            shutil.copyfile(path, partial)
     write_shards(root, out=folder, leave_out=leave_out, drop_missing=True)
 
 
 def _write_record(folder: Path, plan: Plan) -> None:
     """meta/occgen_export.json, last: which trajectory each episode is, a SHA-256 of every file."""
+    record = _record_of(f"lerobot-{CODEBASE}", plan.names, plan.facts, plan.remarks, folder)
+    record["lerobot"] = version("lerobot")
+    if plan.layout.depth:
+        record["depth_max"] = DEPTH_MAX
+    (folder / RECORD).write_text(dump_json(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _record_of(
+    form: str,
+    names: Iterable[tuple[str, Path]],
+    facts: Facts,
+    remarks: Iterable[str],
+    folder: Path,
+) -> dict[str, Any]:
+    """The record of an export to a form, whose files are in a folder."""
     episodes = []
-    for name, path in plan.names:
+    for name, path in names:
         trajectory = Trajectory.open(path)
         episodes.append(
             {
@@ -248,24 +387,20 @@ def _write_record(folder: Path, plan: Plan) -> None:
                 "record": sha256(trajectory.file("record")),
             }
         )
-    shape, voxel_size, pc_range = next(iter(plan.facts.grids))
-    record = {
-        "format": f"lerobot-{CODEBASE}",
+    shape, voxel_size, pc_range = next(iter(facts.grids))
+    return {
+        "format": form,
         "version": version("occgen-hub"),
-        "lerobot": version("lerobot"),
         "grid": {"voxel_size": voxel_size, "pc_range": list(pc_range), "shape": list(shape)},
-        **({"depth_max": DEPTH_MAX} if plan.layout.depth else {}),
         "weights": [
-            {"network": network, "license": licence}
-            for network, licence in sorted(plan.facts.licences)
+            {"network": network, "license": licence} for network, licence in sorted(facts.licences)
         ],
-        "notes": list(plan.remarks),
+        "notes": list(remarks),
         "episodes": episodes,
         "files": {
             path.relative_to(folder).as_posix(): sha256(path) for path in files_under(folder)
         },
     }
-    (folder / RECORD).write_text(dump_json(record, indent=1) + "\n", encoding="utf-8")
 
 
 # Places
@@ -303,11 +438,13 @@ def _staged(out: Path) -> Iterator[Path]:
             partial.rmdir()  # LeRobot makes it; until then, and after, the lock keeps others out.
             yield partial
     except OSError as error:
-        place = error.filename or out
-        raise OccGenError(
-            f"{place}: cannot be read or written ({error.strerror or error}); mend that and export "
-            "again."
-        ) from error
+        raise _unwritable(error, out) from error
+
+
+def _unwritable(error: OSError, out: Path) -> OccGenError:
+    place = error.filename or out
+    said = error.strerror or error
+    return OccGenError(f"{place}: cannot be read or written ({said}); mend that and export again.")
 
 
 @contextmanager
@@ -315,7 +452,7 @@ def _alone(out: Path, lock: Path) -> Iterator[None]:
     """Hold the place of an export; raises UsageError where another export holds it."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with os.fdopen(os.open(lock, flags, 0o666), "r+b", buffering=0) as file:
-        if not hold(file.fileno()):
+        if not try_lock(file.fileno()):
             raise UsageError(
                 f"{out}: another export is writing there; wait for it or choose another place."
             )

@@ -1,4 +1,4 @@
-"""Files, read at a bounded cost."""
+"""Reading files with bounded time and memory, locks, links and checksums."""
 
 from __future__ import annotations
 
@@ -22,28 +22,33 @@ import pyarrow.parquet as pq
 from occgen_hub.errors import MachineError, SourceError, in_brief
 
 MAX_DOCUMENT_BYTES = 64 << 20
-"""Far above any real meta file: a line a trajectory, some kilobytes each."""
+"""Limit of a JSON file. Real ones have a line of some kilobytes per trajectory."""
 
 MAX_RECORD_BYTES = 1 << 28
-"""Of a trajectory's record, with a line of 120 bytes for each image: that of MAX_TABLE_ROWS frames
-with depth has room."""
+"""Limit of a trajectory's record, which has a line of 120 bytes for each image: enough for
+MAX_TABLE_ROWS frames with depth."""
 
 ABSENT = "restore it from the source or, if a build wrote it, run the same build again"
-"""What to do about a file that is not there."""
+"""The remedy for a missing file."""
 
 MACHINE_FAULTS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
-"""Of the errors on opening a file or folder, those that say nothing about it."""
+"""Errors of opening a file or folder that are not caused by it."""
 
 MAX_DEPTH = 64
-"""Levels of a JSON document; ours and the sources' have seven."""
+"""Limit of nesting in JSON. Real documents have seven levels."""
 
 MAX_TABLE_BYTES = 1 << 28
 MAX_TABLE_ROWS = 1 << 20
-"""An episode of 1 << 20 frames lasts ten hours, and its matrices take some 200 MB."""
+"""Limit of an episode's frames: ten hours, with about 200 MB of matrices."""
+
+MAX_BUILT_BYTES = 1 << 36
+"""Of a file of a dataset or an export; a sparse one may claim to hold more than a disk does."""
 
 
 def opened(path: Path) -> BufferedReader:
-    """A regular file, open for reading; raises SourceError, also for a pipe, which would block."""
+    """Open a regular file for reading. Raises SourceError, also for a pipe, which would block, and
+    MachineError for a fault of the machine.
+    """
     try:
         file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115  # the caller closes it
         kind = os.fstat(file.fileno()).st_mode
@@ -70,7 +75,7 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is a regular file that can be looked up; raises nothing."""
+    """Like Path.is_file, but False instead of an OSError."""
     try:
         return path.is_file()
     except OSError:
@@ -81,10 +86,10 @@ Version = tuple[int, ...]
 
 
 def version(path: Path) -> Version:
-    """Numbers that change with a file's content, or with the names in a folder.
+    """Numbers that change with a file's content, or with the names in a folder, for caches.
 
-    For remembering what was read of it. File systems count time in ticks: what changed a moment ago
-    may change again within the same one, so its numbers are new each time. Raises OSError.
+    Clocks of file systems have coarse ticks: a file that changed a moment ago may change again
+    within the same tick, so its version differs in each call. Raises OSError.
     """
     stat = path.stat()
     times = stat.st_mtime_ns, stat.st_ctime_ns
@@ -94,11 +99,11 @@ def version(path: Path) -> Version:
 
 
 TICK = 100_000_000
-"""Nanoseconds; the coarsest clock of a local file system has ticks of 10 ms."""
+"""Nanoseconds. Clocks of local file systems have ticks of at most 10 ms."""
 
 
 def read_bytes(path: Path, limit: int = MAX_DOCUMENT_BYTES) -> bytes:
-    """A whole file of at most `limit` bytes; raises SourceError when it cannot be had."""
+    """Read a whole file of at most `limit` bytes. Raises SourceError."""
     with opened(path) as file:
         try:
             data = file.read(limit + 1)
@@ -114,12 +119,12 @@ def read_bytes(path: Path, limit: int = MAX_DOCUMENT_BYTES) -> bytes:
 
 
 def read_json(path: Path, limit: int = MAX_DOCUMENT_BYTES) -> dict[str, Any]:
-    """A JSON object of at most `limit` bytes; raises SourceError when the file is not one."""
+    """Read a JSON object of at most `limit` bytes. Raises SourceError."""
     return _parse_object(_read_text(path, limit), path, "")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """A JSON object a line, blank lines left out; raises SourceError naming the bad line."""
+    """Read a file with a JSON object per line. Blank lines are skipped. Raises SourceError."""
     lines = _read_text(path, MAX_DOCUMENT_BYTES).splitlines()
     return [
         _parse_object(line, path, f"line {number}: ")
@@ -129,15 +134,15 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_text(path: Path, limit: int) -> bytes:
-    """JSON, not parsed yet, of a bounded number of values: three bytes become a hundred in memory.
+    """Read JSON text with a bounded number of values, since three bytes may take 100 in memory.
 
-    Counted by their punctuation, of which words may have some as well. What we and the sources
-    write takes more than VALUE_BYTES a value.
+    Values are counted by punctuation, which strings may contain too. Real files have more than
+    VALUE_BYTES bytes per value.
     """
     text = read_bytes(path, limit)
     weights = {b",": 1, b":": 1, b"\n": 1, b"[": 2, b"{": 3}
     if sum(weight * text.count(mark) for mark, weight in weights.items()) > limit // VALUE_BYTES:
-        problem = "holds more values than any file of its kind"
+        problem = "has more values than any file of its kind"
         raise SourceError(path, problem, "check that it is the right file")
     return text
 
@@ -156,10 +161,7 @@ def _parse_object(text: bytes, path: Path, where: str) -> dict[str, Any]:
 
 
 def parse_json(text: bytes | str) -> Any:
-    """JSON as its standard has it: no NaN, no infinity, no more than MAX_DEPTH levels.
-
-    Raises ValueError when it is not.
-    """
+    """Parse JSON strictly: no NaN, no infinity, at most MAX_DEPTH levels. Raises ValueError."""
     try:
         value = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except RecursionError:
@@ -181,16 +183,16 @@ def _finite(text: str) -> float:
 
 
 def read_parquet(path: Path) -> pa.Table:
-    """The table of an episode; raises SourceError when it is not one or does not fit in memory.
+    """Read the table of an episode. Raises SourceError if it is damaged or too large.
 
-    Read bit by bit, since a small file may stand for terabytes: what repeats is stored once.
+    It is read in batches with a limit, since a small file may decompress to terabytes.
     """
     try:
         with parquet_file(path) as file:
             if file.metadata.num_rows > MAX_TABLE_ROWS:
                 problem = f"claims {file.metadata.num_rows} rows, more than an episode has"
                 raise SourceError(path, problem, "check that it is the right file")
-            file.scan_contents()  # Raises where asking damaged metadata for a column would abort.
+            file.scan_contents()  # Raises for damaged metadata that would abort the process below.
             _check_size(file.metadata, path)
             batches, size = [], 0
             for batch in file.iter_batches(batch_size=1024):
@@ -201,35 +203,42 @@ def read_parquet(path: Path) -> pa.Table:
             table = plain(pa.Table.from_batches(batches, file.schema_arrow))
             table.validate(full=True)
     except PARQUET_DAMAGE as error:
-        raise SourceError(path, no_parquet(error), "restore it from the source") from None
-    if len(set(table.column_names)) < table.num_columns:
-        raise SourceError(path, "has two columns of one name", "restore it from the source")
+        raise SourceError(path, parquet_problem(error), "restore it from the source") from None
     return table
 
 
 @contextmanager
 def parquet_file(path: Path) -> Iterator[pq.ParquetFile]:
-    """A parquet file, open for reading; raises as `opened` does, and PARQUET_DAMAGE.
+    """Open a Parquet file for reading. Raises the errors of `opened`, and PARQUET_DAMAGE.
 
-    Arrow opens it itself: of a file of Python's its threads would hold bytes that they can let go
-    of only while there is an interpreter, and the process would be aborted when it ends early.
+    Arrow opens the file itself. With a Python file, Arrow's threads may hold Python objects when
+    the interpreter ends, which aborts the process.
     """
     with opened(path), pa.OSFile(os.fsencode(path)) as file:
-        yield pq.ParquetFile(file)
+        found = pq.ParquetFile(file)
+        check_column_names(found)
+        yield found
+
+
+def check_column_names(file: pq.ParquetFile) -> None:
+    """Raise ValueError where two columns have one name, which Arrow does not find by it."""
+    names = file.schema_arrow.names
+    if len(set(names)) < len(names):
+        raise ValueError("it has two columns of one name")
 
 
 PARQUET_DAMAGE = (pa.ArrowException, OSError, ValueError, MemoryError)
-"""What Arrow raises in the middle of a damaged file."""
+"""The exceptions that Arrow raises for a damaged file."""
 
 
-def no_parquet(error: BaseException) -> str:
-    """What is wrong with a file of which Arrow raised one of PARQUET_DAMAGE."""
-    said = in_brief(str(error) or type(error).__name__, 120)
-    return f"is not a parquet file that can be read ({said})"
+def parquet_problem(error: BaseException) -> str:
+    """The problem of a file for which Arrow raised one of PARQUET_DAMAGE."""
+    message = in_brief(str(error) or type(error).__name__, 120)
+    return f"is not a readable Parquet file ({message})"
 
 
 def plain(table: pa.Table) -> pa.Table:
-    """Extension types, as `datasets` has for matrices, as what they are stored as."""
+    """Convert extension types, such as those of `datasets` for matrices, to their storage types."""
     for n, column in enumerate(table.columns):
         if isinstance(column.type, pa.BaseExtensionType):
             stored = pa.chunked_array(
@@ -240,7 +249,7 @@ def plain(table: pa.Table) -> pa.Table:
 
 
 def _check_size(metadata: pq.FileMetaData, path: Path) -> None:
-    """Refuse a table by what its own metadata says."""
+    """Raise SourceError if a table is too large according to its metadata."""
     groups = [metadata.row_group(n) for n in range(metadata.num_row_groups)]
     values = sum(g.column(n).num_values for g in groups for n in range(g.num_columns))
     if values * 4 > MAX_TABLE_BYTES or sum(g.total_byte_size for g in groups) > MAX_TABLE_BYTES:
@@ -248,22 +257,28 @@ def _check_size(metadata: pq.FileMetaData, path: Path) -> None:
 
 
 def _too_large(path: Path) -> SourceError:
-    problem = f"holds more than {MAX_TABLE_BYTES >> 20} MB of values, more than an episode has"
+    problem = f"has more than {MAX_TABLE_BYTES >> 20} MB of values, the limit of an episode"
     return SourceError(path, problem, "check that it is the right file")
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
+def sha256(path: Path, limit: int | None = None) -> str:
+    """The SHA-256 of a file's content in hexadecimal.
+
+    Raises SourceError, also for a file of more than `limit` bytes.
+    """
     with opened(path) as file:
+        if limit is not None and os.fstat(file.fileno()).st_size > limit:
+            problem = f"holds more than {limit >> 30} GB, more than any file of a dataset"
+            raise SourceError(path, problem, "restore it from a copy")
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def leads_out(path: Path, folder: Path) -> bool:
-    """Whether `path`, which is below `folder`, is a symbolic link out of it, or behind one.
+    """Whether `path`, which is below `folder`, is or is below a symbolic link out of it.
 
-    This is the rule for all that reads, copies or uploads a dataset: a link is followed where it
-    leads to another place in the folder. In a snapshot of the Hub's cache, whose files are links,
-    it may also lead to the blobs of the same repository.
+    This rule applies to everything that reads, copies or uploads a dataset: a link is followed if
+    its target is in the folder. In a snapshot of the Hub's cache, whose files are links, the target
+    may also be among the blobs of the same repository.
     """
     between = (path, *path.parents[: len(path.parts) - len(folder.parts) - 1])
     if not any(place.is_symlink() for place in between):
@@ -273,9 +288,9 @@ def leads_out(path: Path, folder: Path) -> bool:
 
 
 def _blobs(folder: Path) -> Iterator[Path]:
-    """Where the Hub's client keeps the content of a folder that lies in one of its snapshots.
+    """The folder of blobs if `folder` is in a snapshot of the Hub's cache.
 
-    A repository in its cache is datasets--ORG--NAME/, with snapshots/COMMIT/ and blobs/.
+    A repository in the cache is datasets--ORG--NAME/, with snapshots/COMMIT/ and blobs/.
     """
     for snapshot in (folder, *folder.parents):
         repository = snapshot.parent.parent
@@ -284,7 +299,7 @@ def _blobs(folder: Path) -> Iterator[Path]:
 
 
 def links_out(root: Path) -> Iterator[Path]:
-    """The links below `root` that lead out of it (see `leads_out`), without hidden ones, sorted."""
+    """The links below `root` that lead out of it (see `leads_out`), sorted, without hidden ones."""
     for parent, folders, names in os.walk(root):
         for name in sorted((*folders, *names)):
             path = Path(parent, name)
@@ -294,17 +309,17 @@ def links_out(root: Path) -> Iterator[Path]:
 
 
 LINK_OUT = "is a link that leads out of the dataset"
-"""What is wrong with a file for which `leads_out` is true."""
+"""The problem of a file for which `leads_out` is true."""
 
-PUT_FILE = "put the file itself in its place, or remove the link"
-"""What to do about it."""
+PUT_FILE = "replace it by the file itself, or remove the link"
+"""The remedy for such a link."""
 
 
 def files_under(folder: Path) -> Iterator[Path]:
     """Every regular file below `folder`, sorted by its path.
 
-    Links to files are among them, but not those that lead out of `folder` (see `leads_out`); links
-    to folders are not followed.
+    Links to files are included, except those that lead out of `folder` (see `leads_out`). Links to
+    folders are not followed.
     """
     for parent, folders, names in os.walk(folder):
         folders.sort()
@@ -314,10 +329,10 @@ def files_under(folder: Path) -> Iterator[Path]:
                 yield path
 
 
-def hold(handle: int, *, shared: bool = False) -> bool:
-    """Hold an open file or folder until it is closed; False where another process holds it.
+def try_lock(handle: int, *, shared: bool = False) -> bool:
+    """Lock an open file or folder until it is closed. False if another process has the lock.
 
-    shared: beside others that hold it so. On a file system without locks everyone gets it.
+    shared: a lock that several processes may have. On a file system without locks, always True.
     """
     try:
         fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -329,13 +344,13 @@ def hold(handle: int, *, shared: bool = False) -> bool:
 
 
 def dump_json(value: Any, *, indent: int | None = None) -> str:
-    """JSON as text: readable letters, no NaN, keys in the order given.
+    """Serialise to JSON: letters unescaped, no NaN, keys in the given order.
 
-    Half a surrogate pair, as in a file name that is not UTF-8, stays escaped, as JSON has it.
+    Lone surrogates, as in file names that are not UTF-8, are escaped.
     """
     return printable(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent))
 
 
 def printable(name: str) -> str:
-    """A file's name as text: bytes of it that are not UTF-8 stand escaped."""
+    """A file's name as text, with bytes that are not UTF-8 escaped."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -29,7 +29,7 @@ from occgen_hub.index import (
     read_part,
     write_index,
 )
-from occgen_hub.lerobot.export_check import FOLDERS, exported
+from occgen_hub.lerobot.export_check import FOLDERS, exported, is_lerobot
 from occgen_hub.lerobot.v30 import CODEBASE
 from occgen_hub.loading import SCHEMA, Trajectory, trajectories
 from occgen_hub.runtime.report import FAILURES, REPORT
@@ -216,7 +216,9 @@ def push(
 
         done = _beside_others(send)
         if target == MAIN:
-            _beside_others(lambda: move_tag(api, repo_id, done.oid, _version(root)))
+            version = _version(root)
+            if version is not None:
+                _beside_others(lambda: move_tag(api, repo_id, done.oid, version))
     return f"{api.endpoint}/datasets/{repo_id}{page}"
 
 
@@ -328,10 +330,10 @@ def _take_index(api: HfApi, repo_id: str, revision: str, root: Path, there: Sequ
         write_card(root)
 
 
-def _version(root: Path) -> str:
-    """The version of the LeRobot layout, as `v2.1`."""
+def _version(root: Path) -> str | None:
+    """The version of the LeRobot layout, as `v2.1`; None for a dataset that has not this layout."""
     if exported(root):
-        return CODEBASE
+        return CODEBASE if is_lerobot(root) else None
     for path in trajectories(root):
         return str(Trajectory.open(path).info()["codebase_version"])
     return load_schema(SCHEMA).codebase_version
@@ -369,8 +371,8 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def told(repo_id: str, endpoint: str) -> Iterator[None]:
     """Turns what the Hub's client raises into a sentence."""
-    import httpx
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.utils import httpx
 
     try:
         yield

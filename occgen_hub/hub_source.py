@@ -262,8 +262,8 @@ def select_scenes(refs: list[SceneRef], source: HubSource) -> list[SceneRef]:
 @contextmanager
 def _told(source: HubSource, endpoint: str, ref: SceneRef | None = None) -> Iterator[None]:
     """Turns what the Hub's client raises into a sentence, and keeps it quiet."""
-    import httpx
     from huggingface_hub import errors
+    from huggingface_hub.utils import httpx
 
     name = str(source) if ref is None else ref.name
     loggers = [logging.getLogger(n) for n in ("huggingface_hub", "hf_xet")]

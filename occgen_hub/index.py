@@ -23,12 +23,13 @@ from occgen_hub.atomic import atomic_file
 from occgen_hub.errors import DatasetError, SourceError
 from occgen_hub.files import (
     LINK_OUT,
+    MAX_BUILT_BYTES,
     PARQUET_DAMAGE,
     PUT_FILE,
     dump_json,
     leads_out,
-    no_parquet,
     parquet_file,
+    parquet_problem,
     plain,
     sha256,
 )
@@ -172,7 +173,7 @@ def describe(episode: str, path: Path, known: Entry | None = None) -> Entry:
     """
     trajectory = Trajectory.open(path)
     files = trajectory.file("record"), trajectory.file("info")
-    digests = [sha256(file) if file.is_file() else "" for file in files]
+    digests = [sha256(file, MAX_BUILT_BYTES) if file.is_file() else "" for file in files]
     if known is not None and [known.record_sha256, known.info_sha256] == digests:
         return known
     record, grid, scene = trajectory.record, trajectory.grid, episode.rpartition("/")[0]
@@ -296,7 +297,7 @@ def read_part(path: Path, columns: Sequence[str] = tuple(SCHEMA.names)) -> pa.Ta
             table = plain(file.read(columns, use_threads=False)).replace_schema_metadata(None)
             table.validate(full=True)
     except PARQUET_DAMAGE as error:
-        raise DatasetError(path, no_parquet(error), FINALIZE) from None
+        raise DatasetError(path, parquet_problem(error), FINALIZE) from None
     except SourceError as error:
         raise DatasetError(path, error.problem, FINALIZE) from None
     _check_names(path, table)

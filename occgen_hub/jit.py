@@ -1,4 +1,4 @@
-"""numba's compiler, whose results are kept on disk where there is a place for them."""
+"""numba's compiler, with a cache on disk if there is a writable folder for it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import numba
 
 
 def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """`numba.njit(cache=True, ...)`; without a cache where no folder for it can be written to.
+    """`numba.njit(cache=True, ...)`, or without a cache if no folder for it is writable.
 
-    So it is in a read-only installation without a home. Each process compiles for itself there,
-    which takes some seconds; NUMBA_CACHE_DIR names another folder.
+    That is so in a read-only installation without a home directory. Each process then compiles
+    again, which takes some seconds, unless NUMBA_CACHE_DIR names another folder.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
         try:
             return numba.njit(cache=True, **options)(function)
-        except RuntimeError:  # So numba says that it found no such folder.
+        except RuntimeError:  # numba found no writable folder.
             return numba.njit(**options)(function)
 
     return decorate

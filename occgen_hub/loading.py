@@ -1,6 +1,6 @@
-"""Reading a built trajectory: trainers, validation, pictures and exports all come here.
+"""Reading built trajectories, for training, validation, pictures and exports.
 
-Headers are checked against the schema before anything is allocated, and pickles are never loaded.
+Headers are checked against the schema before memory is allocated, and pickles are never loaded.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ RECORD = {"schema": dict, "source": dict, "grid": dict, "scene": dict, "notes": 
 def trajectories(root: Path) -> list[Path]:
     """The trajectories below a folder, or the folder itself if it is one, sorted.
 
-    One that lacks a meta file is among them, so that it is missed by whoever opens it. An export
-    is none, though it looks like one. Raises DatasetError where a folder cannot be listed.
+    One that lacks a meta file is included, so that opening it reports the missing file. Exports,
+    which look similar, are not. Raises DatasetError if a folder cannot be listed.
     """
     schema = load_schema(SCHEMA)
     marks = [schema.path(key) for key in ("record", "info")]
@@ -113,12 +113,12 @@ class NpzArray:
     dtype: np.dtype[Any]
 
     def load(self) -> NDArray[Any]:
-        """The whole array; raises DatasetError when it is not all there."""
+        """Read the whole array. Raises DatasetError if it is truncated or too large."""
         if self.size_bytes > MAX_ARRAY_BYTES:
             raise DatasetError(
                 self.path, f"array {self.name} claims {self.size_bytes} bytes", REBUILD
             )
-        # Memory that is not written to is not used, so a false claim costs nothing.
+        # Memory is used only when it is written, so a wrong size in the header costs nothing.
         content = np.empty(self.size_bytes, np.uint8)
         with _open_member(self.path, self.name) as (file, _):
             filled = 0
@@ -131,7 +131,7 @@ class NpzArray:
         return content.view(self.dtype).reshape(self.shape)
 
     def rows(self) -> Iterator[NDArray[Any]]:
-        """The rows of a 2-D array, one in memory at a time."""
+        """Yield the rows of a 2-D array, with one row in memory at a time."""
         width = prod(self.shape[1:]) * self.dtype.itemsize
         if not 0 < width <= MAX_ARRAY_BYTES:
             raise DatasetError(
@@ -145,9 +145,9 @@ class NpzArray:
                 yield np.frombuffer(row, self.dtype).reshape(self.shape[1:])
 
     def pieces(self, ends: NDArray[np.integer], limit: int) -> Iterator[NDArray[Any]]:
-        """The elements of a 1-D array from each of the rising `ends` to the next, one in memory.
+        """Yield the elements of a 1-D array between successive `ends`, which ascend.
 
-        Raises DatasetError where a piece has more than `limit` elements or is not all there.
+        Raises DatasetError if a piece has more than `limit` elements or is truncated.
         """
         with _open_member(self.path, self.name) as (file, _):
             for count in np.diff(ends).tolist():
@@ -161,13 +161,13 @@ class NpzArray:
 
     @property
     def size_bytes(self) -> int:
-        """How many bytes the header says there are."""
+        """The size of the array in bytes, according to its header."""
         return prod(self.shape) * self.dtype.itemsize
 
     def check(self, kinds: str, *shape: int | None) -> NpzArray:
-        """Itself, if its type is of one of numpy's `kinds` and its shape is `shape`.
+        """Return itself if its dtype has one of numpy's `kinds` and its shape is `shape`.
 
-        A size of None may be any. Raises DatasetError if not.
+        None stands for any size. Raises DatasetError otherwise.
         """
         fits = len(shape) == len(self.shape) and all(
             size in (None, own) for size, own in zip(shape, self.shape, strict=True)
@@ -180,7 +180,7 @@ class NpzArray:
 
 @contextmanager
 def _open_member(path: Path, name: str) -> Iterator[tuple[IO[bytes], NpzArray]]:
-    """An array inside an npz, opened past its header, which has been read and checked."""
+    """Open an array in an npz after its header, which is read and checked."""
     broken = (
         *(OSError, ValueError, EOFError, RuntimeError, MemoryError, OverflowError),
         *(zipfile.BadZipFile, zlib.error, struct.error),
@@ -206,7 +206,7 @@ def _open_member(path: Path, name: str) -> Iterator[tuple[IO[bytes], NpzArray]]:
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
-    """Raises KeyError when there is none, ValueError when numpy would not have written it so."""
+    """Open a member. Raises KeyError if it is missing, ValueError if numpy did not write it."""
     member = archive.getinfo(f"{name}.npy")
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError("of an unknown compression")
@@ -214,17 +214,17 @@ def _member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether in Fortran order, and type; raises ValueError when it is no npy file.
+    """Shape, whether in Fortran order, and dtype. Raises ValueError if it is not an npy file.
 
-    Read here and not by numpy, which takes a damaged header for one of Python 2 and raises whatever
-    comes of that.
+    numpy's reader is not used, because it takes a damaged header for one of Python 2 and raises
+    arbitrary errors.
     """
     version = file.read(8).removeprefix(b"\x93NUMPY")
     if version not in (b"\1\0", b"\2\0"):
         raise ValueError("is no npy file of a known version")
     length = int.from_bytes(file.read(2 if version == b"\1\0" else 4), "little")
     text = file.read(min(length, _HEADER))
-    if len(text) < length or b"\\" in text:  # Of which Python would warn on the terminal.
+    if len(text) < length or b"\\" in text:  # Python would print a warning for escapes.
         raise ValueError("its header is damaged")
     try:
         said = ast.literal_eval(text.decode("latin1").strip())
@@ -241,17 +241,17 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]
 
 
 _HEADER = 10_000
-"""Bytes of a header at most; numpy's own have some hundred."""
+"""Limit of a header in bytes. numpy's have about a hundred."""
 
 
 def npz_array(path: Path, name: str) -> NpzArray:
-    """The header of an array in an npz; raises DatasetError when it cannot be read."""
+    """Read the header of an array in an npz. Raises DatasetError."""
     with _open_member(path, name) as (_, array):
         return array
 
 
 def _place(folder: Path, name: str) -> Path:
-    """Where a file of a trajectory is; raises DatasetError for a link that leads elsewhere."""
+    """The path of a file of a trajectory. Raises DatasetError for a link out of the folder."""
     place = folder / name
     if leads_out(place, folder):
         raise DatasetError(place, "is a link that leads out of the trajectory", PUT_FILE)
@@ -262,8 +262,8 @@ def _place(folder: Path, name: str) -> Path:
 class Trajectory:
     """A built trajectory on disk.
 
-    A file is read when it is first asked for. Tables, meta files and row ends are kept; what is as
-    large as the frames (cells, masks, images) is read anew each time.
+    A file is read when it is first used. Tables, meta files and row ends are cached; data that grow
+    with the frames (cells, masks, images) are read again each time.
     """
 
     path: Path
@@ -275,7 +275,7 @@ class Trajectory:
 
     @classmethod
     def open(cls, path: Path) -> Trajectory:
-        """The trajectory in a folder; raises SourceError when it has no usable record."""
+        """Open the trajectory in a folder. Raises SourceError if it has no usable record."""
         schema = load_schema(SCHEMA)
         mark = _place(path, schema.path("record"))
         try:
@@ -288,7 +288,7 @@ class Trajectory:
         return cls(path, schema, record)
 
     def file(self, key: str, frame: int | None = None) -> Path:
-        """The place of a file of the schema; raises DatasetError for a link out of the folder."""
+        """The path of a file of the schema. Raises DatasetError for a link out of the folder."""
         return _place(self.path, self.schema.path(key, frame))
 
     @cached_property
@@ -328,18 +328,18 @@ class Trajectory:
         return self.document("info")[0]
 
     def document(self, key: str) -> list[dict[str, Any]]:
-        """The objects of a JSON Lines file of the schema, or the one of a JSON file."""
+        """The objects of a JSON Lines file of the schema, or the one object of a JSON file."""
         if ("document", key) not in self._kept:
             path, lines = self.file(key), self.schema.files[key].kind == "jsonl"
             self._kept["document", key] = read_jsonl(path) if lines else [read_json(path)]
         return self._kept["document", key]  # type: ignore[no-any-return]
 
     def tasks(self) -> list[str]:
-        """The instructions, in words, by task_index."""
+        """The instructions as text, by task_index."""
         return [str(row.get("task", "")) for row in self.document("tasks")]
 
     def table(self) -> pa.Table:
-        """The parquet; raises DatasetError when it cannot be read."""
+        """The Parquet table of frames. Raises DatasetError if it cannot be read."""
         return self._table
 
     @cached_property
@@ -390,14 +390,14 @@ class Trajectory:
         return self._frames("visible")
 
     def has_dynamic(self) -> bool:
-        """Whether anything moves in it: whether there is a file of moving cells."""
+        """Whether there are moving objects, that is a file of moving cells."""
         return self.file("dynamic").is_file()
 
     def dynamic_frames(self) -> Iterator[NDArray[np.integer]]:
-        """(n,) columns of the visible cells of each frame in order that hold what moves.
+        """Yield for each frame the (n,) columns of visible cells with moving objects.
 
-        They are empty where there is no file of them, since nothing moves. Raises DatasetError
-        where the file has not as many rows as that of the visible cells.
+        They are empty if there is no file, because nothing moves. Raises DatasetError if the file
+        has another number of rows than that of the visible cells.
         """
         frames = len(self.row_ends("visible")) - 1
         if not self.has_dynamic():
@@ -458,7 +458,7 @@ class Trajectory:
         return cells
 
     def states(self) -> SceneStates:
-        """The three states of the scene's cells; raises DatasetError where they are not right."""
+        """The three states of the scene's cells. Raises DatasetError if they are not valid."""
         path, bits = self.file("scene_occupancy"), (None, BLOCK_BYTES)
         blocks = npz_array(path, "blocks").check("i", None, 3).load().astype(np.int32)
         occupied, free = (npz_array(path, k).check("u", *bits).load() for k in ("occupied", "free"))
@@ -468,25 +468,25 @@ class Trajectory:
             raise DatasetError(path, str(error), REBUILD) from None
 
     def cloud(self) -> Cloud:
-        """The scene's cloud, thinned, world, metres."""
+        """The scene's downsampled cloud, world metres. Raises SourceError."""
         return read_ply(self.file("scene_cloud"))
 
     def rgb(self, frame: int) -> NDArray[np.uint8] | None:
-        """(H, W, 3) uint8, from the images, else the video; None where both were left out.
+        """(H, W, 3) uint8 RGB, from the images or else the video; None if both were left out.
 
-        The video of an image of odd size lacks a row or a column, and is resized.
+        The video of images with an odd size lacks a row or a column, so it is resized.
         """
         return self.images()(frame)
 
     def images(self) -> Callable[[int], NDArray[np.uint8] | None]:
-        """`rgb` for many frames, best asked for in order: a video is opened once."""
+        """Like `rgb`, for many frames: a video is opened once. Ascending order is fast."""
         size, video = self.image_size, self.file("video")
-        if self.file("rgb", 0).parent.is_dir():  # Then a frame that is missing is a fault.
+        if self.file("rgb", 0).parent.is_dir():  # With images, a missing frame is an error.
             return lambda frame: read_rgb(self.file("rgb", frame), size)
         return VideoReader(video, size) if video.is_file() else lambda _: None
 
     def depth(self, frame: int) -> NDArray[np.float64] | None:
-        """(H, W) float64 metres, or None where depth was left out."""
+        """(H, W) float64 metres, 0 for none; None if depth was left out."""
         path = self.file("depth", frame)
         if not path.is_file():
             return None

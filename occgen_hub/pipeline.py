@@ -20,12 +20,10 @@ import numpy as np
 from occgen_hub.config import Config
 from occgen_hub.engines import Engine
 from occgen_hub.episode import Episode, Note, check_episode
-from occgen_hub.fusion.conventions import check_conventions
+from occgen_hub.fusion.conventions import STATIC, check_conventions, stands_still
 from occgen_hub.fusion.fuse import check_reach, fuse
 from occgen_hub.fusion.joined import MovingInAll, joined_views
 from occgen_hub.geometry.alignment import Alignment, align_poses
-from occgen_hub.geometry.cloud import Cloud
-from occgen_hub.geometry.sim3 import rotation_angle
 from occgen_hub.geometry.surface import poisson_surface
 from occgen_hub.occupancy.frames import observe_frames
 from occgen_hub.occupancy.grid import Grid
@@ -36,10 +34,6 @@ from occgen_hub.views import Views, check_views
 
 FEW_CELLS = 100
 """Fewer occupied cells in a scene are told: hardly anything was measured."""
-
-STILL = (0.01, np.radians(0.5))
-"""A camera that moves by less than that share of the median distance of what it sees, and turns by
-less than that angle, stands still."""
 
 Progress = Callable[[int], None]
 """Called with the number of frames done since the last call."""
@@ -80,8 +74,8 @@ def reconstruct(
         cloud = poisson_surface(cloud, centres, config.voxel_size, config.mesh_density_cut)
     notes = [*views.notes, *convention_notes, *fused.notes, *_notes(alignment, len(cloud))]
     views = replace(views, world_from_camera=poses[own::cameras])
-    if cameras == 1 and _stands_still(views, cloud):
-        notes.append(Note("static camera", STATIC))
+    if cameras == 1 and stands_still(poses, cloud):
+        notes.append(STATIC)
     return Scene(
         cloud=cloud,
         world_from_camera=views.world_from_camera,
@@ -95,12 +89,6 @@ def reconstruct(
     )
 
 
-STATIC = (
-    "the camera stands still: only surfaces that face it are seen, and no other view tells whether "
-    "its depth, intrinsics and what stands still are right"
-)
-
-
 def _with_others(
     episode: Episode, views: Views, engine: Engine, config: Config, scratch: Path
 ) -> tuple[Views, int, int]:
@@ -111,17 +99,6 @@ def _with_others(
         check_views(found[other.id], other)
     names = sorted(found)  # The same for each of the cameras, and so is the scene.
     return joined_views([found[n] for n in names]), names.index(episode.id), len(names)
-
-
-def _stands_still(views: Views, cloud: Cloud) -> bool:
-    poses = views.world_from_camera
-    if len(poses) < 2 or not len(cloud):
-        return False
-    centres = poses[:, :3, 3]
-    away = float(np.median(np.linalg.norm(cloud.points - centres[0], axis=1)))
-    moved = float(np.linalg.norm(centres - centres[0], axis=1).max())
-    turned = float(rotation_angle(poses[0, :3, :3], poses[:, :3, :3]).max())
-    return moved <= STILL[0] * away and turned <= STILL[1]
 
 
 def align(views: Views, episode: Episode) -> tuple[Views, Alignment | None]:

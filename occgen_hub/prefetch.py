@@ -1,4 +1,4 @@
-"""Work in threads: computing the next results early, and finishing the last ones late."""
+"""Run work in threads: compute results ahead of their use, or in the background."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _END = object()
 
 
 GPU_SHARED_BY = "OCCGEN_GPU_SHARED_BY"
-"""Environment variable: how many processes share this process's GPU. Set by OccGen Hub."""
+"""Environment variable with the number of processes that share a GPU. Set by OccGen Hub."""
 
 
 def own_threads() -> int:
-    """This process's share of the cores: NUMBA_NUM_THREADS, where it is set."""
+    """The number of threads of this process: NUMBA_NUM_THREADS, or else the number of cores."""
     return int(os.environ.get("NUMBA_NUM_THREADS") or len(os.sched_getaffinity(0)))
 
 
@@ -30,12 +30,12 @@ def prefetch[Item, Result](
     threads: int | None = None,
     ready: int | None = None,
 ) -> Generator[Result]:
-    """`map(work, items)`, in order, with results ready ahead.
+    """Like `map(work, items)`, in order, with results computed ahead in threads.
 
-    threads: `own_threads()` if not given; with one, items are worked on in order. ready: how many
-    results, as many as there are threads if not given. For work that lets go of the interpreter, as
-    decoding does. An error comes out where its result would. When the generator is closed, what was
-    begun ends and no more is begun.
+    threads: `own_threads()` by default; with one, items are processed in order. ready: number of
+    results ahead, that of the threads by default. Useful for work that releases the GIL, such as
+    decoding. An error is raised in place of its result. When the generator is closed, running items
+    are finished and no further ones are started.
     """
     threads = threads or own_threads()
     ready = ready or threads
@@ -57,37 +57,38 @@ def prefetch[Item, Result](
 def background[Item](
     work: Callable[[Item], object], depth: int = 4
 ) -> Iterator[Callable[[Item], None]]:
-    """A function that hands items to `work`, done in order in a thread, at most `depth` waiting.
+    """Yield a function that queues an item for `work`, which runs in order in one thread.
 
-    For work that lets go of the interpreter, as compressing does. When the block ends, all is done.
-    An error of `work` comes out of the next call, or of the end of the block.
+    depth: the length of the queue. Useful for work that releases the GIL, such as compressing. All
+    items are done when the block ends. An error of `work` is raised by the next call, or at the end
+    of the block.
     """
     waiting: queue.Queue[object] = queue.Queue(depth)
     errors: list[BaseException] = []
 
-    def take() -> None:
+    def run() -> None:
         while (item := waiting.get()) is not _END:
             if errors:
-                continue  # Keep emptying the queue, so that nobody waits for ever.
+                continue  # Empty the queue, so that nothing waits forever.
             try:
-                work(item)  # type: ignore[arg-type]  # _END apart, only Items are put in
+                work(item)  # type: ignore[arg-type]  # apart from _END, the queue has only Items
             except BaseException as error:
                 errors.append(error)
 
-    def hand(item: Item) -> None:
+    def submit(item: Item) -> None:
         if errors:
             raise errors[0]
         waiting.put(item)
 
-    thread = threading.Thread(target=take, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
-        yield hand
+        yield submit
     except BaseException:
         errors.append(InterruptedError())  # Skip what is still queued.
         raise
     finally:
-        with hold_stops():  # The caller goes on to close what `work` uses.
+        with hold_stops():  # The caller will close objects that `work` uses.
             waiting.put(_END)
             thread.join()
     if errors:

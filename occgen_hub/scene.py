@@ -1,4 +1,4 @@
-"""What is written of an episode: its scene in the source's world, and what moves in each frame."""
+"""A reconstructed episode: its static scene in the source's world, and the moving points."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Scene:
         cloud: the static surface, world coordinates, metres.
         world_from_camera: (T, 4, 4) float64, OpenCV axes, metres.
         intrinsics: (T, 3, 3) float64, pixels of the episode's images.
-        moving: frame number to (n, 3) float32, the points of that frame alone, world metres; None
-            where nothing was looked for.
-        scale: what the engine's lengths were multiplied by to become metres.
-        alignment: how well the engine's cameras fit onto the source's; None where it was not asked.
-        quality: how well the frames agree; None where they were not compared.
-        windows: how a network's windows were put together; None where there was no network.
-        notes: what a user should know.
+        moving: frame number to (n, 3) float32, the moving points of that frame, world metres; None
+            if there are none in any frame.
+        scale: factor from the engine's unit of length to metres.
+        alignment: of the engine's cameras with the source's; None if they were not aligned.
+        quality: how well the frames agree; None if they were not compared.
+        windows: how a network's windows were joined; None without a network.
+        notes: for the user.
     """
 
     cloud: Cloud

@@ -26,9 +26,9 @@ from occgen_hub.files import (
     PUT_FILE,
     dump_json,
     leads_out,
-    no_parquet,
     opened,
     parquet_file,
+    parquet_problem,
     plain,
 )
 from occgen_hub.index import bucket, file_stem
@@ -172,7 +172,7 @@ def check_states(root: Path, scenes: Scenes, known: Collection[str]) -> Iterator
                 with parquet_file(path) as file:
                     found = read_states(file, episode)
             except PARQUET_DAMAGE as error:
-                yield DatasetError(path, no_parquet(error), REMAKE)
+                yield DatasetError(path, parquet_problem(error), REMAKE)
                 break
             if not found.equals(expected):
                 problem = f"the states of {episode} are not what its trajectory holds"

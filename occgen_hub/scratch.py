@@ -1,4 +1,4 @@
-"""Scratch: a folder of bounded size for what is fetched and unpacked, removed when it was used."""
+"""Scratch: a temporary folder of bounded size for downloaded and unpacked scenes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from occgen_hub.errors import OccGenError, SourceError, UsageError
-from occgen_hub.files import hold
+from occgen_hub.files import try_lock
 
 PREFIX = "occgen-"
 LOCK = ".occgen-lock"
 MADE = b"made"
-"""What the lock file holds where a build made the folder."""
+"""Content of the lock file if a build created the folder."""
 
 ATTEMPTS = 5
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -32,18 +32,18 @@ class ScratchClosedError(OccGenError):
 
 @dataclass(frozen=True)
 class ScratchPlace:
-    """Where scratch is, and how many bytes one process may hold there."""
+    """The folder of scratch, and the bytes that one process may use there."""
 
     folder: Path
     limit: int = DEFAULT_LIMIT
 
     def shared(self, processes: int) -> ScratchPlace:
-        """The part of each of so many processes."""
+        """The share of each of `processes` processes."""
         return replace(self, limit=self.limit // processes)
 
 
 def parse_bytes(text: str) -> int:
-    """A number of bytes such as 500MB or 64G, in powers of 1000; raises UsageError."""
+    """Parse a size such as 500MB or 64G, in powers of 1000. Raises UsageError below 1 MB."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([kmgt]?)b?", text.strip().lower())
     if match is None or (size := int(float(match[1]) * UNITS[match[2]])) < 1_000_000:
         raise UsageError(f"{text}: is not a size of 1 MB or more; give one such as 500MB or 64GB.")
@@ -51,7 +51,7 @@ def parse_bytes(text: str) -> int:
 
 
 class Scratch:
-    """This process's folder in scratch. Rooms in it hold at most `limit` bytes together."""
+    """This process's folder in scratch. Its rooms together have at most `limit` bytes."""
 
     def __init__(self, place: ScratchPlace, folder: Path) -> None:
         self.place, self.folder = place, folder
@@ -60,17 +60,17 @@ class Scratch:
         self._closed = False
 
     def room(self) -> Room:
-        """A new, empty folder, which counts toward the limit until it is closed."""
+        """Create an empty folder, whose content counts toward the limit until it is closed."""
         return Room(self, Path(tempfile.mkdtemp(dir=self.folder)))
 
     def close(self) -> None:
-        """Raise ScratchClosedError where somebody goes on writing."""
+        """Make all further writing raise ScratchClosedError."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
     def fits(self, size: int) -> bool:
-        """Whether there is place for so many bytes now."""
+        """Whether so many bytes are free now."""
         with self._changed:
             return self._held() + size <= self.place.limit
 
@@ -82,7 +82,7 @@ class Scratch:
         with self._changed:
             self._rooms.add(room)
             while not self._closed and self._held() + size > limit and self._held() > room.bytes:
-                self._changed.wait()  # Until the scene before this one is written.
+                self._changed.wait()  # Until the previous scene is written and its room closed.
             if self._closed:
                 raise ScratchClosedError(f"{self.folder}: the build was stopped; run it again.")
             if room.bytes + size > limit:
@@ -102,21 +102,21 @@ class Scratch:
 
 
 class Room:
-    """A folder in scratch. bytes: what it holds; name: what errors call it."""
+    """A folder in scratch. bytes: size of its content; name: for errors."""
 
     def __init__(self, scratch: Scratch, folder: Path) -> None:
         self.scratch, self.folder = scratch, folder
         self.bytes, self.name = 0, "the scene"
 
     def reserve(self, size: int) -> None:
-        """Make sure of so many bytes, waiting for other rooms to close.
+        """Reserve so many bytes, waiting for other rooms to close.
 
-        Raises SourceError where they are more than there can be.
+        Raises SourceError if they exceed the limit, and ScratchClosedError.
         """
         self.scratch._take(self, size)
 
     def give_back(self, size: int) -> None:
-        """Say that so many bytes were removed."""
+        """Release so many bytes, after files were removed."""
         self.scratch._give(self, size)
 
     def close(self) -> None:
@@ -127,9 +127,9 @@ class Room:
 
 @contextmanager
 def open_scratch(place: ScratchPlace) -> Iterator[Scratch]:
-    """A folder of this process's own in scratch, while the block lasts.
+    """Create a folder for this process in scratch, and remove it after the block.
 
-    What dead processes left there is removed first. Raises UsageError where it cannot be made.
+    Folders of killed processes are removed first. Raises UsageError if it cannot be created.
     """
     try:
         own, handle = _own_folder(place.folder)
@@ -149,7 +149,7 @@ def open_scratch(place: ScratchPlace) -> Iterator[Scratch]:
 
 
 def _own_folder(folder: Path) -> tuple[Path, int]:
-    """A new folder in scratch, and a handle that says that its process is alive."""
+    """A new folder in scratch, and a handle that locks it while the process runs."""
     for attempt in range(ATTEMPTS):
         made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
@@ -160,16 +160,16 @@ def _own_folder(folder: Path) -> tuple[Path, int]:
                 _clear_leftovers(folder)
                 own = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))
                 handle = os.open(own, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                hold(handle)
+                try_lock(handle)
                 return own, handle
-        except FileNotFoundError:  # Another process removed it, as the last one to use it.
+        except FileNotFoundError:  # Its last user removed it.
             if attempt == ATTEMPTS - 1:
                 raise
     raise AssertionError
 
 
 def _remove_if_unused(folder: Path) -> None:
-    """Remove the lock of scratch that nobody uses any more, and the folder if a build made it."""
+    """Remove an unused lock file, and the folder if a build created it."""
     with _locked(folder) as lock:
         if [path.name for path in folder.iterdir()] == [LOCK]:
             made = os.pread(lock, len(MADE), 0) == MADE
@@ -196,7 +196,7 @@ def _clear_leftovers(folder: Path) -> None:
         with suppress(OSError):
             handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
-                if hold(handle):
+                if try_lock(handle):
                     shutil.rmtree(path, ignore_errors=True)
             finally:
                 os.close(handle)

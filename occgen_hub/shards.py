@@ -30,13 +30,14 @@ from occgen_hub.atomic import atomic_file
 from occgen_hub.errors import DatasetError, SourceError
 from occgen_hub.files import (
     LINK_OUT,
+    MAX_BUILT_BYTES,
     PARQUET_DAMAGE,
     PUT_FILE,
     dump_json,
     leads_out,
-    no_parquet,
     opened,
     parquet_file,
+    parquet_problem,
     plain,
     printable,
     read_bytes,
@@ -584,8 +585,8 @@ def check_shards(root: Path) -> Iterator[DatasetError]:
     for name in sorted(found.keys() & rows.keys()):
         try:
             _check(root, name, rows[name], here)
-        except DatasetError as error:
-            yield error
+        except SourceError as error:
+            yield DatasetError(error.path, error.problem, error.remedy)
     with_shards = {row.scene for row in known.values() if row.shards}
     yield from check_states(root, scenes, with_shards)
 
@@ -611,7 +612,7 @@ def _check(root: Path, name: str, rows: list[Entry], here: dict[str, Path]) -> N
     path = root / name
     ordered = sorted(rows, key=lambda row: row.row_groups[row.shards.index(name)])
     if not all(row.episode in here for row in ordered):
-        if sha256(path) != rows[0].shard_sha256[rows[0].shards.index(name)]:
+        if sha256(path, MAX_BUILT_BYTES) != rows[0].shard_sha256[rows[0].shards.index(name)]:
             raise DatasetError(path, "has another SHA-256 than the index says", "fetch it again")
         return
     pieces, images = [], _has_images(path)
@@ -673,6 +674,6 @@ def _groups(path: Path) -> Iterator[pa.Table]:
                 table.validate(full=True)
                 yield table
     except PARQUET_DAMAGE as error:
-        raise DatasetError(path, no_parquet(error), REMAKE) from None
+        raise DatasetError(path, parquet_problem(error), REMAKE) from None
     except SourceError as error:
         raise DatasetError(path, error.problem, REMAKE) from None

@@ -16,6 +16,7 @@ from occgen_hub.errors import SourceError
 from occgen_hub.files import (
     ABSENT,
     LINK_OUT,
+    MAX_BUILT_BYTES,
     PUT_FILE,
     files_under,
     links_out,
@@ -569,7 +570,7 @@ class _Check:
                 path = self.trajectory.path / name
                 if str(path) not in {finding.file for finding in self.findings}:
                     self.say(path, "is in the record but missing", ABSENT)
-            elif sha256(self.trajectory.path / name) != digest:
+            elif sha256(self.trajectory.path / name, MAX_BUILT_BYTES) != digest:
                 self.say(self.trajectory.path / name, "is not what was built", RESTORE)
 
 

@@ -1,4 +1,4 @@
-"""Views: what an engine gives, and all that fusion needs: depth seen from known cameras."""
+"""Views: the output of an engine and the input of fusion, depth maps with their cameras."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from occgen_hub.geometry.sim3 import Sim3
 
 @dataclass(frozen=True)
 class WindowRecord:
-    """How a long video was put together from windows.
+    """How the windows of a long video were joined.
 
-    size: frames of a window; scales: of each, how much larger its unit is than that of the first
-    one, which is how the network's scale drifts; candidates: pairs of frames that looked like one
-    place; loops: how many of them are.
+    size: frames per window; scales: of each window relative to the first one, which shows the drift
+    of scale; candidates: number of pairs of frames that looked like a loop; loops: number of loops
+    that were closed.
     """
 
     size: int
@@ -33,10 +33,10 @@ class WindowRecord:
 
 @dataclass(frozen=True)
 class Views:
-    """An episode of T frames as its cameras saw it. Depth is decoded when asked for.
+    """Depth and cameras of an episode of T frames. Depth is decoded on demand.
 
     Attributes:
-        engine: the name of the engine that found them.
+        engine: the name of the engine that made them.
         world_from_camera: (T, 4, 4) float64, OpenCV axes.
         intrinsics: (T, 3, 3) float64, pixels of the episode's images.
         image_size: (width, height) of the episode's images, pixels.
@@ -44,17 +44,16 @@ class Views:
         frames: (n,) int64, the numbers of the frames that have depth, ascending.
         read_depth: frame number to (h, w) float32 depth along the optical axis, 0 for none.
         read_color: frame number to (h, w, 3) uint8, RGB, of the depth map's size.
-        read_confidence: frame number to (h, w) float32 in [0, 1]; None where every depth counts.
-        edges: how depth maps err at the edges of objects. A sensor's pixels float between two
-            surfaces; a network draws a ramp from one to the other.
-        in_source_world: whether poses and depth are metres in the source's world. If not, they are
-            in a world and a unit of the engine's own.
-        scale: what `read_depth` is multiplied by to be in the unit of `world_from_camera`.
-        windows: how they were put together; None where all frames were seen at once, or by no
-            network.
-        notes: what a user should know of them.
+        read_confidence: frame number to (h, w) float32 in [0, 1]; None for full confidence.
+        edges: the type of errors at depth edges. With a sensor, single pixels lie between two
+            surfaces; a network connects the surfaces by a ramp.
+        in_source_world: whether poses and depth are metres in the source's world. If not, they have
+            a world and a unit of the engine.
+        scale: factor from `read_depth` to the unit of `world_from_camera`.
+        windows: how windows were joined; None if all frames were processed at once.
+        notes: for the user.
 
-    The methods that take a frame number may be called from several threads at once.
+    The methods that take a frame number are thread-safe.
     """
 
     engine: str
@@ -75,7 +74,7 @@ class Views:
     def depth(self, frame: int, confidence: float = 0.0) -> NDArray[np.float32]:
         """(h, w) float32 depth of a frame, in the unit of the poses, 0 for none.
 
-        confidence: depth that the engine is no surer of than this counts as none.
+        confidence: depth with at most this confidence is set to 0.
         """
         depth = np.ascontiguousarray(self.read_depth(frame), np.float32)
         if self.read_confidence is not None and confidence > 0:
@@ -92,7 +91,7 @@ class Views:
         return scale_intrinsics(self.intrinsics[frame], width, height)
 
     def moved(self, target_from_source: Sim3) -> Views:
-        """The same views in another world."""
+        """The views in another world."""
         return replace(
             self,
             world_from_camera=target_from_source.poses(self.world_from_camera),
@@ -101,10 +100,10 @@ class Views:
 
 
 def check_views(views: Views, episode: Episode) -> None:
-    """Raise OccGenError where an engine's views cannot be those of an episode.
+    """Raise OccGenError if an engine's views are not valid for an episode.
 
-    Shapes, dtypes, rigid finite poses, intrinsics of a pinhole camera, and the depth of the first
-    frame are looked at.
+    This checks shapes, dtypes, that poses are rigid and finite, intrinsics, and the depth of the
+    first frame.
     """
     length = episode.length
     fields: list[tuple[str, NDArray[Any], tuple[int, ...]]] = [
@@ -117,14 +116,14 @@ def check_views(views: Views, episode: Episode) -> None:
     error = rigidity_error(views.world_from_camera)
     if (bad := np.flatnonzero(~(error <= RIGID))).size:
         raise OccGenError(
-            f"{episode.id}: the engine {views.engine} gives a pose of frame {bad[0]} that is not "
-            "rigid and finite; report it to whoever made the engine."
+            f"{episode.id}: the engine {views.engine} returned a pose for frame {bad[0]} that is "
+            "not rigid and finite; report it to the authors of the engine."
         )
     for frame, K in enumerate(views.intrinsics):
         if problem := intrinsics_problem(K):
             raise OccGenError(
-                f"{episode.id}: the engine {views.engine} gives intrinsics of frame {frame} that "
-                f"no pinhole camera has: the matrix {problem}."
+                f"{episode.id}: the engine {views.engine} returned invalid intrinsics for frame "
+                f"{frame}: the matrix {problem}; report it to the authors of the engine."
             )
     if len(views.frames):
         depth = views.depth(int(views.frames[0]))
@@ -135,6 +134,6 @@ def check_views(views: Views, episode: Episode) -> None:
 
 def _wrong(episode: str, engine: str, name: str, found: str, expected: object) -> OccGenError:
     return OccGenError(
-        f"{episode}: {name} of the engine {engine} {found}, expected {expected}; report it to "
-        "whoever made the engine."
+        f"{episode}: {name} of the engine {engine} {found}, expected {expected}; report it to the "
+        "authors of the engine."
     )

@@ -68,7 +68,7 @@ print(json.dumps({"scenes": len(job.refs), "listing": listed - begin, "planning"
 def make_archives(folder: Path, frames: int) -> list[bytes]:
     """Archives of scenes of two trajectories: two that are whole, and three that are damaged.
 
-    The damaged ones are cut off, no archive at all, and with an image that is empty.
+    The damaged ones have an image that is empty, are cut off, and are no archive at all.
     """
     found = []
     for seed in (7, 8):
@@ -77,7 +77,7 @@ def make_archives(folder: Path, frames: int) -> list[bytes]:
         (scene,) = (path for path in (tree / "sample_zed").iterdir() if path.is_dir())
         found.append(packed(scene, folder / "scene.tar.gz"))
     next(iter(scene.rglob("*.jpg"))).write_bytes(b"")
-    return [*found, found[0][:5000], b"<!DOCTYPE html>", packed(scene, folder / "scene.tar.gz")]
+    return [*found, packed(scene, folder / "scene.tar.gz"), found[0][:5000], b"<!DOCTYPE html>"]
 
 
 def packed(scene: Path, place: Path) -> bytes:

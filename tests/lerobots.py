@@ -19,6 +19,7 @@ from scipy.spatial.transform import Rotation
 
 from occgen_hub.episode import Episode
 from occgen_hub.geometry.poses import from_opengl
+from occgen_hub.lerobot.realtime_guard import no_realtime_scheduling
 from occgen_hub.media import write_video
 
 FRONT, BACK = "observation.images.front", "observation.images.back"
@@ -185,6 +186,13 @@ def write_v30(episode: Episode, root: Path, parts: Sequence[Sequence[int]]) -> N
         depth_encoder=DepthEncoderConfig(extra_options={
             "x265-params": "lossless=1:bframes=0:log-level=none"}),
     )  # fmt: skip
+    with no_realtime_scheduling():
+        add_episodes(dataset, episode, parts)
+        dataset.finalize()
+
+
+def add_episodes(dataset: Any, episode: Episode, parts: Sequence[Sequence[int]]) -> None:
+    """Add the frames of each part to a LeRobotDataset of `write_v30`, an episode each."""
     mount = np.linalg.inv(MOUNT)
     fx, fy, cx, cy = opencv(episode)
     K = np.array([fx, 0, cx, 0, fy, cy, 0, 0, 1], np.float32)
@@ -208,7 +216,6 @@ def write_v30(episode: Episode, root: Path, parts: Sequence[Sequence[int]]) -> N
                 "task": TASKS[place * 2 // len(frames)],
             })  # fmt: skip
         dataset.save_episode(parallel_encoding=False)
-    dataset.finalize()
 
 
 MOUNT = np.array([[0, 0, 1, 0.1], [-1, 0, 0, 0], [0, -1, 0, 0.4], [0, 0, 0, 1.0]])

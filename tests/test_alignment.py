@@ -223,7 +223,7 @@ def test_without_motion_the_scale_is_left_alone(source, target):
     assert found.sim3.scale == 1.0
     assert degrees_between(found.sim3, sim3) < 0.5
     assert np.isfinite([found.translation_rmse, found.rotation_error]).all()
-    assert "could not tell the scale" in found.problem
+    assert "could not determine the scale" in found.problem
 
 
 def test_a_robot_that_mostly_stands_is_aligned_by_the_part_where_it_moves():

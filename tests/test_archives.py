@@ -54,7 +54,7 @@ def pack(folder, path):
 
 @pytest.fixture(scope="module")
 def packed(sample_tree, tmp_path_factory):
-    """The scene of the sample in three kinds of archive, and one that is cut off."""
+    """The scene of the sample in three kinds of archive, and one that is truncated."""
     out = tmp_path_factory.mktemp("packed") / "tree"
     (scene,) = [path for path in (sample_tree / "sample_zed").iterdir() if path.is_dir()]
     for name in ("g1/house_000.tar.gz", "g2/house_000.zip", "g3/house_000.tar"):
@@ -100,7 +100,7 @@ def test_a_damaged_archive_is_a_failure_with_its_reason(built, packed):
     out, _ = built
     (row,) = [json.loads(line) for line in (out / "failures.jsonl").read_text().splitlines()]
     assert row["episode"] == "g1/cut"
-    assert row["reason"].startswith(f"{packed / 'g1/cut.tgz'}: is cut off before its end")
+    assert row["reason"].startswith(f"{packed / 'g1/cut.tgz'}: is truncated")
 
 
 def test_unchanged_archives_are_not_unpacked_again_and_replaced_ones_are(built, packed, tmp_path):
@@ -185,7 +185,7 @@ def tar_of(path, name="x", **values):
         ({"type": tarfile.LNKTYPE, "linkname": "later"}, "does not come before it"),
         ({"type": tarfile.CHRTYPE}, "is a device"),
         ({"type": tarfile.FIFOTYPE}, "is a device, a pipe"),
-        ({"name": "a/" * 40 + "x"}, "has a name that no file can have"),
+        ({"name": "a/" * 40 + "x"}, "has an invalid name"),
     ],
 )
 def test_nothing_leaves_the_folder(entry, problem, tmp_path):
@@ -211,8 +211,8 @@ def test_links_in_a_zip_are_refused(tmp_path):
     [
         (b"", "is empty"),
         (b"<!DOCTYPE html>", "neither a gzip, a tar nor a zip"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"),
-        (b"\x1f\x8b\x08\x00broken", "is damaged|is cut off"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        (b"\x1f\x8b\x08\x00broken", "is damaged|is truncated"),
         (b"PK\x03\x04broken", "is damaged"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -130,6 +131,22 @@ def test_a_plain_folder_is_read_as_it_was_recorded(episode: Episode, tmp_path: P
     found = read(tmp_path, intrinsics=captures.opencv_intrinsics(episode))
     check_equal(found, episode)
     assert np.array_equal(found.read_rgb(2), episode.read_rgb(2))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_counted_images_take_poses_in_their_order(
+    first: int, episode: Episode, tmp_path: Path
+) -> None:
+    """0.jpg, 1.jpg: no milliseconds, though the trajectory's times begin at 0."""
+    rows = []
+    for frame, pose in enumerate(episode.world_from_camera):
+        captures.color(episode, frame, tmp_path / f"color/{frame + first}.jpg")
+        captures.depth(episode, frame, tmp_path / f"depth/{frame + first}.png", 1000)
+        rows.append(captures.tum_line(frame / 10, pose))
+    (tmp_path / "trajectory.txt").write_text("\n".join(rows))
+    said = captures.opencv_intrinsics(episode)
+    (tmp_path / "intrinsics.txt").write_text(" ".join(map(str, said)))
+    check_equal(read(tmp_path), episode)
 
 
 def test_a_bag_of_odometry_is_read_as_it_was_recorded(episode: Episode, tmp_path: Path) -> None:
@@ -459,7 +476,7 @@ def test_options_say_what_files_do_not_and_a_change_builds_again(
         (["--intrinsics", "a,b"], "--intrinsics a,b: is not a list of numbers"),
         (["--depth-unit", "mm", "--depth-scale", "1000"], "leave one of them out"),
         (["--topics", "colour=/x"], "the kinds are rgb, depth, pose, info"),
-        (["--topics", "rgb=/x"], "holds no bag; leave the option out"),
+        (["--topics", "rgb=/x"], "has no bag; leave the option out"),
         (["--source", "video", "--time-offset", "1"], "--time-offset: is not used by"),
         (["--source", "video", "--topics", "rgb=/x"], "--topics: is not used by"),
     ],
@@ -486,6 +503,18 @@ def test_a_damaged_bag_is_named(tmp_path: Path) -> None:
     (tmp_path / "walk.mcap").write_bytes(b"\x89MCAP0\r\n" + bytes(100))
     with pytest.raises(SourceError, match=r"walk\.mcap: cannot be read"):
         read(tmp_path / "walk.mcap")
+
+
+def test_a_pipe_in_the_place_of_a_bags_file_is_not_waited_for(
+    episode: Episode, tmp_path: Path
+) -> None:
+    pytest.importorskip("rosbags")
+    captures.write_bag(episode, tmp_path / "walk")
+    (held,) = (tmp_path / "walk").glob("*.mcap")
+    held.unlink()
+    os.mkfifo(held)
+    with pytest.raises(SourceError, match="is not a regular file"):
+        read(tmp_path / "walk")
 
 
 @pytest.mark.parametrize(

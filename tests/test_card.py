@@ -77,7 +77,7 @@ def test_the_hub_reads_its_front_matter(dataset):
     assert {"LeRobot", "occupancy"} <= set(found["tags"])
     assert found["size_categories"] == ["n<1K"]
     assert [config["config_name"] for config in found["configs"]] == [
-        "default", "occupancy", "index",
+        "default", "occupancy", "scene_states", "index",
     ]  # fmt: skip
 
 
@@ -105,6 +105,7 @@ def test_a_licence_that_is_not_one_of_the_hub_s_is_not_known(said, found):
 def test_its_files_are_no_strays(dataset):
     assert sorted(p.name for p in dataset.iterdir()) == [
         ".logs", "README.md", "index", "occupancy", "preview.png", "report.json", "sample_zed",
+        "scene_states",
     ]  # fmt: skip
     assert validate(dataset).findings == ()
 

@@ -136,7 +136,7 @@ def test_inspect_without_media_shows_the_cloud(sample_tree, tmp_path):
         (["build", "--input", "EMPTY", "--output", "OUT", "--set", "voxelsize=1"], "voxel_size"),
         (
             ["build", "--input", "EMPTY", "--output", "OUT", "--set", "voxel_size=-1"],
-            "voxel_size: has to be greater than or equal to 0.0001 (edge of an occupancy cell)",
+            "voxel_size: must be greater than or equal to 0.0001 (edge of an occupancy cell)",
         ),
         (
             ["build", "--input", "EMPTY", "--output", "OUT", "--set", "pc_range=[1,2]"],
@@ -145,7 +145,7 @@ def test_inspect_without_media_shows_the_cloud(sample_tree, tmp_path):
         (["build", "--input", "EMPTY", "--output", "OUT", "--set", "mesh=maybe"], "true or false"),
         (
             ["build", "--input", "EMPTY", "--output", "OUT", "--set", "interval=yes"],
-            "interval: expected no yes or no",
+            "interval: cannot be true or false",
         ),
         (["build", "--input", "EMPTY", "--output", "OUT", "--set", " =1"], "expected key=value"),
         (["build", "--input", "SAMPLE", "--output", ""], "'--output': is empty"),
@@ -240,3 +240,9 @@ def test_a_dry_run_of_many_episodes_counts_them_by_scene(sample_tree, tmp_path, 
     assert "trajectory_0" not in said
     said = CliRunner().invoke(cli, [*command, "--verbose"], catch_exceptions=False).stdout
     assert said.count("trajectory_") == 2
+
+
+def test_no_command_has_an_option_twice():
+    for name, command in cli.commands.items():
+        options = [text for p in command.params for text in (*p.opts, *p.secondary_opts)]
+        assert len(set(options)) == len(options), f"{name}: {sorted(options)}"

@@ -34,10 +34,10 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 RUN = {"bash", "python"}
-SHOWN = {"text", "toml", "bibtex"}
+SHOWN = {"text", "toml", "bibtex", "yaml"}
 """What is written after the three ticks: what is run, and what is only looked at."""
 
-SMALLER = {"--workers": "1", "--frames": "3"}
+SMALLER = {"--workers": "1", "--frames": "3", "--trajectories": "1"}
 """Values of options here, so that a page takes seconds."""
 
 

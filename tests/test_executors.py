@@ -404,16 +404,32 @@ def test_the_same_command_does_what_a_lost_host_left(
     assert tree(out) == expected
 
 
+def listened_on(process: subprocess.Popen[str]) -> set[str]:
+    """The addresses that a process and those that it starts listen on, until it ends."""
+    addresses: set[str] = set()
+    while process.poll() is None:
+        with suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(process.pid)
+            for one in (parent, *parent.children(recursive=True)):
+                with suppress(psutil.NoSuchProcess):
+                    found = one.net_connections("tcp")
+                    addresses |= {c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN}
+        time.sleep(0.2)
+    return addresses
+
+
 @pytest.mark.slow
 def test_accelerate_by_itself_starts_a_process_a_device(three: Path, tmp_path: Path) -> None:
     """Started without a launcher, it starts the processes; one of them finds a broken episode."""
     (three / SECOND / INFO).write_text("{")
     out = tmp_path / "out"
-    done = occgen_hub(*command(three, out, "--executor", "accelerate", "--workers", "2"))
-    assert done.returncode == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "2 built, 0 already there, 1 failed of 3 episodes" in done.stdout
-    assert f"failed  {SECOND}: " in done.stderr
+    process = start(*command(three, out, "--executor", "accelerate", "--workers", "2"))
+    assert not listened_on(process)
+    said, errors = process.communicate()
+    assert process.returncode == 1, errors
+    assert "Traceback" not in errors
+    assert "2 built, 0 already there, 1 failed of 3 episodes" in said
+    assert f"failed  {SECOND}: " in errors
     (row,) = map(json.loads, (out / "failures.jsonl").read_text().splitlines())
     assert row["episode"] == SECOND
     assert {p.name for p in out.iterdir()} >= {"report.json", "README.md", "occupancy"}
@@ -471,14 +487,7 @@ def test_a_real_ray_cluster_that_nobody_else_reaches(
     out = tmp_path / "out"
     options = ("--executor", "ray", "--tasks", "2", "--workers", "2", "--cpus-per-task", "1")
     process = start(*command(source, out, *options, "--mem-per-cpu", "1"))
-    listening: set[str] = set()
-    while process.poll() is None:
-        with suppress(psutil.NoSuchProcess):
-            for one in psutil.Process(process.pid).children(recursive=True):
-                with suppress(psutil.NoSuchProcess):
-                    found = one.net_connections("tcp")
-                    listening |= {c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN}
-        time.sleep(0.2)
+    listening = listened_on(process)
     said, errors = process.communicate()
     assert process.returncode == 0, errors
     assert "8 built, 0 already there, 0 failed of 8 episodes" in said
@@ -959,11 +968,50 @@ def test_a_disk_of_64_mb_that_fills_up(
     assert tree(out) == expected
 
 
-# Killed
-
-
 KILLS = int(os.environ.get("OCCGEN_KILLS", "0"))
 """How often the long version kills; the short one, of every run, is in test_runtime.py."""
+
+
+# Other machines
+
+
+ELSEWHERE = """
+import os, sys
+os.umask(int(sys.argv.pop(1), 8))
+from occgen_hub.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("number", range(16 if KILLS else 1))
+def test_the_machine_does_not_show(
+    source: Path, expected: Tree, tmp_path: Path, number: int
+) -> None:
+    """Other threads, locales, time zones, umasks, hash seeds, caches, and a copied source."""
+    rng = random.Random(number)
+    threads = str(rng.choice((1, 2, 3, 8)))
+    env = {
+        "NUMBA_NUM_THREADS": threads,
+        "OMP_NUM_THREADS": rng.choice((threads, "1")),
+        "OPENBLAS_NUM_THREADS": threads,
+        "PYTHONHASHSEED": str(rng.randrange(1000)),
+        "TZ": rng.choice(("Asia/Kathmandu", "America/St_Johns", "UTC")),
+        "LC_ALL": rng.choice(("C", "POSIX", "C.UTF-8", "tr_TR.UTF-8", "de_DE.ISO-8859-1")),
+        "MALLOC_PERTURB_": str(rng.choice((0, 85, 170))),
+        "PYTHONUTF8": rng.choice(("0", "1")),
+    }
+    if rng.random() < 0.25:
+        env["NUMBA_CACHE_DIR"] = str(tmp_path / "cold")
+    if rng.random() < 0.5:
+        source = Path(shutil.copytree(source, tmp_path / "copied", copy_function=shutil.copy))
+    umask, workers = rng.choice(("022", "077", "002")), str(rng.choice((1, 2)))
+    arguments = (umask, *command(source, tmp_path / "out", "--workers", workers))
+    done = occgen_hub(*arguments, launcher=("-c", ELSEWHERE), timeout=900, **env)
+    assert done.returncode == 0, (env, done.stderr)
+    assert tree(tmp_path / "out") == expected, env
+
+
+# Killed
 
 
 @pytest.mark.skipif(not KILLS, reason="OCCGEN_KILLS says how often; ten minutes for 50")

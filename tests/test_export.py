@@ -22,9 +22,10 @@ from occgen_hub.builder import load_builder
 from occgen_hub.config import load_config
 from occgen_hub.episode_build import Settings
 from occgen_hub.errors import OccGenError, UsageError
-from occgen_hub.exporting import export, plan_export
+from occgen_hub.exporting import export, plan_export, update_export
 from occgen_hub.job import Job, list_episodes
 from occgen_hub.lerobot.export_check import RECORD
+from occgen_hub.lerobot.realtime_guard import no_realtime_scheduling
 from occgen_hub.lerobot.v30 import DEPTH_MAX, Fit
 from occgen_hub.loading import Trajectory, trajectories
 from occgen_hub.runtime.build import build_dataset
@@ -102,8 +103,8 @@ def test_lerobot_reads_lengths_tasks_poses_and_columns(built, made):
         assert frames.meta.episodes[n]["length"] == len(poses)
         for t in range(len(poses)):
             item = frames[number]
-            assert torch.equal(item[POSE], torch.from_numpy(poses[t].copy()))
-            assert torch.equal(item["action"], torch.tensor(trajectory.column("action")[t]))
+            assert torch.equal(item[POSE].view(4, 4), torch.from_numpy(poses[t].copy()))
+            assert torch.equal(item["action"], torch.tensor(trajectory.column("action")[t]).ravel())
             assert item["task"] == tasks[task_index[t]]
             assert item["episode"] == trajectory.path.relative_to(built).as_posix()
             assert (item["frame_index"], item["episode_index"], item["index"]) == (t, n, number)
@@ -158,7 +159,7 @@ def test_intrinsics_go_with_the_images(built, made):
         K, size = trajectory.intrinsics()[0], trajectory.image_size
         left, top, width, height = Fit(size, (480, 270)).box
         for name in (INTRINSICS, "observation.camera_intrinsic"):
-            moved = frames[number][name].numpy()
+            moved = frames[number][name].view(3, 3).numpy()
             point = np.array([0.3, -0.2, 1.7])
             u, v, _ = K @ point / point[2]
             expected = left + u * width / size[0], top + v * height / size[1]
@@ -229,7 +230,7 @@ def test_the_wrapper_adds_the_occupancy_of_the_frame(built, made):
         item, expected = frames[n], ours[n]
         assert torch.equal(item[VIEW], expected["occupancy"])
         assert torch.equal(item[MASK], expected["mask"])
-        assert torch.equal(item[POSE], expected["pose"])
+        assert torch.equal(item[POSE].view(4, 4), expected["pose"])
     sparse = with_occupancy(
         made, occupancy=(VIEW,), dense=False, delta_timestamps={VIEW: [-0.1, 0]}
     )
@@ -271,7 +272,8 @@ def test_datasets_reads_the_export(built, made):
     rows = list(load_dataset(str(made), "occupancy", split="train", streaming=True))
     assert len(frames) == len(rows) == sum(len(t.world_from_camera()) for t in opened(built))
     for n, row in enumerate(rows):
-        np.testing.assert_array_equal(frames[n][POSE], np.array(row["camera_extrinsic"], "f4"))
+        pose = np.array(row["camera_extrinsic"], "f4")
+        np.testing.assert_array_equal(frames[n][POSE].reshape(4, 4), pose)
         assert (frames[n]["episode"], frames[n]["frame_index"]) == (
             row["episode"],
             row["frame_index"],
@@ -280,10 +282,10 @@ def test_datasets_reads_the_export(built, made):
 
 def test_statistics_are_over_all_frames(built, made):
     stats = json.loads((made / "meta/stats.json").read_text())
-    poses = np.concatenate([trajectory.column(POSE) for trajectory in opened(built)])
+    poses = np.concatenate([t.column(POSE).reshape(-1, 16) for t in opened(built)])
     for name, value in (("min", poses.min(0)), ("max", poses.max(0)), ("mean", poses.mean(0))):
         np.testing.assert_allclose(stats[POSE][name], value, atol=1e-5)
-    assert np.shape(stats[POSE]["q50"]) == (4, 4)
+    assert np.shape(stats[POSE]["q50"]) == (16,)
     deepest = max(trajectory.depth(0).max() for trajectory in opened(built))
     assert 0.5 * deepest < stats[DEPTH]["max"][0][0][0] <= DEPTH_MAX
 
@@ -564,6 +566,111 @@ def test_what_is_wrong_with_an_export_is_found(mine, damage, recorded, said):
     report = validate(mine)
     texts = [str(finding) for finding in report.findings]
     assert any(said in text for text in texts) if said else not texts, texts
+
+
+# LeRobot's own tools
+
+
+def edit(operation: str, root: Path | None, out: Path | None, commands: bool, **options) -> None:
+    """What lerobot-edit-dataset does, in this process or as the command."""
+    where = {"repo_id": None if root is None else "local/rooms", "root": root,
+             "new_repo_id": None if out is None else "local/edited", "new_root": out}  # fmt: skip
+    where = {key: str(value) for key, value in where.items() if value is not None}
+    if commands:
+        given = where | {"operation.type": operation}
+        given |= {f"operation.{key}": json.dumps(value) for key, value in options.items()}
+        words = [word for key, value in given.items() for word in (f"--{key}", value)]
+        tool = Path(sys.executable).with_name("lerobot-edit-dataset")
+        done = subprocess.run([tool, *words], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return
+    from lerobot.scripts import lerobot_edit_dataset as tool
+
+    kind = tool.OperationConfig.get_choice_class(operation)
+    with no_realtime_scheduling():
+        tool.edit_dataset(tool.EditDatasetConfig(operation=kind(**options), **where))
+
+
+def check_occupancy(built: Path, root: Path, numbers: list[int]) -> None:
+    """Whether an edited export holds these trajectories, each frame with its own occupancy."""
+    report = validate(root)
+    assert report.findings == ()
+    frames, found = with_occupancy(root), opened(built)
+    number = 0
+    for n in numbers:
+        for t, expected in enumerate(found[n].visible_frames()):
+            item = frames[number]
+            assert item["episode"] == found[n].path.relative_to(built).as_posix()
+            assert item["frame_index"] == t
+            cells = torch.from_numpy(np.flatnonzero(item[VIEW].numpy()))
+            assert torch.equal(cells, torch.from_numpy(np.asarray(expected, np.int64)))
+            number += 1
+    assert number == len(frames)
+
+
+@pytest.mark.parametrize(
+    "commands", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["short", "commands"]
+)
+def test_lerobots_tools_edit_an_export_and_the_occupancy_follows(
+    commands: bool, built: Path, mine: Path, tmp_path: Path
+) -> None:
+    edited = tmp_path / "edited"
+    edit("delete_episodes", mine, edited, commands, episode_indices=[1])
+    with pytest.raises(UsageError):
+        with_occupancy(edited)
+    update_export(built, edited)
+    check_occupancy(built, edited, [0, 2])
+
+    edit("split", mine, tmp_path / "parts", commands, splits={"a": [0, 1], "b": [2]})
+    for name, numbers in (("a", [0, 1]), ("b", [2])):
+        update_export(built, tmp_path / "parts" / name)
+        check_occupancy(built, tmp_path / "parts" / name, numbers)
+
+    roots = [str(tmp_path / "parts" / name) for name in ("b", "a")]
+    merged = tmp_path / "merged"
+    edit("merge", None, merged, commands, repo_ids=["local/b", "local/a"], roots=roots)
+    update_export(built, merged)
+    check_occupancy(built, merged, [2, 0, 1])  # In another order than their names'.
+
+    edit("modify_tasks", mine, None, commands, new_task="look around")
+    assert any("has changed since" in str(finding) for finding in validate(mine).findings)
+    update_export(built, mine)
+    check_occupancy(built, mine, [0, 1, 2])
+    assert lerobot(mine)[3]["task"] == "look around"
+
+    before = json.loads((mine / "meta/stats.json").read_text())
+    edit("recompute_stats", mine, tmp_path / "stats", commands)
+    after = json.loads((tmp_path / "stats/meta/stats.json").read_text())
+    np.testing.assert_allclose(after[POSE]["mean"], before[POSE]["mean"], atol=1e-6)
+    update_export(built, tmp_path / "stats")
+    assert validate(tmp_path / "stats").findings == ()
+
+
+def test_an_edit_that_cannot_be_followed_says_what_to_do(
+    built: Path, made: Path, mine: Path, tmp_path: Path
+) -> None:
+    twice = tmp_path / "twice"
+    edit("merge", None, twice, False, repo_ids=["a", "b"], roots=[str(made), str(made)])
+    with pytest.raises(UsageError, match=r"trajectory .* 2 times; export the dataset again"):
+        update_export(built, twice)
+    with pytest.raises(UsageError, match=r"is no LeRobot v3\.0 dataset"):
+        update_export(built, next(path for path in trajectories(built)))
+    make_sample(tmp_path / "tree", trajectories=1, frames=2, seed=9)
+    other = build(tmp_path / "tree", tmp_path / "other")
+    with pytest.raises(UsageError, match=r"which is not in|of 2; export the dataset again"):
+        update_export(other, mine)
+    place = next((mine / "data").rglob("*.parquet"))
+    pq.write_table(pq.read_table(place).drop_columns(["episode"]), place)
+    with pytest.raises(OccGenError, match="has no column episode any more"):
+        update_export(built, mine)
+
+
+def test_slices_are_lists_of_frames_as_lerobot_has_them(made: Path) -> None:
+    frames, plain = with_occupancy(made), lerobot(made)
+    found, expected = frames[-3::2], plain[-3::2]
+    assert [item["index"] for item in found] == [item["index"] for item in expected]
+    assert all(torch.equal(a[VIEW], frames[int(a["index"])][VIEW]) for a in found)
+    assert frames[len(frames) :] == []
 
 
 def test_occupancy_of_other_frames_is_refused(built, mine, tmp_path):

@@ -330,8 +330,11 @@ def walker(places: list[float]) -> tuple[list[Array], list[tuple[Array, Array]],
     return depths, boxes, poses
 
 
-def check_walker(fused: Fused, boxes: list[tuple[Array, Array]], poses: Array) -> None:
-    """Each frame's moving points are the box there and then; the cloud has none of them."""
+def check_walker(
+    fused: Fused, boxes: list[tuple[Array, Array]], poses: Array, ghosts: int = 0
+) -> None:
+    """Each frame's moving points are the box there and then; the cloud has no more than `ghosts`
+    points in the air where the box was."""
     for frame, (lower, upper) in enumerate(boxes):
         points = moving(fused, frame)
         assert inside(points, lower, upper).mean() > 0.98, frame
@@ -348,7 +351,7 @@ def check_walker(fused: Fused, boxes: list[tuple[Array, Array]], poses: Array) -
         assert len(front) > 100
         assert np.mean(cKDTree(points).query(front)[0] < VOXEL) > 0.9, frame
         air = inside(fused.cloud.points, lower, [upper[0], 0.7, upper[2]])
-        assert not air.any(), frame
+        assert air.sum() <= ghosts, frame
 
 
 def test_what_moves_is_in_each_of_its_frames_and_in_no_other():
@@ -378,6 +381,20 @@ def test_frames_that_it_is_not_in_have_no_moving_points():
     counts = [len(moving(fused, frame)) for frame in range(10)]
     assert counts[3:8] == [0] * 5
     assert min(counts[:3] + counts[8:]) > 100
+
+
+def test_what_moves_before_a_background_without_depth_is_not_in_the_scene():
+    depths, boxes, poses = walker(list(np.linspace(-0.9, 0.7, 9)))
+    for depth, pose, box_ in zip(depths, poses, boxes, strict=True):
+        alone = depth_of([box(*box_)], pose)
+        above = np.arange(depth.shape[0])[:, None] < depth.shape[0] / 2
+        depth[above & (alone == 0)] = 0
+    fused = fuse(views_of(depths, poses), CONFIG)
+    check_walker(fused, boxes, poses, ghosts=8)  # Over 300 if only what was seen through goes.
+    # The floor that it walks on stays, though it is connected to it.
+    floor = fuse(views_of([depth_of([FLOOR], pose) for pose in poses], poses), CONFIG).cloud.points
+    seen_by_some = cKDTree(fused.cloud.points).query(floor[floor[:, 2] < 1.9])[0] < VOXEL
+    assert seen_by_some.mean() > 0.99
 
 
 def test_small_wrong_groups_of_pixels_do_not_move():

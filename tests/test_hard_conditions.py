@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,7 @@ def test_a_meta_file_of_millions_of_values_is_refused_at_once(tmp_path):
     path = tmp_path / "tasks.jsonl"
     path.write_bytes(b"{}\n" * 3_000_000)
     began = time.monotonic()
-    with pytest.raises(SourceError, match=r"tasks.jsonl: holds more values"):
+    with pytest.raises(SourceError, match=r"tasks.jsonl: has more values"):
         read_jsonl(path)
     assert time.monotonic() - began < 5
 
@@ -224,6 +225,18 @@ def test_a_record_that_could_not_be_read_back_is_not_written(sample_tree, tmp_pa
     failures = built(sample_tree, tmp_path / "out", limit=1)
     assert "cut it into parts" in failures[0]
     assert not trajectories(tmp_path / "out")
+
+
+def test_a_sparse_file_of_a_terabyte_is_not_read(dataset, tmp_path):
+    root = Path(shutil.copytree(dataset, tmp_path / "out"))
+    (place, *_) = trajectories(root)
+    names = next(iter(json.loads((place / "meta/occgen.json").read_text())["files"]))
+    with (place / names).open("r+b") as file:
+        file.truncate(1 << 40)
+    began = time.monotonic()
+    findings = library.validate(root).findings
+    assert time.monotonic() - began < 20
+    assert any("more than any file of a dataset" in str(finding) for finding in findings)
 
 
 # A dataset that changes while it is open
@@ -560,6 +573,59 @@ def test_without_a_place_for_a_cache_kernels_are_compiled_all_the_same(tmp_path)
         check=False,
     )
     assert said.stdout == "2\n", said.stderr
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """Commands of a copy of the package, in which nobody may write, with such a home.
+
+    They share a process, which compiles.
+    """
+    bare: tuple[str, ...] = ()
+    if os.geteuid() == 0:  # Root may write anywhere, unless it goes without that right.
+        bare = ("setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override")
+        if not shutil.which(bare[0]):
+            pytest.skip("root needs setpriv (util-linux) to do without its rights")
+    package, home = tmp_path / "site/occgen_hub", tmp_path / "home"
+    root, ours = (
+        Path(__file__).parent.parent,
+        shutil.ignore_patterns("__pycache__", "*.safetensors"),
+    )
+    shutil.copytree(root / "occgen_hub", package, ignore=ours)
+    for name in ("builders", "schemas", "ckpt"):
+        shutil.copytree(root / name, package / name, ignore=ours)
+    home.mkdir()
+    folders = [home, *(path for path in (tmp_path / "site").rglob("*") if path.is_dir())]
+    for folder in folders:
+        folder.chmod(0o555)
+    env = {k: v for k, v in os.environ.items() if k not in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME")}
+    env |= {"PYTHONPATH": str(tmp_path / "site"), "HOME": str(home)}
+    where = "import occgen_hub, sys; sys.stderr.write(occgen_hub.__file__); "
+
+    def run(*commands: list[str]) -> subprocess.CompletedProcess[str]:
+        script = f"{where}from occgen_hub.cli import cli\n"
+        script += f"for each in {commands!r}: cli.main(each, standalone_mode=False)"
+        return subprocess.run(
+            [*bare, sys.executable, "-c", script],
+            cwd=home, env=env, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    yield run
+    assert not list(home.iterdir())
+    assert not list((tmp_path / "site").rglob("__pycache__"))
+    for folder in folders:
+        folder.chmod(0o755)
+
+
+def test_a_read_only_installation_without_a_home_builds_and_validates(
+    sample_tree, tmp_path, read_only
+):
+    out, package = str(tmp_path / "out"), tmp_path / "site/occgen_hub"
+    options = ["--output", out, "--set", "voxel_size=0.25", "--limit", "1", "--workers", "1"]
+    done = read_only(["build", "--input", str(sample_tree), *options], ["validate", out])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr.startswith(str(package / "__init__.py"))
+    assert "1 trajectory, 4 frames: valid" in done.stdout
 
 
 def test_every_kernel_is_compiled_so():

@@ -58,15 +58,14 @@ def cells(episode: Episode, tmp_path_factory: pytest.TempPathFactory) -> np.ndar
     return scene_cells(load_builder("internnav", root), out)[0]
 
 
-def scene_cells(builder: DatasetBuilder, out: Path) -> list[np.ndarray]:
-    """(n, 3) cell numbers of the scene of each of the last episode's cameras."""
+def scene_cells(builder: DatasetBuilder, out: Path, cameras: int = 2) -> list[np.ndarray]:
+    """(n, 3) cell numbers of the scene of each of the last episode's last cameras."""
     refs = list_episodes(builder)
     found = []
-    for ref in refs:
-        if ref.index == refs[-1].index:
-            build_episode(builder, ref, out, Settings(SMALL, media="none"))
-            centres = Trajectory.open(out / ref.id).scene_cells()
-            found.append(np.floor(centres / SMALL.voxel_size).astype(np.int64))
+    for ref in [ref for ref in refs if ref.index == refs[-1].index][-cameras:]:
+        build_episode(builder, ref, out, Settings(SMALL, media="none"))
+        centres = Trajectory.open(out / ref.id).scene_cells()
+        found.append(np.floor(centres / SMALL.voxel_size).astype(np.int64))
     return found
 
 
@@ -122,8 +121,9 @@ def test_both_versions_give_the_scene_of_the_tree(
 ) -> None:
     """Several episodes in a file, two cameras, an action of 26 numbers."""
     out = tmp_path / "out"
-    back, front = scene_cells(builder_of(robot), out)
-    assert np.array_equal(back, front)  # One scene, whichever camera it is of.
+    joined = robot.parent.name.startswith("v30")
+    *back, front = scene_cells(builder_of(robot), out, cameras=1 if joined else 2)
+    assert all(np.array_equal(own, front) for own in back)  # One scene, whichever camera it is of.
     assert share_beside(front, cells) >= 0.98
     assert share_beside(cells, front) >= 0.98
 
@@ -139,8 +139,9 @@ def test_both_versions_give_the_scene_of_the_tree(
     assert trajectory.tasks() == list(lerobots.TASKS)
     assert (info["fps"], info["robot_type"]) == (lerobots.FPS, "walker")
     assert not trajectory.file("rgb", 0).exists()
-    other = Trajectory.open(out / "lerobot/robot/episode_000001.back")
-    assert np.allclose(other.world_from_camera(), episode.world_from_camera[::-1], atol=1e-5)
+    if back:
+        other = Trajectory.open(out / "lerobot/robot/episode_000001.back")
+        assert np.allclose(other.world_from_camera(), episode.world_from_camera[::-1], atol=1e-5)
 
 
 def test_frames_are_those_of_their_episode(robot: Path, episode: Episode) -> None:

@@ -13,7 +13,7 @@ from occgen_hub.config import Config
 from occgen_hub.occupancy import ray_packets
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.point_blocks import into_blocks
-from occgen_hub.occupancy.ray_packets import RayPackets, follow_packets, packets_when_worth
+from occgen_hub.occupancy.ray_packets import RayPackets, follow_packets, packets_if_repeated
 from occgen_hub.occupancy.visibility import OBSERVED, OCCUPIED, first_occupied, observe
 
 
@@ -99,7 +99,7 @@ def test_a_camera_that_comes_again_gets_packets_and_sees_the_same():
     grid = Grid.of(Config(voxel_size=0.05))
     K, size = intrinsics(60, 61, 40, 30), (80, 60)
     frames = [observe(grid, cloud, np.eye(4), K, size) for _ in range(7)]
-    assert packets_when_worth(grid, K, size) is not None
+    assert packets_if_repeated(grid, K, size) is not None
     for frame in frames:
         assert np.array_equal(frame.visible, frames[0].visible)
         assert np.array_equal(frame.observed, frames[0].observed)
@@ -108,22 +108,22 @@ def test_a_camera_that_comes_again_gets_packets_and_sees_the_same():
 def test_cameras_that_change_are_followed_ray_by_ray():
     grid = Grid.of(Config(voxel_size=0.1))
     for focal_length in range(20, 40):
-        assert packets_when_worth(grid, intrinsics(focal_length, 30, 16, 16), (32, 32)) is None
+        assert packets_if_repeated(grid, intrinsics(focal_length, 30, 16, 16), (32, 32)) is None
 
 
 def test_the_camera_of_an_episode_has_its_packets_before_the_first_frame():
     grid, size = Grid.of(Config(voxel_size=0.1)), (32, 32)
     most, other = intrinsics(30, 31, 16, 16), intrinsics(20, 21, 16, 16)
     ray_packets.prepare(grid, np.stack([other, *[most] * 5, other]), size)
-    assert packets_when_worth(grid, most, size) is not None
-    assert packets_when_worth(grid, other, size) is None
+    assert packets_if_repeated(grid, most, size) is not None
+    assert packets_if_repeated(grid, other, size) is None
     ray_packets.prepare(grid, np.stack([other] * 4), size)  # Too few to be worth it.
-    assert packets_when_worth(grid, other, size) is None
+    assert packets_if_repeated(grid, other, size) is None
     ray_packets.prepare(grid, np.zeros((0, 3, 3)), size)
 
 
 def test_lists_too_long_to_keep_are_not_made(monkeypatch):
-    monkeypatch.setattr(ray_packets, "_MOST", 1000)
+    monkeypatch.setattr(ray_packets, "_MAX_CELLS", 1000)
     grid = Grid.of(Config(voxel_size=0.1))
     K, size = intrinsics(30, 30, 16, 16), (64, 32)
     assert RayPackets.of(grid, K, size) is None

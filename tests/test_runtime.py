@@ -246,7 +246,9 @@ def test_two_workers_give_the_bytes_of_one_and_survive_a_failure(
 
     assert done.returncode == 1
     assert "3 built, 0 already there, 1 failed of 4 episodes; 9 frames" in done.stdout
-    assert f"failed  {broken}: {mine / broken / TABLE}: is not a parquet file" in done.stderr
+    assert (
+        f"failed  {broken}: {mine / broken / TABLE}: is not a readable Parquet file" in done.stderr
+    )
     check_clean(done.stderr)
     (row,) = map(json.loads, (out / "failures.jsonl").read_text().splitlines())
     assert row["episode"] == broken

@@ -442,7 +442,8 @@ def bit_flipped(values: list[bytes]) -> None:
         (rewritten(retyped), "has other columns"),
         (rewritten(lambda t: t.drop_columns(["shape"])), "has other columns"),
         (lambda p: pq.write_table(pa.concat_tables([pq.read_table(p)] * 2), p), "more than 32"),
-        (lambda p: p.write_bytes(b"PAR1"), "is not a parquet file that can be read"),
+        (lambda p: p.write_bytes(b"PAR1"), "is not a readable Parquet file"),
+        (rewritten(lambda t: t.append_column("shape", t["shape"])), "two columns of one name"),
         (lambda p: shutil.copy(p, p.with_name("more.parquet")), "that the index does not have"),
         (lambda p: (p.unlink(), p.mkdir()), "is a folder"),
     ],
@@ -471,7 +472,7 @@ def test_shards_of_another_trajectory_are_noticed(source, mine, tmp_path):
     ("harm", "words"),
     [
         (lambda p: p.unlink(), "has no row of sample_zed/house_000/trajectory_0"),
-        (lambda p: p.write_bytes(b"PAR1"), "is not a parquet file"),
+        (lambda p: p.write_bytes(b"PAR1"), "is not a readable Parquet file"),
         (lambda p: pq.write_table(pq.read_table(p).slice(1), p), "has no row of"),
         (
             lambda p: pq.write_table(pq.read_table(p).drop_columns(["frames"]), p),
@@ -486,6 +487,7 @@ def test_shards_of_another_trajectory_are_noticed(source, mine, tmp_path):
         (with_column("episode", lambda v: v.__setitem__(0, "../x")), "no name of an episode"),
         (with_column("shards", lambda v: v[0].__setitem__(0, "/etc/x")), "no name of a shard"),
         (with_column("frames", lambda v: v.__setitem__(0, None)), "lacks a value of frames"),
+        (rewritten(lambda t: t.append_column("frames", t["frames"])), "two columns of one name"),
     ],
 )
 def test_validate_says_what_is_wrong_with_the_index(mine, built, harm, words):

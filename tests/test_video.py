@@ -449,7 +449,7 @@ def test_sound_alone(tmp_path: Path) -> None:
             frame.sample_rate = 44100
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    assert_fails(tmp_path / "sound.mp4", "holds no video")
+    assert_fails(tmp_path / "sound.mp4", "has no video stream")
 
 
 def test_a_video_without_frames(tmp_path: Path) -> None:
@@ -621,7 +621,7 @@ def test_bad_images_are_named(tmp_path: Path) -> None:
     assert_fails(folder, "is missing", bad)
     bad.unlink()
     shutil.copy(folder / "1.jpg", folder / "1.jpeg")
-    assert_fails(folder, "is called as", folder / "1.jpg")
+    assert_fails(folder, "has the same name as", folder / "1.jpg")
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
@@ -856,7 +856,9 @@ def test_a_folder_of_depth_images_is_no_movie(tmp_path: Path) -> None:
 def test_depth_images_among_colour_images_are_named(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "in", ["frame_0.png", "frame_1.png"])
     depth(folder, ["zdepth_0.png"])
-    assert_fails(folder, "is a 16-bit grey image, as depth is", folder / "zdepth_0.png")
+    assert_fails(
+        folder, "is a 16-bit grey image, which is the format of depth", folder / "zdepth_0.png"
+    )
 
 
 def lerobot_v3(root: Path, held: list[tuple[int, int]], *, tables: bool = True) -> Path:
@@ -877,9 +879,9 @@ def lerobot_v3(root: Path, held: list[tuple[int, int]], *, tables: bool = True) 
 @pytest.mark.parametrize(
     ("held", "tables", "said"),
     [
-        ([(0, 0), (0, 0), (0, 0)], True, "holds 3 episodes of a LeRobot dataset"),
+        ([(0, 0), (0, 0), (0, 0)], True, "has 3 episodes of a LeRobot dataset"),
         ([(0, 0), (0, 1), (1, 0)], True, None),
-        ([(0, 0), (0, 0)], False, "holds several episodes of a LeRobot dataset"),
+        ([(0, 0), (0, 0)], False, "has several episodes of a LeRobot dataset"),
         ([(0, 0)], False, None),
     ],
 )
@@ -1016,7 +1018,7 @@ def test_an_hdr_video_comes_as_sdr_with_a_note(
                   **BT2020)  # fmt: skip
     episode = read(path)
     assert notes(episode)["hdr"] == (
-        f"the video is HDR ({name}): its colours are brought to SDR, those of BT.709"
+        f"the video is HDR ({name}): its colours are converted to SDR (BT.709)"
     )
     assert episode.media == ()
     found = [float(frame.mean()) for frame in all_frames(episode)]

@@ -15,7 +15,7 @@ from PIL import Image
 
 from occgen_hub.camera_mapping import CameraMapping
 from occgen_hub.errors import OccGenError, SourceError, UsageError, in_brief
-from occgen_hub.files import MAX_TABLE_ROWS, is_file
+from occgen_hub.files import MAX_TABLE_ROWS, is_file, opened
 from occgen_hub.geometry.lens import Lens, opencv_matrix
 from occgen_hub.media import MAX_PIXELS
 
@@ -68,10 +68,7 @@ class Bag(Layout):
 
     def sources(self, place: Path, mapping: CameraMapping) -> list[Path]:
         """The files of the bag."""
-        if is_file(place):
-            return [place]
-        kept = (".db3", ".mcap", ".zstd", ".yaml")
-        return sorted(path for path in place.iterdir() if path.suffix in kept)
+        return _files(place)
 
     def read(self, place: Path, mapping: CameraMapping) -> Recording:
         """Colour and depth within 20 ms of each other, with the pose at the time of the depth."""
@@ -148,6 +145,13 @@ class _Source:
             self._bag.close()
 
 
+def _files(place: Path) -> list[Path]:
+    if is_file(place):
+        return [place]
+    kept = (".db3", ".mcap", ".zstd", ".yaml")
+    return sorted(path for path in place.iterdir() if path.suffix in kept)
+
+
 @contextmanager
 def opened_bag(place: Path) -> Iterator[OpenBag]:
     """A bag, open while the block lasts; what is wrong with it is raised as SourceError."""
@@ -183,6 +187,8 @@ class OpenBag:
                 "pip install 'occgen-hub[ros]'."
             ) from None
         self.place = place
+        for path in _files(place):
+            opened(path).close()  # rosbags would wait for a pipe.
         self._reader = AnyReader([place], default_typestore=get_typestore(Stores.ROS2_HUMBLE))
         self._reader.open()
         self.types: dict[str, str] = {c.topic: c.msgtype for c in self._reader.connections}

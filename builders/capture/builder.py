@@ -1,4 +1,4 @@
-"""The source `capture`: finds recordings, recognises their layout, and makes episodes of them."""
+"""The source `capture`: finds recordings, recognises their layout, and reads them as episodes."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from .tum import TumRgbd
 LAYOUTS: tuple[Layout, ...] = (
     *(Bag(), TumRgbd(), SevenScenes(), ScanNet(), NerfStudio(), Colmap(), PlainFolder()),
 )
-"""In the order in which they are tried; a folder may look like several."""
+"""The layouts in the order in which they are tried, since a folder may match several."""
 
 GROUP = "capture"
-USUAL_FPS = 30.0
+DEFAULT_FPS = 30.0
 FPS = (0.01, 1000.0)
 UNEVEN = 0.25
-"""Steps in time that differ by less than this share of the usual one are those of a steady rate."""
+"""Largest deviation of time steps from their median, as a share of it, at a constant rate."""
 
 SAME_SHAPE = 0.05
-"""Width over height of registered colour and depth differs by no more than that share."""
+"""Largest relative difference between the aspect ratios of registered colour and depth."""
 
 TIME = "source_timestamp"
-"""The column with the times that the recording has, seconds."""
+"""The column with the times of the recording, seconds."""
 
 
 class CaptureBuilder(DatasetBuilder):
@@ -59,25 +59,25 @@ class CaptureBuilder(DatasetBuilder):
 
     @classmethod
     def recognise(cls, root: Path) -> str | None:
-        """The layout of what is at the root, or in a folder right below it."""
+        """The layout of the root, or of a folder in it."""
         for place in (root, *_folders(root)):
             if (layout := layout_of(place)) is not None:
                 return layout.what
         return None
 
     def episodes(self) -> Iterator[EpisodeRef]:
-        """Every recording at or below the root, sorted by id; raises UsageError for none."""
+        """Every recording at or below the root, sorted by id. Raises UsageError for none."""
         found = list(_find(self.root))
         if not found:
             known = "; ".join(layout.what for layout in LAYOUTS)
             other = other_source(self.root, self.name)
             raise UsageError(
-                f"{self.root}: holds no capture that is known ({known}); "
-                f"{other or 'docs/formats.md says how each is laid out'}."
+                f"{self.root}: has no capture in a known layout ({known}); "
+                f"{other or 'see docs/formats.md for the layouts'}."
             )
         topics = {"rgb", "depth", "pose", "info"} & set(self._mapping.said())
         if topics and not any(isinstance(_layout(place), Bag) for place in found):
-            raise UsageError(f"--topics: {self.root} holds no bag; leave the option out.")
+            raise UsageError(f"--topics: {self.root} has no bag; leave the option out.")
         refs = [EpisodeRef(_id(self.root, place), place) for place in found]
         yield from sorted(refs, key=lambda ref: ref.id)
 
@@ -103,7 +103,7 @@ class CaptureBuilder(DatasetBuilder):
         return _layout(ref.path).sources(ref.path, self._mapping)
 
     def read(self, ref: EpisodeRef) -> Episode:
-        """One episode: colour and depth as a pinhole camera has them."""
+        """One episode, with colour and depth resampled to a pinhole camera."""
         recording = _layout(ref.path).read(ref.path, self._mapping)
         view, depth_view, notes = pinhole_views(
             recording.color_lens,
@@ -122,7 +122,7 @@ class CaptureBuilder(DatasetBuilder):
             return depth_view[frame].depth(read_raw_depth(frame))
 
         fps, rate_notes = _rate(recording.times)
-        media = _colors(recording, view, color, ref.path)  # Depth is written anew.
+        media = _colors(recording, view, color, ref.path)  # Depth is encoded by the writer.
         times = {}
         if recording.times is not None:
             times[TIME] = Column(Feature(dtype="float64", shape=(1,)), recording.times)
@@ -153,7 +153,7 @@ class CaptureBuilder(DatasetBuilder):
 
 
 def layout_of(place: Path) -> Layout | None:
-    """The layout of a folder or file, None if it is in none."""
+    """The layout of a folder or file, or None."""
     try:
         return next((layout for layout in LAYOUTS if layout.recognise(place)), None)
     except OSError:
@@ -163,7 +163,7 @@ def layout_of(place: Path) -> Layout | None:
 def _layout(place: Path) -> Layout:
     layout = layout_of(place)
     if layout is None:
-        raise SourceError(place, "is no capture any more", "restore it or leave it out")
+        raise SourceError(place, "is not a capture any more", "restore it or leave it out")
     return layout
 
 
@@ -178,15 +178,15 @@ def _folders(place: Path) -> list[Path]:
 
 
 def _find(place: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
-    """Recordings at or below a place; nothing is sought below one.
+    """Yield recordings at or below a path. Folders in a recording are not searched.
 
-    Links to folders are followed, but not back to a folder `above`.
+    Links to folders are followed, except to a folder in `above`.
     """
     try:
         stat = place.stat()
     except OSError:
         return
-    if (here := (stat.st_dev, stat.st_ino)) in above:
+    if (own := (stat.st_dev, stat.st_ino)) in above:
         return
     if layout_of(place) is not None:
         yield place
@@ -194,7 +194,7 @@ def _find(place: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path
     if place.is_dir():
         yield from (p for p in sorted(place.glob("*.mcap")) if layout_of(p) is not None)
     for folder in _folders(place):
-        yield from _find(folder, (*above, here))
+        yield from _find(folder, (*above, own))
 
 
 def _id(root: Path, place: Path) -> str:
@@ -215,13 +215,13 @@ def pinhole_views(
     depth_lens: Lens | None = None,
     depth_size: tuple[int, int] | None = None,
 ) -> tuple[list[PinholeView], list[PinholeView], list[Note]]:
-    """How colour and depth of each frame become what one pinhole camera sees.
+    """The resampling of colour and depth of each frame to one pinhole camera, and notes.
 
-    It has the matrix and size of the depth images, where there are any, else of the colour images:
-    geometry is worth more than pixels.
+    The pinhole camera has the matrix and size of the depth images if there are any, because
+    geometry matters more than pixels, else those of the colour images.
 
-    lenses: of each frame's colour image; depth_lens: of the depth images, None for the colour's;
-    depth_size: their (width, height), None where there are none; place: what to name in errors.
+    lenses: of each frame's colour image; depth_lens: of the depth images, None for that of colour;
+    depth_size: their (width, height), None without depth; place: for errors.
     """
     notes = []
     views, depth_views = dict[Lens, PinholeView](), dict[Lens, PinholeView]()
@@ -256,7 +256,7 @@ def _colors(
     color: Callable[[int], NDArray[np.uint8]],
     place: Path,
 ) -> Iterator[MediaFile]:
-    """The colour images as they are written: the files where those are as they have to be."""
+    """The colour images to write: the original files if they need no change."""
     for frame, view in enumerate(views):
         path = recording.colors[frame] if recording.colors else None
         if path is not None and view.same and picture_facts(path).plain:
@@ -266,17 +266,18 @@ def _colors(
 
 
 def _rate(times: NDArray[np.float64] | None) -> tuple[float, list[Note]]:
-    """Frames a second, by the usual step between two; notes where it is assumed or uneven."""
+    """The frame rate from the median time step, and a note if it is assumed or uneven."""
     steps = np.diff(times) if times is not None else np.empty(0)
-    usual = float(np.median(steps)) if len(steps) else 0.0
-    if usual <= 0 or not FPS[0] <= 1 / usual <= FPS[1]:
-        text = f"nothing usable says the rate of the frames: {USUAL_FPS:g} fps is assumed"
-        return USUAL_FPS, [Note("fps", text)]
-    fps = round(1 / usual, 3)
-    if np.abs(steps - usual).max() <= UNEVEN * usual:
+    median = float(np.median(steps)) if len(steps) else 0.0
+    if median <= 0 or not FPS[0] <= 1 / median <= FPS[1]:
+        text = f"the recording has no usable frame rate: {DEFAULT_FPS:g} fps is assumed"
+        return DEFAULT_FPS, [Note("fps", text)]
+    fps = round(1 / median, 3)
+    if np.abs(steps - median).max() <= UNEVEN * median:
         return fps, []
     text = (
-        f"frames come {1000 * steps.min():.3g} to {1000 * steps.max():.3g} ms after one another: "
-        f"each counts once, at {fps:g} fps; their own times are in the column {TIME}"
+        f"the time between frames varies from {1000 * steps.min():.3g} to "
+        f"{1000 * steps.max():.3g} ms: every frame is used once, at {fps:g} fps; the recorded "
+        f"times are in the column {TIME}"
     )
     return fps, [Note("variable rate", text)]

@@ -75,7 +75,7 @@ class PlainFolder(Layout):
             chosen, when, poses = _by_time(path, trajectory, times, colors, depths)
         else:
             chosen, poses = _by_order(path, trajectory, colors, depths)
-            when = None
+            when = _own_times(trajectory, chosen[:, 0])
         colors = [colors[n] for n in chosen[:, 0]]
         chosen_depths = [] if depths is None else [depths[n] for n in chosen[:, 1]]
         size = image_size(colors[0])
@@ -129,6 +129,14 @@ def _by_time(
     check_tracked(path, tracked, when, trajectory.times)
     counted = all(image.stem.isdecimal() for image in colors) and unit == 1.0
     return pairs[tracked], None if counted else when[tracked], poses[tracked]
+
+
+def _own_times(trajectory: Trajectory, chosen: NDArray[np.int64]) -> NDArray[np.float64] | None:
+    """(n,) seconds, of the poses; None where there are none, or they count frames."""
+    times = trajectory.times
+    if times is None or len(times) < 2 or np.median(np.diff(times)) == 1:
+        return None
+    return times[chosen]
 
 
 def _by_order(

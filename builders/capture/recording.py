@@ -1,4 +1,4 @@
-"""What every layout of captures is read into, and what reading them has in common."""
+"""The common form of all captures, and helpers to read their files."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from occgen_hub.geometry.poses import RIGID, rigidity_error
 from occgen_hub.media import image_size, read_depth, read_rgb
 
 TOLERANCE = 0.02
-"""Seconds: colour, depth and poses that are no farther apart are of one moment."""
+"""Largest time difference between colour, depth and pose of a frame, seconds."""
 
 LONGEST_GAP = 0.25
-"""Seconds between two poses, for those between them to be known: longer, and tracking was lost."""
+"""Largest time between two poses to interpolate between them, seconds. After a longer gap, tracking
+was lost."""
 
 NONE = 65535
-"""What sensors write besides 0 where they measured nothing."""
+"""A value besides 0 that sensors write for no measurement."""
 
 IMAGES = (".jpg", ".jpeg", ".png")
 
@@ -42,19 +43,19 @@ GIVE = "give --intrinsics fx,fy,cx,cy in pixels of the colour images"
 
 @dataclass(frozen=True)
 class Recording:
-    """T frames of a capture, as its files have them; nothing is decoded yet.
+    """T frames of a capture, as recorded. Images are decoded on demand.
 
     Attributes:
-        read_color: frame number to (h, w, 3) uint8 RGB, distorted as the lens has it.
-        color_lens: the lens of each frame's colour image, T of them, all of one size.
+        read_color: frame number to (h, w, 3) uint8 RGB, with the lens distortion.
+        color_lens: the lens of each of the T colour images, all of one size.
         poses: (T, 4, 4) float64, world_from_camera, OpenCV axes, in the unit of the files.
-        sources: every file that the frames are made from.
-        colors: the files of the colour images, T of them, or () where they are in no files.
-        read_depth: frame number to (h, w) float64 metres, 0 for none; None where there is no depth.
-        depth_lens: the lens of the depth images; None for the colour's.
-        depth_size: (width, height) of the depth images.
-        times: (T,) float64 seconds of the frames, ascending; None where nothing says.
-        notes: what a user should know.
+        sources: all files used for the frames.
+        colors: the T files of colour images, or () if they are not separate files.
+        read_depth: frame number to (h, w) float64 metres, 0 for none; None without depth.
+        depth_lens: the lens of the depth images; None for that of colour.
+        depth_size: (width, height) of the depth images, pixels.
+        times: (T,) float64 times of the frames, seconds, ascending; None if unknown.
+        notes: for the user.
     """
 
     read_color: Callable[[int], NDArray[np.uint8]]
@@ -70,24 +71,24 @@ class Recording:
 
 
 class Layout(ABC):
-    """One layout of captures. what: what a folder of it is, with an article."""
+    """A layout of captures. what: a description with an article, for messages."""
 
     what: ClassVar[str]
 
     @abstractmethod
     def recognise(self, place: Path) -> bool:
-        """Whether a folder, or a file, is in this layout, by the names in it."""
+        """Whether a folder or file has this layout, by the names of files."""
 
     @abstractmethod
     def has_depth(self, place: Path, mapping: CameraMapping) -> bool:
-        """Whether it has depth; looked up quickly."""
+        """Whether it has depth, by a quick check."""
 
     @abstractmethod
     def read(self, place: Path, mapping: CameraMapping) -> Recording:
-        """The recording; raises SourceError where its files cannot be used."""
+        """Read the recording. Raises SourceError if its files cannot be used."""
 
     def sources(self, place: Path, mapping: CameraMapping) -> list[Path]:
-        """Every file that it is made from."""
+        """All files used for the recording."""
         return list(self.read(place, mapping).sources)
 
 
@@ -95,7 +96,7 @@ class Layout(ABC):
 
 
 def images_in(folder: Path, suffixes: tuple[str, ...] = IMAGES) -> list[Path]:
-    """The images of a folder in the order of the numbers in their names: 10 comes after 9."""
+    """The images of a folder in natural order of their names, in which 10 comes after 9."""
     try:
         names = [path.name for path in folder.iterdir()]
     except OSError as error:
@@ -103,30 +104,31 @@ def images_in(folder: Path, suffixes: tuple[str, ...] = IMAGES) -> list[Path]:
         raise SourceError(folder, problem, "check its permissions") from error
     kept = [name for name in names if name.lower().endswith(suffixes) and name[0] != "."]
     if len(kept) > MAX_TABLE_ROWS:
-        raise SourceError(folder, f"holds {len(kept)} images", "make several recordings of it")
+        problem = f"has {len(kept)} images, more than an episode can have"
+        raise SourceError(folder, problem, "split it into several recordings")
     return [folder / name for name in sorted(kept, key=natural)]
 
 
 def natural(name: str) -> tuple[list[str | int], str]:
-    """A key to sort names by, in which digits count as the numbers that they write."""
+    """A sort key in which digits count as numbers."""
     parts = re.split(r"([0-9]+)", name)
     return [int(part) if n % 2 else part for n, part in enumerate(parts)], name
 
 
 def folder_among(place: Path, names: Iterable[str]) -> Path | None:
-    """The first of the folders of these names that is there."""
+    """The first of these folders that exists, or None."""
     return next((place / name for name in names if (place / name).is_dir()), None)
 
 
 def file_among(place: Path, names: Iterable[str]) -> Path | None:
-    """The first of the files of these names that is there."""
+    """The first of these files that exists, or None."""
     return next((place / name for name in names if is_file(place / name)), None)
 
 
 def numbers_in(path: Path, limit: int = 1 << 16) -> list[list[float]]:
-    """The numbers of each line of a text file, comments (#) and empty lines left out.
+    """The numbers in each line of a text file, without comments (#) and empty lines.
 
-    "nan" and "inf" are numbers here: they stand where tracking was lost.
+    "nan" and "inf" are accepted, since they mark lost tracking. Raises SourceError.
     """
     rows = []
     for number, line in enumerate(read_bytes(path, limit).splitlines(), 1):
@@ -141,24 +143,25 @@ def numbers_in(path: Path, limit: int = 1 << 16) -> list[list[float]]:
 
 
 def matrix_in(path: Path, n: int) -> NDArray[np.float64]:
-    """The (n, n) float64 matrix in a text file; one of 4 x 4 also serves as one of 3 x 3."""
+    """The (n, n) float64 matrix in a text file. For 3 x 3, a 4 x 4 one is accepted too."""
     rows = numbers_in(path)
     matrix = np.array(rows) if len({len(row) for row in rows}) == 1 else np.empty(0)
     if n == 3 and matrix.shape in ((4, 4), (3, 4)):
         matrix = matrix[:3, :3]
     if matrix.shape != (n, n):
-        raise SourceError(path, f"holds no {n} x {n} matrix", "restore it, or leave the frame out")
+        problem = f"does not contain a {n} x {n} matrix"
+        raise SourceError(path, problem, "restore it, or leave the frame out")
     return matrix
 
 
 def known(poses: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """(n, 4, 4) to (n,) bool: which are rigid and finite; others mean that tracking failed."""
+    """(n,) bool: which of (n, 4, 4) poses are rigid and finite. Others mean lost tracking."""
     return np.asarray(rigidity_error(poses) <= RIGID, np.bool_)
 
 
 @dataclass(frozen=True)
 class FrameFiles:
-    """The files of a frame; depth is None in a recording without."""
+    """The files of a frame. depth: None in a recording without depth."""
 
     color: Path
     pose: Path
@@ -168,14 +171,13 @@ class FrameFiles:
 def tracked_frames(
     place: Path, frames: Sequence[FrameFiles]
 ) -> tuple[list[FrameFiles], NDArray[np.float64], list[Note]]:
-    """The frames whose files are all there and whose pose is known, and (n, 4, 4) those poses.
+    """The frames with all files and a valid pose, their (n, 4, 4) poses, and notes on the others.
 
-    A pose is a matrix in a text file. Notes say how many are left out; raises SourceError where no
-    frame remains.
+    A pose is a matrix in a text file. Raises SourceError if no frame remains.
     """
     whole = [f for f in frames if is_file(f.pose) and (f.depth is None or is_file(f.depth))]
     if not whole:
-        problem = "holds no frame with colour, a pose and, if any has it, depth"
+        problem = "has no frame with colour, a pose and (if other frames have it) depth"
         raise SourceError(place, problem, "restore the frames from the source")
     poses = np.stack([matrix_in(frame.pose, 4) for frame in whole])
     tracked = known(poses)
@@ -202,9 +204,9 @@ def recorded(
     depth_lens: Lens | None = None,
     notes: Iterable[Note] = (),
 ) -> Recording:
-    """The recording of tracked frames, all of one lens and of that lens's size.
+    """The recording of tracked frames that all have the same lens and size.
 
-    unit: metres in a unit of depth, where the mapping says nothing; files: what says the lenses.
+    unit: the unit of depth in metres, if the mapping has none; files: those that give the lenses.
     """
     depths = [frame.depth for frame in frames if frame.depth is not None]
     reader, size = depth_reader(depths, mapping, unit) if depths else (None, None)
@@ -229,9 +231,9 @@ def stated_lens(
 ) -> tuple[Lens | None, list[Path]]:
     """The lens of colour images of `size`, from the user or from a file, and that file.
 
-    The files of `CALIBRATIONS` are looked for in the folder and in the one above it. A text holds
-    fx fy cx cy, a 3 x 3 or a 4 x 4 matrix, a JSON what Open3D writes. Numbers are as OpenCV has
-    them.
+    The files of `CALIBRATIONS` are searched in the folder and its parent. A text file has fx fy cx
+    cy, or a 3 x 3 or 4 x 4 matrix; a JSON file has the format of Open3D. Numbers follow OpenCV's
+    convention.
     """
     if (given := mapping.lens(size)) is not None:
         return given, []
@@ -251,7 +253,7 @@ def _calibration(path: Path) -> tuple[NDArray[np.float64], tuple[int, int] | Non
             numbers = np.array(values["intrinsic_matrix"], np.float64).reshape(3, 3).T
             size = int(values["width"]), int(values["height"])
         except (ValueError, KeyError, TypeError):
-            problem = "holds no width, height and intrinsic_matrix, as Open3D writes them"
+            problem = "lacks width, height and intrinsic_matrix in the format of Open3D"
             raise SourceError(path, problem, f"correct it, or {GIVE}") from None
         return numbers, size
     rows = numbers_in(path)
@@ -264,10 +266,10 @@ def _calibration(path: Path) -> tuple[NDArray[np.float64], tuple[int, int] | Non
 def needed_lens(
     place: Path, size: tuple[int, int], mapping: CameraMapping
 ) -> tuple[Lens, list[Path]]:
-    """As `stated_lens`; raises SourceError where nothing says the intrinsics."""
+    """Like `stated_lens`, but raises SourceError if the intrinsics are unknown."""
     lens, files = stated_lens(place, size, mapping)
     if lens is None:
-        raise SourceError(place, f"does not say the camera's intrinsics ({CALIBRATIONS[0]})", GIVE)
+        raise SourceError(place, f"has no intrinsics of the camera ({CALIBRATIONS[0]})", GIVE)
     return lens, files
 
 
@@ -279,8 +281,8 @@ def depth_reader(
 ) -> tuple[Callable[[int], NDArray[np.float64]], tuple[int, int]]:
     """A function from frame number to (h, w) float64 metres, 0 for none, and (width, height).
 
-    unit: metres in a unit of whole numbers, where the mapping says nothing. A `.npy` file may hold
-    floating-point numbers, which are metres where it says nothing.
+    unit: the unit of integers in metres, if the mapping has none. A `.npy` file may have
+    floating-point numbers, which are metres if the mapping has no unit.
     """
     size = depth_size(paths[0])
 
@@ -296,11 +298,10 @@ def depth_reader(
 
 
 def in_metres(values: NDArray[Any], mapping: CameraMapping, unit: float) -> NDArray[np.float64]:
-    """(h, w) float64 metres, 0 for none, of depth as it is stored.
+    """Convert stored depth to (h, w) float64 metres, 0 for none.
 
-    Floating-point numbers are none where they are not finite or not over 0, whole ones where they
-    are 0 or 65535. The unit is the mapping's; without one it is a metre, or for whole numbers
-    `unit` metres.
+    Floating-point numbers are ignored if they are not finite or not positive, integers if they are
+    0 or 65535. Without a unit in the mapping, floats are metres and integers have `unit` metres.
     """
     if values.dtype.kind == "f":
         metres = values.astype(np.float64) * (mapping.depth_unit or 1.0)
@@ -317,17 +318,17 @@ def depth_size(path: Path) -> tuple[int, int]:
 
 
 def read_npy(path: Path) -> NDArray[Any]:
-    """A 2-D array of numbers; pickles are refused."""
+    """Read a 2-D array of floats or unsigned integers. Raises SourceError, also for pickles."""
     import io
 
     data = read_bytes(path, 1 << 28)
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError):
-        raise SourceError(path, "is not an array that can be read", "restore it") from None
+        raise SourceError(path, "is not a readable array", "restore it") from None
     array = np.squeeze(array)
     if array.ndim != 2 or array.dtype.kind not in "fu":
-        problem = f"holds {array.dtype} of shape {array.shape}, no depth image"
+        problem = f"has {array.dtype} of shape {array.shape}, which is not a depth image"
         raise SourceError(path, problem, "save (height, width) float32 metres, or uint16")
     return np.asarray(array)
 
@@ -336,20 +337,20 @@ def read_npy(path: Path) -> NDArray[Any]:
 
 
 def pair_up(times: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.int64]:
-    """(n, 2) numbers of the times, and of those of the others, that belong together.
+    """(n, 2) int64 indices of times and other times that match.
 
-    Each is the other's nearest, and no farther than `TOLERANCE`.
+    A pair matches if each is the nearest of the other, within `TOLERANCE`.
     """
     if not len(times) or not len(others):
         return np.zeros((0, 2), np.int64)
-    there, back = _nearest(times, others), _nearest(others, times)
-    mine = np.arange(len(times))
-    kept = (back[there] == mine) & (np.abs(others[there] - times) <= TOLERANCE)
-    return np.stack([mine[kept], there[kept]], axis=1)
+    forward, back = _nearest(times, others), _nearest(others, times)
+    own = np.arange(len(times))
+    kept = (back[forward] == own) & (np.abs(others[forward] - times) <= TOLERANCE)
+    return np.stack([own[kept], forward[kept]], axis=1)
 
 
 def _nearest(times: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.int64]:
-    """For each time the number of the nearest of the others, which ascend."""
+    """For each time, the index of the nearest of the ascending others."""
     after = np.searchsorted(others, times).clip(0, len(others) - 1)
     before = np.maximum(after - 1, 0)
     nearer = np.abs(others[before] - times) <= np.abs(others[after] - times)
@@ -357,7 +358,7 @@ def _nearest(times: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray
 
 
 def left_out(total: int, **reasons: int) -> list[Note]:
-    """A note on frames that are left out: how many for which reason, words joined by `_`."""
+    """A note on frames that are left out. reasons: counts by reason, with `_` between words."""
     parts = [f"{count} {name.replace('_', ' ')}" for name, count in reasons.items() if count]
     if not parts:
         return []

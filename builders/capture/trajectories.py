@@ -98,7 +98,8 @@ def matched_times(
     """The times of images that are named by them, in seconds, and their unit in seconds.
 
     The unit (s, ms, us, ns) is that by which most of the names lie within the trajectory's time.
-    None where the names are no numbers, or hardly one lies in it.
+    None where the names are no numbers, or hardly one lies in it, or where images are counted:
+    0, 1, 2 are no milliseconds, though they lie in a trajectory that begins at 0.
     """
     try:
         numbers = np.array([float(name) for name in names])
@@ -109,4 +110,7 @@ def matched_times(
     units = (1.0, 1e-3, 1e-6, 1e-9)
     inside = [((numbers * u >= first) & (numbers * u <= last)).mean() for u in units]
     best = int(np.argmax(inside))
+    counted = len(numbers) > 1 and np.median(np.diff(np.sort(numbers))) == 1
+    if counted and (best > 0 or inside[0] < 0.5):
+        return None
     return (numbers * units[best], units[best]) if inside[best] > 0.1 else None

@@ -34,6 +34,7 @@ from .cameras import (
 )
 from .dataset import (
     CONTAINERS,
+    INFO,
     RESTORE,
     EpisodeEntry,
     Info,
@@ -87,7 +88,7 @@ class LeRobotBuilder(DatasetBuilder):
 
     def episodes(self) -> Iterator[EpisodeRef]:
         """Every camera of every episode, sorted by id; raises UsageError where there is none."""
-        if lerobot_kind(self.root) is None:
+        if not is_file(self.root / INFO):
             other = other_source(self.root, self.name)
             raise UsageError(
                 f"{self.root}: is no LeRobot dataset (meta/info.json says what one is); "
@@ -179,17 +180,16 @@ class LeRobotBuilder(DatasetBuilder):
         if poses is not None:
             poses = np.ascontiguousarray(poses[kept] @ HALF_TURN if turned else poses[kept])
         notes = [*notes, *notes_of(camera, rows.columns, turned=turned)]
-        read_depth = depth_size = None
+        read_depth, depth_size = None, None
         if camera.depth is not None:
-            read_depth = depth_reader(self._place(rows, kept, camera.depth), camera)
-            depth_size = read_depth(0).shape[1], read_depth(0).shape[0]
             if lenses is None:
                 problem = f"{camera.rgb} has depth, and nothing says its intrinsics"
                 remedy = "give intrinsics in the mapping, or --intrinsics fx,fy,cx,cy"
                 raise SourceError(info.path, problem, remedy)
-            if not _says_unit(info, camera):
-                text = f"{camera.depth} says no unit: whole numbers are taken for millimetres and "
-                notes.append(Note("depth unit", f"{text}others for metres; depth_unit says else"))
+            read_depth = depth_reader(self._place(rows, kept, camera.depth), camera)
+            high, wide = read_depth(0).shape
+            depth_size = wide, high
+            notes += _unit_notes(info, camera)
         intrinsics = None
         if lenses is not None:
             lenses = [lenses[row] for row in kept.tolist()]
@@ -197,15 +197,14 @@ class LeRobotBuilder(DatasetBuilder):
             notes += own
             size = views[0].target.size
             intrinsics = np.stack([view.target.matrix for view in views])
-        raw_color, raw_depth = read_color, read_depth
 
         def color(frame: int) -> NDArray[np.uint8]:
-            image = raw_color(frame)
+            image = read_color(frame)
             return image if lenses is None else views[frame].color(image)
 
         def depth(frame: int) -> NDArray[np.float64]:
-            assert raw_depth is not None
-            return depth_views[frame].depth(np.asarray(raw_depth(frame), np.float64))
+            assert read_depth is not None
+            return depth_views[frame].depth(np.asarray(read_depth(frame), np.float64))
 
         columns, lost = _passed_through(rows, entry, kept)
         if lost:
@@ -237,10 +236,8 @@ class LeRobotBuilder(DatasetBuilder):
         feature, start, path = info.features[key], 0.0, rows.path
         if feature.video:
             start, path = entry.videos[key].start, self._video(entry, key)
-        return Place(
-            key, feature, self.root, path, entry.index, kept, start + rows.times[kept],
-            0.5 / info.fps,
-        )  # fmt: skip
+        times = start + rows.times[kept]
+        return Place(key, feature, self.root, path, entry.index, kept, times, 0.5 / info.fps)
 
     def _rows(self, entry: EpisodeEntry) -> Rows:
         info, path, notes = self._info(), self._file(entry.data), []
@@ -294,8 +291,8 @@ class LeRobotBuilder(DatasetBuilder):
         info, mappings = self._info(), self.cameras
         keys = [key for key, feature in info.features.items() if is_color(key, feature)]
         if not keys:
-            raise UsageError(f"{info.path}: has no feature of colour images; --source lerobot "
-                             "needs videos or images.")  # fmt: skip
+            problem = "has no feature of colour images, which --source lerobot needs"
+            raise UsageError(f"{info.path}: {problem}; give another dataset.")
         if not mappings:
             mappings = (CameraMapping(),)
         if mappings[0].rgb is None:
@@ -337,10 +334,17 @@ class LeRobotBuilder(DatasetBuilder):
         return path
 
 
-def _says_unit(info: Info, camera: CameraMapping) -> bool:
+def _unit_notes(info: Info, camera: CameraMapping) -> list[Note]:
+    """A note where nothing says the unit of a camera's depth."""
     feature = info.features[camera.depth or ""]
     own = feature.depth_map and (feature.video or "depth_unit" in feature.info)
-    return own or camera.depth_unit is not None
+    if own or camera.depth_unit is not None:
+        return []
+    text = (
+        f"{camera.depth} says no unit: whole numbers are taken for millimetres and others for "
+        "metres; depth_unit says otherwise"
+    )
+    return [Note("depth unit", text)]
 
 
 def _columns(table: pa.Table, info: Info) -> tuple[dict[str, Column], dict[str, str]]:

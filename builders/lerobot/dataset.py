@@ -23,8 +23,8 @@ from occgen_hub.files import (
     PARQUET_DAMAGE,
     Version,
     is_file,
-    no_parquet,
     parquet_file,
+    parquet_problem,
     plain,
     read_json,
     read_jsonl,
@@ -325,7 +325,7 @@ def opened_table(path: Path) -> Iterator[pq.ParquetFile]:
         with parquet_file(path) as file:
             yield file
     except PARQUET_DAMAGE as error:
-        raise SourceError(path, no_parquet(error), RESTORE) from None
+        raise SourceError(path, parquet_problem(error), RESTORE) from None
 
 
 def read_rows(path: Path, episode: int, leave_out: set[str]) -> pa.Table:

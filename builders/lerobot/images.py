@@ -169,9 +169,10 @@ def _color(value: Any, place: Place) -> NDArray[np.uint8]:
 
 def _depth(value: Any, place: Place) -> NDArray[Any]:
     content = _encoded(value, place)
-    pixels = np.squeeze(_array(value, place)) if content is None else decode_grey(
-        content, place.path
-    )  # fmt: skip
+    if content is None:
+        pixels = np.squeeze(_array(value, place))
+    else:
+        pixels = decode_grey(content, place.path)
     if pixels.ndim != 2 or pixels.dtype.kind not in "fiu" or pixels.dtype.itemsize < 2:
         problem = f"holds {pixels.dtype} of shape {pixels.shape} in {place.key}, no depth"
         raise SourceError(place.path, problem, "name another column of depth")

@@ -24,7 +24,7 @@ from occgen_hub.cli.command import (
     say_by_folder,
     with_options,
 )
-from occgen_hub.cli.mapping import MAPPING, take_cameras
+from occgen_hub.cli.mapping import CAMERA, MAPPING, take_cameras
 from occgen_hub.errors import UsageError
 from occgen_hub.stopping import stop_if_asked
 
@@ -49,7 +49,8 @@ CLUSTERS = {
 
 @click.command(
     cls=Examples,
-    example="occgen-hub build --source internnav --input traj_data --output out --workers 8",
+    example="occgen-hub build --source internnav --input traj_data --output out --workers 8\n"
+    "occgen-hub build --source lerobot --input my-org/robot --cameras cameras.yaml --output out",
     goes_on=True,
 )
 @click.option("--source", default="internnav", show_default=True, help="What kind of source it is.")
@@ -177,7 +178,7 @@ CLUSTERS = {
     "--slurm", multiple=True, metavar="KEY=VALUE",
     help="An option of sbatch: partition=NAME, time=24:00:00, qos, account; repeatable.",
 )  # fmt: skip
-@with_options(*MAPPING)
+@with_options(CAMERA, *MAPPING)
 def build(
     condition: str | None,
     config: Path | None,

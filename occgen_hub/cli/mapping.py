@@ -16,11 +16,16 @@ if TYPE_CHECKING:
 
 TOPICS = ("rgb", "depth", "pose", "info")
 
+CAMERA = click.option(
+    "--camera",
+    "camera_keys",
+    multiple=True,
+    metavar="KEY",
+    help="The colour images of a LeRobot dataset to build from; repeatable.",
+)
+"""Of commands that have no --camera of their own."""
+
 MAPPING = (
-    click.option(
-        "--camera", "camera_keys", multiple=True, metavar="KEY",
-        help="The colour images of a LeRobot dataset to build from; repeatable.",
-    ),
     click.option(
         "--cameras", "cameras_file", type=FOLDER, metavar="FILE",
         help="A YAML file of what belongs to each camera; occgen-hub cameras INPUT writes one.",
@@ -55,7 +60,7 @@ MAPPING = (
 """Options, in their order; a command takes them as `NAMES`."""
 
 NAMES = (
-    *("camera_keys", "cameras_file", "intrinsics", "depth_unit", "depth_scale", "pose_axes"),
+    *("cameras_file", "intrinsics", "depth_unit", "depth_scale", "pose_axes"),
     *("pose_direction", "time_offset", "topics"),
 )
 
@@ -69,7 +74,7 @@ def take_cameras(options: dict[str, Any]) -> tuple[CameraMapping, ...]:
     from occgen_hub.camera_mapping import UNITS, camera_mapping, metres_in_unit, read_cameras
 
     given = {name: options.pop(name) for name in NAMES}
-    keys, file = given.pop("camera_keys"), given.pop("cameras_file")
+    keys, file = options.pop("camera_keys", ()), given.pop("cameras_file")
     unit, scale = given.pop("depth_unit"), given.pop("depth_scale")
     if unit is not None and scale is not None:
         raise UsageError("--depth-scale: --depth-unit says the same; leave one of them out.")

@@ -9,35 +9,83 @@ from typing import Any
 import click
 
 from occgen_hub.cli.command import FOLDER, Examples, no_bar, progress_bar, say, say_by_folder
+from occgen_hub.errors import UsageError
 
 
-@click.command(cls=Examples, example="occgen-hub export out out_lerobot --to lerobot-v3.0")
+@click.command(
+    cls=Examples,
+    example="occgen-hub export out out_lerobot --to lerobot-v3.0\n"
+    "occgen-hub export out out_scannet --to occscannet",
+)
 @click.argument("folder", metavar="DIR", type=FOLDER)
 @click.argument("out", metavar="OUT", type=FOLDER)
 @click.option(
-    "--to", type=click.Choice(["lerobot-v3.0"]), default="lerobot-v3.0", show_default=True,
-    help="What to make of it.",
+    "--to", type=click.Choice(["lerobot-v3.0", "navdp", "occscannet", "occ3d"]),
+    default="lerobot-v3.0", show_default=True, help="What to make of it.",
 )  # fmt: skip
 @click.option(
     "--fps", type=click.IntRange(1, 240),
     help="Frames a second, where the trajectories have several rates.",
 )  # fmt: skip
+@click.option(
+    "--navdp-layout", type=click.Choice(["scenes", "trajectories"]),
+    help="navdp: scenes of many episodes, which its loader reads today, or a folder an episode, "
+    "which it read before.  [default: scenes]",
+)  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export at OUT.")
-def export(folder: Path, out: Path, to: Any, fps: int | None, overwrite: bool) -> None:
-    """Make one LeRobot v3.0 dataset of all trajectories of a dataset.
+@click.option(
+    "--update", is_flag=True,
+    help="OUT is an export that LeRobot's tools edited: bring its occupancy up to date, no more.",
+)  # fmt: skip
+def export(
+    folder: Path, out: Path, to: Any, fps: int | None, navdp_layout: Any, overwrite: bool,
+    update: bool,
+) -> None:  # fmt: skip
+    """Make one dataset of another form of all trajectories of a dataset.
 
-    RGB and depth become video, the occupancy lies beside it as Parquet: few files, which LeRobot
-    loads, and push sends to the Hub as well.
+    lerobot-v3.0: RGB and depth become video, the occupancy lies beside it as Parquet: few files,
+    which LeRobot loads, and push sends to the Hub as well. navdp: a root that InternNav's NavDP
+    loader takes as it is. occscannet and occ3d: the scene around each camera, hidden cells
+    included, as the loaders of those datasets read it.
     """
+    if update and to != "lerobot-v3.0":
+        raise UsageError("--update: goes with --to lerobot-v3.0; leave it out.")
+    if to == "navdp":
+        _export_navdp(folder, out, navdp_layout or "scenes", fps, overwrite=overwrite)
+        return
+    if navdp_layout is not None:
+        raise UsageError("--navdp-layout: goes with --to navdp; leave it out.")
     from occgen_hub.exporting import export as make
+    from occgen_hub.exporting import update_export
 
+    if update and (overwrite or fps is not None):
+        raise UsageError(
+            "--update: changes no table and no video; leave --overwrite and --fps out."
+        )
+    if update:
+        remarks = update_export(folder, out)
+    else:
+        with progress_bar("export", unit="frame") as progress:
+            remarks = make(folder, out, to=to, fps=fps, overwrite=overwrite, progress=progress)
+    for remark in remarks:
+        say(f"Note: {remark}.", err=True)
+    say(f"{'Updated' if update else 'Exported to'} {out}.")
+    place = shlex.quote(str(out))
+    say(f"Next: occgen-hub push {place} --repo-id ORG/NAME")
+
+
+def _export_navdp(
+    folder: Path, out: Path, layout: Any, fps: int | None, *, overwrite: bool
+) -> None:
+    from occgen_hub.navdp import export_navdp
+
+    if fps is not None:
+        raise UsageError("--fps: is not used by --to navdp, which has images; leave it out.")
     with progress_bar("export", unit="frame") as progress:
-        remarks = make(folder, out, to=to, fps=fps, overwrite=overwrite, progress=progress)
+        remarks = export_navdp(folder, out, layout=layout, overwrite=overwrite, progress=progress)
     for remark in remarks:
         say(f"Note: {remark}.", err=True)
     say(f"Exported to {out}.")
-    place = shlex.quote(str(out))
-    say(f"Next: occgen-hub push {place} --repo-id ORG/NAME")
 
 
 @click.command(

@@ -17,6 +17,7 @@ from occgen_hub.episode import Note
 from occgen_hub.errors import OccGenError
 from occgen_hub.fusion.depth_map import DepthMap, DepthMaps
 from occgen_hub.fusion.noise import compare
+from occgen_hub.geometry.cloud import Cloud
 from occgen_hub.geometry.poses import OPENGL_FROM_OPENCV
 from occgen_hub.geometry.sim3 import rotation_angle
 from occgen_hub.geometry.trajectory import poses_at
@@ -28,6 +29,16 @@ PAIRS = 12
 MOVED = (0.04, np.radians(4.0))
 """Share of the median depth, and angle, of which two cameras have to be apart by one at least.
 Frames of a camera that stands still agree whatever is wrong."""
+
+STILL = (0.01, np.radians(0.5))
+"""A camera stands still if it moves by less than that share of the median distance of what it sees,
+and turns by less than that angle."""
+
+STATIC = Note(
+    "static camera",
+    "the camera stands still: only surfaces that face it are seen, and no other view tells whether "
+    "its depth, intrinsics and what stands still are right",
+)
 
 AGREES = (0.03, 0.01)
 """Share of the depth, and metres: two depths that differ by no more than both together agree.
@@ -146,6 +157,17 @@ HFOVS = (42, 50, 55, 60, 65, 70, 75, 79, 84, 90, 95, 100, 110, 120)
 MARGIN = 2 / 3
 """Another field of view is named in a note where no more disagrees than that share of what
 disagrees with the one assumed."""
+
+
+def stands_still(poses: NDArray[np.float64], cloud: Cloud) -> bool:
+    """Whether a camera stands still. poses: (T, 4, 4) world_from_camera; cloud: what it sees."""
+    if len(poses) < 2 or not len(cloud):
+        return False
+    centres = poses[:, :3, 3]
+    away = float(np.median(np.linalg.norm(cloud.points - centres[0], axis=1)))
+    moved = float(np.linalg.norm(centres - centres[0], axis=1).max())
+    turned = float(rotation_angle(poses[0, :3, :3], poses[:, :3, :3]).max())
+    return moved <= STILL[0] * away and turned <= STILL[1]
 
 
 def check_conventions(

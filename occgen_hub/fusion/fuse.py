@@ -101,8 +101,20 @@ def fuse(views: Views, config: Config, progress: Progress = lambda _: None) -> F
         found.static, found.agreement.seen_through, found.maps, found.tolerance,
         config.fusion_size, config.depth_range,
     )  # fmt: skip
+    cloud, moving = _without_attached(found.agreement.cloud, moving)
     notes = tuple(found.quality.notes(config.refine_poses))
-    return Fused(found.agreement.cloud, found.maps.views, moving, found.quality, notes)
+    return Fused(cloud, found.maps.views, moving, found.quality, notes)
+
+
+def _without_attached(cloud: Cloud, moving: MovingPoints) -> tuple[Cloud, MovingPoints]:
+    """The static surface without the points that belong to something that moves."""
+    blocks, order = sorted_into_blocks(cloud.points)
+    attached = replace(moving, static=blocks).attached()
+    if not attached.any():
+        return cloud, moving
+    kept = Cloud(blocks.points[~attached], cloud.colors[order][~attached])
+    gone = into_blocks(np.concatenate([moving.seen_through.points, blocks.points[attached]]))
+    return kept, replace(moving, static=into_blocks(kept.points), seen_through=gone)
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numba import prange
 from numpy.typing import NDArray
 
-from occgen_hub.fusion.depth_map import DepthMaps, camera_values
+from occgen_hub.fusion.depth_map import DepthMap, DepthMaps, camera_values
 from occgen_hub.fusion.evidence import NEAREST, Tolerance, allowed, in_sight
 from occgen_hub.jit import njit
 from occgen_hub.occupancy.point_blocks import PointBlocks
+from occgen_hub.prefetch import prefetch
 
 LEAST_AREA = 0.01
 """Square metres of what moves, as the camera sees it: a hand, and no group of wrong pixels."""
@@ -21,6 +23,17 @@ LEAST_PIXELS = 25
 CORE = 0.4
 """Share of the pixels of what moves whose four neighbours belong to it too. A seam of wrong depths
 along an edge is long and thin and has fewer."""
+
+REACH = 1.0
+"""Metres that something may extend beyond those of its pixels that are known to move."""
+
+ATTACHED = 0.5
+"""A static point belongs to something that moves if it was connected to what moves in this share of
+the frames that saw it."""
+
+ABSENT = 0.25
+"""And if the frames that looked there and saw nothing are at least this share of those that saw it.
+A floor is connected to the feet on it, but every frame sees it."""
 
 WIDEST_SPLAT = 64
 """Pixels that a point of the static surface covers to each side at most."""
@@ -57,6 +70,45 @@ class MovingPoints:
         if not known or not self._may_move(frame):
             return np.zeros((0, 3), np.float32)
         view = self.maps(frame)
+        kept, tolerance = self._pixels(view), self.tolerance.values()
+        points: NDArray[np.float32] = _smoothed(view.depth, kept, view.camera(), tolerance)
+        return points
+
+    def attached(self) -> NDArray[np.bool_]:
+        """(n,) bool: the static points that belong to something that moves.
+
+        Where no depth was measured behind something that moves, no frame sees through it, and its
+        points look static. They are connected to its other points in the frames that see them, and
+        other frames see nothing there.
+        """
+        count = len(self.static.points)
+        seen, connected, absent = (np.zeros(count, np.uint16) for _ in range(3))
+        static, tolerance = self.static, self.tolerance.values()
+        if not any(self._may_move(frame) for frame in self.maps.frames.tolist()):
+            return np.zeros(count, np.bool_)
+        for view, around in prefetch(self._view, self.maps.frames.tolist()):
+            _count_connected(
+                static.points, static.starts, static.lower, static.upper, view.pixels, around,
+                view.camera(), tolerance, seen, connected, absent,
+            )  # fmt: skip
+        found: NDArray[np.bool_] = (
+            (connected > 0)
+            & (connected >= ATTACHED * seen)
+            & (absent > 0)
+            & (absent >= ABSENT * seen)
+        )
+        return found
+
+    def _view(self, frame: int) -> tuple[DepthMap, NDArray[np.bool_]]:
+        """A frame, and (h, w) bool: its pixels that move or are connected to those."""
+        view = self.maps(frame)
+        if not self._may_move(frame):
+            return view, np.zeros(view.depth.shape, np.bool_)
+        moving = self._pixels(view)
+        return view, _connected_to(view.depth, moving, view.camera(), self.tolerance.values())
+
+    def _pixels(self, view: DepthMap) -> NDArray[np.bool_]:
+        """(h, w) bool: the pixels of what moves."""
         static, tolerance, camera = self.static, self.tolerance.values(), view.camera()
         surface = _render(
             static.points, static.starts, static.lower, static.upper, camera, view.depth.shape,
@@ -66,9 +118,8 @@ class MovingPoints:
             view.trusted & (view.depth >= self.depth_range[0]) & (view.depth <= self.depth_range[1])
         )
         in_front = _in_front(view.pixels, trusted, surface, tolerance, self.spacing)
-        kept = _connected(view.depth, in_front, camera, tolerance)
-        points: NDArray[np.float32] = _smoothed(view.depth, kept, camera, tolerance)
-        return points
+        kept: NDArray[np.bool_] = _connected(view.depth, in_front, camera, tolerance)
+        return kept
 
     def _may_move(self, frame: int) -> bool:
         """Whether enough of what other frames saw through lies in a frame's sight."""
@@ -200,6 +251,66 @@ def _connected(depth, candidates, camera, tolerance):
                 for n in range(end):
                     kept[stack[n, 0], stack[n, 1]] = True
     return kept
+
+
+@njit(nogil=True, error_model="numpy")
+def _connected_to(depth, moving, camera, tolerance):
+    """(h, w) bool: the pixels that move, and those on the same surface within `REACH` of one."""
+    height, width = depth.shape
+    found = moving.copy()
+    queue = np.empty((height * width, 2), np.int32)
+    start = np.empty((height * width, 2), np.int32)  # The moving pixels that they are reached from.
+    end, done = 0, 0
+    for v in range(height):
+        for u in range(width):
+            if moving[v, u]:
+                queue[end, 0], queue[end, 1] = v, u
+                start[end, 0], start[end, 1] = v, u
+                end += 1
+    while done < end:
+        v, u = queue[done]
+        row, column = start[done]
+        done += 1
+        z = depth[row, column]
+        x, y = (column - camera[14]) / camera[12] * z, (row - camera[15]) / camera[13] * z
+        for j in range(max(v - 1, 0), min(v + 2, height)):
+            for i in range(max(u - 1, 0), min(u + 2, width)):
+                here = depth[j, i]
+                if found[j, i] or here <= 0 or not _same_surface(depth[v, u], here, tolerance):
+                    continue
+                across = (i - camera[14]) / camera[12] * here - x
+                down = (j - camera[15]) / camera[13] * here - y
+                if across**2 + down**2 + (here - z) ** 2 <= REACH**2:
+                    found[j, i] = True
+                    queue[end, 0], queue[end, 1] = j, i
+                    start[end, 0], start[end, 1] = row, column
+                    end += 1
+    return found
+
+
+@njit(nogil=True, parallel=True, error_model="numpy")
+def _count_connected(
+    points, starts, low, high, pixels, around, camera, tolerance, seen, connected, absent
+):  # fmt: skip
+    """Count for each point the frames that see it, those of them in which its pixel belongs to
+    `around`, and those that look there and see nothing, or see through it."""
+    height, width = around.shape
+    for block in prange(len(starts) - 1):
+        if not in_sight(low[block], high[block], camera, width, height):
+            continue
+        for n in range(starts[block], starts[block + 1]):
+            depth, u, v = _projected(points[n], camera)
+            if depth <= NEAREST or not (0 <= u < width and 0 <= v < height):
+                continue
+            i, j = int(u), int(v)
+            measured, nearest = np.float64(pixels[j, i, 0]), pixels[j, i, 3]
+            slope = measured * measured * (abs(pixels[j, i, 1]) + abs(pixels[j, i, 2]))
+            within = allowed(depth, slope, tolerance)
+            if measured > 0 and abs(measured - depth) <= within:
+                seen[n] += 1
+                connected[n] += around[j, i]
+            elif nearest == 0 or nearest - depth > within:
+                absent[n] += 1
 
 
 @njit(nogil=True, error_model="numpy")

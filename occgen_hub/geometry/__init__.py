@@ -1,1 +1,1 @@
-"""Poses, cameras and clouds; arrays in, arrays out."""
+"""Poses, cameras, point clouds, Sim3 transforms and surfaces, as functions of arrays."""

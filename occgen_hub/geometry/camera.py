@@ -1,4 +1,4 @@
-"""Pinhole cameras: pixel (u, v) has its centre at (u + 0.5, v + 0.5)."""
+"""Pinhole cameras. Pixel (u, v) has its centre at (u + 0.5, v + 0.5)."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from numpy.typing import NDArray
 
 from occgen_hub.jit import njit
 
-LEAST_RAYS, SAMPLED_RAYS = 16, 20_000
-"""Intrinsics are fitted to no fewer rays, and to about so many of a view that has more."""
+MIN_RAYS, SAMPLED_RAYS = 16, 20_000
+"""Fewest rays to which intrinsics are fitted, and about how many are used of a view with more."""
 
 FIELD_OF_VIEW = (2.0, 170.0)
-"""Degrees from edge to edge that a pinhole camera may plausibly have."""
+"""Plausible fields of view of a pinhole camera, in degrees from edge to edge."""
 
-EXPLAINED = 0.8
-"""Share of the variance of a view's rays that their pixels have to explain."""
+MIN_EXPLAINED = 0.8
+"""Smallest share of the variance of a view's rays that a pinhole camera must explain."""
 
 
 def intrinsics_problem(K: NDArray[np.floating]) -> str | None:
-    """What keeps a (3, 3) matrix from being a pinhole camera's, or None."""
+    """Why a (3, 3) matrix is not that of a pinhole camera, or None if it is."""
     if not np.isfinite(K).all():
         return "holds numbers that are not finite"
     if K[0, 0] <= 0 or K[1, 1] <= 0 or not np.array_equal(K[2], [0, 0, 1]):
@@ -38,16 +38,16 @@ def scale_intrinsics(K: NDArray[np.floating], x: float, y: float) -> NDArray[np.
 def fit_intrinsics(
     points: NDArray[np.floating], weights: NDArray[Any], size: tuple[int, int]
 ) -> NDArray[np.float64] | None:
-    """(3, 3) float64 intrinsics, in pixels of an image, from what its pixels see.
+    """Fit (3, 3) float64 intrinsics, in pixels of an image, to the points that its pixels show.
 
-    points: (H, W, 3) of a view of the image, resized to (H, W), in the camera's frame and any
-    unit; weights: (H, W), 0 or False where a point does not count; size: (width, height) of the
-    image, whose pixels the result is in. A point that is not finite or not in front is left out.
+    points: (H, W, 3), the points of the image reduced to (H, W) pixels, in the camera's frame and
+    any unit; weights: (H, W), 0 or False for points to ignore; size: (width, height) of the image
+    in pixels. Points that are not finite or not in front of the camera are ignored.
 
-    Each axis by least squares of u = fx x/z + cx, robustly: depth edges have points beside their
-    rays. None where no plausible camera fits: too few rays, those of an axis all in one column or
-    row, rays that pixels do not explain, a field of view outside `FIELD_OF_VIEW`, a principal
-    point outside the image.
+    Each axis is fitted by robust least squares of u = fx x/z + cx, since points at depth edges lie
+    beside their rays. Returns None if no plausible camera fits: too few rays, rays in one column
+    or row only, rays that are no function of the pixels, a field of view outside
+    `FIELD_OF_VIEW`, or a principal point outside the image.
     """
     height, width = weights.shape
     near = np.tan(np.radians(FIELD_OF_VIEW[1] / 2)) * points[..., 2]
@@ -56,7 +56,7 @@ def fit_intrinsics(
         kept &= (np.abs(points[..., :2]) < near[..., None]).all(axis=2)
     pixels = np.flatnonzero(kept)
     pixels = pixels[:: 1 + len(pixels) // SAMPLED_RAYS]
-    if len(pixels) < LEAST_RAYS:
+    if len(pixels) < MIN_RAYS:
         return None
     v, u = np.divmod(pixels, width)
     x, y, z = points.reshape(-1, 3)[pixels].astype(np.float64).T
@@ -72,14 +72,14 @@ def fit_intrinsics(
 def _fit_axis(
     pixel: NDArray[np.float64], slope: NDArray[np.float64], weights: NDArray[np.float64], size: int
 ) -> tuple[float, float] | None:
-    """Focal length and principal point of pixel = f slope + c, or None where it is no camera's.
+    """Focal length and principal point of pixel = f slope + c, or None if not plausible.
 
-    The slopes are fitted to the pixels, the other way round: pixels are exact, and noise in what
-    is fitted from makes f too small.
+    The slopes are fitted as a function of the pixels, not the reverse: pixels are exact, and noise
+    in the independent variable would make f too small.
     """
     trust = weights
     for _ in range(10):
-        # Elementwise: a dot product of so few numbers spends its time on threads.
+        # Elementwise, because a dot product of few numbers spends its time on threads.
         share = trust / trust.sum()
         u, s = (share * pixel).sum(), (share * slope).sum()
         du, ds = pixel - u, slope - s
@@ -93,7 +93,7 @@ def _fit_axis(
     principal = u - focal * s
     field = np.degrees(2 * np.arctan(size / (2 * focal)))
     plausible = FIELD_OF_VIEW[0] < field < FIELD_OF_VIEW[1] and 0 < principal < size
-    explained = us**2 > EXPLAINED * uu * ss
+    explained = us**2 > MIN_EXPLAINED * uu * ss
     return (float(focal), float(principal)) if plausible and explained else None
 
 
@@ -103,11 +103,11 @@ def unproject(
     depth_range: tuple[float, float],
     depth_edge: float = 0.0,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """The points that a depth image measured, in the camera's frame.
+    """The points of a depth image in the camera's frame.
 
-    depth: (H, W) float64, metres along the optical axis; K: (3, 3), pixels; depth_range: only
-    depths within it, ends included; depth_edge: see `continues`, 0 keeps every pixel.
-    Returns (n, 3) float64 points and their (n,) flat pixel numbers, row after row.
+    depth: (H, W) float64, metres along the optical axis; K: (3, 3), pixels; depth_range: the range
+    of depths to use, inclusive; depth_edge: see `continues`, 0 uses every pixel. Returns (n, 3)
+    float64 points and their (n,) flat pixel indices, row by row.
     """
     kept = continues(depth, depth_edge) if depth_edge > 0 else np.ones(depth.shape, np.bool_)
     return unproject_trusted(depth, kept, K, depth_range)
@@ -119,7 +119,7 @@ def unproject_trusted(
     K: NDArray[np.floating],
     depth_range: tuple[float, float],
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """As `unproject`, of the pixels that (H, W) `trusted` names."""
+    """Like `unproject`, for the pixels in the (H, W) mask `trusted`."""
     near, far = np.asarray(depth_range).astype(depth.dtype)
     points, pixels = _unproject(depth, trusted, K[0, 0], K[1, 1], K[0, 2], K[1, 2], near, far)
     return points, pixels
@@ -145,13 +145,14 @@ def _unproject(depth, kept, fx, fy, cx, cy, near, far):
 
 @njit(nogil=True)
 def continues(depth, tolerance):
-    """(H, W) float64 depth to (H, W) bool: where the surface goes on to both sides on some line.
+    """(H, W) bool: whether the surface continues to both sides of a pixel along some line.
 
-    Along the row, the column and the two diagonals, the inverse depth of a plane is linear in
-    pixels whatever its slant, so its second difference, relative to itself, is zero on a surface
-    and large across a jump. A pixel that no line carries on floats between two surfaces. (The 3x3
-    range of depth, often used for this, also rejects any floor seen at a grazing angle.)
-    A corner pixel of the image has no such line and stays.
+    depth: (H, W) float64; tolerance: largest second difference of inverse depth, relative to it.
+    Along a row, a column or a diagonal, the inverse depth of a plane at any slant is linear in
+    pixels, so its second difference is zero on a surface and large across a jump. A pixel where it
+    is large on all four lines lies between two surfaces. The range of depth in 3 x 3 pixels, a
+    common criterion, also rejects floors seen at a grazing angle. The corner pixels of the image
+    have no such line and are kept.
     """
     height, width = depth.shape
     kept = np.zeros((height, width), np.bool_)
@@ -159,7 +160,7 @@ def continues(depth, tolerance):
         for u in range(width):
             if depth[v, u] <= 0.0:
                 continue
-            here = 1.0 / depth[v, u]
+            inverse = 1.0 / depth[v, u]
             inside = False
             for dv, du in ((0, 1), (1, 0), (1, 1), (1, -1)):
                 v0, u0, v1, u1 = v - dv, u - du, v + dv, u + du
@@ -168,8 +169,8 @@ def continues(depth, tolerance):
                 inside = True
                 if depth[v0, u0] <= 0.0 or depth[v1, u1] <= 0.0:
                     continue
-                bend = 1.0 / depth[v0, u0] + 1.0 / depth[v1, u1] - 2.0 * here
-                if abs(bend) <= tolerance * here:
+                bend = 1.0 / depth[v0, u0] + 1.0 / depth[v1, u1] - 2.0 * inverse
+                if abs(bend) <= tolerance * inverse:
                     kept[v, u] = True
                     break
             if not inside:

@@ -1,4 +1,4 @@
-"""Coloured clouds, and voxel downsampling that takes a frame at a time."""
+"""Coloured point clouds, and voxel downsampling frame by frame."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from numpy.typing import NDArray
 from occgen_hub.jit import njit
 
 REACH = 1 << 20
-"""Voxels from the world's origin to where their numbers end: three fit into 63 bits."""
+"""Largest voxel coordinate, so that the three of a voxel fit into 63 bits."""
 
 
 @dataclass(frozen=True)
 class Cloud:
-    """points: (n, 3) float32, metres; colors: (n, 3) uint8, RGB."""
+    """A point cloud. points: (n, 3) float32, metres; colors: (n, 3) uint8, RGB."""
 
     points: NDArray[np.float32]
     colors: NDArray[np.uint8]
 
     def __len__(self) -> int:
-        """How many points there are."""
+        """The number of points."""
         return len(self.points)
 
 
-ENOUGH = 1 << 15
-"""Points of a voxel that its mean is of, the first ones: sums of more colours than twice as many
-would not fit into float32, and the mean is that of a cube's edge by then."""
+MAX_AVERAGED = 1 << 15
+"""Number of points of a voxel that are averaged, the first ones. Sums of over twice as many colours
+would not fit into float32, and more points hardly change the mean."""
 
 
 class VoxelDownsample:
-    """One point for each voxel that points fell into: their mean, with their mean colour.
+    """One point for each voxel that contains points: their mean, with their mean colour.
 
     Voxels are cubes of edge `voxel_size` (metres) aligned to the world's origin. Memory grows with
-    the surface seen, not with the number of points given. Voxels are found through blocks of
-    8 x 8 x 8, so that the points of neighbouring pixels touch memory that is already at hand: one
-    hash table of voxels took 190 ns a point where blocks take 120.
+    the surface, not with the number of points. Voxels are stored in blocks of 8 x 8 x 8, so that
+    points of neighbouring pixels are near in memory: 120 ns per point, while one hash table of all
+    voxels took 190 ns.
     """
 
     def __init__(self, voxel_size: float) -> None:
@@ -47,16 +47,16 @@ class VoxelDownsample:
         self._block_keys: NDArray[np.int64] = np.empty(1 << 10, np.int64)
         self._blocks: NDArray[np.int32] = np.full((1 << 10, 512), -1, np.int32)
         self._keys: NDArray[np.int64] = np.empty(1 << 16, np.int64)
-        # Sums of x, y, z, red, green, blue, and how many there are.
+        # Sums of x, y, z, red, green, blue, and the number of points.
         self._sums: NDArray[np.float32] = np.empty((1 << 16, 7), np.float32)
 
     @property
     def reach(self) -> float:
-        """Metres from the origin within which points have to lie."""
+        """Largest absolute coordinate of points, in metres."""
         return (REACH - 1) * self.voxel_size
 
     def add(self, points: NDArray[np.float64], colors: NDArray[np.uint8]) -> None:
-        """Take (n, 3) points, within `reach` of the origin, and their (n, 3) colours."""
+        """Add (n, 3) points in metres, within `reach`, and their (n, 3) uint8 colours."""
         done = 0
         while True:
             done = _insert(
@@ -68,11 +68,11 @@ class VoxelDownsample:
             self._make_room()
 
     def __len__(self) -> int:
-        """How many points the cloud has so far."""
+        """The number of points of the downsampled cloud so far."""
         return int(self._used[0])
 
     def cloud(self) -> Cloud:
-        """The downsampled cloud so far, in the order in which its voxels were first met."""
+        """The downsampled cloud so far, in the order in which its voxels got their first point."""
         n = self._used[0]
         key = self._keys[:n]
         corner = np.stack([key >> 42, key >> 21 & 0x1FFFFF, key & 0x1FFFFF], axis=-1) - REACH
@@ -94,7 +94,7 @@ class VoxelDownsample:
 
 
 def voxel_downsample(cloud: Cloud, voxel_size: float) -> Cloud:
-    """`cloud` with one point for each voxel of edge `voxel_size`."""
+    """Downsample a cloud to one point per voxel of edge `voxel_size` (metres)."""
     thinned = VoxelDownsample(voxel_size)
     thinned.add(cloud.points.astype(np.float64), cloud.colors)
     return thinned.cloud()
@@ -124,7 +124,7 @@ def _rehash(keys, count, table):
 
 @njit(nogil=True)
 def _insert(points, colors, start, size, table, block_keys, blocks, keys, sums, used):
-    """Add points from number `start` on; the number of the first that found no room."""
+    """Add points from index `start`; returns the index of the first one that did not fit."""
     last_key, last_block = np.int64(-1), 0
     for n in range(start, len(points)):
         x, y, z = points[n, 0] / size, points[n, 1] / size, points[n, 2] / size
@@ -142,17 +142,17 @@ def _insert(points, colors, start, size, table, block_keys, blocks, keys, sums, 
                 block_keys[used[1]] = block_key
                 used[1] += 1
             last_key, last_block = block_key, table[slot]
-        place = (i & 7) << 6 | (j & 7) << 3 | (k & 7)
-        voxel = blocks[last_block, place]
+        offset = (i & 7) << 6 | (j & 7) << 3 | (k & 7)
+        voxel = blocks[last_block, offset]
         if voxel < 0:
             if used[0] == len(keys):
                 return n
             voxel = used[0]
-            blocks[last_block, place] = voxel
+            blocks[last_block, offset] = voxel
             keys[voxel] = i << 42 | j << 21 | k
             sums[voxel] = 0.0
             used[0] += 1
-        if sums[voxel, 6] < ENOUGH:
+        if sums[voxel, 6] < MAX_AVERAGED:
             sums[voxel, 0] += x - fx
             sums[voxel, 1] += y - fy
             sums[voxel, 2] += z - fz

@@ -1,7 +1,7 @@
-"""Joining reconstructions of overlapping windows of a long video into one.
+"""Join the reconstructions of overlapping windows of a long video.
 
-Each window is in a world of its own, and a Sim3 apart from its neighbour. What both say of the
-frames they share tells that Sim3, and `blend` makes one trajectory of two across those frames.
+Each window has a world of its own. The Sim3 between neighbours is estimated from the frames that
+they share, and `blend` merges their trajectories across these frames.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from scipy.spatial.transform import Rotation
 from occgen_hub.geometry.sim3 import CUT, Positions, Sim3, fit_sim3, mean_position
 
 INDEPENDENT = 16
-"""Points of a frame that count as erring independently: a network's depth errs by patches of the
-image, so more points of one frame hardly say more, and must not outvote the cameras."""
+"""Number of points of a frame whose errors count as independent. Errors of a network's depth are
+correlated within patches, so more points must not outweigh the cameras."""
 
-MOST_POINTS = 5000
-"""Of more points, evenly as many are fitted to."""
+MAX_POINTS = 5000
+"""Number of points used for a fit; of more, an even sample."""
 
 NEAR = 0.25
-"""Share of the median distance under which a point's noise is not taken to shrink any more."""
+"""Distance, as a share of the median distance, below which a point's noise stops decreasing."""
 
 SCALE_ERROR = 0.02
-"""How far off, as a share, the scale is that an overlap tells: windows are bent, so that the end of
-one and the beginning of the next differ, however many points they share."""
+"""Assumed relative error of the scale between two windows. Windows are distorted, so this error
+does not decrease with the number of shared points."""
 
 METRIC_ERROR = 0.005
-"""How far, as a share, the scales of two windows of a metric network are taken to differ."""
+"""Assumed relative difference between the scales of two windows of a metric network."""
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """What a window says of the frames that it shares with its neighbour, in its own world.
+    """A window's points and poses of the frames that it shares with its neighbour.
 
-    points: (n, 3) float, the same pixels of the same frames in both windows, in the same order;
-    numbers that are not finite mark points to leave out; world_from_camera: (k, 4, 4) float, the
-    poses of the shared frames, finite; confidence: (n,) float in (0, 1], how sure each point is,
-    None where all are alike.
+    points: (n, 3) float in the window's world, for the same pixels of the same frames in both
+    windows, in the same order; points that are not finite are ignored; world_from_camera:
+    (k, 4, 4) float, the poses of the shared frames, finite; confidence: (n,) float in (0, 1], None
+    for equal confidence.
     """
 
     points: NDArray[np.floating]
@@ -51,12 +51,12 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Join:
-    """How a window joins the one before it.
+    """The transform between a window and the one before it.
 
-    sim3: earlier_from_later; scaled: False where nothing told the scale, which is 1 then;
+    sim3: earlier_from_later; scaled: False if the scale could not be determined, which is then 1;
     residual: the median distance between the two windows' points after joining, as a share of
-    their distance from the cameras (without points: between the cameras, as a share of their
-    spread; 0 with nothing shared).
+    their distance from the cameras (without points, that of the cameras, as a share of their
+    spread; 0 if nothing is shared).
     """
 
     sim3: Sim3
@@ -65,23 +65,23 @@ class Join:
 
 
 def join(earlier: Overlap, later: Overlap, *, metric: bool = False) -> Join:
-    """The Sim3 that brings a window onto the one before it, from the frames they share.
+    """Estimate the Sim3 from a window to the one before it, from the frames that they share.
 
-    Points, camera centres and orientations are fitted together, each with a spread of its own and
-    robustly (see `fit_sim3`): a third of the points and a minority of the poses may be wrong.
-    The noise of a point is taken to grow with its distance from the cameras, as that of depth
-    does, which makes scale and place a quarter more exact where points lie 1 to 6 m away. Points
-    weigh sqrt(c1 c2) by the confidences c1 and c2 of the two windows. With
-    less to go on it uses what there is: points without poses, poses without points, one frame;
-    with nothing at all it is the identity. Deterministic.
+    Points, camera centres and orientations are fitted together and robustly, each with its own
+    spread (see `fit_sim3`): a third of the points and a minority of the poses may be wrong. The
+    noise of a point is assumed to grow with its distance from the cameras, like that of depth,
+    which makes scale and translation a quarter more accurate for points at 1 to 6 m. Points are
+    weighted by sqrt(c1 c2) with the confidences c1 and c2 of the two windows. Points without poses,
+    poses without points and a single frame are accepted; if nothing is shared, the result is the
+    identity. Deterministic.
 
-    metric: whether both windows are in metres, as far as the network knows them. Then the scale
-    is held near 1 (see `metric_scale`), and the cameras alone tell the place: of points whose
-    scale differs, those ahead would push the cameras back or forth.
+    metric: whether both windows are in metres, by the network's estimate. The scale is then kept
+    near 1 (see `metric_scale`), and the translation is taken from the cameras only: points with
+    another scale would shift the cameras along the viewing direction.
     """
     finite = np.isfinite(earlier.points).all(axis=1) & np.isfinite(later.points).all(axis=1)
     fitted = np.flatnonzero(finite)
-    fitted = fitted[:: -(-len(fitted) // MOST_POINTS) or 1]
+    fitted = fitted[:: -(-len(fitted) // MAX_POINTS) or 1]
     p, q = later.points[fitted].astype(np.float64), earlier.points[fitted].astype(np.float64)
     cameras = later.world_from_camera.astype(np.float64)
     onto = earlier.world_from_camera.astype(np.float64)
@@ -109,16 +109,16 @@ def join(earlier: Overlap, later: Overlap, *, metric: bool = False) -> Join:
 
 
 def metric_scale(fitted: float) -> float:
-    """The scale between two windows of a metric network, where their overlap tells `fitted`.
+    """The scale between two windows of a metric network, given the `fitted` scale of their overlap.
 
-    The likeliest log of the scale, for an overlap that is `SCALE_ERROR` off and windows that
-    differ by `METRIC_ERROR`. The second is robust, with the weight of Geman and McClure: a scale
-    that is far from 1 is a window that the network got wrong, and is followed.
+    The maximum likelihood estimate of the log of the scale, with an error of `SCALE_ERROR` for the
+    overlap and a difference of `METRIC_ERROR` between windows. The latter has the robust weight of
+    Geman and McClure, so a scale far from 1, from a window with the wrong unit, is kept.
     """
-    told = log(fitted)
+    measured = log(fitted)
     spread = SCALE_ERROR**2 + METRIC_ERROR**2
-    prior = (1 + told**2 / (CUT**2 * spread)) ** -2 / METRIC_ERROR**2
-    return exp(told / (1 + prior * SCALE_ERROR**2))
+    prior = (1 + measured**2 / (CUT**2 * spread)) ** -2 / METRIC_ERROR**2
+    return exp(measured / (1 + prior * SCALE_ERROR**2))
 
 
 def _weights(earlier: Overlap, later: Overlap) -> NDArray[np.float64]:
@@ -132,12 +132,10 @@ def _weights(earlier: Overlap, later: Overlap) -> NDArray[np.float64]:
 
 
 def blend(earlier: NDArray[np.floating], later: NDArray[np.floating]) -> NDArray[np.float64]:
-    """One trajectory from two of the same k frames, in the same world, for the frames they share.
+    """Blend two trajectories of the same k frames in the same world into one, without jumps.
 
-    (k, 4, 4) each, and the result. It leaves the earlier one and reaches the later one evenly, so
-    that neither the frames before nor those after see a jump: frame i of 0..k-1 takes the share
-    (i + 1) / (k + 1) of the later one, linearly in position and along the shortest arc (slerp) in
-    rotation.
+    Both and the result are (k, 4, 4). Frame i of 0 to k - 1 takes the share (i + 1) / (k + 1) of
+    the later trajectory, linearly in position and by slerp in rotation.
     """
     share = np.arange(1, len(later) + 1)[:, None] / (len(later) + 1)
     blended = earlier.astype(np.float64)
@@ -150,9 +148,9 @@ def blend(earlier: NDArray[np.floating], later: NDArray[np.floating]) -> NDArray
 
 
 def _distances(points: NDArray[np.float64], cameras: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(n,) median distances of points from the cameras; those of a few near ones raised.
+    """(n,) median distance of each point from all cameras, at least a share of the overall median.
 
-    Which camera saw which point does not matter: cameras that share a view are close together.
+    All cameras are used for each point, since cameras of shared frames are close together.
     """
     if not len(points) or not len(cameras):
         return np.full(len(points), _extent(points))
@@ -163,7 +161,7 @@ def _distances(points: NDArray[np.float64], cameras: NDArray[np.float64]) -> NDA
 
 
 def _extent(places: NDArray[np.float64]) -> float:
-    """Median distance of two of them, from an even sample; 1 where that is nothing."""
+    """The median distance between two positions, from an even sample; 1 if it is 0."""
     apart = pdist(places[:: 1 + len(places) // 200])
     extent = float(np.median(apart)) if len(apart) else 0.0
     return extent if extent > 0 else 1.0

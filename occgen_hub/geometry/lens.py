@@ -1,4 +1,4 @@
-"""Lenses: images and depth of a distorted camera, as a pinhole camera has them."""
+"""Lens distortion: resample images and depth of a distorted camera to a pinhole camera."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from occgen_hub.geometry.camera import scale_intrinsics
 
 CENTRE = 0.5
-"""Where the centre of a pixel lies; OpenCV counts from it, see `opencv_matrix`."""
+"""Coordinates of the first pixel's centre. In OpenCV they are 0, see `opencv_matrix`."""
 
 
 def opencv_matrix(fx: float, fy: float, cx: float, cy: float) -> NDArray[np.float64]:
-    """(3, 3) float64 intrinsics, from numbers as OpenCV, ROS and RealSense give them.
+    """(3, 3) float64 intrinsics from numbers of OpenCV, ROS or RealSense, in pixels.
 
-    There the centre of the first pixel is (0, 0); here it is (0.5, 0.5).
+    There the centre of the first pixel is (0, 0), here it is (0.5, 0.5).
     """
     return np.array([[fx, 0.0, cx + CENTRE], [0.0, fy, cy + CENTRE], [0.0, 0.0, 1.0]])
 
@@ -29,7 +29,7 @@ class Lens:
 
     Attributes:
         fx, fy, cx, cy: pixels; pixel (u, v) has its centre at (u + 0.5, v + 0.5).
-        size: (width, height) of the images that these numbers are of, pixels.
+        size: (width, height) of the images to which these numbers apply, pixels.
         distortion: OpenCV's coefficients. "radial": k1, k2, p1, p2[, k3[, k4, k5, k6]], of 4, 5 or
             8; "fisheye": k1 to k4. Empty, or all 0, for none.
         model: OpenCV's model of the distortion.
@@ -51,13 +51,13 @@ class Lens:
         distortion: tuple[float, ...] = (),
         model: Literal["radial", "fisheye"] = "radial",
     ) -> Lens:
-        """From a (3, 3) matrix, pixel centres at a half."""
+        """A lens from (3, 3) intrinsics with pixel centres at a half."""
         fx, fy, cx, cy = (float(K[at]) for at in ((0, 0), (1, 1), (0, 2), (1, 2)))
         return cls(fx, fy, cx, cy, size, distortion, model)
 
     @property
     def matrix(self) -> NDArray[np.float64]:
-        """(3, 3) float64 intrinsics of the pinhole camera without the distortion."""
+        """(3, 3) float64 intrinsics without the distortion, in pixels."""
         return np.array([[self.fx, 0.0, self.cx], [0.0, self.fy, self.cy], [0.0, 0.0, 1.0]])
 
     def resized(self, size: tuple[int, int]) -> Lens:
@@ -69,20 +69,20 @@ class Lens:
 
     @property
     def distorts(self) -> bool:
-        """Whether it is not a pinhole camera as it is."""
+        """Whether this is not a pinhole camera."""
         return any(self.distortion) or self.model == "fisheye"
 
     def pinhole(self) -> Lens:
-        """The camera with the same matrix and size and no distortion."""
+        """The pinhole camera with the same matrix and size."""
         return replace(self, distortion=(), model="radial")
 
 
 @dataclass(frozen=True)
 class PinholeView:
-    """What a camera saw, resampled to what a pinhole camera at its place sees.
+    """Resamples images of a camera to a pinhole camera with the same pose.
 
-    source: the camera that took the images; target: the pinhole camera, of the same place and axes.
-    Where the target looks past the source's image, colour is black and depth 0.
+    source: the camera that took the images; target: the pinhole camera. Pixels of the target
+    outside the source's image become black, with depth 0.
     """
 
     source: Lens
@@ -90,13 +90,13 @@ class PinholeView:
 
     @property
     def same(self) -> bool:
-        """Whether images stay as they are."""
+        """Whether images are unchanged."""
         return not self.source.distorts and self.source.pinhole() == self.target
 
     def color(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """(h, w, 3) uint8 of the source to (H, W, 3) of the target.
+        """Resample (h, w, 3) uint8 of the source to (H, W, 3) uint8 of the target.
 
-        Interpolated bilinearly, after pixels were averaged where many of them become one.
+        The interpolation is bilinear. If the target is much smaller, pixels are averaged first.
         """
         if self.same:
             return image
@@ -110,9 +110,9 @@ class PinholeView:
         return np.asarray(mapped, np.uint8)
 
     def depth[Number: np.generic](self, image: NDArray[Number]) -> NDArray[Number]:
-        """(h, w) of the source to (H, W) of the target, each the nearest pixel's.
+        """Resample (h, w) depth of the source to (H, W) of the target, by the nearest pixel.
 
-        Depth is along the optical axis, which both cameras share, so values stay as they are.
+        Depth is along the optical axis, which both cameras share, so values do not change.
         """
         if self.same:
             return image
@@ -122,7 +122,7 @@ class PinholeView:
 
     @cached_property
     def _reduced(self) -> Lens:
-        """The source, its images made as many times smaller as the target's are, if at all."""
+        """The source with its images reduced by the integer factor of the target's size."""
         (width, height), (w, h) = self.source.size, self.target.size
         factor = min(width // w, height // h)
         return (
@@ -143,14 +143,14 @@ class PinholeView:
 
 
 def _maps(source: Lens, target: Lens) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """(H, W) float32 columns and rows of the source, as OpenCV counts, for each target pixel."""
+    """(H, W) float32 columns and rows in the source, in OpenCV's convention, per target pixel."""
     import cv2
 
     half = np.array([[0, 0, CENTRE], [0, 0, CENTRE], [0, 0, 0]])
     K, wanted = source.matrix - half, target.matrix - half
     coefficients: NDArray[Any] = np.asarray(source.distortion or np.zeros(4), np.float64)
-    how = (K, coefficients, np.eye(3), wanted, target.size, cv2.CV_32FC1)
+    arguments = (K, coefficients, np.eye(3), wanted, target.size, cv2.CV_32FC1)
     fisheye = source.model == "fisheye"
     make = cv2.fisheye.initUndistortRectifyMap if fisheye else cv2.initUndistortRectifyMap
-    x, y = make(*how)
+    x, y = make(*arguments)
     return np.asarray(x, np.float32), np.asarray(y, np.float32)

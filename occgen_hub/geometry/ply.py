@@ -1,7 +1,7 @@
-"""Point clouds as binary PLY: a header in words, then fixed-size records.
+"""Read and write point clouds as binary PLY files.
 
-Written here because loading Open3D takes longer than building a short trajectory, and read here
-because a header has to be checked against the file's size before it is believed.
+Open3D is not used, because importing it takes longer than building a short trajectory, and because
+a header must be checked against the file's size before memory is allocated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from occgen_hub.files import opened
 from occgen_hub.geometry.cloud import Cloud
 
 MAX_HEADER = 1 << 16
-RESTORE = "restore it from a copy or make it anew"
+RESTORE = "restore it from a copy or create it again"
 _COLORS = ("red", "green", "blue")
 _TYPES = {
     "char": "i1", "uchar": "u1", "short": "<i2", "ushort": "<u2", "int": "<i4", "uint": "<u4",
@@ -28,7 +28,7 @@ _TYPES = {
 
 
 def write_ply(path: Path, cloud: Cloud) -> None:
-    """Write a cloud as float x, y, z and uchar red, green, blue."""
+    """Write a cloud with float x, y, z and uchar red, green, blue. Raises OSError."""
     record = np.dtype([("p", "<f4", 3), ("c", "u1", 3)])
     vertices = np.empty(len(cloud), record)
     vertices["p"], vertices["c"] = cloud.points, cloud.colors
@@ -42,9 +42,9 @@ def write_ply(path: Path, cloud: Cloud) -> None:
 
 
 def read_ply(path: Path) -> Cloud:
-    """The vertices of a binary PLY; black where it has no colours.
+    """Read the vertices of a binary PLY file. Without colours in the file, they are black.
 
-    Raises SourceError when it is not such a file or is shorter than its header says.
+    Raises SourceError if it is not such a file, or shorter than its header states.
     """
     with opened(path) as file:
         count, record = _header(file, path)
@@ -60,13 +60,13 @@ def read_ply(path: Path) -> Cloud:
 
 
 def check_ply(path: Path) -> None:
-    """Raise SourceError where `read_ply` would, the vertices unread."""
+    """Raise SourceError if `read_ply` would, without reading the vertices."""
     with opened(path) as file:
         _header(file, path)
 
 
 def _header(file: BufferedReader, path: Path) -> tuple[int, np.dtype[np.void]]:
-    """Number and type of the vertices that follow; they are all there."""
+    """Read and check the header; returns the number and type of the vertices."""
     head = file.read(MAX_HEADER)
     end = head.find(b"end_header\n")
     if not head.startswith(b"ply") or end < 0:
@@ -90,12 +90,12 @@ def _vertex_record(header: str, path: Path) -> tuple[int, np.dtype[np.void]]:
             if element == "vertex" and words[2].isdigit() and not fields:
                 count = int(words[2][:18])
             elif count < 0:
-                raise SourceError(path, "does not begin with its vertices", "save it anew")
+                raise SourceError(path, "does not begin with its vertices", "save it again")
         if words[:1] == ["property"] and element == "vertex":
             if len(words) != 3 or words[1] not in _TYPES:
-                raise SourceError(path, "has vertices of an unknown form", "save it anew")
+                raise SourceError(path, "has vertices of an unknown type", "save it again")
             fields.append((words[2], _TYPES[words[1]]))
     names = [name for name, _ in fields]
     if count < 0 or not {"x", "y", "z"} <= set(names) or len(set(names)) < len(names):
-        raise SourceError(path, "has no vertices with x, y and z", "save it anew")
+        raise SourceError(path, "has no vertices with x, y and z", "save it again")
     return count, np.dtype(fields)

@@ -1,4 +1,4 @@
-"""A pose graph: worlds that are Sim3s apart, and the Sim3s that all measured ones agree on."""
+"""Pose graph optimisation: the Sim3 of each world, from measured Sim3s between pairs of them."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from scipy.spatial.transform import Rotation
 from occgen_hub.geometry.sim3 import Sim3
 
 CUT = 3.0
-"""Spreads at which a closure counts a quarter; one that is farther off in the end is false."""
+"""Error of a closure, in spreads, at which its weight is a quarter. Closures with larger errors at
+the end are rejected."""
 
 ROUNDS = 20
 STEP = 1e-6
 PARTS = 7
-"""Of a Sim3: log of scale, rotation vector, translation."""
+"""Parameters of a Sim3: log of scale, rotation vector, translation."""
 
 
 @dataclass(frozen=True)
 class Edge:
-    """What was measured of two of the worlds.
+    """A measured transform between two worlds.
 
-    sim3: first_from_second; spread: (3,) the standard deviations expected of the log of its scale,
-    of its rotation (radians), and of its translation (in the first one's unit); closure: True for
-    what may be false altogether.
+    sim3: first_from_second; spread: (3,) expected standard deviations of the log of its scale, of
+    its rotation (radians), and of its translation (in the first world's unit); closure: whether it
+    is a loop closure, which may be wrong.
     """
 
     first: int
@@ -38,34 +39,35 @@ class Edge:
 
 
 def optimise(start: list[Sim3], edges: list[Edge]) -> tuple[list[Sim3], list[bool]]:
-    """The Sim3s root_from_world that the edges agree on, and for each edge whether it is kept.
+    """Estimate root_from_world of all worlds, and which edges are kept.
 
-    start: root_from_world of each world, the first of which stays. Least squares with a sparse
-    Jacobian, deterministic. Closures weigh by how far off they are (Geman and McClure), found by
-    reweighting; those that are more than `CUT` spreads off in the end are left out, the worst
-    first, and the others solved for again.
+    start: root_from_world of each world; the first one is fixed. The method is least squares with a
+    sparse Jacobian, deterministic. Closures have Geman-McClure weights, found by iterative
+    reweighting. While a closure has an error above `CUT` spreads at the end, the worst one is
+    removed and the problem is solved again.
     """
     kept = [True] * len(edges)
     while True:
         used = [edge for edge, keep in zip(edges, kept, strict=True) if keep]
-        found, off = _solve(start, used)
-        places = np.flatnonzero(kept)
-        false = [n for n, edge in enumerate(used) if edge.closure and off[n] > CUT]
-        if not false:
-            return found, kept
-        kept[places[max(false, key=lambda n: (off[n], -n))]] = False
+        solution, errors = _solve(start, used)
+        numbers = np.flatnonzero(kept)
+        wrong = [n for n, edge in enumerate(used) if edge.closure and errors[n] > CUT]
+        if not wrong:
+            return solution, kept
+        kept[numbers[max(wrong, key=lambda n: (errors[n], -n))]] = False
 
 
 def _solve(start: list[Sim3], edges: list[Edge]) -> tuple[list[Sim3], NDArray[np.float64]]:
-    """Sim3s for these edges, and how many spreads each edge is off, (e,) RMS over its parts."""
+    """The Sim3s for these edges, and the (e,) error of each edge in spreads, RMS over its parts."""
     graph = _Graph(start, edges)
     closure = np.array([edge.closure for edge in edges])
     x: NDArray[np.float64] = np.zeros(PARTS * (len(start) - 1))
     off = np.sqrt((graph.errors(x) ** 2).mean(axis=1))
     if not closure.any() or len(start) < 2:
         return start, off
-    # All closures are trusted at first, then less and less those that are off: a long chain may
-    # have drifted far, which says nothing against a closure yet (Yang et al. 2020).
+    # At first all closures have full weight; then the weight of those with large errors decreases.
+    # A long chain may have drifted far, so a large initial error does not make a closure wrong
+    # (graduated non-convexity, Yang et al. 2020).
     cut = max(CUT, float(off[closure].max()))
     for _ in range(ROUNDS):
         weights = np.where(closure, (1 + off**2 / cut**2) ** -2, 1.0)
@@ -78,7 +80,7 @@ def _solve(start: list[Sim3], edges: list[Edge]) -> tuple[list[Sim3], NDArray[np
 
 
 class _Graph:
-    """Edges as arrays; x is what the worlds after the first move by, seven numbers each."""
+    """Edges as arrays. x holds seven parameters for the update of each world but the first."""
 
     def __init__(self, start: list[Sim3], edges: list[Edge]) -> None:
         self._start = _Worlds.of(start)
@@ -89,7 +91,7 @@ class _Graph:
         self._spread = np.repeat(spread, (1, 3, 3), axis=1)
 
     def sim3s(self, x: NDArray[np.float64]) -> list[Sim3]:
-        """The worlds, moved by x."""
+        """The worlds, updated by x."""
         moved = self._start.moved(self._whole(x))
         return [
             Sim3(float(np.exp(s)), R, t)
@@ -97,12 +99,12 @@ class _Graph:
         ]
 
     def errors(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(e, 7) of each edge, in spreads."""
+        """(e, 7) errors of the edges, in spreads."""
         moved = self._start.moved(self._whole(x))
         return self._apart(moved[self._first], moved[self._second])
 
     def solved(self, x: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The x of least weighted squares, from x on. weights: (e,), of errors."""
+        """The x with the least weighted squared errors, starting at x. weights: (e,)."""
         result = least_squares(
             lambda x: (self.errors(x) * weights[:, None]).ravel(),
             x,
@@ -133,9 +135,9 @@ class _Graph:
         return errors
 
     def _jacobian(self, x: NDArray[np.float64], weights: NDArray[np.float64]) -> csr_matrix:
-        """Of the weighted errors: each edge's depend on its two worlds alone.
+        """The Jacobian of the weighted errors, by central differences for all edges at once.
 
-        By central differences, all edges at once.
+        The errors of an edge depend on its two worlds only.
         """
         whole = self._whole(x)
         ends = (self._first, self._second)
@@ -164,7 +166,7 @@ class _Graph:
 
 @dataclass(frozen=True)
 class _Worlds:
-    """Many Sim3s: (n,) logs of scales, (n, 3, 3) rotations, (n, 3) translations."""
+    """n Sim3s as arrays: (n,) logs of scales, (n, 3, 3) rotations, (n, 3) translations."""
 
     log_scale: NDArray[np.float64]
     rotation: NDArray[np.float64]
@@ -182,6 +184,6 @@ class _Worlds:
         return _Worlds(self.log_scale[places], self.rotation[places], self.translation[places])
 
     def moved(self, by: NDArray[np.float64]) -> _Worlds:
-        """by: (n, 7) log of scale, rotation vector on the right, translation, of each."""
+        """Update each Sim3. by: (n, 7) log of scale, rotation vector (right), translation."""
         turned = self.rotation @ Rotation.from_rotvec(by[:, 1:4]).as_matrix()
         return _Worlds(self.log_scale + by[:, 0], turned, self.translation + by[:, 4:])

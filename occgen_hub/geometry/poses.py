@@ -8,27 +8,27 @@ from numpy.typing import NDArray
 from occgen_hub.jit import njit
 
 OPENGL_FROM_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
-"""OpenGL's camera looks along -z with y up; the matrix is its own inverse."""
+"""OpenGL's camera looks along -z with y up. The matrix is its own inverse."""
 
 
 RIGID = 1e-3
-"""How far a pose may be from a rigid transform; float32 rounding gives under 1e-6."""
+"""Largest accepted `rigidity_error` of a pose. Rounding to float32 gives under 1e-6."""
 
 
 def from_opengl(world_from_camera: NDArray[np.floating]) -> NDArray[np.float64]:
-    """(..., 4, 4) poses of OpenGL cameras (x right, y up, z backward) to those of OpenCV ones.
+    """Convert (..., 4, 4) poses from OpenGL axes (x right, y up, z backward) to OpenCV axes.
 
-    Its own inverse.
+    The function is its own inverse.
     """
     poses: NDArray[np.float64] = world_from_camera.astype(np.float64) @ OPENGL_FROM_OPENCV
     return poses
 
 
 def rigidity_error(poses: NDArray[np.floating]) -> NDArray[np.float64]:
-    """(T, 4, 4) to (T,): how far each is from a rigid transform, 0 for a perfect one.
+    """(T,) deviation of (T, 4, 4) poses from rigid transforms; 0 for rigid ones.
 
-    The largest of |R R^T - I|, of |det R - 1| and of the last row's distance from (0, 0, 0, 1);
-    infinite where a number is not finite.
+    It is the largest of |R R^T - I|, |det R - 1| and the last row's distance from (0, 0, 0, 1), and
+    infinite for poses with numbers that are not finite.
     """
     poses = poses.astype(np.float64)
     finite = np.isfinite(poses).all(axis=(1, 2))
@@ -43,10 +43,10 @@ def rigidity_error(poses: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def upright_pose(world_from_camera: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(4, 4) world_from_grid of axes at a camera that stand upright in a world whose z points up.
+    """(4, 4) world_from_grid with upright axes at a camera, in a world whose z points up.
 
-    They are x right, y down along gravity, and z ahead: where the camera looks, or where the top of
-    its image is when it looks straight down.
+    The axes are x right, y down along gravity, and z forward: the horizontal viewing direction, or
+    that of the image's top for a camera that looks straight down.
     """
     ahead, down = world_from_camera[:3, 2], world_from_camera[:3, 1]
     flat = ahead[:2] if np.hypot(*ahead[:2]) > 1e-3 else down[:2] * np.sign(ahead[2])
@@ -58,9 +58,9 @@ def upright_pose(world_from_camera: NDArray[np.float64]) -> NDArray[np.float64]:
 
 @njit(nogil=True)
 def transform(pose: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(n, 3) float64 points moved by a (4, 4) pose: R p + t.
+    """Transform (n, 3) float64 points by a (4, 4) pose: R p + t.
 
-    Compiled, because the matrix product of so thin an array spends its time on threads.
+    Compiled, because numpy's matrix product of so narrow an array spends its time on threads.
     """
     moved = np.empty_like(points)
     for n in range(len(points)):

@@ -1,4 +1,4 @@
-"""Similarity transforms (Sim3), and the robust fit of one to points and rotations."""
+"""Similarity transforms (Sim3), and their robust fit to points and rotations."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 TYPICAL_POSITION, TYPICAL_ROTATION = 0.005, np.radians(0.5)
-"""The noise expected before any is seen: of a position in its unit, of a rotation in radians."""
+"""Prior noise of a position, in its unit, and of a rotation, in radians."""
 
 PRIOR = 3
-"""As many measurements as the expected noise counts for. It keeps a spread that is estimated from
-a few of them, or from perfect ones, away from zero."""
+"""Weight of the prior noise, in measurements. It keeps the estimated spread above zero for few or
+perfect measurements."""
 
 CUT = 4.0
-"""Spreads at which a measurement counts a quarter; those beyond are called outliers."""
+"""Error, in spreads, at which a measurement's weight is a quarter. Larger errors are outliers."""
 
 CORRELATION = 0.9
-"""Under it two sets of positions, brought together, leave the scale undetermined: a fifth or more
-of what looks like motion in one of them is not in the other."""
+"""Smallest correlation of two aligned sets of positions that determines the scale. Below it, a
+fifth or more of the motion in one of them is not in the other."""
 
 HYPOTHESES, SAMPLE = 128, 1000
-"""How many starts are tried, and on how many positions: of 128 triples, half of whose points are
-outliers, one is good with probability 1 - 4e-8."""
+"""Number of start values tried, and of positions used to compare them. If half of the points are
+outliers, one of 128 triples is free of them with probability 1 - 4e-8."""
 
 ROUNDS = 100
 MEDIAN_OF_NORM = 1.5382
@@ -32,9 +32,9 @@ MEDIAN_OF_NORM = 1.5382
 
 @dataclass(frozen=True)
 class Sim3:
-    """target_from_source: a point p goes to scale * rotation @ p + translation.
+    """A similarity transform target_from_source: p becomes scale * rotation @ p + translation.
 
-    rotation: (3, 3) float64; translation: (3,) float64, the target's units.
+    rotation: (3, 3) float64; translation: (3,) float64, in the target's unit.
     """
 
     scale: float
@@ -43,23 +43,23 @@ class Sim3:
 
     @classmethod
     def identity(cls) -> Sim3:
-        """The one that leaves everything where it is."""
+        """The identity."""
         return cls(1.0, np.eye(3), np.zeros(3))
 
     def points(self, points: NDArray[np.floating]) -> NDArray[np.float64]:
-        """(..., 3) points, moved; float64."""
+        """Transform (..., 3) points; float64."""
         moved: NDArray[np.float64] = points @ (self.scale * self.rotation.T) + self.translation
         return moved
 
     def poses(self, world_from_camera: NDArray[np.floating]) -> NDArray[np.float64]:
-        """(..., 4, 4) poses of the same cameras in the target's world; float64, still rigid."""
+        """Transform (..., 4, 4) camera poses to the target's world; float64, still rigid."""
         moved = world_from_camera.astype(np.float64)
         moved[..., :3, :3] = self.rotation @ moved[..., :3, :3]
         moved[..., :3, 3] = self.points(moved[..., :3, 3])
         return moved
 
     def __matmul__(self, other: Sim3) -> Sim3:
-        """`other` first, then this one."""
+        """The composition that applies `other` first."""
         return Sim3(
             self.scale * other.scale,
             self.rotation @ other.rotation,
@@ -74,11 +74,11 @@ class Sim3:
 
 @dataclass(frozen=True)
 class Positions:
-    """The same n places in two worlds.
+    """The same n positions in two worlds.
 
-    source, target: (n, 3) float64; unit: (n,) float64 over 0, what the noise of each place is
-    proportional to, in the target's units; independent: how many of them at most err
-    independently of each other.
+    source, target: (n, 3) float64; unit: (n,) float64 above 0, to which the noise of each position
+    is proportional, in the target's unit; independent: largest number of positions whose errors
+    count as independent.
     """
 
     source: NDArray[np.float64]
@@ -87,7 +87,7 @@ class Positions:
     independent: float = np.inf
 
     def errors(self, sim3: Sim3) -> NDArray[np.float64]:
-        """(n,) distances that remain after `sim3`, each in its unit."""
+        """(n,) distances between the target and the transformed source, each in its unit."""
         distance: NDArray[np.float64] = np.linalg.norm(
             self.target - sim3.points(self.source), axis=1
         )
@@ -98,8 +98,8 @@ class Positions:
 class Fit:
     """A fitted Sim3, target_from_source.
 
-    scaled: False where the positions do not determine the scale: it is 1 then; positions: for each
-    of the sets given, (n,) bool, and rotations: (k,) bool: which of them are no outliers.
+    scaled: False if the positions do not determine the scale, which is then 1; positions: for each
+    set (n,) bool, and rotations: (k,) bool, which of them are inliers.
     """
 
     sim3: Sim3
@@ -109,20 +109,20 @@ class Fit:
 
 
 def fit_sim3(sets: list[Positions], rotations: NDArray[np.float64]) -> Fit:
-    """The Sim3 that corresponding positions and rotations, some of them wrong, agree on.
+    """Fit a Sim3 robustly to corresponding positions and rotations.
 
-    sets: places known in both worlds, those of one set with noise of one kind; rotations:
-    (k, 3, 3) float64, each an estimate of target_from_source's rotation, as a camera's pose in
-    both worlds gives one. Any number of each, none included; all finite.
+    sets: positions in both worlds, one set for each kind of noise; rotations: (k, 3, 3) float64,
+    estimates of target_from_source's rotation, for example from a camera's pose in both worlds.
+    Any number of each, including none; all finite.
 
-    The estimate of maximum likelihood for normal noise of unknown spread, made robust: spreads are
-    taken from the median error, and weights are those of Geman and McClure (1987), found by
-    reweighting from the best of many deterministic starts. For given weights the solution is
-    closed: Horn's (1987) symmetric scale, which noise in either world does not bias against the
-    other, and the rotation by SVD (Umeyama 1991) of the sum of what positions and rotations say.
-    Where positions lie on a line the rotation about it thus comes from the rotations alone.
+    This is a maximum likelihood estimate for normal noise of unknown spread, made robust: spreads
+    come from the median error, and weights are those of Geman and McClure (1987), found by
+    iterative reweighting from the best of many deterministic start values. For given weights the
+    solution has a closed form: Horn's (1987) symmetric scale, which is not biased by noise in one
+    of the worlds, and the rotation by SVD (Umeyama 1991) of the sum of the terms of positions and
+    rotations. If positions lie on a line, the rotation about it comes from the rotations only.
 
-    Where the positions do not tell the scale, the fit is `fit_unscaled`.
+    If the positions do not determine the scale, the result is that of `fit_unscaled`.
     """
     moving = [positions for positions in sets if len(positions.source)]
     if moving and _differ([x.source for x in moving]) and _differ([x.target for x in moving]):
@@ -137,10 +137,9 @@ def fit_sim3(sets: list[Positions], rotations: NDArray[np.float64]) -> Fit:
 
 
 def fit_unscaled(sets: list[Positions], rotations: NDArray[np.float64]) -> Fit:
-    """As `fit_sim3`, where nothing tells the scale.
+    """Like `fit_sim3`, with a scale of 1.
 
-    It is 1, the rotation is that of `rotations` alone, the translation the median of what the
-    positions ask for.
+    The rotation is the mean of `rotations`, the translation the median over the positions.
     """
     R = mean_rotation(rotations)
     shifts = np.concatenate([np.zeros((0, 3)), *(x.target - x.source @ R.T for x in sets)])
@@ -151,10 +150,7 @@ def fit_unscaled(sets: list[Positions], rotations: NDArray[np.float64]) -> Fit:
 def mean_position(
     positions: Positions, scale: float, rotation: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """(3,) the translation of a Sim3 whose scale and rotation are known, robustly.
-
-    Weights are those of `fit_sim3`, found by reweighting from the median.
-    """
+    """Fit the (3,) translation of a Sim3 with known scale and rotation, weighted as `fit_sim3`."""
     shifts = positions.target - scale * positions.source @ rotation.T
     t: NDArray[np.float64] = np.median(shifts, axis=0)
     for _ in range(ROUNDS):
@@ -167,7 +163,7 @@ def mean_position(
 
 
 def nearest_rotation(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(..., 3, 3): the rotation R with the largest tr(R^T matrix) (Umeyama 1991)."""
+    """The (..., 3, 3) rotations R with the largest tr(R^T matrix) (Umeyama 1991)."""
     u, _, vt = np.linalg.svd(matrix)
     u[..., 2] *= np.linalg.det(u @ vt)[..., None]
     rotation: NDArray[np.float64] = u @ vt
@@ -175,14 +171,14 @@ def nearest_rotation(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def rotation_angle(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Radians between (..., 3, 3) rotations, exact for small angles too."""
+    """The angle in radians between (..., 3, 3) rotations, accurate for small angles too."""
     chord = np.linalg.norm(a - b, axis=(-2, -1)) / np.sqrt(8)
     angle: NDArray[np.float64] = 2 * np.arcsin(np.minimum(chord, 1.0))
     return angle
 
 
 def mean_rotation(rotations: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The (3, 3) rotation of least summed distance from (k, 3, 3) ones; identity where k is 0.
+    """The (3, 3) rotation with the least sum of distances to (k, 3, 3) ones; identity if k is 0.
 
     Weiszfeld's algorithm (Hartley, Aftab and Trumpf 2011), with chordal distances: nearly half of
     the rotations may be wrong.
@@ -204,9 +200,9 @@ def _differ(places: list[NDArray[np.float64]]) -> bool:
 
 
 def _start(sets: list[Positions], rotations: NDArray[np.float64]) -> Sim3:
-    """The likeliest of Sim3s through pairs and triples of positions, drawn with a fixed seed.
+    """The most likely Sim3 through random pairs and triples of positions, with a fixed seed.
 
-    Likely by Cauchy's distribution of errors, which forgives any number of large ones.
+    The likelihood assumes Cauchy distributed errors, which tolerates many outliers.
     """
     rng = np.random.default_rng(0)
     source = np.concatenate([positions.source for positions in sets])
@@ -224,19 +220,19 @@ def _start(sets: list[Positions], rotations: NDArray[np.float64]) -> Sim3:
     moved = s[:, None, None] * (source[judges] @ R.transpose(0, 2, 1)) + t[:, None]
     error = np.linalg.norm(target[judges] - moved, axis=2) / unit[judges]
     independent = min(sum(min(x.independent, len(x.source)) for x in sets), float(SAMPLE))
-    # Not the median error: where a robot mostly stands, that would not see the scale at all.
-    surprise = independent * np.log1p((error / TYPICAL_POSITION) ** 2).mean(axis=1)
+    # Not the median error, which does not depend on the scale if a robot mostly stands still.
+    cost = independent * np.log1p((error / TYPICAL_POSITION) ** 2).mean(axis=1)
     if len(rotations):
         angle = rotation_angle(R[:, None], rotations)
-        surprise += np.log1p((angle / TYPICAL_ROTATION) ** 2).sum(axis=1)
-    best = int(np.argmin(surprise))
+        cost += np.log1p((angle / TYPICAL_ROTATION) ** 2).sum(axis=1)
+    best = int(np.argmin(cost))
     return Sim3(float(s[best]), R[best], t[best])
 
 
 def _through(
     source: NDArray[np.float64], target: NDArray[np.float64], R: NDArray[np.float64] | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """(m, 3, 3), (m,) and (m, 3): a Sim3 for each of m draws, (m, j, 3), of j positions."""
+    """The rotations (m, 3, 3), scales (m,) and translations (m, 3) through m draws (m, j, 3)."""
     p, q = source.mean(axis=1, keepdims=True), target.mean(axis=1, keepdims=True)
     dp, dq = source - p, target - q
     rotation = nearest_rotation(dq.transpose(0, 2, 1) @ dp)
@@ -250,7 +246,7 @@ def _through(
 
 
 def _solve(sets: list[Positions], rotations: NDArray[np.float64], sim3: Sim3) -> tuple[Sim3, float]:
-    """The Sim3 for the weights that `sim3` gives, and how the positions correlate under it."""
+    """The Sim3 for the weights of the errors of `sim3`, and the correlation of the positions."""
     source = np.concatenate([positions.source for positions in sets])
     target = np.concatenate([positions.target for positions in sets])
     weights = np.concatenate(
@@ -274,13 +270,13 @@ def _solve(sets: list[Positions], rotations: NDArray[np.float64], sim3: Sim3) ->
 
 
 def _variance(errors: NDArray[np.float64], typical: float) -> float:
-    """That of a component of errors in space, from their (n,) lengths, n at least 1."""
+    """The variance of one component of 3D errors, from their (n,) lengths, n at least 1."""
     seen = float(np.median(errors)) / MEDIAN_OF_NORM
     return (len(errors) * seen**2 + PRIOR * typical**2) / (len(errors) + PRIOR)
 
 
 def _weights(errors: NDArray[np.float64], typical: float) -> NDArray[np.float64]:
-    """(n,) lengths of errors to weights: inverse variances, times how far each is believed."""
+    """(n,) weights of errors with (n,) lengths: inverse variance times the robust weight."""
     if not len(errors):
         return errors
     variance = _variance(errors, typical)
@@ -289,7 +285,7 @@ def _weights(errors: NDArray[np.float64], typical: float) -> NDArray[np.float64]
 
 
 def _settled(a: Sim3, b: Sim3, sets: list[Positions]) -> bool:
-    """Whether two Sim3s move the positions alike, but for what rounding does."""
+    """Whether two Sim3s transform the positions equally, up to rounding."""
     first = np.concatenate([x.source[:: max(1, len(x.source) // SAMPLE)] for x in sets])
     moved = b.points(first)
     change = np.abs(a.points(first) - moved).max()
@@ -297,7 +293,7 @@ def _settled(a: Sim3, b: Sim3, sets: list[Positions]) -> bool:
 
 
 def _judged(sim3: Sim3, scaled: bool, sets: list[Positions], rotations: NDArray[np.float64]) -> Fit:
-    """A fit, with what it finds to be outliers."""
+    """The fit for a Sim3, with its inliers."""
 
     def trusted(errors: NDArray[np.float64], typical: float) -> NDArray[np.bool_]:
         if not len(errors):

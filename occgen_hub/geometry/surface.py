@@ -1,4 +1,4 @@
-"""Small holes of a cloud, closed along the surface that its points lie on."""
+"""Fill small holes of a point cloud along a reconstructed surface."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from scipy.spatial import cKDTree
 from occgen_hub.geometry.cloud import Cloud, voxel_downsample
 
 REACH = 2.0
-"""Voxels: half the width of the widest hole that is closed. In the made-up houses 0.02 % of the
-occupied cells of 2 cm then lie farther than a cell from the true mesh; with 3, up to 0.3 %."""
+"""Half the width of the widest hole that is filled, in voxels. In the sample houses, 0.02 % of the
+occupied cells of 2 cm then lie more than a cell from the true mesh; with 3, up to 0.3 %."""
 GAP = 0.5
-"""Voxels: nearer to a measured point there is no hole, only a second layer of cells to gain."""
+"""Smallest distance of added points from measured ones, in voxels. Nearer points would only add a
+second layer of cells."""
 RIM = 0.25
-"""Voxels by which a rim may grow all the same; without, closed holes would keep a seam."""
+"""Distance by which the rim of a surface may grow, in voxels. With 0, filled holes keep a seam."""
 
 NEIGHBOURS = 16
 DEPTHS = (5, 11)
-"""Of the octree: Open3D always fills it to 5; 11 bounds memory, and spans 37 m at cells of 2 cm."""
+"""Depth of the octree. Open3D uses at least 5; 11 bounds memory, and spans 37 m with 2 cm cells."""
 BATCH = 1 << 20
-"""Samples of the surface held at a time; a triangle that takes more is cut more coarsely."""
+"""Number of samples of the surface in memory. Triangles with more get a coarser spacing."""
 
 
 def poisson_surface(
@@ -35,26 +36,26 @@ def poisson_surface(
     voxel_size: float,
     density_cut: float = 0.0,
 ) -> Cloud:
-    """`cloud`, followed by points that close its holes of up to 2 * REACH voxels.
+    """Return `cloud` with added points that fill its holes of up to 2 * REACH voxels.
 
-    cloud: finite points in the world; camera_centres: (T, 3) float64, metres, where the cameras
-    that saw them stood, at least one; voxel_size: metres, edge of the cells that points will
-    occupy; density_cut: share of the surface's vertices, those that the fewest points support, to
-    leave out. Of the added points there is one in each voxel of half that edge, in the colour of
-    the nearest measured ones. Equal input gives equal bytes, whatever the number of threads.
+    cloud: finite points in the world; camera_centres: (T, 3) float64, metres, the positions of the
+    cameras that saw them, at least one; voxel_size: edge of the cells, metres; density_cut: share
+    of the surface's vertices to remove, those with the fewest points nearby. The added points have
+    a spacing of half a voxel and the colours of the nearest measured points. The result does not
+    depend on the number of threads.
 
     The surface is a screened Poisson reconstruction (M. Kazhdan, H. Hoppe, "Screened Poisson
-    surface reconstruction", 2013). It spans doorways too, and closes behind all that is unseen.
-    The usual remedy, a density cut of a tenth, leaves much of that when more than a tenth is
-    unseen, and opens the holes again when all is seen. So, cut or not, the surface is used where
-    a morphological closing along it, by REACH voxels, reaches from the measured points: dilated
-    and eroded again, they cover the holes among them and do not grow beyond their rims. Measured
-    points all stay, since a reconstruction wears away what is thinner than its cells.
+    surface reconstruction", 2013). Such a surface also closes doorways and encloses unseen space.
+    The usual remedy, to cut a tenth of the density, leaves much of that if more than a tenth is
+    unseen, and opens the holes again if all is seen. So the surface is only used within a
+    morphological closing of the measured points along it, by REACH voxels: dilated and eroded
+    again, they cover the holes among them but do not grow beyond their rims. All measured points
+    are kept, since a reconstruction loses objects that are thinner than its cells.
 
-    Normals are turned towards the nearest camera, because a fused cloud does not remember which
-    one saw a point. Where the nearest stood behind a wall, that wall's holes may stay open.
+    Normals are oriented towards the nearest camera, because a fused cloud does not record which
+    camera saw a point. If the nearest camera stood behind a wall, holes in that wall may stay open.
 
-    A cloud without area (under ten points, or all on one line) is returned as it is.
+    A cloud without area (under ten points, or all on a line) is returned unchanged.
     """
     points = cloud.points.astype(np.float64)
     if len(points) < 10 or not _has_area(points):
@@ -73,7 +74,7 @@ def poisson_surface(
 
 
 def _has_area(points: NDArray[np.float64]) -> bool:
-    """Whether (n, 3) points spread in two directions, by more than rounding to float32."""
+    """Whether (n, 3) points extend in two directions by more than rounding to float32."""
     spread = np.linalg.svd(points - points.mean(axis=0), compute_uv=False)
     return bool(spread[1] > 1e-4 * spread[0])
 
@@ -86,7 +87,7 @@ def _reconstruct(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """(V, 3) vertices and (F, 3) triangles of the surface through (n, 3) points.
 
-    One thread: with more the bytes differ from run to run, and Open3D has been seen to crash.
+    It uses one thread: with more, the result differs between runs, and Open3D crashed at times.
     """
     import open3d
 
@@ -109,9 +110,9 @@ def _reconstruct(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Let nothing of this process reach the standard error stream.
+    """Discard this process's output to the standard error stream.
 
-    PoissonRecon, inside Open3D, writes its warnings there whatever the verbosity.
+    PoissonRecon in Open3D writes warnings there at any verbosity.
     """
     before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -126,7 +127,7 @@ def _quiet() -> Iterator[None]:
 def _facing(
     normals: NDArray[np.float64], points: NDArray[np.float64], camera_centres: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """(n, 3) normals of (n, 3) points, each turned towards the nearest of (T, 3) cameras."""
+    """(n, 3) normals of (n, 3) points, oriented towards the nearest of (T, 3) cameras."""
     _, nearest = cKDTree(camera_centres).query(points)
     away = ((camera_centres[nearest] - points) * normals).sum(axis=1) < 0
     return np.where(away[:, None], -normals, normals)
@@ -154,7 +155,7 @@ def _closing(
 
 
 def _distance(tree: cKDTree, points: NDArray[np.float64], farthest: float) -> NDArray[np.float64]:
-    """(n,) metres from each point to the nearest in the tree; infinite beyond `farthest`."""
+    """(n,) distance from each point to the nearest in the tree; infinite beyond `farthest`."""
     distance: NDArray[np.float64] = tree.query(points, distance_upper_bound=farthest)[0]
     return distance
 
@@ -166,8 +167,8 @@ def _samples(
 ) -> Iterator[NDArray[np.float64]]:
     """(n, 3) float64 samples of triangles, in batches.
 
-    A triangle is cut into equal parts with edges of `spacing` (metres) at most; their centroids are
-    the samples. No point of it is farther from one than two thirds of the spacing.
+    A triangle is divided into equal parts with edges of at most `spacing` (metres), whose centroids
+    are the samples. Its points are within two thirds of the spacing of a sample.
     """
     corners = vertices[triangles]
     edge = np.linalg.norm(corners - np.roll(corners, 1, axis=1), axis=2).max(axis=1)
@@ -180,7 +181,7 @@ def _samples(
 
 
 def _centroids(n: int) -> NDArray[np.float64]:
-    """(n * n, 3) barycentric coordinates of the parts of a triangle whose edges are cut into n."""
+    """(n * n, 3) barycentric centroids of the parts of a triangle with edges divided into n."""
     corners = np.indices((n, n)).reshape(2, -1).T
     diagonal = corners.sum(axis=1)
     upright, inverted = corners[diagonal < n] + 1 / 3, corners[diagonal < n - 1] + 2 / 3

@@ -1,4 +1,4 @@
-"""Poses of all frames from those of some."""
+"""Interpolation of camera poses."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from numpy.typing import NDArray
 from scipy.interpolate import CubicHermiteSpline
 from scipy.spatial.transform import Rotation, Slerp
 
-FASTER = 1.5
-"""Between steps of even speed a camera is never that much faster than their mean velocity."""
+MAX_SPEEDUP = 1.5
+"""Largest interpolated speed, relative to the mean speed of the slower neighbouring step."""
 
 
 def interpolate_poses(
     frames: NDArray[np.integer], poses: NDArray[np.floating], length: int
 ) -> NDArray[np.float64]:
-    """World_from_camera of frames 0 to length - 1, (length, 4, 4) float64, from those of some.
+    """Interpolate world_from_camera poses of some frames to all frames 0 to length - 1.
 
-    frames: (k,) numbers within that range, ascending, none twice, k at least 1; poses: (k, 4, 4),
-    theirs, which come back as they are.
+    frames: (k,) distinct frame numbers in that range, ascending, k at least 1; poses: (k, 4, 4),
+    which are returned unchanged for these frames. Returns (length, 4, 4) float64.
 
-    Rotations are interpolated spherically (slerp), translations by a cubic spline (see
-    `_velocities`). Before the first and after the last known frame the camera goes on as in the
-    step next to it for as many frames as that step has, which is more than skipping frames at a
-    regular interval leaves at the end; beyond that it stands still.
+    Rotations are interpolated by slerp, translations by a cubic spline (see `_velocities`). Before
+    the first and after the last known frame, the motion of the adjacent step continues for as many
+    frames as that step has, which covers frames skipped at a regular interval. Beyond that the
+    camera stands still.
     """
     frames, known = frames.astype(np.int64), poses.astype(np.float64)
     if len(frames) == 1:
@@ -48,17 +48,18 @@ def interpolate_poses(
 def _velocities(
     frames: NDArray[np.integer], t: NDArray[np.float64], step: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """(k, 3) velocities at known places, from those places and the mean velocities between them.
+    """(k, 3) velocities at known positions, from these and the mean velocities between them.
 
-    That of the parabola through a place and its neighbours (Catmull and Rom 1974, for uneven
-    steps), but no faster than `FASTER` times the slower of the two steps: so the camera does not
-    swing past a place where it stops, nor out of a long gap that follows a short one.
+    The velocity is that of the parabola through a position and its neighbours (Catmull and Rom
+    1974, for uneven steps), limited to `MAX_SPEEDUP` times the speed of the slower of the two
+    steps. So the path does not overshoot where the camera stops, or after an uneven gap.
     """
     velocity = np.gradient(t, frames, axis=0, edge_order=1 if len(frames) == 2 else 2)
     speeds = np.linalg.norm(step, axis=1)
     slower = np.minimum([speeds[0], *speeds], [*speeds, speeds[-1]])
     speed = np.maximum(np.linalg.norm(velocity, axis=1), 1e-300)
-    limited: NDArray[np.float64] = velocity * np.minimum(1.0, FASTER * slower / speed)[:, None]
+    limit = np.minimum(1.0, MAX_SPEEDUP * slower / speed)
+    limited: NDArray[np.float64] = velocity * limit[:, None]
     return limited
 
 
@@ -69,15 +70,14 @@ def poses_at(
     longest_gap: float,
     tolerance: float,
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Poses at given times, from those of a trajectory that was tracked at times of its own.
+    """Interpolate a trajectory to given times.
 
-    times: (n,) seconds; known_times: (k,) seconds, ascending, none twice; poses: (k, 4, 4) float64,
-    theirs. Between two of them the camera turns about one axis at an even rate (slerp) and moves
-    straight at an even speed, which is a geodesic of SE(3) with the metric of SO(3) x R^3.
+    times: (n,) seconds; known_times: (k,) distinct seconds, ascending; poses: (k, 4, 4) float64 at
+    known_times. Rotations are interpolated by slerp and positions linearly.
 
-    Returns (n, 4, 4) float64 poses, and (n,) bool, which of them are known: those within
-    `tolerance` seconds of a pose, and those between two that are at most `longest_gap` seconds
-    apart. The others are the nearest known pose.
+    Returns (n, 4, 4) float64 poses and (n,) bool, whether each is known: within `tolerance` seconds
+    of a given pose, or between two that are at most `longest_gap` seconds apart. The others are the
+    nearest given pose.
     """
     known = poses.astype(np.float64)
     clipped = times.astype(np.float64).clip(known_times[0], known_times[-1])

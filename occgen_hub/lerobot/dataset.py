@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import httpx
 from lerobot.datasets.feature_utils import check_delta_timestamps, get_delta_indices
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.utils.constants import HF_LEROBOT_HUB_CACHE
@@ -18,7 +19,7 @@ from lerobot.utils.constants import HF_LEROBOT_HUB_CACHE
 from occgen_hub.errors import DatasetError, UsageError
 from occgen_hub.hub_token import check_sendable
 from occgen_hub.index import INDEX, parts
-from occgen_hub.lerobot.export_check import AGAIN
+from occgen_hub.lerobot.export_check import AGAIN, exported, lengths
 from occgen_hub.loading import SCHEMA
 from occgen_hub.schema import load_schema
 from occgen_hub.shards import FOLDER, shards
@@ -84,26 +85,40 @@ class LeRobotOccupancyDataset(LeRobotDataset):  # type: ignore[misc]  # lerobot 
         self._fetch_occupancy(root, options.get("token"))
         keys = [NAMES[name] for name in self._names]
         self.occupancy = OccupancyDataset(self.root, keys=keys, dense=dense)
-        ends = [0, *(int(end) for end in self.meta.episodes["dataset_to_index"])]
-        if self.occupancy.starts.tolist() != ends:
-            place = Path(self.root) / FOLDER
-            raise DatasetError(place, "is not the occupancy of these episodes", AGAIN)
+        self._begins = self._places()
 
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        """One frame, as the class says."""
+    def __getitem__(self, number: int | slice) -> Any:
+        """One frame, as the class says; of a slice the list of its frames, as LeRobot has it."""
+        if isinstance(number, slice):
+            return [self[n] for n in range(*number.indices(len(self)))]
         item: dict[str, Any] = super().__getitem__(operator.index(number))
-        index, episode = int(item["index"]), int(item["episode_index"])
+        first, end = self._begins[int(item["episode_index"])]
+        index = first + int(item["frame_index"])
         now = self.occupancy[index]
         for name in self._names:
             if name not in self._deltas:
                 item[name] = now[NAMES[name]]
                 continue
             frames = [index + delta for delta in self._deltas[name]]
-            first, end = self.occupancy.starts[episode : episode + 2].tolist()
             there = [self.occupancy[min(max(n, first), end - 1)][NAMES[name]] for n in frames]
             item[name] = self._stacked(NAMES[name], there)
             item[f"{name}_is_pad"] = torch.tensor([not first <= n < end for n in frames])
         return item
+
+    def _places(self) -> list[tuple[int, int]]:
+        """Where the frames of each episode are in the occupancy: the first, and the one after all.
+
+        Raises DatasetError where they are not there.
+        """
+        root, starts = Path(self.root), self.occupancy.starts.tolist()
+        frames = [int(length) for length in self.meta.episodes["length"]]
+        names = self.occupancy.episodes
+        order = list(lengths(root)) if exported(root) else list(names)
+        places = dict(zip(names, pairwise(starts), strict=True))
+        found = [places[name] for name in order if name in places]
+        if [end - first for first, end in found] != frames or len(names) != len(frames):
+            raise DatasetError(root / FOLDER, "is not the occupancy of these episodes", AGAIN)
+        return found
 
     def _stacked(self, key: str, frames: list[torch.Tensor]) -> torch.Tensor:
         if key != "mask" and not self.occupancy.dense:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from occgen_hub.errors import DatasetError, SourceError
 from occgen_hub.files import (
+    MAX_BUILT_BYTES,
     PARQUET_DAMAGE,
     files_under,
-    no_parquet,
     parquet_file,
+    parquet_problem,
     plain,
     read_json,
     sha256,
@@ -25,11 +28,17 @@ from occgen_hub.loading import EXPORT, SCHEMA
 from occgen_hub.media import video_facts
 from occgen_hub.scene_states import FOLDER as STATES
 from occgen_hub.schema import load_schema
-from occgen_hub.shards import FEATURES, FOLDER
+from occgen_hub.shards import FOLDER
 
 RECORD = EXPORT
-AGAIN = "export the dataset again, with --overwrite"
-FOLDERS = ("data", "meta", "videos", FOLDER, INDEX, STATES)
+AGAIN = (
+    "export the dataset again, with --overwrite, or with --update where LeRobot's tools changed it"
+)
+FOLDERS = (
+    *("data", "meta", "videos", FOLDER, INDEX, STATES),  # Of LeRobot's form,
+    *("gathered_data", "posed_images"),  # of OccScanNet's,
+    *("gts", "imgs"),  # of Occ3D's.
+)
 """What an export is made of, beside its card."""
 
 
@@ -46,14 +55,21 @@ def lengths(root: Path) -> dict[str, int]:
     return {str(row["episode"]): int(row["length"]) for row in _record(root)["episodes"]}
 
 
+def is_lerobot(root: Path) -> bool:
+    """Whether an export is a LeRobot dataset; raises DatasetError when its record is damaged."""
+    return str(_record(root).get("format", "")).startswith("lerobot-")
+
+
 def check_export(root: Path) -> Iterator[DatasetError]:
     """Everything that is wrong with an export: nothing is raised.
 
-    Its files are those of its record, by their SHA-256; for the rest see `check_content`.
+    Its files are those of its record, by their SHA-256; for the rest of a LeRobot dataset see
+    `check_content`.
     """
     try:
         yield from _files(root)
-        yield from check_content(root)
+        if is_lerobot(root):
+            yield from check_content(root)
     except DatasetError as error:
         yield error
     except SourceError as error:
@@ -103,7 +119,7 @@ def _files(root: Path) -> Iterator[DatasetError]:
             continue  # The card is for people to change.
         if name not in there:
             yield DatasetError(root / name, "is missing", AGAIN)
-        elif sha256(root / name) != digest:
+        elif sha256(root / name, MAX_BUILT_BYTES) != digest:
             yield DatasetError(root / name, "has changed since it was exported", AGAIN)
 
 
@@ -130,32 +146,62 @@ def _counts(root: Path, frames: int) -> Iterator[DatasetError]:
 
 
 def _rows(root: Path, frames: int) -> Iterator[DatasetError]:
-    """Where a row of the tables is not of the frame that it should be, nor of its occupancy's."""
+    """Where a row is not of the frame that it should be, or has another pose than its occupancy.
+
+    Tables are in the order of the episodes, the occupancy in that of their names.
+    """
     schema = load_schema(SCHEMA)
-    pose = schema.features[schema.poses]
-    tables = _read(
-        sorted((root / "data").glob("*/*.parquet")),
-        {"episode": pa.string(), "frame_index": pa.int64(), schema.poses: pose.arrow_type()},
-    )
-    occupancy = _read(
-        [root / name for name in _shard_order(root)],
-        {
-            "episode": pa.string(),
-            "frame_index": pa.int64(),
-            "camera_extrinsic": FEATURES["camera_extrinsic"].arrow_type(),
-        },
-    )
-    expected = ((name, n) for name, length in lengths(root).items() for n in range(length))
-    for number, (row, table, shard) in enumerate(zip_longest(expected, tables, occupancy)):
-        for found, what in ((table, root / "data"), (shard, root / FOLDER)):
-            if row is None or found is None or found[:2] != row:
+    tables = _read(sorted((root / "data").glob("*/*.parquet")), schema.poses)
+    occupancy = _read([root / name for name in _shard_order(root)], "camera_extrinsic")
+    order = lengths(root)
+    poses: list[dict[str, str]] = []
+    for rows, names, what in (
+        (tables, list(order), root / "data"),
+        (occupancy, sorted(order), root / FOLDER),
+    ):
+        expected = ((name, n) for name in names for n in range(order[name]))
+        digests = {name: hashlib.sha256() for name in names}
+        for number, (wanted, found) in enumerate(zip_longest(expected, rows)):
+            if wanted is None or found is None or found[:2] != wanted:
                 problem = f"row {number} is not of the frame that it should be, of {frames} in all"
                 yield DatasetError(what, problem, AGAIN)
                 return
-        if table[2] != shard[2]:
-            problem = f"row {number} has another pose than the table"
+            digests[wanted[0]].update(np.asarray(found[2], np.float32).tobytes())
+        poses.append({name: digest.hexdigest() for name, digest in digests.items()})
+    for name in order:
+        if poses[0][name] != poses[1][name]:
+            problem = f"has other poses of {name} than the tables"
             yield DatasetError(root / FOLDER, problem, AGAIN)
             return
+
+
+def held_episodes(root: Path) -> list[tuple[str, int]]:
+    """The trajectory of each episode of a LeRobot v3.0 dataset, and its frames.
+
+    As the column "episode" of its tables has it. Raises DatasetError where that is not there, or
+    where an episode is not one trajectory from its first frame on.
+    """
+    found: list[tuple[str, int]] = []
+    before = None
+    for path in sorted((root / "data").glob("*/*.parquet")):
+        try:
+            with parquet_file(path) as file:
+                names = ["episode", "frame_index", "episode_index"]
+                if not {*names} <= {*file.schema_arrow.names}:
+                    raise DatasetError(path, "has no column episode any more", AGAIN)
+                rows = plain(file.read(columns=names)).select(names).to_pylist()
+        except PARQUET_DAMAGE as error:
+            raise DatasetError(path, parquet_problem(error), AGAIN) from None
+        for row in rows:
+            name, frame, index = row["episode"], row["frame_index"], row["episode_index"]
+            if index != before:
+                found.append((str(name), 0))
+                before = index
+            if found[-1] != (name, frame):
+                problem = f"has an episode {index} that is no trajectory from its first frame on"
+                raise DatasetError(path, problem, AGAIN)
+            found[-1] = (name, frame + 1)
+    return found
 
 
 def _shard_order(root: Path) -> list[str]:
@@ -164,18 +210,34 @@ def _shard_order(root: Path) -> list[str]:
     return list(dict.fromkeys(name for names in rows for name in names))
 
 
-def _read(paths: list[Path], columns: dict[str, pa.DataType]) -> Iterator[tuple[Any, ...]]:
-    """The rows of these columns in several parquet files, some hundred in memory at a time."""
+def _read(paths: list[Path], poses: str) -> Iterator[tuple[str, int, list[float]]]:
+    """The rows of parquet files, some hundred in memory at a time: episode, frame and pose.
+
+    poses: the column of poses, matrices or their 16 numbers row after row.
+    """
+    columns = {"episode": pa.string(), "frame_index": pa.int64(), poses: pa.list_(pa.float32())}
     for path in paths:
         try:
             with parquet_file(path) as file:
                 types = plain(file.schema_arrow.empty_table()).schema
                 for name, kind in columns.items():
-                    if name not in types.names or types.field(name).type != kind:
+                    if name not in types.names or _innermost(types.field(name).type) != kind:
                         raise DatasetError(path, f"has no column {name} of {kind}", AGAIN)
                 file.scan_contents()  # Raises where asking damaged metadata would abort.
                 for batch in file.iter_batches(batch_size=256, columns=list(columns)):
                     table = plain(pa.Table.from_batches([batch]))
-                    yield from zip(*(table[name].to_pylist() for name in columns), strict=True)
+                    rows = (table[name].to_pylist() for name in columns)
+                    for episode, frame, pose in zip(*rows, strict=True):
+                        yield episode, frame, np.ravel(pose).tolist()
         except PARQUET_DAMAGE as error:
-            raise DatasetError(path, no_parquet(error), AGAIN) from None
+            raise DatasetError(path, parquet_problem(error), AGAIN) from None
+
+
+def _innermost(kind: pa.DataType) -> pa.DataType:
+    """A type, of lists in lists the innermost list."""
+    lists = (pa.types.is_list, pa.types.is_fixed_size_list)
+    while any(is_list(kind) for is_list in lists):
+        if not any(is_list(kind.value_type) for is_list in lists):
+            return pa.list_(kind.value_type)
+        kind = kind.value_type
+    return kind

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class Layout:
         """The features as `LeRobotDataset.create` takes them."""
         features = {
             name: {**feature.info(), "shape": feature.shape}
-            for name, feature in self.features.items()
+            for name, feature in ((name, flat(own)) for name, own in self.features.items())
         }
         width, height = self.size
         video = {"dtype": "video", "names": ["height", "width", "channels"]}
@@ -111,6 +112,16 @@ class Fit:
         return moved
 
 
+def flat(feature: Feature) -> Feature:
+    """A feature as it is exported: an array of several dimensions row after row, in one.
+
+    With others LeRobot's tools to edit a dataset fail, and so does the training of some policies.
+    """
+    if len(feature.shape) < 2:
+        return feature
+    return feature.model_copy(update={"shape": (prod(feature.shape),)})
+
+
 def write(
     out: Path,
     layout: Layout,
@@ -125,13 +136,13 @@ def write(
     OccGenError for what LeRobot does not take, and OSError.
     """
     with _hushed(), no_realtime_scheduling(), _temporary_files(out.with_name(f"{out.name}.tmp")):
-        dataset, stats = None, MatrixStatistics()
+        dataset = None
         try:
             for trajectory in found:
                 with _refusals(trajectory):
                     if dataset is None:
                         dataset = _create(out, layout, trajectory.schema)
-                    for frame in _frames(trajectory, layout, stats):
+                    for frame in _frames(trajectory, layout):
                         dataset.add_frame(frame)
                         progress(1)
                     dataset.save_episode(parallel_encoding=False)
@@ -142,7 +153,7 @@ def write(
             raise
         if dataset is not None:
             dataset.finalize()
-            stats.write(dataset)
+            _sort_statistics(dataset)
             shutil.rmtree(out / "images", ignore_errors=True)  # Where LeRobot had its own way.
             _share(out)
 
@@ -197,33 +208,13 @@ def _refusals(trajectory: Trajectory) -> Iterator[None]:
         ) from error
 
 
-class MatrixStatistics:
-    """The statistics of matrices in meta/stats.json, of the matrices' own shape.
+def _sort_statistics(dataset: Any) -> None:
+    """Write the statistics sorted: LeRobot has them in the order of a set, which varies."""
+    from lerobot.datasets.io_utils import write_stats
 
-    LeRobot 0.6 reduces a matrix to its columns; its own functions are used row by row instead.
-    """
-
-    def __init__(self) -> None:
-        self._stats: dict[str, dict[str, Any]] = {}
-
-    def add(self, name: str, values: NDArray[Any]) -> None:
-        """Add (T, ...) values of an episode."""
-        from lerobot.datasets.compute_stats import aggregate_stats, get_feature_stats
-
-        found = get_feature_stats(values.reshape(len(values), -1), axis=0, keepdims=False)
-        shaped = {k: v if k == "count" else v.reshape(values.shape[1:]) for k, v in found.items()}
-        before = self._stats.get(name)
-        parts = [{name: shaped}] if before is None else [{name: before}, {name: shaped}]
-        self._stats |= aggregate_stats(parts)
-
-    def write(self, dataset: Any) -> None:
-        """Put them into a LeRobotDataset that was written."""
-        from lerobot.datasets.io_utils import write_stats
-
-        # LeRobot has them in the order of a set, which differs from run to run.
-        stats = {**(dataset.meta.stats or {}), **self._stats}
-        dataset.meta.stats = {name: dict(sorted(stats[name].items())) for name in sorted(stats)}
-        write_stats(dataset.meta.stats, dataset.root)
+    stats = dataset.meta.stats or {}
+    dataset.meta.stats = {name: dict(sorted(stats[name].items())) for name in sorted(stats)}
+    write_stats(dataset.meta.stats, dataset.root)
 
 
 def _share(out: Path) -> None:
@@ -233,9 +224,7 @@ def _share(out: Path) -> None:
         path.chmod(mode)
 
 
-def _frames(
-    trajectory: Trajectory, layout: Layout, stats: MatrixStatistics
-) -> Iterator[dict[str, Any]]:
+def _frames(trajectory: Trajectory, layout: Layout) -> Iterator[dict[str, Any]]:
     """The frames of a trajectory, as `LeRobotDataset.add_frame` takes them."""
     schema, table = trajectory.schema, trajectory.table()
     fit = Fit(trajectory.image_size, layout.size)
@@ -246,9 +235,8 @@ def _frames(
         except (KeyError, ValueError) as error:
             problem = f"column {name}: {error}"
             raise DatasetError(trajectory.file("frames"), problem, REBUILD) from None
-        columns[name] = fit.intrinsics(values) if name in schema.image_intrinsics else values
-        if len(feature.shape) > 1:
-            stats.add(name, columns[name])
+        of_images = name in schema.image_intrinsics and feature.shape == (3, 3)
+        columns[name] = fit.intrinsics(values) if of_images else values
     tasks, task_index = trajectory.tasks(), trajectory.column("task_index").tolist()
     rgb = trajectory.images()
     for t in range(table.num_rows):
@@ -271,10 +259,10 @@ def _frames(
 
 
 def _value(value: Any, feature: Feature) -> Any:
-    """One frame's value of a column: words, or an array of the feature's shape."""
+    """One frame's value of a column: words, or an array of the flat feature's shape."""
     if feature.dtype == "string":
         return str(value)
-    return np.asarray(value, feature.dtype).reshape(feature.shape)
+    return np.asarray(value, feature.dtype).reshape(flat(feature).shape)
 
 
 class _Raised(logging.Handler):

@@ -1,6 +1,6 @@
-"""Images and videos."""
+"""Reading and writing of images and videos."""
 
-from occgen_hub.media.decode_errors import MAX_PIXELS, MEND, RESTORE
+from occgen_hub.media.decode_errors import MAX_PIXELS, REENCODE, RESTORE
 from occgen_hub.media.pictures import (
     ImageSequence,
     PictureFacts,
@@ -35,7 +35,7 @@ from occgen_hub.media.writing import VideoWriter, write_video
 
 __all__ = [
     "MAX_PIXELS",
-    "MEND",
+    "REENCODE",
     "RESTORE",
     "ImageSequence",
     "PictureFacts",

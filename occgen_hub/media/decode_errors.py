@@ -1,4 +1,4 @@
-"""The errors of images and videos that cannot be decoded, and the limit of their size."""
+"""Errors of images and videos that cannot be decoded, and the limit of their size."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from pathlib import Path
 from occgen_hub.errors import SourceError, in_brief
 
 MAX_PIXELS = 1 << 26
-"""64 megapixels: over any camera's frame, under what would fill a machine's memory."""
+"""64 megapixels, more than any camera's frame has, and little enough for memory."""
 
 RESTORE = "restore it from the source or leave this trajectory out"
-MEND = "encode it anew, which passes over what is damaged, or leave this trajectory out"
+REENCODE = "re-encode it, which skips damaged parts, or leave this trajectory out"
 
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError)
-"""What Pillow raises in the middle of a damaged file."""
+"""The exceptions that Pillow raises for a damaged file."""
 
 
 def damaged(path: Path, error: BaseException) -> SourceError:
-    """What to raise for a file that `error` came up in the middle of."""
+    """The error for a file whose decoding raised `error`."""
     return SourceError(path, f"is damaged ({brief(error)})", RESTORE)
 
 
 def brief(error: BaseException) -> str:
-    """What a library says of an error, in part of a line."""
-    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return in_brief(said.split(": '")[0], 120)
+    """A short form of a library's error message."""
+    message = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return in_brief(message.split(": '")[0], 120)
 
 
 def check_pixels(path: Path, width: int, height: int) -> None:
-    """Raise SourceError where a header claims none, or more than any camera's frame has."""
+    """Raise SourceError if a header states no pixels, or more than MAX_PIXELS."""
     if not 0 < width * height <= MAX_PIXELS:
         raise SourceError(path, f"claims {width} x {height} pixels", RESTORE)

@@ -1,7 +1,7 @@
-"""HDR video brought to SDR: what networks were trained with, and what screens and JPEGs show.
+"""Tone mapping of HDR video to SDR, for networks, screens and JPEG files.
 
-Light is worked out in nits (candela a square metre) as the signal's standard has it, what is
-brighter than paper is compressed, and the colours of BT.2020 become those of BT.709.
+The signal is converted to light in nits (candela per square metre) by its standard, light brighter
+than diffuse white is compressed, and BT.2020 colours are converted to BT.709.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ if TYPE_CHECKING:
     import av
 
 Transfer = Literal["PQ", "HLG"]
-"""How a signal stands for light: SMPTE ST 2084, or ARIB STD-B67; both are in ITU-R BT.2100."""
+"""Transfer functions of HDR: SMPTE ST 2084 and ARIB STD-B67, both in ITU-R BT.2100."""
 
 _TRANSFERS: dict[int, Transfer] = {16: "PQ", 18: "HLG"}
-"""By FFmpeg's numbers, AVCOL_TRC_SMPTE2084 and AVCOL_TRC_ARIB_STD_B67."""
+"""FFmpeg's AVCOL_TRC_SMPTE2084 and AVCOL_TRC_ARIB_STD_B67."""
 
 _WIDE = (2, 9)
-"""AVCOL_PRI_UNSPECIFIED, which in HDR stands for the usual ones, and AVCOL_PRI_BT2020."""
+"""AVCOL_PRI_UNSPECIFIED, which for HDR means BT.2020 too, and AVCOL_PRI_BT2020."""
 
-PAPER = 203.0
-"""Nits of diffuse white in HDR (ITU-R BT.2408), which is about where SDR has its own."""
+DIFFUSE_WHITE = 203.0
+"""Diffuse white in HDR, in nits (ITU-R BT.2408). It becomes about the white of SDR."""
 
 PEAK = 1000.0
-"""Nits that become full white: those of the screens that HDR is graded on."""
+"""Light that becomes full white, in nits: that of the screens used to grade HDR."""
 
 KNEE = 0.6
-"""Of diffuse white: light up to there is left as it is, what is above it is compressed."""
+"""Light above which it is compressed, relative to diffuse white."""
 
 LEVELS = 4096
-"""To which a signal is rounded: twelve bits, the most that HDR video has."""
+"""Number of levels of a signal: twelve bits, the most that HDR video has."""
 
 _TO_BT709 = np.array(
     [
@@ -44,30 +44,30 @@ _TO_BT709 = np.array(
     ],
     np.float32,
 )
-"""Linear light of BT.2020's primaries in BT.709's (ITU-R BT.2087)."""
+"""Linear light of BT.2020 to BT.709 (ITU-R BT.2087)."""
 
 _LUMINANCE = np.array([0.2627, 0.6780, 0.0593], np.float32)
 
 
 def transfer(stream: av.VideoStream) -> Transfer | None:
-    """How a video is HDR, None where it is not."""
+    """The transfer function of an HDR video; None for SDR."""
     return _TRANSFERS.get(int(stream.codec_context.color_trc or 0))
 
 
 def is_wide(stream: av.VideoStream) -> bool:
-    """Whether an HDR video's colours are those of BT.2020."""
+    """Whether an HDR video has BT.2020 primaries."""
     return int(stream.codec_context.color_primaries or 0) in _WIDE
 
 
 def to_sdr(signal: NDArray[np.uint16], kind: Transfer, *, wide: bool) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 sRGB of an (H, W, 3) uint16 RGB signal, 65535 its largest value.
+    """Convert an (H, W, 3) uint16 RGB signal, 0 to 65535, to (H, W, 3) uint8 sRGB.
 
-    wide: whether its primaries are BT.2020's, else BT.709's.
+    wide: whether its primaries are BT.2020, else BT.709.
     """
     light: NDArray[np.float32] = _light(kind)[signal >> 4]
-    if kind == "HLG":  # The screen's own part: brighter where the scene is (ITU-R BT.2100).
+    if kind == "HLG":  # The system gamma of the display (ITU-R BT.2100).
         light *= np.maximum(light @ _LUMINANCE, 1e-6)[..., None] ** np.float32(0.2)
-        light *= np.float32(PEAK / PAPER)
+        light *= np.float32(PEAK / DIFFUSE_WHITE)
     brightest = light.max(axis=-1, keepdims=True)
     light *= compressed(brightest) / np.maximum(brightest, np.float32(1e-6))
     if wide:
@@ -77,28 +77,29 @@ def to_sdr(signal: NDArray[np.uint16], kind: Transfer, *, wide: bool) -> NDArray
 
 
 def compressed(light: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Light of 0 to PEAK, 1 being diffuse white, in 0 to 1; it rises everywhere, without a kink.
+    """Compress light relative to diffuse white, up to PEAK, to 0 to 1, by a smooth rising curve.
 
     Above the knee it is the curve of E. Reinhard et al., "Photographic tone reproduction for
     digital images" (2002), with PEAK as its white.
     """
     over = np.maximum(light - KNEE, 0) / (1 - KNEE)
-    white = (PEAK / PAPER - KNEE) / (1 - KNEE)
+    white = (PEAK / DIFFUSE_WHITE - KNEE) / (1 - KNEE)
     rolled = KNEE + (1 - KNEE) * over * (1 + over / white**2) / (1 + over)
     return np.where(light <= KNEE, light, rolled).astype(np.float32)
 
 
 @cache
 def _light(kind: Transfer) -> NDArray[np.float32]:
-    """(LEVELS,) light of each level of a signal.
+    """(LEVELS,) float32 light of each level of a signal.
 
-    PQ: of the screen, 1 being diffuse white. HLG: of the scene, 1 being the brightest.
+    For PQ it is that of the display, relative to diffuse white; for HLG that of the scene, relative
+    to its maximum.
     """
     signal = np.asarray(np.linspace(0, 1, LEVELS), np.float64)
     if kind == "PQ":
         m1, m2, c1, c2, c3 = 1305 / 8192, 2523 / 32, 107 / 128, 2413 / 128, 2392 / 128
         root = signal ** (1 / m2)
-        light = (np.maximum(root - c1, 0) / (c2 - c3 * root)) ** (1 / m1) * (10_000 / PAPER)
+        light = (np.maximum(root - c1, 0) / (c2 - c3 * root)) ** (1 / m1) * (10_000 / DIFFUSE_WHITE)
     else:
         a, b, c = 0.17883277, 0.28466892, 0.55991073
         light = np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - c) / a) + b) / 12)
@@ -107,7 +108,7 @@ def _light(kind: Transfer) -> NDArray[np.float32]:
 
 @cache
 def _encoded() -> NDArray[np.uint8]:
-    """(LEVELS,) uint8 sRGB of light from 0 to 1."""
+    """(LEVELS,) uint8 sRGB values of light from 0 to 1."""
     light = np.asarray(np.linspace(0, 1, LEVELS), np.float64)
     signal = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
     return np.asarray(np.rint(signal * 255), np.uint8)

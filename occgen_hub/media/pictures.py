@@ -1,4 +1,4 @@
-"""Pictures, decoded at a bounded cost and with errors that name the file."""
+"""Images, decoded with bounded time and memory, and with errors that name the file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from occgen_hub.media.decode_errors import DAMAGE, MAX_PIXELS, RESTORE, damaged
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) from an image's header, nothing decoded."""
+    """(width, height) in pixels from an image's header. Raises SourceError."""
     with _opened(path) as image:
         return image.size
 
@@ -28,9 +28,10 @@ def image_size(path: Path) -> tuple[int, int]:
 def read_rgb(
     path: Path, size: tuple[int, int], target: tuple[int, int] | None = None
 ) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 RGB of an image that has to be of `size` (width, height).
+    """Read an image of `size` (width, height) as (H, W, 3) uint8 RGB.
 
-    target: a size that it is resized to; a JPEG is decoded no larger than that needs.
+    target: the (width, height) to resize it to; a JPEG is then decoded at a reduced size. Raises
+    SourceError if it is damaged or has another size.
     """
     with _opened(path, size) as image:
         return _rgb(image, path, target)
@@ -39,7 +40,7 @@ def read_rgb(
 def decode_rgb(
     content: bytes, path: Path, size: tuple[int, int], target: tuple[int, int] | None = None
 ) -> NDArray[np.uint8]:
-    """`read_rgb` of an image in memory. path: the file that it comes from, for errors."""
+    """Like `read_rgb`, for an image in memory. path: its file, for errors."""
     with _image(io.BytesIO(content), path, size) as image:
         return _rgb(image, path, target)
 
@@ -55,37 +56,37 @@ def _rgb(image: Image.Image, path: Path, target: tuple[int, int] | None) -> NDAr
 
 
 def fitted(pixels: NDArray[np.uint8], target: tuple[int, int] | None) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 RGB resized to `target` (width, height), None for no change."""
+    """Resize (H, W, 3) uint8 RGB to `target` (width, height); None for no change."""
     if target is None or target == (pixels.shape[1], pixels.shape[0]):
         return pixels
     return np.asarray(Image.fromarray(pixels).resize(target, Image.Resampling.BILINEAR))
 
 
 def read_depth(path: Path, size: tuple[int, int]) -> NDArray[np.uint16]:
-    """(H, W) uint16 of a 16-bit grey image that has to be of `size` (width, height)."""
+    """Read a 16-bit grey image of `size` (width, height) as (H, W) uint16. Raises SourceError."""
     with _opened(path, size) as image:
         return _depth(image, path)
 
 
 def decode_depth(content: bytes, path: Path, size: tuple[int, int]) -> NDArray[np.uint16]:
-    """`read_depth` of an image in memory. path: the file that it comes from, for errors."""
+    """Like `read_depth`, for an image in memory. path: its file, for errors."""
     with _image(io.BytesIO(content), path, size) as image:
         return _depth(image, path)
 
 
 def decode_color(content: bytes, path: Path) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 RGB of a JPEG or PNG in memory, of whatever size.
+    """Decode a JPEG or PNG in memory, of any size, as (H, W, 3) uint8 RGB.
 
-    path: the file that it comes from, for errors.
+    path: its file, for errors. Raises SourceError.
     """
     with _image(io.BytesIO(content), path) as image:
         return _rgb(image, path, None)
 
 
 def decode_grey(content: bytes, path: Path) -> NDArray[Any]:
-    """(H, W) numbers of a grey PNG or TIFF in memory, as stored: uint16, int32 or float32.
+    """Decode a grey PNG or TIFF in memory as (H, W) uint16, int32 or float32, as stored.
 
-    path: the file that it comes from, for errors. Raises SourceError for other kinds of pixels.
+    path: its file, for errors. Raises SourceError for other types of pixels.
     """
     with _image(io.BytesIO(content), path, formats=("PNG", "TIFF")) as image:
         if image.mode not in ("I;16", "I;16B", "I", "F"):
@@ -116,7 +117,7 @@ def _depth(image: Image.Image, path: Path) -> NDArray[np.uint16]:
 
 
 class ImageSequence[Pixel: np.generic]:
-    """Images of one size, decoded when asked for, by number from 0.
+    """Images of one size, decoded on demand, numbered from 0.
 
     read: `read_rgb`, `read_depth` or `read_picture`; size: (width, height).
     """
@@ -131,39 +132,39 @@ class ImageSequence[Pixel: np.generic]:
         self._decoded: set[int] = set()
 
     def __call__(self, number: int) -> NDArray[Pixel]:
-        """The image of that number, as `read` gives it."""
+        """Decode the image with that number."""
         image = self._read(self._paths[number], self._size)
         self._decoded.add(number)
         return image
 
     def check(self, number: int) -> None:
-        """Decode an image that was not asked for yet; raises SourceError where it is damaged."""
+        """Decode an image if that was not done yet. Raises SourceError if it is damaged."""
         if number not in self._decoded:
             self(number)
 
 
 def is_jpeg(path: Path) -> bool:
-    """Whether an image is a JPEG, whatever it is called; from its header, nothing decoded."""
+    """Whether an image is a JPEG, by its header and not its name. Raises SourceError."""
     with _opened(path) as image:
         return image.format in ("JPEG", "MPO")
 
 
 def write_jpeg(path: Path, image: NDArray[np.uint8]) -> None:
-    """Write (H, W, 3) uint8 RGB; equal images give equal bytes."""
+    """Write (H, W, 3) uint8 RGB as JPEG. Equal images give equal bytes."""
     Image.fromarray(image).save(path, "JPEG", quality=JPEG_QUALITY, subsampling=0)
 
 
 def encode_jpeg(image: NDArray[np.uint8]) -> bytes:
-    """The bytes that `write_jpeg` writes."""
+    """Encode (H, W, 3) uint8 RGB as `write_jpeg` does."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return file.getvalue()
 
 
 def write_depth(path: Path, metres: NDArray[np.floating], units_per_metre: int) -> bool:
-    """Write (H, W) depth in metres, 0 for none, as a 16-bit grey PNG of that unit.
+    """Write (H, W) depth in metres, 0 for none, as a 16-bit grey PNG in the given unit.
 
-    What is farther away than 16 bits can say is stored as none; returns whether there was any.
+    Depth beyond the range of 16 bits is stored as 0. Returns whether there was any.
     """
     units = np.rint(metres * units_per_metre)
     beyond = units > np.iinfo(np.uint16).max
@@ -173,13 +174,15 @@ def write_depth(path: Path, metres: NDArray[np.floating], units_per_metre: int) 
 
 
 JPEG_QUALITY = 95
-"""Of images that a source has in another format: beyond it, files grow and errors hardly shrink."""
+"""Quality of converted images. Above it, files grow and errors hardly shrink."""
 
 
 @dataclass(frozen=True)
 class PictureFacts:
-    """size: (width, height) upright; plain: whether it is an RGB JPEG whose rows are upright;
-    depth: whether it is a 16-bit grey image, as depth is stored.
+    """Facts from an image's header.
+
+    size: (width, height) when upright; plain: whether it is an upright RGB JPEG; depth: whether it
+    is a 16-bit grey image.
     """
 
     size: tuple[int, int]
@@ -188,7 +191,7 @@ class PictureFacts:
 
 
 def picture_facts(path: Path) -> PictureFacts:
-    """Of a camera's picture, from its header, nothing decoded."""
+    """The facts of an image from a camera, without decoding it. Raises SourceError."""
     with _opened(path) as image:
         turn = _TURNS.get(_orientation(image))
         plain = turn is None and image.format in ("JPEG", "MPO") and image.mode == "RGB"
@@ -197,10 +200,10 @@ def picture_facts(path: Path) -> PictureFacts:
 
 
 def read_picture(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 RGB of a camera's picture, turned upright as its EXIF data has it.
+    """Read an image from a camera as (H, W, 3) uint8 RGB, rotated upright by its EXIF data.
 
-    `size` is (width, height) upright. Grey images, palettes and CMYK are converted; what is
-    transparent lies over black.
+    size: (width, height) when upright. Grey, palette and CMYK images are converted; transparent
+    pixels become black. Raises SourceError.
     """
     with _opened(path) as image:
         try:
@@ -231,16 +234,16 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns an image upright, by its EXIF orientation."""
+"""The operation that makes an image upright, by its EXIF orientation."""
 
 _SIDEWAYS = tuple(_TURNS[n] for n in (5, 6, 7, 8))
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; 1 where there is none, or none that can be read.
+    """The EXIF orientation, 1 to 8; 1 if it is missing or unreadable.
 
-    Read here, since Pillow warns of damaged EXIF data, and decodes a PNG to find out whether it has
-    any.
+    Pillow's reader is not used: it warns about damaged EXIF data, and decodes a whole PNG to find
+    it.
     """
     tiff = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
     order = ">" if tiff.startswith(b"MM") else "<"
@@ -253,21 +256,21 @@ def _orientation(image: Image.Image) -> int:
                 size = "I" if kind == _LONG else "H"
                 (number,) = struct.unpack_from(f"{order}{size}", tiff, place + 8)
                 return int(number) if number in _TURNS else 1
-    except struct.error:  # The data end before what they speak of.
+    except struct.error:  # The data are truncated.
         pass
     return 1
 
 
 _LONG = 4
-"""EXIF's type of 32-bit numbers; orientations are 16-bit ones, if not always."""
+"""The EXIF type of 32-bit numbers. Orientations usually have 16 bits."""
 
 
 MAX_SCANS = 100
-"""Of a progressive JPEG. Encoders make ten; each is decoded for the whole image, however small."""
+"""Limit for progressive JPEG. Encoders write ten scans; each costs a pass over the whole image."""
 
 
 def _has_too_many_scans(file: BinaryIO) -> bool:
-    """Whether so many scans begin in a JPEG: their mark stands nowhere within one."""
+    """Whether a JPEG has more than MAX_SCANS start-of-scan markers, which do not occur in data."""
     place, found, last = file.tell(), 0, b""
     file.seek(0)
     while found <= MAX_SCANS and (piece := file.read(1 << 20)):
@@ -279,7 +282,7 @@ def _has_too_many_scans(file: BinaryIO) -> bool:
 
 @contextmanager
 def _opened(path: Path, size: tuple[int, int] | None = None) -> Iterator[Image.Image]:
-    """A JPEG or PNG of `size`, its header read; no other of Pillow's many formats is tried."""
+    """Open a JPEG or PNG of `size` and read its header. Other formats are refused."""
     with opened(path) as file, _image(file, path, size) as image:
         yield image
 
@@ -291,7 +294,7 @@ def _image(
     size: tuple[int, int] | None = None,
     formats: tuple[str, ...] = ("JPEG", "PNG"),
 ) -> Iterator[Image.Image]:
-    """`_opened` of a file that is open."""
+    """Like `_opened`, for an open file."""
     try:
         image = Image.open(file, formats=formats)
     except UnidentifiedImageError:
@@ -301,7 +304,7 @@ def _image(
     if image.width * image.height > MAX_PIXELS:
         raise SourceError(path, f"claims {image.width} x {image.height} pixels", RESTORE)
     if "progressive" in image.info and _has_too_many_scans(file):
-        problem = f"is a progressive JPEG of more than {MAX_SCANS} scans, and no camera's"
+        problem = f"is a progressive JPEG with more than {MAX_SCANS} scans"
         raise SourceError(path, problem, RESTORE)
     if size is not None and image.size != size:
         text = f"is {image.width} x {image.height} pixels, expected {size[0]} x {size[1]}"

@@ -1,4 +1,4 @@
-"""Videos, decoded at a bounded cost and with errors that name the file."""
+"""Reading of videos, with bounded time and memory, and with errors that name the file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from occgen_hub.files import ABSENT, MAX_TABLE_ROWS
 from occgen_hub.media.decode_errors import (
     DAMAGE,
     MAX_PIXELS,
-    MEND,
+    REENCODE,
     RESTORE,
     brief,
     check_pixels,
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
     import av
 
 SQUARE = 0.01
-"""Pixels whose sides differ by less are square: encoders that scale a little say such things."""
+"""Deviation of the pixel aspect ratio from 1 that is ignored, since scaling may cause it."""
 
 STRETCH = 4
-"""Beyond it, no camera's pixels are out of square: whatever says so is wrong."""
+"""Largest plausible pixel aspect ratio. Larger ones are ignored."""
 
 ON_TIME = 1e-4
-"""Seconds; LeRobot's own tolerance for the time of a frame that it asks for."""
+"""Tolerance for the time of a frame in seconds, that of LeRobot."""
 
 
 @dataclass(frozen=True)
 class VideoFacts:
-    """size: (width, height), upright; fps: frames a second, 0 if unknown; frames: how many."""
+    """Facts of a video. size: (width, height) when upright; fps: 0 if unknown; frames: count."""
 
     size: tuple[int, int]
     fps: float
@@ -52,7 +52,10 @@ class VideoFacts:
 
 
 def video_facts(path: Path) -> VideoFacts:
-    """Size, rate and number of frames, the frames counted by their packets, not by the header."""
+    """Size, rate and number of frames, counted by packets and not from the header.
+
+    Raises SourceError.
+    """
     with _video(path) as container:
         stream = _stream(container)
         rate = stream.average_rate or stream.guessed_rate
@@ -61,7 +64,7 @@ def video_facts(path: Path) -> VideoFacts:
             for packet in container.demux(stream):
                 frames += packet.size > 0
                 if first is None:
-                    with suppress(*_video_damage()):  # It is the reader's to say.
+                    with suppress(*_video_damage()):  # Reported when the frame is read.
                         first = next(iter(stream.decode(packet)), None)
                         size = _Upright(stream).size(first) if first is not None else size
         except _video_damage() as error:
@@ -70,7 +73,7 @@ def video_facts(path: Path) -> VideoFacts:
 
 
 def stated_pixels(path: Path) -> float:
-    """Pixels of all frames of a video, as its header has it: a guess. Raises SourceError."""
+    """The number of pixels in all frames, estimated from the header. Raises SourceError."""
     with _video(path) as container:
         stream = _stream(container)
         frames = float(stream.frames)
@@ -82,12 +85,12 @@ def stated_pixels(path: Path) -> float:
 
 @dataclass(frozen=True)
 class VideoSurvey(VideoFacts):
-    """Facts of the frames that the decoder really gives, each of them looked at.
+    """Facts of a video from decoding all its frames.
 
-    stated: how many the header speaks of, 0 if of none; steps: the shortest and longest time
-    between frames, seconds, None where not known; hdr: how it is HDR, None where it is not;
-    reference: whether the file is already what `write_video` makes: an mp4 of H.264 and 4:2:0,
-    upright, no HDR, with these frames, frame n at n / fps.
+    stated: number of frames in the header, 0 if it has none; steps: shortest and longest time
+    between frames in seconds, None if unknown; hdr: transfer function of HDR, None for SDR;
+    reference: whether the file is like those of `write_video`: an mp4 with H.264 and 4:2:0,
+    upright, no HDR, with exactly these frames, frame n at n / fps.
     """
 
     stated: int
@@ -97,19 +100,19 @@ class VideoSurvey(VideoFacts):
 
 
 def survey_video(path: Path) -> VideoSurvey:
-    """Decode a video from end to end, making no RGB of its frames.
+    """Decode a whole video, without conversion to RGB, and return facts on its frames.
 
-    Nothing less tells how many there are: packets, headers and durations may all say another
-    number. Raises SourceError where a frame is damaged or of another size, or where there are none
+    This is the only reliable way to count frames: the numbers in packets, headers and durations may
+    differ. Raises SourceError if a frame is damaged or has another size, or if there are no frames
     or too many.
     """
     with _video(path) as container:
-        survey = _surveyed(container, path)
-    shown = survey.reference and video_facts(path).frames == survey.frames  # None left unseen.
-    return replace(survey, reference=shown)
+        survey = _survey(container, path)
+    all_shown = survey.reference and video_facts(path).frames == survey.frames
+    return replace(survey, reference=all_shown)
 
 
-def _surveyed(container: av.container.InputContainer, path: Path) -> VideoSurvey:
+def _survey(container: av.container.InputContainer, path: Path) -> VideoSurvey:
     stream, plain = _stream(container), _is_plain(container)
     upright = _Upright(stream)
     size: tuple[int, int] | None = None
@@ -120,7 +123,7 @@ def _surveyed(container: av.container.InputContainer, path: Path) -> VideoSurvey
         times.append(frame.time)
         plain = plain and frame.format.name == "yuv420p" and upright.untouched(frame)
     if size is None:
-        raise SourceError(path, "holds no frame that can be decoded", RESTORE)
+        raise SourceError(path, "has no frame that can be decoded", RESTORE)
     known = _ascending(times)
     fps = _average_rate(stream, known)
     steps = [after - before for before, after in pairwise(known)]
@@ -142,14 +145,14 @@ def _check_frame(
 ) -> None:
     if own != size:
         text = f"changes from {size[0]} x {size[1]} to {own[0]} x {own[1]} pixels at frame {n}"
-        raise SourceError(path, text, "cut it there, and give both parts")
+        raise SourceError(path, text, "split it there and use the parts")
     if n >= MAX_TABLE_ROWS:
-        text = f"has more than {MAX_TABLE_ROWS} frames, more than an episode has"
-        raise SourceError(path, text, "cut it into parts")
+        text = f"has more than {MAX_TABLE_ROWS} frames, the limit of an episode"
+        raise SourceError(path, text, "split it into parts")
 
 
 def _is_plain(container: av.container.InputContainer) -> bool:
-    """Whether a file, as far as its headers tell, is an mp4 that browsers play."""
+    """Whether a file is an mp4 that browsers play, according to its headers."""
     brand = container.metadata.get("major_brand", "")
     codec = _stream(container).codec_context.name
     mp4 = "mp4" in container.format.name.split(",") and brand.strip() != "qt"
@@ -157,14 +160,14 @@ def _is_plain(container: av.container.InputContainer) -> bool:
 
 
 def _ascending(times: list[float | None]) -> list[float]:
-    """The times of all frames, seconds, or none of them if they are no times."""
+    """The times of all frames in seconds, or an empty list if they are missing or not ascending."""
     known = [time for time in times if time is not None]
-    sound = len(known) == len(times) and all(after > before for before, after in pairwise(known))
-    return known if sound else []
+    valid = len(known) == len(times) and all(after > before for before, after in pairwise(known))
+    return known if valid else []
 
 
 def _average_rate(stream: av.VideoStream, times: list[float]) -> float:
-    """Frames a second by the frames' own times, or the stated rate where it says the same."""
+    """The frame rate from the frames' times, or the stated rate if both agree."""
     stated = float(stream.average_rate or stream.guessed_rate or 0)
     if len(times) < 2:
         return stated
@@ -175,12 +178,12 @@ def _average_rate(stream: av.VideoStream, times: list[float]) -> float:
 
 
 def video_frames(path: Path) -> Iterator[NDArray[np.uint8]]:
-    """(H, W, 3) uint8 RGB frames in order, one in memory at a time, upright, of square pixels."""
+    """Yield (H, W, 3) uint8 RGB frames, upright, with square pixels. Raises SourceError."""
     return (picture() for picture in _pictures(path))
 
 
 def _pictures(path: Path) -> Iterator[Callable[[], NDArray[np.uint8]]]:
-    """Functions that make the frames, in order, for those who do not want all of them."""
+    """Yield, for each frame, a function that converts it, so that frames can be skipped."""
     with _video(path) as container:
         upright = _Upright(_stream(container))
         for frame in _decoded(container, path):
@@ -195,68 +198,67 @@ def _converted(upright: _Upright, frame: av.VideoFrame, path: Path) -> NDArray[n
 
 
 def _decoded(container: av.container.InputContainer, path: Path) -> Iterator[av.VideoFrame]:
-    """The frames of a video as the decoder gives them; raises SourceError where one is damaged.
+    """Yield the frames of a video. Raises SourceError if one is damaged.
 
-    What comes before the first keyframe is passed over, since a recording may begin anywhere, and
-    so is what the end of the file cuts.
+    Frames before the first keyframe are skipped, since a recording may start anywhere, and so is an
+    incomplete frame at the end of the file.
     """
     stream = _stream(container)
     stream.thread_type = "AUTO"
-    upright, seen, spoilt = _Upright(stream), 0, False
-    damage = _video_damage()  # Not when it is asked for: the interpreter may be ending then.
+    upright, seen, corrupt = _Upright(stream), 0, False
+    damage = _video_damage()  # Imported now, because the generator may end with the interpreter.
     try:
         for packet in _from_keyframe(container.demux(stream), path):
             for frame in stream.decode(packet):
-                spoilt = spoilt or (frame.is_corrupt and seen > 0)
+                corrupt = corrupt or (frame.is_corrupt and seen > 0)
                 if frame.is_corrupt:
                     continue
-                if spoilt:
-                    raise SourceError(path, f"is damaged at frame {seen}", MEND)
+                if corrupt:
+                    raise SourceError(path, f"is damaged at frame {seen}", REENCODE)
                 check_pixels(path, *upright.size(frame))
                 seen += 1
                 yield frame
     except damage as error:
         problem = f"is damaged at frame {seen} or soon after ({brief(error)})"
-        raise SourceError(path, problem, MEND) from None
+        raise SourceError(path, problem, REENCODE) from None
 
 
 def _from_keyframe(packets: Iterable[av.Packet], path: Path) -> Iterator[av.Packet]:
-    """Packets from the first keyframe on, the last of them left out if it is cut.
+    """Yield packets from the first keyframe on, without a truncated last packet.
 
-    Told by the packets, not by what the decoder makes of them: how soon that errs depends on its
-    threads.
+    This checks packets and not decoded frames, because when the decoder reports an error depends on
+    its threads.
     """
-    begun = cut = False
+    started = truncated = False
     for packet in packets:
-        if packet.size and cut:
-            raise SourceError(path, "is damaged (its packets are cut)", MEND)
-        begun = begun or packet.is_keyframe
-        cut = cut or (begun and packet.size > 0 and packet.is_corrupt)
-        if not packet.size or (begun and not cut):
+        if packet.size and truncated:
+            raise SourceError(path, "is damaged (it has truncated packets)", REENCODE)
+        started = started or packet.is_keyframe
+        truncated = truncated or (started and packet.size > 0 and packet.is_corrupt)
+        if not packet.size or (started and not truncated):
             yield packet
 
 
 class _Upright:
-    """Makes (H, W, 3) uint8 RGB of a stream's frames, as a player would show them.
+    """Converts a stream's frames to (H, W, 3) uint8 RGB, as a player shows them.
 
-    Turned as the display matrix says, since phones record sideways; of square pixels, wider or
-    narrower where the stream's are not, since cameras and networks see no others; with the
-    frame's own colour matrix and range, and HDR as SDR.
+    Frames are rotated by the display matrix, resized to square pixels, converted with their own
+    colour matrix and range, and HDR is tone-mapped to SDR.
     """
 
     def __init__(self, stream: av.VideoStream) -> None:
         from av.video.reformatter import VideoReformatter
 
         stated = float(stream.sample_aspect_ratio or 1)
-        believed = abs(stated - 1) > SQUARE and 1 / STRETCH <= stated <= STRETCH
-        self._aspect = stated if believed else 1.0
+        plausible = abs(stated - 1) > SQUARE and 1 / STRETCH <= stated <= STRETCH
+        self._aspect = stated if plausible else 1.0
         self._reformatter = VideoReformatter()
         self._hdr, self._wide = transfer(stream), is_wide(stream)
         self._rotation: int | None = None
         self._turn = (False, False, False)
 
     def __call__(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
-        """(H, W, 3) uint8 RGB."""
+        """Convert a frame to (H, W, 3) uint8 RGB."""
         width, colours = self._width(frame), _colours(frame)
         depth = "rgb24" if self._hdr is None else "rgb48le"
         flat = self._reformatter.reformat(frame, width=width, format=depth, **colours).to_ndarray()
@@ -269,17 +271,17 @@ class _Upright:
         return np.ascontiguousarray(pixels[:: -1 if flip_y else 1, :: -1 if flip_x else 1])
 
     def size(self, frame: av.VideoFrame) -> tuple[int, int]:
-        """(width, height) of what would be made of a frame."""
+        """(width, height) of a frame after conversion."""
         size = (self._width(frame), frame.height)
         return size[::-1] if self._turned(frame)[0] else size
 
     def untouched(self, frame: av.VideoFrame) -> bool:
-        """Whether a frame is upright and of square pixels as it is."""
+        """Whether a frame is upright and has square pixels already."""
         return self._width(frame) == frame.width and not any(self._turned(frame))
 
     def _turned(self, frame: av.VideoFrame) -> tuple[bool, bool, bool]:
-        """`_turn`, looked up where the rotation is new: the look ties a frame into a circle of
-        references, so that it is freed late.
+        """`_turn`, cached by rotation, because reading the display matrix puts a frame into a
+        reference cycle, so that it is freed late.
         """
         if frame.rotation != self._rotation:
             self._rotation, self._turn = frame.rotation, _turn(frame)
@@ -293,11 +295,11 @@ _UNTAGGED, BT601, LIMITED, _FULL = 2, 6, 1, 2
 """AVCOL_SPC_UNSPECIFIED and AVCOL_SPC_SMPTE170M; AVCOL_RANGE_MPEG and AVCOL_RANGE_JPEG."""
 
 _DEFAULT = 5
-"""swscale's own matrix: for RGB, which has none, and unlike the frame's, or PyAV heeds neither."""
+"""swscale's default matrix, for RGB. It must differ from the frame's, or PyAV ignores both."""
 
 
 def _colours(frame: av.VideoFrame) -> dict[str, int]:
-    """A frame's matrix and range, for PyAV, which by itself takes every frame for BT.601."""
+    """A frame's colour matrix and range for PyAV, which assumes BT.601 by default."""
     if frame.colorspace == _UNTAGGED and frame.color_range != _FULL:
         return {}
     return {
@@ -308,13 +310,13 @@ def _colours(frame: av.VideoFrame) -> dict[str, int]:
 
 
 def _turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
-    """Whether to swap the axes of a frame, and then to reverse x and y, by its display matrix.
+    """Whether to swap the axes of a frame, and then whether to flip x and y, by its display matrix.
 
-    x' = a x + c y and y' = b x + d y, where the matrix is a, b, u, c, d, v, ... as mp4 has it.
+    x' = a x + c y and y' = b x + d y, where the matrix is a, b, u, c, d, v, ... as in mp4.
     """
     try:
         data = cast("Buffer | None", frame.side_data.get("DISPLAYMATRIX"))
-    except ValueError:  # Something beside it that PyAV does not know, as a second view has.
+    except ValueError:  # Other side data that PyAV does not know, as in stereo video.
         return _QUARTERS.get(frame.rotation % 360, (False, False, False))
     if data is None:
         return False, False, False
@@ -324,21 +326,20 @@ def _turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
 
 
 _QUARTERS = {90: (True, False, True), 180: (False, True, True), 270: (True, True, False)}
-"""`_turn` by the degrees that PyAV works out of a matrix, which knows of no mirrors."""
+"""`_turn` by the rotation in degrees that PyAV computes from a matrix, without mirroring."""
 
 
 Frames = Iterator[Callable[[], NDArray[Any]]]
-"""Functions that make frames, in order, for those who do not want all of them."""
+"""Functions that convert the frames, in order, so that frames can be skipped."""
 
 
 class SequentialReader:
-    """Frames by number, of what gives them in order only, such as a video.
+    """Frames by number from a sequential source, such as a video.
 
-    They are best asked for in order; going far back starts over. Threads may ask at once: the
-    lowest of the numbers that wait comes first, and frames that were passed over are kept for a
-    while.
+    Ascending numbers are fast; going far back starts from the beginning. Several threads may read:
+    the lowest waiting number is served first, and the last `KEPT` skipped frames are kept.
 
-    path: what to name where frames are missing; start: gives the frames from number 0 on.
+    path: the file for errors; start: returns the frames from number 0 on.
     """
 
     KEPT = 32
@@ -353,12 +354,12 @@ class SequentialReader:
         self._busy = False
 
     def __call__(self, number: int) -> NDArray[Any]:
-        """The frame of that number."""
+        """The frame with that number. Raises SourceError if there are fewer."""
         with self._turn:
             self._waiting.append(number)
             try:
                 self._turn.wait_for(lambda: not self._busy and number == min(self._waiting))
-            finally:  # Or the others would wait for one who has left.
+            finally:  # Also on an interruption, or the other threads would wait forever.
                 self._waiting.remove(number)
             self._busy = True
         try:
@@ -383,24 +384,24 @@ class SequentialReader:
 
 
 class VideoReader:
-    """Frames of a video by number, see `SequentialReader`."""
+    """Frames of a video by number, read sequentially (see `SequentialReader`)."""
 
     def __init__(self, path: Path, size: tuple[int, int]) -> None:
         self._size = size
         self._read = SequentialReader(path, partial(_pictures, path))
 
     def __call__(self, number: int) -> NDArray[np.uint8]:
-        """(H, W, 3) uint8 RGB, upright, resized to the size asked for."""
+        """The frame as (H, W, 3) uint8 RGB, upright, resized to `size`."""
         return _resized(self._read(number), self._size)
 
 
 def frames_at(path: Path, times: NDArray[np.float64], tolerance: float, *, grey: bool) -> Frames:
-    """The frames that a video shows at some times, from the first of these on.
+    """Yield the frames that a video shows at given times.
 
-    times: (n,) seconds, ascending; tolerance: seconds that a frame may be off. Frames are (H, W, 3)
-    uint8 RGB, upright; with `grey` they are (H, W) uint16, the codes of a grey video of over 8
-    bits. Only the part of the file around the times is decoded, unless a decoder that begins there
-    loses frames. Raises SourceError where no frame is near a time.
+    times: (n,) seconds, ascending; tolerance: largest difference in seconds. Frames are (H, W, 3)
+    uint8 RGB, upright; with `grey` they are (H, W) uint16, the values of a grey video of over 8
+    bits. Only the part of the file around the times is decoded, unless the decoder loses frames
+    there. Raises SourceError if a time has no frame.
     """
     done = 0
     try:
@@ -418,8 +419,8 @@ def _frames_at(
         stream = _stream(container)
         upright = _Upright(stream)
         if seek and times[0] > 0 and stream.time_base is not None:
-            # No earlier: where files were joined, a decoder that begins before may lose the next.
-            with suppress(*_video_damage()):  # Then it is decoded from where it stands.
+            # Not earlier, because in joined files a decoder that starts earlier may lose frames.
+            with suppress(*_video_damage()):  # Without seeking, it is decoded from the start.
                 container.seek(round(times[0] / stream.time_base), stream=stream)
         shown = _decoded(container, path)
         frame, following = next(shown, None), next(shown, None)
@@ -433,16 +434,16 @@ def _frames_at(
 
 
 def _nearer(frame: av.VideoFrame, than: av.VideoFrame | None, time: float) -> bool:
-    """Whether a frame is as near to a time as the one before it, or nearer."""
+    """Whether a frame is at least as near to a time as the one before it."""
     if frame.time is None or than is None or than.time is None:
         return True
     return abs(frame.time - time) <= abs(than.time - time)
 
 
 def _codes(frame: av.VideoFrame, path: Path) -> NDArray[np.uint16]:
-    """(H, W) uint16: the first plane of a frame, as it is stored."""
+    """(H, W) uint16: the first plane of a frame, as stored."""
     if not frame.format.name.endswith("le") or frame.format.components[0].bits <= 8:
-        problem = f"is no video of depth: its pixels are {frame.format.name}"
+        problem = f"is not a depth video: its pixels are {frame.format.name}"
         raise SourceError(path, problem, "name another column of depth")
     plane = frame.planes[0]
     rows = np.frombuffer(plane, np.uint16).reshape(-1, plane.line_size // 2)
@@ -450,27 +451,27 @@ def _codes(frame: av.VideoFrame, path: Path) -> NDArray[np.uint16]:
 
 
 class SeekingVideo:
-    """Frames of a video by number, each decoded from the keyframe before it, or from the last."""
+    """Frames of a video by number, in any order, decoded from the nearest keyframe before."""
 
     def __init__(self, path: Path, size: tuple[int, int]) -> None:
         self._path, self._size = path, size
         self._container = _video(path)
         self._stream = _stream(self._container)
-        self._stream.codec_context.thread_count = 1  # Loaders have their own processes.
+        self._stream.codec_context.thread_count = 1  # Data loaders use processes instead.
         self._upright = _Upright(self._stream)
         with self._damage():
             packets = _from_keyframe(self._container.demux(self._stream), path)
             known = [(p.pts, p.is_keyframe, p.is_discard) for p in packets if p.size]
         if any(time is None for time, *_ in known):
-            raise SourceError(path, "has frames without a time", MEND)
-        # A video that was cut may begin after its keyframe, which is there, and not shown.
+            raise SourceError(path, "has frames without a time", REENCODE)
+        # A trimmed video may begin after its keyframe, which is in the file but not shown.
         self._times = sorted(t for t, _, discarded in known if t is not None and not discarded)
         self._keys = sorted(t for t, key, _ in known if t is not None and key)
         self._frames: Iterator[av.VideoFrame] = iter(())
         self._last: int | None = None
 
     def __call__(self, number: int) -> NDArray[np.uint8]:
-        """(H, W, 3) uint8 RGB, upright, resized to the size asked for."""
+        """The frame as (H, W, 3) uint8 RGB, upright, resized to `size`. Raises SourceError."""
         if number >= len(self._times):
             raise SourceError(self._path, f"ends before frame {number}", RESTORE)
         with self._damage():
@@ -478,10 +479,10 @@ class SeekingVideo:
         return _resized(frame, self._size)
 
     def _decoded(self, time: int) -> av.VideoFrame:
-        """The frame of that time, in the stream's units."""
+        """The frame at a time, in the stream's units."""
         key = self._keys[max(0, bisect_right(self._keys, time) - 1)]
-        # From the last frame on, unless a keyframe is nearer. The first time may be shown by a
-        # decoder that needs more than the keyframe: then all of it is decoded.
+        # Continue from the last frame, unless a keyframe is nearer. If the decoder needs more than
+        # the keyframe, decode from the beginning.
         ahead = self._last is not None and key <= self._last < time
         for start in (None,) * ahead + (key, self._times[0]):
             if start is not None:
@@ -496,11 +497,11 @@ class SeekingVideo:
             if frame.pts == time and not frame.is_corrupt:
                 return frame
         self._last = None
-        raise SourceError(self._path, "is damaged", MEND)
+        raise SourceError(self._path, "is damaged", REENCODE)
 
     @contextmanager
     def _damage(self) -> Iterator[None]:
-        """Has what goes wrong in decoding name the video."""
+        """Translate errors of decoding into a SourceError that names the video."""
         try:
             yield
         except _video_damage() as error:
@@ -526,7 +527,7 @@ _CONTAINERS = {
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,asf,flv,gif,h264,"
     "hevc",
 }
-"""Files that hold their own frames: no playlist, which would have other files opened."""
+"""Allowed formats. Playlists are excluded, because they open other files."""
 
 
 def _video(path: Path) -> av.container.InputContainer:
@@ -550,15 +551,15 @@ def _video(path: Path) -> av.container.InputContainer:
 
 def _check_video(container: av.container.InputContainer, path: Path) -> None:
     if not container.streams.video:
-        raise SourceError(path, "holds no video", RESTORE)
+        raise SourceError(path, "has no video stream", RESTORE)
     stream = _stream(container)
     if getattr(stream, "codec_context", None) is None:
-        raise SourceError(path, "is of no codec that can be read", RESTORE)
+        raise SourceError(path, "has an unknown codec", RESTORE)
     check_pixels(path, stream.width, stream.height)
-    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # Should it change midway.
+    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # The size may change midway.
 
 
 def _stream(container: av.container.InputContainer) -> av.VideoStream:
-    """The video itself, where there is a cover or a thumbnail beside it."""
+    """The main video stream, not a cover or a thumbnail."""
     best = container.streams.best("video")
     return container.streams.video[0] if best is None else cast("av.VideoStream", best)

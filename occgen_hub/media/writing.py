@@ -1,4 +1,4 @@
-"""Videos, written so that the same frames give the same bytes."""
+"""Writing of videos. Equal frames give equal bytes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ if TYPE_CHECKING:
     import av
 
 SAME_BYTES = "threads=1:bframes=0:mbtree=0:rc-lookahead=0"
-"""x264's output depends on its threads, and its looking ahead reads memory that it never set."""
+"""Options that make x264 reproducible: its output depends on the number of threads, and its
+lookahead reads uninitialised memory."""
 
 
 class VideoWriter:
-    """H.264 that plays in a browser, from (H, W, 3) uint8 RGB frames, one after another.
+    """Writes (H, W, 3) uint8 RGB frames as H.264 that plays in a browser.
 
-    Odd sizes lose a row or a column, which yuv420p cannot have. Equal frames give equal bytes. The
-    file is complete when it is closed.
+    Odd sizes lose a row or a column, since yuv420p needs even ones. Equal frames give equal bytes.
+    The file is complete when it is closed.
     """
 
     def __init__(self, path: Path, fps: float) -> None:
@@ -35,21 +36,21 @@ class VideoWriter:
         self._stream: av.VideoStream | None = None
 
     def append(self, image: NDArray[np.uint8]) -> None:
-        """Encode the next frame."""
+        """Encode the next frame, (H, W, 3) uint8 RGB."""
         import av
 
         height, width = image.shape[0] // 2 * 2, image.shape[1] // 2 * 2
         if self._stream is None:
-            self._stream = self._begun(width, height)
+            self._stream = self._add_stream(width, height)
         picture = np.ascontiguousarray(image[:height, :width])
         frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
         self._container.mux(self._stream.encode(frame))
 
-    def _begun(self, width: int, height: int) -> av.VideoStream:
+    def _add_stream(self, width: int, height: int) -> av.VideoStream:
         options = {"crf": "18", "x264-params": SAME_BYTES}
         stream = self._container.add_stream("libx264", rate=self._rate, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        # As swscale makes it; players take another matrix for large frames, if not told.
+        # The matrix that swscale uses. Without a tag, players assume another one for large frames.
         stream.codec_context.colorspace, stream.codec_context.color_range = BT601, LIMITED
         return stream
 
@@ -64,7 +65,7 @@ class VideoWriter:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        """Finish the file, or leave it as it is after an error."""
+        """Finish the file; after an error, leave it incomplete."""
         if kind is None:
             self.close()
         else:
@@ -72,7 +73,7 @@ class VideoWriter:
 
 
 def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], fps: float) -> None:
-    """All frames with a `VideoWriter`."""
+    """Write (H, W, 3) uint8 RGB frames with a `VideoWriter`."""
     with VideoWriter(path, fps) as video:
         for image in frames:
             video.append(image)

@@ -1,13 +1,12 @@
-"""Occupancy on disk: the seed's CSR and packed-mask npz files, written a frame at a time.
+"""Occupancy on disk: npz files with CSR matrices and packed masks, written frame by frame.
 
-The files are what `scipy.sparse.save_npz` and `numpy.savez_compressed` write, so that scipy and
-numpy read them; a trajectory of any length goes through without being held in memory.
+The files have the format of `scipy.sparse.save_npz` and `numpy.savez_compressed`. Writing needs
+memory for one frame only, whatever the length of the trajectory.
 
-Deflate is most of the time of writing, so what it is done with was measured, for a frame of the
-real trajectory. Observed bits: zlib 4.1 ms and 10.8 kB, zlib-ng at level 5 1.0 ms and 10.1 kB,
-whose bytes are the same on every processor as long as it is given them frame by frame. Sorted
-columns: zlib 3.7 ms and 46.8 kB, at level 1 1.7 ms and 47.1 kB; zlib-ng does not find their short
-repeats (73.6 kB).
+Most of the time is spent in deflate. Measured for a frame of a real trajectory: for observed bits,
+zlib takes 4.1 ms and gives 10.8 kB, zlib-ng at level 5 1.0 ms and 10.1 kB, with the same bytes on
+every processor if it is fed frame by frame. For sorted columns, zlib takes 3.7 ms and gives 46.8
+kB, at level 1 1.7 ms and 47.1 kB; zlib-ng does not find their short repeats (73.6 kB).
 """
 
 from __future__ import annotations
@@ -53,13 +52,13 @@ class NpzWriter:
         shape: tuple[int, ...],
         deflate: Callable[[], Any] | None = None,
     ) -> Iterator[IO[bytes]]:
-        """A file to write an array's elements to, in C order.
+        """A file for an array's elements, written in C order.
 
-        deflate: makes a compressor (raw, as `zlib.compressobj`); zipfile's own if None.
+        deflate: creates a raw compressor like `zlib.compressobj`; None uses zipfile's.
         """
         with self._zip.open(f"{name}.npy", "w", force_zip64=True) as file:
             if deflate is not None:
-                # zipfile has no way to choose one; without this it would use its own.
+                # zipfile has no public way to set a compressor.
                 file._compressor = deflate()  # type: ignore[attr-defined]  # see above
             header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
             npy.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]  # numpy's own
@@ -80,7 +79,7 @@ class NpzWriter:
 
 
 class CellsWriter:
-    """A CSR matrix (frames, cells) of cells, such as the visible ones, a row for each `append`."""
+    """Writes a CSR matrix (frames, cells) of ones, such as the visible cells, row by row."""
 
     def __init__(self, path: Path, cells: int) -> None:
         self._path, self._cells = path, cells
@@ -89,18 +88,18 @@ class CellsWriter:
 
     @property
     def count(self) -> int:
-        """How many cells all frames have together so far."""
+        """The number of cells in all frames so far."""
         return self._ends[-1]
 
     def append(self, columns: NDArray[np.int32]) -> None:
-        """columns: (n,) int32, sorted, of one frame."""
+        """Append the cells of one frame. columns: (n,) int32, sorted."""
         self._columns.write(columns.tobytes())
         self._ends.append(self._ends[-1] + len(columns))
 
     def close(self) -> None:
-        """Write the file; the columns wait on disk until their number is known."""
+        """Write the file, from the columns that were kept in a temporary file."""
         frames, count = len(self._ends) - 1, self._ends[-1]
-        # scipy wants one type for both index arrays, wide enough for the number of entries.
+        # scipy needs one dtype for both index arrays, wide enough for the number of entries.
         index = np.dtype(np.int32 if count < 2**31 else np.int64)
         with self._columns, NpzWriter(self._path) as out:
             self._columns.seek(0)
@@ -116,7 +115,7 @@ class CellsWriter:
 
 
 class ObservedWriter:
-    """The packed masks (frames, ceil(cells / 8)) of the observed cells, a row for each `append`."""
+    """Writes the packed masks (frames, ceil(cells / 8)) of the observed cells, row by row."""
 
     def __init__(self, path: Path, frames: int, shape: tuple[int, int, int]) -> None:
         self._npz = NpzWriter(path)
@@ -126,7 +125,7 @@ class ObservedWriter:
         self._file = self._stream.__enter__()
 
     def append(self, observed: NDArray[np.uint8]) -> None:
-        """observed: (ceil(cells / 8),) uint8, `np.packbits` of one frame's observed cells."""
+        """Append one frame. observed: (ceil(cells / 8),) uint8, `np.packbits` of its mask."""
         self._file.write(observed.tobytes())
 
     def close(self) -> None:

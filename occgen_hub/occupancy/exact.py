@@ -1,7 +1,7 @@
-"""Which of two grid planes a ray crosses first, decided without rounding error.
+"""Exact comparison of where a ray crosses two grid planes.
 
-Floating-point arithmetic settles nearly every comparison; this settles the others. Products and
-sums are carried as unevaluated sums of floats that hold them exactly (T. J. Dekker, "A
+Floating-point arithmetic decides nearly all comparisons; this module decides the rest. Products and
+sums are represented as unevaluated sums of floats that are exact (T. J. Dekker, "A
 floating-point technique for extending the available precision", 1971; J. R. Shewchuk, "Adaptive
 precision floating-point arithmetic and fast robust geometric predicates", 1997).
 """
@@ -51,7 +51,7 @@ def compare_crossings(plane_a, origin_a, slope_a, plane_b, origin_b, slope_b):
     left, left_rest = _two_product(distance_a, slope_b)
     right, right_rest = _two_product(distance_b, slope_a)
     if rest_a == 0.0 and rest_b == 0.0 and left == right:
-        return _sign(left_rest - right_rest)  # As it is for a camera on a corner of the lattice.
+        return _sign(left_rest - right_rest)  # For example a camera on a corner of the grid.
     more_left, more_left_rest = _two_product(rest_a, slope_b)
     more_right, more_right_rest = _two_product(rest_b, slope_a)
     return _sign_of_sum(

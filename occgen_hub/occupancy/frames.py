@@ -1,7 +1,7 @@
-"""Occupancy of all frames of a scene, several at once: a frame a thread.
+"""Occupancy of all frames of a scene, in parallel with one thread per frame.
 
-So no thread waits for the slowest at a frame's end, and cores are not idle where another thread of
-the process, which reconstructs or compresses, takes one of them for a while.
+So threads do not wait for one another at the end of a frame, and no core is idle while another
+thread of the process reconstructs or compresses.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from occgen_hub.occupancy.states import FreeSpace
 from occgen_hub.occupancy.visibility import FrameOccupancy, observe, warm_up
 from occgen_hub.prefetch import prefetch
 
-SAFE = ("omp", "tbb")
-"""Of numba's threading layers, those that several threads may call at once."""
+THREAD_SAFE_LAYERS = ("omp", "tbb")
+"""The threading layers of numba that several threads may call at a time."""
 
 
 def observe_frames(
@@ -33,23 +33,23 @@ def observe_frames(
     moving: Callable[[int], NDArray[np.float32]] | None = None,
     free: FreeSpace | None = None,
 ) -> Iterator[FrameOccupancy]:
-    """What each frame sees of a scene, in order; see `observe` for one.
+    """Yield the occupancy of each frame of a scene, in order; see `observe` for one.
 
     points: (n, 3) float32, world metres; world_from_camera: (T, 4, 4), OpenCV axes, metres;
     intrinsics: (T, 3, 3), pixels; size: (width, height) of the images; moving: the points of a
-    frame that are there in no other, (n, 3) float32, world metres; free: what is given what each
-    frame observed free.
+    frame that exist in no other, (n, 3) float32, world metres; free: collects the free space
+    observed by the frames.
     """
     cloud = into_blocks(points)
     prepare(grid, intrinsics, size)
     own = threading.local()
-    alone = not _several_may_call()
+    sequential = not _is_thread_safe()
 
     def frame(t: int) -> FrameOccupancy:
         if not hasattr(own, "state"):
             own.state = np.empty(grid.cells, np.uint8)
-            if not alone:
-                numba.set_num_threads(1)  # Of this thread's calls.
+            if not sequential:
+                numba.set_num_threads(1)  # For calls from this thread.
         own_points = None if moving is None else moving(t)
         seen = observe(
             grid, cloud, world_from_camera[t], intrinsics[t], size, own.state, own_points
@@ -59,9 +59,9 @@ def observe_frames(
         return seen
 
     numbers = range(len(world_from_camera))
-    return map(frame, numbers) if alone else prefetch(frame, numbers)
+    return map(frame, numbers) if sequential else prefetch(frame, numbers)
 
 
-def _several_may_call() -> bool:
-    warm_up()  # Which layer there is, is known from the first call on.
-    return numba.threading_layer() in SAFE
+def _is_thread_safe() -> bool:
+    warm_up()  # numba chooses the layer in the first call.
+    return numba.threading_layer() in THREAD_SAFE_LAYERS

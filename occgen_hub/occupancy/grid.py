@@ -1,4 +1,4 @@
-"""The grid that stands in a camera's frame, and the grid of a whole scene."""
+"""The grid in a camera's frame, and the grid of a whole scene."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ class Grid:
 
     @classmethod
     def of(cls, config: Config) -> Grid:
-        """The grid that a configuration asks for."""
+        """The grid of a configuration."""
         x, y, z = config.pc_range[:3]
         return cls((x, y, z), config.voxel_size, config.grid_shape)
 
     @property
     def cells(self) -> int:
-        """How many cells there are."""
+        """The number of cells."""
         return prod(self.shape)
 
     @property
     def camera_in_cells(self) -> NDArray[np.float64]:
-        """(3,) the camera centre, counted in cells from the grid's lower corner.
+        """(3,) the camera centre in cells from the grid's lower corner.
 
-        Worked out from the decimal numbers of the configuration, so that 2 / 0.02 is 100.
+        Computed with the decimal numbers of the configuration, so that 2 / 0.02 is exactly 100.
         """
         size = decimal(self.voxel_size)
         return np.array([float(-decimal(low) / size) for low in self.lower])
 
     def centres(self, columns: NDArray[np.integer]) -> NDArray[np.float32]:
-        """(n,) columns to the (n, 3) centres of their cells, metres, camera frame."""
+        """(n, 3) float32 centres of the cells with (n,) columns, metres, camera frame."""
         index = np.stack(np.unravel_index(columns, self.shape), axis=-1)
         centres: NDArray[np.float32] = (
             np.asarray(self.lower) + (index + 0.5) * self.voxel_size
@@ -53,9 +53,9 @@ class Grid:
         return centres
 
     def columns(self, places: NDArray[np.floating]) -> tuple[NDArray[np.bool_], NDArray[np.int32]]:
-        """(n,) whether (n, 3) places lie in the grid, and (m,) the columns of those that do.
+        """(n,) bool: whether places lie in the grid, and (m,) int32 columns of those that do.
 
-        places: counted in cells from the lower corner.
+        places: (n, 3), in cells from the lower corner.
         """
         inside = np.asarray(((places >= 0) & (places < self.shape)).all(axis=1))
         i, j, k = places[inside].astype(np.int32).T
@@ -78,10 +78,10 @@ class SceneGrid:
 
 
 def scene_grid(points: NDArray[np.float32], voxel_size: float) -> SceneGrid:
-    """The cells of edge `voxel_size` in which a point of (n, 3) world coordinates lies.
+    """The cells of edge `voxel_size` that contain one of (n, 3) points, world metres.
 
-    Works on sorted cell numbers, never on a dense array: a building of any size fits. The points
-    are finite and within 2^20 cells of the world's origin.
+    It sorts cell numbers and needs no dense array, so a building of any size fits. The points must
+    be finite and within 2^20 cells of the world's origin.
     """
     cells = np.floor(points.astype(np.float64) / voxel_size).astype(np.int64)
     if not len(cells):
@@ -97,17 +97,17 @@ def scene_grid(points: NDArray[np.float32], voxel_size: float) -> SceneGrid:
 
 
 def cell_numbers(points: NDArray[np.floating], voxel_size: float) -> NDArray[np.int64]:
-    """(n,) numbers of the cells of the world's grid that (n, 3) points, metres, lie in.
+    """(n,) int64 numbers of the cells of the world's grid that contain (n, 3) points, metres.
 
-    They ascend as the cells (i, j, k) do. The points are finite and within 2^20 cells of the
-    world's origin.
+    They sort in the order of the cells (i, j, k). The points must be finite and within 2^20 cells
+    of the world's origin.
     """
     cells = np.floor(points.astype(np.float64) / voxel_size).astype(np.int64) + REACH
     return (cells[:, 0] << 42) | (cells[:, 1] << 21) | cells[:, 2]
 
 
 def cell_centres(numbers: NDArray[np.int64], voxel_size: float) -> NDArray[np.float32]:
-    """(n, 3) float32 centres, world metres, of cells by their numbers."""
+    """(n, 3) float32 centres, world metres, of the cells with (n,) numbers."""
     cells = np.stack([numbers >> 42, numbers >> 21 & 0x1FFFFF, numbers & 0x1FFFFF], axis=-1)
     centres: NDArray[np.float32] = ((cells - REACH + 0.5) * voxel_size).astype(np.float32)
     return centres

@@ -1,4 +1,4 @@
-"""A cloud sorted into blocks of space, so that a frame touches only what is near it."""
+"""A point cloud sorted into blocks of space, so that a frame processes only blocks near it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLOCK = 0.5
-"""Metres: fine enough to skip most of a house, coarse enough that a block holds many points."""
+"""Edge of a block in metres: small enough to skip most of a house, large enough for many points."""
 
 
 @dataclass(frozen=True)
 class PointBlocks:
-    """points: (n, 3) float32, world metres, block after block; starts: (blocks + 1,) int64, where
-    each begins; lower, upper: (blocks, 3) float32, the bounding box of each block's points.
+    """A point cloud in blocks.
+
+    points: (n, 3) float32, world metres, block by block; starts: (blocks + 1,) int64, the index of
+    each block's first point; lower, upper: (blocks, 3) float32, the bounding box of its points.
     """
 
     points: NDArray[np.float32]
@@ -29,7 +31,7 @@ def into_blocks(points: NDArray[np.float32]) -> PointBlocks:
 
 
 def sorted_into_blocks(points: NDArray[np.float32]) -> tuple[PointBlocks, NDArray[np.int64]]:
-    """The same, and the (n,) numbers of the points in their new order."""
+    """Like `into_blocks`; also returns the (n,) original indices of the sorted points."""
     if not len(points):
         none = np.zeros((0, 3), np.float32)
         return PointBlocks(none, np.zeros(1, np.int64), none, none), np.zeros(0, np.int64)
@@ -38,7 +40,7 @@ def sorted_into_blocks(points: NDArray[np.float32]) -> tuple[PointBlocks, NDArra
     _, ny, nz = block.max(axis=0) + 1
     key = (block[:, 0] * ny + block[:, 1]) * nz + block[:, 2]
     if key.max() < 1 << 16:
-        key = key.astype(np.uint16)  # Which numpy sorts by radix.
+        key = key.astype(np.uint16)  # numpy uses radix sort for 16 bits.
     order = np.argsort(key, kind="stable")
     points, key = points[order], key[order]
     first = np.flatnonzero(np.diff(key.astype(np.int64), prepend=-1))

@@ -1,16 +1,17 @@
-"""The rays of one camera, 64 at a time: the cells that they cross, found once for all its frames.
+"""Ray packets: the cells crossed by 64 rays of a camera at a time, found once for all its frames.
 
-A packet is the rays of 8 x 8 neighbouring pixels. It is kept as a list of the distinct cells that
-its rays cross, each with 64 bits that say which of the rays cross it. A step along a ray, in x, y
-or z, takes it one cell farther from the camera's cell (|i - i0| + |j - j0| + |k - k0|), so by that
-distance the list has every ray's cells in their order. To see a frame, each list is gone through
-once: until the first occupied cell all its cells are observed; after it those that are crossed by a
-ray which has not met an occupied cell. That visits a cell once a packet instead of once a ray, and
-chooses no axis on the way. The lists come from `rays.follow`, so this is as exact as that.
+A packet has the rays of 8 x 8 neighbouring pixels. It stores a list of the distinct cells that its
+rays cross, each with 64 bits for the rays that cross it. Each step of a ray in x, y or z increases
+the distance |i - i0| + |j - j0| + |k - k0| from the camera's cell by one, so a list sorted by this
+distance has the cells of every ray in order. For a frame, each list is processed once: all its
+cells up to the first occupied one are observed; after it, those crossed by a ray that has not yet
+reached an occupied cell. A cell is visited once per packet instead of once per ray, and no axis is
+chosen on the way. The lists come from `rays.follow` and are as exact.
 
-On the camera and grid of docs/performance.md the lists hold 4.5 million cells, of which a frame
-needs 1.9 million; single rays cross 30.2 million, and 17.2 million up to what they hit. Packets of
-4 x 4 would need half as many again, those of 16 x 16 a fifth fewer with four words for each.
+For the camera and grid of docs/performance.md, the lists have 4.5 million cells, of which a frame
+needs 1.9 million. Single rays cross 30.2 million cells, 17.2 million of them before they hit.
+Packets of 4 x 4 would need half as many cells again; those of 16 x 16 a fifth fewer, with four
+words for each.
 """
 
 from __future__ import annotations
@@ -32,25 +33,25 @@ from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.rays import OBSERVED, OCCUPIED, follow
 
 _EDGE = 8
-"""Pixels: 8 x 8 rays have the bits of one word."""
-_MOST = 20_000_000
-"""Cells in all lists: 240 MB."""
+"""Edge of a packet in pixels: 8 x 8 rays have one bit each in a word."""
+_MAX_CELLS = 20_000_000
+"""Largest number of cells in all lists, 240 MB."""
 _STRIPS = 4
-"""Strips of the image for each thread."""
-_PLACES = 1 << 12
+"""Strips of the image per thread."""
+_SLOTS = 1 << 12
 _FAR = np.int64(1) << 40
-_WORTH = 4
-"""Frames of one camera after which packets are made: they take as long as some four frames do."""
+_MIN_FRAMES = 4
+"""Frames of a camera after which its packets are made. Making them takes as long as four frames."""
 
 
 @dataclass(frozen=True)
 class RayPackets:
-    """The lists of all packets, one after another, by image column and then downwards.
+    """The lists of all packets, by image column and then downwards.
 
     cells: (n,) uint32, columns of the grid; crossing: (n,) uint64, bit 8 a + b for the ray of pixel
-    (a, b) of the packet; ends: (packets + 1,) int64, where each list begins; rays: (packets,)
-    uint64, those that are in the image and meet the grid; shares: (threads, n) int64, which packets
-    each thread takes, -1 for none.
+    (a, b) of the packet; ends: (packets + 1,) int64, the start of each list; rays: (packets,)
+    uint64, the rays in the image that cross the grid; shares: (threads, n) int64, the packets of
+    each thread, -1 for none.
     """
 
     cells: NDArray[np.uint32]
@@ -65,7 +66,7 @@ class RayPackets:
 
         intrinsics: (3, 3), pixels, no skew; size: (width, height) of the image.
         """
-        # All that there are, also where a thread that works alone comes first: others wait for it.
+        # All threads, even if the calling thread is limited to one: the others wait for this.
         threads = numba.config.NUMBA_NUM_THREADS
         K = np.asarray(intrinsics, np.float64)
         camera = (K[0, 0], K[1, 1], K[0, 2], K[1, 2])
@@ -76,7 +77,7 @@ class RayPackets:
             for part in pool.map(one, range(0, size[0], _EDGE)):
                 parts.append(part)
                 total += len(part[0])
-                if total > _MOST:
+                if total > _MAX_CELLS:
                     pool.shutdown(cancel_futures=True)
                     return None
         cells, crossing, lengths, rays = map(np.concatenate, zip(*parts, strict=True))
@@ -91,31 +92,31 @@ def follow_packets(packets: RayPackets, state: NDArray[np.uint8]) -> None:
     )  # fmt: skip
 
 
-def packets_when_worth(
+def packets_if_repeated(
     grid: Grid, intrinsics: NDArray[np.float64], size: tuple[int, int]
 ) -> RayPackets | None:
-    """The packets of a camera that was asked for often enough, else None.
+    """The packets of a camera that has had several frames, else None.
 
-    Arguments as for `RayPackets.of`. The packets of the last two cameras are kept.
+    The arguments are those of `RayPackets.of`. The packets of the last two cameras are cached.
     """
     K = np.asarray(intrinsics, np.float64)
     return _camera(grid, K[0, 0], K[1, 1], K[0, 2], K[1, 2], size).packets()
 
 
 def prepare(grid: Grid, intrinsics: NDArray[np.float64], size: tuple[int, int]) -> None:
-    """Have the packets made of a camera that takes most of an episode's frames, before the first.
+    """Make the packets of the camera with the most frames of an episode, before its first frame.
 
     intrinsics: (T, 3, 3), pixels, of each frame; size: (width, height) of the images.
     """
     cameras, frames = np.unique(np.asarray(intrinsics, np.float64), axis=0, return_counts=True)
-    if len(frames) and frames.max() > _WORTH:
+    if len(frames) and frames.max() > _MIN_FRAMES:
         K = cameras[frames.argmax()]
         _camera(grid, K[0, 0], K[1, 1], K[0, 2], K[1, 2], size).packets(at_once=True)
 
 
 @dataclass
 class _Camera:
-    """A camera, how often it was asked for, and its packets once that pays."""
+    """A camera, the number of its frames so far, and its packets once they are made."""
 
     make: Callable[[], RayPackets | None]
     frames: int = 0
@@ -124,8 +125,8 @@ class _Camera:
 
     def packets(self, *, at_once: bool = False) -> RayPackets | None:
         with self.lock:
-            if self.frames <= _WORTH and (at_once or self.frames == _WORTH):
-                self.made, self.frames = self.make(), _WORTH
+            if self.frames <= _MIN_FRAMES and (at_once or self.frames == _MIN_FRAMES):
+                self.made, self.frames = self.make(), _MIN_FRAMES
             self.frames += 1
             return self.made
 
@@ -139,10 +140,10 @@ def _camera(
 
 
 def _shares(columns: int, packets: int, threads: int) -> NDArray[np.int64]:
-    """Strips of the image, dealt out to threads in turn.
+    """Distribute strips of the image over threads in turn.
 
-    Wide strips, since two threads that work side by side wait for each other's cells; several a
-    thread, since a scene may be near on one side and far on the other.
+    Strips are wide, since threads at neighbouring pixels write to the same memory; each thread has
+    several, since a scene may be near on one side and far on the other.
     """
     number = np.arange(packets)
     strips = number // (packets // columns) * threads * _STRIPS // columns
@@ -155,13 +156,13 @@ def _shares(columns: int, packets: int, threads: int) -> NDArray[np.int64]:
 
 @njit(nogil=True)
 def _packet_column(camera, size, origin, shape, left):
-    """The lists of the packets whose leftmost pixels are in image column `left`, downwards."""
+    """The lists of the packets that start at image column `left`, from top to bottom."""
     nx, ny, nz = shape[0], shape[1], shape[2]
     packets = (size[1] + _EDGE - 1) // _EDGE
     paths = np.empty((_EDGE * _EDGE, nx + ny + nz), np.uint32)
     cells, crossing = np.empty(1 << 14, np.uint32), np.empty(1 << 14, np.uint64)
     lengths, rays = np.empty(packets, np.int64), np.zeros(packets, np.uint64)
-    places = np.zeros(_PLACES, np.uint64)
+    places = np.zeros(_SLOTS, np.uint64)
     total = np.uint64(0)
     for packet in range(packets):
         starts, ends = _paths(camera, size, origin, shape, left, packet * _EDGE, paths)
@@ -179,7 +180,7 @@ def _packet_column(camera, size, origin, shape, left):
 
 @njit()
 def _paths(camera, size, origin, shape, left, top, paths):
-    """Write the cells of each ray of a packet; at which distances each begins and has ended."""
+    """Write the cells of each ray of a packet; returns the distances of their starts and ends."""
     fx, fy, cx, cy = camera
     start = np.floor(origin)
     origin = (origin[0], origin[1], origin[2])
@@ -201,10 +202,10 @@ def _paths(camera, size, origin, shape, left, top, paths):
 
 @njit()
 def _add(distance, paths, starts, ends, cells, crossing, total, places):
-    """Add the cells that the rays of a packet are in at a distance; how many cells there are then.
+    """Add the cells of a packet's rays at a distance; returns the new total number of cells.
 
-    `places` remembers where a cell was put, by a hash. Where two cells have the same, one of them
-    may be put twice, each time with other rays, which does no harm.
+    `places` maps a cell's hash to its index. After a collision, a cell may be listed twice with
+    different rays, which gives the same result.
     """
     begin = total
     for ray in range(np.uint64(len(paths))):  # Unsigned: see `_follow`.
@@ -238,8 +239,7 @@ def _follow(cells, crossing, ends, rays, shares, state):
         for packet in shares[share]:
             if packet < 0:
                 break
-            # Unsigned, since numba asks of each signed index whether it counts from the end: that
-            # took as long as all the rest.
+            # Unsigned: numba checks each signed index for being negative, which took half the time.
             n, end = np.uint64(ends[packet]), np.uint64(ends[packet + 1])
             while n < end:
                 cell = cells[n]
@@ -247,13 +247,13 @@ def _follow(cells, crossing, ends, rays, shares, state):
                     break
                 state[cell] = OBSERVED
                 n += one
-            going = rays[packet]
-            while n < end and going != 0:
-                here = crossing[n] & going
-                if here != 0:
+            active = rays[packet]
+            while n < end and active != 0:
+                crossed = crossing[n] & active
+                if crossed != 0:
                     cell = cells[n]
                     byte = state[cell]
                     state[cell] = byte | OBSERVED
                     if byte & OCCUPIED:
-                        going &= ~here
+                        active &= ~crossed
                 n += one

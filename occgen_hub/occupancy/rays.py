@@ -1,10 +1,9 @@
-"""One ray through the cells of a grid, exactly.
+"""Exact traversal of the cells of a grid by one ray.
 
-It is followed from cell to cell (J. Amanatides and A. Woo, "A fast voxel traversal algorithm for
-ray tracing", 1987). Ray directions are scaled by fx * fy, which makes them exact in float64 for
-intrinsics held in float32; when two crossings are closer than rounding error can tell apart,
-`exact.compare_crossings` decides, and a crossing through an edge or corner takes x first, then y,
-then z.
+The algorithm is that of J. Amanatides and A. Woo, "A fast voxel traversal algorithm for ray
+tracing", 1987. Ray directions are scaled by fx * fy, which makes them exact in float64 for float32
+intrinsics. If two crossings are closer than the rounding error, `exact.compare_crossings` decides.
+A ray through an edge or a corner crosses x first, then y, then z.
 
 A cell is a byte of `state` (bit 0: occupied, bit 1: observed), in the order of the grid's columns.
 """
@@ -33,10 +32,10 @@ def _first(plane_a, plane_b, a, b, origin, slope):
 
 @njit()
 def _enter(origin, slope, shape):
-    """The cell (i, j, k) where a ray from outside enters the grid; one outside if it does not.
+    """The cell (i, j, k) where a ray from outside enters the grid, or one outside the grid.
 
-    The cell of entry is the one after the last crossing that brings the ray inside on some axis:
-    on the other axes the ray has by then crossed the planes that come before that crossing.
+    It is the cell after the last crossing of a plane at which the ray enters the grid's range on an
+    axis. On the other axes, the ray has then crossed all planes that come before that crossing.
     """
     outside = (np.int64(-1), np.int64(-1), np.int64(-1))
     gate, gate_plane = -1, 0
@@ -58,7 +57,7 @@ def _enter(origin, slope, shape):
 
 @njit()
 def _cell_at(axis, gate, gate_plane, origin, slope):
-    """Which cell along `axis` the ray is in once it has crossed `gate_plane` of axis `gate`."""
+    """The index along `axis` of the ray's cell after it has crossed `gate_plane` of axis `gate`."""
     if axis == gate:
         return np.int64(gate_plane if slope[axis] > 0.0 else gate_plane - 1)
     index = np.int64(np.floor(origin[axis]))
@@ -67,7 +66,7 @@ def _cell_at(axis, gate, gate_plane, origin, slope):
     guess = np.int64(
         np.floor(origin[axis] + (gate_plane - origin[gate]) / slope[gate] * slope[axis])
     )
-    # The guess may be off by rounding; planes that are crossed before the gate decide.
+    # The guess may be wrong by rounding. The planes crossed before the gate decide.
     if slope[axis] > 0.0:
         index = max(index, guess - 1)
         while _first(index + 1, gate_plane, axis, gate, origin, slope):
@@ -80,8 +79,8 @@ def _cell_at(axis, gate, gate_plane, origin, slope):
 
 
 @njit()
-def _settle(i, j, k, origin, slope):
-    """The axis that the ray leaves cell (i, j, k) by, when rounding cannot tell."""
+def _exit_axis(i, j, k, origin, slope):
+    """The axis by which the ray leaves cell (i, j, k), decided exactly."""
     px = i + 1 if slope[0] > 0.0 else i
     py = j + 1 if slope[1] > 0.0 else j
     pz = k + 1 if slope[2] > 0.0 else k
@@ -94,9 +93,9 @@ def _settle(i, j, k, origin, slope):
 def follow(dx, dy, dz, origin, shape, state, path):
     """Follow one ray of direction (dx, dy, dz) from `origin`, in cells; dz > 0.
 
-    Given `state`, it marks the cells up to the first occupied one and returns that one's column, or
-    -1. Given `path`, an int32 array for nx + ny + nz columns, it writes the columns of all cells
-    that it crosses and returns how many. What is None is left out when this is compiled.
+    With `state`, marks the cells up to the first occupied one as observed, and returns that one's
+    column or -1. With `path`, an array for nx + ny + nz columns, writes the columns of all crossed
+    cells and returns their number. An argument of None is removed at compile time.
     """
     nx, ny, nz = shape[0], shape[1], shape[2]
     i = np.int64(np.floor(origin[0]))
@@ -109,22 +108,22 @@ def follow(dx, dy, dz, origin, shape, state, path):
             return -1 if path is None else 0
     step_x, step_y = (1 if dx > 0.0 else -1), (1 if dy > 0.0 else -1)
     end_x, end_y = (nx if dx > 0.0 else -1), (ny if dy > 0.0 else -1)
-    # Time of the next crossing on each axis, and between crossings.
+    # The time between crossings on each axis, and of the next one.
     wait_x = 1.0 / abs(dx) if dx != 0.0 else np.inf
     wait_y = 1.0 / abs(dy) if dy != 0.0 else np.inf
     wait_z = 1.0 / dz
     tx = (i + (dx > 0.0) - origin[0]) / dx if dx != 0.0 else np.inf
     ty = (j + (dy > 0.0) - origin[1]) / dy if dy != 0.0 else np.inf
     tz = (k + 1 - origin[2]) / dz
-    # Rounding error of a sum of n waits is under n units in the last place of the result, and no
-    # time in the grid is later than the last crossing in z.
-    doubt = (nx + ny + nz + 16) * 4.44e-16 * (nz - origin[2]) * wait_z
+    # The rounding error of a sum of n waits is below n units in the last place, and all times in
+    # the grid are before the last crossing in z.
+    tolerance = (nx + ny + nz + 16) * 4.44e-16 * (nz - origin[2]) * wait_z
     column = (i * ny + j) * nz + k
     stride_x, stride_y = step_x * ny * nz, step_y * nz
     count = 0
     while True:
-        # The inner loop makes no call, so that its numbers stay in registers: with the call of
-        # `_settle` in it, it took twice as long.
+        # The inner loop makes no calls, so that its variables stay in registers: with the call of
+        # `_exit_axis` it took twice as long.
         while True:
             if state is not None:
                 byte = state[column]
@@ -140,7 +139,7 @@ def follow(dx, dy, dz, origin, shape, state, path):
                 axis, gap = (0, min(ty, tz) - tx) if tx <= tz else (2, tx - tz)
             else:
                 axis, gap = (1, min(tx, tz) - ty) if ty <= tz else (2, ty - tz)
-            if gap <= doubt:
+            if gap <= tolerance:
                 break
             if axis == 2:
                 k += 1
@@ -160,7 +159,7 @@ def follow(dx, dy, dz, origin, shape, state, path):
                     return -1 if path is None else count
                 tx += wait_x
                 column += stride_x
-        axis = _settle(i, j, k, origin, slope)
+        axis = _exit_axis(i, j, k, origin, slope)
         if axis == 2:
             k += 1
             tz += wait_z

@@ -1,14 +1,14 @@
-"""Which cells of a camera's grid are occupied, and which of all cells the camera sees.
+"""Occupancy and visibility: the occupied cells of a camera's grid, and the cells that it observes.
 
-One ray a pixel is followed through every cell that it crosses up to its first occupied cell. The
-cells that it crosses are the same in every frame of a camera, so those of a camera that comes again
-are found once and then followed 64 rays at a time (`packets`), ten to twenty times as fast; a
-camera that does not, ray by ray (`rays`). Which of the two makes no difference to a single cell.
+For each pixel, a ray is followed through all cells up to the first occupied one. The cells on a ray
+are the same in all frames of a camera. For a camera with several frames they are found once and
+then processed 64 rays at a time (`ray_packets`), ten to twenty times as fast; other cameras are
+traced ray by ray (`rays`). Both give exactly the same cells.
 
-A frame is worked on in one byte a cell (bit 0: occupied, bit 1: observed). Threads may store the
-same byte at once, but only ever the same value, so the result does not depend on their number.
-Rays are taken by image column: those of one column stay within few x-slices of the grid, which
-is what the memory order (z innermost) wants.
+A frame uses one byte per cell (bit 0: occupied, bit 1: observed). Threads may write the same byte
+at the same time, but always the same value, so the result does not depend on their number. Rays are
+processed by image column, because those of one column cross few x-slices of the grid, which suits
+the memory order (z innermost).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from occgen_hub.geometry.poses import transform
 from occgen_hub.jit import njit
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.point_blocks import PointBlocks, into_blocks
-from occgen_hub.occupancy.ray_packets import RayPackets, follow_packets, packets_when_worth
+from occgen_hub.occupancy.ray_packets import RayPackets, follow_packets, packets_if_repeated
 from occgen_hub.occupancy.rays import OBSERVED, OCCUPIED, follow
 
 __all__ = [
@@ -39,23 +39,23 @@ __all__ = [
 ]
 
 if "NUMBA_THREADING_LAYER_PRIORITY" not in os.environ:
-    # OpenMP first: a TBB that some package brought along may be too old, which numba warns of.
+    # OpenMP first, because an installed TBB may be too old, about which numba warns.
     numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
-# A thread that waits for the next frame sleeps instead of spinning: a build's other threads need
-# the core. A build took 2.5 s of the processor instead of 3.2 to 5.
+# Makes waiting threads sleep instead of spin, because a build's other threads need the core. A
+# build then took 2.5 s of CPU time instead of 3.2 to 5.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-_COLUMNS_A_TASK = 4
+_COLUMNS_PER_TASK = 4
 
 
 @dataclass(frozen=True)
 class FrameOccupancy:
-    """What one frame sees.
+    """The occupancy of one frame.
 
     visible: (n,) int32, sorted columns of the cells that are occupied and observed;
     observed: (ceil(cells / 8),) uint8, `np.packbits` of the observed cells, free and occupied;
-    dynamic: (n,) int32, those of the visible cells that hold something that moves, sorted.
+    dynamic: (n,) int32, sorted columns of the visible cells with moving objects.
     """
 
     visible: NDArray[np.int32]
@@ -72,12 +72,12 @@ def observe(
     state: NDArray[np.uint8] | None = None,
     moving: NDArray[np.float32] | None = None,
 ) -> FrameOccupancy:
-    """Occupancy and visibility of one frame.
+    """Compute occupancy and visibility of one frame.
 
-    cloud: the scene, world coordinates; world_from_camera: (4, 4), OpenCV axes, metres;
-    intrinsics: (3, 3), pixels; size: (width, height) of the image, a ray a pixel through its
-    centre (u + 0.5, v + 0.5); state: a (grid.cells,) buffer to work in, to save allocating one;
-    moving: (n, 3) points that are there in this frame alone, world coordinates.
+    cloud: the scene, world metres; world_from_camera: (4, 4), OpenCV axes, metres; intrinsics:
+    (3, 3), pixels; size: (width, height) of the image, with a ray through each pixel's centre
+    (u + 0.5, v + 0.5); state: a (grid.cells,) uint8 buffer, to save allocating one; moving: (n, 3)
+    points that exist in this frame only, world metres.
     """
     if state is None:
         state = np.empty(grid.cells, np.uint8)
@@ -109,7 +109,7 @@ def trace(
 
     intrinsics: (3, 3), pixels, no skew; size: (width, height); state: (grid.cells,) uint8.
     """
-    packets = packets_when_worth(grid, intrinsics, size)
+    packets = packets_if_repeated(grid, intrinsics, size)
     if packets is None:
         _run(grid, intrinsics, size, state, np.empty((0, 0), np.int32))
     else:
@@ -124,7 +124,7 @@ def first_occupied(
 ) -> NDArray[np.int32]:
     """(H, W) int32: the column of the first occupied cell on each pixel's ray, -1 for none.
 
-    As `trace`, which it does as well.
+    Also sets the bits of `state` as `trace` does.
     """
     ends = np.full((size[0], size[1]), -1, np.int32)
     _run(grid, intrinsics, size, state, ends)
@@ -156,13 +156,13 @@ def warm_up() -> None:
 
 
 def _column_order(width: int, threads: int) -> NDArray[np.int64]:
-    """(tasks, _COLUMNS_A_TASK) image columns, -1 for none, dealt out so that threads get like work.
+    """(tasks, _COLUMNS_PER_TASK) image columns, -1 for none, in an order that balances threads.
 
-    Threads take contiguous runs of tasks; dealing neighbouring tasks to different threads evens
-    out a scene that is near on one side and far on the other.
+    Threads process contiguous runs of tasks. Assigning neighbouring tasks to different threads
+    balances a scene that is near on one side and far on the other.
     """
-    tasks = -(-width // _COLUMNS_A_TASK)
-    columns = np.arange(tasks * _COLUMNS_A_TASK).reshape(tasks, _COLUMNS_A_TASK)
+    tasks = -(-width // _COLUMNS_PER_TASK)
+    columns = np.arange(tasks * _COLUMNS_PER_TASK).reshape(tasks, _COLUMNS_PER_TASK)
     columns[columns >= width] = -1
     return np.concatenate([columns[start::threads] for start in range(threads)])
 
@@ -195,14 +195,14 @@ def _mark_cloud(points, starts, low, high, camera_from_world, lower, voxel_size,
             k = np.floor((R[2, 0] * x + R[2, 1] * y + R[2, 2] * z + t[2] - lower[2]) / voxel_size)
             if 0 <= i < nx and 0 <= j < ny and 0 <= k < nz:
                 column = (np.int64(i) * ny + np.int64(j)) * nz + np.int64(k)
-                state[np.uint64(column)] = OCCUPIED  # Unsigned: see `packets._follow`.
+                state[np.uint64(column)] = OCCUPIED  # Unsigned: see `ray_packets._follow`.
 
 
 @njit(parallel=True, nogil=True)
 def _trace_columns(fx, fy, cx, cy, columns, height, origin, shape, state, ends):
     keep = len(ends) > 0
-    # As tuples: an array handed to the ray's function is counted as referenced, once a ray and by
-    # all threads at one address.
+    # Tuples, because passing an array changes its reference count, for each ray and in all threads
+    # at one address.
     origin = (origin[0], origin[1], origin[2])
     shape = (shape[0], shape[1], shape[2])
     for task in prange(len(columns)):
@@ -232,10 +232,10 @@ def _collect(state: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.ui
 
 @njit(parallel=True, nogil=True)
 def _collect_words(words, packed):
-    """Eight cells at a time: a word is eight bytes of `state`, the first the lowest."""
+    """Process eight cells at a time. A word is eight bytes of `state`, the first one lowest."""
     ones = np.uint64(0x0101010101010101)
-    # Multiplied by this, the lowest bits of the eight bytes meet in the highest byte, first cell
-    # first, as np.packbits has them.
+    # A product with this collects the lowest bits of the eight bytes in the highest byte, in the
+    # order of np.packbits.
     gather = np.uint64(0x8040201008040201)
     tasks = 64
     share = (len(words) + tasks - 1) // tasks

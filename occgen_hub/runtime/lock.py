@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from occgen_hub.errors import OccGenError, UsageError
-from occgen_hub.files import hold, opened
+from occgen_hub.files import opened, try_lock
 
 LOGS = ".logs"
 """A hidden folder, since any other name may be that of a group of the source."""
@@ -33,11 +33,11 @@ def output_lock(out: Path, join: Callable[[bool], bool] | None = None) -> Iterat
         for pause in _PAUSES:
             time.sleep(pause)
             if join is None:
-                if hold(handle):
+                if try_lock(handle):
                     break
             # Changing an exclusive lock to a shared one is not atomic: another build may get the
             # lock in between, so the recorded build is checked again.
-            elif join(hold(handle)) and hold(handle, shared=True) and join(False):
+            elif join(try_lock(handle)) and try_lock(handle, shared=True) and join(False):
                 break
         else:
             raise busy(out)
@@ -57,7 +57,7 @@ def is_locked(out: Path) -> bool:
     """Whether a build is writing to a folder now. False if there is no lock file."""
     try:
         with opened(out / LOGS / LOCK) as file:
-            return not hold(file.fileno())
+            return not try_lock(file.fileno())
     except (OSError, OccGenError):
         return False
 

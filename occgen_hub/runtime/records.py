@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 
 from occgen_hub.episode_build import Built
 from occgen_hub.errors import OccGenError
-from occgen_hub.files import dump_json, hold, parse_json, read_bytes
+from occgen_hub.files import dump_json, parse_json, read_bytes, try_lock
 from occgen_hub.job import Job
 from occgen_hub.runtime.lock import LOGS, busy
 from occgen_hub.runtime.results import Process, Result, SceneResult
@@ -148,7 +148,7 @@ def recording(
             pending = pending[os.write(handle, pending) :]
 
     try:
-        if not hold(handle):
+        if not try_lock(handle):
             raise busy(out)
         add({"began": {"time": _now(), "executor": executor, "overwrite": overwrite}})
         yield add

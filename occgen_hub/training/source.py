@@ -92,7 +92,7 @@ def retried[Result](work: Callable[[], Result], what: str) -> Result:
 
     Raises UsageError when it fails every time, or when there is no such file.
     """
-    import httpx
+    from huggingface_hub.utils import httpx
 
     wait = FIRST_WAIT
     for attempt in range(ATTEMPTS):
@@ -125,9 +125,9 @@ def _repository(source: str | Path, revision: str | None) -> tuple[str, str | No
 
 def _fetched(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
     """A dataset on the Hub in its cache, as far as the patterns say."""
-    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import httpx
 
     check_sendable()
     try:

@@ -1,4 +1,4 @@
-"""A picture drawn into another by depth, and averaged to its final size, in one pass."""
+"""Blend one image into another by depth, and average it to its final size, in one pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Colours that all pictures share."""
+"""Colours shared by all images."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ PAPER = (24, 26, 30)
 FAINT = (150, 154, 162)
 PATH = (255, 92, 74)
 AHEAD = (120, 62, 56)
-"""The part of a path that is still to come."""
+"""Colour of the future part of a path."""
 MOVING = (255, 74, 216)
-"""Of cells that hold something that moves: pink, which no ramp and no path has."""
-# A ramp from near to far or low to high that reads in grey as well: dark blue, teal, yellow.
+"""Colour of cells with moving objects: pink, which no ramp or path uses."""
+# A ramp for depth or height that works in grey too: dark blue, teal, yellow.
 RAMP = np.array([(48, 25, 95), (45, 90, 150), (35, 150, 140), (120, 200, 90), (250, 230, 60)])
-# Another that stands out from wood, plaster and cloth: blue, teal, yellow.
+# A ramp that contrasts with wood, plaster and cloth: blue, teal, yellow.
 OCCUPANCY = np.array(
     [(40, 86, 204), (28, 152, 216), (44, 198, 164), (154, 216, 76), (252, 228, 62)]
 )
 
 PAST = (104, 108, 126)
-"""A grey that is mixed into the colours of past frames' cells."""
+"""Grey that is mixed into the colours of the cells of past frames."""
 
 PAST_SHARE = 0.62
 
 
 def faded(colors: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(n, 3) colours of cells of the past, from those that they have now."""
+    """(n, 3) colours of cells of past frames, from their (n, 3) colours in the current frame."""
     mixed = colors + PAST_SHARE * (np.array(PAST) - colors)
     return np.asarray(mixed, np.uint8)
 
@@ -44,13 +44,13 @@ def ramp(values: NDArray[np.floating], stops: NDArray[np.int64] = RAMP) -> NDArr
 
 
 def limits(values: NDArray[np.floating]) -> tuple[float, float]:
-    """The ends of a scale for (n,) values, n > 0: their lowest and highest hundredth left out."""
+    """The ends of a scale for (n,) values, n > 0: their 1st and 99th percentiles."""
     low, high = np.percentile(values, [1, 99])
     return float(low), float(high)
 
 
 def by_height(values: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """(n,) heights to (n, 3) colours between their `limits`."""
+    """(n, 3) colours of (n,) heights on a scale between `limits`."""
     if not len(values):
         return np.zeros((0, 3), np.uint8)
     low, high = limits(values)
@@ -58,7 +58,7 @@ def by_height(values: NDArray[np.floating]) -> NDArray[np.uint8]:
 
 
 def shade_depth(depth: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Near is bright, none is black; in inverse depth, where near differences show."""
+    """Colours of depth, linear in inverse depth: near is bright, 0 (none) is black."""
     some = depth > 0
     if not some.any():
         return np.zeros((*depth.shape, 3), np.uint8)

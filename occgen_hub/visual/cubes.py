@@ -1,4 +1,4 @@
-"""Cells drawn as solid cubes: only those faces that can be seen."""
+"""Cells as solid cubes, reduced to the faces that are visible."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 DENSE = 1 << 26
-"""Cells of a box up to which neighbours are looked up in an array of the whole box."""
+"""Largest bounding box, in cells, for which neighbours are looked up in a dense array."""
 
 EDGES = 0.72
-"""How bright the edges of cells are, of their faces."""
+"""Brightness of the edges of cells, relative to their faces."""
 
 CLEAR = 14
-"""Pixels of a cell, as drawn, from which on its edges show."""
+"""Size of a cell, in rendered pixels, from which its edges are drawn."""
 
 LIFT = 2e-3
-"""Of its distance, by which a face comes before its dark edges."""
+"""Share of its distance by which a face is moved in front of its dark edges."""
 
 _DIRECTIONS = np.array([(1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1)])
 
@@ -37,8 +37,10 @@ _CORNERS = _corners()
 
 @dataclass(frozen=True)
 class Faces:
-    """corners: (m, 4, 3) float32, metres; owner: (m,) which cell each is of; direction: (m,) from
-    0 to 5, along +x, -x, +y, -y, +z, -z of the cells' own axes.
+    """Faces of cells.
+
+    corners: (m, 4, 3) float32, metres; owner: (m,) index of the cell; direction: (m,) 0 to 5, for
+    +x, -x, +y, -y, +z, -z of the cells' axes.
     """
 
     corners: NDArray[np.float32]
@@ -46,7 +48,7 @@ class Faces:
     direction: NDArray[np.intp]
 
     def __len__(self) -> int:
-        """How many there are."""
+        """The number of faces."""
         return len(self.owner)
 
     @classmethod
@@ -58,7 +60,7 @@ class Faces:
 def cube_faces(
     centres: NDArray[np.floating], edge: float, eye: NDArray[np.floating] | None = None
 ) -> Faces:
-    """The faces of cubes of `edge` metres that no neighbouring cube covers.
+    """The faces of cubes with edges of `edge` metres that are not covered by a neighbour.
 
     centres: (n, 3) metres, all on one lattice of that spacing, none twice; eye: (3,) from where
     they are looked at, so that faces turned away are left out as well; None leaves none out.
@@ -82,7 +84,7 @@ def cube_faces(
     return Faces(corners, owner, turned)
 
 
-class _lookup:  # noqa: N801  # a function that remembers
+class _lookup:  # noqa: N801  # a function with state
     """Whether there is a cell of a number, for (n,) numbers below `size`."""
 
     def __init__(self, keys: NDArray[np.int64], size: int) -> None:

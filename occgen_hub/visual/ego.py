@@ -1,4 +1,4 @@
-"""The occupancy that a camera sees, from that camera, shaded by depth."""
+"""Render the visible occupancy from the camera, shaded by depth."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from occgen_hub.visual.offscreen import Stage
 NEAR = 0.02
 
 FARTHEST = 0.1
-"""Where on the ramp the far end of the grid is, so that it does not vanish in the paper."""
+"""Position of the grid's far end on the colour ramp, so that it contrasts with the background."""
 
 SUPERSAMPLED = 2
-"""Pixels are drawn so many times as wide and high, and averaged."""
+"""Supersampling factor: images are rendered larger by this factor and averaged."""
 
 LIGHT = np.array([0.86, 0.86, 1.0, 0.78, 0.93, 0.93])
-"""Of faces along +x, -x, +y, -y, +z, -z: y points down, and what lies flat faces -y."""
+"""Brightness of faces towards +x, -x, +y, -y, +z, -z. y points down, so floors face -y."""
 
 
 class EgoView:
-    """Pictures of frames' visible occupied cells as their cameras see them: near is bright.
+    """Renders the visible occupied cells of frames from their cameras. Near cells are bright.
 
     Cells that move have a colour of their own.
 

@@ -1,4 +1,4 @@
-"""A built trajectory's frames in order, each with the occupancy of those before it."""
+"""The frames of a built trajectory in order, each with the occupancy of past frames."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from occgen_hub.occupancy.history import moved, past_frames
 
 
 def frame_title(number: int, count: int) -> str:
-    """Which frame a picture is of, and which is the last; they are numbered from 0."""
+    """A title with the number of a frame and of the last one. Numbers start at 0."""
     return f"frame {number} / {count - 1}"
 
 
@@ -36,7 +36,7 @@ class FrameCells:
 
     @cached_property
     def is_moving(self) -> NDArray[np.bool_]:
-        """(n,) which of the cells hold what moves."""
+        """(n,) bool: which of the cells have moving objects."""
         return np.isin(self.columns, self.moving, assume_unique=True)
 
     def in_world(self) -> NDArray[np.float64]:
@@ -72,7 +72,7 @@ class FrameCells:
 
 @dataclass(frozen=True)
 class Frame:
-    """A frame by its number; past: those before it that count, nearest first."""
+    """A frame with its number. past: the past frames shown with it, nearest first."""
 
     number: int
     intrinsics: NDArray[np.float64]

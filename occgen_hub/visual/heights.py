@@ -1,4 +1,4 @@
-"""How high things are in a scene: colours by height, and what would hide a room from above."""
+"""Heights in a scene: colours by height, and hiding ceilings in views from above."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 from occgen_hub.visual.colors import OCCUPANCY, ramp
 
 HEADROOM = 0.4
-"""Metres above the highest camera from which on a scene is cut off."""
+"""Height above the highest camera, in metres, above which a scene is hidden."""
 
 
 class Heights:
-    """Of the points of a world, metres along its up.
+    """Heights of points in a world, metres along its up axis.
 
     axis, sign: the world's axis that the cameras' up (minus their y) agrees with best, and which
     way it goes; ceiling: the height from which on points would hide the room from above; low, high:
@@ -33,11 +33,11 @@ class Heights:
 
     @property
     def up(self) -> NDArray[np.float64]:
-        """(3,) the world's up."""
+        """The (3,) up vector of the world."""
         return np.asarray(np.eye(3)[self.axis] * self.sign, np.float64)
 
     def of(self, points: NDArray[np.floating]) -> NDArray[np.float64]:
-        """(n, 3) points to their (n,) heights."""
+        """(n,) heights of (n, 3) points."""
         return np.asarray(points[:, self.axis], np.float64) * self.sign
 
     def below_ceiling(self, points: NDArray[np.floating]) -> NDArray[np.bool_]:
@@ -45,7 +45,7 @@ class Heights:
         return np.asarray(self.of(points) < self.ceiling)
 
     def colors(self, points: NDArray[np.floating]) -> NDArray[np.uint8]:
-        """(n, 3) uint8 of (n, 3) occupied places: blue at the floor, yellow over the cameras."""
+        """(n, 3) uint8 colours of (n, 3) points: blue at the floor, yellow above the cameras."""
         return self.shade(self.of(points) - self.low)
 
     def shade(self, heights: NDArray[np.floating]) -> NDArray[np.uint8]:

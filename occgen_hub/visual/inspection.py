@@ -1,4 +1,4 @@
-"""What is in a built dataset, in words and in a picture."""
+"""Describe a built dataset in text and in an image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHOWN = 20
 
 
 def describe(root: Path, trajectory: str | None = None) -> Iterator[str]:
-    """Lines about a dataset: its size and its trajectories, one of which (the first) in full.
+    """Yield lines about a dataset: its size, its trajectories, and one (the first) in detail.
 
     Raises UsageError when there is no trajectory, SourceError when that one cannot be read.
     """
@@ -49,7 +49,7 @@ def describe(root: Path, trajectory: str | None = None) -> Iterator[str]:
 
 
 def _origin(record: dict[str, Any]) -> Iterator[str]:
-    """Lines about the network, and how its cameras fit onto the source's."""
+    """Lines about the network, and the alignment of its cameras to the source's."""
     if weights := record.get("weights"):
         yield (
             f"  weights: {weights['network']}, licence {weights['license']}, "
@@ -64,7 +64,7 @@ def _origin(record: dict[str, Any]) -> Iterator[str]:
 
 
 def _agreement(record: dict[str, Any]) -> Iterator[str]:
-    """A line about how well the frames agree, where the record says it."""
+    """A line about how well the frames agree, if it is recorded."""
     quality = Quality.from_record(record)
     if quality is None:
         return
@@ -78,7 +78,7 @@ def _agreement(record: dict[str, Any]) -> Iterator[str]:
 
 
 def _moving(path: Path) -> str:
-    """How many cells of a trajectory move, for its line; empty where none do."""
+    """The number of moving cells per frame, for a trajectory's line; empty if there are none."""
     try:
         trajectory = Trajectory.open(path)
         if not trajectory.has_dynamic():
@@ -115,7 +115,7 @@ def _frames(trajectory: Trajectory) -> int:
 
 
 def _chosen(root: Path, found: list[Path], name: str | None) -> Path:
-    """The trajectory of that path below `root`, or of that last part of it where one has it."""
+    """The trajectory with that path below `root`, or whose path ends in it."""
     if name is None:
         return found[0]
     ends = [

@@ -16,16 +16,16 @@ Shade = Callable[[NDArray[np.float64]], NDArray[np.uint8]]
 """(n,) metres to (n, 3) colours."""
 
 SMALLEST = 240
-"""Pixels of a side; smaller pictures have no legend, which would fill them."""
+"""Side in pixels below which images have no legend, because it would fill them."""
 
 BAR = 11
-"""Width of a colour bar, and the most that a scale bar has, in text sizes."""
+"""Width of a colour bar and largest length of a scale bar, in text sizes."""
 
 AXES = {"x": (240, 96, 84), "y": (110, 205, 96), "z": (92, 150, 255)}
 
 
 def text_size(height: int) -> int:
-    """Pixels of the text on a picture of that height: legible where 1280 pixels are shown."""
+    """Text size in pixels for an image of that height, legible at a width of 1280 pixels."""
     return int(np.clip(round(0.022 * height), 12, 28))
 
 

@@ -1,4 +1,4 @@
-"""Meshes as a pinhole camera sees them, drawn off-screen by PyVista, with or without a GPU."""
+"""Render meshes off-screen with PyVista for a pinhole camera, with or without a GPU."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Picture:
         return np.where(z >= 1, np.inf, depth)
 
     def zbuffer_at(self, bias: float) -> NDArray[np.float32]:
-        """(H, W) float32: the z-buffer, were all of it `bias` metres further away."""
+        """(H, W) float32: the z-buffer with everything moved away by `bias` metres."""
         further = self.depth() + bias
         z = (self.far - self.near * self.far / further) / (self.far - self.near)
         return np.minimum(z, 1).astype(np.float32)
 
 
 class Stage:
-    """Where meshes are put and looked at; what is put there under a name replaces what was.
+    """A scene of named meshes and a camera. Adding a mesh replaces the one with the same name.
 
     VTK calls Python back, and prints what comes out of it, so that no signal stops a call midway.
 
@@ -63,7 +63,7 @@ class Stage:
 
     @hold_stops()
     def look(self, world_from_camera: NDArray[np.float64], K: NDArray[np.float64]) -> None:
-        """Stand the camera there: (4, 4), OpenCV axes, metres, and (3, 3), pixels of `size`."""
+        """Place the camera: a (4, 4) pose, OpenCV axes, metres, and (3, 3) pixels of `size`."""
         R, t = world_from_camera[:3, :3], world_from_camera[:3, 3]
         camera = self._plotter.camera
         camera.position, camera.focal_point, camera.up = t, t + R[:, 2], -R[:, 1]
@@ -84,7 +84,7 @@ class Stage:
 
     @hold_stops()
     def put_faces(self, name: str, faces: Faces, colors: NDArray[np.uint8]) -> None:
-        """Squares, of (m, 3) colours, which are shown as they are."""
+        """Add squares with (m, 3) colours, drawn without lighting."""
         count = len(faces)
         corners = np.arange(4 * count).reshape(count, 4)
         mesh = (
@@ -100,7 +100,7 @@ class Stage:
     def put_lines(
         self, name: str, lines: NDArray[np.floating], color: tuple[int, int, int], radius: float
     ) -> None:
-        """A (n, 3) line as a tube of `radius` metres."""
+        """Add an (n, 3) line as a tube of `radius` metres."""
         if len(lines) < 2:
             self._put(name, self._pyvista.PolyData())
             return
@@ -111,20 +111,20 @@ class Stage:
     def put_segments(
         self, name: str, ends: NDArray[np.floating], color: tuple[int, int, int], radius: float
     ) -> None:
-        """(n, 2, 3) segments as tubes of `radius` metres."""
+        """Add (n, 2, 3) segments as tubes of `radius` metres."""
         lines = self._pyvista.line_segments_from_points(ends.reshape(-1, 3).astype(np.float32))
         self._put(name, lines.tube(radius=radius, n_sides=8), color=color)
 
     @hold_stops()
     def put_image(self, name: str, corners: NDArray[np.floating], image: NDArray[np.uint8]) -> None:
-        """An (H, W, 3) image on the quadrilateral of its (4, 3) corners.
+        """Add an (H, W, 3) image on the quadrilateral of its (4, 3) corners.
 
         They are those of its upper left, upper right, lower right and lower left.
         """
         mesh = self._pyvista.PolyData.from_regular_faces(
             corners.astype(np.float32), np.arange(4)[None]
         )
-        # Textures count from the lower left.
+        # Texture coordinates start at the lower left.
         mesh.active_texture_coordinates = np.array([(0, 1), (1, 1), (1, 0), (0, 0)], np.float32)
         texture = self._pyvista.Texture(np.ascontiguousarray(image))
         texture.InterpolateOn()
@@ -141,20 +141,20 @@ class Stage:
 
     @hold_stops()
     def picture(self) -> Picture:
-        """What the camera sees. Raises UsageError where nothing can be drawn on this machine."""
+        """Render the scene. Raises UsageError if this machine cannot render."""
         from vtkmodules.util.numpy_support import vtk_to_numpy
         from vtkmodules.vtkCommonCore import vtkFloatArray, vtkUnsignedCharArray
 
         width, height = self.size
         window = self._plotter.render_window
         if not self._drawn:
-            self._plotter.show(auto_close=False, interactive=False)  # Makes the window ready.
+            self._plotter.show(auto_close=False, interactive=False)  # Initialises the window.
         window.Render()
         rgb, z = vtkUnsignedCharArray(), vtkFloatArray()
         window.GetPixelData(0, 0, width - 1, height - 1, 0, rgb, 0)
         window.GetZbufferData(0, 0, width - 1, height - 1, z)
         pixels = vtk_to_numpy(rgb).reshape(height, width, 3)[::-1]
-        zbuffer = vtk_to_numpy(z).reshape(height, width)[::-1]  # From below, as OpenGL has it.
+        zbuffer = vtk_to_numpy(z).reshape(height, width)[::-1]  # OpenGL's rows start at the bottom.
         if not self._drawn and not pixels.any():
             raise UsageError(f"{NO_GRAPHICS}.")
         self._drawn = True
@@ -162,5 +162,5 @@ class Stage:
 
     @hold_stops()
     def close(self) -> None:
-        """Free the window."""
+        """Close the window."""
         self._plotter.close()

@@ -1,4 +1,4 @@
-"""Importing what the optional dependencies `visual` install."""
+"""Import the optional dependencies of the extra `visual`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from occgen_hub.stopping import hold_stops
 
 
 def need(name: str) -> ModuleType:
-    """Import a module; raises UsageError, with how to install it, if it cannot be imported."""
+    """Import a module. Raises UsageError that says how to install it if that fails."""
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
@@ -28,9 +28,9 @@ def need(name: str) -> ModuleType:
 
 
 def need_pyvista() -> ModuleType:
-    """PyVista, told to draw without a screen where there is none."""
+    """Import PyVista, and set it to render without a screen if there is none."""
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        # Or VTK looks for an X server first, and warns that it found none.
+        # Otherwise VTK looks for an X server first, and warns if there is none.
         os.environ.setdefault("VTK_DEFAULT_OPENGL_WINDOW", "vtkEGLRenderWindow")
     with hold_stops():  # VTK prints what stops the import of its modules.
         return need("pyvista")

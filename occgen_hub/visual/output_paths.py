@@ -1,4 +1,4 @@
-"""Output paths of pictures and recordings: raises UsageError for invalid ones."""
+"""Output paths of pictures and recordings. Invalid ones raise UsageError."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from occgen_hub.errors import SourceError, UsageError
 
 @contextmanager
 def written_for(place: Path) -> Iterator[Path]:
-    """`atomic_file` that raises UsageError if the path cannot be written."""
+    """Like `atomic_file`, but raises UsageError if the path cannot be written."""
     if not place.name or place.is_dir():
         raise UsageError(f"{place}: is a folder; give the name of a file.")
     try:
@@ -28,16 +28,16 @@ def written_for(place: Path) -> Iterator[Path]:
 
 @contextmanager
 def fresh_folder(out: Path) -> Iterator[Path]:
-    """A folder that becomes `out` when the block succeeds; UsageError unless `out` is new."""
+    """Yield a folder that becomes `out` if the block succeeds. Raises UsageError if it exists."""
     if out.name in ("", ".."):
         raise UsageError(f"{out}: give the name of a new folder.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out}: is there already; give a new folder, or remove it.")
+        raise UsageError(f"{out}: already exists; give a new folder, or remove it.")
     try:
         with atomic_folder(out) as partial:
             yield partial
             if out.exists():
-                out.rmdir()  # Raises where somebody put something in it meanwhile.
+                out.rmdir()  # Raises if the folder is no longer empty.
     except OSError as error:
         raise UsageError(
             f"{out}: cannot be written ({error.strerror or error}); choose another place."

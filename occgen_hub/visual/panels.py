@@ -1,4 +1,4 @@
-"""Three pictures of a frame side by side: what was recorded, the world, the occupancy."""
+"""Three images of a frame side by side: the recording, the world, the occupancy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from occgen_hub.visual.legend import SMALLEST, fit_text, strip, text_size, write
 
 BEHIND = (32, 34, 39)
 HEADER = 0.06
-"""Of the height, for the titles; the line at the foot takes as much."""
+"""Share of the height for titles, and for the line at the bottom."""
 
 TITLES = ("input", "world: cloud, path, occupancy", "occupancy, from the camera")
 
@@ -56,7 +56,7 @@ def legend_picture(width: int, height: int, total: int, items: Items) -> NDArray
 
 
 class Panels:
-    """Where the three pictures go. size: (width, height) of the whole, pixels.
+    """The layout of the three images. size: (width, height) of the whole, pixels.
 
     The world's picture is made to fit; images keep their own shape. legends: of the world and of
     the occupancy, with whatever scale: they take as much room as the real ones.
@@ -110,7 +110,7 @@ class Panels:
         occupancy: NDArray[np.uint8],
         line: str,
     ) -> NDArray[np.uint8]:
-        """(H, W, 3) uint8 from three such pictures, and a line for the foot."""
+        """(H, W, 3) uint8 from the three images, and a text for the bottom line."""
         sheet = self._sheet.copy()
         draw = ImageDraw.Draw(sheet)
         for picture, (left, top) in zip((image, world, occupancy), self._boxes, strict=True):

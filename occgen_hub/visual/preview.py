@@ -1,4 +1,4 @@
-"""One picture of one frame: what the camera saw, how far it was, and what became of it."""
+"""One image of one frame: the colour image, depth, and occupancy from two directions."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ from occgen_hub.visual.legend import (
 PANEL = (640, 360)
 TEXT = 12
 HEAD = 22
-"""Pixels of a panel's title; its legend is below the picture."""
+"""Height of a panel's title, in pixels. The legend is below the picture."""
 
 OBSERVED = (58, 66, 82)
 CLEAR = 7
-"""Pixels of a cell from which on its edges are drawn."""
+"""Size of a cell, in pixels, from which its edges are drawn."""
 
 
 def preview(trajectory: Trajectory, frame: int | None = None) -> Image.Image:
@@ -193,7 +193,7 @@ def _cells_from_camera(
     K: NDArray[np.float64],
     size: tuple[int, int],
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """The cells that the pixels' rays end in, as solid cubes: faces are lit by their direction.
+    """Draw the cells that the pixels' rays hit, as solid cubes shaded by the faces' directions.
 
     Also (n,) metres: how high over the camera they are, by which they have their colours, all but
     those that move.
@@ -209,7 +209,7 @@ def _cells_from_camera(
     v, u = np.nonzero(hit)
     ray = np.stack([(u + 0.5 - K[0, 2]) / K[0, 0], (v + 0.5 - K[1, 2]) / K[1, 1]], axis=-1)
     ray = np.concatenate([ray, np.ones((len(ray), 1))], axis=1)
-    # A ray enters a cell by the face that it reaches last.
+    # A ray enters a cell through the last of the faces whose planes it crosses.
     half = grid.voxel_size / 2
     with np.errstate(divide="ignore", invalid="ignore"):
         reached = (centre - np.sign(ray) * half) / ray
@@ -235,7 +235,7 @@ def _splat(
     K: NDArray[np.float64],
     size: tuple[int, int],
 ) -> NDArray[np.uint8]:
-    """Points of the camera's frame drawn as squares of `edge` metres, far ones first."""
+    """Draw points of the camera's frame as squares of `edge` metres, far ones first."""
     width, height = size
     picture = np.full((height, width, 3), PAPER, np.uint8)
     front = points[:, 2] > 0.05
@@ -262,13 +262,13 @@ def _above(
     observed: NDArray[np.bool_],
     size: tuple[int, int] = PANEL,
 ) -> Image.Image:
-    """The scene's occupied cells from above, what this frame observed, the path, the camera.
+    """Draw from above the scene's occupied cells, this frame's observations, path and camera.
 
     Also what moves in the frame, which is not part of the scene.
     """
     grid = trajectory.grid
     cells = trajectory.scene_cells().astype(np.float64)
-    # Up is the world axis that the cameras' up (minus their y) agrees with best.
+    # Up is the world axis nearest to the cameras' up (minus their y).
     mean_up = -poses[:, :3, 1].mean(axis=0)
     axis = int(np.abs(mean_up).argmax())
     sign = 1.0 if mean_up[axis] >= 0 else -1.0
@@ -278,7 +278,7 @@ def _above(
         for columns in (np.flatnonzero(observed)[::7], moving)
     )
     heights = cells[:, axis] * sign
-    # Ceilings would hide the room: show what is below the camera's head height.
+    # Without ceilings, which would hide the room.
     shown = heights < (poses[:, axis, 3] * sign).max() + 0.6
     legend = [_bar("height", *limits(heights[shown]))] if shown.any() else []
     legend += [swatch("observed", OBSERVED, TEXT), swatch("path", PATH, TEXT, line=True)]

@@ -1,4 +1,4 @@
-"""A trajectory as a video, or one frame of it as a picture."""
+"""Render a trajectory as a video, or one of its frames as an image."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from occgen_hub.visual.world import WorldView, world_legend
 
 View = Literal["world", "ego", "panels"]
 LARGEST = 3840
-"""Pixels of a side: twice as many are drawn, which graphics cards take."""
+"""Largest side in pixels. Twice as many are rendered, which graphics cards support."""
 
 
 @dataclass(frozen=True)
 class Shot:
-    """How to show a trajectory.
+    """Options for rendering a trajectory.
 
     size: (width, height), pixels, None for one that suits the view; viewpoint: of the world, None
     for one that is found; history_len, history_step: past frames whose occupancy the world shows.
@@ -46,7 +46,7 @@ class Shot:
     history_step: int = 2
 
     def fitted(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """The size of its pictures: even, as videos have to be.
+        """The (width, height) of its images in pixels, even as videos need.
 
         Raises UsageError when the one that was asked for is none.
         """
@@ -69,7 +69,7 @@ class _Renderer(Protocol):
 
 
 def pictures(trajectory: Trajectory, shot: Shot) -> Iterator[NDArray[np.uint8]]:
-    """(H, W, 3) uint8 of each frame in order, made as they are asked for.
+    """Yield (H, W, 3) uint8 of each frame in order, rendered on demand.
 
     Raises UsageError when nothing can be drawn here, DatasetError when a file cannot be used.
     """
@@ -125,7 +125,7 @@ def _renderer(trajectory: Trajectory, shot: Shot) -> Iterator[_Renderer]:
 
 
 def _of_some_world(moving: bool) -> Items:
-    """A legend that takes as much room as the world's, before there is one."""
+    """A legend of the same size as the world's, before the world is known."""
     return lambda text: world_legend(ramp, 1.0, text, moving)
 
 
@@ -141,12 +141,12 @@ def _inside(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, in
 
 
 def called(trajectory: Trajectory) -> str:
-    """Its id, as far as its folder's place tells."""
+    """The id of a trajectory, from its path."""
     return "/".join(trajectory.path.resolve().parts[-3:])
 
 
 def rate(trajectory: Trajectory) -> float:
-    """Frames a second."""
+    """The frame rate."""
     fps = trajectory.info().get("fps")
     if not isinstance(fps, int | float) or not 0.001 <= fps <= 1000:
         raise DatasetError(trajectory.file("info"), "says no usable frames a second", REBUILD)
@@ -181,7 +181,7 @@ def render(
     with (
         written_for(place) as unfinished,
         VideoWriter(unfinished, fps or rate(trajectory)) as video,
-        background(video.append) as encode,  # While the next picture is drawn.
+        background(video.append) as encode,  # Encodes while the next image is rendered.
     ):
         for done, picture in enumerate(pictures(trajectory, shot), 1):
             encode(picture)

@@ -1,4 +1,4 @@
-"""A built dataset as one HTML page, which opens from disk and asks nothing of a network."""
+"""A report on a built dataset as one HTML page without external resources."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from occgen_hub.visual.preview import cells_panel, from_above
 
 FAILURES = "failures.jsonl"
 PICTURED = 500
-"""Of how many trajectories the page has pictures, 40 kB each; the others are in its table alone."""
+"""Largest number of trajectories with images, 40 kB each. Others are in the table only."""
 
 THUMBNAIL = (400, 225)
 SHEET = (480, 320)
-"""Pixels of drawings, whose legends have to be legible: they are shown as large."""
+"""Size of drawings in pixels: about as large as they are shown, so that text stays legible."""
 
 QUALITY = 80
 WORDS = 400
-"""Letters of a task, a note or a reason that are shown."""
+"""Largest number of characters shown of a task, a note or a reason."""
 
 
 @dataclass
@@ -156,7 +156,7 @@ def _describe(row: Row, trajectory: Trajectory) -> None:
 
 
 def _agreement(record: dict[str, Any]) -> dict[str, float | None]:
-    """How well the frames agree, where the record says it."""
+    """How well the frames agree, if it is recorded."""
     quality = Quality.from_record(record)
     if quality is None:
         return {}
@@ -176,7 +176,7 @@ def _number(value: object) -> float | None:
 
 
 def _pictures(trajectory: Trajectory) -> Iterator[tuple[str, Image.Image | NDArray[np.uint8]]]:
-    """Of the middle frame."""
+    """Images of the middle frame with their titles."""
     frame = len(trajectory.world_from_camera()) // 2
     image = trajectory.rgb(frame)
     if image is not None:
@@ -201,7 +201,7 @@ def _uri(picture: Image.Image | NDArray[np.uint8]) -> str:
 
 
 def _page(name: str, rows: list[Row], failures: list[dict[str, str]]) -> str:
-    """The page. All that comes from the data is escaped, and no other script may run in it."""
+    """The HTML page. All data are escaped, and no other script may run in it."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 

@@ -1,4 +1,4 @@
-"""A trajectory as files for other tools: a point cloud a frame, as numpy and PLY files have it."""
+"""Write a trajectory as a point cloud per frame, in numpy or PLY files for other tools."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BACKGROUND, TRAJECTORY, OCCUPIED = 0, 1, 2
 
 
 MAX_STEPS = 10_000
-"""Points between two cameras of the path."""
+"""Number of points between two cameras of the path."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,16 @@ class LabelledPoints:
     def of(
         cls, points: NDArray[np.floating], colors: NDArray[np.uint8], label: int
     ) -> LabelledPoints:
-        """Points of one label."""
+        """A cloud whose points all have one label."""
         return cls(points.astype(np.float32), colors, np.full(len(points), label, np.uint8))
 
     def moved(self, pose: NDArray[np.float64]) -> LabelledPoints:
-        """Them, moved by a (4, 4) pose."""
+        """The cloud transformed by a (4, 4) pose."""
         points = transform(pose, self.points.astype(np.float64))
         return LabelledPoints(points.astype(np.float32), self.colors, self.labels)
 
     def __add__(self, other: LabelledPoints) -> LabelledPoints:
-        """Both, these first."""
+        """The points of both clouds, these first."""
         return LabelledPoints(
             np.concatenate([self.points, other.points]),
             np.concatenate([self.colors, other.colors]),
@@ -122,7 +122,7 @@ def estimate_bytes(
 
 
 def _point_bytes(name: str) -> int:
-    """Bytes of a point in the files of a sequence."""
+    """The size of a point in the files of a sequence, in bytes."""
     if "npy" not in name:
         return 15
     return 28 if "world" in name else 16
@@ -131,7 +131,7 @@ def _point_bytes(name: str) -> int:
 def _sequences(
     frame: Frame, scene: LabelledPoints, heights: Heights, only: Sequence[str]
 ) -> Iterator[tuple[str, LabelledPoints]]:
-    """What goes into the files of a frame: of the scene all, not what the camera sees of it."""
+    """The clouds of a frame's files. The scene is complete, not only what the camera sees."""
     pose = frame.world_from_camera
     if any("world" in name for name in only):
         cells = frame.accumulated_in_world()
@@ -150,7 +150,7 @@ def _sequences(
 
 
 def _path(places: NDArray[np.float64], step: float) -> list[NDArray[np.float64]]:
-    """What each frame adds to the path: points no more than `step` apart, ending at its camera."""
+    """The points that each frame adds to the path, at most `step` apart, up to its camera."""
     added = [places[:1]]
     for before, after in pairwise(places):
         count = int(min(np.ceil(np.linalg.norm(after - before) / step), MAX_STEPS)) or 1
@@ -160,7 +160,7 @@ def _path(places: NDArray[np.float64], step: float) -> list[NDArray[np.float64]]
 
 
 def _check_space(out: Path, only: Sequence[str], count: int, points: int) -> None:
-    """Raise UsageError where the files will not fit: they hold the whole cloud for each frame."""
+    """Raise UsageError if the files do not fit on the disk: each has the whole cloud."""
     need = count * points * sum(_point_bytes(name) for name in only if name.startswith("merge"))
     free = shutil.disk_usage(out.resolve().parent).free
     if need > free:

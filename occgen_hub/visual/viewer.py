@@ -1,4 +1,4 @@
-"""A trajectory in rerun's viewer, or as a recording for it: all over time, in one world."""
+"""Show a trajectory in the rerun viewer, or write a recording for it."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from occgen_hub.visual.viewpoint import Viewpoint, automatic
 APPLICATION = "occgen-hub"
 HERE = "127.0.0.1"
 BLOCK = 5
-"""Cells of an edge of the blocks that observed free space is shown by."""
+"""Edge of the blocks that show observed free space, in cells."""
 
 MAX_IMAGE_BYTES = 64 << 20
 FREE = (120, 170, 255)
 FREE_ALPHA = 40
-"""Of 255: how much of what is behind it the surface of the observed free space covers."""
+"""Opacity of the surface of the observed free space, of 255."""
 
 
 def _blueprint(trajectory: Trajectory) -> Any:
-    """What opens: the world on the left; image, depth, the cells' number and the task."""
+    """The blueprint: the world on the left; image, depth, number of cells and the task."""
     rrb = need("rerun.blueprint")
     view = _viewpoint(trajectory)
     world = rrb.Spatial3DView(
@@ -154,7 +154,7 @@ class _Scene:
         self._log_image(frame.number)
         depth = self._trajectory.file("depth", frame.number)
         if depth.is_file():
-            self._trajectory.depth(frame.number)  # It has to be an image of that size.
+            self._trajectory.depth(frame.number)  # Checks that it is an image of that size.
             content = read_bytes(depth, MAX_IMAGE_BYTES)
             metre = self._trajectory.schema.depth_units_per_metre
             self._log("world/camera/depth", lens)
@@ -162,7 +162,7 @@ class _Scene:
             self._log("world/camera/depth", image)
 
     def _log_image(self, number: int) -> None:
-        image = self._images(number)  # Has to be an image, and of that size.
+        image = self._images(number)  # Checks that it is an image of that size.
         if image is None:
             return
         path = self._trajectory.file("rgb", number)
@@ -290,7 +290,7 @@ def _written_to(file: BinaryIO) -> Iterator[str]:
 def viewer(
     recorded: Path, ports: tuple[int, int] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """rerun's viewer with a recording, a process that ends with the block at the latest.
+    """Run the rerun viewer with a recording, in a process that ends with the block.
 
     A window, or, with the ports of the page and of the data, a server for browsers on this
     machine. Raises UsageError where a port is taken. (rerun can also serve from within a process;
@@ -302,7 +302,7 @@ def viewer(
     if ports is not None:
         web, data = map(str, ports)
         command += ["--serve-web", "--bind", HERE, "--web-viewer-port", web, "--port", data]
-    # In a session of its own: Ctrl-C is ours, and ends the viewer below.
+    # In its own session, so that Ctrl-C reaches only this process, which stops the viewer.
     process = subprocess.Popen(
         command, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -316,7 +316,7 @@ def viewer(
 
 
 def page(ports: tuple[int, int]) -> str:
-    """The address of what `viewer` serves."""
+    """The address at which `viewer` serves the recording."""
     web, data = ports
     return f"http://{HERE}:{web}/?url={quote(f'rerun+http://{HERE}:{data}/proxy', safe='')}"
 

@@ -1,4 +1,4 @@
-"""From where a scene is looked at: chosen by itself, or read from a file."""
+"""The viewpoint of a scene: chosen automatically, or read from a file."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from occgen_hub.visual.heights import Heights
 
 FIELD_OF_VIEW = 35.0
 ELEVATIONS = (48.0, 60.0, 72.0)
-"""Degrees above the horizon: the lower, the more things stand, the higher, the less they hide."""
+"""Elevation in degrees: a compromise between seeing heights and avoiding occlusion."""
 
 AZIMUTHS = 24
 FARTHEST = 1e6
-"""Metres from the world's origin."""
+"""Largest coordinate in metres."""
 
 MARGIN = 1.06
 _COARSE = (96, 54)
@@ -29,7 +29,7 @@ _SAMPLE = 40_000
 
 @dataclass(frozen=True)
 class Viewpoint:
-    """position, target, up: world, metres; field_of_view: of the picture's height, degrees."""
+    """A viewpoint. position, target, up: world metres; field_of_view: vertical, degrees."""
 
     position: tuple[float, float, float]
     target: tuple[float, float, float]
@@ -58,13 +58,13 @@ class Viewpoint:
 
     @classmethod
     def load(cls, path: Path) -> Viewpoint:
-        """That of a JSON file; raises UsageError, or SourceError where it cannot be read."""
+        """Read it from a JSON file. Raises UsageError, or SourceError if the file is unreadable."""
         said = read_json(path)
         try:
             vectors = {
                 name: tuple(float(v) for v in said[name]) for name in ("position", "target", "up")
             }
-            view = cls(field_of_view=float(said.get("field_of_view", FIELD_OF_VIEW)), **vectors)  # type: ignore[arg-type]  # their lengths are looked at below
+            view = cls(field_of_view=float(said.get("field_of_view", FIELD_OF_VIEW)), **vectors)  # type: ignore[arg-type]  # lengths are checked below
         except (KeyError, TypeError, ValueError):
             raise UsageError(f"{path}: {_WANTED}.") from None
         if any(len(v) != 3 for v in vectors.values()) or not view.sound:
@@ -73,9 +73,9 @@ class Viewpoint:
 
     @property
     def sound(self) -> bool:
-        """Whether a camera can stand so."""
+        """Whether the viewpoint is valid for a camera."""
         vectors = np.array((self.position, self.target, self.up))
-        if not (np.abs(vectors) <= FARTHEST).all():  # Nor NaN.
+        if not (np.abs(vectors) <= FARTHEST).all():  # Also rejects NaN.
             return False
         aside = np.cross(np.subtract(self.target, self.position), self.up)
         return bool(np.abs(aside).max() > 1e-9) and 1 <= self.field_of_view <= 150
@@ -104,10 +104,10 @@ def automatic(
     up, path = heights.up, world_from_camera[:, :3, 3]
     scene = points[heights.below_ceiling(points)].astype(np.float64)
     scene = scene[:: 1 + len(scene) // _SAMPLE]
-    if len(scene) > 100:  # Not what a few stray points span.
+    if len(scene) > 100:  # Ignore outliers.
         low, high = np.percentile(scene, [0.5, 99.5], axis=0)
         scene = scene[((scene >= low) & (scene <= high)).all(axis=1)]
-    # What has to be seen: the path, and what stands below it.
+    # What must be visible: the path, and objects below it.
     lower = float((scene @ up).min()) if len(scene) else float((path @ up).min()) - 1
     drop = (path @ up)[:, None] - lower
     subject = np.concatenate([path - up * drop * part for part in (0.0, 0.5, 0.9)])
@@ -117,7 +117,7 @@ def automatic(
         direction = _direction(heights, 2 * np.pi * turn / AZIMUTHS, np.radians(elevation))
         view = _fitted(everything, direction, up, size)
         distance = float(np.linalg.norm(np.subtract(view.target, view.position)))
-        # Looking along with the cameras: what is on the left is on their left.
+        # Along the cameras' viewing direction, so that left and right agree with the images.
         along = float(np.mean(world_from_camera[:, :3, 2] @ view.world_from_camera()[:3, 2]))
         score = (0.2 + _seen(subject, scene, view)) * (1 + 0.5 * along) / distance
         if best is None or score > best[0]:
@@ -140,7 +140,7 @@ def _fitted(
     up: NDArray[np.float64],
     size: tuple[int, int],
 ) -> Viewpoint:
-    """The nearest viewpoint in a direction from which all of (n, 3) points are in the picture."""
+    """The nearest viewpoint in a direction from which all of (n, 3) points are in the image."""
     slope_y = np.tan(np.radians(FIELD_OF_VIEW / 2)) / MARGIN
     slope_x = slope_y * size[0] / size[1]
     target = (points.min(axis=0) + points.max(axis=0)) / 2
@@ -153,7 +153,7 @@ def _fitted(
             float((z + np.abs(x) / slope_x).max()), float((z + np.abs(y) / slope_y).max())
         )
         distance = max(distance, 0.5)
-        # Move to the middle of what the picture shows.
+        # Move the centre of the points to the centre of the image.
         u, v = x / (distance - z), y / (distance - z)
         target = target + distance * (
             (u.min() + u.max()) / 2 * right + (v.min() + v.max()) / 2 * above
@@ -168,7 +168,7 @@ def _triple(vector: NDArray[np.float64]) -> tuple[float, float, float]:
 
 
 def _seen(subject: NDArray[np.float64], scene: NDArray[np.float64], view: Viewpoint) -> float:
-    """The share of (n, 3) points that nothing of a scene hides, roughly."""
+    """About the share of (n, 3) points that are not occluded by a scene."""
     pose, K = view.world_from_camera(), view.intrinsics(_COARSE)
 
     def project(points: NDArray[np.float64]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:

@@ -1,4 +1,4 @@
-"""A window in which the user picks the viewpoint of the world view with the mouse."""
+"""A window to choose the viewpoint of the world view with the mouse."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SIZE = (1280, 720)
 
 
 def has_screen() -> bool:
-    """Whether windows can be opened here."""
+    """Whether this machine can open windows."""
     wanted = ("DISPLAY", "WAYLAND_DISPLAY")
     return sys.platform != "linux" or any(os.environ.get(name) for name in wanted)
 
 
 def choose_viewpoint(trajectory: Trajectory, place: Path) -> Viewpoint:
-    """Show a trajectory in a window; when it is closed, write where one looked from to `place`.
+    """Show a trajectory in a window. When it is closed, write the last viewpoint to `place`.
 
     Raises UsageError where there is no screen, or `place` cannot be written.
     """

@@ -1,4 +1,4 @@
-"""The scene from outside: its cloud, the path, the camera, and the occupancy that it sees."""
+"""Render the scene from outside: its cloud, the path, the camera, and its visible occupancy."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ from occgen_hub.visual.offscreen import Stage
 from occgen_hub.visual.viewpoint import Viewpoint, automatic
 
 MAX_CUBES = 600_000
-"""Of the cloud; a larger one is drawn coarser."""
+"""Largest number of cubes for the cloud. Larger clouds get larger cubes."""
 
 SUPERSAMPLED = 2
-"""Pixels are drawn so many times as wide and high, and averaged."""
+"""Supersampling factor: images are rendered larger by this factor and averaged."""
 
 GAP = 4
-"""Cells of an edge of the blocks by which the cloud between occupied cells is tinted."""
+"""Edge, in cells, of the blocks in which the cloud between occupied cells is tinted."""
 
 TINT = 0.8
-"""How much of the occupied cells' colour it takes."""
+"""Share of the occupied cells' colour in the tinted cloud."""
 
 BEFORE = 1.5
-"""Cells by which the cloud may be nearer than an occupied cell and still not hide it."""
+"""Distance, in cells, by which the cloud can be nearer than an occupied cell without hiding it."""
 
 
 class WorldView:
-    """Pictures of a trajectory's frames, all from one viewpoint.
+    """Renders the frames of a trajectory from one viewpoint.
 
     The cloud does not change: it is drawn once, with its depth, and what moves is drawn into it.
-    Far from the camera the rays end in rows of cells with others between them; where the cloud
-    shows between occupied cells, it is tinted in their colour, or it would show as stripes.
+    Far from the camera, the pixels of an image are further apart than cells, so that rays end in
+    rows of cells. The cloud between them is tinted in their colour; otherwise it shows as stripes.
     size: (width, height), pixels. scale_bar: metres that the bar in the corner is long, at the
     distance of the viewpoint's target; 0 where the picture is too small for one.
     """
@@ -68,10 +68,10 @@ class WorldView:
         pose = self.viewpoint.world_from_camera()
         everything = np.concatenate([cloud.points, path.astype(np.float32)])
         span = float(np.linalg.norm(everything.max(axis=0) - everything.min(axis=0)))
-        self.reach = float(np.clip(0.055 * span, 0.2, 0.5))  # Of the frustum, metres.
+        self.reach = float(np.clip(0.055 * span, 0.2, 0.5))  # Length of the frustum, metres.
         self._heights = Heights(cloud.points, self._poses)
         forward = (everything - pose[:3, 3]) @ pose[:3, 2]
-        # A tube is a pixel and a half wide in the middle of the scene.
+        # Tubes are 1.5 pixels wide in the middle of the scene.
         drawn = (size[0] * SUPERSAMPLED, size[1] * SUPERSAMPLED)
         K = self.viewpoint.intrinsics(drawn)
         middle = float(np.median(forward[forward > 0])) if (forward > 0).any() else 1.0
@@ -196,7 +196,7 @@ def world_legend(shade: Shade, height: float, text: int, moving: bool) -> list[I
 
 
 def _thinned(cloud: Cloud, edge: float) -> tuple[Cloud, float]:
-    """A cloud of no more than MAX_CUBES points, and the edge of the cells that has one each."""
+    """A cloud with one point per cell and at most MAX_CUBES points, and the edge of the cells."""
     while len(cloud) > MAX_CUBES:
         edge *= 1.5
         cloud = voxel_downsample(cloud, edge)
@@ -204,7 +204,7 @@ def _thinned(cloud: Cloud, edge: float) -> tuple[Cloud, float]:
 
 
 class _Occupied:
-    """The cells of the world's grid that are drawn as a frame's occupancy.
+    """The cells of the world's grid that show a frame's occupancy.
 
     Those that centres of its cells lie in and, as cells that are turned against one another leave
     holes so, those of the cloud's points in its cells. edge: metres of the cloud's own cells, one

@@ -1,0 +1,424 @@
+"""A built dataset as files for each frame, in the forms of occupancy networks: OccScanNet, Occ3D.
+
+Both hold the scene's states around a camera, hidden cells included, on grids that stand upright.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from occgen_hub.errors import UsageError
+from occgen_hub.files import dump_json, printable, read_bytes
+from occgen_hub.geometry.poses import upright_pose
+from occgen_hub.index import file_stem, split
+from occgen_hub.loading import Trajectory
+from occgen_hub.media import encode_jpeg, write_depth
+from occgen_hub.occupancy.grid import Grid
+from occgen_hub.occupancy.states import FREE, OCCUPIED, UNKNOWN, SceneStates
+from occgen_hub.prefetch import prefetch
+
+CELL = 0.08
+"""Metres: edge of a cell in both forms."""
+
+MOST_PARTS = 8
+"""Into how many parts along an edge such a cell is cut at most, to look at the scene's cells."""
+
+MILLIMETRES = 1000
+"""Units of a depth image in a metre."""
+
+MINI = 10
+"""One of so many frames is in OccScanNet's small lists."""
+
+Progress = Callable[[int], None]
+
+
+class FrameExport(ABC):
+    """Writes the frames of trajectories, one trajectory after another, and then `finish`.
+
+    A frame without an occupied cell is left out, since losses of a class divide by its cells.
+    """
+
+    name: ClassVar[str]
+    card: ClassVar[str]
+    """What the card says of the files, in Markdown."""
+
+    def __init__(self, folder: Path) -> None:
+        """folder: that of the export, which is there."""
+        self.folder = folder
+        self.empty = self.without_depth = 0
+
+    def add(self, episode: str, trajectory: Trajectory, progress: Progress) -> None:
+        """Write the frames of a trajectory; raises UsageError where it has no images."""
+        states = trajectory.states()
+        surface = (states.cells(OCCUPIED).astype(np.float64) + 0.5) * states.voxel_size
+        picture, depth = _pictures(trajectory), trajectory.file("depth", 0).parent.is_dir()
+        self.without_depth += not depth
+        frames = self._frames(episode, trajectory)
+        for frame, arrays in prefetch(lambda f: (f, self._arrays(f, states, surface)), frames):
+            progress(1)
+            image = picture(frame.number)
+            if arrays is None:
+                self.empty += 1
+                continue
+            self._write(frame, arrays, image)
+            if depth:
+                metres = trajectory.depth(frame.number)
+                assert metres is not None
+                self._write_depth(frame, metres)
+
+    def finish(self) -> list[str]:
+        """Write what belongs to all frames, and say what a user should know, as clauses."""
+        self._finish()
+        remarks = ["everything occupied is one class, since the dataset has no classes"]
+        if self.empty:
+            remarks.append(f"{self.empty} frames without an occupied cell are left out")
+        if self.without_depth:
+            remarks.append(f"{self.without_depth} trajectories have no depth images")
+        return remarks
+
+    def _frames(self, episode: str, trajectory: Trajectory) -> Iterator[Frame]:
+        poses, K = trajectory.world_from_camera(), trajectory.intrinsics()
+        rows = zip(poses, K, trajectory.observed_packed(), strict=True)
+        for t, row in enumerate(rows):
+            yield Frame(episode, t, trajectory.grid, *row)
+
+    @abstractmethod
+    def _arrays(
+        self, frame: Frame, states: SceneStates, surface: NDArray[np.float64]
+    ) -> dict[str, Any] | None:
+        """What is written of a frame's cells; None where none is occupied. Called in threads.
+
+        surface: (n, 3) the centres of the scene's occupied cells, world metres.
+        """
+
+    @abstractmethod
+    def _write(self, frame: Frame, arrays: dict[str, Any], image: bytes) -> None: ...
+
+    @abstractmethod
+    def _write_depth(self, frame: Frame, metres: NDArray[np.float64]) -> None: ...
+
+    @abstractmethod
+    def _finish(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A frame of an episode.
+
+    grid: that of its camera; pose: (4, 4) world_from_camera, OpenCV axes, metres; intrinsics:
+    (3, 3), pixels; observed: the packed mask of the grid's cells that it observed.
+    """
+
+    episode: str
+    number: int
+    grid: Grid
+    pose: NDArray[np.float64]
+    intrinsics: NDArray[np.float64]
+    observed: NDArray[np.uint8]
+
+
+class OccScanNet(FrameExport):
+    """Pickles and images as the loaders of OccScanNet, EmbodiedOcc and ISO read them."""
+
+    name = "occscannet"
+    card = """\
+`{train,test}_final.txt` list the frames, `{train,test}_mini_final.txt` a tenth of them, and
+`{train,val}_subscenes.txt` the same under ISO's names. Each line is a pickle of a dict:
+
+| key | |
+| --- | --- |
+| `target_1_4` | uint8 (60, 60, 36), stored [y, x, z]: 0 free, 1 to 11 classes of OccScanNet, 255 unknown |
+| `target_1_16` | uint8 (15, 15, 9), in the same order: of 64 cells, the commonest class where more than a twentieth have one, else free or unknown |
+| `voxel_origin` | float64 (3,), world metres: the lower corner of the grid, of 4.8 x 4.8 x 2.88 m in cells of 8 cm, along the world's axes, z up. It lies in front of the camera |
+| `cam_pose`, `intrinsic` | float64 (4, 4): camera to world, OpenCV axes; of the image as it is stored |
+| `img`, `depth_gt` | paths of the JPEG and of the depth, 16-bit PNG, millimetres |
+"""  # noqa: E501
+    SHAPE: ClassVar[tuple[int, int, int]] = (60, 60, 36)
+    ONE_CLASS: ClassVar[int] = 11
+    """objects"""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._lines: dict[str, list[str]] = {"train": [], "validation": []}
+
+    def _arrays(
+        self, frame: Frame, states: SceneStates, surface: NDArray[np.float64]
+    ) -> dict[str, Any] | None:
+        origin = self._origin(frame.pose, surface)
+        pose = np.eye(4)
+        pose[:3, 3] = origin
+        labels = _sampled(states, (0.0, 0.0, 0.0), self.SHAPE, pose)
+        if not (labels == OCCUPIED).any():
+            return None
+        target = np.where(labels == OCCUPIED, np.uint8(self.ONE_CLASS), labels)
+        intrinsic = np.eye(4)
+        intrinsic[:3, :3] = frame.intrinsics
+        stored = np.ascontiguousarray(target.transpose(1, 0, 2))
+        return {
+            "cam_pose": frame.pose.copy(),
+            "intrinsic": intrinsic,
+            "voxel_origin": origin,
+            "target_1_4": stored,
+            "target_1_16": joined_labels(stored, 4),
+        }
+
+    def _origin(
+        self, pose: NDArray[np.float64], surface: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """(3,) metres: the grid reaches 4.8 m ahead, and from the floor up; multiples of a cell."""
+        sides = CELL * np.array(self.SHAPE)
+        camera, ahead = pose[:3, 3], upright_pose(pose)[:3, 2]
+        low = camera - sides / 2
+        low[:2] += ahead[:2] * sides[0] / 2
+        inside = (surface[:, :2] >= low[:2]) & (surface[:, :2] < low[:2] + sides[:2])
+        heights = surface[inside.all(axis=1), 2]
+        below = heights[(heights < camera[2]) & (heights > camera[2] - sides[2] + CELL)]
+        if len(below):  # The lowest, but for a few.
+            low[2] = np.partition(below, len(below) // 100)[len(below) // 100] - CELL
+        origin: NDArray[np.float64] = np.floor(low / CELL + 1e-6) * CELL
+        return origin
+
+    def _write(self, frame: Frame, arrays: dict[str, Any], image: bytes) -> None:
+        scene, number = file_stem(frame.episode), f"{frame.number:05d}"
+        picture = f"posed_images/{scene}/{number}"
+        line = f"gathered_data/{scene}/{number}.pkl"
+        content = {"img": f"{picture}.jpg", "depth_gt": f"{picture}.png", **arrays}
+        for name, data in ((line, portable_pickle(content)), (f"{picture}.jpg", image)):
+            path = self.folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        self._lines[split(frame.episode.rpartition("/")[0])].append(line)
+
+    def _write_depth(self, frame: Frame, metres: NDArray[np.float64]) -> None:
+        place = f"posed_images/{file_stem(frame.episode)}/{frame.number:05d}.png"
+        write_depth(self.folder / place, metres, MILLIMETRES)
+
+    def _finish(self) -> None:
+        for name, lines in (("train", self._lines["train"]), ("test", self._lines["validation"])):
+            other = {"train": "train", "test": "val"}[name]
+            for file, chosen in (
+                (f"{name}_final.txt", lines),
+                (f"{name}_mini_final.txt", lines[::MINI]),
+                (f"{other}_subscenes.txt", lines),
+            ):
+                (self.folder / file).write_text("".join(f"{line}\n" for line in chosen))
+
+
+class Occ3D(FrameExport):
+    """`labels.npz` for each frame in the ego frame, as Occ3D-nuScenes has them."""
+
+    name = "occ3d"
+    card = """\
+`gts/scene-NNNN/<token>/labels.npz` of each frame holds `semantics`, `mask_lidar` and `mask_camera`,
+uint8 [x, y, z], cells of 8 cm in the ego frame: x ahead, y left, z up, its origin the camera.
+`semantics` is 0 to 16 for what is occupied and 17 for free; `mask_lidar` is 1 where some frame of
+the episode tells the state, and `mask_camera` where this frame observed the cell as well. Where
+`mask_lidar` is 0, the state is unknown and `semantics` says 17. `annotations.json` says the grid,
+the split by scene and, of each token, the image, the intrinsics and the poses (quaternions w, x, y,
+z).
+"""
+    FREE_CLASS: ClassVar[int] = 17
+    ONE_CLASS: ClassVar[int] = 0
+    """others"""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._infos: dict[str, dict[str, Any]] = {}
+        self._splits: dict[str, list[str]] = {"train": [], "validation": []}
+        self._numbers: dict[str, int] = {}
+        self._grid: dict[str, Any] = {}
+
+    def _arrays(
+        self, frame: Frame, states: SceneStates, surface: NDArray[np.float64]
+    ) -> dict[str, Any] | None:
+        lower, shape = ego_grid(frame.grid)
+        pose = ego_pose(frame.pose)
+        labels = _sampled(states, lower, shape, pose)
+        if not (labels == OCCUPIED).any():
+            return None
+        known = labels != UNKNOWN
+        semantics = np.where(labels == OCCUPIED, np.uint8(self.ONE_CLASS), self.FREE_CLASS)
+        seen = _observed(frame, lower, shape, pose)
+        self._grid = {"lower": list(lower), "shape": list(shape), "voxel_size": CELL}
+        return {
+            "semantics": semantics.astype(np.uint8),
+            "mask_lidar": known.astype(np.uint8),
+            "mask_camera": (known & seen).astype(np.uint8),
+        }
+
+    def _write(self, frame: Frame, arrays: dict[str, Any], image: bytes) -> None:
+        number = self._numbers.setdefault(frame.episode, len(self._numbers))
+        scene, token = f"scene-{number:04d}", _token(frame)
+        if scene not in self._infos:
+            self._infos[scene] = {}
+            self._splits[split(frame.episode.rpartition("/")[0])].append(scene)
+        labels, picture = f"gts/{scene}/{token}/labels.npz", f"imgs/CAM_FRONT/{token}.jpg"
+        for name in (labels, picture):
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(self.folder / labels, **arrays)
+        (self.folder / picture).write_bytes(image)
+        world_from_ego = ego_pose(frame.pose)
+        self._infos[scene][token] = {
+            "episode": printable(frame.episode),
+            "frame_index": frame.number,
+            "gt_path": labels,
+            "camera_sensor": {
+                "CAM_FRONT": {
+                    "img_path": picture,
+                    "intrinsics": frame.intrinsics.tolist(),
+                    "extrinsic": _transform(np.linalg.inv(world_from_ego) @ frame.pose),
+                }
+            },
+            "ego_pose": _transform(world_from_ego),
+        }
+
+    def _write_depth(self, frame: Frame, metres: NDArray[np.float64]) -> None:
+        """Occ3D has none."""
+
+    def _finish(self) -> None:
+        for tokens in self._infos.values():
+            names = [None, *tokens, None]
+            for before, token, after in zip(names, names[1:], names[2:], strict=False):
+                tokens[str(token)] |= {"prev": before, "next": after}
+        content = {
+            "grid": self._grid,
+            "train_split": self._splits["train"],
+            "val_split": self._splits["validation"],
+            "scene_infos": self._infos,
+        }
+        (self.folder / "annotations.json").write_text(dump_json(content), encoding="utf-8")
+
+
+EXPORTS: dict[str, type[FrameExport]] = {form.name: form for form in (OccScanNet, Occ3D)}
+
+
+def write_frames(
+    folder: Path, form: str, names: Iterable[tuple[str, Path]], progress: Progress
+) -> list[str]:
+    """Write the trajectories of these ids and folders into an empty folder, in a form of EXPORTS.
+
+    Returns what a user should know, as clauses. Raises UsageError for a trajectory without images,
+    DatasetError for one that is damaged.
+    """
+    export = EXPORTS[form](folder)
+    for name, path in names:
+        export.add(printable(name), Trajectory.open(path), progress)
+    return export.finish()
+
+
+def ego_pose(pose: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(4, 4) world_from_ego of a camera: x ahead, y left, z up, the origin at the camera."""
+    upright = upright_pose(pose)
+    ego = upright.copy()
+    ego[:3, :3] = np.stack([upright[:3, 2], -upright[:3, 0], -upright[:3, 1]], axis=1)
+    return ego
+
+
+def ego_grid(grid: Grid) -> tuple[tuple[float, float, float], tuple[int, int, int]]:
+    """The lower corner, metres, and the shape, cells, that cover a camera's grid in ego axes."""
+    low = np.asarray(grid.lower)
+    high = low + grid.voxel_size * np.asarray(grid.shape)
+    lower = np.array([low[2], -high[0], -high[1]])
+    sides = np.array([high[2] - low[2], high[0] - low[0], high[1] - low[1]])
+    nx, ny, nz = np.ceil(sides / CELL - 1e-6).astype(int).tolist()
+    x, y, z = lower.round(9).tolist()
+    return (x, y, z), (nx, ny, nz)
+
+
+def joined_labels(target: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
+    """Labels of cells that are `factor` times as wide, by the rule of the NYU v2 benchmark.
+
+    Where 95 % of the cells or more are free or unknown, the commoner of the two; else the commonest
+    class.
+    """
+    shape = np.array(target.shape) // factor
+    parts = target.reshape(shape[0], factor, shape[1], factor, shape[2], factor)
+    parts = parts.transpose(0, 2, 4, 1, 3, 5).reshape(-1, factor**3)
+    counts = np.stack([(parts == label).sum(axis=1) for label in range(int(UNKNOWN))], axis=1)
+    free, unknown = counts[:, 0].copy(), (parts == UNKNOWN).sum(axis=1)
+    counts[:, 0] = 0
+    commonest = counts.argmax(axis=1).astype(np.uint8)
+    nothing = np.where(free > unknown, FREE, UNKNOWN)
+    joined = np.where(free + unknown > 0.95 * factor**3, nothing, commonest)
+    return joined.reshape(shape).astype(np.uint8)
+
+
+def portable_pickle(content: dict[str, Any]) -> bytes:
+    """A pickle that numpy 1 and 2 load, by the name that arrays have in both."""
+    data = pickle.dumps(content, protocol=3)
+    own, old = (f"cnumpy.{core}.multiarray\n_reconstruct\n".encode() for core in ("_core", "core"))
+    return data.replace(own, old)
+
+
+def _sampled(
+    states: SceneStates,
+    lower: tuple[float, float, float],
+    shape: tuple[int, int, int],
+    pose: NDArray[np.float64],
+) -> NDArray[np.uint8]:
+    """The labels of cells of CELL metres: each is looked at in parts no wider than the scene's."""
+    parts = 1
+    while parts < MOST_PARTS and CELL / parts > 1.01 * states.voxel_size:
+        parts *= 2
+    nx, ny, nz = (n * parts for n in shape)
+    return states.cut(Grid(lower, CELL / parts, (nx, ny, nz)), pose, parts)
+
+
+def _observed(
+    frame: Frame,
+    lower: tuple[float, float, float],
+    shape: tuple[int, int, int],
+    pose: NDArray[np.float64],
+) -> NDArray[np.bool_]:
+    """Which cells of CELL metres a frame observed, by the cells as wide in its camera's grid."""
+    grid = frame.grid
+    bits: NDArray[Any] = np.unpackbits(frame.observed, count=grid.cells).reshape(grid.shape)
+    step = max(1, round(CELL / grid.voxel_size))
+    for axis in range(3):
+        bits = np.maximum.reduceat(bits, np.arange(0, bits.shape[axis], step), axis=axis)
+    cells = np.indices(shape).reshape(3, -1).T
+    motion = np.linalg.inv(frame.pose) @ pose
+    centres = (np.asarray(lower) + (cells + 0.5) * CELL) @ motion[:3, :3].T + motion[:3, 3]
+    place = np.floor((centres - np.asarray(grid.lower)) / (step * grid.voxel_size)).astype(int)
+    seen: NDArray[np.bool_] = ((place >= 0) & (place < bits.shape)).all(axis=1)
+    seen[seen] = bits[tuple(place[seen].T)]
+    return seen.reshape(shape)
+
+
+def _pictures(trajectory: Trajectory) -> Callable[[int], bytes]:
+    """The JPEG of each frame, to be asked for in order."""
+    images, stored = trajectory.images(), trajectory.file("rgb", 0).parent.is_dir()
+
+    def read(frame: int) -> bytes:
+        if stored:
+            return read_bytes(trajectory.file("rgb", frame))
+        pixels = images(frame)
+        if pixels is None:
+            raise UsageError(
+                f"{trajectory.path}: has no images; build the dataset with --media copy from a "
+                "source that has them."
+            )
+        return encode_jpeg(pixels)
+
+    return read
+
+
+def _token(frame: Frame) -> str:
+    return hashlib.sha256(f"{frame.episode}/{frame.number}".encode()).hexdigest()[:32]
+
+
+def _transform(pose: NDArray[np.float64]) -> dict[str, list[float]]:
+    """A pose as nuScenes says it: a translation, metres, and a quaternion w, x, y, z."""
+    from scipy.spatial.transform import Rotation
+
+    x, y, z, w = Rotation.from_matrix(pose[:3, :3]).as_quat().tolist()
+    return {"translation": pose[:3, 3].tolist(), "rotation": [w, x, y, z]}
