@@ -45,6 +45,9 @@ MAX_TABLE_ROWS = 1 << 20
 MAX_BUILT_BYTES = 1 << 36
 """Of a file of a dataset or an export; a sparse one may claim to hold more than a disk does."""
 
+MAX_SOURCE_BYTES = 1 << 39
+"""Of a file of a recording, for the same reason; bags and videos may be large."""
+
 
 def opened(path: Path) -> BufferedReader:
     """Open a regular file for reading. Raises SourceError, also for a pipe, which would block, and
@@ -269,7 +272,7 @@ def sha256(path: Path, limit: int | None = None) -> str:
     """
     with opened(path) as file:
         if limit is not None and os.fstat(file.fileno()).st_size > limit:
-            problem = f"holds more than {limit >> 30} GB, more than any file of a dataset"
+            problem = f"holds more than {limit >> 30} GB, more than any file here"
             raise SourceError(path, problem, "restore it from a copy")
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,7 @@ from occgen_hub.occupancy.visibility import OCCUPIED, first_occupied
 from occgen_hub.shards import shards, write_shards
 from occgen_hub.training import OccupancyDataset, collate
 from occgen_hub.validation import validate
-from occgen_hub.visual.colors import MOVING
+from occgen_hub.visual.colors import MOVING, faded
 from occgen_hub.visual.frames import frames
 from occgen_hub.visual.inspection import describe
 from occgen_hub.visual.preview import from_camera, preview
@@ -366,7 +369,13 @@ def test_the_report_has_the_columns_that_have_values(people, dataset, tmp_path):
         write_report(root, tmp_path / f"{name}.html")
         text = (tmp_path / f"{name}.html").read_text()
         heads[name] = re.findall(r'data-kind="number"><button>([^<]*)', text)
-        assert text.count("moving in pink") == (2 if name == "people" else 0)
+        drawn = [
+            Image.open(io.BytesIO(base64.b64decode(uri))).convert("RGB")
+            for uri in re.findall(r"data:image/png;base64,([^\"]*)", text)
+        ]
+        assert len(drawn) == 2 * len(trajectories(root))
+        for picture in drawn:  # Their legends say what moves.
+            assert pink(np.asarray(picture)[270:]).any() == (name == "people")
     assert "Depth noise at 4 m, mm" in heads["people"]
     assert "Points contradicted, %" in heads["people"]
     moving = {"Moving a frame", "Moving of occupied, %"}
@@ -404,10 +413,33 @@ def test_the_picture_of_a_frame_has_its_moving_cells_in_their_colour(trajectory,
     np.testing.assert_array_equal(pink(picture), moving)
 
 
+def test_past_and_present_and_moving_cells_differ(trajectory, truth):
+    """Each has the colours that the legend of the world has for it."""
+    from occgen_hub.visual.heights import Heights
+    from occgen_hub.visual.world import WorldView, world_legend
+
+    heights = Heights(trajectory.cloud().points, trajectory.world_from_camera())
+    bar, *marks = world_legend(heights.shade, heights.high - heights.low, 12, moving=True)
+    assert any((np.asarray(mark) == MOVING).all(axis=2).sum() > 60 for mark in marks)
+    shown = {tuple(color) for color in np.asarray(bar).reshape(-1, 3).tolist()}
+    metres = np.linspace(0.05, 0.95, 50) * (heights.high - heights.low)
+    now = heights.shade(metres).astype(int)
+    for colors in (now, faded(now)):
+        near = [min(np.abs(np.subtract(c, s)).max() for s in shown) for c in colors.tolist()]
+        assert max(near) <= 3
+    assert np.abs(now - faded(now)).max(axis=1).min() > 30
+    # On a picture, cells of the past are those that the frame alone does not show.
+    frame = list(frames(trajectory, 4, 1))[-1]
+    view = WorldView(trajectory, (480, 270))
+    before = view(replace(frame, past=()), None)
+    assert (before != view(frame, None)).any(axis=2).sum() > 20
+    view.close()
+
+
 def test_the_legend_is_there_where_something_moves(trajectory, dataset):
     picture = np.asarray(preview(trajectory))
-    for left in (0, 640):  # The titles of both lower panels.
-        assert pink(picture[360:378, left : left + 640]).any()
+    for left in (0, 640):  # The legends of both lower panels.
+        assert pink(picture[690:, left : left + 640]).any()
     still = preview(Trajectory.open(trajectories(dataset)[0]))
     assert not pink(np.asarray(still)[360:]).any()
 

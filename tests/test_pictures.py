@@ -25,15 +25,18 @@ from occgen_hub.errors import UsageError
 from occgen_hub.geometry.ply import read_ply
 from occgen_hub.loading import Trajectory, trajectories
 from occgen_hub.media import video_frames
-from occgen_hub.occupancy.grid import cell_numbers
+from occgen_hub.occupancy.grid import cell_centres, cell_numbers
 from occgen_hub.occupancy.history import moved
 from occgen_hub.occupancy.visibility import OCCUPIED, first_occupied
-from occgen_hub.visual.colors import PAPER
+from occgen_hub.visual.colors import INK, OCCUPANCY, PAPER, RAMP, ramp
 from occgen_hub.visual.cubes import cube_faces
 from occgen_hub.visual.frames import frame_title, frames
 from occgen_hub.visual.inspection import describe
+from occgen_hub.visual.legend import AXES, BAR, round_length
+from occgen_hub.visual.preview import TEXT, preview
 from occgen_hub.visual.report import write_report
 from occgen_hub.visual.sequences import SEQUENCES, estimate_bytes, write_sequences
+from occgen_hub.visual.viewer import FREE_ALPHA
 from occgen_hub.visual.viewpoint import Viewpoint, automatic
 
 SIZE = (480, 180)
@@ -265,6 +268,102 @@ def test_the_world_view_has_the_camera_where_it_is(trajectory):
     view.close()
 
 
+def test_the_world_view_has_no_stripes(trajectory):
+    """No pixel between drawn cells shows the cloud as it is, nor does the cloud cover a cell."""
+    from occgen_hub.visual.world import WorldView
+
+    view = WorldView(trajectory, (480, 270))
+    frame = list(frames(trajectory, 2, 1))[-1]
+    view(frame, None)
+    for name in ("behind", "ahead"):  # Only the cells are wanted.
+        view._stage.put_lines(name, np.zeros((0, 3)), (0, 0, 0), 0.1)
+    view._stage.put_segments("frustum", np.zeros((1, 2, 3)), (0, 0, 0), 1e-6)
+    tint, cells = view._put_occupancy(frame), view._stage.picture()
+    ahead = cells.depth() <= view._scenery.depth() + trajectory.grid.voxel_size
+    drawn = cells.zbuffer < view._limit
+    assert drawn.sum() > 4000
+    assert drawn[ahead & np.isfinite(cells.depth())].all()
+    # Of the faces that are seen, those of cells that lie between two occupied ones are tinted.
+    size = trajectory.grid.voxel_size
+    numbers, _ = view._occupied.of(frame)
+    shown = view._heights.below_ceiling(cell_centres(numbers, size))
+    cloud = np.unique(cell_numbers(view._gaps.centres, size))
+    between = np.zeros(len(cloud), np.bool_)
+    for step in (1 << 42, 1 << 21, 1):
+        sides = [
+            np.isin(cloud + sign * step, numbers[shown])
+            | np.isin(cloud + 2 * sign * step, numbers[shown])
+            for sign in (1, -1)
+        ]
+        between |= sides[0] & sides[1]
+    between &= ~np.isin(cloud, numbers)
+    seen = np.unique(view._face[~drawn & (view._face >= 0)])
+    wanted = seen[between[view._gaps.owner[seen]]]
+    assert len(wanted) > 100
+    assert (tint[wanted, 3] > 0).all()
+    assert (tint[:, 3] == 0).any()  # What no frame saw is not tinted.
+    view.close()
+
+
+def test_the_scale_bar_is_as_long_as_it_says(trajectory):
+    """Between two places that far apart, at the distance of what the view looks at."""
+    from occgen_hub.visual.world import WorldView
+
+    view = WorldView(trajectory, (640, 360))
+    pose, K = view.viewpoint.world_from_camera(), view.viewpoint.intrinsics((640, 360))
+    picture = view(next(frames(trajectory)), None)
+    view.close()
+    ends = np.asarray(view.viewpoint.target) + pose[:3, :1].T * [[0.0], [view.scale_bar]]
+    x, _, z = ((ends - pose[:3, 3]) @ pose[:3, :3]).T
+    expected = np.diff(K[0, 0] * x / z).item()
+    assert 40 < expected <= 11 * 12
+    rows = [runs_of(line, INK) for line in picture[330:, 320:]]
+    assert abs(max(map(max, rows)) - expected) <= 3
+
+
+def test_the_scene_from_above_has_a_scale_bar(trajectory):
+    """As long as the camera's triangle says, whose base is a metre."""
+    from scipy.spatial.distance import pdist
+
+    canvas = np.asarray(preview(trajectory))[360 + 22 : 720 - 36, 640:]
+    bar = max(max(runs_of(line, INK)) for line in canvas[-20:, 320:])
+    metre = pdist(np.argwhere((canvas[:-30] == INK).all(axis=2))).max()
+    assert abs(bar / (round_length(BAR * TEXT / metre) * metre) - 1) < 0.07
+    for color in AXES.values():
+        assert (canvas == color).all(axis=2).any() == (color != AXES["z"])  # The sample's up.
+
+
+def runs_of(line: np.ndarray, color: tuple[int, int, int]) -> list[int]:
+    """How long the runs of a colour on a line of pixels are; 0 where there is none."""
+    same = np.concatenate([[0], (line == color).all(axis=1), [0]]).astype(int)
+    steps = np.diff(same)
+    return [0, *(np.flatnonzero(steps == -1) - np.flatnonzero(steps == 1)).tolist()]
+
+
+@pytest.mark.parametrize("view", ["ego", "world", "panels"])
+def test_every_view_has_a_bar_in_metres(view, trajectory):
+    """Its colours are there, in their order, and metres below."""
+    from occgen_hub.visual.render import Shot, pictures
+
+    stops = ramp(np.linspace(0.2, 0.9, 12), OCCUPANCY if view == "world" else RAMP).astype(int)
+    picture = next(pictures(trajectory, Shot(view, (960, 540))))
+    foot = picture[400:].astype(int)
+    found = []
+    for number, line in enumerate(foot):
+        off = np.abs(line[None] - stops[:, None]).max(axis=2)
+        steps = np.diff(off.argmin(axis=1))
+        if off.min(axis=1).max() < 12 and ((steps > 0).all() or (steps < 0).all()):
+            found.append((number, int(off.argmin(axis=1).min()), int(off.argmin(axis=1).max())))
+    assert found
+    number, left, right = found[-1]
+    below = foot[number + 2 : number + 40, left - 20 : right + 20]
+    assert (below > 200).all(axis=2).sum() > 10
+
+
+def test_round_lengths():
+    assert [round_length(x) for x in (0.37, 1.0, 4.99, 5.0, 23.0)] == [0.2, 1.0, 2.0, 5.0, 20.0]
+
+
 def test_a_video_is_one_that_browsers_play(trajectory, tmp_path):
     place = tmp_path / "room.mp4"
     said = run("render", trajectory.path, place, "--size", "480x180", "--fps", "5")
@@ -342,6 +441,12 @@ def test_a_recording_holds_the_trajectory_over_time(trajectory, tmp_path):
             moves = batch.column(names["translation"]).to_pylist()
             for frame, place in zip(batch.column("frame").to_pylist(), moves, strict=True):
                 found[frame] = np.array(place[0])
+        if chunk.entity_path == "/world/camera/observed":  # A surface that one can look through.
+            batch = chunk.to_record_batch()
+            (color,) = (n for n in batch.schema.names if n.endswith("albedo_factor"))
+            assert {row[0] & 255 for row in batch.column(color).to_pylist()} == {FREE_ALPHA}
+            (corners,) = (n for n in batch.schema.names if n.endswith("vertex_positions"))
+            assert min(len(row) for row in batch.column(corners).to_pylist()) > 400
     poses = trajectory.world_from_camera()
     assert sorted(found) == list(range(len(poses)))
     for frame, place in found.items():
@@ -432,6 +537,18 @@ def test_the_report_needs_nothing_else(page):
     assert page.stat().st_size < 600_000
 
 
+def test_the_table_of_the_report_has_no_empty_column(page):
+    table = re.search(r'<table id="trajectories">.*?</table>', page.read_text("utf-8"), re.S)
+    assert table is not None
+    heads = re.findall(r"<th .*?<button>(.*?)</button>", table[0])
+    rows = re.findall(r"<tr data-text.*?</tr>", table[0], re.S)
+    cells = [re.findall(r'<td[^>]* data-value="([^"]*)"', row) for row in rows]
+    assert len(rows) == 3
+    assert len(heads) > 8
+    for head, *values in zip(heads, *cells, strict=True):
+        assert any(values), head
+
+
 def test_the_report_works_in_a_browser(page):
     webdriver = pytest.importorskip("selenium.webdriver")
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -478,6 +595,13 @@ def test_the_report_works_in_a_browser(page):
         shown = chrome.find_elements(By.CSS_SELECTOR, "#trajectories tbody tr:not([hidden])")
         assert len(shown) == 1
         assert "OccGen" in chrome.title  # Nothing of the data was run.
+        for width in (1440, 390):  # A laptop's screen and a phone's.
+            screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+            chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+            assert chrome.execute_script(
+                "return [document.documentElement, ...document.querySelectorAll('.wide')]"
+                ".every(e => e.scrollWidth <= e.clientWidth)"
+            )
         assert chrome.get_log("browser") == []
     finally:
         chrome.quit()

@@ -7,16 +7,29 @@ from numpy.typing import NDArray
 
 INK = (235, 235, 235)
 PAPER = (24, 26, 30)
+FAINT = (150, 154, 162)
 PATH = (255, 92, 74)
+AHEAD = (120, 62, 56)
+"""Colour of the future part of a path."""
 MOVING = (255, 74, 216)
 """Colour of cells with moving objects: pink, which no ramp or path uses."""
-MOVING_NAME = "pink"
 # A ramp for depth or height that works in grey too: dark blue, teal, yellow.
 RAMP = np.array([(48, 25, 95), (45, 90, 150), (35, 150, 140), (120, 200, 90), (250, 230, 60)])
 # A ramp that contrasts with wood, plaster and cloth: blue, teal, yellow.
 OCCUPANCY = np.array(
     [(40, 86, 204), (28, 152, 216), (44, 198, 164), (154, 216, 76), (252, 228, 62)]
 )
+
+PAST = (104, 108, 126)
+"""Grey that is mixed into the colours of the cells of past frames."""
+
+PAST_SHARE = 0.62
+
+
+def faded(colors: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(n, 3) colours of cells of past frames, from their (n, 3) colours in the current frame."""
+    mixed = colors + PAST_SHARE * (np.array(PAST) - colors)
+    return np.asarray(mixed, np.uint8)
 
 
 def ramp(values: NDArray[np.floating], stops: NDArray[np.int64] = RAMP) -> NDArray[np.uint8]:

@@ -10,6 +10,15 @@ from numpy.typing import NDArray
 DENSE = 1 << 26
 """Largest bounding box, in cells, for which neighbours are looked up in a dense array."""
 
+EDGES = 0.72
+"""Brightness of the edges of cells, relative to their faces."""
+
+CLEAR = 14
+"""Size of a cell, in rendered pixels, from which its edges are drawn."""
+
+LIFT = 2e-3
+"""Share of its distance by which a face is moved in front of its dark edges."""
+
 _DIRECTIONS = np.array([(1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1)])
 
 
@@ -104,3 +113,34 @@ def lit(colors: NDArray[np.uint8], faces: Faces, up: int = 2) -> NDArray[np.uint
     light[(up + 1) % 3] = 0.72
     lit_up = colors[faces.owner] * light[faces.direction // 2][:, None]
     return np.asarray(lit_up, np.uint8)
+
+
+def framed(
+    faces: Faces, colors: NDArray[np.uint8], focal: float, edge: float
+) -> tuple[Faces, NDArray[np.uint8]]:
+    """The faces, and colours, with darker edges where they are large enough for some to show.
+
+    A large face becomes dark, and has a smaller one of its colour before it. The eye is the
+    origin, looks along z and has a focal length of `focal` pixels; edge: metres of a cell. Edges
+    are a pixel and a half wide and begin where cells have CLEAR pixels.
+    """
+    corners = faces.corners
+    depth = corners[..., 2].min(axis=1)
+    large = np.flatnonzero((depth > 0) & (focal * edge > CLEAR * depth))
+    if not len(large):
+        return faces, colors
+    chosen = corners[large]
+    middle = chosen.mean(axis=1, keepdims=True)
+    rim = np.minimum(1.5 * depth[large] / focal / edge, 0.25)[:, None, None]
+    # A little nearer along its rays: in the same place of the picture, and not in its face.
+    inner = (middle + (chosen - middle) * (1 - 2 * rim)) * np.float32(1 - LIFT)
+    dark = colors.copy()
+    # They come in gradually: no line is seen beyond which there are none.
+    clear = np.clip(focal * edge / (CLEAR * depth[large]) - 1, 0, 1)[:, None]
+    dark[large] = (dark[large] * (1 - (1 - EDGES) * clear)).astype(np.uint8)
+    both = Faces(
+        np.concatenate([corners, inner.astype(np.float32)]),
+        np.concatenate([faces.owner, faces.owner[large]]),
+        np.concatenate([faces.direction, faces.direction[large]]),
+    )
+    return both, np.concatenate([dark, colors[large]])

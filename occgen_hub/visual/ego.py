@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from occgen_hub.geometry.camera import scale_intrinsics
 from occgen_hub.loading import Trajectory
 from occgen_hub.visual.blend import averaged
 from occgen_hub.visual.colors import MOVING, ramp
-from occgen_hub.visual.cubes import cube_faces
+from occgen_hub.visual.cubes import cube_faces, framed
 from occgen_hub.visual.frames import Frame
+from occgen_hub.visual.legend import Shade, color_bar, swatch
 from occgen_hub.visual.offscreen import Stage
 
 NEAR = 0.02
@@ -30,7 +32,8 @@ class EgoView:
 
     Cells that move have a colour of their own.
 
-    size: (width, height), pixels; the images of the trajectory are resized to it.
+    size: (width, height), pixels; the images of the trajectory are resized to it. deepest: metres
+    to the far end of the grid.
     """
 
     def __init__(self, trajectory: Trajectory, size: tuple[int, int]) -> None:
@@ -41,7 +44,7 @@ class EgoView:
         corner = np.abs(np.asarray(grid.lower))
         upper = np.asarray(grid.lower) + np.asarray(grid.shape) * grid.voxel_size
         self._far = float(np.linalg.norm(np.maximum(corner, np.abs(upper))))
-        self._deepest = max(float(upper[2]), 2 * grid.voxel_size)
+        self.deepest = max(float(upper[2]), 2 * grid.voxel_size)
         self._stage = Stage(drawn, NEAR, self._far + 1)
 
     def __call__(self, frame: Frame) -> NDArray[np.uint8]:
@@ -49,16 +52,34 @@ class EgoView:
         grid = frame.cells.grid
         centres = grid.centres(frame.cells.columns)
         faces = cube_faces(centres, grid.voxel_size, np.zeros(3))
-        depth = centres[:, 2] / self._deepest
-        shade = ramp(FARTHEST + (1 - FARTHEST) * (1 - depth**0.8))
+        depth = centres[:, 2] / self.deepest
         faded = np.array(MOVING) * (1 - 0.35 * depth[:, None])
-        shade = np.where(frame.cells.is_moving[:, None], faded, shade)
+        shade = np.where(frame.cells.is_moving[:, None], faded, self.shade(centres[:, 2]))
         light = LIGHT[::-1][faces.direction]
         colors = (shade[faces.owner] * light[:, None]).astype(np.uint8)
-        self._stage.look(np.eye(4), scale_intrinsics(frame.intrinsics, *self._scale))
-        self._stage.put_faces("occupancy", faces, colors)
+        K = scale_intrinsics(frame.intrinsics, *self._scale)
+        self._stage.look(np.eye(4), K)
+        self._stage.put_faces("occupancy", *framed(faces, colors, K[0, 0], grid.voxel_size))
         return averaged(self._stage.picture().rgb, SUPERSAMPLED)
+
+    def shade(self, metres: NDArray[np.floating]) -> NDArray[np.uint8]:
+        """(n, 3) uint8 of (n,) depths."""
+        depth = np.clip(metres / self.deepest, 0, 1)
+        return ramp(FARTHEST + (1 - FARTHEST) * (1 - depth**0.8))
+
+    def legend(self, text: int, *, moving: bool) -> list[Image.Image]:
+        """What the colours mean; text: its size, pixels; moving: whether cells move."""
+        return ego_legend(self.shade, self.deepest, text, moving)
 
     def close(self) -> None:
         """Free the window."""
         self._stage.close()
+
+
+def ego_legend(shade: Shade, deepest: float, text: int, moving: bool) -> list[Image.Image]:
+    """What the colours of the camera's view mean, as many pixels high and wide whatever the grid.
+
+    shade: the colours of depths from 0 to `deepest`, metres.
+    """
+    items = [color_bar("occupied, by depth", {"": shade}, 0.0, deepest, text)]
+    return items + ([swatch("moving", MOVING, text)] if moving else [])

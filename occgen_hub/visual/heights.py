@@ -15,7 +15,8 @@ class Heights:
     """Heights of points in a world, metres along its up axis.
 
     axis, sign: the world's axis that the cameras' up (minus their y) agrees with best, and which
-    way it goes; ceiling: the height from which on points would hide the room from above.
+    way it goes; ceiling: the height from which on points would hide the room from above; low, high:
+    between which heights the colours lie, the floor and a little above the cameras.
     """
 
     def __init__(
@@ -27,8 +28,8 @@ class Heights:
         height = self.of(points)
         head = float(self.of(world_from_camera[:, :3, 3]).max())
         self.ceiling = _ceiling(height, head)
-        self._low = float(np.percentile(height, 2)) if len(height) else head - 1.5
-        self._high = max(head + 0.3, self._low + 0.5)
+        self.low = float(np.percentile(height, 2)) if len(height) else head - 1.5
+        self.high = max(head + 0.3, self.low + 0.5)
 
     @property
     def up(self) -> NDArray[np.float64]:
@@ -45,7 +46,11 @@ class Heights:
 
     def colors(self, points: NDArray[np.floating]) -> NDArray[np.uint8]:
         """(n, 3) uint8 colours of (n, 3) points: blue at the floor, yellow above the cameras."""
-        return ramp((self.of(points) - self._low) / (self._high - self._low), OCCUPANCY)
+        return self.shade(self.of(points) - self.low)
+
+    def shade(self, heights: NDArray[np.floating]) -> NDArray[np.uint8]:
+        """(n, 3) uint8 of (n,) heights over `low`."""
+        return ramp(heights / (self.high - self.low), OCCUPANCY)
 
 
 def _ceiling(height: NDArray[np.float64], head: float) -> float:

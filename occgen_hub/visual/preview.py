@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 
 import numpy as np
@@ -16,7 +17,6 @@ from occgen_hub.occupancy.visibility import OCCUPIED, first_occupied
 from occgen_hub.visual.colors import (
     INK,
     MOVING,
-    MOVING_NAME,
     PAPER,
     PATH,
     by_height,
@@ -24,9 +24,27 @@ from occgen_hub.visual.colors import (
     ramp,
     shade_depth,
 )
+from occgen_hub.visual.cubes import EDGES
 from occgen_hub.visual.frames import frame_title
+from occgen_hub.visual.legend import (
+    BAR,
+    color_bar,
+    draw_axes,
+    draw_scale_bar,
+    fit_text,
+    strip,
+    swatch,
+    write,
+)
 
 PANEL = (640, 360)
+TEXT = 12
+HEAD = 22
+"""Height of a panel's title, in pixels. The legend is below the picture."""
+
+OBSERVED = (58, 66, 82)
+CLEAR = 7
+"""Size of a cell, in pixels, from which its edges are drawn."""
 
 
 def preview(trajectory: Trajectory, frame: int | None = None) -> Image.Image:
@@ -37,7 +55,7 @@ def preview(trajectory: Trajectory, frame: int | None = None) -> Image.Image:
     poses, intrinsics = trajectory.world_from_camera(), trajectory.intrinsics()
     frame = len(poses) // 2 if frame is None else frame
     visible, moving, observed = _occupancy(trajectory, frame, len(poses))
-    K, size, grid = intrinsics[frame], trajectory.image_size, trajectory.grid
+    K, size = intrinsics[frame], trajectory.image_size
 
     rgb, depth = trajectory.rgb(frame), trajectory.depth(frame)
     if depth is None:
@@ -45,23 +63,13 @@ def preview(trajectory: Trajectory, frame: int | None = None) -> Image.Image:
         local = (cloud.points - poses[frame, :3, 3]) @ poses[frame, :3, :3]
         second = _panel(_splat(local, cloud.colors, 0.01, K, size), "reconstructed cloud")
     else:
-        second = _panel(shade_depth(depth), "depth")
-        if (depth > 0).any():
-            low, high = limits(1 / depth[depth > 0])
-            _draw_scale(second, 1 / high, 1 / low)
+        second = _panel(shade_depth(depth), "depth", _depth_legend(depth))
     first = (
         _panel(rgb, frame_title(frame, len(poses)))
         if rgb is not None
         else _panel(np.zeros((*size[::-1], 3), np.uint8), "images were left out")
     )
-    cells, heights = _cells_from_camera(grid, visible, moving, K, size)
-    third = _panel(
-        cells,
-        f"{len(visible):,} visible occupied cells, by height over the camera",
-        f"{len(moving):,} moving" if trajectory.has_dynamic() else "",
-    )
-    if len(heights):
-        _draw_scale(third, *limits(heights)[::-1])
+    third = _cells_panel(trajectory, frame, visible, moving)
     fourth = _above(trajectory, poses, frame, moving, observed)
 
     width, height = PANEL
@@ -71,11 +79,53 @@ def preview(trajectory: Trajectory, frame: int | None = None) -> Image.Image:
     return sheet
 
 
-def from_above(trajectory: Trajectory, frame: int) -> Image.Image:
-    """The scene from above, with the path and what a frame observed."""
+def _cells_panel(
+    trajectory: Trajectory,
+    frame: int,
+    visible: NDArray[np.integer],
+    moving: NDArray[np.integer],
+    size: tuple[int, int] = PANEL,
+) -> Image.Image:
+    K, image_size = trajectory.intrinsics()[frame], trajectory.image_size
+    cells, heights = _cells_from_camera(trajectory.grid, visible, moving, K, image_size)
+    title = f"{len(visible):,} visible occupied cells"
+    legend = [_bar("height over the camera", *limits(heights))] if len(heights) else []
+    if trajectory.has_dynamic():
+        title += f", {len(moving):,} of them moving"
+        legend.append(swatch("moving", MOVING, TEXT))
+    return _panel(cells, title, legend, size)
+
+
+def _depth_legend(depth: NDArray[np.float64]) -> list[Image.Image]:
+    """The colours of `shade_depth`, and that black is where there is none."""
+    legend = [swatch("not measured", (0, 0, 0), TEXT)] if (depth <= 0).any() else []
+    if (depth > 0).any():
+        low, high = limits(1 / depth[depth > 0])
+
+        def shade(metres: NDArray[np.float64]) -> NDArray[np.uint8]:
+            return ramp((1 / metres - low) / max(high - low, 1e-9))
+
+        legend.insert(0, color_bar("depth", {"": shade}, 1 / high, 1 / low, TEXT))
+    return legend
+
+
+def _bar(title: str, low: float, high: float) -> Image.Image:
+    """The colours of `by_height`."""
+    shades = {"": lambda metres: ramp((metres - low) / max(high - low, 1e-6))}
+    return color_bar(title, shades, low, high, TEXT)
+
+
+def from_above(trajectory: Trajectory, frame: int, size: tuple[int, int] = PANEL) -> Image.Image:
+    """The scene from above, with the path and what a frame observed. size: (width, height)."""
     poses = trajectory.world_from_camera()
     _, moving, observed = _occupancy(trajectory, frame, len(poses))
-    return _above(trajectory, poses, frame, moving, observed)
+    return _above(trajectory, poses, frame, moving, observed, size)
+
+
+def cells_panel(trajectory: Trajectory, frame: int, size: tuple[int, int] = PANEL) -> Image.Image:
+    """`from_camera` with its legend. size: (width, height)."""
+    visible, moving, _ = _occupancy(trajectory, frame, len(trajectory.world_from_camera()))
+    return _cells_panel(trajectory, frame, visible, moving, size)
 
 
 def from_camera(trajectory: Trajectory, frame: int) -> NDArray[np.uint8]:
@@ -107,39 +157,33 @@ def _occupancy(
     return visible, moving, unpack(packed, trajectory.grid.cells)
 
 
-def _panel(picture: NDArray[np.uint8] | Image.Image, title: str, moving: str = "") -> Image.Image:
-    """Fit an image into a panel, with a title.
-
-    moving: what the title says of moving cells, in their colour.
-    """
+def _panel(
+    picture: NDArray[np.uint8] | Image.Image,
+    title: str,
+    legend: Sequence[Image.Image] = (),
+    size: tuple[int, int] = PANEL,
+) -> Image.Image:
+    """A picture fitted into a panel, between its title and its legend."""
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    scale = min(PANEL[0] / image.width, PANEL[1] / image.height)
+    width, height = _room(legend, size)
+    scale = min(width / image.width, height / image.height)
     fitted = image.resize(
         (max(1, round(image.width * scale)), max(1, round(image.height * scale))),
         Image.Resampling.BILINEAR if scale < 1 else Image.Resampling.NEAREST,
     )
-    panel = Image.new("RGB", PANEL, PAPER)
-    panel.paste(fitted, ((PANEL[0] - fitted.width) // 2, (PANEL[1] - fitted.height) // 2))
+    panel = Image.new("RGB", size, PAPER)
+    panel.paste(fitted, ((width - fitted.width) // 2, HEAD + (height - fitted.height) // 2))
     draw = ImageDraw.Draw(panel)
-    title += "; " if moving else ""
-    end = 6 + int(draw.textlength(title))
-    draw.rectangle((0, 0, end + 6 + int(draw.textlength(moving)), 18), fill=PAPER)
-    draw.text((6, 3), title, fill=INK)
-    draw.text((end, 3), moving, fill=MOVING)
+    write(draw, (6, HEAD // 2), fit_text(title, width - 12, TEXT), INK, TEXT)
+    if legend:
+        panel.paste(strip(legend, width, TEXT), (0, HEAD + height))
     return panel
 
 
-def _draw_scale(panel: Image.Image, top: float, foot: float) -> None:
-    """Draw a colour scale in the corner of a panel, with the metres at its ends."""
-    draw, (right, bottom), height = ImageDraw.Draw(panel), PANEL, 96
-    labels = [f"{value:.1f} m" for value in (top, foot)]
-    width = int(max(map(draw.textlength, labels)))
-    left, upper = right - width - 30, bottom - height - 14
-    draw.rectangle((left, upper - 6, right, bottom), fill=PAPER)
-    for line, color in enumerate(ramp(np.linspace(1, 0, height))):
-        draw.rectangle((left + 6, upper + line, left + 16, upper + line), fill=tuple(color))
-    draw.text((left + 22, upper - 3), labels[0], fill=INK)
-    draw.text((left + 22, upper + height - 10), labels[1], fill=INK)
+def _room(legend: Sequence[Image.Image], size: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of the picture of a panel, whose legend takes at least one line."""
+    foot = max(strip(legend, size[0], TEXT).height if legend else 0, round(3.2 * TEXT))
+    return size[0], size[1] - HEAD - foot
 
 
 def _cells_from_camera(
@@ -166,10 +210,18 @@ def _cells_from_camera(
     ray = np.stack([(u + 0.5 - K[0, 2]) / K[0, 0], (v + 0.5 - K[1, 2]) / K[1, 1]], axis=-1)
     ray = np.concatenate([ray, np.ones((len(ray), 1))], axis=1)
     # A ray enters a cell through the last of the faces whose planes it crosses.
-    with np.errstate(divide="ignore"):
-        reached = (centre - np.sign(ray) * grid.voxel_size / 2) / ray
-    face = np.where(ray == 0, -np.inf, reached).argmax(axis=1)
+    half = grid.voxel_size / 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        reached = (centre - np.sign(ray) * half) / ray
+    reached = np.where(ray == 0, -np.inf, reached)
+    face = reached.argmax(axis=1)
     light = np.array([0.8, 1.0, 0.9])[face] * np.clip(1.2 - centre[:, 2] / 8, 0.5, 1.0)
+    # How far from the middle of its face, along the two axes of the face.
+    place = np.abs(ray * reached.max(axis=1)[:, None] - centre)
+    place[np.arange(len(face)), face] = 0
+    pixel = centre[:, 2] / K[0, 0]
+    edge = (place.max(axis=1) > half - 0.6 * pixel) & (2 * half > CLEAR * pixel)
+    light[edge] *= EDGES
     heights = -centre[:, 1]  # y points down.
     colors = np.where(np.isin(ends[hit], moving)[:, None], MOVING, by_height(heights))
     picture[hit] = (colors * light[:, None]).astype(np.uint8)
@@ -208,6 +260,7 @@ def _above(
     frame: int,
     moving: NDArray[np.integer],
     observed: NDArray[np.bool_],
+    size: tuple[int, int] = PANEL,
 ) -> Image.Image:
     """Draw from above the scene's occupied cells, this frame's observations, path and camera.
 
@@ -224,33 +277,41 @@ def _above(
         grid.centres(columns).astype(np.float64) @ poses[frame, :3, :3].T + poses[frame, :3, 3]
         for columns in (np.flatnonzero(observed)[::7], moving)
     )
+    heights = cells[:, axis] * sign
+    # Without ceilings, which would hide the room.
+    shown = heights < (poses[:, axis, 3] * sign).max() + 0.6
+    legend = [_bar("height", *limits(heights[shown]))] if shown.any() else []
+    legend += [swatch("observed", OBSERVED, TEXT), swatch("path", PATH, TEXT, line=True)]
+    legend.append(swatch("camera", INK, TEXT, line=True))
+    if trajectory.has_dynamic():
+        legend.append(swatch("moving", MOVING, TEXT))
     everything = np.concatenate([cells, seen_world, poses[:, :3, 3]])
     low, high = everything.min(axis=0), everything.max(axis=0)
+    width, height = _room(legend, size)
     scale = min(
-        (PANEL[0] - 20) / max(high[across] - low[across], 0.1),
-        (PANEL[1] - 40) / max(high[along] - low[along], 0.1),
+        (width - 20) / max(high[across] - low[across], 0.1),
+        (height - 16) / max(high[along] - low[along], 0.1),
     )
-    canvas = np.full((PANEL[1], PANEL[0], 3), PAPER, np.uint8)
+    canvas = np.full((height, width, 3), PAPER, np.uint8)
 
     def place(points: NDArray[np.float64]) -> NDArray[np.intp]:
-        a = (points[..., across] - (low[across] + high[across]) / 2) * scale * sign + PANEL[0] / 2
-        b = PANEL[1] / 2 + 10 - (points[..., along] - (low[along] + high[along]) / 2) * scale
+        a = (points[..., across] - (low[across] + high[across]) / 2) * scale * sign + width / 2
+        b = height / 2 - (points[..., along] - (low[along] + high[along]) / 2) * scale
         return np.stack([a, b], axis=-1).round().astype(int)
 
-    spots = np.clip(place(seen_world), 0, (PANEL[0] - 1, PANEL[1] - 1))
-    canvas[spots[:, 1], spots[:, 0]] = (58, 66, 82)
-    height = cells[:, axis] * sign
-    # Without ceilings, which would hide the room.
-    shown = height < (poses[:, axis, 3] * sign).max() + 0.6
-    order = np.argsort(height[shown])
+    last = (width - 1, height - 1)
+    spots = np.clip(place(seen_world), 0, last)
+    canvas[spots[:, 1], spots[:, 0]] = OBSERVED
+    order = np.argsort(heights[shown])
     drawn = np.concatenate([cells[shown][order], moving_world])
-    spots = np.clip(place(drawn), 1, (PANEL[0] - 2, PANEL[1] - 2))
     pink = np.full((len(moving_world), 3), MOVING, np.uint8)
-    colors = np.concatenate([by_height(height[shown][order]), pink])
+    colors = np.concatenate([by_height(heights[shown][order]), pink])
     edge = max(1, int(np.ceil(grid.voxel_size * scale)))
+    spots = place(drawn) - edge // 2
     for dx, dy in np.ndindex(edge, edge):
-        x, y = spots[:, 0] + dx - edge // 2, spots[:, 1] + dy - edge // 2
-        canvas[np.clip(y, 0, PANEL[1] - 1), np.clip(x, 0, PANEL[0] - 1)] = colors
+        x, y = np.clip(spots + np.array([dx, dy]), 0, last).T
+        rim = edge >= CLEAR and (dx == 0 or dy == 0)
+        canvas[y, x] = colors * EDGES if rim else colors
     image = Image.fromarray(canvas)
     draw = ImageDraw.Draw(image)
     track = [tuple(p) for p in place(poses[:, :3, 3]).tolist()]
@@ -259,11 +320,8 @@ def _above(
     eye = poses[frame, :3, 3]
     corners = [eye + poses[frame, :3, :3] @ np.array([x, 0, 0.5]) for x in (-0.5, 0.5)]
     draw.polygon([tuple(p) for p in place(np.stack([eye, *corners])).tolist()], outline=INK)
-    panel = _panel(
-        image,
-        "scene from above by height; path in red; observed in grey",
-        f"moving in {MOVING_NAME}" if trajectory.has_dynamic() else "",
-    )
-    if shown.any():
-        _draw_scale(panel, *limits(height[shown])[::-1])
-    return panel
+    draw_scale_bar(draw, (width - (BAR + 1) * TEXT, height - TEXT), scale, TEXT)
+    directions = np.zeros((3, 2))
+    directions[across, 0], directions[along, 1] = sign, -1
+    draw_axes(draw, (3 * TEXT, height - 3 * TEXT), directions, TEXT)
+    return _panel(image, "scene from above", legend, size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal, Protocol
@@ -17,12 +18,13 @@ from occgen_hub.errors import DatasetError, UsageError
 from occgen_hub.loading import REBUILD, Trajectory
 from occgen_hub.media import VideoWriter
 from occgen_hub.prefetch import background
-from occgen_hub.visual.ego import EgoView
+from occgen_hub.visual.colors import ramp
+from occgen_hub.visual.ego import EgoView, ego_legend
 from occgen_hub.visual.frames import Frame, frame_title, frames
 from occgen_hub.visual.output_paths import written_for
-from occgen_hub.visual.panels import Panels, with_legend
+from occgen_hub.visual.panels import Items, Panels, legend_height, legend_picture, with_legend
 from occgen_hub.visual.viewpoint import Viewpoint
-from occgen_hub.visual.world import WorldView
+from occgen_hub.visual.world import WorldView, world_legend
 
 View = Literal["world", "ego", "panels"]
 LARGEST = 3840
@@ -87,24 +89,27 @@ def _drawn(
 @contextmanager
 def _renderer(trajectory: Trajectory, shot: Shot) -> Iterator[_Renderer]:
     size, moving = shot.fitted(trajectory.image_size), trajectory.has_dynamic()
-
-    def explained(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        return with_legend(picture) if moving else picture
-
     if shot.view == "world":
-        with closing(WorldView(trajectory, size, shot.viewpoint)) as world:
-            yield lambda frame, image: explained(world(frame, image))
+        foot = legend_height(*size, _of_some_world(moving))
+        with closing(WorldView(trajectory, (size[0], size[1] - foot), shot.viewpoint)) as world:
+            strip = legend_picture(size[0], foot, size[1], partial(world.legend, moving=moving))
+            yield lambda frame, image: with_legend(world(frame, image), size, strip)
     elif shot.view == "ego":
-        with closing(EgoView(trajectory, size)) as ego:
-            yield lambda frame, _: explained(ego(frame))
+        foot = legend_height(*size, _of_some_camera(moving))
+        inner = _inside(trajectory.image_size, (size[0], size[1] - foot))
+        with closing(EgoView(trajectory, inner)) as ego:
+            strip = legend_picture(size[0], foot, size[1], partial(ego.legend, moving=moving))
+            yield lambda frame, _: with_legend(ego(frame), size, strip)
     else:
-        panels = Panels(size, trajectory.image_size, moving=moving)
+        legends = _of_some_world(moving), _of_some_camera(moving)
+        panels = Panels(size, trajectory.image_size, legends)
         name = called(trajectory)
         count, fps = len(trajectory.world_from_camera()), rate(trajectory)
         with (
             closing(WorldView(trajectory, panels.world_size, shot.viewpoint)) as world,
             closing(EgoView(trajectory, panels.image_size)) as ego,
         ):
+            panels.explain(partial(world.legend, moving=moving), partial(ego.legend, moving=moving))
 
             def draw(frame: Frame, image: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
                 line = (
@@ -117,6 +122,22 @@ def _renderer(trajectory: Trajectory, shot: Shot) -> Iterator[_Renderer]:
                 return panels(image, world(frame, image), ego(frame), line)
 
             yield draw
+
+
+def _of_some_world(moving: bool) -> Items:
+    """A legend of the same size as the world's, before the world is known."""
+    return lambda text: world_legend(ramp, 1.0, text, moving)
+
+
+def _of_some_camera(moving: bool) -> Items:
+    return lambda text: ego_legend(ramp, 1.0, text, moving)
+
+
+def _inside(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """The largest (width, height) of an image's shape that fits into `size`."""
+    scale = min(size[0] / image_size[0], size[1] / image_size[1])
+    width, height = (max(1, round(n * scale)) for n in image_size)
+    return width, height
 
 
 def called(trajectory: Trajectory) -> str:
@@ -152,14 +173,14 @@ def render(
         if number >= count:
             raise UsageError(f"--frame {number}: there are {count} frames, numbered from 0.")
         (drawn,) = _drawn(trajectory, shot, number, number + 1)
-        with written_for(place) as partial:
-            Image.fromarray(drawn).save(partial, "PNG", optimize=True)
+        with written_for(place) as unfinished:
+            Image.fromarray(drawn).save(unfinished, "PNG", optimize=True)
         return
     if place.suffix.lower() != ".mp4" or frame is not None:
         raise UsageError(f"{place}: give a name that ends in .mp4 or, for one frame, in .png.")
     with (
-        written_for(place) as partial,
-        VideoWriter(partial, fps or rate(trajectory)) as video,
+        written_for(place) as unfinished,
+        VideoWriter(unfinished, fps or rate(trajectory)) as video,
         background(video.append) as encode,  # Encodes while the next image is rendered.
     ):
         for done, picture in enumerate(pictures(trajectory, shot), 1):

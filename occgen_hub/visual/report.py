@@ -19,15 +19,17 @@ from occgen_hub.errors import OccGenError
 from occgen_hub.files import leads_out, printable, read_jsonl
 from occgen_hub.fusion.quality import Quality
 from occgen_hub.loading import Trajectory, built, trajectories
-from occgen_hub.visual.colors import MOVING_NAME
 from occgen_hub.visual.output_paths import written_for
-from occgen_hub.visual.preview import from_above, from_camera
+from occgen_hub.visual.preview import cells_panel, from_above
 
 FAILURES = "failures.jsonl"
 PICTURED = 500
 """Largest number of trajectories with images, 40 kB each. Others are in the table only."""
 
 THUMBNAIL = (400, 225)
+SHEET = (480, 320)
+"""Size of drawings in pixels: about as large as they are shown, so that text stays legible."""
+
 QUALITY = 80
 WORDS = 400
 """Largest number of characters shown of a task, a note or a reason."""
@@ -179,19 +181,23 @@ def _pictures(trajectory: Trajectory) -> Iterator[tuple[str, Image.Image | NDArr
     image = trajectory.rgb(frame)
     if image is not None:
         yield "image", image
-    yield "from above", from_above(trajectory, frame)
-    moving = f", moving in {MOVING_NAME}" if trajectory.has_dynamic() else ""
-    yield f"occupied, from the camera{moving}", from_camera(trajectory, frame)
+    yield "from above", from_above(trajectory, frame, SHEET)
+    yield "occupied, from the camera", cells_panel(trajectory, frame, SHEET)
 
 
 def _uri(picture: Image.Image | NDArray[np.uint8]) -> str:
-    """A data URI with a JPEG of at most THUMBNAIL pixels."""
-    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    image = image.convert("RGB")
-    image.thumbnail(THUMBNAIL, Image.Resampling.LANCZOS)
+    """Inside the page: a drawing as a PNG of 255 colours, an image as a JPEG of THUMBNAIL."""
     content = io.BytesIO()
-    image.save(content, "JPEG", quality=QUALITY)
-    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
+    if isinstance(picture, Image.Image):
+        kind = "png"
+        picture.quantize(255, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+            content, "PNG", optimize=True
+        )
+    else:
+        kind, image = "jpeg", Image.fromarray(picture)
+        image.thumbnail(THUMBNAIL, Image.Resampling.LANCZOS)
+        image.save(content, "JPEG", quality=QUALITY)
+    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def _page(name: str, rows: list[Row], failures: list[dict[str, str]]) -> str:
@@ -213,6 +219,8 @@ def _page(name: str, rows: list[Row], failures: list[dict[str, str]]) -> str:
         rows=rows,
         failures=failures,
         columns=columns,
+        engines=any(row.engine for row in rows),
+        notes=any(row.notes for row in rows),
         totals=_totals(rows, failures),
         pictured=PICTURED,
         script=Markup(script),  # our own

@@ -22,6 +22,7 @@ from occgen_hub.files import read_bytes
 from occgen_hub.loading import REBUILD, Trajectory
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.visual.colors import MOVING, OCCUPANCY, PATH
+from occgen_hub.visual.cubes import cube_faces
 from occgen_hub.visual.frames import Frame, frames
 from occgen_hub.visual.heights import Heights
 from occgen_hub.visual.optional_dependencies import need
@@ -35,6 +36,8 @@ BLOCK = 5
 
 MAX_IMAGE_BYTES = 64 << 20
 FREE = (120, 170, 255)
+FREE_ALPHA = 40
+"""Opacity of the surface of the observed free space, of 255."""
 
 
 def _blueprint(trajectory: Trajectory) -> Any:
@@ -66,7 +69,10 @@ def _blueprint(trajectory: Trajectory) -> Any:
             ),
             column_shares=[3, 2],
         ),
-        rrb.TimePanel(timeline="frame", fps=rate(trajectory), state="collapsed"),
+        # Paused, it opens at the first frame: a recording that is followed opens at the last.
+        rrb.TimePanel(
+            timeline="frame", fps=rate(trajectory), play_state="paused", state="collapsed"
+        ),
         rrb.SelectionPanel(state="collapsed"),
         rrb.BlueprintPanel(state="collapsed"),
     )
@@ -83,10 +89,10 @@ def fill(
 
     On the timelines `frame` (number) and `time` (seconds) come the camera's pose (`world/camera`,
     OpenCV axes, metres), its image and depth, the cells that it sees occupied, those of them that
-    move (`world/camera/moving`), the blocks of free space that it observes, and how many cells they
-    are. Without time come the cloud, in two parts,
-    so that what is over the cameras' heads can be hidden, and the path. Raises DatasetError when
-    a file of the trajectory cannot be used.
+    move (`world/camera/moving`), the surface of the free space that it observes
+    (`world/camera/observed`), and how many cells they are. Without time come the cloud, in two
+    parts, so that what is over the cameras' heads can be hidden, and the path. Raises DatasetError
+    when a file of the trajectory cannot be used.
     """
     rr = need("rerun")
     scene = _Scene(rr, stream, trajectory)
@@ -180,10 +186,19 @@ class _Scene:
             self._log_cubes("moving", centres[moving], np.array([MOVING], np.uint8))
             self._log("cells/moving", rr.Scalars(len(frame.cells.moving)))
         free = free_blocks(grid, frame.cells.columns, observed)
-        blocks = rr.Points3D(free, colors=[(*FREE, 90)], radii=[0.008])
-        self._log("world/camera/observed", blocks)
+        self._log("world/camera/observed", self._hull(free, BLOCK * grid.voxel_size))
         self._log("cells/occupied", rr.Scalars(len(centres)))
         self._log("cells/observed", rr.Scalars(int(observed.sum()) / 100))
+
+    def _hull(self, centres: NDArray[np.float32], edge: float) -> Any:
+        """The surface of blocks, which one can look through."""
+        faces = cube_faces(centres, edge)
+        squares = 4 * np.arange(len(faces))[:, None]
+        return self._rr.Mesh3D(
+            vertex_positions=faces.corners.reshape(-1, 3),
+            triangle_indices=(squares + np.array([0, 1, 2, 0, 2, 3])).reshape(-1, 3),
+            albedo_factor=(*FREE, FREE_ALPHA),
+        )
 
     def _log_cubes(
         self, name: str, centres: NDArray[np.floating], colors: NDArray[np.uint8]

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 
 from occgen_hub.geometry.cloud import Cloud, voxel_downsample
 from occgen_hub.loading import Trajectory
-from occgen_hub.occupancy.grid import cell_centres, cell_numbers, scene_grid
+from occgen_hub.occupancy.grid import cell_centres, cell_numbers
 from occgen_hub.visual.blend import blended
-from occgen_hub.visual.colors import INK, MOVING, PATH
+from occgen_hub.visual.colors import AHEAD, INK, MOVING, PATH, faded
 from occgen_hub.visual.cubes import Faces, cube_faces, lit
 from occgen_hub.visual.frames import Frame, FrameCells
 from occgen_hub.visual.heights import Heights
-from occgen_hub.visual.offscreen import Picture, Stage
+from occgen_hub.visual.legend import (
+    BAR,
+    SMALLEST,
+    Overlay,
+    Shade,
+    color_bar,
+    draw_axes,
+    draw_scale_bar,
+    swatch,
+    text_size,
+)
+from occgen_hub.visual.offscreen import Stage
 from occgen_hub.visual.viewpoint import Viewpoint, automatic
 
 MAX_CUBES = 600_000
@@ -22,18 +34,24 @@ MAX_CUBES = 600_000
 SUPERSAMPLED = 2
 """Supersampling factor: images are rendered larger by this factor and averaged."""
 
-AHEAD = (120, 62, 56)
-"""Colour of the future part of the path."""
+GAP = 4
+"""Edge, in cells, of the blocks in which the cloud between occupied cells is tinted."""
 
-OWN, PAST = 0.15, 0.6
-"""How much of the cloud's own colour shows in the occupancy of a frame, and of those before it."""
+TINT = 0.8
+"""Share of the occupied cells' colour in the tinted cloud."""
+
+BEFORE = 1.5
+"""Distance, in cells, by which the cloud can be nearer than an occupied cell without hiding it."""
 
 
 class WorldView:
     """Renders the frames of a trajectory from one viewpoint.
 
     The cloud does not change: it is drawn once, with its depth, and what moves is drawn into it.
-    size: (width, height), pixels.
+    Far from the camera, the pixels of an image are further apart than cells, so that rays end in
+    rows of cells. The cloud between them is tinted in their colour; otherwise it shows as stripes.
+    size: (width, height), pixels. scale_bar: metres that the bar in the corner is long, at the
+    distance of the viewpoint's target; 0 where the picture is too small for one.
     """
 
     def __init__(
@@ -44,7 +62,6 @@ class WorldView:
         self._image_size = trajectory.image_size
         self._voxel = trajectory.grid.voxel_size
         cloud, edge = _thinned(trajectory.cloud(), self._voxel)
-        self._true = _TrueColors(cloud, edge)
         self._occupied = _Occupied(cloud, edge, self._voxel)
         path = self._poses[:, :3, 3]
         self.viewpoint = viewpoint or automatic(cloud.points, self._poses, size)
@@ -63,35 +80,48 @@ class WorldView:
         far = max(1.5 * float(np.max(forward)) + 5, 10 * near)
         self._stage = Stage(drawn, near, far)
         self._stage.look(pose, K)
-        self._scenery = self._drawn_scenery(cloud, edge)
-        # Occupied cells lie in those of the cloud, and are what is to be seen of the two.
-        self._limit = self._scenery.zbuffer_at(0.6 * self._voxel)
-
-    def _drawn_scenery(self, cloud: Cloud, edge: float) -> Picture:
         shown = self._heights.below_ceiling(cloud.points)
-        centres = scene_grid(cloud.points[shown], edge).centres
-        colors, _ = self._true.of(centres)
+        self._draw_scenery(Cloud(cloud.points[shown], cloud.colors[shown]), edge)
+        # Occupied cells lie in those of the cloud, and are what is to be seen of the two.
+        self._limit = self._scenery.zbuffer_at(BEFORE * self._voxel)
+        self.scale_bar = 0.0
+        self._overlay = Overlay(self._marks())
+
+    def _draw_scenery(self, cloud: Cloud, edge: float) -> None:
+        """Draw the cloud, and find which of its faces each pixel shows, -1 for none."""
+        numbers, first = np.unique(cell_numbers(cloud.points, edge), return_index=True)
+        centres = cell_centres(numbers, edge)
         faces = cube_faces(centres, edge, np.asarray(self.viewpoint.position))
-        self._stage.put_faces("cloud", faces, lit(colors, faces, self._heights.axis))
-        scenery = self._stage.picture()
+        # The number of a face as a colour: nothing is lit or smoothed.
+        code = np.arange(1, len(faces) + 1)[:, None] >> np.array([16, 8, 0]) & 255
+        self._stage.put_faces("cloud", faces, code.astype(np.uint8))
+        red, green, blue = np.moveaxis(self._stage.picture().rgb.astype(np.int32), -1, 0)
+        shades = lit(cloud.colors[first], faces, self._heights.axis)
+        self._stage.put_faces("cloud", faces, shades)
+        self._scenery = self._stage.picture()
+        shown = self._scenery.zbuffer < 1
+        self._face = np.where(shown, (red << 16 | green << 8 | blue) - 1, -1).astype(np.int32)
         self._stage.put_faces("cloud", Faces.none(), np.zeros((0, 3), np.uint8))
-        return scenery
+        self._gaps = _Gaps(centres, faces, self._heights, self._voxel)
 
     def __call__(self, frame: Frame, image: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
         """(H, W, 3) uint8 of a frame; image: what its camera saw, shown on its frustum."""
         stage = self._stage
-        self._put_occupancy(frame)
+        tint = self._put_occupancy(frame)
         path = self._poses[:, :3, 3]
         stage.put_lines("behind", path[: frame.number + 1], PATH, self._line)
         stage.put_lines("ahead", path[frame.number :], AHEAD, 0.6 * self._line)
         self._put_frustum(frame, image)
         moving = stage.picture()
         picture: NDArray[np.uint8] = blended(
-            moving.rgb, moving.zbuffer, self._scenery.rgb, self._limit, SUPERSAMPLED
-        )
+            moving.rgb, moving.zbuffer, self._scenery.rgb, self._limit, self._face, tint,
+            SUPERSAMPLED,
+        )  # fmt: skip
+        self._overlay(picture)
         return picture
 
-    def _put_occupancy(self, frame: Frame) -> None:
+    def _put_occupancy(self, frame: Frame) -> NDArray[np.uint8]:
+        """Draw the cells of a frame and of its past; returns the tint of the cloud's cells."""
         numbers, among = self._occupied.of(frame)
         every = cell_centres(numbers, self._voxel)
         now = np.isin(numbers, frame.cells.moving_world_cells)
@@ -101,15 +131,12 @@ class WorldView:
         gone = np.isin(numbers, np.concatenate(before)) & ~among
         shown = now | (self._heights.below_ceiling(every) & ~gone)
         every, among, now = every[shown], among[shown], now[shown]
-        colors = self._heights.colors(every).astype(np.float32)
-        true, known = self._true.of(every)
-        share = np.where(among, OWN, PAST) * known
-        colors += share[:, None] * (true - colors)
+        colors = self._heights.colors(every)
+        colors[~among] = faded(colors[~among])
         colors[now] = MOVING
         faces = cube_faces(every, self._voxel, np.asarray(self.viewpoint.position))
-        self._stage.put_faces(
-            "occupancy", faces, lit(colors.astype(np.uint8), faces, self._heights.axis)
-        )
+        self._stage.put_faces("occupancy", faces, lit(colors, faces, self._heights.axis))
+        return self._gaps.tint(every[among & ~now], every[~among & ~now])
 
     def _put_frustum(self, frame: Frame, image: NDArray[np.uint8] | None) -> None:
         width, height = self._image_size
@@ -125,9 +152,47 @@ class WorldView:
         if image is not None:
             self._stage.put_image("image", corners, image)
 
+    def _marks(self) -> Image.Image:
+        """The scale bar and the world's axes, (W, H) RGBA, transparent where there is nothing."""
+        sheet = Image.new("RGBA", self._size)
+        if min(self._size) < SMALLEST:
+            return sheet
+        draw, text = ImageDraw.Draw(sheet), text_size(self._size[1])
+        pose, (width, height) = self.viewpoint.world_from_camera(), self._size
+        place = width - (BAR + 1) * text, height - text
+        self.scale_bar = draw_scale_bar(draw, place, self.pixels_per_metre, text)
+        draw_axes(draw, (4 * text, height - 4 * text), pose[:3, :2], text)
+        return sheet
+
+    @property
+    def pixels_per_metre(self) -> float:
+        """Of the picture, at the distance of the viewpoint's target."""
+        view = self.viewpoint
+        distance = np.linalg.norm(np.subtract(view.target, view.position))
+        return float(view.intrinsics(self._size)[0, 0] / distance)
+
+    def legend(self, text: int, *, moving: bool) -> list[Image.Image]:
+        """What the colours mean; text: its size, pixels; moving: whether cells move."""
+        return world_legend(
+            self._heights.shade, self._heights.high - self._heights.low, text, moving
+        )
+
     def close(self) -> None:
         """Free the window."""
         self._stage.close()
+
+
+def world_legend(shade: Shade, height: float, text: int, moving: bool) -> list[Image.Image]:
+    """What the colours of the world view mean, as many pixels high and wide whatever the scene.
+
+    shade: the colours of heights from 0 to `height`, metres.
+    """
+    rows = {"now": shade, "past frames": lambda metres: faded(shade(metres))}
+    items = [color_bar("occupied, by height", rows, 0.0, height, text)]
+    if moving:
+        items.append(swatch("moving now", MOVING, text))
+    paths = (("path", PATH), ("path to come", AHEAD), ("camera", INK))
+    return items + [swatch(name, color, text, line=True) for name, color in paths]
 
 
 def _thinned(cloud: Cloud, edge: float) -> tuple[Cloud, float]:
@@ -168,18 +233,37 @@ class _Occupied:
         return cells, np.unique(np.concatenate([cells.world_cells, held]))
 
 
-class _TrueColors:
-    """The colours of the cells with edges of `edge` metres that contain a cloud's points."""
+class _Gaps:
+    """The colours of the cloud's cells that lie between a frame's occupied ones.
 
-    def __init__(self, cloud: Cloud, edge: float) -> None:
-        self._edge = edge
-        self._keys, first = np.unique(cell_numbers(cloud.points, edge), return_index=True)
-        self._colors = cloud.colors[first]
+    Those are the cells in whose block of GAP cells an edge some are occupied. centres: (n, 3) of
+    the cloud's cells, world, metres; faces: m of them; voxel_size: of the occupied cells.
+    """
 
-    def of(self, points: NDArray[np.floating]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        """(n, 3) colours of the cells that contain (n, 3) points, and (n,) whether they exist."""
-        if not len(self._keys):
-            return np.zeros((len(points), 3), np.uint8), np.zeros(len(points), np.bool_)
-        numbers = cell_numbers(points, self._edge)
-        place = np.searchsorted(self._keys, numbers).clip(max=len(self._keys) - 1)
-        return self._colors[place], self._keys[place] == numbers
+    def __init__(
+        self, centres: NDArray[np.float32], faces: Faces, heights: Heights, voxel_size: float
+    ) -> None:
+        self._edge = GAP * voxel_size
+        self.centres, self.owner = centres, faces.owner
+        numbers = cell_numbers(centres, self._edge)
+        self._blocks, block = np.unique(numbers, return_inverse=True)
+        self._block = block[faces.owner]
+        now = heights.colors(centres)
+        share = np.full((len(faces), 1), round(255 * TINT), np.uint8)
+        self._now, self._past = (
+            np.concatenate([lit(colors, faces, heights.axis), share], axis=1)
+            for colors in (now, faded(now))
+        )
+
+    def tint(self, now: NDArray[np.floating], past: NDArray[np.floating]) -> NDArray[np.uint8]:
+        """(m, 4) uint8 colours and how much of them the cloud's faces take, of 255.
+
+        now, past: (k, 3) centres of the occupied cells of the frame, and of those before it.
+        """
+        kind = np.zeros(len(self._blocks), np.uint8)
+        for value, centres in enumerate((past, now), 1):
+            kind[np.isin(self._blocks, cell_numbers(centres, self._edge))] = value
+        of_face = kind[self._block][:, None]
+        tint = np.where(of_face == 2, self._now, self._past)
+        tint[of_face[:, 0] == 0] = 0
+        return np.asarray(tint, np.uint8)
