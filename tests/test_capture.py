@@ -344,7 +344,7 @@ def test_open3d_files_and_floating_point_depth_are_read(episode: Episode, tmp_pa
     assert np.allclose(found.read_depth(1), episode.read_depth(1), atol=1e-6)
     assert np.allclose(read(tmp_path, depth_unit=0.01).read_depth(1), found.read_depth(1) / 100)
     (tmp_path / "depth/000002.npy").write_bytes(b"\x93NUMPY" + bytes(20))
-    with pytest.raises(SourceError, match=r"000002\.npy: is not an array"):
+    with pytest.raises(SourceError, match=r"000002\.npy: is not a readable array"):
         read(tmp_path).read_depth(2)
 
 
