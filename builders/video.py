@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from occgen_hub.builder import DatasetBuilder, EpisodeRef, other_source
 from occgen_hub.episode import Episode, MediaFile, Note, Task
 from occgen_hub.errors import OccGenError, SourceError, UsageError
-from occgen_hub.files import MAX_TABLE_ROWS, is_file, opened, read_json, read_parquet
+from occgen_hub.files import MAX_TABLE_ROWS, is_file, natural_key, opened, read_json, read_parquet
 from occgen_hub.kinds import check_not_lerobot
 from occgen_hub.media import (
     ImageSequence,
@@ -252,7 +252,7 @@ def _images(folder: Path) -> list[Path]:
             names = [e.name for e in entries if _is(e.name, IMAGES) and not e.is_dir()]
     except OSError as error:
         _unlisted(error)
-    paths = [folder / name for name in sorted(names, key=_natural)]
+    paths = [folder / name for name in sorted(names, key=natural_key)]
     if not paths:
         raise SourceError(folder, "has no images any more", "restore them or leave it out")
     if len(paths) > MAX_TABLE_ROWS:
@@ -263,12 +263,6 @@ def _images(folder: Path) -> list[Path]:
         if (other := stems.setdefault(path.stem, path)) != path:
             raise SourceError(path, f"has the same name as {other.name}", "keep one of the two")
     return paths
-
-
-def _natural(name: str) -> tuple[list[str | int], str]:
-    """A sort key in which digits count as numbers."""
-    parts = re.split(r"([0-9]+)", name)
-    return [int(part) if n % 2 else part for n, part in enumerate(parts)], name
 
 
 # Naming the episodes

@@ -29,7 +29,7 @@ from occgen_hub.errors import (
     in_brief,
     one_line,
 )
-from occgen_hub.files import MACHINE_FAULTS, Version, read_bytes, sha256, version
+from occgen_hub.files import MACHINE_FAULTS, MAX_SOURCE_BYTES, Version, read_bytes, sha256, version
 from occgen_hub.lerobot.writer import Media
 
 logger = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ class DatasetBuilder(ABC):
 @lru_cache(maxsize=4096)
 def _checksum(path: Path, version: Version) -> str:
     """SHA-256 of a file: what episodes have in common is read once."""
-    return sha256(path)
+    return sha256(path, MAX_SOURCE_BYTES)
 
 
 def builder_names() -> list[str]:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
 import time
 from collections.abc import Iterator
@@ -43,6 +44,9 @@ MAX_TABLE_ROWS = 1 << 20
 
 MAX_BUILT_BYTES = 1 << 36
 """Of a file of a dataset or an export; a sparse one may claim to hold more than a disk does."""
+
+MAX_SOURCE_BYTES = 1 << 39
+"""Of a file of a recording, for the same reason; bags and videos may be large."""
 
 
 def opened(path: Path) -> BufferedReader:
@@ -268,7 +272,7 @@ def sha256(path: Path, limit: int | None = None) -> str:
     """
     with opened(path) as file:
         if limit is not None and os.fstat(file.fileno()).st_size > limit:
-            problem = f"holds more than {limit >> 30} GB, more than any file of a dataset"
+            problem = f"holds more than {limit >> 30} GB, more than any file here"
             raise SourceError(path, problem, "restore it from a copy")
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -313,6 +317,12 @@ LINK_OUT = "is a link that leads out of the dataset"
 
 PUT_FILE = "replace it by the file itself, or remove the link"
 """The remedy for such a link."""
+
+
+def natural_key(name: str) -> tuple[list[str | int], str]:
+    """A sort key for names in which digits count as numbers, so that 10 comes after 9."""
+    parts = re.split(r"([0-9]+)", name)
+    return [int(part) if n % 2 else part for n, part in enumerate(parts)], name
 
 
 def files_under(folder: Path) -> Iterator[Path]:

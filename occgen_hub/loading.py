@@ -227,8 +227,8 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]
     if len(text) < length or b"\\" in text:  # Python would print a warning for escapes.
         raise ValueError("its header is damaged")
     try:
-        said = ast.literal_eval(text.decode("latin1").strip())
-        shape, fortran, kind = said["shape"], said["fortran_order"], said["descr"]
+        header = ast.literal_eval(text.decode("latin1").strip())
+        shape, fortran, kind = header["shape"], header["fortran_order"], header["descr"]
         dtype = np.dtype(kind) if isinstance(kind, str) else None
     except (SyntaxError, ValueError, TypeError, KeyError, MemoryError, RecursionError):
         raise ValueError("its header is damaged") from None

@@ -48,7 +48,7 @@ RESTORE = "restore it from a copy, or remove this trajectory's folder and build 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong with a dataset: the file, what is wrong with it, what to do."""
+    """A problem of a dataset: the file, the problem and the remedy."""
 
     file: str
     problem: str
@@ -61,10 +61,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """What `validate` found.
+    """The result of `validate`.
 
-    trajectories, frames: how many were looked at; warnings: sentences about a valid dataset that
-    may be poor.
+    trajectories, frames: the numbers that were checked; warnings: sentences on a valid dataset that
+    may be of poor quality.
     """
 
     root: str
@@ -75,18 +75,18 @@ class Report:
 
     @property
     def valid(self) -> bool:
-        """Whether there is a dataset and nothing is wrong with it."""
+        """Whether there are no findings."""
         return not self.findings
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The report as a dictionary for JSON."""
         return {**asdict(self), "valid": self.valid}
 
 
 def validate(
     root: str | Path, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Report:
-    """Check every trajectory below `root`. Never raises for what is wrong in the dataset.
+    """Check every trajectory below `root`. Problems of the dataset are returned, not raised.
 
     Files and folders, checksums, meta files against their JSON Schemas, columns and arrays against
     the schema and each other, poses, intrinsics, and that the visible cells of each frame are
@@ -139,7 +139,7 @@ def validate(
 
 
 def _packed(root: Path) -> list[int]:
-    """The frames of each trajectory of which only shards are to be had, all of them here."""
+    """The frames of each trajectory that has shards only, all of which are here."""
     try:
         rows = read_index(root, ["files", "frames", "shards"]).to_pylist()
     except SourceError:  # It has a finding of its own.
@@ -149,7 +149,7 @@ def _packed(root: Path) -> list[int]:
 
 
 def check_trajectory(path: Path) -> tuple[Finding, ...]:
-    """What is wrong with a trajectory by itself; what `validate` says of it."""
+    """The findings of `validate` for one trajectory."""
     findings = [Finding(str(link), LINK_OUT, PUT_FILE) for link in links_out(path)]
     if findings:
         return tuple(findings)
@@ -166,7 +166,7 @@ def _exported(
 ) -> Report:
     """The report on an export, whose episodes count as trajectories.
 
-    links: findings for those that lead out of it; where there is one, nothing is read.
+    links: findings on links that lead out of it; with any, nothing is read.
     """
     if links:
         return Report(str(root), 0, 0, links)
@@ -180,7 +180,7 @@ def _exported(
 
 
 def _disagreement(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """The kind and the words of each way in which the frames of a trajectory do not agree."""
+    """Code and text of the notes on frames of a trajectory that do not agree."""
     quality, config = Quality.from_record(record), record.get("config")
     if quality is not None:
         setting = config.get("refine_poses") if isinstance(config, dict) else None
@@ -192,7 +192,7 @@ def _warning(first: str, *more: str) -> str:
 
 
 def _unlike(grids: list[tuple[Path, Grid]]) -> Iterator[Finding]:
-    """The first trajectory with another grid than the first one, which no batch can hold too."""
+    """The first trajectory whose grid differs, which cannot be in one batch with the others."""
     for path, grid in grids[1:]:
         if grid != grids[0][1]:
             problem = f"has {grid.shape} cells of {grid.voxel_size} m from {grid.lower}"
@@ -202,9 +202,9 @@ def _unlike(grids: list[tuple[Path, Grid]]) -> Iterator[Finding]:
 
 
 def _shards(root: Path, findings: list[Finding]) -> tuple[list[Finding], list[str]]:
-    """What is wrong with index and shards and was not found in the trajectories already.
+    """Findings on the index and the shards that are not findings on trajectories already.
 
-    Also sentences on what is not here, of which a dataset may be only a part.
+    Also warnings about shards that are not here, if only a part of the dataset is.
     """
     known = {finding.file for finding in findings}
     try:
@@ -215,8 +215,8 @@ def _shards(root: Path, findings: list[Finding]) -> tuple[list[Finding], list[st
     notes = []
     if missing:
         notes.append(
-            f"{root}: {len(missing)} of the {count} shards that the index has are not here, "
-            f"{missing[0]} for one; fetch them to have the whole dataset."
+            f"{root}: {len(missing)} of the {count} shards in the index are missing here, "
+            f"for example {missing[0]}; download them to have the whole dataset."
         )
     return [Finding(error.path, error.problem, error.remedy) for error in errors], notes
 
@@ -228,7 +228,7 @@ def _leftovers(root: Path) -> Iterator[Finding]:
 
 
 class _Check:
-    """The checks of one trajectory; each step notes what it finds and the others go on."""
+    """The checks of one trajectory. A problem in one step does not stop the others."""
 
     def __init__(self, trajectory: Trajectory) -> None:
         self.trajectory = trajectory
@@ -237,13 +237,13 @@ class _Check:
         self.frames = 0
 
     def run(self) -> None:
-        """All checks, the cheap and telling ones first."""
+        """Run all checks, fast ones first."""
         self._step(self._record)
         self._step(self._documents)
         self._step(self._table)
         for key, spec in self.schema.files.items():
             self._step(lambda key=key, spec=spec: self._file(key, spec))  # type: ignore[misc]  # bound now
-        if not self.findings:  # What follows needs files that can be trusted.
+        if not self.findings:  # The next checks need valid files.
             self._step(self._counts)
             counted = len(self.findings)
             self._step(self._geometry)
@@ -355,7 +355,7 @@ class _Check:
         elif spec.kind == "csr":
             self._csr(key, path, spec.arrays["data"])
         elif spec.kind == "ply":
-            if spec.media:  # The source's own, of which nothing is computed.
+            if spec.media:  # Copied from the source, and not used for computing.
                 check_ply(path)
             elif not np.isfinite(read_ply(path).points).all():
                 self.say(path, "has points that are not finite")
@@ -365,7 +365,7 @@ class _Check:
                 self.say(path, f"has {facts.frames} frames, the parquet {self.frames}")
 
     def _images(self, key: str, spec: FileSpec) -> None:
-        """All frames or none, each decoded whole."""
+        """Check that all frames are there or none, by decoding each."""
         paths = [self.trajectory.file(key, frame) for frame in range(self.frames)]
         there = [path.is_file() for path in paths]
         if not any(there) and not spec.required:
@@ -423,7 +423,7 @@ class _Check:
         if not all((row == 1).all() for row in data.pieces(ends, self.trajectory.grid.cells)):
             self.say(path, "has values other than 1")
 
-    # What has to agree
+    # Consistency
 
     def _counts(self) -> None:
         info = self.trajectory.info()
@@ -498,7 +498,7 @@ class _Check:
         self.trajectory.scene_cells()
 
     def _visibility(self) -> None:
-        """Each frame's rays, stopped by its visible cells, must see just what the mask says."""
+        """Check that each frame's rays, which end at visible cells, observe exactly the mask."""
         grid, size = self.trajectory.grid, self.trajectory.image_size
         intrinsics = self.trajectory.intrinsics()
         shape = npz_array(self.trajectory.file("observed"), "shape").check("i", 3).load()

@@ -55,7 +55,7 @@ def measure_row(
     settings: tuple[str, ...] = (),
     bounds: int = 0,
 ) -> dict[str, Counts]:
-    """Make the recordings of a row with a seed, and count what each method says of them."""
+    """Make the recordings of a row with a seed, and evaluate each method on them."""
     kind, found = ROWS[row], {}
     with tempfile.TemporaryDirectory() as folder:
         sample = Path(folder, "sample")
@@ -129,7 +129,7 @@ def measure_table(options: argparse.Namespace) -> dict[str, Any]:
 def report(
     options: argparse.Namespace, counts: dict[str, dict[str, dict[int, Counts]]]
 ) -> dict[str, Any]:
-    """The figures of what was counted by row, method and seed, and what was asked for."""
+    """The figures from the counts by row, method and seed, and the options of the run."""
     done = {row: {name: by for name, by in of.items() if by} for row, of in counts.items()}
     done = {row: of for row, of in done.items() if of}
     return {

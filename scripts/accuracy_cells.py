@@ -168,7 +168,7 @@ def _beside(cells, columns, reach):
 
 @njit(cache=True, nogil=True)
 def thin_pixels(depth: Any, fx: float, fy: float, thickness: float, step: float) -> Any:
-    """(H, W) bool: pixels of a surface that is narrower than `thickness` in the image.
+    """(H, W) bool: pixels of objects that are narrower than `thickness`.
 
     Along the row, the column or a diagonal the surface falls away on both sides (the next pixel is
     more than `step` metres farther, or shows nothing), and the piece between is narrower than

@@ -1,4 +1,4 @@
-"""Built cells against the depth that a real camera measured, where there is no truth.
+"""Compare built cells with the measured depth of a real camera, for data without ground truth.
 
 A part of scripts/accuracy. Reads a folder as 7-Scenes lays one out: frame-NNNNNN.depth.png (uint16
 millimetres, 0 and 65535 for none), frame-NNNNNN.color.jpg or .png, frame-NNNNNN.pose.txt (4 x 4
@@ -27,7 +27,7 @@ from occgen_hub.occupancy.grid import Grid, cell_numbers
 from occgen_hub.occupancy.visibility import OCCUPIED, first_occupied
 
 FRONT = 0.04
-"""Metres: a cell so far in front of what was measured at its pixel was not there."""
+"""Distance in front of the measured depth, in metres, from which a cell counts as wrong."""
 
 NONE = 65535
 FPS = 30.0

@@ -68,7 +68,7 @@ class Method:
 
     @property
     def missing(self) -> str | None:
-        """Why it cannot run, None if it can."""
+        """Why the method cannot run; None if it can."""
         if self.package is None or importlib.util.find_spec(self.package) is not None:
             return None
         return f"{self.package} is not installed: .venv/bin/pip install -e '.[bench]'"
@@ -110,7 +110,7 @@ def build(builder: DatasetBuilder, out: Path, config: Config) -> None:
 
 
 def observed(episode: Episode, points: Points, config: Config) -> Iterator[Seen]:
-    """What each frame sees of (n, 3) points, world metres, from the recorded poses."""
+    """The occupancy of each frame for (n, 3) points, world metres, with the recorded poses."""
     cloud, grid = into_blocks(points), Grid.of(config)
     for pose, K in zip(*_cameras(episode), strict=True):
         frame = observe(grid, cloud, pose, K, episode.image_size)
@@ -228,7 +228,7 @@ def _thinned(clouds: Iterable[NDArray[np.float64]], config: Config) -> Points:
 
 
 EVIDENCE = "fusion" in Config.model_fields
-"""Whether this version has more than the union of all points."""
+"""Whether this version has other fusion than the union of all points."""
 
 OURS = "evidence" if EVIDENCE else "union"
 

@@ -1,4 +1,4 @@
-"""What is measured of a frame's cells against the true meshes, and of a whole built dataset.
+"""Accuracy metrics of a frame's cells against the true meshes, and of a whole built dataset.
 
 A part of scripts/accuracy. Everything is measured in the frame of the true camera: the true mesh,
 and the people of that moment, are moved there by the true pose, and the frame's cells are taken as
@@ -54,7 +54,7 @@ NEAR, GHOST = 0.02, 0.1
 is a ghost."""
 
 THIN, FALLS_AWAY = 0.04, 0.05
-"""Metres: what is narrower is thin; how much farther the next pixel is where a surface ends."""
+"""Metres: the width below which objects are thin, and the depth jump at a surface's edge."""
 
 RANGES = (0.0, 1.0, 2.0, 3.5)
 INCIDENCES = (0.0, 45.0, 70.0, 90.0)
@@ -65,7 +65,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Seen:
-    """What a method says of one frame, in the camera's grid.
+    """The result of a method for one frame, in the camera's grid.
 
     visible: (n,) columns of the visible occupied cells; observed: (ceil(cells / 8),) uint8,
     `np.packbits` of the observed cells, free and occupied.
@@ -92,7 +92,7 @@ class View:
 
 @dataclass(frozen=True)
 class FrameTruth:
-    """What is really there in one frame, in the frame of its true camera, and what its rays meet.
+    """The ground truth of one frame in its true camera's frame, and the hits of its rays.
 
     crossed: packed bits of the cells that the truth crosses, of the grid and a layer around it;
     scene: of the triangles, None without any; the others are (H, W), of the first hits: depth
@@ -130,7 +130,7 @@ class FrameTruth:
 
 @dataclass(frozen=True)
 class Truth:
-    """What is really there in a trajectory, in world coordinates, metres.
+    """The ground truth of a trajectory, world metres.
 
     vertices: (V, 3), faces: (F, 3) of what stands still; world_from_camera: (T, 4, 4) the true
     poses, OpenCV axes; people_vertices: (T, P, 3) and people_faces: (Q, 3), empty without people.
@@ -143,7 +143,7 @@ class Truth:
     people_faces: NDArray[np.int64]
 
     def frame(self, t: int, view: View) -> FrameTruth:
-        """The truth of frame t, as its camera sees it."""
+        """The ground truth of frame t in its camera's frame."""
         pose = self.world_from_camera[t]
         parts, person = [], []
         for moving, vertices, faces in (
@@ -192,7 +192,7 @@ def read_truth(sample: Path, episode: str, recorded: Floats) -> Truth:
 
 
 def frame_counts(view: View, truth: FrameTruth, seen: Seen, *, with_bound: bool = False) -> Counts:
-    """What the figures are made of, of one frame; counts of several frames are added up."""
+    """The counts from which figures are computed, per frame. They can be added up."""
     grid, size = view.grid, view.grid.voxel_size
     lower, shape = np.asarray(grid.lower), np.asarray(grid.shape)
     around = truth.around(grid)
@@ -304,7 +304,7 @@ def _entries(grid: Grid, columns: NDArray[np.integer], directions: Floats) -> Fl
 def _mean_of_cells(
     cells: NDArray[np.integer], values: Floats, wanted: NDArray[np.integer]
 ) -> Floats:
-    """(n,) mean of the values that fall into each wanted cell, not a number for none."""
+    """(n,) mean of the values in each wanted cell, NaN if there are none."""
     wanted_order = np.argsort(wanted)
     place = np.searchsorted(wanted, cells, sorter=wanted_order)
     place = np.minimum(place, max(len(wanted) - 1, 0))
@@ -339,11 +339,11 @@ OF = {
     "people": "people_hits",
     "thin": "thin_hits",
 }
-"""What each figure is a share of."""
+"""The count that is the denominator of each figure."""
 
 
 def figures(counts: Counts) -> dict[str, float]:
-    """Shares, from the counts of frames. One is left out where there is nothing to share."""
+    """The figures from the counts of frames, without those whose denominator is 0."""
     found = {name: counts[name] / counts[of] for name, of in OF.items() if counts[of]}
     for label in sorted(counts):
         if label.endswith(" all") and counts[label]:
@@ -373,7 +373,7 @@ class SampleTruth:
         frames: Iterable[int] | None = None,
         progress: Callable[[], object] = lambda: None,
     ) -> Counts:
-        """What a method says of an episode's frames against the truth, added up.
+        """The counts of a method for the frames of an episode, added up.
 
         recorded: (T, 4, 4) the episode's poses, which are the true ones where the sample has no
         file of true poses; views: the frames' cameras; bounds: on how many frames recall's bound is
@@ -425,7 +425,7 @@ def measure(
 
 
 def stored(trajectory: Trajectory) -> Iterator[Seen]:
-    """What a dataset says of each frame of a trajectory, in order."""
+    """Yield the occupancy of each frame of a built trajectory, in order."""
     rows = zip(trajectory.visible_frames(), trajectory.observed_packed(), strict=True)
     for visible, observed in rows:
         yield Seen(visible, observed)

@@ -1,4 +1,4 @@
-"""The rows of scripts/accuracy, what each has to show, and how the table is printed.
+"""The rows of scripts/accuracy, their required results, and printing of the table.
 
 A part of scripts/accuracy.
 """
@@ -92,7 +92,7 @@ class Check:
 
     @property
     def met(self) -> bool:
-        """Whether the figure is as it should be."""
+        """Whether the figure meets the requirement."""
         return self.value <= self.target if self.most else self.value >= self.target
 
 

@@ -1,4 +1,4 @@
-"""What fusion costs a frame beside the seed's union, by step, and how its memory grows with frames.
+"""Benchmark of fusion: time per frame and step compared with `fusion: union`, and peak memory.
 
 A part of scripts/bench; alone it prints the figures as JSON: bench_fusion.py TREE.
 """
@@ -89,7 +89,7 @@ def measure(source: Path, repeats: int) -> dict[str, Any]:
 
 
 def fusion_table(part: dict[str, Any]) -> None:
-    """Print what `measure` found."""
+    """Print the results of `measure`."""
     print("\nfusion")
     for name, value in part["ms_a_frame"].items():
         print(f"  {name:<34}{value:.1f} ms a frame")

@@ -62,7 +62,7 @@ def truth(rng: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.flo
 def bent(
     poses: NDArray[np.float64], local: NDArray[np.float64], rng: np.random.Generator, *, alike: bool
 ) -> Made:
-    """What a network makes of some frames: all lengths and turns a little off, evenly so.
+    """A simulated prediction of a network: lengths and rotations with small systematic errors.
 
     alike: whether every window is bent the same way, which adds up along the path.
     """
@@ -98,7 +98,7 @@ def windows(seed: int, size: int, overlap: int, *, alike: bool) -> Iterator[tupl
 
 
 def closure(seed: int, world: NDArray[np.float64], *, metric: bool, alike: bool) -> Sim3:
-    """What one pass of the network over both ends tells: the end's true place from where it is.
+    """A simulated prediction for both ends of a loop: the correction of the end's pose.
 
     That is start_from_end, of the path as it was put together; both views of 20 frames err too.
     """

@@ -29,7 +29,7 @@ STREAMED = {
 
 
 def loading(source: Path, seconds: float = 2.0) -> dict[str, float]:
-    """Frames a second of CPU time of the dataset that a source gives, by what is asked for.
+    """Frames per second of CPU time when loading a dataset, by the items that are read.
 
     Each kind is measured for `seconds`, in turns of a quarter of that, and its best turn counts: a
     machine that others use is slow for moments.
@@ -96,7 +96,7 @@ def _rate(frames: Iterator[Any], seconds: float) -> float:
 
 
 def loading_table(found: dict[str, float]) -> None:
-    """Print what `loading` found."""
+    """Print the results of `loading`."""
     print("\nframes a second of CPU time, one core, one process")
     for name, rate in found.items():
         print(f"  {name:<40}{rate:,.0f}")

@@ -34,7 +34,7 @@ def network(name: str, device: str) -> torch.nn.Module:
 
 
 class Memory:
-    """Megabytes that a block takes beyond what was there before it, at most."""
+    """The peak memory of a block above that at its start, in megabytes."""
 
     def __init__(self, device: str) -> None:
         self.device, self.peak = device, 0.0
@@ -85,7 +85,7 @@ def rate(device: str) -> float:
 def timed(
     run: Callable[[torch.Tensor], dict[str, torch.Tensor]], images: torch.Tensor, device: str
 ) -> tuple[dict[str, torch.Tensor], float, float]:
-    """What a network makes of images, in how many seconds and megabytes beyond what was there."""
+    """A network's output for images, with the time in seconds and the additional megabytes."""
     with Memory(device) as memory:
         start = time.perf_counter()
         found = run(images)
@@ -95,7 +95,7 @@ def timed(
 
 
 def apart(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    """The largest ||ours - theirs|| / ||theirs|| over what both give."""
+    """The largest relative difference ||ours - theirs|| / ||theirs|| over all common outputs."""
     pairs = [(ours[name].double(), theirs[name].double()) for name in theirs]
     return max(float((a - b).norm() / b.norm()) for a, b in pairs)
 

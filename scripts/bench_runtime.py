@@ -1,4 +1,4 @@
-"""How processes and threads share the work, what flushing costs, and memory over many episodes.
+"""Benchmark of processes and threads, of flushing, and of memory over many episodes.
 
 Called by scripts/bench; alone, `python scripts/bench_runtime.py` prints the same figures.
 
@@ -26,7 +26,7 @@ from occgen_hub.sample import make_sample
 
 
 def build_share(
-    source: str, out: str, shares: int, number: int, cores: list[int], begin: Any, told: Any
+    source: str, out: str, shares: int, number: int, cores: list[int], begin: Any, results: Any
 ) -> None:
     """In a process of its own: build one share of the episodes, on these cores."""
     os.sched_setaffinity(0, cores)
@@ -50,24 +50,24 @@ def build_share(
     for result in build_episodes(builder, [refs[n] for n in mine], Path(out), Settings()):
         summary.add(result)
     assert not summary.failures, summary.failures
-    told.put((start, time.monotonic(), summary.frames, dict(summary.stages)))
+    results.put((start, time.monotonic(), summary.frames, dict(summary.stages)))
 
 
 def build(source: Path, groups: list[list[int]]) -> dict[str, Any]:
     """Frames a second of processes with these cores, from their common start to the last's end."""
     context = multiprocessing.get_context("spawn")
-    begin, told = context.Barrier(len(groups)), context.Queue()
+    begin, results = context.Barrier(len(groups)), context.Queue()
     with tempfile.TemporaryDirectory() as out:
         processes = [
             context.Process(
                 target=build_share,
-                args=(str(source), out, len(groups), number, cores, begin, told),
+                args=(str(source), out, len(groups), number, cores, begin, results),
             )
             for number, cores in enumerate(groups)
         ]
         for process in processes:
             process.start()
-        rows = [told.get(timeout=1200) for _ in processes]
+        rows = [results.get(timeout=1200) for _ in processes]
         for process in processes:
             process.join()
     seconds = max(end for _, end, _, _ in rows) - min(start for start, _, _, _ in rows)

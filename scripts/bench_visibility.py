@@ -41,7 +41,7 @@ Size = tuple[int, int]
 
 
 class Scene:
-    """A trajectory's cloud and cameras; frame 0 is what methods are compared on."""
+    """A trajectory's cloud and cameras. Methods are compared on frame 0."""
 
     def __init__(self, source: Path) -> None:
         builder = load_builder("internnav", source)
@@ -58,7 +58,7 @@ class Scene:
 def best(
     run: Callable[[], object], repeats: int, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Seconds of the fastest of some calls: the others are disturbed by what else runs."""
+    """The time of the fastest of several calls in seconds, to exclude effects of other load."""
     times = []
     for _ in range(repeats):
         start = clock()
@@ -158,7 +158,7 @@ def _share(cells: np.ndarray, wrong: np.ndarray) -> float:
 def _octomap(
     grid: Grid, K: np.ndarray, size: Size, ends: np.ndarray
 ) -> Callable[[], object] | None:
-    """A call of OctoMap's that follows the same rays, to the same cells; None without OctoMap."""
+    """A function that traces the same rays with OctoMap; None without OctoMap."""
     try:
         import octomap
     except ImportError:

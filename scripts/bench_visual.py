@@ -20,7 +20,7 @@ SIZE = (1280, 480)
 
 
 def visual(source: Path, size: tuple[int, int] = SIZE) -> dict[str, dict[str, float]]:
-    """Of the first trajectory that a source gives; what comes before the first frame, by itself."""
+    """Times for the first trajectory of a source, with the start-up separate from the frames."""
     with tempfile.TemporaryDirectory() as folder:
         summary = build("internnav", source, folder, limit=1)
         assert not summary.failures, summary.failures
@@ -44,7 +44,7 @@ def _rate(trajectory: Trajectory, view: Any, size: tuple[int, int]) -> dict[str,
 
 
 def visual_table(found: dict[str, dict[str, float]]) -> None:
-    """Print what `visual` found."""
+    """Print the results of `visual`."""
     print(f"\nrender at {SIZE[0]} x {SIZE[1]}, frames a second, and seconds before the first")
     for view, row in found.items():
         print(f"  {view:<34}{row['frames_per_second']:<8.1f}{row['seconds_to_first_frame']:.1f}")

@@ -1,4 +1,4 @@
-"""What visibility is compared with: rays sampled at a fixed stride, all at once, in PyTorch.
+"""A baseline for visibility: rays sampled at a fixed stride, all at once, in PyTorch.
 
 This is how occupancy pipelines usually find what a camera sees. It visits a cell several times or
 not at all: a stride of one cell steps over the corners of others, and the first sample in an

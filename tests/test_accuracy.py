@@ -107,7 +107,7 @@ def test_cells_seen_through_a_hole_are_leaks():
     assert found["recall"] == 1  # A hole of two cells has a cell beside each of its own.
 
 
-def test_a_person_is_found_in_the_own_frame_only():
+def test_person_is_in_its_own_frame_only():
     someone = plane(0.61, (-0.2, 0.2), (-0.3, 0.6))
     together = np.concatenate([plane(1.01), someone])
     person = np.array([False, False, True, True])
@@ -141,7 +141,7 @@ def test_people_and_true_poses_of_a_frame_are_its_own():
 
 
 @pytest.mark.parametrize(("width", "thin"), [(0.03, True), (0.2, False)])
-def test_what_is_narrower_than_4_cm_is_thin(width, thin):
+def test_objects_narrower_than_4_cm_are_thin(width, thin):
     bar = plane(0.61, (-width / 2, width / 2), (-2, 2))
     missed = figures(np.concatenate([plane(1.01), bar]), seen(layer(WALL)))
     assert ("thin" in missed) is thin
@@ -287,7 +287,7 @@ def test_ours_has_to_be_nearer_than_every_other_method_on_corrupted_depth(monkey
     assert (missed.name, missed.target, missed.note) == ("near", 0.985, "TSDF's")
 
 
-def test_a_method_that_is_not_installed_says_so():
+def test_missing_method_is_an_error():
     there = methods.Method("there", surface=methods.tsdf_surface, package="numpy")
     absent = methods.Method("absent", surface=methods.tsdf_surface, package="no_such_package")
     assert there.missing is None
@@ -297,14 +297,14 @@ def test_a_method_that_is_not_installed_says_so():
 @pytest.mark.parametrize(
     "wrong", [["--row", "no such row"], ["--row", "p"], ["--seeds", "0"], ["--method", "none"]]
 )
-def test_wrong_options_are_told(wrong, capsys):
+def test_invalid_options_are_errors(wrong, capsys):
     with pytest.raises(SystemExit) as raised:
         accuracy.main(wrong)
     assert raised.value.code == 2
     assert wrong[0].lstrip("-") in capsys.readouterr().err
 
 
-def test_a_file_that_holds_no_figures_is_told(tmp_path, capsys):
+def test_file_without_figures_is_an_error(tmp_path, capsys):
     (tmp_path / "a.json").write_text("[]")
     assert accuracy.main(["--from", str(tmp_path / "a.json")]) == 2
     assert "a.json: holds no table of figures" in capsys.readouterr().err
@@ -341,7 +341,7 @@ def test_a_wall_is_built_where_it_was_measured(folder, tmp_path):
 
 
 @pytest.mark.parametrize("measure", [kinect.in_front, kinect.in_front_by_rays])
-def test_cells_in_front_of_the_measured_depth_are_told(measure):
+def test_cells_in_front_of_the_measured_depth_are_counted(measure):
     depth = np.full((80, 80), 1.01)
     depth[:20] = 0
     early = seen(layer(WALL - 6)).visible
@@ -352,7 +352,7 @@ def test_cells_in_front_of_the_measured_depth_are_told(measure):
     assert np.abs(measure(GRID, VIEW.K, here, depth)).max() < 1e-6
 
 
-def test_measured_cells_without_a_visible_cell_within_two_are_told():
+def test_measured_cells_without_a_visible_cell_nearby_are_counted():
     depth, within = np.full((80, 80), 1.01), (0.1, 2.0)
     for k, share in ((WALL, 1), (WALL + 2, 1), (WALL + 3, 0)):
         number, found = kinect.measured_found(GRID, VIEW.K, seen(layer(k)).visible, depth, within)
@@ -360,7 +360,7 @@ def test_measured_cells_without_a_visible_cell_within_two_are_told():
         assert found == share * number
 
 
-def test_a_frame_without_a_pose_is_told(folder, capsys):
+def test_frame_without_a_pose_is_an_error(folder, capsys):
     (folder / "frame-000002.pose.txt").unlink()
     with pytest.raises(SourceError, match=r"frame-000002.pose.txt.*missing"):
         next(map(kinect.KinectFolder(folder).read, kinect.KinectFolder(folder).episodes()))

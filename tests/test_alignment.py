@@ -216,7 +216,7 @@ def turning(rng: np.random.Generator) -> np.ndarray:
     ],
     ids=["still", "source still", "target still", "jitter", "jitter to", "turning"],
 )
-def test_without_motion_the_scale_is_left_alone(source, target):
+def test_without_motion_the_scale_is_one(source, target):
     sim3 = random_sim3(np.random.default_rng(4))
     found = align_poses(source, sim3.poses(target))
     assert not found.scaled
@@ -452,7 +452,7 @@ def test_far_points_count_less():
     assert place_error(20.0, patches=False) < 2.5  # 3.1 if noise were the same at any distance
 
 
-def test_points_that_are_not_numbers_are_left_out():
+def test_points_that_are_not_finite_are_ignored():
     earlier, later, gauge = shared(np.random.default_rng(0), 400, 8, noise=0.0)
     earlier.points[::2], later.points[1::4] = np.nan, np.inf
     assert_same(join(earlier, later).sim3, gauge.inverse(), gauge.points(np.eye(3)))
@@ -470,7 +470,7 @@ def test_points_that_match_nowhere_leave_it_to_the_poses_and_show():
 
 
 @pytest.mark.parametrize(("points", "poses"), [(0, 0), (0, 1), (1, 0)])
-def test_what_tells_no_scale_is_joined_at_scale_one(points, poses):
+def test_join_without_scale_has_scale_one(points, poses):
     earlier, later, _ = shared(np.random.default_rng(0), points, poses, noise=0.0)
     found = join(earlier, later)
     assert not found.scaled
@@ -482,7 +482,7 @@ def test_what_tells_no_scale_is_joined_at_scale_one(points, poses):
 
 
 @given(seeds, st.integers(1, 12))
-def test_a_blend_goes_evenly_from_one_to_the_other(seed, frames):
+def test_blend_changes_evenly(seed, frames):
     rng = np.random.default_rng(seed)
     earlier = noisy(walk(frames, 0.1, 1.0), rng, 0.1, 10.0)
     offset = random_sim3(rng, 1.0)
@@ -530,7 +530,7 @@ def test_a_long_gap_after_a_short_one_does_not_swing_out():
 
 
 @given(seeds, st.sampled_from([2, 3, 5, 7]))
-def test_a_steady_motion_comes_back_exactly(seed, interval):
+def test_steady_motion_is_interpolated_exactly(seed, interval):
     rng = np.random.default_rng(seed)
     t = np.arange(interval * 6 + rng.integers(interval))
     true = np.tile(np.eye(4), (len(t), 1, 1))
@@ -559,7 +559,7 @@ def test_a_sudden_stop_is_not_overshot():
     assert (np.diff(every) > -1e-9).all()
 
 
-def test_beyond_the_known_frames_it_goes_on_for_a_step_and_stands():
+def test_extrapolation_continues_for_one_step():
     poses = straight(2, 1.0)
     every = interpolate_poses(np.array([10, 15]), poses, 40)[:, 2, 3]
     np.testing.assert_allclose(every[5:21], np.arange(-1, 2.1, 0.2), atol=1e-12)
@@ -649,6 +649,6 @@ def garbage(name: str) -> tuple[np.ndarray, np.ndarray]:
     ["noise", "masked", "one column", "few", "mirrored", "behind", "nan", "zeros", "flat", "loose",
      "narrow", "aside", "wide"],
 )  # fmt: skip
-def test_what_is_no_camera_has_no_intrinsics(name):
+def test_implausible_rays_have_no_intrinsics(name):
     assert fit_intrinsics(*garbage("fine"), SIZE) is not None
     assert fit_intrinsics(*garbage(name), SIZE) is None

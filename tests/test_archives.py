@@ -216,7 +216,7 @@ def test_links_in_a_zip_are_refused(tmp_path):
         (b"PK\x03\x04broken", "is damaged"),
     ],
 )
-def test_what_is_no_archive_is_said(content, problem, tmp_path):
+def test_unknown_file_formats_are_reported(content, problem, tmp_path):
     (tmp_path / "x.tar.gz").write_bytes(content)
     (tmp_path / "out").mkdir()
     with pytest.raises(SourceError, match=problem):
@@ -311,7 +311,7 @@ def test_scenes_on_the_hub_are_fetched_built_and_removed(hub, dataset, tmp_path,
     assert not [line for line in hub.asked if "/resolve/" in line]
 
 
-def test_a_refusal_is_all_that_a_process_says(hub, tmp_path):
+def test_refused_archive_prints_one_sentence(hub, tmp_path):
     ran = occgen_hub(
         "build", "--input", ROOMS, "--output", tmp_path / "out", "--dry-run",
         HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="0", HF_TOKEN=LOCKED,
@@ -339,9 +339,7 @@ def test_a_refusal_is_all_that_a_process_says(hub, tmp_path):
         ({}, READER, "hf://datasets/org", "is no dataset on the Hub; give --input hf://"),
     ],
 )  # fmt: skip
-def test_what_the_hub_refuses_is_one_sentence(
-    hub, tmp_path, monkeypatch, constants, token, address, said
-):
+def test_hub_errors_give_one_sentence(hub, tmp_path, monkeypatch, constants, token, address, said):
     monkeypatch.setenv("HF_TOKEN", token)
     for name, value in constants.items():
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
@@ -365,7 +363,7 @@ def test_a_dry_run_lists_scenes_with_their_bytes_and_an_estimate(hub, packed, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_an_estimate_is_in_proportion_to_what_was_built(built):
+def test_estimate_scales_with_built_scenes(built):
     refs = [SceneRef(f"g/{n}", Path(f"g/{n}.tar"), 5_000_000, "") for n in (1, 2)]
     found = estimate(built[0], refs)
     records = [read_scene(built[0], f"g{n}/house_000") for n in (1, 2, 3)]
@@ -377,7 +375,7 @@ def test_an_estimate_is_in_proportion_to_what_was_built(built):
     assert found.output == int(1e7 * written / read)
 
 
-def test_a_download_that_is_cut_off_is_a_failure_of_its_scene(hub, tmp_path):
+def test_truncated_download_fails_its_scene(hub, tmp_path):
     hub.faults.append(Fault("GET .*/resolve/.*tar.gz", times=100))
     summary = library.build("internnav", ROOMS, tmp_path / "out", config=COARSE)
     (failure,) = summary.failures

@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all, whoever else writes there and whenever it ends."""
+"""Files and folders appear complete or not at all, with concurrent writers and after kills."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ BOTH = pytest.mark.parametrize("put", [write, make], ids=["file", "folder"])
 
 
 @BOTH
-def test_it_appears_and_replaces_what_was_there(put, tmp_path):
+def test_new_content_replaces_the_old(put, tmp_path):
     for text in ("one", "two"):
         put(tmp_path / "name", text)
         assert held(tmp_path / "name") == text
@@ -54,7 +54,7 @@ def test_it_appears_and_replaces_what_was_there(put, tmp_path):
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("context", [atomic_file, atomic_folder])
 @pytest.mark.parametrize("before", [False, True])
-def test_after_an_error_there_is_what_was_there_before(context, error, before, tmp_path):
+def test_error_keeps_the_old_content(context, error, before, tmp_path):
     place = tmp_path / "name"
     if before:
         (write if context is atomic_file else make)(place, "before")
@@ -71,7 +71,7 @@ def test_after_an_error_there_is_what_was_there_before(context, error, before, t
 
 
 @pytest.mark.parametrize("context", [atomic_file, atomic_folder])
-def test_until_it_is_whole_nothing_bears_its_name(context, tmp_path):
+def test_final_name_appears_only_when_complete(context, tmp_path):
     with context(tmp_path / "name") as partial:
         assert not (tmp_path / "name").exists()
         assert partial.parent == tmp_path
@@ -108,7 +108,7 @@ def test_planted_links_are_not_written_through(put, tmp_path, monkeypatch):
 
 
 @BOTH
-def test_many_at_once_leave_one_whole(put, tmp_path):
+def test_concurrent_writers_leave_one_complete_result(put, tmp_path):
     errors: list[BaseException] = []
 
     def work(n: int) -> None:
@@ -153,9 +153,7 @@ def begin(context: str, place: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize(("put", "context"), [(write, "atomic_file"), (make, "atomic_folder")])
-def test_what_a_killed_process_left_is_cleared_but_not_what_a_living_one_writes(
-    put, context, tmp_path
-):
+def test_leftovers_of_killed_processes_only_are_removed(put, context, tmp_path):
     living, killed = (begin(context, tmp_path / "name") for _ in range(2))
     try:
         assert len(names(tmp_path)) == 2
@@ -188,7 +186,7 @@ def test_a_folder_that_was_moved_aside_is_put_back(token, tmp_path):
     assert held(tmp_path / "name") == "old"
 
 
-def test_but_not_over_what_took_its_place(tmp_path):
+def test_old_content_is_not_restored_over_new_content(tmp_path):
     make(tmp_path / "name", "new")
     make(tmp_path / f".name.{TOKEN}.old", "old")
     clear_leftovers(tmp_path / "name")
@@ -196,7 +194,7 @@ def test_but_not_over_what_took_its_place(tmp_path):
     assert held(tmp_path / "name") == "new"
 
 
-def test_the_hidden_files_of_others_are_left_alone(tmp_path):
+def test_other_hidden_files_are_kept(tmp_path):
     theirs = [".name", ".name.txt", ".name.partial.txt", ".name.0123.old", ".other.partial",
               f".name2.{TOKEN}.partial"]  # fmt: skip
     for name in theirs:
@@ -205,7 +203,7 @@ def test_the_hidden_files_of_others_are_left_alone(tmp_path):
     assert names(tmp_path) == sorted([*theirs, "name"])
 
 
-def test_without_locks_a_leftover_is_told_by_its_age(tmp_path, monkeypatch):
+def test_without_locks_leftovers_are_recognised_by_age(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(95, "Operation not supported")
 
@@ -257,7 +255,7 @@ def test_a_file_has_the_rights_that_any_other_has(tmp_path):
     assert (tmp_path / "name").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
-def test_what_was_made_just_now_and_is_not_held_yet_is_left(tmp_path):
+def test_new_unlocked_files_are_kept(tmp_path):
     new = tmp_path / f".name.{TOKEN}.partial"
     new.touch()
     write(tmp_path / "name", "mine")
@@ -268,7 +266,7 @@ def test_what_was_made_just_now_and_is_not_held_yet_is_left(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_renders_to_one_name_leave_a_whole_video(dataset, tmp_path):
+def test_concurrent_renders_leave_a_complete_video(dataset, tmp_path):
     (tmp_path / "secret").write_text("secret")
     (tmp_path / ".room.mp4.partial").symlink_to(tmp_path / "secret")
     (path, *_) = trajectories(dataset)

@@ -124,7 +124,7 @@ def a_link_to_nothing(folder: Path) -> None:
 
 @pytest.mark.parametrize("harm", [a_file, a_link_to_itself, a_link_to_nothing])
 @pytest.mark.parametrize("what", ["depth", "rgb"])
-def test_a_folder_of_images_that_is_none_fails_its_episode_alone(mine, tmp_path, harm, what):
+def test_invalid_image_folder_fails_its_episode_only(mine, tmp_path, harm, what):
     first, second = load_builder("internnav", mine).episodes()
     harm(first.path / f"videos/chunk-000/observation.images.{what}")
     command = ["build", "--input", mine, "--output", tmp_path / "out", "--set", "voxel_size=0.1"]
@@ -136,7 +136,7 @@ def test_a_folder_of_images_that_is_none_fails_its_episode_alone(mine, tmp_path,
     assert (tmp_path / "out" / second.id / "meta/occgen.json").is_file()
 
 
-def test_a_meta_folder_that_may_not_be_entered_fails_its_episode_alone(mine, monkeypatch):
+def test_unreadable_meta_folder_fails_its_episode_only(mine, monkeypatch):
     """Looking a file up there raises, where a file that is missing does not."""
     first, second = load_builder("internnav", mine).episodes()
     own = Path.is_file

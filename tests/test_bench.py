@@ -23,7 +23,7 @@ from plain_networks import plain
 
 
 @pytest.mark.parametrize("name", ["pi3", "pi3x"])
-def test_the_plain_network_gives_what_ours_gives(name):
+def test_plain_network_matches_ours(name):
     sizes = Sizes(
         width=64, heads=2, encoder_depth=2, decoder_depth=4, head_depth=2, camera_width=32,
         upsampling=(32, 16, 16), metric_width=64, metric_heads=2, pose_blocks=(1,), position_grid=7,
@@ -37,7 +37,7 @@ def test_the_plain_network_gives_what_ours_gives(name):
     assert apart(model(images), plain(model)(images)) < 1e-5
 
 
-def test_a_fixed_stride_sees_nearly_what_exact_rays_see():
+def test_fixed_stride_is_close_to_exact_rays():
     grid = Grid.of(Config(voxel_size=0.1))
     K, size = np.array([[30.0, 0, 32], [0, 30, 24], [0, 0, 1]]), (64, 48)
     state = (np.random.default_rng(1).random(grid.cells) < 0.005).astype(np.uint8)

@@ -126,7 +126,7 @@ def test_each_layout_gives_the_scene_of_the_tree(
         assert json.loads(trajectory.file("info").read_text())["fps"] == episode.fps
 
 
-def test_a_plain_folder_is_read_as_it_was_recorded(episode: Episode, tmp_path: Path) -> None:
+def test_plain_folder(episode: Episode, tmp_path: Path) -> None:
     captures.write_plain(episode, tmp_path)
     found = read(tmp_path, intrinsics=captures.opencv_intrinsics(episode))
     check_equal(found, episode)
@@ -149,7 +149,7 @@ def test_counted_images_take_poses_in_their_order(
     check_equal(read(tmp_path), episode)
 
 
-def test_a_bag_of_odometry_is_read_as_it_was_recorded(episode: Episode, tmp_path: Path) -> None:
+def test_bag_with_odometry(episode: Episode, tmp_path: Path) -> None:
     pytest.importorskip("rosbags")
     captures.write_bag(episode, tmp_path / "walk", odometry=True)
     found = read(tmp_path / "walk")
@@ -265,7 +265,9 @@ def test_frames_without_depth_or_pose_are_left_out(tum: Path, episode: Episode, 
     assert np.allclose(found.world_from_camera, episode.world_from_camera[kept], atol=1e-4)
 
 
-def test_a_pose_that_was_lost_is_left_out(seven: Path, episode: Episode, tmp_path: Path) -> None:
+def test_frames_with_lost_tracking_are_left_out(
+    seven: Path, episode: Episode, tmp_path: Path
+) -> None:
     place = Path(shutil.copytree(seven, tmp_path / "seq"))
     (place / "frame-000001.pose.txt").write_text("\n".join(["-inf -inf -inf -inf"] * 4))
     (place / "frame-000003.depth.png").unlink()
@@ -300,9 +302,7 @@ def test_transforms_without_depth_are_read_and_the_unit_is_noted(
     assert "often not metres" in next(n.text for n in found.notes if n.code == "units")
 
 
-def test_colour_of_another_size_becomes_what_the_depth_camera_sees(
-    episode: Episode, tmp_path: Path
-) -> None:
+def test_colour_is_resized_to_depth(episode: Episode, tmp_path: Path) -> None:
     captures.write_scannet(episode, tmp_path)
     K = np.eye(4)
     K[:3, :3] = np.diag([2, 2, 1]) @ episode.intrinsics[0]
@@ -443,7 +443,7 @@ def command(*options: str | Path) -> Result:
     return CliRunner().invoke(build, [str(option) for option in options], standalone_mode=False)
 
 
-def test_options_say_what_files_do_not_and_a_change_builds_again(
+def test_mapping_options_and_rebuild_after_a_change(
     tum: Path, episode: Episode, tmp_path: Path
 ) -> None:
     K, out = captures.opencv_intrinsics(episode), tmp_path / "out"
@@ -488,7 +488,7 @@ def test_wrong_options_are_refused(options: list[str], message: str, tum: Path, 
     assert message in str(done.exception)
 
 
-def test_a_bag_without_rosbags_says_what_to_install(tmp_path: Path, monkeypatch) -> None:
+def test_bag_without_rosbags_names_the_extra(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "rosbags.highlevel", None)
     (tmp_path / "walk.mcap").write_bytes(b"\x89MCAP0\r\n")
     builder = load_builder("capture", tmp_path / "walk.mcap")
@@ -528,7 +528,7 @@ def test_a_pipe_in_the_place_of_a_bags_file_is_not_waited_for(
         ("depth.txt", "5.0 depth/a.png", "has no time within 0.02 s"),
     ],
 )
-def test_what_is_wrong_with_a_recording_is_named(
+def test_damaged_recordings_are_named(
     file: str, content: str, message: str, tum: Path, episode: Episode, tmp_path: Path
 ) -> None:
     place = Path(shutil.copytree(tum, tmp_path / "tum"))

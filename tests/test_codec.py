@@ -27,7 +27,7 @@ from occgen_hub.occupancy.grid import Grid, scene_grid
     fill=st.sampled_from([0.0, 0.1, 1.0]),
     seed=st.integers(0, 1000),
 )
-def test_occupancy_comes_back_through_scipy_and_numpy(frames, shape, fill, seed):
+def test_occupancy_round_trip_through_scipy_and_numpy(frames, shape, fill, seed):
     rng = np.random.default_rng(seed)
     cells = int(np.prod(shape))
     occupied, seen = rng.random((2, frames, cells)) < fill
@@ -120,7 +120,7 @@ def test_a_header_that_claims_terabytes_costs_nothing(tmp_path, shape):
         npz_array(tmp_path / "a.npz", "data").load()
 
 
-def test_a_short_array_is_told(tmp_path):
+def test_truncated_array_is_an_error(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive, archive.open("data.npy", "w") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": (100,)}
         np.lib.format.write_array_header_1_0(file, header)

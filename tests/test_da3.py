@@ -119,7 +119,7 @@ def test_other_models_are_known_by_their_size(checkpoint):
     assert network_engine(checkpoint, "cpu").name == "da3"
 
 
-def test_a_missing_package_is_told_with_the_remedy(monkeypatch):
+def test_missing_package_error_names_the_remedy(monkeypatch):
     monkeypatch.setattr("occgen_hub.engines.da3.find_spec", lambda _: None)
     with pytest.raises(UsageError, match=r"scripts/setup\.sh --with-da3"):
         load_engine("da3", None, "cpu")

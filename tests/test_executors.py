@@ -1,4 +1,4 @@
-"""However the shards of a build are started and stopped, the bytes are the same."""
+"""All ways to start, stop and resume the shards of a build give the same bytes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ SECOND = "sample_zed/house_000/trajectory_1"
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight trajectories of 2 to 4 frames. Not to be changed by tests."""
+    """Eight trajectories of 2 to 4 frames. Tests must not change them."""
     out = tmp_path_factory.mktemp("eight") / "tree"
     make_sample(out, trajectories=8, frames=3)
     shutil.rmtree(out / "ground_truth", ignore_errors=True)
@@ -107,7 +107,7 @@ def report(out: Path) -> dict[str, Any]:
     st.lists(st.integers(0, 50), min_size=1, max_size=7),
     st.integers(1, 3),
 )
-def test_shares_are_disjoint_complete_and_near_the_best(items: list[int], count: int) -> None:
+def test_shards_are_disjoint_complete_and_balanced(items: list[int], count: int) -> None:
     taken = share_out([float(item) for item in items], count)
     assert len(taken) == count
     assert sorted(itertools.chain.from_iterable(taken)) == list(range(len(items)))
@@ -124,11 +124,11 @@ def test_shares_are_disjoint_complete_and_near_the_best(items: list[int], count:
     assert longest <= best * (4 / 3 - 1 / (3 * count)) + 1e-9
 
 
-def test_episodes_of_no_known_work_are_dealt_out_evenly() -> None:
+def test_episodes_of_unknown_cost_are_distributed_evenly() -> None:
     assert [len(share) for share in share_out([0.0] * 9, 4)] == [3, 2, 2, 2]
 
 
-def test_work_is_frames_times_pixels(source: Path, tmp_path: Path) -> None:
+def test_cost_is_frames_times_pixels(source: Path, tmp_path: Path) -> None:
     from occgen_hub.builders.video import VideoBuilder
     from occgen_hub.media import image_size
 
@@ -143,7 +143,7 @@ def test_work_is_frames_times_pixels(source: Path, tmp_path: Path) -> None:
     assert VideoBuilder(video).work(EpisodeRef("a/b/c", tmp_path / "none.mp4")) == 0
 
 
-def test_a_shard_is_numbered_from_0() -> None:
+def test_shards_are_numbered_from_0() -> None:
     assert Shard.parse("15/16") == Shard(15, 16)
     for text in ("16/16", "-1/3", "1", "1/0", "0/1000000", "\u0661/3", "a/b"):
         with pytest.raises(UsageError, match=f"--shard {text}: "):
@@ -184,9 +184,7 @@ def test_three_shards_in_any_order_and_finalize(
     assert sum(process["episodes"] for process in said["processes"]) == 8
 
 
-def test_shards_beside_one_another_by_the_command(
-    source: Path, expected: Tree, tmp_path: Path
-) -> None:
+def test_concurrent_shards_by_command_line(source: Path, expected: Tree, tmp_path: Path) -> None:
     """Each with workers of its own; the output holds spaces and quotes."""
     out = tmp_path / "an 'out'"
     with ThreadPoolExecutor(2) as both:
@@ -205,7 +203,7 @@ def test_shards_beside_one_another_by_the_command(
     assert tree(out) == expected
 
 
-def test_finalize_changes_no_byte_of_what_is_finalized(three: Path, tmp_path: Path) -> None:
+def test_finalize_is_idempotent(three: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (three / SECOND / INFO).write_text("{")
     for index in range(2):
@@ -218,7 +216,7 @@ def test_finalize_changes_no_byte_of_what_is_finalized(three: Path, tmp_path: Pa
     assert [failure.id for failure in first.failures] == [SECOND]
 
 
-def test_finalize_does_what_the_shards_were_asked_for(three: Path, tmp_path: Path) -> None:
+def test_finalize_uses_the_options_of_the_shards(three: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     build_dataset(job(three, out))
     assert (out / "occupancy").is_dir()
@@ -227,8 +225,8 @@ def test_finalize_does_what_the_shards_were_asked_for(three: Path, tmp_path: Pat
     assert not (out / "occupancy").exists()
 
 
-def test_finalize_lists_what_no_shard_has_done(three: Path, expected: Tree, tmp_path: Path) -> None:
-    """A shard was killed, another never began: their episodes are failures until they are built."""
+def test_finalize_lists_unfinished_episodes(three: Path, expected: Tree, tmp_path: Path) -> None:
+    """One shard was killed and one never started: their episodes count as failures until built."""
     out = tmp_path / "out"
     plan = records.make_plan(job(three, out), 3)
     _, second, third = (ids[0] for ids in plan.shards)
@@ -250,7 +248,7 @@ def test_finalize_lists_what_no_shard_has_done(three: Path, expected: Tree, tmp_
     assert tree(out) == tree(tmp_path / "one")
 
 
-def test_the_same_command_does_what_a_killed_shard_left(
+def test_same_command_completes_a_killed_shard(
     source: Path, expected: Tree, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -273,7 +271,7 @@ def test_the_same_command_does_what_a_killed_shard_left(
     assert tree(out) == expected
 
 
-def test_shards_of_one_build_run_together_and_no_other_does(three: Path, tmp_path: Path) -> None:
+def test_lock_admits_shards_of_one_build_only(three: Path, tmp_path: Path) -> None:
     out, busy = tmp_path / "out", "another build is writing here"
 
     class Visited(InternNavBuilder):
@@ -305,7 +303,7 @@ def test_shards_of_one_build_run_together_and_no_other_does(three: Path, tmp_pat
         build_shard(job(three, out), Shard(0, 2))
 
 
-def test_a_run_that_builds_nothing_leaves_the_figures(three: Path, tmp_path: Path) -> None:
+def test_run_without_work_keeps_the_report(three: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     build_dataset(job(three, out))
     first = report(out)
@@ -349,13 +347,13 @@ def mortal(self, ref):
 InternNavBuilder.read = mortal
 main()
 """
-"""`occgen-hub`, on host number DIES dying in the middle of a build."""
+"""`occgen-hub`, which dies in the middle of a build on host number DIES."""
 
 
 def on_two_hosts(
     arguments: tuple[str | Path, ...], tmp_path: Path, dies: str = ""
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Run a command as torchrun does on two hosts, of a process each, both of them here."""
+    """Run a command as torchrun does on two hosts with a process each, both on this machine."""
     (tmp_path / "mortal.py").write_text(MORTAL)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -391,7 +389,7 @@ def test_two_hosts(source: Path, expected: Tree, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dies", ["0", "1"])
-def test_the_same_command_does_what_a_lost_host_left(
+def test_same_command_completes_after_a_lost_host(
     source: Path, expected: Tree, tmp_path: Path, dies: str
 ) -> None:
     out = tmp_path / "out"
@@ -419,8 +417,10 @@ def listened_on(process: subprocess.Popen[str]) -> set[str]:
 
 
 @pytest.mark.slow
-def test_accelerate_by_itself_starts_a_process_a_device(three: Path, tmp_path: Path) -> None:
-    """Started without a launcher, it starts the processes; one of them finds a broken episode."""
+def test_accelerate_without_launcher_starts_a_process_per_device(
+    three: Path, tmp_path: Path
+) -> None:
+    """Without a launcher it starts the processes itself. One of them has a broken episode."""
     (three / SECOND / INFO).write_text("{")
     out = tmp_path / "out"
     process = start(*command(three, out, "--executor", "accelerate", "--workers", "2"))
@@ -436,7 +436,7 @@ def test_accelerate_by_itself_starts_a_process_a_device(three: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_datatrove_here_and_again(three: Path, tmp_path: Path) -> None:
+def test_datatrove_on_this_machine_and_again(three: Path, tmp_path: Path) -> None:
     pytest.importorskip("datatrove")
     build_dataset(job(three, tmp_path / "one"))
     out = tmp_path / "out"
@@ -462,10 +462,8 @@ def test_datatrove_here_and_again(three: Path, tmp_path: Path) -> None:
     assert len(list(logs.iterdir())) == 1  # The other task was not even started.
 
 
-def test_what_another_command_built_since_is_no_failure_of_a_cluster(
-    three: Path, tmp_path: Path
-) -> None:
-    """Tasks that have nothing to do count what is there now."""
+def test_episodes_built_by_another_command_are_not_failures(three: Path, tmp_path: Path) -> None:
+    """Tasks with nothing to do count the present episodes."""
     pytest.importorskip("datatrove")
     out, good = tmp_path / "out", (three / SECOND / INFO).read_bytes()
     (three / SECOND / INFO).write_bytes(b"{")
@@ -480,7 +478,7 @@ def test_what_another_command_built_since_is_no_failure_of_a_cluster(
 
 
 @pytest.mark.slow
-def test_a_real_ray_cluster_that_nobody_else_reaches(
+def test_ray_cluster_listens_on_localhost_only(
     source: Path, expected: Tree, tmp_path: Path
 ) -> None:
     pytest.importorskip("ray")
@@ -588,9 +586,7 @@ def test_options_of_sbatch_are_checked() -> None:
     assert cluster.parse_slurm(("--time=1:00", "comment=a=b")) == {"time": "1:00", "comment": "a=b"}
 
 
-def test_only_accelerate_runs_beside_processes_that_were_started(
-    three: Path, tmp_path: Path
-) -> None:
+def test_launched_processes_require_accelerate(three: Path, tmp_path: Path) -> None:
     env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
     done = occgen_hub(*command(three, tmp_path / "out", "--executor", "local"), **env)
     assert done.returncode == 2
@@ -601,7 +597,7 @@ def test_only_accelerate_runs_beside_processes_that_were_started(
 
 
 @pytest.mark.slow
-def test_wrong_usage_is_told_once_by_all_processes(three: Path, tmp_path: Path) -> None:
+def test_usage_error_is_printed_once(three: Path, tmp_path: Path) -> None:
     arguments = command(three, tmp_path / "out", "--source", "nothing")
     done = occgen_hub(*arguments, launcher=TORCHRUN)
     assert done.stderr.count("Error: --source nothing: no such source") == 1
@@ -609,10 +605,10 @@ def test_wrong_usage_is_told_once_by_all_processes(three: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_process_of_torchrun_that_dies_takes_the_others_along(
+def test_torchrun_stops_all_ranks_when_one_dies(
     source: Path, expected: Tree, tmp_path: Path
 ) -> None:
-    """The launcher ends them all; the same command, or any other executor, goes on."""
+    """The launcher stops them all. The same command, or another executor, resumes the build."""
     out = tmp_path / "out"
     with subprocess.Popen(
         [sys.executable, *TORCHRUN, "occgen_hub", *map(str, command(source, out))],
@@ -639,7 +635,7 @@ def test_a_process_of_torchrun_that_dies_takes_the_others_along(
 # What failed
 
 
-def test_what_failed_is_tried_again(three: Path, tmp_path: Path) -> None:
+def test_failed_episodes_are_retried(three: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     good = (three / SECOND / TABLE).read_bytes()
     (three / SECOND / TABLE).write_bytes(good[:100])
@@ -680,7 +676,7 @@ def test_what_failed_is_tried_again(three: Path, tmp_path: Path) -> None:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_faults_of_the_machine_are_named_and_tried_again(
+def test_machine_faults_are_reported_and_retried(
     three: Path, tmp_path: Path, error: Exception, words: str
 ) -> None:
     class Faulty(InternNavBuilder):
@@ -698,7 +694,7 @@ def test_faults_of_the_machine_are_named_and_tried_again(
     assert build_dataset(job(three, out)).failures == []
 
 
-def test_a_machine_without_handles_is_not_held_against_the_episode(tmp_path: Path) -> None:
+def test_lack_of_file_handles_is_a_machine_error(tmp_path: Path) -> None:
     (tmp_path / "info.json").write_text("{}")
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, limit[1]))
@@ -709,9 +705,7 @@ def test_a_machine_without_handles_is_not_held_against_the_episode(tmp_path: Pat
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
 
 
-def test_a_limit_forgets_no_failure_but_that_of_an_episode_that_is_gone(
-    three: Path, tmp_path: Path
-) -> None:
+def test_limit_keeps_failures_of_other_episodes(three: Path, tmp_path: Path) -> None:
     last, out = "sample_zed/house_001/trajectory_0", tmp_path / "out"
     (three / last / INFO).unlink()
     assert len(build_dataset(job(three, out)).failures) == 1
@@ -742,7 +736,7 @@ def test_malformed_files_of_a_build_are_ignored(
     assert tree(out) == before
 
 
-def test_an_episode_without_depth_beside_others_reaches_a_network(tmp_path: Path) -> None:
+def test_episode_without_depth_uses_a_network(tmp_path: Path) -> None:
     """In a scene's folder, whose episodes share the images, only its own count."""
     make_sample(tmp_path / "tree", trajectories=3, frames=3, layout="scenes")
     builder = InternNavBuilder(tmp_path / "tree")
@@ -772,7 +766,7 @@ def test_a_dry_run_fetches_no_weights(three: Path, tmp_path: Path) -> None:
     assert "could not be downloaded" in done.stderr
 
 
-def test_a_condition_that_the_source_lacks_is_wrong_usage(three: Path, tmp_path: Path) -> None:
+def test_condition_missing_in_the_source_is_a_usage_error(three: Path, tmp_path: Path) -> None:
     from occgen_hub.builders.video import VideoBuilder
 
     config = load_config(None, ("condition=[poses]",))
@@ -792,7 +786,7 @@ def test_a_condition_that_the_source_lacks_is_wrong_usage(three: Path, tmp_path:
 # Inside a process
 
 
-def test_the_next_is_reconstructed_while_one_is_written_and_no_more(
+def test_one_episode_is_reconstructed_while_one_is_written(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[tuple[str, int]] = []
@@ -825,7 +819,7 @@ def test_the_next_is_reconstructed_while_one_is_written_and_no_more(
     assert [n for what, n in events if what == "write"] == list(range(8))
 
 
-def test_an_interruption_does_not_wait_for_the_reconstruction(
+def test_interruption_does_not_wait_for_reconstruction(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def endless(builder: Any, ref: Any, out: Any, settings: Any, progress: Any) -> Any:
@@ -855,7 +849,7 @@ def test_an_interruption_does_not_wait_for_the_reconstruction(
     assert not [t for t in threading.enumerate() if t.name == "reconstruct" and t.is_alive()]
 
 
-def test_behind_is_in_order_bounded_and_hands_errors_back() -> None:
+def test_background_is_ordered_bounded_and_raises_errors() -> None:
     done: list[int] = []
     ahead = 0
 
@@ -893,10 +887,10 @@ def test_behind_is_in_order_bounded_and_hands_errors_back() -> None:
 # On disk
 
 
-def test_a_trajectory_is_on_disk_before_it_has_its_name(
+def test_trajectory_is_flushed_before_rename(
     three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every file and folder of it is flushed before the rename, the folder above after it."""
+    """All its files and folders are flushed before the rename, the parent folder after it."""
     flushed: dict[str, int] = {}
     renamed: dict[str, int] = {}
     clock = itertools.count()
@@ -938,16 +932,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def trajectory_size(source: Path) -> int:
-    """About what one takes on disk: what is made anew is small at this size of cells."""
+    """About the size of an episode on disk. Generated files are small with this cell size."""
     files = [path for path in source.rglob("*") if path.is_file()]
     return sum(-(-path.stat().st_size // 4096) * 4096 for path in files) // 8
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_disk_of_64_mb_that_fills_up(
-    source: Path, expected: Tree, small_disk: Path, workers: int
-) -> None:
-    """What has a final name is valid; with room again, the same command does the rest."""
+def test_full_disk_of_64_mb(source: Path, expected: Tree, small_disk: Path, workers: int) -> None:
+    """Everything with a final name is valid. With free space, the same command completes it."""
     from occgen_hub.validation import validate
 
     out, ballast = small_disk / "out", small_disk / "ballast"
@@ -969,7 +961,7 @@ def test_a_disk_of_64_mb_that_fills_up(
 
 
 KILLS = int(os.environ.get("OCCGEN_KILLS", "0"))
-"""How often the long version kills; the short one, of every run, is in test_runtime.py."""
+"""Number of kills of the long version. The short one is in test_runtime.py."""
 
 
 # Other machines
@@ -983,7 +975,8 @@ main()
 """
 
 
-@pytest.mark.parametrize("number", range(16 if KILLS else 1))
+@pytest.mark.skipif(not KILLS, reason="OCCGEN_KILLS asks for long versions; ten minutes")
+@pytest.mark.parametrize("number", range(16))
 def test_the_machine_does_not_show(
     source: Path, expected: Tree, tmp_path: Path, number: int
 ) -> None:
@@ -1016,10 +1009,10 @@ def test_the_machine_does_not_show(
 
 @pytest.mark.skipif(not KILLS, reason="OCCGEN_KILLS says how often; ten minutes for 50")
 @pytest.mark.parametrize("workers", [1, 2])
-def test_killed_at_random_moments(
+def test_resume_after_kills_at_random_moments(
     source: Path, expected: Tree, tmp_path: Path, workers: int
 ) -> None:
-    """All processes at once, anywhere between the start and the end; one output for all kills."""
+    """All processes at a time, at any moment of a build, with one output for all kills."""
     rng, out, whole = random.Random(workers), tmp_path / "out", 0
     began = time.monotonic()
     assert occgen_hub(*command(source, out, "--workers", str(workers))).returncode == 0

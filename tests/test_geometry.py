@@ -57,7 +57,7 @@ def test_an_opengl_camera_looks_along_minus_z():
     ],
     ids=["nan", "inf", "mirrored", "scaled", "last row", "huge"],
 )
-def test_what_is_not_rigid_is_told(spoil, least):
+def test_rigidity_error_finds_poses_that_are_not_rigid(spoil, least):
     good = pose(np.random.default_rng(0))
     with np.errstate(invalid="ignore"):
         bad = spoil(good)
@@ -101,7 +101,7 @@ def test_scaled_intrinsics_see_the_same_ray():
         ((2, 2), 0.0, "last row"),
     ],
 )
-def test_a_matrix_that_is_no_camera(place, value, word):
+def test_invalid_intrinsics_have_a_problem(place, value, word):
     K = np.array([[168.05, 0, 240], [0, 192.8, 135], [0, 0, 1]])
     assert intrinsics_problem(K) is None
     K[place] = value
@@ -116,7 +116,7 @@ def plane_depth(
     return distance / (rays @ np.asarray(normal, float))
 
 
-def test_a_slanted_plane_is_no_edge_however_grazing():
+def test_slanted_plane_has_no_depth_edges():
     K = np.array([[168.05, 0, 240], [0, 192.8, 135], [0, 0, 1]])
     floor = plane_depth([0, 1, 0.02], 0.44, K, (480, 270))[150:]
     assert floor.max() > 4
@@ -232,13 +232,13 @@ XYZ = "property float x\nproperty float y\nproperty float z\nend_header\n"
     ],
     ids=["no ply", "ascii", "terabytes", "lists", "faces first", "x twice", "cut short"],
 )
-def test_what_is_no_ply_of_points_is_refused_at_once(tmp_path, header):
+def test_invalid_ply_is_refused_quickly(tmp_path, header):
     (tmp_path / "bad.ply").write_text(header)
     with pytest.raises(SourceError, match=r"bad\.ply"):
         read_ply(tmp_path / "bad.ply")
 
 
-def test_however_many_points_a_voxel_gets_its_mean_stays_theirs():
+def test_mean_of_a_voxel_with_many_points():
     """Sums in float32 lose what is added to them from 2^24 on: white became black."""
     fused, rng = VoxelDownsample(0.1), np.random.default_rng(0)
     white = np.full((40_000, 3), 255, np.uint8)

@@ -236,13 +236,15 @@ def test_a_sparse_file_of_a_terabyte_is_not_read(dataset, tmp_path):
     began = time.monotonic()
     findings = library.validate(root).findings
     assert time.monotonic() - began < 20
-    assert any("more than any file of a dataset" in str(finding) for finding in findings)
+    assert any("more than any file here" in str(finding) for finding in findings)
+    with pytest.raises(SourceError, match="more than 512 GB"):
+        load_builder("internnav", root).fingerprint([place / names])
 
 
 # A dataset that changes while it is open
 
 
-def test_shards_that_were_written_again_are_told(sample_tree, dataset, tmp_path):
+def test_rewritten_shards_are_reported(sample_tree, dataset, tmp_path):
     torch_dataset = pytest.importorskip("occgen_hub.training").OccupancyDataset
     root = Path(shutil.copytree(dataset, tmp_path / "out"))
     first, *others = trajectories(root)
@@ -305,7 +307,7 @@ def test_a_recording_on_a_full_disk_fails_at_once(dataset, monkeypatch):
         save(Trajectory.open(place), Path("/dev/full"))
 
 
-def test_an_export_moved_aside_comes_back_when_the_next_one_fails(dataset, tmp_path, monkeypatch):
+def test_failed_export_restores_the_previous_one(dataset, tmp_path, monkeypatch):
     pytest.importorskip("lerobot")
     aside = tmp_path / f".lerobot.{'0' * 16}.old"
     aside.mkdir()
@@ -324,7 +326,7 @@ def test_an_export_moved_aside_comes_back_when_the_next_one_fails(dataset, tmp_p
 
 
 @pytest.mark.parametrize("ready", [".mp4.", None])
-def test_a_render_that_is_stopped_says_so_and_no_more(people, tmp_path, ready):
+def test_stopped_render_prints_one_line(people, tmp_path, ready):
     pytest.importorskip("pyvista")
     (place, *_) = trajectories(people)
     process = start("render", place, tmp_path / "room.mp4", "--view", "world")
@@ -381,7 +383,7 @@ def test_a_signal_after_the_command_is_over_changes_nothing(tmp_path):
     assert done.stderr.startswith("Error:")
 
 
-def test_a_second_signal_ends_what_holds_the_first():
+def test_second_signal_ends_the_process():
     script = (
         "import os, signal; from occgen_hub.stopping import hold_stops, stop_in_order\n"
         "stop_in_order()\n"
@@ -423,7 +425,7 @@ def test_a_hidden_folder_of_the_source_is_seen_in_the_dataset(sample_tree, tmp_p
     assert found.relative_to(tmp_path / "out").as_posix() == "_group/scene/one"
 
 
-def test_leftovers_of_episodes_that_are_gone_are_cleared(dataset, tmp_path):
+def test_leftovers_of_removed_episodes_are_deleted(dataset, tmp_path):
     root = Path(shutil.copytree(dataset, tmp_path / "out"))
     (path, *_) = trajectories(root)
     for name in (f".gone.{'1' * 16}.partial", ".gone.scratch", ".other.partial"):
@@ -454,7 +456,7 @@ def test_a_task_cannot_write_on_the_terminal(dataset, tmp_path):
     assert "\x1b" not in said.output
 
 
-def test_a_column_name_stays_in_its_cell_of_the_card():
+def test_column_names_are_escaped_in_the_card():
     from occgen_hub.card import _columns
 
     (row,) = [
@@ -494,7 +496,7 @@ def test_rates_and_viewpoints_beyond_reason_are_refused(dataset, tmp_path):
         rate(Trajectory.open(copy))
 
 
-def test_words_in_place_of_poses_are_told(dataset, tmp_path):
+def test_text_in_place_of_poses_is_an_error(dataset, tmp_path):
     pytest.importorskip("lerobot")
     root = Path(shutil.copytree(dataset, tmp_path / "out"))
     path = next(root.rglob("episode_000000.parquet"))
@@ -511,7 +513,7 @@ def test_words_in_place_of_poses_are_told(dataset, tmp_path):
         Feature(dtype="float32", shape=(4, 4)).to_numpy(pa.array(["word"]))
 
 
-def test_a_shard_without_the_episodes_is_told(dataset, tmp_path):
+def test_shard_without_its_episodes_is_an_error(dataset, tmp_path):
     training = pytest.importorskip("occgen_hub.training")
     root = Path(shutil.copytree(dataset, tmp_path / "out"))
     opened = training.OccupancyDataset(root, keys=("occupancy",))
@@ -545,7 +547,7 @@ def test_a_video_that_was_cut_after_its_keyframe_is_read(tmp_path):
         assert abs(int(video(number).mean()) - 30 * (number + 3)) <= 2
 
 
-def test_too_little_memory_is_said(monkeypatch, capsys):
+def test_lack_of_memory_is_reported(monkeypatch, capsys):
     def fail(*_: Any, **__: Any) -> None:
         raise MemoryError
 

@@ -71,7 +71,7 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize("kind", [InternNavBuilder, Unchecked])
 @pytest.mark.parametrize("image", [f"{RGB}/1.jpg", f"{DEPTH}/2.png"])
 @pytest.mark.parametrize("media", ["copy", "link"])
-def test_a_cut_image_of_a_frame_that_is_skipped_is_not_copied(mine, tmp_path, kind, image, media):
+def test_truncated_image_of_skipped_frame_is_not_copied(mine, tmp_path, kind, image, media):
     cut(folder(mine) / image)
     with pytest.raises(SourceError, match="damaged") as error:
         build(mine, tmp_path / "out", interval=3, kind=kind, media=media)
@@ -115,7 +115,7 @@ def test_every_image_is_decoded_and_colour_once(source, tmp_path, interval, monk
 
 @pytest.mark.parametrize("kind", [InternNavBuilder, Unchecked])
 @pytest.mark.parametrize("media", ["copy", "link"])
-def test_a_png_that_is_called_jpg_is_stored_as_jpeg(mine, tmp_path, kind, media):
+def test_png_named_jpg_is_stored_as_jpeg(mine, tmp_path, kind, media):
     path = folder(mine) / f"{RGB}/0.jpg"
     pixels = np.asarray(Image.open(path))
     content = io.BytesIO()

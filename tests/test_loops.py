@@ -187,7 +187,7 @@ def closed(assembly: Assembly, rooms, first: int, second: int, claimed: Sim3) ->
     return close_loops(assembly, descriptors, predict, stored)
 
 
-def test_a_place_that_is_come_back_to_closes_the_loop(rooms, tmp_path):
+def test_revisited_place_closes_the_loop(rooms, tmp_path):
     true = rooms[0][:, :3, 3]
     for seed in range(2):
         assembly = bent_windows(tmp_path / str(seed), rooms, seed)
@@ -226,7 +226,7 @@ def test_like_rooms_are_no_loop(rooms, tmp_path):
             np.testing.assert_array_equal(node.translation, old)
 
 
-def test_a_loop_may_correct_no_more_than_joins_drift():
+def test_loop_beyond_the_expected_drift_is_rejected():
     _, start, edges = chain(10, 0)
     place = start[9].translation
     assert plausible(start, edges, 0, 9, Sim3(1.0, np.eye(3), np.array([0.1, 0, 0])), place)

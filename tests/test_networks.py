@@ -47,7 +47,7 @@ def outputs(network, images, **known):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pi3", "pi3x"])
-def test_full_size_networks_compute_what_the_published_ones_do(name):
+def test_full_size_networks_match_reference_vectors(name):
     """Each output of each reference vector, in float32; and the layout, strictly."""
     vectors = [(np.load(path), 1) for path in sorted(PARITY.glob(f"{name}.*.npz"))]
     if not vectors and name == "pi3":
@@ -100,7 +100,7 @@ def images():
 
 
 @pytest.mark.parametrize("order", [(4, 3, 2, 1, 0), (2, 0, 4, 1, 3)])
-def test_permuting_the_views_permutes_what_pi3_finds(tiny, images, order):
+def test_pi3_is_permutation_equivariant(tiny, images, order):
     order = list(order)
     found, permuted = outputs(tiny["pi3"], images), outputs(tiny["pi3"], images[order])
     for key, values in found.items():
@@ -169,13 +169,13 @@ def test_cameras_that_stand_still_are_not_blown_up():
     assert torch.equal(relative_poses(poses, None), poses)
 
 
-def test_depth_without_a_valid_pixel_is_survived(tiny, images):
+def test_depth_without_valid_pixels_is_accepted(tiny, images):
     n, _, h, w = images.shape
     found = outputs(tiny["pi3x"], images, depths=np.zeros((n, h, w)))
     assert all(np.isfinite(values).all() for values in found.values())
 
 
-def test_images_that_are_no_whole_patches_are_refused(tiny):
+def test_image_sizes_must_be_multiples_of_the_patch(tiny):
     with pytest.raises(ValueError, match="60 x 56 pixels: not multiples of 14"):
         tiny["pi3"](torch.zeros(1, 1, 3, 56, 60))
 
@@ -367,7 +367,7 @@ def broken(folder: Path, how: str) -> Path:
         ("other", "has weights of pi3x"),
     ],
 )
-def test_weights_that_do_not_fit_are_told_in_a_sentence(tmp_path, how, says):
+def test_unsuitable_weights_files_raise_one_sentence(tmp_path, how, says):
     folder = broken(tmp_path / "weights", how)
     with pytest.raises(WeightsError, match=says) as error:
         load_network("pi3", folder)
@@ -376,7 +376,7 @@ def test_weights_that_do_not_fit_are_told_in_a_sentence(tmp_path, how, says):
     assert error.value.exit_code == 2
 
 
-def test_tensors_that_do_not_fit_are_told_as_well():
+def test_unsuitable_tensors_raise_an_error():
     tensors = random_weights("pi3")
     del tensors["register_token"]
     with pytest.raises(WeightsError, match=r"the weights: .*missing tensors: register_token"):

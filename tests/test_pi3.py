@@ -77,7 +77,7 @@ def test_network_sizes_are_those_of_the_seed(size, expected):
 @given(
     st.integers(1, 8000), st.integers(1, 8000), st.integers(1000, 600_000), st.sampled_from([7, 14])
 )
-def test_network_sizes_are_whole_patches_of_the_aspect(width, height, most, patch):
+def test_network_sizes_are_whole_patches_with_the_aspect_ratio(width, height, most, patch):
     w, h = network_size((width, height), most, patch)
     assert w % patch == h % patch == 0
     assert 0 < w * h <= most
@@ -214,7 +214,7 @@ def test_window_sizes_are_round_and_grow_with_smaller_frames():
     assert set(sizes) <= {4, 6, 8, 12, 16, 24, 32}
 
 
-def test_a_gpu_of_its_own_is_a_process_s_alone(monkeypatch):
+def test_gpu_memory_is_divided_among_processes(monkeypatch):
     """However few of the cores it has; processes that share one share its memory."""
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda _: 0)
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda _: 0)
@@ -386,7 +386,7 @@ def test_a_camera_that_stands_still_keeps_the_networks_scale(checkpoint, episode
     assert scene.scale == 1.0
     (note,) = fit_notes(scene)
     assert note.code == "alignment"
-    assert "left at 1" in note.text
+    assert "assumed to be 1" in note.text
 
 
 def test_one_frame_is_enough_to_build(checkpoint, episode):
@@ -413,7 +413,7 @@ def test_without_poses_the_first_camera_is_the_world(checkpoint, episode):
     assert scene.alignment is None
 
 
-def test_a_scene_beyond_what_can_be_fused_is_refused(checkpoint, episode):
+def test_scene_beyond_the_limits_of_fusion_is_refused(checkpoint, episode):
     far = episode.world_from_camera.copy()
     far[:, :3, 3] += 1e9
     with pytest.raises(OccGenError, match=r"m from the world's origin, beyond the .* m that"):
@@ -463,7 +463,7 @@ def test_points_that_are_not_sure_are_dropped(checkpoint, episode):
     assert len(few.cloud) < 0.5 * len(many.cloud)
 
 
-def test_a_mesh_fills_what_lies_between(checkpoint, episode):
+def test_mesh_fills_gaps(checkpoint, episode):
     plain = reconstructed(checkpoint, episode)
     meshed = reconstructed(checkpoint, episode, SMALL.model_copy(update={"mesh": True}))
     assert len(meshed.cloud) > 0
@@ -497,11 +497,11 @@ def test_a_condition_that_the_source_lacks_is_refused(metric, episode, condition
 
 def test_pi3_takes_no_conditions(checkpoint, episode):
     config = SMALL.model_copy(update={"condition": ("depth",)})
-    with pytest.raises(UsageError, match="pi3 takes none; choose --engine pi3x"):
+    with pytest.raises(UsageError, match="pi3 accepts no conditions; choose --engine pi3x"):
         reconstructed(checkpoint, episode, config)
-    with pytest.raises(UsageError, match="rgbd takes none"):
+    with pytest.raises(UsageError, match="rgbd accepts no conditions"):
         load_engine("rgbd").check(config)
-    with pytest.raises(UsageError, match="auto takes none"):
+    with pytest.raises(UsageError, match="auto accepts no conditions"):
         Auto().check(config)
 
 
@@ -526,14 +526,14 @@ def test_auto_knows_a_network_by_its_weights(checkpoint, metric, tmp_path):
         assert engine.for_episode("a/b/c", has_depth=False).name == name
 
 
-def test_a_device_that_is_not_there_is_named(checkpoint):
+def test_missing_device_is_named(checkpoint):
     for device in ("cuda:99", "nonsense"):
         with pytest.raises(UsageError, match=f"--device {device}: cannot be used"):
             load_engine("pi3", checkpoint, device)
 
 
 def test_rgbd_takes_no_weights(checkpoint):
-    with pytest.raises(UsageError, match="rgbd has none"):
+    with pytest.raises(UsageError, match="rgbd uses no weights"):
         load_engine("rgbd", checkpoint)
 
 
@@ -548,7 +548,7 @@ def occgen_hub(*arguments, cwd=None, **environment):
     )  # fmt: skip
 
 
-def test_without_weights_three_lines_say_what_to_do(tree, tmp_path):
+def test_missing_weights_give_a_message_of_three_lines(tree, tmp_path):
     for path in tree.rglob("*.mp4"):
         video = path
     result = occgen_hub(
@@ -622,7 +622,7 @@ def test_the_files_say_how_a_recording_was_aligned(tree, checkpoint, tmp_path):
     assert validate(tmp_path / "out").valid
 
 
-def test_two_workers_build_what_one_builds(sample_tree, checkpoint, tmp_path):
+def test_two_workers_give_the_bytes_of_one(sample_tree, checkpoint, tmp_path):
     builder = load_builder("internnav", sample_tree)
     settings = Settings(SMALL, load_engine("pi3", checkpoint, "cpu"))
     contents = []
@@ -640,13 +640,13 @@ def test_two_workers_build_what_one_builds(sample_tree, checkpoint, tmp_path):
 # What is not as it should be
 
 
-def test_nothing_left_to_build_from_is_said_loudly(checkpoint, episode):
+def test_result_without_points_gives_a_note(checkpoint, episode):
     found = reconstructed(checkpoint, episode, SMALL.model_copy(update={"confidence": 0.99999}))
     assert len(found.cloud) == 0
     assert any("ALL that is in view counts as free" in note.text for note in found.notes)
 
 
-def test_what_lies_beyond_the_depth_range_is_not_fused(checkpoint, episode):
+def test_depth_outside_the_range_is_not_fused(checkpoint, episode):
     near = reconstructed(checkpoint, episode, SMALL.model_copy(update={"depth_range": (0.1, 1.5)}))
     whole = reconstructed(checkpoint, episode)
     assert 0 < len(near.cloud) < 0.8 * len(whole.cloud)
@@ -662,7 +662,7 @@ def test_weights_that_find_no_cameras_are_named(episode, tmp_path):
         reconstructed(folder, episode)
 
 
-def test_pi3_alone_has_no_metres_and_says_so(checkpoint, episode):
+def test_pi3_without_poses_notes_its_arbitrary_unit(checkpoint, episode):
     bare = dataclasses.replace(episode, world_from_camera=None, intrinsics=None, read_depth=None)
     found = reconstructed(checkpoint, bare)
     assert "no metres" in [note.code for note in found.notes]

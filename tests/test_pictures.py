@@ -58,7 +58,7 @@ def trajectory(dataset) -> Trajectory:
 # visualize
 
 
-def test_the_files_of_the_seed_say_what_the_dataset_says(trajectory, tmp_path):
+def test_seed_files_match_the_dataset(trajectory, tmp_path):
     count = write_sequences(trajectory, tmp_path / "out", history_len=2, history_step=1)
     poses, grid, cloud = trajectory.world_from_camera(), trajectory.grid, trajectory.cloud()
     assert count == 6 * len(poses)
@@ -114,9 +114,7 @@ def test_visualize_overwrites_nothing(trajectory, tmp_path):
     assert (place / "thesis.tex").read_text() == "precious"
 
 
-def test_visualize_says_how_much_it_writes_and_asks_above_a_limit(
-    trajectory, tmp_path, monkeypatch
-):
+def test_visualize_prints_its_size_and_asks_above_a_limit(trajectory, tmp_path, monkeypatch):
     only = ["merge_npy_sequence_world", "occ_only_cam_npy", "merge_ply_sequence_cam"]
     write_sequences(trajectory, tmp_path / "out", only=only, history_len=1)
     written = sum(p.stat().st_size for p in (tmp_path / "out").rglob("*.*"))
@@ -136,7 +134,7 @@ def test_visualize_says_how_much_it_writes_and_asks_above_a_limit(
     assert (tmp_path / "b").is_dir()
 
 
-def test_an_episode_of_a_source_gives_what_its_trajectory_gives(sample_tree, dataset, tmp_path):
+def test_pictures_of_an_episode_match_its_trajectory(sample_tree, dataset, tmp_path):
     path = trajectories(dataset)[0]
     name = path.relative_to(dataset).as_posix()
     only = ("--only", "occ_only_cam_npy")
@@ -186,7 +184,7 @@ def test_the_automatic_viewpoint_frames_the_scene(trajectory):
     assert view.position[2] > poses[:, 2, 3].max()  # From above: the sample's z is up.
 
 
-def test_a_viewpoint_survives_its_file(tmp_path):
+def test_viewpoint_file_round_trip(tmp_path):
     view = Viewpoint((1.0, 2.0, 3.0), (0.0, 0.5, 0.0), (0.0, 0.0, 1.0), 40.0)
     view.save(tmp_path / "camera.json")
     assert Viewpoint.load(tmp_path / "camera.json") == view
@@ -230,7 +228,7 @@ def test_which_points_a_frames_cells_hold(trajectory):
     assert cells.hold(points).tolist() == near
 
 
-def test_what_is_drawn_of_a_past_frame_is_worked_out_once(trajectory, monkeypatch):
+def test_cells_of_a_past_frame_are_computed_once(trajectory, monkeypatch):
     from occgen_hub.visual.frames import FrameCells
     from occgen_hub.visual.world import _Occupied
 
@@ -245,7 +243,7 @@ def test_what_is_drawn_of_a_past_frame_is_worked_out_once(trajectory, monkeypatc
     assert len(asked) == len(trajectory.world_from_camera())
 
 
-def test_cells_that_are_large_on_the_picture_have_edges():
+def test_large_cells_have_edges():
     from occgen_hub.visual.cubes import CLEAR, framed
 
     faces = cube_faces(np.array([[0, 0, 0.5], [0, 0, 8.0]]), 0.02, np.zeros(3))
@@ -264,7 +262,7 @@ def test_cells_that_are_large_on_the_picture_have_edges():
     assert (bright[:, 2] < dark[:, 2]).all()
 
 
-def test_the_world_view_fills_what_turned_cells_leave_open(trajectory):
+def test_world_view_fills_gaps_of_rotated_cells(trajectory):
     """Every cell of the cloud is drawn in which a point lies that the frame's cells hold."""
     from occgen_hub.visual.world import _Occupied
 
@@ -425,7 +423,7 @@ def test_a_video_is_one_that_browsers_play(trajectory, tmp_path):
     assert np.abs(shown[0].astype(int) - shown[-1]).mean() > 1
 
 
-def test_render_says_what_is_wrong(trajectory, dataset, tmp_path):
+def test_render_errors(trajectory, dataset, tmp_path):
     for arguments, words in (
         ((trajectory.path, tmp_path / "a.gif"), "ends in .mp4"),
         ((trajectory.path, tmp_path / "a.png", "--frame", "999"), "numbered from 0"),
@@ -440,7 +438,7 @@ def test_render_says_what_is_wrong(trajectory, dataset, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["render", "view"])
-def test_without_the_extra_the_command_says_how_to_get_it(command, trajectory, tmp_path):
+def test_missing_extra_error_names_the_remedy(command, trajectory, tmp_path):
     code = (
         "import sys; sys.modules['pyvista'] = sys.modules['rerun'] = None\n"
         "from occgen_hub.cli import main\n"
@@ -517,7 +515,7 @@ def test_the_viewer_is_served_until_ctrl_c(trajectory):
         process.kill()
 
 
-def test_view_without_a_screen_says_what_to_do(trajectory, tmp_path):
+def test_view_without_a_screen_is_an_error(trajectory, tmp_path):
     said = run("view", trajectory.path)
     assert said.returncode == 2
     assert "--web" in said.stderr

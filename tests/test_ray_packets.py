@@ -93,7 +93,7 @@ def test_the_number_of_threads_does_not_change_a_bit():
     assert all(np.array_equal(state, states[0]) for state in states)
 
 
-def test_a_camera_that_comes_again_gets_packets_and_sees_the_same():
+def test_repeated_camera_uses_packets_with_equal_results():
     rng = np.random.default_rng(5)
     cloud = into_blocks(rng.uniform(-2, 3, (4000, 3)).astype(np.float32))
     grid = Grid.of(Config(voxel_size=0.05))

@@ -1,4 +1,4 @@
-"""Running a build: stopped at any moment and started again, it ends with the same bytes."""
+"""Builds that are stopped at any moment and resumed give the same bytes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ Command = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three trajectories in two scenes, of 3, 2 and 4 frames. Not to be changed by tests."""
+    """Three trajectories in two scenes, of 3, 2 and 4 frames. Tests must not change it."""
     out = tmp_path_factory.mktemp("source") / "tree"
     make_sample(out, trajectories=3, frames=3)
     return out
@@ -75,7 +75,7 @@ def without_video(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="session")
 def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The dataset from one process that nobody disturbed. Not to be changed by tests."""
+    """The dataset from an uninterrupted build in one process. Tests must not change it."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     done = finish(start_build(source, out))
     assert done.returncode == 0, done.stderr
@@ -151,7 +151,7 @@ def marks(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def rebuilt(before: dict[str, tuple[int, int]], out: Path) -> set[str]:
-    """The trajectories of which not one file is what it was."""
+    """The trajectories whose files were all replaced."""
     now = marks(out)
     names = {episode for episode in (FIRST, SECOND, THIRD) if (out / episode).exists()}
     kept = {n for n in names if all(now[k] == v for k, v in before.items() if k.startswith(n))}
@@ -223,7 +223,7 @@ def check_resumed(source: Path, out: Path, expected: Tree, workers: int = 1) -> 
 
 
 def check_clean(stderr: str) -> None:
-    """No traceback, nor anything else that Python says by itself."""
+    """Check that there is no traceback or other output of Python itself."""
     for word in ("Traceback", "Exception", "Error", "Warning", "File "):
         assert word not in stderr, stderr
 
@@ -264,7 +264,7 @@ def test_two_workers_give_the_bytes_of_one_and_survive_a_failure(
     assert tree(out) == expected
 
 
-def test_it_does_not_matter_where_the_tree_is_or_how_it_is_named(
+def test_source_path_does_not_change_the_bytes(
     source: Path, expected: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -278,7 +278,7 @@ def test_it_does_not_matter_where_the_tree_is_or_how_it_is_named(
         shutil.rmtree(out)
 
 
-def test_nor_do_threads_and_unset_memory_where_the_video_is_made(
+def test_threads_and_unset_memory_do_not_change_the_video(
     without_video: Path, tmp_path: Path
 ) -> None:
     process = start_build(
@@ -314,7 +314,7 @@ def test_equal_frames_give_an_equal_video(source: Path, tmp_path: Path) -> None:
     [(1, finished), pytest.param(2, begun, marks=pytest.mark.slow)],
     ids=["one process, first trajectory there", "two, first one begun"],
 )
-def test_killed_and_started_again(
+def test_resume_after_kill(
     source: Path, expected: Tree, tmp_path: Path, workers: int, moment: Callable[[Path], Any]
 ) -> None:
     out = tmp_path / "out"
@@ -328,8 +328,10 @@ def test_killed_and_started_again(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-def test_killed_at_many_moments(source: Path, expected: Tree, tmp_path: Path, workers: int) -> None:
-    """From the first write on, every next kill a little later; now and then the parent alone."""
+def test_resume_after_kills_at_many_moments(
+    source: Path, expected: Tree, tmp_path: Path, workers: int
+) -> None:
+    """Each kill comes a little later after the first write; some kill the parent process only."""
     rng = random.Random(workers)
     for number in range(9 - 3 * workers):
         out = tmp_path / f"out_{number}"
@@ -346,10 +348,10 @@ def test_killed_at_many_moments(source: Path, expected: Tree, tmp_path: Path, wo
         check_resumed(source, out, expected)
 
 
-def test_whatever_renames_leave_behind_is_put_right(
+def test_leftovers_of_interrupted_renames_are_repaired(
     source: Path, expected: Tree, tmp_path: Path
 ) -> None:
-    """States between two renames, made by hand."""
+    """States between two renames, created by the test."""
     out = tmp_path / "out"
     build(source, out)
     (out / FIRST).rename((out / FIRST).with_name(".trajectory_0.old"))
@@ -365,7 +367,9 @@ def test_whatever_renames_leave_behind_is_put_right(
     assert tree(out) == expected
 
 
-def test_a_killed_worker_costs_nothing(source: Path, expected: Tree, tmp_path: Path) -> None:
+def test_episode_of_killed_worker_is_built_again(
+    source: Path, expected: Tree, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     process = start_build(source, out, workers=2)
     wait_until(lambda: begun(out))
@@ -377,7 +381,7 @@ def test_a_killed_worker_costs_nothing(source: Path, expected: Tree, tmp_path: P
     check_clean(done.stderr)
 
 
-def test_workers_end_with_their_parent(source: Path, expected: Tree, tmp_path: Path) -> None:
+def test_workers_exit_with_their_parent(source: Path, expected: Tree, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start_build(source, out, workers=2)
     wait_until(lambda: begun(out))
@@ -400,7 +404,7 @@ class Deadly(InternNavBuilder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [2, 3])
-def test_an_episode_that_kills_its_process_twice_fails_alone(
+def test_episode_that_kills_its_process_twice_fails(
     source: Path, expected: Tree, tmp_path: Path, workers: int
 ) -> None:
     out = tmp_path / "out"
@@ -416,7 +420,7 @@ def test_an_episode_that_kills_its_process_twice_fails_alone(
 
 
 def check_stopped(process: subprocess.Popen[str], number: signal.Signals) -> None:
-    """Signal the whole group, as a terminal does: it ends, all of it, with a sentence."""
+    """Signal the whole process group, as a terminal does. All of it ends with one sentence."""
     family = descendants(process)
     os.killpg(process.pid, number)
     done = finish(process)
@@ -429,7 +433,7 @@ def check_stopped(process: subprocess.Popen[str], number: signal.Signals) -> Non
 @pytest.mark.parametrize(
     ("workers", "number"), [(1, signal.SIGINT), (2, signal.SIGINT), (1, signal.SIGTERM)]
 )
-def test_interrupted_and_started_again(
+def test_resume_after_interruption(
     source: Path, expected: Tree, tmp_path: Path, workers: int, number: signal.Signals
 ) -> None:
     out = tmp_path / "out"
@@ -443,7 +447,7 @@ def test_interrupted_and_started_again(
     assert unfinished(out) == []
 
 
-def test_interrupted_while_the_workers_start(source: Path, tmp_path: Path) -> None:
+def test_interruption_while_workers_start(source: Path, tmp_path: Path) -> None:
     process = start_build(source, tmp_path / "out", workers=2)
     wait_until(lambda: len(workers_of(process)) == 2)
     check_stopped(process, signal.SIGINT)
@@ -453,10 +457,10 @@ def test_interrupted_while_the_workers_start(source: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("workers", "number"), [(1, signal.SIGINT), (2, signal.SIGINT), (2, signal.SIGTERM)]
 )
-def test_interrupted_at_many_moments(
+def test_resume_after_interruptions_at_many_moments(
     source: Path, tmp_path: Path, workers: int, number: signal.Signals
 ) -> None:
-    """From the moment that the output folder is there: libraries load, kernels run, files come."""
+    """At moments from when the output folder exists: import, computation and writing."""
     rng = random.Random(workers)
     for step in range(4):
         out = tmp_path / f"out_{step}"
@@ -468,10 +472,10 @@ def test_interrupted_at_many_moments(
         finish(process)
 
 
-def test_an_interruption_that_a_library_swallowed_still_stops(
+def test_interruption_swallowed_by_a_library_stops_the_build(
     source: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As happens while pandas is imported from compiled code: the build goes on, a moment."""
+    """As when compiled code imports pandas: the build continues for a moment."""
 
     def swallowing(*_: Any) -> Built:
         try:
@@ -491,9 +495,7 @@ def test_an_interruption_that_a_library_swallowed_still_stops(
 # Run again
 
 
-def test_run_again_it_does_nothing(
-    source: Path, out: Path, expected: Tree, command: Command
-) -> None:
+def test_second_run_does_nothing(source: Path, out: Path, expected: Tree, command: Command) -> None:
     before = marks(out)
     code, said, errors = command(source, out)
     assert (code, errors) == (0, "")
@@ -501,14 +503,14 @@ def test_run_again_it_does_nothing(
     assert (marks(out), tree(out)) == (before, expected)
 
 
-def test_overwrite_builds_all(source: Path, out: Path, expected: Tree) -> None:
+def test_overwrite_rebuilds_everything(source: Path, out: Path, expected: Tree) -> None:
     before = marks(out)
     assert counts(build(source, out, overwrite=True)) == (3, 0, 0)
     assert rebuilt(before, out) == {FIRST, SECOND, THIRD}
     assert tree(out) == expected
 
 
-def test_a_changed_setting_builds_all(source: Path, out: Path, expected: Tree) -> None:
+def test_changed_setting_rebuilds_everything(source: Path, out: Path, expected: Tree) -> None:
     assert counts(build(source, out, "voxel_size=0.2")) == (3, 0, 0)
     assert tree(out) != expected
     assert counts(build(source, out, "voxel_size=0.2")) == (0, 3, 0)
@@ -525,7 +527,7 @@ def test_settings_from_a_file_are_the_same(source: Path, out: Path, tmp_path: Pa
     assert counts(build_dataset(job)) == (0, 3, 0)
 
 
-def test_media_kept_or_left_out_is_built_anew_but_linked_is_kept(source: Path, out: Path) -> None:
+def test_changed_media_option_rebuilds_except_for_links(source: Path, out: Path) -> None:
     assert counts(build(source, out, media="link")) == (0, 3, 0)
     assert counts(build(source, out, media="none")) == (3, 0, 0)
     assert not list(out.rglob("*.jpg"))
@@ -567,7 +569,7 @@ def words(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [density, pose, fewer_frames, words])
-def test_a_changed_source_is_built_anew(
+def test_changed_source_is_rebuilt(
     mine: Path, out: Path, change: Callable[[Path], None], tmp_path: Path
 ) -> None:
     assert counts(build(mine, out)) == (0, 3, 0)
@@ -579,7 +581,7 @@ def test_a_changed_source_is_built_anew(
     assert tree(out) == tree(tmp_path / "fresh")
 
 
-def test_a_touched_source_is_not(mine: Path, out: Path) -> None:
+def test_touched_source_is_not_rebuilt(mine: Path, out: Path) -> None:
     assert counts(build(mine, out)) == (0, 3, 0)
     before = marks(out)
     for path in (mine / SECOND).rglob("*"):
@@ -592,7 +594,7 @@ def test_a_touched_source_is_not(mine: Path, out: Path) -> None:
 def test_unchanged_sources_are_read_once(
     mine: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A later run knows them by their times, however it came that these differ."""
+    """A later run recognises them by their times, for whatever reason these differ."""
     read: list[Path] = []
     monkeypatch.setattr(
         InternNavBuilder,
@@ -625,7 +627,7 @@ def test_a_source_changed_before_its_dataset_was_copied_is_noticed(
     assert counts(build(mine, copy)) == (1, 2, 0)
 
 
-def test_a_missing_file_builds_its_trajectory(source: Path, out: Path, expected: Tree) -> None:
+def test_missing_file_rebuilds_its_trajectory(source: Path, out: Path, expected: Tree) -> None:
     before = marks(out)
     (out / SECOND / RGB / "1.jpg").unlink()
     (out / THIRD / RECORD).write_text("{}\n")
@@ -700,9 +702,7 @@ def test_one_build_at_a_time(source: Path, out: Path, expected: Tree, command: C
     assert command(source, out)[0] == 0
 
 
-def test_an_old_trajectory_outlives_a_failed_overwrite(
-    mine: Path, out: Path, expected: Tree
-) -> None:
+def test_failed_overwrite_keeps_the_old_trajectory(mine: Path, out: Path, expected: Tree) -> None:
     (mine / SECOND / DEPTH / "1.png").write_bytes(b"")
     assert counts(build(mine, out, overwrite=True)) == (2, 0, 1)
     (out / "failures.jsonl").unlink()
@@ -722,7 +722,7 @@ def test_progress_counts_every_frame_and_episode(source: Path, tmp_path: Path) -
     assert episodes == [FIRST, SECOND, THIRD]
 
 
-def test_what_a_dataset_lacks_is_said(out: Path) -> None:
+def test_unfinished_builds_are_reported(out: Path) -> None:
     (out / "failures.jsonl").write_text('{"episode": "a/b/c", "reason": "d"}\n')
     assert unfinished(out) == [f"1 episode failed; see {out / 'failures.jsonl'}"]
     (out / "report.json").unlink()
@@ -735,7 +735,7 @@ def test_what_a_dataset_lacks_is_said(out: Path) -> None:
     assert unfinished(out) == [f"1 episode failed; see {out / 'failures.jsonl'}"]
 
 
-def test_a_folder_that_cannot_be_listed_is_no_empty_one(out: Path) -> None:
+def test_unlistable_folder_is_an_error(out: Path) -> None:
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, limit[1]))
     try:
@@ -751,7 +751,7 @@ def test_a_folder_that_cannot_be_listed_is_no_empty_one(out: Path) -> None:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """A file system whose options, such as its size, can be set; skips where none can be had."""
+    """A file system with given options, such as its size. Skips if none can be mounted."""
     place = tmp_path / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
@@ -771,7 +771,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 def test_full_disk(
     source: Path, without_video: Path, disk: Callable[[str], Path], command: Command, video: bool
 ) -> None:
-    """Full at each stage of writing: it says so, and leaves nothing half."""
+    """Full at each stage of writing: the error is reported, and nothing incomplete is left."""
     root = source if video else without_video
     place = disk("size=20k")
     for size in ("20k", "80k", "200k", "500k", "900k", "1300k", "1700k"):

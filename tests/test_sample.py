@@ -161,7 +161,7 @@ def test_columns_and_images_are_the_real_ones(sample: list[Path], faulty: Path) 
 
 
 @pytest.mark.parametrize(("k", "frames"), [(0, FRAMES), (1, 3), (2, 5)])
-def test_a_trajectory_is_whole(sample: list[Path], k: int, frames: int) -> None:
+def test_trajectory_is_complete(sample: list[Path], k: int, frames: int) -> None:
     folder = sample[k]
     info = info_of(folder)
     assert column(folder, "index").tolist() == list(range(frames))
@@ -363,7 +363,7 @@ def test_nothing_half_done_is_left(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("trajectory_0"))
 
 
-def test_refuses_what_is_there_already(tmp_path: Path) -> None:
+def test_existing_output_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UsageError, match="not an empty folder"):
         make_sample(tmp_path)

@@ -77,7 +77,7 @@ def test_kinect_spreads_by_depth(depth: float) -> None:
     assert np.allclose(steps, np.rint(steps), atol=1e-6)
 
 
-def test_kinect_has_no_depth_too_near_nor_at_grazing_angles() -> None:
+def test_kinect_range_and_grazing_angles() -> None:
     assert (draws(sensors.kinect, wall(0.39), 1) == 0).all()
     view = floor()
     measured = draws(sensors.kinect, view, 1)[0]
@@ -289,7 +289,7 @@ def depth_of(tree: Path, frame: int) -> np.ndarray:
         return np.asarray(image) / 10_000
 
 
-def test_without_options_the_recording_is_as_it_ever_was(clean: Path) -> None:
+def test_default_recording_is_unchanged(clean: Path) -> None:
     """Figures of a recording made before there were options."""
     with Image.open(clean / FIRST / DEPTH / "2.png") as image:
         units = np.asarray(image).astype(int)[20::60, 30::80]
@@ -328,7 +328,7 @@ def test_truth_has_the_names_of_the_episodes(tmp_path: Path) -> None:
         assert len(names) == 2
 
 
-def test_noise_is_in_the_depth_and_the_poses_alone(
+def test_noise_affects_depth_and_poses_only(
     clean: Path, hard: Path, crowd: Path, tmp_path: Path
 ) -> None:
     a, b, c = files(clean), files(hard), files(crowd)
@@ -351,7 +351,7 @@ def test_noise_is_in_the_depth_and_the_poses_alone(
     assert files(tmp_path / "again") == b
 
 
-def test_people_are_where_the_depth_image_says(clean: Path, crowd: Path) -> None:
+def test_people_match_the_depth_images(clean: Path, crowd: Path) -> None:
     data = truth(crowd)
     assert data["people_vertices"].shape[1] > 2000
     assert data["people_faces"].max() == data["people_vertices"].shape[1] - 1
@@ -457,7 +457,7 @@ def test_refuses_wrong_arguments(tmp_path: Path, wrong: dict[str, Any]) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_too_many_people_for_a_house_is_told(tmp_path: Path) -> None:
+def test_too_many_people_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="people is 60"):
         make_sample(tmp_path / "out", frames=2, trajectories=1, people=60)
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]

@@ -269,7 +269,7 @@ def test_a_scene_that_is_somewhere_else_keeps_its_row_and_its_shard(mine, own_ca
     assert list(read_entries(mine)) == everything
     report = validate(mine)
     assert report.findings == ()
-    assert "1 of the 2 shards that the index has are not here" in report.warnings[-1]
+    assert "1 of the 2 shards in the index are missing here" in report.warnings[-1]
     write_shards(mine, drop_missing=True)
     assert list(read_entries(mine)) == everything[2:]
     assert (validate(mine).findings, validate(mine).warnings) == ((), ())

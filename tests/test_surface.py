@@ -58,7 +58,7 @@ def added(cloud: Cloud, closed: Cloud) -> NDArray[np.float32]:
     return closed.points[n:]
 
 
-def test_a_thinned_sphere_is_closed_and_stays_a_sphere():
+def test_downsampled_sphere_is_filled():
     points = sphere(40_000)
     cloud = grey(points[np.random.default_rng(0).random(len(points)) < 0.3])
     closed = poisson_surface(cloud, np.array([[0.0, 0.0, 0.5]]), VOXEL)
@@ -138,7 +138,7 @@ def test_added_points_have_the_colours_around_them():
     assert np.abs(tint[:, 1] - 80).max() <= 2
 
 
-def test_far_from_the_origin_holes_are_closed_alike():
+def test_holes_far_from_the_origin_are_filled():
     """Up to what float32 holds there: half a millimetre at 5 km."""
     points = sphere(10_000)[::2]
     offset = np.array([5000.0, -3000.0, 10.0])
@@ -191,7 +191,7 @@ def test_equal_input_gives_equal_bytes_on_any_number_of_threads(pytestconfig):
     ],
     ids=["empty", "nine", "identical", "line", "two places"],
 )
-def test_a_cloud_without_area_is_returned_as_it_is(points):
+def test_cloud_without_area_is_unchanged(points):
     cloud = grey(points)
     assert poisson_surface(cloud, np.zeros((1, 3)), VOXEL) is cloud
 
@@ -232,7 +232,7 @@ def test_centroids_are_those_of_equal_parts(n):
     assert len(np.unique(whole, axis=0)) == n * n
 
 
-def test_a_density_cut_leaves_out_what_few_points_support(pierced):
+def test_density_cut_removes_sparse_parts(pierced):
     cloud, closed = pierced
     cameras = np.array([[1.5, 2.0, 1.2], [2.0, 3.0, 1.2]])
     cut = poisson_surface(cloud, cameras, VOXEL, 0.3)

@@ -197,7 +197,7 @@ def test_frames_come_in_their_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 4])
-def test_threads_may_ask_at_once(step: int, tmp_path: Path) -> None:
+def test_frames_can_be_read_from_several_threads(step: int, tmp_path: Path) -> None:
     episode = read(record(tmp_path / "a.mp4", numbered(30)))
     asked = range(0, 30, step)
     with ThreadPoolExecutor(12) as pool:
@@ -344,7 +344,7 @@ def test_the_header_does_not_matter(tmp_path: Path) -> None:
     assert (episode.length, len(all_frames(episode))) == (10, 10)
 
 
-def test_frames_that_an_edit_list_hides_are_none(tmp_path: Path) -> None:
+def test_frames_hidden_by_an_edit_list_are_skipped(tmp_path: Path) -> None:
     path = record(tmp_path / "trimmed.mp4", numbered(20), options={"bf": "0"})
     content = bytearray(path.read_bytes())
     place = content.index(b"elst") + 16
@@ -357,7 +357,7 @@ def test_frames_that_an_edit_list_hides_are_none(tmp_path: Path) -> None:
     assert video_facts(path).frames == 20
     assert episode.length == 15
     assert [number(frame) for frame in all_frames(episode)] == list(range(5, 20))
-    assert "speaks of 20 frames, 15 can be decoded" in notes(episode)["frame count"]
+    assert "states 20 frames, but 15 can be decoded" in notes(episode)["frame count"]
     assert not episode.media
 
 
@@ -375,10 +375,10 @@ def test_a_cut_end_leaves_the_frames_before_it(name: str, tmp_path: Path) -> Non
     assert 10 < episode.length < 36
     assert len(all_frames(episode)) == episode.length
     if name in ("a.mp4", "a.avi"):
-        assert "speaks of 40 frames" in notes(episode)["frame count"]
+        assert "states 40 frames" in notes(episode)["frame count"]
 
 
-def test_a_recording_may_begin_between_keyframes(tmp_path: Path) -> None:
+def test_recording_that_starts_between_keyframes(tmp_path: Path) -> None:
     path = record(tmp_path / "whole.mp4", numbered(30), options={"g": "10", "bf": "0"})
     with av.open(str(path)) as source, av.open(str(tmp_path / "late.mts"), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
@@ -421,7 +421,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_video_is_one_sentence_and_no_matter_to_others(name: str, tmp_path: Path) -> None:
+def test_damaged_video_fails_alone_with_one_sentence(name: str, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
     bad = record(tmp_path / "in" / "bad.mp4", [np.roll(noise, t, 1) for t in range(20)])
     record(tmp_path / "in" / "good.mp4", [quadrants()] * 2)
@@ -441,7 +441,7 @@ def test_a_bad_video_is_one_sentence_and_no_matter_to_others(name: str, tmp_path
     assert builder.read(second).length == 2
 
 
-def test_sound_alone(tmp_path: Path) -> None:
+def test_file_with_sound_only(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=44100)
         for _ in range(20):
@@ -585,7 +585,7 @@ def test_modes_of_images(mode: str, tmp_path: Path) -> None:
         assert mode == "1" or np.abs(frame[..., 0] - grey).max() <= 2
 
 
-def test_what_is_transparent_lies_over_black(tmp_path: Path) -> None:
+def test_transparent_pixels_become_black(tmp_path: Path) -> None:
     pixels = np.dstack([quadrants(), np.full((64, 96), 255, np.uint8)])
     pixels[:32, :48, 3] = 0
     Image.fromarray(pixels).save(tmp_path / "0.png")
@@ -628,7 +628,7 @@ def test_bad_images_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "exif", [b"Exif\0\0", b"Exif\0\0MM\0*\0\0\xff\xff", b"Exif\0\0II*\0" + b"\xff" * 64]
 )
-def test_exif_data_that_cannot_be_read_are_none(exif: bytes, tmp_path: Path) -> None:
+def test_unreadable_exif_data_are_ignored(exif: bytes, tmp_path: Path) -> None:
     Image.fromarray(quadrants()).save(tmp_path / "0.jpg", exif=exif, quality=95)
     assert_upright(read(tmp_path).read_rgb(0))
 
@@ -649,7 +649,7 @@ def test_a_folder_of_all_sorts(tmp_path: Path) -> None:
     assert ids(tmp_path / "sub" / "..") == ids(tmp_path)
 
 
-def test_names_are_distinct_whatever_comes(tmp_path: Path) -> None:
+def test_names_are_distinct(tmp_path: Path) -> None:
     for name in ("a.mp4", "a.mov", "b.mp4", "c.mp4", "C.mp4", "d/e.mp4", "d_e.mp4", "x_mov.mp4",
                  "x.mov", "x.mp4"):  # fmt: skip
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -688,7 +688,7 @@ def test_odd_names_become_safe_ones(name: str, expected: str, tmp_path: Path) ->
     assert ids(tmp_path / name) == [expected]
 
 
-def test_a_name_that_is_no_text_can_be_read(tmp_path: Path) -> None:
+def test_file_name_that_is_not_utf8(tmp_path: Path) -> None:
     path = record(tmp_path / "plain.mp4", numbered(3))
     path = path.rename(tmp_path / os.fsdecode(b"a\xff.mp4"))
     assert [number(frame) for frame in video_frames(path)] == [0, 1, 2]
@@ -710,7 +710,7 @@ def test_the_source_is_installed(tmp_path: Path) -> None:
     assert ref.id == "custom_videos/a/trajectory_0"
 
 
-def test_what_is_no_source_is_a_wrong_command(tmp_path: Path) -> None:
+def test_input_without_videos_is_a_usage_error(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text("x")
     (tmp_path / "clip.mp4").write_bytes(b"")
@@ -751,7 +751,7 @@ def write(episode: Episode, folder: Path, media: Media = "copy") -> Path:
 
 
 @pytest.mark.parametrize("media", ["copy", "link", "none"])
-def test_a_video_that_serves_is_taken_as_it_is(media: Media, tmp_path: Path) -> None:
+def test_suitable_video_is_copied(media: Media, tmp_path: Path) -> None:
     path = record(tmp_path / "a.mp4", [quadrants()] * 6)
     video = write(read(path), tmp_path / "out" / "a", media)
     assert video.exists() == (media != "none")
@@ -793,7 +793,7 @@ MADE_ANEW: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("name", MADE_ANEW)
-def test_any_other_is_made_anew(name: str, tmp_path: Path) -> None:
+def test_other_videos_are_re_encoded(name: str, tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     MADE_ANEW[name](path)
     episode = read(path)
@@ -845,7 +845,7 @@ def depth(folder: Path, names: list[str]) -> Path:
     return folder
 
 
-def test_a_folder_of_depth_images_is_no_movie(tmp_path: Path) -> None:
+def test_folder_of_depth_images_is_not_a_video(tmp_path: Path) -> None:
     pictures(tmp_path / "rgb", ["0.png", "1.png"])
     depth(tmp_path / "depth", ["0.png", "1.png"])
     assert ids(tmp_path) == ["rgb"]
@@ -901,7 +901,7 @@ def test_programs_in_typescript_are_no_videos(tmp_path: Path) -> None:
     assert ids(tmp_path) == ["a"]
 
 
-def test_an_animation_is_a_video_but_beside_images_a_preview(tmp_path: Path) -> None:
+def test_gif_beside_images_is_a_preview(tmp_path: Path) -> None:
     gif = tmp_path / "in" / "walk.gif"
     gif.parent.mkdir()
     frames = [Image.fromarray(image) for image in numbered(5)]
@@ -1010,7 +1010,7 @@ def test_colours_keep_their_hue() -> None:
     ("PQ", 16, [pq_signal(nits) for nits in (50, 203, 600)]),
     ("HLG", 18, [hlg_signal((nits / 1000) ** (1 / 1.2)) for nits in (50, 203, 600)]),
 ])  # fmt: skip
-def test_an_hdr_video_comes_as_sdr_with_a_note(
+def test_hdr_video_is_tone_mapped_with_a_note(
     name: str, number_: int, signal: list[float], tmp_path: Path
 ) -> None:
     frames = [np.full((64, 96, 3), round(255 * value), np.uint8) for value in signal]
@@ -1029,7 +1029,7 @@ def test_an_hdr_video_comes_as_sdr_with_a_note(
     assert survey_video(made).hdr is None
 
 
-def test_an_sdr_video_is_left_as_it_is(tmp_path: Path) -> None:
+def test_sdr_video_is_not_tone_mapped(tmp_path: Path) -> None:
     path = record(tmp_path / "a.mp4", [quadrants()], color_trc=1, color_primaries=1)
     episode = read(path)
     assert "hdr" not in notes(episode)

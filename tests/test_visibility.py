@@ -192,7 +192,7 @@ def test_occupied_cells_are_those_that_hold_a_point(seed, scale):
     assert np.array_equal(np.flatnonzero(observed & expected.ravel()), frame.visible)
 
 
-def test_cells_left_over_in_the_last_byte_are_not_observed():
+def test_padding_bits_are_not_observed():
     grid = Grid((-0.5, -0.5, 0.0), 1.0, (1, 1, 3))
     frame = observe(
         grid,

@@ -117,7 +117,7 @@ def test_weights_are_fetched_into_the_cache_and_found_there(hub, tmp_path):
     assert REVISION in path
 
 
-def test_pull_shows_the_licence_and_checks_what_came(hub, tmp_path):
+def test_pull_prints_the_licence_and_checks_the_file(hub, tmp_path):
     """What is served is no pi3 of the published size, which is told and nothing else."""
     _, environment = hub
     result = occgen_hub("weights", "pull", "pi3", environment=environment, cwd=tmp_path)
@@ -128,7 +128,7 @@ def test_pull_shows_the_licence_and_checks_what_came(hub, tmp_path):
 
 
 @pytest.mark.parametrize("status", [401, 403, 500])
-def test_a_hub_that_refuses_is_told_in_three_lines(hub, tmp_path, status):
+def test_hub_error_gives_a_message_of_three_lines(hub, tmp_path, status):
     served, environment = hub
     served.status = status
     result = occgen_hub("weights", "pull", "pi3", environment=environment, cwd=tmp_path)
@@ -138,14 +138,14 @@ def test_a_hub_that_refuses_is_told_in_three_lines(hub, tmp_path, status):
 
 
 @pytest.mark.parametrize("name", ["pi3", "pi3x"])
-def test_without_weights_their_licence_is_said(name):
+def test_error_for_missing_weights_names_the_licence(name):
     with pytest.raises(
         WeightsError, match=r"licence: CC BY-NC 4\.0, which allows no commercial use"
     ):
         raise missing_error(name)
 
 
-def test_what_a_library_says_is_cut_between_words():
+def test_library_messages_are_shortened_between_words():
     words = "the connection was refused by a machine that nobody knows " * 5
     said = in_brief(words, 100)
     assert len(said) <= 104
@@ -157,7 +157,7 @@ def test_what_a_library_says_is_cut_between_words():
     assert in_brief("x" * 300, 100) == "x" * 100 + " ..."
 
 
-def test_a_long_reason_of_the_hub_is_not_cut_within_a_word(tmp_path):
+def test_long_hub_message_is_shortened_between_words(tmp_path):
     """It names an address, which alone is longer than what there is room for."""
     environment = {
         "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1",
@@ -173,7 +173,7 @@ def test_a_long_reason_of_the_hub_is_not_cut_within_a_word(tmp_path):
     assert reason in whole or f"{reason.removesuffix(' ...')} " in whole
 
 
-def test_a_hub_that_is_not_there_is_told_at_once(tmp_path):
+def test_unreachable_hub_fails_quickly(tmp_path):
     environment = {
         "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0",
     }  # fmt: skip
@@ -184,7 +184,7 @@ def test_a_hub_that_is_not_there_is_told_at_once(tmp_path):
     assert "Retry" not in result.stderr
 
 
-def test_check_reads_what_is_in_the_working_folder(tmp_path):
+def test_check_reads_weights_in_the_working_folder(tmp_path):
     folder = save(tmp_path / "ckpt" / "pi3", "pi3", random_weights("pi3"))
     environment = {"HF_HOME": str(tmp_path / "home")}
     result = occgen_hub("weights", "check", "pi3", environment=environment, cwd=tmp_path)
@@ -202,7 +202,7 @@ def test_check_fetches_nothing(hub, tmp_path):
     assert not served.asked
 
 
-def test_what_is_put_by_hand_counts_before_the_cache(hub, tmp_path):
+def test_manual_weights_have_priority_over_the_cache(hub, tmp_path):
     _, environment = hub
     assert python(FETCH, environment, tmp_path).returncode == 0
     save(tmp_path / "ckpt" / "pi3", "pi3", random_weights("pi3", seed=1))
@@ -211,7 +211,7 @@ def test_what_is_put_by_hand_counts_before_the_cache(hub, tmp_path):
     assert result.stdout.strip() == "ckpt/pi3/model.safetensors"
 
 
-def test_a_folder_of_weights_says_what_they_are_of(tmp_path):
+def test_config_json_identifies_the_network(tmp_path):
     folder = save(tmp_path / "w", "pi3x", random_weights("pi3x"))
     result = occgen_hub(
         "weights", "check", "pi3", "--weights", folder, environment={}, cwd=tmp_path
@@ -220,7 +220,7 @@ def test_a_folder_of_weights_says_what_they_are_of(tmp_path):
     assert "choose --engine pi3x" in result.stderr
 
 
-def test_a_file_that_is_not_the_one_described_is_told(tmp_path):
+def test_verify_rejects_another_file(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"something")
     digest = hashlib.sha256(b"something").hexdigest()
@@ -239,7 +239,7 @@ def test_the_published_checkpoints_are_pinned(name):
     assert checkpoint.repo_id.startswith("yyfz233/Pi3")
 
 
-def test_the_authors_own_config_beside_the_weights_is_not_taken_for_ours(tmp_path):
+def test_config_json_of_the_authors_is_ignored(tmp_path):
     folder = save(tmp_path / "w", "pi3", random_weights("pi3"))
     (folder / "config.json").write_text('{"decoder_size": "large"}')
     with pytest.raises(WeightsError, match="not a checkpoint of pi3 with these sizes"):

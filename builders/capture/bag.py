@@ -1,4 +1,4 @@
-"""ROS 2 bags: colour, depth, CameraInfo and poses, by their topics. Needs `rosbags`, but no ROS."""
+"""ROS 2 bags: colour, depth, CameraInfo and poses by topic. Needs `rosbags`, but not ROS."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ COLORS = {
     "rgb8": [0, 1, 2], "8UC3": [2, 1, 0], "bgr8": [2, 1, 0], "rgba8": [0, 1, 2],
     "bgra8": [2, 1, 0], "mono8": [0, 0, 0], "8UC1": [0, 0, 0],
 }  # fmt: skip
-"""Encodings of colour, and where red, green and blue are in a pixel."""
+"""Encodings of colour, and the positions of red, green and blue in a pixel."""
 
 DEPTHS = {"16UC1": "u2", "mono16": "u2", "32FC1": "f4"}
-"""Encodings of depth: units, which are millimetres unless the user says otherwise, or metres."""
+"""Encodings of depth: integers, in millimetres by default, or metres."""
 
 UNIT = 0.001
 PREFERRED = {
     "rgb": ("color", "rgb"),
     "depth": ("aligned_depth", "registered", "depth"),
 }
-"""Words in the topics that are taken where several would do, the best first."""
+"""Words in topic names that are preferred among several topics, the best first."""
 
 
 class Bag(Layout):
@@ -134,7 +134,7 @@ class _Source:
         self._bag: OpenBag | None = None
 
     def read[Value](self, what: Callable[[OpenBag], Value]) -> Value:
-        """What a function reads from the bag, one thread at a time."""
+        """Call a function with the open bag, in one thread at a time."""
         with self._turn, _named_errors(self._place):
             if self._bag is None:
                 self._bag = OpenBag(self._place)
@@ -154,7 +154,7 @@ def _files(place: Path) -> list[Path]:
 
 @contextmanager
 def opened_bag(place: Path) -> Iterator[OpenBag]:
-    """A bag, open while the block lasts; what is wrong with it is raised as SourceError."""
+    """Open a bag for the block. Errors are raised as SourceError."""
     with _named_errors(place):
         bag = OpenBag(place)
         try:
@@ -170,8 +170,10 @@ def _named_errors(place: Path) -> Iterator[None]:
     except (OccGenError, MemoryError):
         raise
     except Exception as error:  # rosbags raises whatever its parsers meet in a damaged file.
-        said = in_brief(str(error) or type(error).__name__)
-        raise SourceError(place, f"cannot be read ({said})", "restore it from the source") from None
+        reason = in_brief(str(error) or type(error).__name__)
+        raise SourceError(
+            place, f"cannot be read ({reason})", "restore it from the source"
+        ) from None
 
 
 class OpenBag:
@@ -241,7 +243,7 @@ class OpenBag:
         return found[0] if found else None
 
     def _kind(self, topic: str) -> str:
-        """What the first message of a topic of images holds."""
+        """The first message of a topic of images."""
         _, message = next(self.messages(topic), (0, None))
         if message is None:
             return ""

@@ -16,11 +16,11 @@ import numpy as np
 from occgen_hub.camera_mapping import CameraMapping
 from occgen_hub.episode import Note
 from occgen_hub.errors import SourceError
-from occgen_hub.files import MAX_TABLE_ROWS, is_file, opened
+from occgen_hub.files import MAX_TABLE_ROWS, is_file, natural_key, opened
 from occgen_hub.geometry.lens import Lens
 from occgen_hub.media import image_size, read_rgb
 
-from .recording import Layout, Recording, known, left_out, natural
+from .recording import Layout, Recording, known, left_out
 from .trajectories import poses_of
 
 MODELS = ("sparse/0", "sparse", "colmap/sparse/0", "dense/sparse", "")
@@ -60,7 +60,7 @@ class Colmap(Layout):
         return _model(place) is not None
 
     def has_depth(self, place: Path, mapping: CameraMapping) -> bool:
-        """It has none."""
+        """False: COLMAP models have no depth."""
         return False
 
     def read(self, place: Path, mapping: CameraMapping) -> Recording:
@@ -72,7 +72,7 @@ class Colmap(Layout):
         text = kind == ".txt"
         lenses = dict(_text_cameras(cameras_path) if text else _binary_cameras(cameras_path))
         rows = list(_text_images(images_path) if text else _binary_images(images_path))
-        rows.sort(key=lambda row: natural(row[0]))
+        rows.sort(key=lambda row: natural_key(row[0]))
         root = _image_folder(place, folder, [name for name, *_ in rows])
         there = [row for row in rows if is_file(root / row[0])]
         if not there:
@@ -162,7 +162,7 @@ Row = tuple[str, int, list[float], list[float]]
 
 
 def _text_images(path: Path) -> Iterator[Row]:
-    """Of two lines an image, the second of which, its points, may be empty."""
+    """Parse images.txt. Each image has two lines; the second, its points, may be empty."""
     second = False
     for line in _lines(path, blank=True):
         if second:

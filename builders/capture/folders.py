@@ -36,7 +36,7 @@ TRAJECTORIES = (
 
 
 class PlainFolder(Layout):
-    """`color/`, `depth/` and a trajectory; depth in millimetres unless the user says otherwise."""
+    """`color/`, `depth/` and a trajectory; depth in millimetres by default."""
 
     what = "a folder of colour and depth images"
 

@@ -10,12 +10,12 @@ import numpy as np
 from occgen_hub.camera_mapping import CameraMapping
 from occgen_hub.episode import Note
 from occgen_hub.errors import SourceError
-from occgen_hub.files import MAX_TABLE_ROWS, is_file, read_json
+from occgen_hub.files import MAX_TABLE_ROWS, is_file, natural_key, read_json
 from occgen_hub.geometry.lens import Lens
 from occgen_hub.geometry.poses import from_opengl
 from occgen_hub.media import image_size, read_rgb
 
-from .recording import GIVE, IMAGES, Layout, Recording, depth_reader, known, left_out, natural
+from .recording import GIVE, IMAGES, Layout, Recording, depth_reader, known, left_out
 
 UNIT = 0.001
 TRANSFORMS = "transforms.json"
@@ -39,7 +39,7 @@ class NerfStudio(Layout):
         return _text(_frames(values, place)[0].get("depth_file_path")) != ""
 
     def read(self, place: Path, mapping: CameraMapping) -> Recording:
-        """The frames whose files are there, in the order of their names."""
+        """The frames whose files exist, sorted by name."""
         path = place / TRANSFORMS
         values = read_json(path)
         frames = _frames(values, place)
@@ -58,7 +58,7 @@ class NerfStudio(Layout):
         size = image_size(colors[0])
         lenses = [_lens({**values, **frame}, size, mapping, path) for frame in kept]
         poses = all_poses[tracked]
-        axes = mapping.pose_axes or "opengl"  # Only here is OpenGL what the files mean.
+        axes = mapping.pose_axes or "opengl"  # The default of this format only.
         poses = mapping.model_copy(update={"pose_axes": "opencv"}).world_from_camera(poses)
         depths = [place / frame["depth_file_path"] for frame in kept] if with_depth else []
         reader = depth_size = None
@@ -97,7 +97,7 @@ def _frames(values: dict[str, Any], place: Path) -> list[dict[str, Any]]:
     if not usable or len(usable) > MAX_TABLE_ROWS:
         problem = "lists no frames with a file_path"
         raise SourceError(place / TRANSFORMS, problem, "restore it from the source")
-    return sorted(usable, key=lambda frame: natural(frame["file_path"]))
+    return sorted(usable, key=lambda frame: natural_key(frame["file_path"]))
 
 
 def _text(value: Any) -> str:
@@ -171,7 +171,7 @@ def _number(values: dict[str, Any], name: str, otherwise: float, path: Path) -> 
 
 
 def _unit(values: dict[str, Any]) -> float:
-    """Metres in a unit of depth: instant-ngp and nerfstudio's own tools may say it."""
+    """The unit of depth in metres, which instant-ngp and nerfstudio's tools may state."""
     for name in ("depth_unit_scale_factor", "integer_depth_scale"):
         value = values.get(name)
         if isinstance(value, float) and 0 < value <= 1:

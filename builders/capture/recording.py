@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from occgen_hub.camera_mapping import CameraMapping
 from occgen_hub.episode import Note
 from occgen_hub.errors import SourceError
-from occgen_hub.files import MAX_TABLE_ROWS, is_file, parse_json, read_bytes
+from occgen_hub.files import MAX_TABLE_ROWS, is_file, natural_key, parse_json, read_bytes
 from occgen_hub.geometry.lens import Lens, opencv_matrix
 from occgen_hub.geometry.poses import RIGID, rigidity_error
 from occgen_hub.media import image_size, read_depth, read_rgb
@@ -106,13 +105,7 @@ def images_in(folder: Path, suffixes: tuple[str, ...] = IMAGES) -> list[Path]:
     if len(kept) > MAX_TABLE_ROWS:
         problem = f"has {len(kept)} images, more than an episode can have"
         raise SourceError(folder, problem, "split it into several recordings")
-    return [folder / name for name in sorted(kept, key=natural)]
-
-
-def natural(name: str) -> tuple[list[str | int], str]:
-    """A sort key in which digits count as numbers."""
-    parts = re.split(r"([0-9]+)", name)
-    return [int(part) if n % 2 else part for n, part in enumerate(parts)], name
+    return [folder / name for name in sorted(kept, key=natural_key)]
 
 
 def folder_among(place: Path, names: Iterable[str]) -> Path | None:

@@ -1,4 +1,4 @@
-"""7-Scenes, and ScanNet as its own exporter writes it: frames by number, a pose file for each."""
+"""7-Scenes, and ScanNet as written by its own exporter: numbered frames, a pose file for each."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from occgen_hub.camera_mapping import CameraMapping
 from occgen_hub.episode import Note
 from occgen_hub.errors import SourceError
+from occgen_hub.files import natural_key
 from occgen_hub.geometry.lens import Lens
 from occgen_hub.media import image_size
 
@@ -19,7 +20,6 @@ from .recording import (
     Recording,
     file_among,
     matrix_in,
-    natural,
     recorded,
     tracked_frames,
 )
@@ -56,7 +56,7 @@ class SevenScenes(Layout):
                     place / f"{stem}.pose.txt",
                     place / f"{stem}.depth.png" if with_depth else None,
                 )
-                for stem in sorted(colors, key=natural)
+                for stem in sorted(colors, key=natural_key)
             ],
         )
         lens, files, lens_notes = _lens(place, image_size(frames[0].color), mapping)

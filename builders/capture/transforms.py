@@ -62,7 +62,7 @@ class Transforms:
         edge.rows.append([time, moved.x, moved.y, moved.z, turned.x, turned.y, turned.z, turned.w])
 
     def finish(self, offset: float) -> None:
-        """Make poses of what was added; offset: seconds to add to the times of what moves."""
+        """Make the poses of the added transforms. offset: seconds to add to moving ones."""
         for edge in self._edges.values():
             rows = np.array(edge.rows)
             poses = poses_of(rows[:, 1:4], rows[:, 4:])
@@ -103,7 +103,7 @@ class Transforms:
         return result, good, moments
 
     def static_to(self, frame: str, ancestor: str) -> list[_Edge] | None:
-        """The edges from a frame up to one above it; None where there is no way or one moves."""
+        """The edges from a frame up to an ancestor; None without a path, or if one moves."""
         edges, name = list[_Edge](), _name(frame)
         while name != _name(ancestor):
             edge = self._edges.get(name)

@@ -111,7 +111,7 @@ def check_tracked(
     times: NDArray[np.float64],
     known_times: NDArray[np.float64],
 ) -> None:
-    """Raise SourceError where no frame has a pose, with the times of both."""
+    """Raise SourceError if no frame has a pose. The message has the times of both."""
     if not tracked.any():
         problem = (
             f"has no pose at the time of any frame (it runs from {known_times[0]:.3f} to "

@@ -77,7 +77,7 @@ def build_shard(
         refs = [ref for ref in job.refs if ref.id in own]
         present = publisher.begin(job, refs, shard.index) if publisher else {}
         refs = [ref for ref in refs if ref.id not in present]
-        done, scenes = set[str](), _Scenes(refs)
+        done, scenes = set[str](), _SceneTracker(refs)
 
         def note(result: Result) -> None:
             done.add(result.id)
@@ -136,7 +136,7 @@ def _closing(publisher: Publisher | None) -> Iterator[None]:
             publisher.stop()
 
 
-class _Scenes:
+class _SceneTracker:
     """Tracks which scenes are finished. failed: scenes and episodes with a failure."""
 
     def __init__(self, refs: Sequence[EpisodeRef | SceneRef]) -> None:

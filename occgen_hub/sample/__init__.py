@@ -1,4 +1,4 @@
-"""A synthetic InternData-N1 tree, ray-traced from houses made here, with its ground truth."""
+"""Synthetic recordings in the InternData-N1 layout, ray-traced from generated houses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def make_sample(
     people: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
-    """Write a recording of furnished houses under `out` as InternData-N1 lays one out.
+    """Write a recording of furnished houses to `out` in the layout of InternData-N1.
 
     `out/ground_truth/mesh.ply` is the one true mesh of every scene, in world coordinates (metres,
     z up). `out/ground_truth/ID.npz` is the truth of every frame of episode ID, see

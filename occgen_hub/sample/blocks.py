@@ -14,7 +14,7 @@ Box = tuple[Sequence[float], Sequence[float], int]  # lower corner, upper corner
 
 
 def surface(boxes: Sequence[Box]) -> tuple[Floats, NDArray[np.int8], NDArray[np.int64], Floats]:
-    """The faces between what is solid and what is empty; a later box overrules earlier ones.
+    """The faces between solid and empty space; later boxes override earlier ones.
 
     Returns:
         corners (Q, 4, 3) in metres, counter-clockwise seen from the empty side; the outward

@@ -1,4 +1,4 @@
-"""One filmed walk: the camera, how it is mounted, where it is frame by frame, and its errand."""
+"""One recorded walk: the camera, its mount, its poses and its instruction."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])  # OpenGL camera axes to OpenCV's, and 
 
 @dataclass(frozen=True)
 class Episode:
-    """A walk as it is filmed; poses are float64, and as they are before any rounding."""
+    """A recorded walk. Poses are float64, before any rounding."""
 
     camera: Camera
     body_from_camera: Floats  # (4, 4): body x right, y ahead, z up from the floor; camera OpenGL
@@ -35,12 +35,12 @@ class Episode:
     tasks: tuple[Task, ...]
 
     def __len__(self) -> int:
-        """How many frames it has."""
+        """The number of frames."""
         return len(self.world_from_camera)
 
 
 def length_of(number: int, frames: int) -> int:
-    """How many frames trajectory `number` has when `frames` were asked for."""
+    """The number of frames of trajectory `number` if `frames` are requested."""
     return max(1, round(frames * LENGTHS[number % len(LENGTHS)]))
 
 

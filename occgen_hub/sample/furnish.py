@@ -1,4 +1,4 @@
-"""Setting furniture into the rooms of a plan: against walls, clear of doors, with room to walk."""
+"""Place furniture in the rooms of a plan: against walls, away from doors, with space to walk."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Placed:
 
     @property
     def rect(self) -> Rect:
-        """What it covers of the floor."""
+        """The rectangle that it covers on the floor."""
         w, d, _ = self.furniture.size
         c, s = abs(np.cos(self.yaw)), abs(np.sin(self.yaw))
         x, y = (c * w + s * d) / 2, (s * w + c * d) / 2
@@ -94,7 +94,7 @@ class FloorMap:
 
 
 def furnish(plan: Plan, rng: np.random.Generator) -> list[Placed]:
-    """Furniture for every room; one can still walk from each doorway to every other."""
+    """Furniture for every room, with a free path between all doorways."""
     placed: list[Placed] = []
     floor = FloorMap(plan)
     for number, room in enumerate(plan.rooms):

@@ -20,7 +20,7 @@ GREY_RANGE = 6.5535  # metres: white in the depth video
 
 
 def depth_units(depth: NDArray[np.floating[Any]]) -> NDArray[np.uint16]:
-    """Depth (H, W) in metres as the PNG has it; 0 where there is none or it is too far."""
+    """Round depth (H, W) in metres to the PNG's unit; 0 for none or beyond its range."""
     units = np.rint(depth.astype(np.float64) * UNITS)
     return np.where(units <= 65535, units, 0).astype(np.uint16)
 

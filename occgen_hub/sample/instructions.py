@@ -1,4 +1,4 @@
-"""What a walk would be called in words, from the rooms and the furniture that it passes."""
+"""Instructions for a walk in words, from the rooms and the furniture along it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Task:
     whole: bool
 
     def json(self) -> str:
-        """The task as InternData-N1 has it: JSON, itself a string in JSON."""
+        """The task in InternData-N1's format: a JSON string that contains JSON."""
         span = [self.first, self.last]
         if self.whole:
             record: dict[str, object] = {"sum_instruction": self.text, "sum_indexes": span}
@@ -75,7 +75,7 @@ def _stretches(scene: Scene, walk: Walk) -> list[tuple[int, int, int]]:
 def _sentences(
     scene: Scene, walk: Walk, first: int, last: int, room: int, onward: int | None
 ) -> tuple[str, str]:
-    """One stretch said plainly, and said again with more colour."""
+    """One part of the walk in plain words, and again in more detail."""
     turned = walk.course[last] - walk.course[first]
     way, livelier = WAYS[0 if abs(turned) < TURNS else int(np.sign(turned))]
     passed = _landmark(scene, walk.position[first], walk.course[first], room)

@@ -1,4 +1,4 @@
-"""Procedural textures: the colour of a point from where it lies on its object."""
+"""Procedural textures: the colour of a point from its position on its object."""
 
 from __future__ import annotations
 

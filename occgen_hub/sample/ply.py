@@ -1,4 +1,4 @@
-"""Ground truth as PLY files: everything's mesh, and a scene's cloud as InternData-N1 has it."""
+"""Ground truth as PLY files: the mesh, and a scene's cloud in InternData-N1's format."""
 
 from __future__ import annotations
 

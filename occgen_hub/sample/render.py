@@ -91,7 +91,7 @@ class Renderer:
             met = self._cast(moving, rays)
             front = np.flatnonzero(met["t_hit"] < depth)
             depth[front] = met["t_hit"][front]
-            hit["primitive_ids"][front] = 0  # Of no matter: their colour is set below.
+            hit["primitive_ids"][front] = 0  # Any value: their colour is set below.
         seen = np.flatnonzero(np.isfinite(depth))
         colour[seen] = self._shade(
             rays[seen], depth[seen], hit["primitive_ids"][seen].astype(np.int64),

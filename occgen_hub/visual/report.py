@@ -107,8 +107,8 @@ def _failures(root: Path) -> list[dict[str, str]]:
 
 
 def _short(text: object) -> str:
-    said = printable("" if text is None else str(text))
-    return said if len(said) <= WORDS else f"{said[:WORDS]}\u2026"
+    shown = printable("" if text is None else str(text))
+    return shown if len(shown) <= WORDS else f"{shown[:WORDS]}\u2026"
 
 
 def _row(path: Path, name: str, *, pictured: bool) -> Row:

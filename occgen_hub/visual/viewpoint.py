@@ -59,12 +59,12 @@ class Viewpoint:
     @classmethod
     def load(cls, path: Path) -> Viewpoint:
         """Read it from a JSON file. Raises UsageError, or SourceError if the file is unreadable."""
-        said = read_json(path)
+        values = read_json(path)
         try:
             vectors = {
-                name: tuple(float(v) for v in said[name]) for name in ("position", "target", "up")
+                name: tuple(float(v) for v in values[name]) for name in ("position", "target", "up")
             }
-            view = cls(field_of_view=float(said.get("field_of_view", FIELD_OF_VIEW)), **vectors)  # type: ignore[arg-type]  # lengths are checked below
+            view = cls(field_of_view=float(values.get("field_of_view", FIELD_OF_VIEW)), **vectors)  # type: ignore[arg-type]  # lengths are checked below
         except (KeyError, TypeError, ValueError):
             raise UsageError(f"{path}: {_WANTED}.") from None
         if any(len(v) != 3 for v in vectors.values()) or not view.sound:
