@@ -134,7 +134,13 @@ class WorldView:
         shown = now | (self._heights.below_ceiling(every) & ~gone)
         every, among, now = every[shown], among[shown], now[shown]
         colors = self._heights.colors(every)
-        colors[~among] = faded(colors[~among])
+        # Past cells between rows of the frame's own are tinted as the cloud between them is.
+        blocks = cell_numbers(every, GAP * self._voxel)
+        between = ~among & np.isin(blocks, np.unique(blocks[among]))
+        grey = faded(colors)
+        mixed = grey[between] + TINT * (colors[between].astype(np.float64) - grey[between])
+        colors[~among] = grey[~among]
+        colors[between] = mixed.astype(np.uint8)
         colors[now] = MOVING
         faces = cube_faces(every, self._voxel, np.asarray(self.viewpoint.position))
         self._stage.put_faces("occupancy", faces, lit(colors, faces, self._heights.axis))
