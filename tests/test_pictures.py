@@ -109,7 +109,7 @@ def test_visualize_overwrites_nothing(trajectory, tmp_path):
     place = tmp_path / "mine"
     place.mkdir()
     (place / "thesis.tex").write_text("precious")
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="already exists"):
         write_sequences(trajectory, place)
     assert (place / "thesis.tex").read_text() == "precious"
 
