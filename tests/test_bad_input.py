@@ -606,6 +606,7 @@ def test_built_with_a_word(
 
     assert ended.code == 0, ended.err
     notes = [line for line in ended.err.splitlines() if f"note    {BAD}" in line]
+    notes = [line for line in notes if "the camera stands still" not in line]  # Two equal poses.
     assert all(len(line) < 600 for line in notes)
     (known,) = [line for line in notes if "JSON inside strings" in line] or [""]
     assert [line for line in notes if said in line] if said else notes in ([], [known]), ended.err

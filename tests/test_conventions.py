@@ -260,7 +260,7 @@ def test_poses_that_belong_to_another_recording_are_told(tmp_path: Path) -> None
 def test_a_camera_that_stands_still_is_no_mistake(tmp_path: Path) -> None:
     still = np.repeat(path(1), 6, axis=0)
     scene = scene_of(made_up(still), tmp_path)
-    assert scene.notes == ()
+    assert [note.code for note in scene.notes] == ["static camera"]
     assert len(scene.cloud) > 1000
 
 

@@ -555,7 +555,7 @@ def _recorded(root: Path) -> None:
         (lambda r: _edit(r / "meta/info.json", total_frames=3), True, "says total_frames 3"),
         (lambda r: _edit(r / "meta/info.json", features=None), True, None),
         (lambda r: _swap_rows(shards(r)[0]), True, "row 0 is not of the frame"),
-        (lambda r: shards(r)[0].write_bytes(b"PAR1"), True, "not a parquet file"),
+        (lambda r: shards(r)[0].write_bytes(b"PAR1"), True, "not a readable Parquet file"),
         (lambda r: _swap_rows(next((r / "data").rglob("*.parquet"))), True, "row 0 is not of"),
     ],
 )
