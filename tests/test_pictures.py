@@ -109,7 +109,7 @@ def test_visualize_overwrites_nothing(trajectory, tmp_path):
     place = tmp_path / "mine"
     place.mkdir()
     (place / "thesis.tex").write_text("precious")
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="already exists"):
         write_sequences(trajectory, place)
     assert (place / "thesis.tex").read_text() == "precious"
 
@@ -226,6 +226,40 @@ def test_which_points_a_frames_cells_hold(trajectory):
     near = [bool((np.abs((p - centres) @ axes).max(axis=1) < half).any()) for p in points]
     assert 0 < sum(near) < 300
     assert cells.hold(points).tolist() == near
+
+
+def test_cells_of_a_past_frame_are_computed_once(trajectory, monkeypatch):
+    from occgen_hub.visual.frames import FrameCells
+    from occgen_hub.visual.world import _Occupied
+
+    cloud, size, asked = trajectory.cloud(), trajectory.grid.voxel_size, []
+    hold = FrameCells.hold
+    monkeypatch.setattr(
+        FrameCells, "hold", lambda self, points: (asked.append(1), hold(self, points))[1]
+    )
+    drawn = _Occupied(cloud, size, size)
+    for frame in frames(trajectory, 2, 2):  # Every other frame is not among the next one's past.
+        drawn.of(frame)
+    assert len(asked) == len(trajectory.world_from_camera())
+
+
+def test_large_cells_have_edges():
+    from occgen_hub.visual.cubes import CLEAR, framed
+
+    faces = cube_faces(np.array([[0, 0, 0.5], [0, 0, 8.0]]), 0.02, np.zeros(3))
+    colors = np.full((len(faces), 3), 200, np.uint8)
+    both, shades = framed(faces, colors, 1000.0, 0.02)  # 40 pixels, and 2.5.
+    assert 0.02 / 8 * 1000 < CLEAR < 0.02 / 0.5 * 1000
+    assert len(both) == len(faces) + 1
+    near, far = faces.owner == 0, faces.owner == 1
+    assert (shades[: len(faces)][near] < 180).all()
+    assert (shades[: len(faces)][far] == 200).all()
+    assert (shades[-1] == 200).all()
+    # The face that is added covers the middle of the dark one, and comes before it.
+    dark, bright = both.corners[np.flatnonzero(near)[0]], both.corners[-1]
+    inner, outer = (c[:, :2] / c[:, 2:] * 1000 for c in (bright, dark))
+    assert 1 < (np.ptp(outer, axis=0) - np.ptp(inner, axis=0)).min() < 4
+    assert (bright[:, 2] < dark[:, 2]).all()
 
 
 def test_world_view_fills_gaps_of_rotated_cells(trajectory):

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occgen_hub.errors import DatasetError
+from occgen_hub.jit import njit
 from occgen_hub.loading import REBUILD, Trajectory
 from occgen_hub.occupancy.grid import Grid, cell_centres, cell_numbers
 from occgen_hub.occupancy.history import moved, past_frames
@@ -61,13 +62,38 @@ class FrameCells:
 
     def hold(self, points: NDArray[np.floating]) -> NDArray[np.bool_]:
         """(n,) whether (n, 3) points, world, metres, lie in one of the cells."""
-        pose, grid = self.world_from_camera, self.grid
-        local = (points - pose[:3, 3]) @ pose[:3, :3]
-        found, columns = grid.columns(local / grid.voxel_size + grid.camera_in_cells)
-        taken = np.zeros(grid.cells, np.bool_)
+        taken = np.zeros(self.grid.cells, np.bool_)
         taken[self.columns] = True
-        found[found] = taken[columns]
+        found: NDArray[np.bool_] = _held(
+            points, self.world_from_camera, self.grid.voxel_size, self.grid.camera_in_cells,
+            taken.reshape(self.grid.shape),
+        )  # fmt: skip
         return found
+
+
+@njit(nogil=True)
+def _held(
+    points: NDArray[np.floating],
+    pose: NDArray[np.float64],
+    edge: float,
+    camera: NDArray[np.float64],
+    taken: NDArray[np.bool_],
+) -> NDArray[np.bool_]:
+    """(n,) whether (n, 3) points, world, lie in the cells that are taken, in one pass.
+
+    camera: (3,) where it is, in cells of `edge` metres from the grid's lower corner; taken: (i, j,
+    k) bool.
+    """
+    found = np.zeros(len(points), np.bool_)
+    nx, ny, nz = taken.shape
+    for n in range(len(points)):
+        x, y, z = points[n, 0] - pose[0, 3], points[n, 1] - pose[1, 3], points[n, 2] - pose[2, 3]
+        i = (x * pose[0, 0] + y * pose[1, 0] + z * pose[2, 0]) / edge + camera[0]
+        j = (x * pose[0, 1] + y * pose[1, 1] + z * pose[2, 1]) / edge + camera[1]
+        k = (x * pose[0, 2] + y * pose[1, 2] + z * pose[2, 2]) / edge + camera[2]
+        if 0 <= i < nx and 0 <= j < ny and 0 <= k < nz:
+            found[n] = taken[int(i), int(j), int(k)]
+    return found
 
 
 @dataclass(frozen=True)

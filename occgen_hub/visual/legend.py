@@ -145,18 +145,21 @@ def draw_axes(
     sight are short, and have no name where they are too short for one.
     """
     ends = np.asarray(place) + 3.0 * size * directions
-    for (name, color), end in zip(AXES.items(), ends, strict=True):
-        along = end - place
-        if (length := float(np.linalg.norm(along))) < 2:
+    lengths = np.linalg.norm(ends - place, axis=1)
+    for color, end, length in zip(AXES.values(), ends, lengths, strict=True):
+        if length >= 2:
+            draw.line((*place, *end), fill=PAPER, width=6)
+            draw.line((*place, *end), fill=color, width=3)
+    for n, (name, color) in enumerate(AXES.items()):
+        if lengths[n] < 0.6 * size:
             continue
-        draw.line((*place, *end), fill=PAPER, width=6)
-        draw.line((*place, *end), fill=color, width=3)
-        if length > 0.6 * size:
-            x, y = end + 0.6 * size * along / length
-            # Two that lie one behind the other have their names on two sides.
-            if (np.linalg.norm(ends - end, axis=1) < size).sum() > 1:
-                x += 0.6 * size if name == "z" else -0.6 * size
-            outlined(draw, (x, y), name, color, size, "mm")
+        x, y = ends[n] + 0.6 * size * (ends[n] - place) / lengths[n]
+        # Axes that end close to each other have their names on two sides.
+        for other in np.flatnonzero(np.linalg.norm(ends - ends[n], axis=1) < 1.5 * size):
+            if other != n and lengths[other] >= 0.6 * size:
+                right = (ends[n][0], n) > (ends[other][0], other)
+                x += 0.7 * size if right else -0.7 * size
+        outlined(draw, (x, y), name, color, size, "mm")
 
 
 def outlined(

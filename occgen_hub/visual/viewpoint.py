@@ -119,7 +119,7 @@ def automatic(
         distance = float(np.linalg.norm(np.subtract(view.target, view.position)))
         # Along the cameras' viewing direction, so that left and right agree with the images.
         along = float(np.mean(world_from_camera[:, :3, 2] @ view.world_from_camera()[:3, 2]))
-        score = (0.2 + _seen(subject, scene, view)) * (1 + 0.5 * along) / distance
+        score = (0.2 + _seen(subject, scene, view)) * (1 + 0.9 * along) / distance
         if best is None or score > best[0]:
             best = score, view
     assert best is not None

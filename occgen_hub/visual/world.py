@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weakref import ref
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
@@ -132,7 +134,13 @@ class WorldView:
         shown = now | (self._heights.below_ceiling(every) & ~gone)
         every, among, now = every[shown], among[shown], now[shown]
         colors = self._heights.colors(every)
-        colors[~among] = faded(colors[~among])
+        # Past cells between rows of the frame's own are tinted as the cloud between them is.
+        blocks = cell_numbers(every, GAP * self._voxel)
+        between = ~among & np.isin(blocks, np.unique(blocks[among]))
+        grey = faded(colors)
+        mixed = grey[between] + TINT * (colors[between].astype(np.float64) - grey[between])
+        colors[~among] = grey[~among]
+        colors[between] = mixed.astype(np.uint8)
         colors[now] = MOVING
         faces = cube_faces(every, self._voxel, np.asarray(self.viewpoint.position))
         self._stage.put_faces("occupancy", faces, lit(colors, faces, self._heights.axis))
@@ -214,23 +222,24 @@ class _Occupied:
     def __init__(self, cloud: Cloud, edge: float, voxel_size: float) -> None:
         self._points = cloud.points.astype(np.float64) if edge == voxel_size else np.empty((0, 3))
         self._numbers = cell_numbers(self._points, voxel_size)
-        self._known: dict[int, tuple[FrameCells, NDArray[np.int64]]] = {}
+        self._known: dict[int, tuple[ref[FrameCells], NDArray[np.int64]]] = {}
 
     def of(self, frame: Frame) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """(n,) numbers, ascending, of the cells of a frame and of its past, and (n,) whether they
         are its own.
         """
-        cells = (frame.cells, *frame.past)
-        self._known = {
-            id(each): self._known.get(id(each)) or self._worked_out(each) for each in cells
-        }
-        own = self._known[id(frame.cells)][1]
-        every = np.unique(np.concatenate([numbers for _, numbers in self._known.values()]))
+        # A frame is among the past of many, though not of the next one where they are apart.
+        self._known = {key: kept for key, kept in self._known.items() if kept[0]() is not None}
+        own, *older = (self._numbers_of(cells) for cells in (frame.cells, *frame.past))
+        every = np.unique(np.concatenate([own, *older]))
         return every, np.isin(every, own, assume_unique=True)
 
-    def _worked_out(self, cells: FrameCells) -> tuple[FrameCells, NDArray[np.int64]]:
-        held = self._numbers[cells.hold(self._points)]
-        return cells, np.unique(np.concatenate([cells.world_cells, held]))
+    def _numbers_of(self, cells: FrameCells) -> NDArray[np.int64]:
+        if id(cells) not in self._known:
+            held = self._numbers[cells.hold(self._points)]
+            numbers = np.unique(np.concatenate([cells.world_cells, held]))
+            self._known[id(cells)] = ref(cells), numbers
+        return self._known[id(cells)][1]
 
 
 class _Gaps:
