@@ -609,7 +609,7 @@ def check_occupancy(built: Path, root: Path, numbers: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "commands", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["short", "commands"]
+    "commands", [False, pytest.param(True, marks=pytest.mark.long)], ids=["short", "commands"]
 )
 def test_lerobots_tools_edit_an_export_and_the_occupancy_follows(
     commands: bool, built: Path, mine: Path, tmp_path: Path

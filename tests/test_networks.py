@@ -383,7 +383,7 @@ def test_unsuitable_tensors_raise_an_error():
         load_network("pi3", tensors, sizes=TINY)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_it_computes_the_same_for_any_number_of_views():
     tensors = random_weights("pi3x")
     plain, compiled = (load_network("pi3x", tensors, sizes=TINY) for _ in range(2))
