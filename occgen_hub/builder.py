@@ -118,7 +118,7 @@ class DatasetBuilder(ABC):
         """
         problem = f"cannot be looked into ({error.strerror or error})"
         if error.errno in MACHINE_FAULTS:
-            raise MachineError(f"{path}: {problem}; mend that and run again.") from error
+            raise MachineError(f"{path}: {problem}; fix that and run again.") from error
         if path == self.root:
             raise SourceError(path, problem, "check its permissions") from error
         if path not in self._passed_over:

@@ -444,7 +444,7 @@ def _staged(out: Path) -> Iterator[Path]:
 def _unwritable(error: OSError, out: Path) -> OccGenError:
     place = error.filename or out
     said = error.strerror or error
-    return OccGenError(f"{place}: cannot be read or written ({said}); mend that and export again.")
+    return OccGenError(f"{place}: cannot be read or written ({said}); fix that and export again.")
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def opened(path: Path) -> BufferedReader:
     except OSError as error:
         if error.errno in MACHINE_FAULTS:
             raise MachineError(
-                f"{path}: cannot be read ({error.strerror}); mend that and run again."
+                f"{path}: cannot be read ({error.strerror}); fix that and run again."
             ) from error
         raise SourceError(
             path, f"cannot be read ({error.strerror})", "check the path and its permissions"

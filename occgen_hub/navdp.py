@@ -88,7 +88,7 @@ def export_navdp(
     except OSError as error:
         place = error.filename or out
         raise OccGenError(
-            f"{place}: cannot be read or written ({error.strerror or error}); mend that and export "
+            f"{place}: cannot be read or written ({error.strerror or error}); fix that and export "
             "again."
         ) from error
     return remarks

@@ -76,7 +76,7 @@ def test_a_part_of_a_built_dataset_is_no_source(source: str, dataset: Path) -> N
 def test_a_folder_of_depth_is_for_the_source_capture(tmp_path: Path) -> None:
     grey(tmp_path / "depth/0.png", 16)
     said = refusal("video", tmp_path / "depth")
-    assert "16-bit grey ones are depth, which --source capture reads beside colour" in said
+    assert "16-bit grey ones are depth, which --source capture reads together with colour" in said
 
 
 def test_depth_among_images_names_the_source_capture(tmp_path: Path) -> None:

@@ -663,7 +663,7 @@ def test_limit(source: Path, tmp_path: Path, expected: Tree, command: Command) -
     found = tree(tmp_path / "out")
     assert {k: v for k, v in found.items() if k.startswith("sample_zed/house")} == built
     part = bucket("sample_zed/house_001")
-    others = {f"index/{part}.parquet", f"occupancy/{part}"}
+    others = {f"index/{part}.parquet", f"occupancy/{part}", f"scene_states/{part}"}
     assert set(found) == set(expected) - {k for k in expected if "house_001" in k} - others
 
 
