@@ -388,7 +388,7 @@ def test_two_hosts(source: Path, expected: Tree, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dies", ["0", "1"])
+@pytest.mark.parametrize("dies", ["0", pytest.param("1", marks=pytest.mark.long)])
 def test_same_command_completes_after_a_lost_host(
     source: Path, expected: Tree, tmp_path: Path, dies: str
 ) -> None:

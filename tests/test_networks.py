@@ -46,7 +46,7 @@ def outputs(network, images, **known):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["pi3", "pi3x"])
+@pytest.mark.parametrize("name", [pytest.param("pi3", marks=pytest.mark.long), "pi3x"])
 def test_full_size_networks_match_reference_vectors(name):
     """Each output of each reference vector, in float32; and the layout, strictly."""
     vectors = [(np.load(path), 1) for path in sorted(PARITY.glob(f"{name}.*.npz"))]
