@@ -11,7 +11,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from occgen_hub.errors import MachineError, SourceError, in_brief
+from occgen_hub.errors import DatasetError, MachineError, SourceError, in_brief
 
 MAX_DOCUMENT_BYTES = 64 << 20
 """Limit of a JSON file. Real ones have a line of some kilobytes per trajectory."""
@@ -34,6 +34,9 @@ ABSENT = "restore it from the source or, if a build wrote it, run the same build
 
 MACHINE_FAULTS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
 """Errors of opening a file or folder that are not caused by it."""
+
+IN_BUCKETS = "[0-9a-f][0-9a-f]/*.parquet"
+"""Parquet files of scenes, in the folders of their buckets."""
 
 MAX_DEPTH = 64
 """Limit of nesting in JSON. Real documents have seven levels."""
@@ -239,6 +242,55 @@ def parquet_problem(error: BaseException) -> str:
     """The problem of a file for which Arrow raised one of PARQUET_DAMAGE."""
     message = in_brief(str(error) or type(error).__name__, 120)
     return f"is not a readable Parquet file ({message})"
+
+
+def dataset_files(root: Path, folder: str, pattern: str = IN_BUCKETS) -> list[Path]:
+    """The files of a pattern below a folder of a dataset, sorted; none if the folder is absent.
+
+    Raises DatasetError where one of them, or the folder, is a link out of the dataset.
+    """
+    found = sorted((root / folder).glob(pattern))
+    for path in (root / folder, *found):
+        if leads_out(path, root):
+            raise DatasetError(path, LINK_OUT, PUT_FILE)
+    return found
+
+
+def remove_bucket_files(paths: Iterable[Path], folder: Path) -> None:
+    """Remove files of `dataset_files` in buckets, and the folders that are empty then."""
+    for path in paths:
+        path.unlink(missing_ok=True)
+    for empty in (*folder.glob("[0-9a-f][0-9a-f]"), folder):
+        if empty.is_dir() and not any(empty.iterdir()):
+            empty.rmdir()
+
+
+def parquet_sources(path: Path, key: bytes) -> Any:
+    """The JSON under `key` in the metadata of a Parquet file of ours: what the file was made from.
+
+    None if the file cannot be read or has none.
+    """
+    try:
+        with opened(path) as file:
+            return json.loads((pq.read_metadata(file).metadata or {})[key])
+    except (SourceError, *PARQUET_DAMAGE, KeyError):
+        return None
+
+
+def check_written_by_us(paths: Iterable[Path], key: bytes, what: str) -> None:
+    """Raise DatasetError for a Parquet file without `key` in its metadata: it is not one of ours.
+
+    A file that cannot be read may be one of ours. what: what should be there, for the error.
+    """
+    for path in paths:
+        try:
+            with opened(path) as file:
+                ours = key in (pq.read_metadata(file).metadata or {})
+        except (SourceError, *PARQUET_DAMAGE):
+            continue
+        if not ours:
+            problem = f"stands in the place of {what}, and occgen-hub did not write it"
+            raise DatasetError(path, problem, "move it away, and run the build again")
 
 
 def plain(table: pa.Table) -> pa.Table:

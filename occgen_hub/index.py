@@ -22,12 +22,10 @@ import pyarrow.parquet as pq
 from occgen_hub.atomic import atomic_file
 from occgen_hub.errors import DatasetError, SourceError
 from occgen_hub.files import (
-    LINK_OUT,
     MAX_BUILT_BYTES,
     PARQUET_DAMAGE,
-    PUT_FILE,
+    dataset_files,
     dump_json,
-    leads_out,
     parquet_file,
     parquet_problem,
     plain,
@@ -245,12 +243,7 @@ def _fov(trajectory: Trajectory, width: int, height: int) -> tuple[float, float]
 
 def parts(root: Path) -> list[Path]:
     """The parts of a dataset's index, sorted; raises DatasetError for a link out of the dataset."""
-    folder = root / INDEX
-    found = sorted(folder.glob(PATTERN))
-    for path in (folder, *found):
-        if leads_out(path, root):
-            raise DatasetError(path, LINK_OUT, PUT_FILE)
-    return found
+    return dataset_files(root, INDEX, PATTERN)
 
 
 def read_index(root: Path, columns: Sequence[str] | None = None) -> pa.Table:

@@ -19,17 +19,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from occgen_hub.atomic import atomic_file
-from occgen_hub.errors import DatasetError, SourceError
+from occgen_hub.errors import DatasetError
 from occgen_hub.files import (
-    LINK_OUT,
     PARQUET_DAMAGE,
-    PUT_FILE,
+    check_written_by_us,
+    dataset_files,
     dump_json,
-    leads_out,
-    opened,
     parquet_file,
     parquet_problem,
+    parquet_sources,
     plain,
+    remove_bucket_files,
 )
 from occgen_hub.index import bucket, file_stem
 from occgen_hub.loading import Trajectory
@@ -37,7 +37,6 @@ from occgen_hub.occupancy.states import BLOCK_BYTES, SceneStates
 from occgen_hub.schema import plain_arrow, plain_texts
 
 FOLDER = "scene_states"
-PATTERN = "[0-9a-f][0-9a-f]/*.parquet"
 REMAKE = "remove it and run occgen-hub finalize on the dataset"
 GROUP_BLOCKS = 1024
 """Blocks of a row group at most: 8 MB of bits. Each is of one trajectory."""
@@ -80,41 +79,24 @@ def write_states(
     overwrite: whether files that are right are written as well. Returns how many were written.
     Raises DatasetError for a trajectory or a file that cannot be taken, and OSError.
     """
-    there, wanted = _own_files(out), {}
+    there, wanted = {*states_files(out)}, {}
+    check_written_by_us(sorted(there), _KEY, "a scene's states")
     for scene, found in scenes.items():
         place, pieces = out / states_file(scene), _pieces(found)
-        if overwrite or place not in there or _origin(place) != pieces:
+        if overwrite or place not in there or parquet_sources(place, _KEY) != pieces:
             wanted[place] = (found, pieces)
     with ThreadPoolExecutor(workers) as pool:
         running = [pool.submit(_write, place, *what) for place, what in wanted.items()]
         for future in running:
             future.result()
     needed = {out / states_file(scene) for scene in (*scenes, *kept)}
-    remove_states(out, there - needed)
+    remove_bucket_files(there - needed, out / FOLDER)
     return len(wanted)
 
 
-def remove_states(out: Path, paths: Collection[Path]) -> None:
-    """Remove files of scenes' states, and the folders that are empty then."""
-    folder = out / FOLDER
-    for path in paths:
-        path.unlink(missing_ok=True)
-    for empty in (*folder.glob("[0-9a-f][0-9a-f]"), folder):
-        if empty.is_dir() and not any(empty.iterdir()):
-            empty.rmdir()
-
-
 def states_files(root: Path) -> list[Path]:
-    """The files of scenes' states that are on disk, sorted.
-
-    Raises DatasetError where one of them, or their folder, is a link out of the dataset.
-    """
-    folder = root / FOLDER
-    found = sorted(folder.glob(PATTERN))
-    for path in (folder, *found):
-        if leads_out(path, root):
-            raise DatasetError(path, LINK_OUT, PUT_FILE)
-    return found
+    """The files of scenes' states that are on disk, sorted; raises as `dataset_files`."""
+    return dataset_files(root, FOLDER)
 
 
 def read_states(file: pq.ParquetFile, episode: str) -> SceneStates:
@@ -190,30 +172,6 @@ def _pieces(found: Sequence[tuple[str, Path]]) -> dict[str, Any]:
         digest = hashlib.sha256(dump_json(made_of).encode()).hexdigest()
         pieces.append({"episode": episode, "sha256": digest})
     return {"format": _FORMAT, "pieces": pieces}
-
-
-def _origin(path: Path) -> Any:
-    """What a file says that it was made of; None where it cannot be read."""
-    try:
-        with opened(path) as file:
-            return json.loads((pq.read_metadata(file).metadata or {})[_KEY])
-    except (SourceError, *PARQUET_DAMAGE, KeyError):
-        return None
-
-
-def _own_files(out: Path) -> set[Path]:
-    """Files that may be replaced; raises DatasetError where one is none that we wrote."""
-    found = states_files(out)
-    for path in found:
-        try:
-            with opened(path) as file:
-                ours = _KEY in (pq.read_metadata(file).metadata or {})
-        except (SourceError, *PARQUET_DAMAGE):
-            continue  # One that cannot be read may be one of ours.
-        if not ours:
-            problem = "stands in the place of a scene's states, and occgen-hub did not write it"
-            raise DatasetError(path, problem, "move it away, and run the build again")
-    return set(found)
 
 
 def _write(place: Path, found: Sequence[tuple[str, Path]], pieces: dict[str, Any]) -> None:

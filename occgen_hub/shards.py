@@ -29,18 +29,18 @@ from numpy.typing import NDArray
 from occgen_hub.atomic import atomic_file
 from occgen_hub.errors import DatasetError, SourceError
 from occgen_hub.files import (
-    LINK_OUT,
     MAX_BUILT_BYTES,
     PARQUET_DAMAGE,
-    PUT_FILE,
+    check_written_by_us,
+    dataset_files,
     dump_json,
-    leads_out,
-    opened,
     parquet_file,
     parquet_problem,
+    parquet_sources,
     plain,
     printable,
     read_bytes,
+    remove_bucket_files,
     sha256,
 )
 from occgen_hub.index import (
@@ -59,17 +59,11 @@ from occgen_hub.index import (
 )
 from occgen_hub.loading import REBUILD, Trajectory, npz_array, trajectories
 from occgen_hub.media import encode_jpeg
-from occgen_hub.scene_states import (
-    check_states,
-    remove_states,
-    states_file,
-    states_files,
-    write_states,
-)
+from occgen_hub.scene_states import FOLDER as STATES
+from occgen_hub.scene_states import check_states, states_file, states_files, write_states
 from occgen_hub.schema import Feature, plain_arrow, plain_texts
 
 FOLDER = "occupancy"
-PATTERN = "[0-9a-f][0-9a-f]/*.parquet"
 OLD_PATTERN = "train-*-of-*.parquet"
 """The shards of earlier versions, which `write_shards` replaces."""
 REMAKE = "remove it and run the build again"
@@ -148,12 +142,7 @@ def shards(root: Path) -> list[Path]:
 
     Raises DatasetError where one of them, or their folder, is a link out of the dataset.
     """
-    folder = root / FOLDER
-    found = sorted(folder.glob(PATTERN))
-    for path in (folder, *found):
-        if leads_out(path, root):
-            raise DatasetError(path, LINK_OUT, PUT_FILE)
-    return found
+    return dataset_files(root, FOLDER)
 
 
 def _own_shards(root: Path) -> list[Path]:
@@ -162,15 +151,7 @@ def _own_shards(root: Path) -> list[Path]:
     One that cannot be read may be one of ours. Those of earlier versions are among them.
     """
     found = [*shards(root), *sorted((root / FOLDER).glob(OLD_PATTERN))]
-    for path in found:
-        try:
-            with opened(path) as file:
-                ours = _KEY in (pq.read_metadata(file).metadata or {})
-        except (SourceError, pa.ArrowException, OSError, ValueError):
-            continue
-        if not ours:
-            problem = "stands in the place of a shard, and occgen-hub did not write it"
-            raise DatasetError(path, problem, "move it away, and run the build again")
+    check_written_by_us(found, _KEY, "a shard")
     return found
 
 
@@ -215,7 +196,11 @@ def write_shards(
     there = set(_own_shards(out))
     for shard in plan:
         place = out / shard.name
-        if overwrite or place not in there or _origin(place) != _describe(shard.pieces):
+        if (
+            overwrite
+            or place not in there
+            or parquet_sources(place, _KEY) != _describe(shard.pieces)
+        ):
             missing.append((place, shard.pieces))
             digests.pop(shard.name, None)
     _write_all(missing, workers)
@@ -227,7 +212,7 @@ def write_shards(
     ]
     write_index(out, [*kept, *_placed(out, rows, plan, digests)])
     needed = {out / shard.name for shard in plan} | {out / n for row in kept for n in row.shards}
-    _remove(there - needed, folder)
+    remove_bucket_files(there - needed, folder)
     others = {row.scene for row in kept if row.shards}
     write_states(out, scenes, others, workers, overwrite=overwrite)
     return len(missing)
@@ -248,18 +233,9 @@ def remove_shards(root: Path) -> None:
         path.unlink()
     own = set(_own_shards(root))
     write_index(root, [*kept, *rows])
-    _remove(own - {root / name for row in kept for name in row.shards}, folder)
+    remove_bucket_files(own - {root / name for row in kept for name in row.shards}, folder)
     others = {root / states_file(row.scene) for row in kept}
-    remove_states(root, {*states_files(root)} - others)
-
-
-def _remove(paths: Iterable[Path], folder: Path) -> None:
-    """Remove shards, and the folders that are empty then."""
-    for path in paths:
-        path.unlink()
-    for empty in (*folder.glob("[0-9a-f][0-9a-f]"), folder):
-        if empty.is_dir() and not any(empty.iterdir()):
-            empty.rmdir()
+    remove_bucket_files({*states_files(root)} - others, root / STATES)
 
 
 def _known(out: Path) -> tuple[dict[str, Entry], dict[str, Entry]]:
@@ -377,15 +353,6 @@ def _describe(pieces: list[Piece]) -> dict[str, Any]:
         for piece in pieces
     ]
     return {"format": _FORMAT, "pieces": origins}
-
-
-def _origin(path: Path) -> Any:
-    """What a shard says that it was made of; None where it cannot be read."""
-    try:
-        with opened(path) as file:
-            return json.loads((pq.read_metadata(file).metadata or {})[_KEY])
-    except (SourceError, pa.ArrowException, OSError, ValueError, KeyError):
-        return None
 
 
 # Rows
