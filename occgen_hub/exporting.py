@@ -95,22 +95,15 @@ def export(
         raise UsageError(f"fps: {fps!r} is no whole number.")
     if to not in FORMATS:
         raise UsageError(f"--to {to}: is no form to export to; give one of {', '.join(FORMATS)}.")
-    _check_places(root, out, overwrite=overwrite)
+    check_places(root, out, overwrite=overwrite)
     if to in EXPORTS:
         if fps is not None:
             raise UsageError("--fps: goes with --to lerobot-v3.0; leave it out.")
         return _export_frames(root, out, to, overwrite=overwrite, progress=progress)
     plan = plan_export(root, fps)
-    total, done = plan.facts.frames, 0
-
-    def count(frames: int) -> None:
-        nonlocal done
-        done += frames
-        progress(done, total)
-
-    progress(0, total)
-    with _staged(out) as folder:
-        _check_places(root, out, overwrite=overwrite)  # Another may have been faster.
+    count = frame_counter(plan.facts.frames, progress)
+    with staged(out) as folder:
+        check_places(root, out, overwrite=overwrite)  # Another may have been faster.
         write(folder, plan.layout, (Trajectory.open(path) for _, path in plan.names), count)
         _add_occupancy(root, folder, plan.leave_out)
         picture = root / PICTURE
@@ -208,16 +201,9 @@ def _export_frames(
     facts = survey(describe(printable(name), path) for name, path in names)
     if len(facts.grids) > 1:
         raise UsageError(_several_grids(root, facts))
-    total, done = facts.frames, 0
-
-    def count(frames: int) -> None:
-        nonlocal done
-        done += frames
-        progress(done, total)
-
-    progress(0, total)
-    with _staged(out) as folder:
-        _check_places(root, out, overwrite=overwrite)  # Another may have been faster.
+    count = frame_counter(facts.frames, progress)
+    with staged(out) as folder:
+        check_places(root, out, overwrite=overwrite)  # Another may have been faster.
         folder.mkdir()
         remarks = write_frames(folder, to, names, count)
         write_frames_card(folder, facts, EXPORTS[to].card, remarks)
@@ -406,8 +392,26 @@ def _record_of(
 # Places
 
 
-def _check_places(root: Path, out: Path, *, overwrite: bool) -> None:
-    """Raise UsageError where reading from `root` and writing to `out` would go wrong."""
+def frame_counter(total: int, progress: Callable[[int, int], None]) -> Callable[[int], None]:
+    """Call `progress` with frames done and in all, from what is called with frames done since."""
+    done = 0
+
+    def count(frames: int) -> None:
+        nonlocal done
+        done += frames
+        progress(done, total)
+
+    count(0)
+    return count
+
+
+def check_places(
+    root: Path, out: Path, *, overwrite: bool, ours: Callable[[Path], bool] = exported
+) -> None:
+    """Raise UsageError where reading from `root` and writing to `out` would go wrong.
+
+    ours: whether a folder is an export of this form, which `overwrite` replaces.
+    """
     if exported(root):
         raise UsageError(f"{root}: is an export already; give the dataset that it was made from.")
     if built(root) == [root]:
@@ -420,14 +424,14 @@ def _check_places(root: Path, out: Path, *, overwrite: bool) -> None:
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise UsageError(f"{out}: is there and no folder; choose another place.")
     if out.is_dir() and any(out.iterdir()):
-        if not exported(out):
+        if not ours(out):
             raise UsageError(f"{out}: holds files that no export wrote; choose another place.")
         if not overwrite:
             raise UsageError(f"{out}: is there already; --overwrite replaces it.")
 
 
 @contextmanager
-def _staged(out: Path) -> Iterator[Path]:
+def staged(out: Path) -> Iterator[Path]:
     """A path beside `out` for a new folder, which takes its place when the block ends well.
 
     Raises UsageError where another export is at it, OccGenError for what a disk does not take.

@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from occgen_hub.atomic import atomic_folder
-from occgen_hub.errors import DatasetError, OccGenError, UsageError
+from occgen_hub.errors import DatasetError, UsageError
+from occgen_hub.exporting import check_places, frame_counter, staged
 from occgen_hub.files import LINK_OUT, PUT_FILE, dump_json, links_out, printable, sha256
 from occgen_hub.geometry.cloud import Cloud
 from occgen_hub.geometry.ply import read_ply, write_ply
@@ -66,50 +66,32 @@ def export_navdp(
     root, out = Path(root), Path(out)
     if layout not in get_args(NavLayout):
         raise UsageError(f"layout: {layout} is none; give one of {', '.join(get_args(NavLayout))}.")
-    _check_places(root, out, overwrite=overwrite)
+    check_places(root, out, overwrite=overwrite, ours=_is_ours)
     for link in links_out(root):
         raise DatasetError(link, LINK_OUT, PUT_FILE)
     found, remarks = _usable(root)
-    total, done = sum(trajectory.table().num_rows for trajectory in found), 0
+    count = frame_counter(sum(trajectory.table().num_rows for trajectory in found), progress)
     scenes: dict[Path, list[Trajectory]] = {}
     for trajectory in found:
         scenes.setdefault(trajectory.path.parent.relative_to(root), []).append(trajectory)
-    progress(0, total)
-    try:
-        with atomic_folder(out) as folder:
-            for name, members in scenes.items():
-                if layout == "scenes":
-                    _write_scene(folder / name, members)
-                else:
-                    for member in members:
-                        _write_trajectory(folder / name / member.path.name, member)
-                done += sum(member.table().num_rows for member in members)
-                progress(done, total)
-    except OSError as error:
-        place = error.filename or out
-        raise OccGenError(
-            f"{place}: cannot be read or written ({error.strerror or error}); fix that and export "
-            "again."
-        ) from error
+    with staged(out) as folder:
+        check_places(root, out, overwrite=overwrite, ours=_is_ours)  # Another may have been faster.
+        for name, members in scenes.items():
+            if layout == "scenes":
+                _write_scene(folder / name, members)
+            else:
+                for member in members:
+                    _write_trajectory(folder / name / member.path.name, member)
+            count(sum(member.table().num_rows for member in members))
     return remarks
 
 
-def _check_places(root: Path, out: Path, *, overwrite: bool) -> None:
-    """Raise UsageError where reading from `root` and writing to `out` would go wrong."""
-    if built(root) == [root]:
-        raise UsageError(f"{root}: is one trajectory; give the dataset's folder, three above it.")
-    source, target = root.resolve(), out.resolve()
-    if target == source or source in target.parents or target in source.parents:
-        raise UsageError(f"{out}: lies inside {root}, or holds it; choose a folder beside it.")
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise UsageError(f"{out}: is there and no folder; choose another place.")
-    if out.is_dir() and any(out.iterdir()):
-        places = [place for place in out.glob("*/*") if place.is_dir()]
-        ours = places and all(any(p.glob(MARK)) or any(p.glob(f"*/{MARK}")) for p in places)
-        if not ours or any(path.is_file() for path in (*out.iterdir(), *out.glob("*/*"))):
-            raise UsageError(f"{out}: holds files that no export wrote; choose another place.")
-        if not overwrite:
-            raise UsageError(f"{out}: is there already; --overwrite replaces it.")
+def _is_ours(out: Path) -> bool:
+    """Whether a folder is such an export and holds nothing else."""
+    places = [place for place in out.glob("*/*") if place.is_dir()]
+    marked = all(any(p.glob(MARK)) or any(p.glob(f"*/{MARK}")) for p in places)
+    files = any(path.is_file() for path in (*out.iterdir(), *out.glob("*/*")))
+    return bool(places) and marked and not files
 
 
 def _usable(root: Path) -> tuple[list[Trajectory], list[str]]:

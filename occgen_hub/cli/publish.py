@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,42 +52,38 @@ def export(
     """
     if update and to != "lerobot-v3.0":
         raise UsageError("--update: goes with --to lerobot-v3.0; leave it out.")
-    if to == "navdp":
-        _export_navdp(folder, out, navdp_layout or "scenes", fps, overwrite=overwrite)
-        return
-    if navdp_layout is not None:
+    if navdp_layout is not None and to != "navdp":
         raise UsageError("--navdp-layout: goes with --to navdp; leave it out.")
-    from occgen_hub.exporting import export as make
-    from occgen_hub.exporting import update_export
-
-    if update and (overwrite or fps is not None):
-        raise UsageError(
-            "--update: changes no table and no video; leave --overwrite and --fps out."
-        )
     if update:
+        if overwrite or fps is not None:
+            raise UsageError(
+                "--update: changes no table and no video; leave --overwrite and --fps out."
+            )
+        from occgen_hub.exporting import update_export
+
         remarks = update_export(folder, out)
     else:
+        make = _maker(to, navdp_layout, fps)
         with progress_bar("export", unit="frame") as progress:
-            remarks = make(folder, out, to=to, fps=fps, overwrite=overwrite, progress=progress)
+            remarks = make(folder, out, overwrite=overwrite, progress=progress)
     for remark in remarks:
         say(f"Note: {remark}.", err=True)
     say(f"{'Updated' if update else 'Exported to'} {out}.")
-    place = shlex.quote(str(out))
-    say(f"Next: occgen-hub push {place} --repo-id ORG/NAME")
+    if to != "navdp":
+        say(f"Next: occgen-hub push {shlex.quote(str(out))} --repo-id ORG/NAME")
 
 
-def _export_navdp(
-    folder: Path, out: Path, layout: Any, fps: int | None, *, overwrite: bool
-) -> None:
-    from occgen_hub.navdp import export_navdp
+def _maker(to: Any, navdp_layout: Any, fps: int | None) -> Callable[..., list[str]]:
+    """What writes an export of a form; raises UsageError for options that do not fit the form."""
+    if to == "navdp":
+        from occgen_hub.navdp import export_navdp
 
-    if fps is not None:
-        raise UsageError("--fps: is not used by --to navdp, which has images; leave it out.")
-    with progress_bar("export", unit="frame") as progress:
-        remarks = export_navdp(folder, out, layout=layout, overwrite=overwrite, progress=progress)
-    for remark in remarks:
-        say(f"Note: {remark}.", err=True)
-    say(f"Exported to {out}.")
+        if fps is not None:
+            raise UsageError("--fps: is not used by --to navdp, which has images; leave it out.")
+        return partial(export_navdp, layout=navdp_layout or "scenes")
+    from occgen_hub.exporting import export
+
+    return partial(export, to=to, fps=fps)
 
 
 @click.command(
