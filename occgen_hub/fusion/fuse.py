@@ -101,30 +101,39 @@ def fuse(views: Views, config: Config, progress: Progress = lambda _: None) -> F
         found.static, found.agreement.seen_through, found.maps, found.tolerance,
         config.fusion_size, config.depth_range,
     )  # fmt: skip
-    cloud, moving = _without_attached(found.agreement.cloud, moving)
+    cloud = found.agreement.cloud
+    if (attached := moving.attached()).any():
+        cloud, moving = _without(attached, cloud.colors[found.order], moving)
     notes = tuple(found.quality.notes(config.refine_poses))
     return Fused(cloud, found.maps.views, moving, found.quality, notes)
 
 
-def _without_attached(cloud: Cloud, moving: MovingPoints) -> tuple[Cloud, MovingPoints]:
-    """The static surface without the points that belong to something that moves."""
-    blocks, order = sorted_into_blocks(cloud.points)
-    attached = replace(moving, static=blocks).attached()
-    if not attached.any():
-        return cloud, moving
-    kept = Cloud(blocks.points[~attached], cloud.colors[order][~attached])
-    gone = into_blocks(np.concatenate([moving.seen_through.points, blocks.points[attached]]))
-    return kept, replace(moving, static=into_blocks(kept.points), seen_through=gone)
+def _without(
+    attached: NDArray[np.bool_], colors: NDArray[np.uint8], moving: MovingPoints
+) -> tuple[Cloud, MovingPoints]:
+    """The static surface without the points that belong to something that moves.
+
+    attached: (n,) which; colors: (n, 3), both in the order of the static points.
+    """
+    static = moving.static.points
+    gone = np.concatenate([moving.seen_through.points, static[attached]])
+    cloud = Cloud(static[~attached], colors[~attached])
+    moving = replace(moving, static=into_blocks(cloud.points), seen_through=into_blocks(gone))
+    return cloud, moving
 
 
 @dataclass(frozen=True)
 class _Fusion:
-    """A surface, the depth and poses that it was fused from, and figures. static: its points."""
+    """A surface, the depth and poses that it was fused from, and figures.
+
+    static: its points; order: (n,) their places in the cloud.
+    """
 
     maps: DepthMaps
     tolerance: Tolerance
     agreement: Agreement
     static: PointBlocks
+    order: NDArray[np.int64]
     quality: Quality
 
     def better_than(self, other: _Fusion) -> bool:
@@ -147,9 +156,9 @@ class _Fusion:
 def _fused(measured: Cloud, maps: DepthMaps, config: Config, *, refined: bool = False) -> _Fusion:
     tolerance = Tolerance.of(noise_model(maps, config.noise), config.voxel_size)
     agreement = agree(measured, maps, tolerance, config)
-    static = into_blocks(agreement.cloud.points)
+    static, order = sorted_into_blocks(agreement.cloud.points)
     quality = assess(static, maps, tolerance, agreement, refined=refined)
-    return _Fusion(maps, tolerance, agreement, static, quality)
+    return _Fusion(maps, tolerance, agreement, static, order, quality)
 
 
 def _aligned(measured: Cloud, maps: DepthMaps, config: Config) -> DepthMaps:
