@@ -162,7 +162,7 @@ class HubSource:
         groups: dict[str, list[RemoteFile]] = {}
         archives = {}
         for file in files:
-            relative = file.path.removeprefix(f"{self.folder}/" if self.folder else "")
+            relative = self._below(file.path)
             parts = relative.split("/")
             if (scene := self._scene_folder(relative)) is not None:
                 groups.setdefault(scene, []).append(file)
@@ -176,6 +176,10 @@ class HubSource:
             stamp = digest("".join(f"{file.path}\0{file.oid}\n" for file in members))
             found.append(self._ref(name, tuple(members), stamp, archive=False))
         return sorted(found, key=lambda ref: ref.id)
+
+    def _below(self, path: str) -> str:
+        """The path of a file relative to the folder that was given."""
+        return path.removeprefix(f"{self.folder}/" if self.folder else "")
 
     @staticmethod
     def _scene_folder(relative: str) -> str | None:
@@ -231,7 +235,7 @@ class HubSource:
         place = room.folder / "hub"
         if not ref.archive:
             root, parts = room.folder / "tree", ref.id.split("/")
-            first = ref.files[0].path.removeprefix(f"{self.folder}/" if self.folder else "")
+            first = self._below(ref.files[0].path)
             scene = place.joinpath(self.folder, self._scene_folder(first) or "")
             target = root.joinpath(*parts)
             target.parent.mkdir(parents=True)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import batched
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -241,7 +242,7 @@ class HubPublisher:
                     size += self._bytes(item[0])
                 due = time.monotonic() >= pushed + self._every
                 if batch and (due or item is _END or size >= BATCH_BYTES):
-                    self._again(lambda todo=batch: self._push(todo))  # type: ignore[misc]  # bound now
+                    self._again(partial(self._push, batch))
                     batch, size, pushed = {}, 0, time.monotonic()
                 if item is _END:
                     self._again(self._finish)

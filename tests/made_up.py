@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.ndimage import binary_dilation
 
 from occgen_hub.episode import Episode, Task
 from occgen_hub.views import Views
@@ -149,3 +150,13 @@ def episode_of(depths: Sequence[Array], poses: Array, name: str = "made/up/episo
         world_from_camera=np.asarray(poses, np.float64),
         intrinsics=np.tile(intrinsics((width, height)), (len(poses), 1, 1)),
     )
+
+
+def share_beside(cells: np.ndarray, others: np.ndarray) -> float:
+    """How many of the cells are, or are beside, one of the others."""
+    lower = np.minimum(cells.min(axis=0), others.min(axis=0)) - 1
+    shape = np.maximum(cells.max(axis=0), others.max(axis=0)) - lower + 2
+    grid = np.zeros(shape, bool)
+    grid[tuple((others - lower).T)] = True
+    near = binary_dilation(grid, np.ones((3, 3, 3)))
+    return float(near[tuple((cells - lower).T)].mean())

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from commands import occgen_hub
+from made_up import share_beside
 from PIL import Image
-from scipy.ndimage import binary_dilation
 from scipy.spatial.transform import Rotation
 
 import occgen_hub as library
@@ -69,16 +69,6 @@ def scene_cells(
     build_episode(builder, ref, out, Settings(SMALL, media=media))
     centres = Trajectory.open(out / ref.id).scene_cells()
     return np.floor(centres / SMALL.voxel_size).astype(np.int64)
-
-
-def share_beside(cells: np.ndarray, others: np.ndarray) -> float:
-    """How many of the cells are, or are beside, one of the others."""
-    lower = np.minimum(cells.min(axis=0), others.min(axis=0)) - 1
-    shape = np.maximum(cells.max(axis=0), others.max(axis=0)) - lower + 2
-    grid = np.zeros(shape, bool)
-    grid[tuple((others - lower).T)] = True
-    near = binary_dilation(grid, np.ones((3, 3, 3)))
-    return float(near[tuple((cells - lower).T)].mean())
 
 
 FORMS: dict[str, Callable[[Episode, Path], None]] = {

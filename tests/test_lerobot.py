@@ -14,7 +14,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 from hub_server import READER, Hub, Repository
-from scipy.ndimage import binary_dilation
+from made_up import share_beside
 
 import occgen_hub as library
 from occgen_hub.builder import DatasetBuilder, load_builder
@@ -67,16 +67,6 @@ def scene_cells(builder: DatasetBuilder, out: Path, cameras: int = 2) -> list[np
         centres = Trajectory.open(out / ref.id).scene_cells()
         found.append(np.floor(centres / SMALL.voxel_size).astype(np.int64))
     return found
-
-
-def share_beside(cells: np.ndarray, others: np.ndarray) -> float:
-    """How many of the cells are, or are beside, one of the others."""
-    lower = np.minimum(cells.min(axis=0), others.min(axis=0)) - 1
-    shape = np.maximum(cells.max(axis=0), others.max(axis=0)) - lower + 2
-    grid = np.zeros(shape, bool)
-    grid[tuple((others - lower).T)] = True
-    near = binary_dilation(grid, np.ones((3, 3, 3)))
-    return float(near[tuple((cells - lower).T)].mean())
 
 
 @pytest.fixture(scope="module")
