@@ -102,7 +102,8 @@ def fuse(views: Views, config: Config, progress: Progress = lambda _: None) -> F
         config.fusion_size, config.depth_range,
     )  # fmt: skip
     cloud = found.agreement.cloud
-    if (attached := moving.attached()).any():
+    moving = replace(moving, only=moving.frames_that_move())
+    if moving.only and (attached := moving.attached()).any():
         cloud, moving = _without(attached, cloud.colors[found.order], moving)
     notes = tuple(found.quality.notes(config.refine_poses))
     return Fused(cloud, found.maps.views, moving, found.quality, notes)
@@ -118,8 +119,9 @@ def _without(
     static = moving.static.points
     gone = np.concatenate([moving.seen_through.points, static[attached]])
     cloud = Cloud(static[~attached], colors[~attached])
-    moving = replace(moving, static=into_blocks(cloud.points), seen_through=into_blocks(gone))
-    return cloud, moving
+    static_left, seen_through = into_blocks(cloud.points), into_blocks(gone)
+    # More may move in front of less surface.
+    return cloud, replace(moving, static=static_left, seen_through=seen_through, only=None)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,8 @@ class MovingPoints:
     static: the surface that does not move; seen_through: measured points that other frames saw
     through, without which nothing moves; maps: the recording; tolerance: of their depth;
     spacing: metres between the points of the static surface; depth_range: metres, what is nearer
-    or farther counts as not measured.
+    or farther counts as not measured; only: the frames in which something moves, None if that is
+    not known.
     """
 
     static: PointBlocks
@@ -55,6 +56,7 @@ class MovingPoints:
     tolerance: Tolerance
     spacing: float
     depth_range: tuple[float, float]
+    only: frozenset[int] | None = None
 
     def __call__(self, frame: int) -> NDArray[np.float32]:
         """(n, 3) float32 world metres: the points of a frame that belong to it alone.
@@ -74,6 +76,15 @@ class MovingPoints:
         points: NDArray[np.float32] = _smoothed(view.depth, kept, view.camera(), tolerance)
         return points
 
+    def frames_that_move(self) -> frozenset[int]:
+        """The frames in which something moves."""
+        frames = self.maps.frames.tolist()
+        found = prefetch(lambda frame: self._may_move(frame) and self._moves(frame), frames)
+        return frozenset(frame for frame, moves in zip(frames, found, strict=True) if moves)
+
+    def _moves(self, frame: int) -> bool:
+        return bool(self._pixels(self.maps(frame)).any())
+
     def attached(self) -> NDArray[np.bool_]:
         """(n,) bool: the static points that belong to something that moves.
 
@@ -84,8 +95,6 @@ class MovingPoints:
         count = len(self.static.points)
         seen, connected, absent = (np.zeros(count, np.uint16) for _ in range(3))
         static, tolerance = self.static, self.tolerance.values()
-        if not any(self._may_move(frame) for frame in self.maps.frames.tolist()):
-            return np.zeros(count, np.bool_)
         for view, around in prefetch(self._view, self.maps.frames.tolist()):
             _count_connected(
                 static.points, static.starts, static.lower, static.upper, view.pixels, around,
@@ -123,6 +132,8 @@ class MovingPoints:
 
     def _may_move(self, frame: int) -> bool:
         """Whether enough of what other frames saw through lies in a frame's sight."""
+        if self.only is not None:
+            return frame in self.only
         points = self.seen_through
         views = self.maps.views
         width, height = views.depth_size
