@@ -102,30 +102,30 @@ def _inverse(poses: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 USUAL = {"metres": 1.0, "centimetres": 0.01, "millimetres": 0.001, "1/5000 m": 0.0002}
-"""Units of depth that sources take, and metres in one."""
+"""Units of depth that sources assume, and metres in one."""
 
 
 def _scaled(factor: float) -> Convention:
     return Convention(
         f"depth were {factor:g} times as large",
-        f"check the unit of depth: what was taken for metres has to be multiplied by {factor:g}; "
+        f"check the unit of depth, whose metres have to be multiplied by {factor:g}: "
         f"{_unit_options(factor)}",
         factor=factor,
     )
 
 
 def _unit_options(factor: float) -> str:
-    """The options that say another unit of depth, by the unit that was taken."""
+    """The options that say another unit of depth, by the unit that was assumed."""
     found = []
     for taken, metres in USUAL.items():
         unit = metres * factor
         name = next((name for name, other in UNITS.items() if np.isclose(unit, other)), None)
         if name is not None:
-            found.append(f"--depth-unit {name} if {taken} were taken")
+            found.append(f"--depth-unit {name} if it was read as {taken}")
         elif taken == "millimetres" and 1e-5 < unit < UNITS["mm"]:
-            found.append(f"--depth-scale {1 / unit:g} if {taken} were taken")
+            found.append(f"--depth-scale {1 / unit:g} if it was read as {taken}")
     if not found:
-        found.append(f"--depth-scale {1000 / factor:g} if millimetres were taken")
+        found.append(f"--depth-scale {1000 / factor:g} if it was read as millimetres")
     return "give " + ", or ".join(found)
 
 
