@@ -37,7 +37,7 @@ from occgen_hub.files import (
 from occgen_hub.frame_exports import EXPORTS, write_frames
 from occgen_hub.index import describe, parts
 from occgen_hub.lerobot.export_check import RECORD, check_content, exported, held_episodes
-from occgen_hub.lerobot.v30 import CODEBASE, DEPTH_MAX, OWN, RESERVED, Fit, Layout, write
+from occgen_hub.lerobot.v30 import CODEBASE, DEPTH_MAX, OWN, RESERVED, STATE, Fit, Layout, write
 from occgen_hub.loading import REBUILD, SCHEMA, Trajectory, built, trajectories
 from occgen_hub.scene_states import states_files
 from occgen_hub.schema import Feature, load_schema
@@ -241,6 +241,7 @@ def plan_export(root: Path, fps: int | None = None) -> Plan:
         features=_features(facts, remarks),
         rgb=_all_have(opened, ("rgb", "video"), "RGB", remarks),
         depth=_all_have(opened, ("depth",), "depth", remarks),
+        state=STATE not in facts.features and STATE not in facts.partial,
     )
     return Plan(names, leave_out, facts, layout, tuple(remarks))
 

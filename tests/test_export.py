@@ -11,12 +11,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.spatial.transform import Rotation
 
 from occgen_hub.builder import load_builder
 from occgen_hub.config import load_config
@@ -26,7 +28,7 @@ from occgen_hub.exporting import export, plan_export, update_export
 from occgen_hub.job import Job, list_episodes
 from occgen_hub.lerobot.export_check import RECORD
 from occgen_hub.lerobot.realtime_guard import no_realtime_scheduling
-from occgen_hub.lerobot.v30 import DEPTH_MAX, Fit
+from occgen_hub.lerobot.v30 import DEPTH_MAX, STATE, Fit
 from occgen_hub.loading import Trajectory, trajectories
 from occgen_hub.runtime.build import build_dataset
 from occgen_hub.sample import make_sample
@@ -278,6 +280,51 @@ def test_datasets_reads_the_export(built, made):
             row["episode"],
             row["frame_index"],
         )
+
+
+def test_the_cameras_pose_is_the_state_and_an_own_state_stays(built, made, sample_tree, tmp_path):
+    frames, number = lerobot(made), 0
+    for trajectory in opened(built):
+        before = None
+        for pose in trajectory.world_from_camera():
+            state = frames[number][STATE].numpy().astype(np.float64)
+            np.testing.assert_allclose(state[:3], pose[:3, 3], atol=1e-5)
+            turned = Rotation.from_quat(state[3:]).as_matrix()
+            np.testing.assert_allclose(turned, pose[:3, :3], atol=1e-5)
+            assert state[6] >= 0 if before is None else before[3:] @ state[3:] > 0
+            before, number = state, number + 1
+    tree = shutil.copytree(sample_tree, tmp_path / "tree")
+    for path in tree.rglob("episode_*.parquet"):
+        table = pq.read_table(path)
+        own = pa.array([[float(n), 2.0] for n in range(len(table))], pa.list_(pa.float32()))
+        pq.write_table(table.append_column(STATE, own), path)
+    for path in tree.rglob("info.json"):
+        info = json.loads(path.read_text())
+        info["features"][STATE] = {"dtype": "float32", "shape": [2], "names": ["a", "b"]}
+        path.write_text(json.dumps(info))
+    export(build(tree, tmp_path / "out"), tmp_path / "own")
+    assert lerobot(tmp_path / "own")[1][STATE].tolist() == [1.0, 2.0]
+
+
+@pytest.mark.long
+def test_lerobots_own_training_takes_an_export(made, tmp_path):
+    """Ten steps of ACT. What it does not take, such as depth, the input features leave out."""
+    inputs = {
+        RGB: {"type": "VISUAL", "shape": [3, 270, 480]},
+        STATE: {"type": "STATE", "shape": [7]},
+    }
+    options = [
+        "--dataset.repo_id=local/rooms", f"--dataset.root={made}", "--dataset.video_backend=pyav",
+        "--policy.type=act", f"--policy.input_features={json.dumps(inputs)}",
+        "--policy.pretrained_backbone_weights=null", "--policy.push_to_hub=false",
+        "--policy.device=cpu", "--policy.dim_model=64", "--policy.n_heads=2",
+        "--policy.chunk_size=4", "--policy.n_action_steps=4",
+        "--steps=10", "--batch_size=2", "--num_workers=0", f"--output_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    train = Path(sys.executable).with_name("lerobot-train")
+    done = subprocess.run([train, *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert list((tmp_path / "run").rglob("*.safetensors"))
 
 
 def test_statistics_are_over_all_frames(built, made):

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.spatial.transform import Rotation
 
 from occgen_hub.errors import DatasetError, OccGenError
 from occgen_hub.files import ABSENT, files_under
@@ -33,6 +34,12 @@ RESERVED = ("task", "size")
 DEPTH_MAX = 6.5535
 """Metres: the farthest that depth images of 16 bits and 10,000 units a metre can hold."""
 
+STATE = "observation.state"
+"""Where LeRobot's policies look for what a robot knows of itself."""
+
+CAMERA_STATE = Feature(dtype="float32", shape=(7,), names=["x", "y", "z", "qx", "qy", "qz", "qw"])
+"""The camera's pose as a state: metres in the source's world, and a quaternion."""
+
 QUIET_LOSSLESS = {"x265-params": "lossless=1:bframes=0:log-level=none"}
 """Without B-frames, for which x265 makes up times that nothing can read where frames are few."""
 
@@ -42,7 +49,8 @@ class Layout:
     """What all frames of a LeRobot dataset have alike.
 
     fps: frames a second; size: (width, height) in pixels, both even; features: of the columns, but
-    for LeRobot's own; rgb, depth: whether there are images.
+    for LeRobot's own; rgb, depth: whether there are images; state: whether the camera's pose is
+    `STATE` too, see `camera_states`.
     """
 
     fps: int
@@ -51,6 +59,7 @@ class Layout:
     features: dict[str, Feature]
     rgb: bool
     depth: bool
+    state: bool = False
 
     def lerobot_features(self, schema: Schema) -> dict[str, dict[str, Any]]:
         """The features as `LeRobotDataset.create` takes them."""
@@ -58,6 +67,8 @@ class Layout:
             name: {**feature.info(), "shape": feature.shape}
             for name, feature in ((name, flat(own)) for name, own in self.features.items())
         }
+        if self.state:
+            features[STATE] = {**CAMERA_STATE.info(), "shape": CAMERA_STATE.shape}
         width, height = self.size
         video = {"dtype": "video", "names": ["height", "width", "channels"]}
         if self.rgb:
@@ -120,6 +131,18 @@ def flat(feature: Feature) -> Feature:
     if len(feature.shape) < 2:
         return feature
     return feature.model_copy(update={"shape": (prod(feature.shape),)})
+
+
+def camera_states(world_from_camera: NDArray[Any]) -> NDArray[np.float32]:
+    """(T, 7) float32 of (T, 4, 4) rigid poses: x, y, z in metres and the quaternion x, y, z, w.
+
+    Of the two quaternions of a rotation the one nearer to that of the frame before, so that they
+    change as little as the camera turns; the first has w >= 0.
+    """
+    quaternions = Rotation.from_matrix(world_from_camera[:, :3, :3]).as_quat(canonical=True)
+    turned = np.einsum("ij,ij->i", quaternions[:-1], quaternions[1:]) < 0
+    quaternions[1:][np.logical_xor.accumulate(turned)] *= -1
+    return np.hstack([world_from_camera[:, :3, 3], quaternions]).astype(np.float32)
 
 
 def write(
@@ -228,6 +251,7 @@ def _frames(trajectory: Trajectory, layout: Layout) -> Iterator[dict[str, Any]]:
     """The frames of a trajectory, as `LeRobotDataset.add_frame` takes them."""
     schema, table = trajectory.schema, trajectory.table()
     fit = Fit(trajectory.image_size, layout.size)
+    features = layout.features | ({STATE: CAMERA_STATE} if layout.state else {})
     columns: dict[str, Any] = {}
     for name, feature in layout.features.items():
         try:
@@ -237,13 +261,15 @@ def _frames(trajectory: Trajectory, layout: Layout) -> Iterator[dict[str, Any]]:
             raise DatasetError(trajectory.file("frames"), problem, REBUILD) from None
         of_images = name in schema.image_intrinsics and feature.shape == (3, 3)
         columns[name] = fit.intrinsics(values) if of_images else values
+    if layout.state:
+        columns[STATE] = camera_states(trajectory.world_from_camera())
     tasks, task_index = trajectory.tasks(), trajectory.column("task_index").tolist()
     rgb = trajectory.images()
     for t in range(table.num_rows):
         if not 0 <= task_index[t] < len(tasks):
             problem = f"has no task {task_index[t]}, which frame {t} has"
             raise DatasetError(trajectory.file("tasks"), problem, REBUILD)
-        frame = {name: _value(values[t], layout.features[name]) for name, values in columns.items()}
+        frame = {name: _value(values[t], features[name]) for name, values in columns.items()}
         if layout.rgb:
             image = rgb(t)
             if image is None:
