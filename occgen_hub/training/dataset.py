@@ -70,6 +70,8 @@ class OccupancyDataset(Dataset[dict[str, Any]]):
       in shards of earlier versions, which did not tell
     - "mask": observed cells, free and occupied alike. dense: (nx, ny, nz) bool; else
       (ceil(nx * ny * nz / 8),) uint8, as `np.packbits` has them
+    - "visible": the cells that the frame itself observed, in the forms of "mask", from which it
+      differs with target="scene"
     - "labels": (nx, ny, nz) uint8: 0 free, 1 occupied, 255 unknown, which is not observed
     - "pose": (4, 4) float32, world_from_camera, OpenCV axes, metres
     - "grid_pose": (4, 4) float32, world_from_grid, metres: "pose", unless `upright`. The grid's
