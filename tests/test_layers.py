@@ -22,6 +22,7 @@ GROUND_TO_ROOF = [
     "geometry",
     "camera_mapping",
     "episode",
+    "quality",
     "views",
     "sample",
     "occupancy",
