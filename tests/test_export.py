@@ -425,8 +425,8 @@ def test_columns_that_lerobot_cannot_hold_are_left_out(sample_tree, tmp_path):
     [
         ("info", {"fps": "ten"}, r"info\.json: has no valid fps"),
         ("info", {"fps": 0}, r"info\.json: has no valid fps"),
-        ("info", {"features": 3}, r"info\.json: does not say its features"),
-        ("record", {"scene": {}}, r"occgen\.json: does not say the image size"),
+        ("info", {"features": 3}, r"info\.json: does not state its features"),
+        ("record", {"scene": {}}, r"occgen\.json: does not state the image size"),
         ("record", {"scene": {"image_size": [32, 32]}}, r"0\.jpg: is \d+ x \d+ pixels"),
     ],
 )
@@ -477,7 +477,7 @@ def test_two_exports_to_one_place_are_one(built, tmp_path):
     said = [process.communicate()[1] for process in (first, second)]
     assert sorted((first.returncode, second.returncode)) == [0, 2]
     refused = said[first.returncode == 0]
-    assert "another export is writing there" in refused or "is there already" in refused
+    assert "another export is writing there" in refused or "already exists" in refused
     assert validate(out).valid
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -190,7 +190,7 @@ def test_viewpoint_file_round_trip(tmp_path):
     assert Viewpoint.load(tmp_path / "camera.json") == view
     for wrong in ({}, {"position": [0, 0, 1], "target": [0, 0, 0], "up": [0, 0, 1]}):
         (tmp_path / "camera.json").write_text(json.dumps(wrong))
-        with pytest.raises(UsageError, match="is no viewpoint"):
+        with pytest.raises(UsageError, match="is not a viewpoint"):
             Viewpoint.load(tmp_path / "camera.json")
 
 
