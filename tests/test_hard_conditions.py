@@ -482,7 +482,7 @@ def test_rates_and_viewpoints_beyond_reason_are_refused(dataset, tmp_path):
         cli.cli, ["render", str(place), str(tmp_path / "a.mp4"), "--fps", "nan"]
     )
     assert said.exit_code == 2
-    assert "is no number" in said.output
+    assert "is not a number" in said.output
     camera = tmp_path / "camera.json"
     camera.write_text(json.dumps({"position": [1e308, 0, 0], "target": [0, 0, 0], "up": [0, 0, 1]}))
     with pytest.raises(UsageError, match="is not a viewpoint"):

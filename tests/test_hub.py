@@ -278,7 +278,7 @@ def test_a_dry_run_says_what_would_go_and_sends_nothing(hub, desk, folder):
     *lines, total = result.stdout.splitlines()
     sizes = {path: int(size.replace(",", "")) for size, path in (line.split() for line in lines)}
     assert sizes == contents(folder)
-    assert f"{len(sizes)} files of {sum(sizes.values()):,} bytes would go to {REPO}" in total
+    assert f"{len(sizes)} files of {sum(sizes.values()):,} bytes would be pushed to {REPO}" in total
     assert not hub.asked
 
 

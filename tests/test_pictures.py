@@ -428,7 +428,7 @@ def test_render_errors(trajectory, dataset, tmp_path):
         ((trajectory.path, tmp_path / "a.gif"), "ends in .mp4"),
         ((trajectory.path, tmp_path / "a.png", "--frame", "999"), "numbered from 0"),
         ((trajectory.path, tmp_path / "a.mp4", "--size", "481x180"), "even numbers"),
-        ((dataset, tmp_path / "a.mp4"), "holds 2 trajectories"),
+        ((dataset, tmp_path / "a.mp4"), "has 2 trajectories"),
     ):
         said = run("render", *arguments)
         assert said.returncode == 2, said.stderr
