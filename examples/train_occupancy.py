@@ -81,8 +81,8 @@ class ImageToOccupancy(nn.Module):
 
 def intersection_over_union(predicted: Tensor, labels: Tensor) -> Tensor:
     """(2,): common cells and all cells, of what is occupied, where the frame observed it."""
-    known, occupied = labels != UNKNOWN, labels == 1
-    predicted = predicted & known
+    known = labels != UNKNOWN
+    predicted, occupied = predicted & known, (labels > 0) & known  # 1, or a class.
     return torch.stack([(predicted & occupied).sum(), (predicted | occupied).sum()]).double()
 
 
@@ -95,7 +95,7 @@ def mean_occupancy(loader: DataLoader, grid) -> Tensor:
     """(nx, ny, nz): how often each cell was occupied where it was observed."""
     occupied, known = torch.zeros(2, *grid.shape)
     for batch in loader:
-        occupied += (batch["labels"] == 1).sum(0)
+        occupied += ((batch["labels"] > 0) & (batch["labels"] != UNKNOWN)).sum(0)
         known += (batch["labels"] != UNKNOWN).sum(0)
     return occupied / known.clamp(min=1)
 
@@ -124,7 +124,8 @@ def draw(model: nn.Module, batch: dict[str, Tensor], path: str) -> None:
     figure, axes = plt.subplots(3, 3, figsize=(9, 7))
     for row, n in zip(axes, range(3), strict=False):
         n = n * (len(predicted) - 1) // 2
-        known, truth = batch["labels"][n] != UNKNOWN, batch["labels"][n] == 1
+        known = batch["labels"][n] != UNKNOWN
+        truth = known & (batch["labels"][n] > 0)
         row[0].imshow(batch["image"][n].permute(1, 2, 0).cpu())
         titles = {"truth, from above": truth, "network, from above": predicted[n] & known}
         for axis, (title, cells) in zip(row[1:], titles.items(), strict=True):
@@ -177,7 +178,7 @@ def main() -> None:
             logits, labels = model(batch["image"], batch["intrinsics"]), batch["labels"]
             known = labels != UNKNOWN
             loss = F.binary_cross_entropy_with_logits(
-                logits[known], (labels[known] == 1).float(), pos_weight=logits.new_tensor(3.0)
+                logits[known], (labels[known] > 0).float(), pos_weight=logits.new_tensor(3.0)
             )
             optimizer.zero_grad()
             accelerator.backward(loss)

@@ -37,6 +37,7 @@ from occgen_hub.loading import NOT_BUILT, SCHEMA, Trajectory
 from occgen_hub.scene_states import FOLDER as STATES
 from occgen_hub.schema import Feature, Schema, load_schema
 from occgen_hub.shards import FOLDER
+from occgen_hub.taxonomy import UNLABELLED, load_taxonomy
 from occgen_hub.visual.preview import preview
 
 CARD = "README.md"
@@ -63,7 +64,7 @@ class Facts:
     of each trajectory that has it; moving: how many trajectories have cells that move; splits: how
     many trajectories each split has; source_licences: of what was recorded, None where the source
     does not say; first: the first trajectory by name; occupancy: whether any has shards; packed:
-    whether all are in shards alone.
+    whether all are in shards alone; taxonomies: how many trajectories have labels of each.
     """
 
     first: str = ""
@@ -81,6 +82,7 @@ class Facts:
     moving: int = 0
     splits: dict[str, int] = field(default_factory=dict)
     source_licences: set[str | None] = field(default_factory=set)
+    taxonomies: dict[str, int] = field(default_factory=dict)
 
 
 def write_card(root: Path, shown: Path | None = None) -> Path:
@@ -106,6 +108,7 @@ def write_card(root: Path, shown: Path | None = None) -> Path:
         *(_packed_examples() if facts.packed else _examples(facts, schema)),
         *(() if facts.packed else (*_columns(facts.features), *_partial(facts))),
         *_grids(facts),
+        *_classes(facts),
         *_quality(facts),
         *_origin(facts, IN_INDEX if facts.packed else RECORDS),
     )
@@ -134,6 +137,7 @@ def write_export_card(
         *_columns(shown),
         *(f"In the export, {remark}.\n" for remark in remarks),
         *_grids(facts),
+        *_classes(facts),
         *_quality(facts),
         *_origin(facts, EXPORT_RECORD),
     )
@@ -205,6 +209,8 @@ def survey(rows: Iterable[Entry]) -> Facts:
             facts.records.setdefault(key, set()).add(dump_json(said))
         facts.records.setdefault("config", set()).add(row.config)
         facts.moving += row.moving
+        if row.taxonomy is not None:
+            facts.taxonomies[row.taxonomy] = facts.taxonomies.get(row.taxonomy, 0) + 1
         if (quality := row.agreement) is not None:
             facts.quality.append(quality)
         if row.network is not None:
@@ -478,6 +484,18 @@ def _grids(facts: Facts) -> Iterator[str]:
         "of a pixel's centre crosses it before or at the ray's first occupied cell. Occupied cells "
         "that the camera does not see are not in a frame's occupancy.\n"
     )
+
+
+def _classes(facts: Facts) -> Iterator[str]:
+    """What the labels are."""
+    for name, count in sorted(facts.taxonomies.items()):
+        classes = load_taxonomy(name).classes.values()
+        listed = ", ".join(f"{one.id} {one.name.replace('_', ' ')}" for one in classes)
+        yield (
+            f"Occupied cells of {_count(count, 'trajectory')} have classes of the taxonomy "
+            f"`{name}`: `labels`, beside the occupied cells. {UNLABELLED} is a cell of which no "
+            f"frame says what it is. The classes: {listed}.\n"
+        )
 
 
 def _quality(facts: Facts) -> Iterator[str]:
