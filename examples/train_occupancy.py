@@ -4,7 +4,8 @@
 
 DATASET is a folder that occgen-hub build wrote, or org/name on the Hub. A 2D encoder sees the
 image; its features are lifted along the rays into the camera's grid of 8 cm cells; a 3D decoder
-says which cells are occupied. Figures are of visible cells, which the frame observed.
+says which cells are occupied. It learns what is there, hidden cells included. Figures are apart for
+visible cells, which the frame observed, and for hidden cells, which only other frames did.
 """
 
 from __future__ import annotations
@@ -79,11 +80,10 @@ class ImageToOccupancy(nn.Module):
         return (self.decoder(volume) + prior)[:, 0]
 
 
-def intersection_over_union(predicted: Tensor, labels: Tensor) -> Tensor:
-    """(2,): common cells and all cells, of what is occupied, where the frame observed it."""
-    known = labels != UNKNOWN
-    predicted, occupied = predicted & known, (labels > 0) & known  # 1, or a class.
-    return torch.stack([(predicted & occupied).sum(), (predicted | occupied).sum()]).double()
+def intersections_and_unions(occupied: Tensor, truth: Tensor, known: Tensor) -> Tensor:
+    """(2, 2): common cells and all cells, of the free and of the occupied, among the known ones."""
+    pairs = ((~occupied & known, ~truth & known), (occupied & known, truth & known))
+    return torch.stack([torch.stack([(a & b).sum(), (a | b).sum()]) for a, b in pairs]).double()
 
 
 def moved(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -102,17 +102,29 @@ def mean_occupancy(loader: DataLoader, grid) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: list[dict[str, Tensor]], mean: Tensor) -> dict[str, float]:
-    """The IoU of the network, and of the mean occupancy at 0.5 and at the threshold best here."""
+    """IoU of the occupied, and its mean with that of the free, in visible and in hidden cells.
+
+    Of the network, and of the mean occupancy at 0.5 and at the threshold that is best here.
+    """
     model.eval()
     thresholds = [0.5, *torch.linspace(0.02, 0.6, 30).tolist()]
-    counts = torch.zeros(1 + len(thresholds), 2).double()
+    counts = torch.zeros(2, 1 + len(thresholds), 2, 2).double()
     for batch in batches:
-        labels = batch["labels"]
+        truth, visible = batch["labels"] > 0, batch["visible"]  # 1, or a class.
         guesses = [model(batch["image"], batch["intrinsics"]) > 0]
-        guesses += [(mean > threshold).expand(labels.shape) for threshold in thresholds]
-        counts += torch.stack([intersection_over_union(guess, labels).cpu() for guess in guesses])
-    found, at_half, *others = (counts[:, 0] / counts[:, 1].clamp(min=1)).tolist()
-    return {"IoU": found, "baseline IoU": at_half, "baseline IoU, best threshold": max(others)}
+        guesses += [(mean > threshold).expand(truth.shape) for threshold in thresholds]
+        for n, cells in enumerate((visible, (batch["labels"] != UNKNOWN) & ~visible)):
+            found = [intersections_and_unions(guess, truth, cells) for guess in guesses]
+            counts[n] += torch.stack(found).cpu()
+    ratios = counts[..., 0] / counts[..., 1].clamp(min=1)
+    figures = {}
+    for where, ratio in zip(("visible", "hidden"), ratios, strict=True):
+        for name, values in (("IoU", ratio[:, 1]), ("mIoU", ratio.mean(-1))):
+            found, at_half, *others = values.tolist()
+            figures[f"{where} {name}"] = found
+            figures[f"{where} {name} of the mean"] = at_half
+            figures[f"{where} {name} of the mean, best threshold"] = max(others)
+    return figures
 
 
 @torch.no_grad()
@@ -124,10 +136,9 @@ def draw(model: nn.Module, batch: dict[str, Tensor], path: str) -> None:
     figure, axes = plt.subplots(3, 3, figsize=(9, 7))
     for row, n in zip(axes, range(3), strict=False):
         n = n * (len(predicted) - 1) // 2
-        known = batch["labels"][n] != UNKNOWN
-        truth = known & (batch["labels"][n] > 0)
+        known, truth = batch["labels"][n] != UNKNOWN, batch["labels"][n] > 0
         row[0].imshow(batch["image"][n].permute(1, 2, 0).cpu())
-        titles = {"truth, from above": truth, "network, from above": predicted[n] & known}
+        titles = {"truth, from above": truth & known, "network, from above": predicted[n] & known}
         for axis, (title, cells) in zip(row[1:], titles.items(), strict=True):
             height = torch.arange(cells.shape[1], 0, -1, device=cells.device)[None, :, None]
             above = (cells * height).amax(1).T.flip(0).float().cpu()
@@ -150,10 +161,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     accelerator = Accelerator()
-    common = {"keys": KEYS, "image_size": SIZE, "voxel_stride": STRIDE}
-    still = OccupancyDataset(options.dataset, split="train", **common | {"keys": ("labels",)})
+    common = {"target": "scene", "voxel_stride": STRIDE}
+    still = OccupancyDataset(options.dataset, split="train", keys=("labels",), **common)
     mean = mean_occupancy(DataLoader(still, batch_size=16), still.grid)
-    held_out = OccupancyDataset(options.dataset, split="validation", **common)
+    common |= {"keys": KEYS, "image_size": SIZE}
+    held_out = OccupancyDataset(
+        options.dataset, split="validation", **common | {"keys": (*KEYS, "visible")}
+    )
     device = accelerator.device
     checks = [moved(batch, device) for batch in DataLoader(held_out, batch_size=options.batch)]
     common |= {"split": "train", "augment": (Mirror(), ColorJitter())}
@@ -190,7 +204,7 @@ def main() -> None:
             continue
         break
     figures = evaluate(model, checks, mean) | {"steps": step, "seconds waited": waited}
-    accelerator.print(", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    accelerator.print("\n".join(f"{name:<40} {value:.4g}" for name, value in figures.items()))
     if options.picture and accelerator.is_main_process:
         draw(model, checks[0], options.picture)
 

@@ -38,6 +38,14 @@ class SourceError(OccGenError):
         return type(self), (self.path, self.problem, self.remedy)
 
 
+def install_extra(extra: str) -> str:
+    """The remedy where packages of an extra are missing. OccGen Hub is on no package index."""
+    return (
+        f"run pip install -e '.[{extra}]' in the clone of OccGen Hub, or "
+        f"pip install 'WHEEL[{extra}]' with its wheel"
+    )
+
+
 def in_brief(text: str, limit: int = 160) -> str:
     """The first line of a library's message without the full stop, shortened between words."""
     line = (text.strip().splitlines() or [""])[0].rstrip(". ")

@@ -107,7 +107,10 @@ def _usable(root: Path) -> tuple[list[Trajectory], list[str]]:
             example.setdefault(lack, path)
     if not good:
         lack, count = lacking.most_common(1)[0]
-        raise UsageError(f"{root}: NavDP can read none of it, since {count} trajectories {lack}.")
+        raise UsageError(
+            f"{root}: NavDP can read none of it, since {count} trajectories {lack}; "
+            "export a dataset that was built from InternData-N1 with depth."
+        )
     total = len(good) + sum(lacking.values())
     remarks = [f"{count} of {total} trajectories, {example[lack]} for one, {lack} and are left out"
                for lack, count in lacking.items()]  # fmt: skip

@@ -34,14 +34,14 @@ def loading(source: Path, seconds: float = 2.0) -> dict[str, float]:
     Each kind is measured for `seconds`, in turns of a quarter of that, and its best turn counts: a
     machine that others use is slow for moments.
     """
-    from occgen_hub import OccupancyDataset, OccupancyStream, build, export
+    from occgen_hub import OccupancyDataset, OccupancyStream, build
 
     cores = os.sched_getaffinity(0)
     with tempfile.TemporaryDirectory() as folder:
-        out, exported = Path(folder, "out"), Path(folder, "exported")
+        out, images = Path(folder, "out"), Path(folder, "images")
         summary = build("internnav", source, out, parquet_images=True)
         assert not summary.failures, summary.failures
-        export(out, exported)
+        _write_lerobot(out, images)
         numbers = np.random.default_rng(0)
         kinds: dict[str, Iterator[Any]] = {}
         for name, how in WANTED.items():
@@ -49,7 +49,7 @@ def loading(source: Path, seconds: float = 2.0) -> dict[str, float]:
         for name, how in STREAMED.items():
             kinds[name] = _endless(OccupancyStream(out, **how))
         kinds["datasets, streaming, cells as lists"] = _endless(_plain(out))
-        kinds["StreamingLeRobotDataset, image only"] = _endless(_lerobot(exported))
+        kinds["StreamingLeRobotDataset, image only"] = _endless(_lerobot(images))
         found = dict.fromkeys(kinds, 0.0)
         os.sched_setaffinity(0, {min(cores)})
         try:
@@ -78,6 +78,35 @@ def _plain(root: Path) -> Any:
     return load_dataset("parquet", data_files=files, split="train", streaming=True).select_columns(
         ["occupied", "observed"]
     )
+
+
+def _write_lerobot(root: Path, out: Path) -> None:
+    """The images of a built dataset as LeRobot has them in Parquet, PNG without loss.
+
+    Not as video, which LeRobot's streaming decodes with the FFmpeg of the system alone.
+    """
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    from occgen_hub import OccupancyDataset
+
+    frames = OccupancyDataset(root, keys=("image", "episode", "task"))
+    height, width = frames[0]["image"].shape[1:]
+    names = ["height", "width", "channels"]
+    image = {"dtype": "image", "shape": (height, width, 3), "names": names}
+    written = LeRobotDataset.create(
+        "bench/rooms",
+        fps=10,
+        features={"observation.images.rgb": image},
+        root=out,
+        use_videos=False,
+    )
+    for start, end in itertools.pairwise(frames.starts.tolist()):
+        for number in range(start, end):
+            item = frames[number]
+            pixels = item["image"].permute(1, 2, 0).numpy()
+            written.add_frame({"observation.images.rgb": pixels, "task": item["task"]})
+        written.save_episode()
+    written.finalize()
 
 
 def _lerobot(root: Path) -> Any:

@@ -433,6 +433,25 @@ def command(*options: str | Path) -> Result:
     return CliRunner().invoke(build, [str(option) for option in options], standalone_mode=False)
 
 
+def test_intrinsics_of_another_size_get_a_note(tum: Path, episode: Episode) -> None:
+    fx, fy, cx, cy = captures.opencv_intrinsics(episode)
+    right = read(tum, intrinsics=(fx, fy, cx, cy)).notes
+    assert "principal point" not in {note.code for note in right}
+    (note,) = [
+        note
+        for note in read(tum, intrinsics=(615, 615, 320, 240)).notes
+        if note.code == "principal point"
+    ]
+    assert "(320, 240) is far from the middle of images of 480 x 270" in note.text
+
+
+def test_a_folder_with_other_names_is_told_the_names(tum: Path, tmp_path: Path) -> None:
+    shutil.copytree(tum / "rgb", tmp_path / "x/rgb_images")
+    shutil.copytree(tum / "depth", tmp_path / "x/depth")
+    done = command("--source", "capture", "--input", tmp_path / "x", "--output", tmp_path / "out")
+    assert "name the folders color and depth, and the poses trajectory.txt" in str(done.exception)
+
+
 def test_mapping_options_and_rebuild_after_a_change(
     tum: Path, episode: Episode, tmp_path: Path
 ) -> None:
@@ -510,9 +529,10 @@ def test_a_pipe_in_the_place_of_a_bags_file_is_not_waited_for(
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("groundtruth.txt", "1 2 3", "is no trajectory"),
+        ("groundtruth.txt", "1 2 3", r"is no trajectory \(its lines have 3 numbers\)"),
         ("groundtruth.txt", "1 0 0 0 0 0 0 1", "has no pose at the time of any frame"),
-        ("groundtruth.txt", "a b", "line 1: is not a row of numbers"),
+        ("groundtruth.txt", "a b", r"line 1: is not a row of numbers \(a b\)"),
+        ("groundtruth.txt", "time,x,y,z\n", r"\(time,x,y,z\); remove a header or begin it with #"),
         ("rgb.txt", "x", "line 1: is not 'time name'"),
         ("rgb.txt", "", "lists 0 images"),
         ("depth.txt", "5.0 depth/a.png", "has no time within 0.02 s"),

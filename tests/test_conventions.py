@@ -109,7 +109,11 @@ def test_a_correct_source_is_built(tree: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "cause", "remedy"),
     [
-        (in_millimetres, "as if depth were 10 times as large", "check the unit of depth"),
+        (
+            in_millimetres,
+            "as if depth were 10 times as large",
+            "--depth-unit cm if it was read as millimetres",
+        ),
         (opencv_axes, "as if the cameras' axes were OpenGL's", "from_opengl"),
         (inverted, "as if the poses were camera_from_world", "invert them"),
     ],

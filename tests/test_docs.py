@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -249,6 +250,21 @@ def test_the_site_has_every_page_command_option_and_setting(site):
 
     for name in occgen_hub.__all__:
         assert f".{name}" in python, f"docs/api.md: {name} is missing"
+
+
+@pytest.mark.parametrize("name", ["settings", "commands"])
+def test_a_page_that_is_made_from_the_code_is_up_to_date(name):
+    """Else run scripts/docs."""
+    page = (ROOT / f"docs/{name}.md").read_text()
+    scope = runpy.run_path(str(ROOT / "scripts/docs_reference.py"))
+    assert scope["updated"](page, name) == page
+
+
+def test_build_help_lists_every_source_and_engine():
+    text = {option.name: option.help for option in cli.commands["build"].params}  # type: ignore[attr-defined]
+    for kind, option in (("builders", "source"), ("engines", "engine")):
+        names = PROJECT["entry-points"][f"occgen_hub.{kind}"]
+        assert [name for name in names if not re.search(rf"\b{name}\b", text[option])] == []
 
 
 def test_the_site_fetches_nothing_from_elsewhere(site):

@@ -347,6 +347,13 @@ def test_cameras_says_what_is_there_and_writes_a_mapping(v21: Path, tmp_path: Pa
     assert "is there already" in str(command("cameras", v21, "--output", out).exception)
 
 
+def test_cameras_of_another_folder_names_the_cause_and_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "color").mkdir()
+    said = str(command("cameras", tmp_path, "--output", tmp_path / "cameras.yaml").exception)
+    assert "is no LeRobot dataset, which has a meta/info.json; " in said
+    assert "give the folder that holds meta, data and videos" in said
+
+
 def test_options_choose_cameras_and_go_before_the_file(v21: Path, tmp_path: Path) -> None:
     usual = ("build", "--source", "lerobot", "--input", v21, "--output", tmp_path / "out")
     several = command(*usual)

@@ -148,7 +148,7 @@ def test_what_the_loader_cannot_read_is_left_out_and_said(scenes, tmp_path):
     assert len(list(items_of_scenes(tmp_path / "navdp"))) == 1
     for folder in list(out.rglob("observation.images.depth")):
         shutil.rmtree(folder)
-    with pytest.raises(UsageError, match="can read none of it, since 2 trajectories have no depth"):
+    with pytest.raises(UsageError, match=r"since 2 trajectories have no depth.*InternData-N1"):
         export_navdp(out, tmp_path / "none")
     assert not (tmp_path / "none").exists()
 

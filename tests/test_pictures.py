@@ -450,7 +450,7 @@ def test_missing_extra_error_names_the_remedy(command, trajectory, tmp_path):
         [sys.executable, "-c", code.format(more)], capture_output=True, text=True, check=False
     )
     assert said.returncode == 2
-    assert "pip install 'occgen-hub[visual]'" in said.stderr
+    assert "pip install -e '.[visual]'" in said.stderr
     assert len(said.stderr.splitlines()) == 1
 
 
@@ -641,8 +641,8 @@ def test_the_report_works_in_a_browser(page):
         chrome.quit()
 
 
-def test_a_caption_counts_to_the_last_frame():
-    assert [frame_title(n, 52) for n in (0, 51)] == ["frame 0 / 51", "frame 51 / 51"]
+def test_a_caption_has_the_first_and_the_last_frame():
+    assert [frame_title(n, 8) for n in (0, 7)] == ["frame 0 (0 to 7)", "frame 7 (0 to 7)"]
 
 
 def test_inspect_and_report_say_the_same_number_of_cells(dataset, tmp_path, monkeypatch):

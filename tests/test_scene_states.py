@@ -27,7 +27,7 @@ sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 
 from accuracy_cells import crossed_cells
 
-KEYS = ("occupancy", "mask", "labels", "pose", "grid_pose")
+KEYS = ("occupancy", "mask", "labels", "visible", "pose", "grid_pose")
 
 
 def triangles(tree: Path) -> np.ndarray:
@@ -144,6 +144,8 @@ def test_items_hold_what_the_frame_saw_and_the_scene_where_it_saw_nothing(datase
     seen, item = visible[number], scene[number]
     labels = item["labels"].numpy()
     mask = seen["mask"].numpy()
+    np.testing.assert_array_equal(item["visible"], mask)
+    np.testing.assert_array_equal(seen["visible"], mask)
     np.testing.assert_array_equal(labels[mask], seen["labels"].numpy()[mask])
     expected = looked_up(trajectory, scene.grid, item["grid_pose"].double().numpy())
     asked = (expected != 254) & ~mask & (seen["labels"].numpy() == UNKNOWN)
@@ -173,7 +175,8 @@ def test_coarse_sparse_and_streamed_items_are_the_same(dataset):
         for key, value in item.items():
             assert torch.equal(value, streamed[key])
         np.testing.assert_array_equal(item["occupancy"].nonzero(), rows["occupancy"])
-        np.testing.assert_array_equal(np.packbits(item["mask"]), rows["mask"])
+        for key in ("mask", "visible"):
+            np.testing.assert_array_equal(np.packbits(item[key]), rows[key])
         if number in (0, 6):
             whole = fine[number]["labels"].numpy()
             nx, ny, nz = whole.shape

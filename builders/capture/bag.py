@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from occgen_hub.camera_mapping import CameraMapping
-from occgen_hub.errors import OccGenError, SourceError, UsageError, in_brief
+from occgen_hub.errors import OccGenError, SourceError, UsageError, in_brief, install_extra
 from occgen_hub.files import MAX_TABLE_ROWS, is_file, opened
 from occgen_hub.geometry.lens import Lens, opencv_matrix
 from occgen_hub.media import MAX_PIXELS
@@ -186,7 +186,7 @@ class OpenBag:
         except ImportError:
             raise UsageError(
                 f"{place}: ROS 2 bags are read by rosbags, which is not installed; "
-                "pip install 'occgen-hub[ros]'."
+                f"{install_extra('ros')}."
             ) from None
         self.place = place
         for path in _files(place):

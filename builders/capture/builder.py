@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -43,6 +43,9 @@ UNEVEN = 0.25
 SAME_SHAPE = 0.05
 """Largest relative difference between the aspect ratios of registered colour and depth."""
 
+OFF_CENTRE = 0.2
+"""Distance of a principal point from the middle, as a share of the image, that gets a note."""
+
 TIME = "source_timestamp"
 """The column with the times of the recording, seconds."""
 
@@ -73,7 +76,8 @@ class CaptureBuilder(DatasetBuilder):
             other = other_source(self.root, self.name)
             raise UsageError(
                 f"{self.root}: has no capture in a known layout ({known}); "
-                f"{other or 'see docs/formats.md for the layouts'}."
+                "for the last one, name the folders color and depth, and the poses trajectory.txt; "
+                f"{other or 'docs/formats.md has all layouts'}."
             )
         topics = {"rgb", "depth", "pose", "info"} & set(self._mapping.said())
         if topics and not any(isinstance(_layout(place), Bag) for place in found):
@@ -231,6 +235,7 @@ def pinhole_views(
         views[lens] = PinholeView(lens, target.pinhole())
         depth_views[lens] = PinholeView(target, target.pinhole())
     first = next(iter(views.values()))
+    notes += _principal_point_notes(views)
     if any(lens.distorts for lens in views):
         notes.append(Note("distortion", "lens distortion is removed from the images"))
     if size is not None and size != first.source.size:
@@ -248,6 +253,19 @@ def pinhole_views(
         [depth_views[lens] for lens in lenses],
         notes,
     )
+
+
+def _principal_point_notes(lenses: Iterable[Lens]) -> list[Note]:
+    """A note where intrinsics seem to be those of images of another size."""
+    for lens in lenses:
+        size, centre = np.array(lens.size), lens.matrix[:2, 2]
+        if (np.abs(centre / size - 0.5) > OFF_CENTRE).any():
+            text = (
+                f"the principal point ({centre[0]:.0f}, {centre[1]:.0f}) is far from the middle of "
+                f"images of {size[0]} x {size[1]}: check that the intrinsics are for this size"
+            )
+            return [Note("principal point", text)]
+    return []
 
 
 def _colors(

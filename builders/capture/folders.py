@@ -60,7 +60,7 @@ class PlainFolder(Layout):
         path = file_among(place, TRAJECTORIES)
         if path is None:
             problem = f"holds no trajectory ({', '.join(TRAJECTORIES)})"
-            raise SourceError(place, problem, f"put one there, with {FORMATS}")
+            raise SourceError(place, problem, f"give yours one of these names, with {FORMATS}")
         trajectory = read_trajectory(path, mapping)
         colors = images_in(folder)
         depths = images_in(depth_folder, (".png", ".npy")) if depth_folder else None

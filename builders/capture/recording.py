@@ -38,6 +38,7 @@ CALIBRATIONS = (
 """Names of files with the intrinsics of the colour camera, in the order of their preference."""
 
 GIVE = "give --intrinsics fx,fy,cx,cy in pixels of the colour images"
+"""The remedy where a recording lacks intrinsics."""
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,12 @@ def file_among(place: Path, names: Iterable[str]) -> Path | None:
     return next((place / name for name in names if is_file(place / name)), None)
 
 
-def numbers_in(path: Path, limit: int = 1 << 16) -> list[list[float]]:
+def numbers_in(
+    path: Path, limit: int = 1 << 16, remedy: str = "restore it, or leave this recording out"
+) -> list[list[float]]:
     """The numbers in each line of a text file, without comments (#) and empty lines.
 
-    "nan" and "inf" are accepted, since they mark lost tracking. Raises SourceError.
+    "nan" and "inf" are accepted, since they mark lost tracking. Raises SourceError with `remedy`.
     """
     rows = []
     for number, line in enumerate(read_bytes(path, limit).splitlines(), 1):
@@ -130,8 +133,9 @@ def numbers_in(path: Path, limit: int = 1 << 16) -> list[list[float]]:
             if words:
                 rows.append([float(word) for word in words])
         except ValueError:
-            problem = f"line {number}: is not a row of numbers"
-            raise SourceError(path, problem, "restore it, or leave this recording out") from None
+            start = line.strip().decode(errors="replace")[:40]
+            problem = f"line {number}: is not a row of numbers ({start})"
+            raise SourceError(path, problem, remedy) from None
     return rows
 
 
@@ -262,7 +266,8 @@ def needed_lens(
     """Like `stated_lens`, but raises SourceError if the intrinsics are unknown."""
     lens, files = stated_lens(place, size, mapping)
     if lens is None:
-        raise SourceError(place, f"has no intrinsics of the camera ({CALIBRATIONS[0]})", GIVE)
+        remedy = f"{GIVE} ({size[0]} x {size[1]}), or put fx fy cx cy into intrinsics.txt"
+        raise SourceError(place, "has no file with the intrinsics of the camera", remedy)
     return lens, files
 
 

@@ -45,7 +45,8 @@ def read_trajectory(path: Path, mapping: CameraMapping) -> Trajectory:
 
     Rows with times whose pose is not finite or not rigid are left out: there tracking was lost.
     """
-    rows = numbers_in(path, MAX_BYTES)
+    remedy = f"remove a header or begin it with #, and give {FORMATS}"
+    rows = numbers_in(path, MAX_BYTES, remedy)
     widths = {len(row) for row in rows}
     if widths == {8}:
         return timed(path, np.array(rows), mapping)
@@ -57,7 +58,9 @@ def read_trajectory(path: Path, mapping: CameraMapping) -> Trajectory:
     if widths == {3, 4} and len(rows) % 5 == 0 and all(len(row) == 3 for row in rows[::5]):
         poses = np.array([row for n, row in enumerate(rows) if n % 5]).reshape(-1, 4, 4)
         return Trajectory(None, _meant(poses, mapping))
-    raise SourceError(path, "is no trajectory", f"give one with {FORMATS}")
+    counts = ", ".join(map(str, sorted(widths)[:5])) or "no"
+    problem = f"is no trajectory (its lines have {counts} numbers)"
+    raise SourceError(path, problem, f"give one with {FORMATS}")
 
 
 def timed(path: Path, rows: NDArray[np.float64], mapping: CameraMapping) -> Trajectory:

@@ -88,12 +88,7 @@ class LeRobotBuilder(DatasetBuilder):
 
     def episodes(self) -> Iterator[EpisodeRef]:
         """Every camera of every episode, sorted by id; raises UsageError where there is none."""
-        if not is_file(self.root / INFO):
-            other = other_source(self.root, self.name)
-            raise UsageError(
-                f"{self.root}: is no LeRobot dataset (meta/info.json says what one is); "
-                f"{other or 'give the folder that holds meta, data and videos'}."
-            )
+        self._check_root()
         names = self._cameras()
         scene = _scene(self.root)
         entries = read_episodes(self.root, self._info())
@@ -104,8 +99,17 @@ class LeRobotBuilder(DatasetBuilder):
                 yield EpisodeRef(ident, self.root, index)
 
     def survey_cameras(self) -> CameraSurvey:
-        """What the names and shapes of the features suggest."""
+        """What the names and shapes of the features suggest. UsageError for another folder."""
+        self._check_root()
         return survey(self._info())
+
+    def _check_root(self) -> None:
+        if not is_file(self.root / INFO):
+            other = other_source(self.root, self.name)
+            raise UsageError(
+                f"{self.root}: is no LeRobot dataset, which has a meta/info.json; "
+                f"{other or 'give the folder that holds meta, data and videos'}."
+            )
 
     def has_depth(self, ref: EpisodeRef) -> bool:
         """Whether the camera's mapping names depth."""

@@ -53,7 +53,11 @@ CLUSTERS = {
     "occgen-hub build --source lerobot --input my-org/robot --cameras cameras.yaml --output out",
     goes_on=True,
 )
-@click.option("--source", default="internnav", show_default=True, help="What kind of source it is.")
+@click.option(
+    "--source", default="internnav", show_default=True, metavar="NAME",
+    help="What kind of source it is: internnav (InternData-N1, VLN-CE), lerobot, capture (RGB-D "
+    "folders, ROS 2 bags), video, or that of a plug-in.",
+)  # fmt: skip
 @click.option(
     "--input", "root", type=SOURCE, required=True,
     help="The root of the source tree, whose scenes may be archives; hf://datasets/ORG/NAME"
@@ -62,12 +66,11 @@ CLUSTERS = {
 )  # fmt: skip
 @click.option("--output", "out", type=FOLDER, required=True, help="Where the dataset goes.")
 @click.option(
-    "--engine",
-    default="auto",
-    show_default=True,
+    "--engine", default="auto", show_default=True, metavar="NAME",
     help="How to reconstruct: rgbd from sensor depth; pi3, pi3x or da3 from images; auto takes "
-    "rgbd where there is depth, else pi3x, pi3 or da3 by the weights that are there.",
-)
+    "rgbd where there is depth, else pi3x, pi3 or da3 by the weights that are there; or that of a "
+    "plug-in.",
+)  # fmt: skip
 @click.option(
     "--weights",
     type=FOLDER,

@@ -32,9 +32,13 @@ _SOURCE = (
         help="Take TRAJECTORY, the id of an episode, from the source here, and build it just now.",
     ),
     click.option(
-        "--source", default="internnav", show_default=True, help="What kind of source --input is."
+        "--source", default="internnav", show_default=True, metavar="NAME",
+        help="What kind of source --input is, as in build.",
     ),
-    click.option("--engine", default="auto", show_default=True, help="With --input, as in build."),
+    click.option(
+        "--engine", default="auto", show_default=True, metavar="NAME",
+        help="With --input, as in build.",
+    ),
     click.option("--weights", type=FOLDER, help="With --input, as in build."),
     click.option("--device", help="With --input, as in build."),
     click.option("--config", type=FOLDER, help="With --input: settings, a YAML file."),
@@ -215,7 +219,7 @@ def render(
 
     The world view shows the coloured scene, the path, the camera with its image, and occupied
     cells, blue to yellow by height, those of past frames pale. The ego view shows the cells that
-    the camera sees, near ones bright. Needs the extra: pip install 'occgen-hub[visual]'.
+    the camera sees, near ones bright. Needs the extra `visual`.
     """
     from occgen_hub.visual.optional_dependencies import need_pyvista
     from occgen_hub.visual.render import Shot
@@ -262,7 +266,7 @@ def view(
 
     Images, depth, the coloured scene, the camera on its path, occupied cells and observed space.
     Opens a window; where there is no screen, --web serves a page, and --save writes a file that
-    rerun FILE.rrd opens elsewhere. Needs the extra: pip install 'occgen-hub[visual]'.
+    rerun FILE.rrd opens elsewhere. Needs the extra `visual`.
     """
     from occgen_hub.visual.optional_dependencies import need, need_pyvista
     from occgen_hub.visual.viewpoint_picker import choose_viewpoint, has_screen

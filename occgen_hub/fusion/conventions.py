@@ -12,6 +12,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from occgen_hub.camera_mapping import UNITS
 from occgen_hub.config import Config
 from occgen_hub.episode import Note
 from occgen_hub.errors import OccGenError
@@ -100,13 +101,32 @@ def _inverse(poses: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(np.linalg.inv(poses), np.float64)
 
 
+USUAL = {"metres": 1.0, "centimetres": 0.01, "millimetres": 0.001, "1/5000 m": 0.0002}
+"""Units of depth that sources assume, and metres in one."""
+
+
 def _scaled(factor: float) -> Convention:
     return Convention(
         f"depth were {factor:g} times as large",
-        f"check the unit of depth: what the source gives has to be multiplied by {factor:g} to be "
-        "metres",
+        f"check the unit of depth, whose metres have to be multiplied by {factor:g}: "
+        f"{_unit_options(factor)}",
         factor=factor,
     )
+
+
+def _unit_options(factor: float) -> str:
+    """The options that say another unit of depth, by the unit that was assumed."""
+    found = []
+    for taken, metres in USUAL.items():
+        unit = metres * factor
+        name = next((name for name, other in UNITS.items() if np.isclose(unit, other)), None)
+        if name is not None:
+            found.append(f"--depth-unit {name} if it was read as {taken}")
+        elif taken == "millimetres" and 1e-5 < unit < UNITS["mm"]:
+            found.append(f"--depth-scale {1 / unit:g} if it was read as {taken}")
+    if not found:
+        found.append(f"--depth-scale {1000 / factor:g} if it was read as millimetres")
+    return "give " + ", or ".join(found)
 
 
 CONVENTIONS = (
@@ -127,7 +147,7 @@ CONVENTIONS = (
     ),
     Convention(
         "the focal lengths were swapped",
-        "give the horizontal one, fx, before the vertical one, fy",
+        "give the horizontal one first: --intrinsics fx,fy,cx,cy",
         swapped=True,
     ),
     *(_scaled(factor) for factor in (0.001, 0.1, 0.2, 0.5, 2.0, 5.0, 10.0, 1000.0)),
@@ -220,7 +240,9 @@ def check_conventions(
         return []
     text = (
         f"only {given:.0%} of the depth agrees from one frame to another: check that poses, depth "
-        "and intrinsics belong together; do not use this unless nearly everything moved"
+        "and intrinsics belong together (--intrinsics fx,fy,cx,cy for the size of the colour "
+        "images, --depth-unit, --pose-axes, --pose-direction); do not use this unless nearly "
+        "everything moved"
     )
     return [Note("frames disagree", text)]
 

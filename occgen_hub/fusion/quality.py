@@ -99,8 +99,8 @@ class Quality:
         if self.contradicted > POOR_CONTRADICTED:
             text = (
                 f"frames contradict one another: {self.contradicted:.0%} of the measured points "
-                "were seen through by other frames; check units, poses and that depth and images "
-                "belong together"
+                "were seen through by other frames; check units, poses, intrinsics, and that depth "
+                "and images belong together"
             )
             notes.append(Note("frames disagree", text))
         if not self.refined and (self.shift > POOR_POSES[0] or self.turn > POOR_POSES[1]):

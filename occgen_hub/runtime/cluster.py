@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from occgen_hub.errors import UsageError
+from occgen_hub.errors import UsageError, install_extra
 from occgen_hub.job import Job
 from occgen_hub.runtime import threads
 from occgen_hub.runtime.build import build_shard
@@ -70,8 +70,7 @@ def make_tasks(job: Job, executor: str, count: int | None = None) -> Tasks:
     for library in ("datatrove", "ray"):
         if library in ("datatrove", executor) and find_spec(library) is None:
             raise UsageError(
-                f"--executor {executor}: {library} is not installed; run "
-                "pip install 'occgen-hub[cluster]'."
+                f"--executor {executor}: {library} is not installed; {install_extra('cluster')}."
             )
     count = min(count or min(MAX_TASKS, -(-len(job.refs) // EPISODES_PER_TASK)), len(job.refs))
     plan = make_plan(job, count)

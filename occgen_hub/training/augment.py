@@ -22,7 +22,10 @@ from occgen_hub.training.coarse import resampled
 Item = dict[str, Any]
 Rng = np.random.Generator
 
-CELLS = ("occupancy", "dynamic", "mask", "labels")
+BITS = ("mask", "visible")
+"""Keys of observed cells, which sparse items have as packed bits."""
+
+CELLS = ("occupancy", "dynamic", *BITS, "labels")
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ _MIRROR = np.diag([-1.0, 1.0, 1.0, 1.0])
 def _mirrored_cells(value: torch.Tensor, grid: Grid, kind: str) -> torch.Tensor:
     if value.shape[-3:] == grid.shape:
         return value.flip(-3)
-    if kind == "mask":
+    if kind in BITS:
         return _packed(_unpacked(value, grid).flip(-3))
     mirrored = value.clone()
     mirrored[:, -3] = grid.shape[0] - 1 - mirrored[:, -3]
@@ -241,7 +244,7 @@ def _turned_cells(
     grid, dense = view.grid, value
     sparse = value.shape[-3:] != grid.shape
     if sparse:
-        dense = _unpacked(value, grid) if kind == "mask" else _dense(value, grid, moves)
+        dense = _unpacked(value, grid) if kind in BITS else _dense(value, grid, moves)
     if not isinstance(moves, np.ndarray):
         if not len(moves):
             return value
@@ -252,7 +255,7 @@ def _turned_cells(
         turned = _turned_grid(dense, grid, moves, in_sight, kind)
     if not sparse:
         return turned
-    return _packed(turned) if kind == "mask" else turned.nonzero().to(value.dtype)
+    return _packed(turned) if kind in BITS else turned.nonzero().to(value.dtype)
 
 
 def _turned_grid(

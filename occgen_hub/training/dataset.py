@@ -71,6 +71,8 @@ class OccupancyDataset(Dataset[dict[str, Any]]):
       in shards of earlier versions, which did not tell
     - "mask": observed cells, free and occupied alike. dense: (nx, ny, nz) bool; else
       (ceil(nx * ny * nz / 8),) uint8, as `np.packbits` has them
+    - "visible": the cells that the frame itself observed, in the forms of "mask", from which it
+      differs with target="scene"
     - "labels": (nx, ny, nz) uint8: 0 free, 1 occupied, 255 unknown, which is not observed. In a
       dataset with labels, an occupied cell has its class instead, an id of `taxonomy`, or 254 where
       no frame says what it is

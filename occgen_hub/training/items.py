@@ -15,7 +15,7 @@ from occgen_hub.geometry.poses import upright_pose
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.history import moved, moved_classes, past_frames
 from occgen_hub.occupancy.states import FREE
-from occgen_hub.training.augment import Augmentation, RotateYaw, View
+from occgen_hub.training.augment import BITS, Augmentation, RotateYaw, View
 from occgen_hub.training.coarse import (
     STRIDES,
     coarse_cells,
@@ -27,12 +27,14 @@ from occgen_hub.training.coarse import (
 from occgen_hub.training.reader import FrameReader
 
 KEYS = (
-    *("occupancy", "mask", "labels", "dynamic", "pose", "grid_pose", "intrinsics", "image"),
-    *("depth", "history", "task", "episode", "frame_index"),
+    *("occupancy", "mask", "labels", "visible", "dynamic", "pose", "grid_pose", "intrinsics"),
+    *("image", "depth", "history", "task", "episode", "frame_index"),
 )
 """What an item may hold."""
 
-DEFAULT_KEYS = tuple(key for key in KEYS if key not in ("labels", "depth", "dynamic", "grid_pose"))
+DEFAULT_KEYS = tuple(
+    key for key in KEYS if key not in ("labels", "visible", "depth", "dynamic", "grid_pose")
+)
 
 HISTORY_KEYS = ("occupancy", "mask", "labels", "dynamic", "intrinsics", "image", "depth")
 """What an item may hold of past frames, besides their poses."""
@@ -43,6 +45,7 @@ UNKNOWN = 255
 COLUMNS_OF = {
     "occupancy": ("occupied",),
     "mask": ("observed",),
+    "visible": ("observed",),
     "labels": ("occupied", "observed", "labels"),
     "dynamic": ("dynamic",),
     "pose": ("camera",),
@@ -57,7 +60,10 @@ COLUMNS_OF = {
 
 TARGETS = ("visible", "scene")
 
-CELLS = ("occupancy", "mask", "labels", "dynamic")
+OF_TARGET = ("occupancy", "mask", "labels")
+"""What `target` speaks of."""
+
+CELLS = (*OF_TARGET, "visible", "dynamic")
 
 Transform = Callable[[dict[str, Any]], Any]
 
@@ -110,7 +116,7 @@ class ItemFormat:
     @property
     def of_scene(self) -> bool:
         """Whether items hold the scene's cells and not only those that the frame saw."""
-        return self.target == "scene" and not {*CELLS[:3]}.isdisjoint(self.keys)
+        return self.target == "scene" and not {*OF_TARGET}.isdisjoint(self.keys)
 
     @property
     def past(self) -> int:
@@ -224,7 +230,7 @@ class ItemFormat:
         if key == "labels":
             return self._labels(reader, number, motion, self.voxel_stride)
         grid = self.grid(reader.index.grid)
-        if key == "mask":
+        if key in BITS:
             if self.dense or motion is not None or self.voxel_stride > 1:
                 dense = self._mask(reader, number, motion, self.voxel_stride)
                 return dense if self.dense else np.packbits(dense)

@@ -18,8 +18,8 @@ from occgen_hub.occupancy.history import moved, past_frames
 
 
 def frame_title(number: int, count: int) -> str:
-    """A title with the number of a frame and of the last one. Numbers start at 0."""
-    return f"frame {number} / {count - 1}"
+    """A title with the number of a frame, as --frame takes it, and those that there are."""
+    return f"frame {number} (0 to {count - 1})"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-from occgen_hub.errors import UsageError
+from occgen_hub.errors import UsageError, install_extra
 from occgen_hub.stopping import hold_stops
 
 
@@ -17,13 +17,13 @@ def need(name: str) -> ModuleType:
         return import_module(name)
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"{error.name or name}: is not installed, and this command needs it; run "
-            "pip install 'occgen-hub[visual]'."
+            f"{error.name or name}: is not installed, and this command needs it; "
+            f"{install_extra('visual')}."
         ) from None
     except ImportError as error:
         raise UsageError(
             f"{name}: cannot be loaded ({str(error).splitlines()[0]}); install the system library "
-            "that is missing, or run pip install --force-reinstall 'occgen-hub[visual]'."
+            f"that is missing, or {install_extra('visual')}, with --force-reinstall."
         ) from None
 
 
