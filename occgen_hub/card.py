@@ -21,7 +21,6 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from occgen_hub.atomic import atomic_file
-from occgen_hub.engines.weights import COMMERCIAL
 from occgen_hub.errors import OccGenError, UsageError, one_line
 from occgen_hub.files import (
     dump_json,
@@ -30,10 +29,10 @@ from occgen_hub.files import (
     read_bytes,
     sha256,
 )
-from occgen_hub.fusion.quality import Quality
 from occgen_hub.index import INDEX, Entry, entries, parts, read_part
 from occgen_hub.lerobot.export_check import RECORD
 from occgen_hub.loading import NOT_BUILT, SCHEMA, Trajectory
+from occgen_hub.quality import Quality
 from occgen_hub.scene_states import FOLDER as STATES
 from occgen_hub.schema import Feature, Schema, load_schema
 from occgen_hub.shards import FOLDER
@@ -545,6 +544,8 @@ def _origin(facts: Facts, records: str) -> Iterator[str]:
             f"{'Other parts keep' if known else 'What was recorded keeps'} the licence of the "
             "source, which has to be looked up there."
         )
+    from occgen_hub.engines.weights import COMMERCIAL  # Engines are slow to import.
+
     yield "OccGen Hub itself asks for nothing."
     for network, licence in sorted(facts.licences):
         said = f"{network}, whose weights are under the licence {licence}"

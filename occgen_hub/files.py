@@ -293,6 +293,20 @@ def check_written_by_us(paths: Iterable[Path], key: bytes, what: str) -> None:
             raise DatasetError(path, problem, "move it away, and run the build again")
 
 
+def plain_schema(schema: pa.Schema) -> pa.Schema:
+    """A schema as `plain` makes it of its tables, without metadata of its fields' own.
+
+    Made without an empty table, since pyarrow imports pandas to make arrays.
+    """
+    stored = (
+        field.with_type(field.type.storage_type)
+        if isinstance(field.type, pa.BaseExtensionType)
+        else field
+        for field in schema
+    )
+    return pa.schema(list(stored), metadata=schema.metadata)
+
+
 def plain(table: pa.Table) -> pa.Table:
     """Convert extension types, such as those of `datasets` for matrices, to their storage types."""
     for n, column in enumerate(table.columns):

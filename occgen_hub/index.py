@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -29,10 +28,11 @@ from occgen_hub.files import (
     parquet_file,
     parquet_problem,
     plain,
+    plain_schema,
     sha256,
 )
-from occgen_hub.fusion.quality import Quality
 from occgen_hub.loading import REBUILD, Trajectory
+from occgen_hub.quality import Quality
 from occgen_hub.schema import Feature
 
 INDEX = "index"
@@ -264,9 +264,8 @@ def read_index(root: Path, columns: Sequence[str] | None = None) -> pa.Table:
     needed = list(dict.fromkeys(["episode", "scene", "shards", *names]))
     tables = [read_part(path, needed) for path in parts(root)]
     schema = pa.schema([SCHEMA.field(name) for name in needed])
-    table = pa.concat_tables([schema.empty_table(), *tables]).combine_chunks()
-    order = np.argsort(table["episode"].to_numpy(zero_copy_only=False), kind="stable")
-    return table.take(pa.array(order)).select(names)
+    table = pa.concat_tables(tables or [schema.empty_table()]).combine_chunks()
+    return table.sort_by("episode").select(names)
 
 
 def read_entries(root: Path) -> dict[str, Entry]:
@@ -286,7 +285,7 @@ def read_part(path: Path, columns: Sequence[str] = tuple(SCHEMA.names)) -> pa.Ta
     columns = list(columns)
     try:
         with parquet_file(path) as file:
-            types = plain(file.schema_arrow.empty_table()).schema
+            types = plain_schema(file.schema_arrow)
             absent = [OPTIONAL] if OPTIONAL in columns and OPTIONAL not in types.names else []
             for name in columns:
                 if name in absent:

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occgen_hub.episode import Note
-from occgen_hub.fusion.quality import Quality
 from occgen_hub.geometry.alignment import Alignment
 from occgen_hub.geometry.cloud import Cloud
 from occgen_hub.occupancy.classes import PointLabels
+from occgen_hub.quality import Quality
 from occgen_hub.views import WindowRecord
 
 

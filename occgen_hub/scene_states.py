@@ -31,12 +31,13 @@ from occgen_hub.files import (
     parquet_problem,
     parquet_sources,
     plain,
+    plain_schema,
     remove_bucket_files,
 )
 from occgen_hub.index import bucket, file_stem
 from occgen_hub.loading import Trajectory
 from occgen_hub.occupancy.states import BLOCK_BYTES, SceneStates
-from occgen_hub.schema import plain_arrow, plain_texts
+from occgen_hub.schema import plain_arrow, plain_numpy, plain_texts
 from occgen_hub.taxonomy import UNLABELLED
 
 FOLDER = "scene_states"
@@ -108,7 +109,7 @@ def states_files(root: Path) -> list[Path]:
 
 def read_states(file: pq.ParquetFile, episode: str) -> SceneStates:
     """The states of an episode, from the open file of its scene; raises ValueError if not right."""
-    types = plain(file.schema_arrow.empty_table()).schema
+    types = plain_schema(file.schema_arrow)
     for name, kind in COLUMNS.items():
         if name not in types.names or types.field(name).type != kind:
             raise ValueError(f"it has no column {name} of {kind}")
@@ -133,9 +134,9 @@ def read_states(file: pq.ParquetFile, episode: str) -> SceneStates:
     if len(sizes) != 1 or not 0 < sizes[0] < float("inf"):
         raise ValueError("it does not say the size of its cells")
     blocks = table["block"].combine_chunks()
-    if not (np.diff(blocks.offsets.to_numpy()) == 3).all():
+    if not (np.diff(plain_numpy(blocks.offsets)) == 3).all():
         raise ValueError("a block has not three numbers")
-    numbers = blocks.flatten().to_numpy().reshape(-1, 3)
+    numbers = plain_numpy(blocks.flatten()).reshape(-1, 3)
     states = SceneStates.from_packed(
         sizes[0], numbers, *(_bits(table, k) for k in ("occupied", "free"))
     )

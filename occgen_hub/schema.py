@@ -156,8 +156,8 @@ def plain_numpy(values: pa.Array) -> np.ndarray[Any, Any]:
     """(n,) values, none of them missing, of numbers, bools or texts; as `plain_arrow`."""
     if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
         return np.from_dlpack(values)
-    array: np.ndarray[Any, Any] = values.to_numpy(zero_copy_only=False)
-    return array
+    kind = bool if pa.types.is_boolean(values.type) else object
+    return np.array(values.to_pylist(), kind)
 
 
 class ArraySpec(BaseModel):

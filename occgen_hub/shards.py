@@ -38,6 +38,7 @@ from occgen_hub.files import (
     parquet_problem,
     parquet_sources,
     plain,
+    plain_schema,
     printable,
     read_bytes,
     remove_bucket_files,
@@ -651,10 +652,10 @@ def _has_column(path: Path, name: str) -> bool:
 def _groups(path: Path) -> Iterator[pa.Table]:
     """The row groups of a shard, one in memory; raises DatasetError when it is none."""
     columns = (_has_column(path, name) for name in ("image", "labels"))
-    schema = plain(_schema(*columns).empty_table()).schema
+    schema = plain_schema(_schema(*columns))
     try:
         with parquet_file(path) as file:
-            if not plain(file.schema_arrow.empty_table()).schema.equals(schema):
+            if not plain_schema(file.schema_arrow).equals(schema):
                 raise DatasetError(path, "has other columns than a shard of occupancy", REMAKE)
             for n in range(file.num_row_groups):
                 if file.metadata.row_group(n).num_rows > GROUP_ROWS:

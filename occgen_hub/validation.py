@@ -23,7 +23,6 @@ from occgen_hub.files import (
     printable,
     sha256,
 )
-from occgen_hub.fusion.quality import Quality
 from occgen_hub.geometry.camera import intrinsics_problem
 from occgen_hub.geometry.ply import check_ply, read_ply
 from occgen_hub.geometry.poses import RIGID, rigidity_error
@@ -36,6 +35,7 @@ from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.states import FreeSpace
 from occgen_hub.occupancy.visibility import OBSERVED, OCCUPIED, FrameOccupancy, trace
 from occgen_hub.prefetch import prefetch
+from occgen_hub.quality import Quality
 from occgen_hub.schema import ArraySpec, Feature, FileSpec
 from occgen_hub.shards import check_shards, missing_shards
 

@@ -29,9 +29,9 @@ from occgen_hub.card import write_card
 from occgen_hub.cli import cli
 from occgen_hub.errors import DatasetError
 from occgen_hub.exporting import export
-from occgen_hub.fusion.quality import Quality
 from occgen_hub.loading import Trajectory, trajectories
 from occgen_hub.occupancy.visibility import OCCUPIED, first_occupied
+from occgen_hub.quality import Quality
 from occgen_hub.shards import shards, write_shards
 from occgen_hub.training import OccupancyDataset, collate
 from occgen_hub.validation import validate

@@ -23,6 +23,7 @@ GROUND_TO_ROOF = [
     "geometry",
     "camera_mapping",
     "episode",
+    "quality",
     "views",
     "sample",
     "occupancy",

@@ -16,7 +16,7 @@ from occgen_hub.fusion.depth_map import DepthMaps
 from occgen_hub.fusion.evidence import Tolerance, gather_evidence
 from occgen_hub.fusion.moving import MovingPoints
 from occgen_hub.fusion.noise import noise_model
-from occgen_hub.fusion.quality import Agreement, Quality, assess
+from occgen_hub.fusion.quality import Agreement, assess
 from occgen_hub.fusion.refine import refine_poses
 from occgen_hub.fusion.votes import point_classes
 from occgen_hub.geometry.camera import unproject_trusted
@@ -24,6 +24,7 @@ from occgen_hub.geometry.cloud import Cloud, VoxelDownsample, voxel_downsample
 from occgen_hub.geometry.poses import transform
 from occgen_hub.occupancy.point_blocks import PointBlocks, into_blocks, sorted_into_blocks
 from occgen_hub.prefetch import prefetch
+from occgen_hub.quality import Quality
 from occgen_hub.views import Views
 
 ROUNDS = 2

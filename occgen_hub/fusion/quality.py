@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from math import isfinite
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
-from occgen_hub.episode import Note
 from occgen_hub.fusion.depth_map import DepthMaps
 from occgen_hub.fusion.evidence import Tolerance, spread
 from occgen_hub.fusion.refine import correction
 from occgen_hub.geometry.cloud import Cloud
 from occgen_hub.occupancy.point_blocks import PointBlocks
 from occgen_hub.prefetch import prefetch
+from occgen_hub.quality import Quality
 
 FRAMES = 8
 """Frames whose residual against the scene is measured."""
-
-POOR_POSES = (0.008, 0.15)
-"""Metres and degrees by which frames would have to be moved, median, for a note to suggest
-refined poses."""
-
-WORTH_REFINING = 1 / 16
-"""Share of a cell's edge: frames that would have to be moved farther, median, are aligned to the
-scene."""
-
-POOR_CONTRADICTED = 0.3
-"""Share of contradicted points over which a note says that the frames do not agree."""
 
 
 @dataclass(frozen=True)
@@ -45,76 +31,6 @@ class Agreement:
     seen_through: PointBlocks
     supports: float
     contradicted: float
-
-
-@dataclass(frozen=True)
-class Quality:
-    """How well an episode's frames agree.
-
-    sigma: estimated standard deviation of depth at 1, 2 and 4 m, metres; contradicted: share of the
-    measured points that other frames saw through; supports: median number of frames that saw a
-    point of the scene; residual: median distance of the scene from the surfaces that frames
-    measured, metres; shift, turn: median over frames of how far each would have to be moved to fit
-    the scene best, metres and degrees; refined: whether poses were aligned to the scene.
-    """
-
-    sigma: tuple[float, float, float]
-    contradicted: float
-    supports: float
-    residual: float
-    shift: float
-    turn: float
-    refined: bool = False
-
-    def poses_are_off(self, voxel_size: float) -> bool:
-        """Whether aligning the frames may matter for cells of an edge, metres."""
-        return self.shift > WORTH_REFINING * voxel_size
-
-    def record(self) -> dict[str, object]:
-        """As `meta/occgen.json` has it."""
-        figures = {key: value for key, value in asdict(self).items() if key != "refined"}
-        return {
-            key: [round(v, 6) for v in value] if isinstance(value, tuple) else round(value, 6)
-            for key, value in figures.items()
-        } | {"refined": self.refined}
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Quality | None:
-        """The figures in a `meta/occgen.json`; None where it has none, or not all as numbers."""
-        try:
-            figures = record["quality"]
-            one, two, four = (float(value) for value in figures["sigma"])
-            single = ("contradicted", "supports", "residual", "shift", "turn")
-            values = {key: float(figures[key]) for key in single}
-            refined = figures.get("refined") is True
-        except (KeyError, TypeError, ValueError, OverflowError):
-            return None
-        if not all(map(isfinite, (one, two, four, *values.values()))):
-            return None
-        return cls((one, two, four), **values, refined=refined)
-
-    def notes(self, setting: object) -> list[Note]:
-        """What a user should know. setting: `Config.refine_poses` of the build."""
-        notes = []
-        if self.contradicted > POOR_CONTRADICTED:
-            text = (
-                f"frames contradict one another: {self.contradicted:.0%} of the measured points "
-                "were seen through by other frames; check units, poses, intrinsics, and that depth "
-                "and images belong together"
-            )
-            notes.append(Note("frames disagree", text))
-        if not self.refined and (self.shift > POOR_POSES[0] or self.turn > POOR_POSES[1]):
-            advice = (
-                "aligning the frames did not help: the scale of the depth may differ between them"
-                if setting == "auto"
-                else "its poses may drift; try --set refine_poses=auto"
-            )
-            text = (
-                f"frames lie {1000 * self.shift:.0f} mm and {self.turn:.2f} degrees off the scene "
-                f"(median): {advice}"
-            )
-            notes.append(Note("poses", text))
-        return notes
 
 
 def assess(

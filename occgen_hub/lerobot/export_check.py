@@ -19,6 +19,7 @@ from occgen_hub.files import (
     parquet_file,
     parquet_problem,
     plain,
+    plain_schema,
     read_json,
     sha256,
 )
@@ -219,7 +220,7 @@ def _read(paths: list[Path], poses: str) -> Iterator[tuple[str, int, list[float]
     for path in paths:
         try:
             with parquet_file(path) as file:
-                types = plain(file.schema_arrow.empty_table()).schema
+                types = plain_schema(file.schema_arrow)
                 for name, kind in columns.items():
                     if name not in types.names or _innermost(types.field(name).type) != kind:
                         raise DatasetError(path, f"has no column {name} of {kind}", AGAIN)

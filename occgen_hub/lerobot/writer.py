@@ -19,7 +19,6 @@ from occgen_hub.config import Config
 from occgen_hub.episode import Column, Episode, MediaFile, Note
 from occgen_hub.errors import OccGenError, SourceError
 from occgen_hub.files import MAX_RECORD_BYTES, dump_json, files_under, printable, sha256
-from occgen_hub.fusion.quality import Quality
 from occgen_hub.geometry.alignment import Alignment
 from occgen_hub.geometry.cloud import voxel_downsample
 from occgen_hub.geometry.ply import write_ply
@@ -39,6 +38,7 @@ from occgen_hub.occupancy.grid import Grid, SceneGrid, cell_numbers, scene_grid
 from occgen_hub.occupancy.states import FreeSpace
 from occgen_hub.occupancy.visibility import FrameOccupancy
 from occgen_hub.prefetch import background
+from occgen_hub.quality import Quality
 from occgen_hub.scene import Scene
 from occgen_hub.schema import Schema
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from occgen_hub.errors import DatasetError, SourceError, UsageError
-from occgen_hub.files import check_column_names, opened, parquet_file, plain
+from occgen_hub.files import check_column_names, opened, parquet_file, plain_schema
 from occgen_hub.occupancy.states import SceneStates
 from occgen_hub.scene_states import read_states, states_file
 from occgen_hub.shards import FEATURES, REMAKE
@@ -82,7 +82,7 @@ def _check_columns(file: pq.ParquetFile) -> None:
     if file.metadata.num_rows > MAX_SHARD_ROWS:
         raise ValueError(f"it claims {file.metadata.num_rows} rows")
     check_column_names(file)
-    types = plain(file.schema_arrow.empty_table()).schema
+    types = plain_schema(file.schema_arrow)
     for name, kind in TYPES.items():
         if name not in types.names or types.field(name).type != kind:
             raise ValueError(f"it has no column {name} of {kind}")

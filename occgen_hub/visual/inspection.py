@@ -9,8 +9,8 @@ from typing import Any
 from occgen_hub.atomic import atomic_file
 from occgen_hub.errors import SourceError, UsageError
 from occgen_hub.files import files_under
-from occgen_hub.fusion.quality import Quality
 from occgen_hub.loading import Trajectory, built, npz_array
+from occgen_hub.quality import Quality
 from occgen_hub.visual.preview import preview
 
 SHOWN = 20

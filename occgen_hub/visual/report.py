@@ -17,8 +17,8 @@ from PIL import Image
 
 from occgen_hub.errors import OccGenError
 from occgen_hub.files import leads_out, printable, read_jsonl
-from occgen_hub.fusion.quality import Quality
 from occgen_hub.loading import Trajectory, built, trajectories
+from occgen_hub.quality import Quality
 from occgen_hub.visual.output_paths import written_for
 from occgen_hub.visual.preview import cells_panel, from_above
 
