@@ -29,13 +29,15 @@ from occgen_hub.files import (
     read_bytes,
     sha256,
 )
-from occgen_hub.index import INDEX, Entry, entries, parts, read_part
+from occgen_hub.index import INDEX, OPTIONAL, Entry, entries, parts, read_part
+from occgen_hub.index import SCHEMA as INDEX_SCHEMA
 from occgen_hub.lerobot.export_check import RECORD
 from occgen_hub.loading import NOT_BUILT, SCHEMA, Trajectory
 from occgen_hub.quality import Quality
+from occgen_hub.scene_states import COLUMNS as STATE_COLUMNS
 from occgen_hub.scene_states import FOLDER as STATES
 from occgen_hub.schema import Feature, Schema, load_schema
-from occgen_hub.shards import FOLDER
+from occgen_hub.shards import FOLDER, column_names
 from occgen_hub.taxonomy import UNLABELLED, load_taxonomy
 from occgen_hub.visual.preview import preview
 
@@ -128,6 +130,7 @@ def write_export_card(
     """
     schema = load_schema(SCHEMA)
     configs = [_config("default", "data/*/*.parquet"), _config(FOLDER, f"{FOLDER}/*/*.parquet")]
+    configs = _without_labels(facts, configs)
     shown = {name: Feature.model_validate(_plain(feature)) for name, feature in features.items()}
     parts = (
         _front_matter(facts, configs),
@@ -306,11 +309,11 @@ def _front_matter(facts: Facts, configs: list[dict[str, Any]]) -> str:
 
 
 def _configs(facts: Facts, schema: Schema) -> list[dict[str, Any]]:
-    """Which files `load_dataset` finds under which name."""
+    """Which files `load_dataset` finds under which name, and columns that not all of them have."""
     if facts.packed:
         shards = _config(FOLDER, f"{FOLDER}/*/*.parquet") | {"default": True}
         states = _config(STATES, f"{STATES}/*/*.parquet")
-        return [shards, states, _config(INDEX, f"{INDEX}/*.parquet")]
+        return _without_labels(facts, [shards, states, _config(INDEX, f"{INDEX}/*.parquet")])
     frames = re.sub(r"\{[^}]*\}", "*", schema.files["frames"].path)
     configs = [_config("default", f"**/{frames}")]
     if facts.partial:  # `datasets` wants one schema, and would refuse the table.
@@ -319,6 +322,21 @@ def _configs(facts: Facts, schema: Schema) -> list[dict[str, Any]]:
         configs.append(_config(FOLDER, f"{FOLDER}/*/*.parquet"))
         configs.append(_config(STATES, f"{STATES}/*/*.parquet"))
     configs.append(_config(INDEX, f"{INDEX}/*.parquet"))
+    return _without_labels(facts, configs)
+
+
+def _without_labels(facts: Facts, configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The configs of tables of which some files have a column of labels, without that column."""
+    if sum(facts.taxonomies.values()) in (0, facts.trajectories):
+        return configs
+    columns = {
+        FOLDER: column_names(images=facts.packed, labels=False),
+        STATES: list(STATE_COLUMNS),
+        INDEX: [name for name in INDEX_SCHEMA.names if name != OPTIONAL],
+    }
+    for config in configs:
+        if config["config_name"] in columns:
+            config["columns"] = columns[config["config_name"]]
     return configs
 
 

@@ -423,6 +423,11 @@ IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 """Of the columns `image` and `depth`, as `datasets` stores images."""
 
 
+def column_names(*, images: bool, labels: bool) -> list[str]:
+    """The columns of a shard with or without images and labels."""
+    return list(_schema(images, labels).names)
+
+
 def _schema(images: bool, labels: bool) -> pa.Schema:
     """The shards' columns, with the types that `datasets` gives them."""
     fields = [feature.arrow_field(name) for name, feature in FEATURES.items()]

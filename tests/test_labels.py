@@ -11,6 +11,7 @@ from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import datasets
 import made_up
 import numba
 import numpy as np
@@ -26,8 +27,9 @@ from occgen_hub.episode import check_episode
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.exporting import export
 from occgen_hub.fusion.fuse import fuse
+from occgen_hub.fusion.joined import joined_views
 from occgen_hub.loading import Trajectory, trajectories
-from occgen_hub.occupancy.classes import commonest, joined_classes
+from occgen_hub.occupancy.classes import commonest, joined_classes, nearest_classes
 from occgen_hub.sample import make_sample
 from occgen_hub.segmenters import Segmenter, load_segmenter, with_labels
 from occgen_hub.taxonomy import UNLABELLED, load_taxonomy, taxonomy_names
@@ -44,7 +46,7 @@ PERSON = load_taxonomy("sample").id_of("person")
 def labelled_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trajectory with labels, Kinect noise and a person. Not to be changed."""
     out = tmp_path_factory.mktemp("labelled_tree") / "tree"
-    make_sample(out, trajectories=1, frames=8, seed=1, noise=["kinect"], people=1, labels=True)
+    make_sample(out, trajectories=1, frames=6, seed=1, noise=["kinect"], people=1, labels=True)
     return out
 
 
@@ -101,9 +103,9 @@ def test_label_images_are_checked_against_their_taxonomy():
 
 
 def test_noise_of_depth_does_not_alter_labels(tmp_path, labelled_tree):
-    make_sample(tmp_path / "clean", trajectories=1, frames=8, seed=1, people=1, labels=True)
+    make_sample(tmp_path / "clean", trajectories=1, frames=6, seed=1, people=1, labels=True)
     images = sorted(labelled_tree.glob(f"*/*/*/{IMAGES}/*.png"))
-    assert len(images) == 8
+    assert len(images) == 6
     for path in images:
         place = tmp_path / "clean" / path.relative_to(labelled_tree)
         assert place.read_bytes() == path.read_bytes()
@@ -184,9 +186,32 @@ def test_votes_count_as_much_as_their_depth():
     assert (found[x == x.min()] == UNLABELLED).all()  # Only the first frame sees it.
     _, found, near = classes(0.01, 0.0, 0.0)  # All weigh the same, and two are more than one.
     assert (found[near] == 1).mean() > 0.95
+    images = images.repeat(2, axis=1).repeat(3, axis=2)  # Of other sizes than the depth.
+    _, larger, _ = classes(0.01, 0.0, 0.0)
+    np.testing.assert_array_equal(larger, found)
     images[:] = 0
     assert (classes(0.01, 0.0, 0.0)[1] == UNLABELLED).all()
     assert fuse(views, Config()).classes is None
+
+
+def test_cameras_beside_one_another_vote_too():
+    """One camera has labels of its own size, the other has none."""
+    depths = [np.full((48, 64), 2.0)] * 2
+    first = made_up.views_of(depths, np.tile(np.eye(4), (2, 1, 1)))
+    small = replace(first, read_labels=lambda t: np.full((24, 32), 3 + t, np.uint8))
+    small = replace(small, image_size=(32, 24))
+    both = joined_views([first, small])
+    assert [np.unique(both.read_labels(t)).tolist() for t in range(4)] == [[0], [3], [0], [4]]
+    assert both.read_labels(1).shape == (48, 64)
+    assert joined_views([first, first]).read_labels is None
+
+
+def test_a_closed_surface_has_the_classes_of_the_nearest_points():
+    points = np.array([[0, 0, 0], [1, 0, 0]], np.float32)
+    others = np.array([[0.4, 0, 0], [0.6, 0, 0]], np.float32)
+    classes = np.array([4, 5], np.uint8)
+    assert nearest_classes(points, classes, others).tolist() == [4, 5]
+    assert nearest_classes(points[:0], classes[:0], others).tolist() == [UNLABELLED] * 2
 
 
 def test_votes_do_not_depend_on_threads(labelled_tree):
@@ -238,7 +263,7 @@ def test_classes_of_visible_cells_are_those_of_the_mesh(labelled_tree, labelled)
     trajectory = Trajectory.open(path)
     assert (trajectory.taxonomy, validate(labelled).findings) == ("sample", ())
     name = path.relative_to(labelled).as_posix()
-    counts = labels.confusion(labelled_tree, path, name, range(0, 8, 3))
+    counts = labels.confusion(labelled_tree, path, name, range(0, 6, 3))
     assert counts[:, 0].sum() == counts[:, 255].sum() == 0
     found = labels.ious(counts)
     assert len(found) > 7
@@ -340,7 +365,7 @@ def test_scene_has_classes_too(labelled):
     np.testing.assert_array_equal(wide["labels"], joined_classes(labels, 4))
 
 
-def test_a_scene_without_labels_beside_one_with_some(tmp_path, labelled, dataset):
+def test_a_scene_without_labels_beside_one_with_some(tmp_path, labelled, dataset, monkeypatch):
     """What no label says is 254 there; without the labelled scene, everything is 1 again."""
     root = copied(labelled, tmp_path / "out")
     other = trajectories(dataset)[0]
@@ -353,6 +378,17 @@ def test_a_scene_without_labels_beside_one_with_some(tmp_path, labelled, dataset
     alone = OccupancyDataset(root, keys=("labels",), scenes=["plain/house"], target="scene")
     assert set(np.unique(alone[0]["labels"])) == {0, 1, 255}
     assert not validate(root).findings
+    # `datasets` wants all files of a table to have the same columns.
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for folder, table, there in (
+        (labelled, "occupancy", True),
+        (root, "occupancy", False),
+        (root, "index", False),
+        (root, "scene_states", False),
+    ):
+        rows = datasets.load_dataset(str(folder), table, split="train")
+        assert len(rows) >= 1
+        assert ("labels" in rows.column_names) == there
 
 
 # What is told and exported
@@ -377,7 +413,7 @@ def test_exports_have_classes(tmp_path, labelled):
     scene[tuple((states.cells(np.uint8(1)) - low).T)] = states.classes
     names = (tmp_path / f"scannet/{name}_final.txt" for name in ("train", "test"))
     lines = [line for path in names for line in path.read_text().split()]
-    assert len(lines) == 8
+    assert len(lines) == 6
     for line in lines[::3]:
         data = pickle.loads((tmp_path / "scannet" / line).read_bytes())
         target = data["target_1_4"].transpose(1, 0, 2)
@@ -391,6 +427,21 @@ def test_exports_have_classes(tmp_path, labelled):
     first = next(iter(next(iter(notes["scene_infos"].values())).values()))
     semantics = np.load(tmp_path / "occ3d" / first["gt_path"])["semantics"]
     assert {2, 3, 17} <= set(np.unique(semantics)) <= {*range(12), 17}
+
+
+def test_lerobots_dataset_has_labels(tmp_path, labelled):
+    from occgen_hub import LeRobotOccupancyDataset
+
+    export(labelled, tmp_path / "lerobot")
+    name = "observation.occ.labels"
+    frames = LeRobotOccupancyDataset(
+        "made/up", tmp_path / "lerobot", occupancy=[name], dense=False,
+        delta_timestamps={name: [-0.1, 0.0]},
+    )  # fmt: skip
+    expected = OccupancyDataset(labelled, keys=("labels",))
+    found = frames[3][name]
+    np.testing.assert_array_equal(found[0], expected[2]["labels"])
+    np.testing.assert_array_equal(found[1], expected[3]["labels"])
 
 
 def test_an_episode_gives_labels(labelled):
