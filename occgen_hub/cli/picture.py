@@ -201,6 +201,10 @@ def _size(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
     "--camera", type=FOLDER,
     help="JSON: the world's viewpoint, as view --choose-camera writes it; else found by itself.",
 )  # fmt: skip
+@click.option(
+    "--color", type=click.Choice(["depth", "class"]), default="depth", show_default=True,
+    help="Of the cells that the camera sees: by depth or, in a dataset with labels, by class.",
+)  # fmt: skip
 @with_options(*_HISTORY, *_SOURCE)
 def render(
     trajectory: str,
@@ -210,6 +214,7 @@ def render(
     fps: float | None,
     frame: int | None,
     camera: Path | None,
+    color: Any,
     history_len: int,
     history_step: int,
     root: Path | None,
@@ -219,7 +224,7 @@ def render(
 
     The world view shows the coloured scene, the path, the camera with its image, and occupied
     cells, blue to yellow by height, those of past frames pale. The ego view shows the cells that
-    the camera sees, near ones bright. Needs the extra `visual`.
+    the camera sees, near ones bright, or by class. Needs the extra `visual`.
     """
     from occgen_hub.visual.optional_dependencies import need_pyvista
     from occgen_hub.visual.render import Shot
@@ -227,7 +232,8 @@ def render(
     from occgen_hub.visual.viewpoint import Viewpoint
 
     need_pyvista()
-    shot = Shot(view, size, Viewpoint.load(camera) if camera else None, history_len, history_step)
+    viewpoint = Viewpoint.load(camera) if camera else None
+    shot = Shot(view, size, viewpoint, history_len, history_step, color)
     with (
         _opened(trajectory, root, how) as opened,
         progress_bar("render", unit="frame") as progress,
