@@ -536,6 +536,6 @@ def test_cells_are_drawn_by_class(tmp_path, labelled, dataset):
         assert ((shades @ (color / np.linalg.norm(color)) > 0.9995) & bright).sum() > 1000
     with pytest.raises(UsageError, match="choose --view ego"):
         next(pictures(trajectory, Shot("world", color="class")))
+    plain = Trajectory.open(trajectories(dataset)[0])
     with pytest.raises(UsageError, match="has no labels"):
-        plain = Trajectory.open(trajectories(dataset)[0])
         render(plain, tmp_path / "out.png", Shot("ego", color="class"))
