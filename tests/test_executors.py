@@ -937,7 +937,7 @@ def trajectory_size(source: Path) -> int:
     return sum(-(-path.stat().st_size // 4096) * 4096 for path in files) // 8
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_full_disk_of_64_mb(source: Path, expected: Tree, small_disk: Path, workers: int) -> None:
     """Everything with a final name is valid. With free space, the same command completes it."""
     from occgen_hub.validation import validate

@@ -419,6 +419,7 @@ def test_what_was_pushed_is_loaded_as_it_was_built(hub, desk, dataset, tmp_path,
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_real_trajectory_there_and_back(desk, real_tree, tmp_path):
     out = tmp_path / "out"
     built = desk.run("-m", "occgen_hub", "build", "--input", real_tree, "--output", out)

@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 import rehearse_scale
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_builds_lose_nothing_and_push_nothing_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(rehearse_scale, "DAMAGED", 3)
     archives = rehearse_scale.make_archives(tmp_path, 2)

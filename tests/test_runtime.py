@@ -278,6 +278,7 @@ def test_source_path_does_not_change_the_bytes(
         shutil.rmtree(out)
 
 
+@pytest.mark.long
 def test_threads_and_unset_memory_do_not_change_the_video(
     without_video: Path, tmp_path: Path
 ) -> None:
@@ -455,7 +456,12 @@ def test_interruption_while_workers_start(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("workers", "number"), [(1, signal.SIGINT), (2, signal.SIGINT), (2, signal.SIGTERM)]
+    ("workers", "number"),
+    [
+        pytest.param(1, signal.SIGINT, marks=pytest.mark.long),
+        (2, signal.SIGINT),
+        pytest.param(2, signal.SIGTERM, marks=pytest.mark.long),
+    ],
 )
 def test_resume_after_interruptions_at_many_moments(
     source: Path, tmp_path: Path, workers: int, number: signal.Signals
