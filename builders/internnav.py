@@ -33,6 +33,7 @@ from occgen_hub.files import (
     is_file,
     opened,
     parse_json,
+    read_bytes,
     read_json,
     read_jsonl,
     read_parquet,
@@ -50,11 +51,13 @@ from occgen_hub.media import (
     image_size,
     is_jpeg,
     read_depth,
+    read_labels,
     read_rgb,
     stated_pixels,
     video_facts,
 )
 from occgen_hub.schema import Feature, load_schema
+from occgen_hub.taxonomy import load_taxonomy, taxonomy_names
 
 from . import vlnce
 
@@ -78,6 +81,9 @@ INTRINSIC = "observation.camera_intrinsic"
 SCENES = 2
 """Number of scenes whose tables and folders a process caches. Episodes are read by scene."""
 
+TAXONOMY = "taxonomy.txt"
+"""In the folder of label images: the name of their taxonomy."""
+
 META = ("info.json", "tasks.jsonl", "episodes.jsonl", "episodes_stats.jsonl")
 LEROBOT = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 
@@ -86,7 +92,8 @@ LEROBOT = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 class Files:
     """The files of an episode.
 
-    rgb, depth: images by number; first: the number of the first image, if it is stated.
+    rgb, depth, labels: images by number; first: the number of the first image, if it is stated;
+    taxonomy: the file with the name of the labels' taxonomy, which may be missing without labels.
     """
 
     info: Path
@@ -99,11 +106,15 @@ class Files:
     first: int | None
     video: Path | None
     cloud: Path | None
+    labels: dict[int, Path]
+    taxonomy: Path
 
     def all(self) -> list[Path]:
         """All files, in a fixed order."""
         meta = list(dict.fromkeys((self.info, self.tasks, self.episodes, self.stats)))
         extra = [path for path in (self.video, self.cloud) if path is not None]
+        if self.labels:
+            extra += [*self.labels.values(), self.taxonomy]
         return [*meta, self.parquet, *self.rgb.values(), *self.depth.values(), *extra]
 
 
@@ -191,12 +202,13 @@ class InternNavBuilder(DatasetBuilder):
         columns, left_out = _columns(table, load_schema(self.schema).features)
         notes = [*_left_out(left_out, files), *_count_notes(files, info, columns, ref, length)]
 
-        rgb, depth = _frames(files, length)
+        rgb, depth, label_images = _frames(files, length)
         video, video_notes = _video(files, rgb, length)
         K = _intrinsics(columns, left_out, files.parquet)
         size, K, size_notes = _image_size(rgb, depth, video, files, K)
         _check_view(K, size, files.parquet)
         images, metres, media = _pictures(rgb, depth, size, DEPTH_UNITS)
+        labels, taxonomy = _labels(label_images, size, files.taxonomy)
         fps, rate_notes = _rate(info, video, files)
         tasks, task_index, task_notes = _tasks(files, columns, ref, length)
         cloud, cloud_notes = _cloud(files)
@@ -216,6 +228,8 @@ class InternNavBuilder(DatasetBuilder):
             columns={name: c for name, c in columns.items() if name not in LEROBOT},
             media=(*media, *_other_media(files)),
             fingerprint=self.fingerprint(sources),
+            read_labels=labels,
+            taxonomy=taxonomy,
             notes=(
                 *notes,
                 *video_notes,
@@ -382,6 +396,7 @@ def _locate(ref: EpisodeRef) -> Files:
         chosen = _image_range(meta / "episodes_stats.jsonl", ref.index, parquets)
         clouds, first = [meta / "pointcloud.ply"], chosen.start
     video = videos / "observation.video.trajectory" / f"{parquet.stem}.mp4"
+    labels = videos / "observation.images.labels"
     return Files(
         info=meta / "info.json",
         tasks=meta / "tasks.jsonl",
@@ -393,6 +408,8 @@ def _locate(ref: EpisodeRef) -> Files:
         first=first,
         video=video if is_file(video) else None,
         cloud=next((path for path in clouds if is_file(path)), None),
+        labels=_images(labels, ("png",), chosen),
+        taxonomy=labels / TAXONOMY,
     )
 
 
@@ -426,6 +443,8 @@ def _locate_camera(ref: EpisodeRef, parquets: Mapping[int, Path], name: str) -> 
         first=0,
         video=None,
         cloud=None,
+        labels={},
+        taxonomy=meta / TAXONOMY,
     )
 
 
@@ -709,12 +728,14 @@ def _check_last(images: tuple[Path, ...], size: tuple[int, int]) -> None:
         raise SourceError(images[-1], problem, RESTORE)
 
 
-def _frames(files: Files, length: int) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """RGB and depth images of the frames. Each is empty if there are none.
+def _frames(
+    files: Files, length: int
+) -> tuple[tuple[Path, ...], tuple[Path, ...], tuple[Path, ...]]:
+    """RGB, depth and label images of the frames. Each is empty if there are none.
 
     Raises SourceError if an image is missing or the two have different numbers.
     """
-    kinds = [found for found in (files.rgb, files.depth) if found]
+    kinds = [found for found in (files.rgb, files.depth, files.labels) if found]
     first = files.first
     if first is None:  # They begin with 0 or, if complete, with another number.
         lowest = min((min(found) for found in kinds), default=0)
@@ -731,7 +752,36 @@ def _frames(files: Files, length: int) -> tuple[tuple[Path, ...], tuple[Path, ..
                 f"holds {len(found)} images for the {length} frames of the parquet",
                 "remove those that do not belong to it or leave this trajectory out",
             )
-    return tuple(files.rgb.values()), tuple(files.depth.values())
+    rgb, depth, labels = (tuple(found.values()) for found in (files.rgb, files.depth, files.labels))
+    return rgb, depth, labels
+
+
+def _labels(
+    images: tuple[Path, ...], size: tuple[int, int], named: Path
+) -> tuple[Callable[[int], NDArray[np.uint8]] | None, str | None]:
+    """A reader of the labels and their taxonomy, None both where there are none.
+
+    named: the file that names the taxonomy. Raises SourceError, also when an image that is read
+    has ids that the taxonomy lacks.
+    """
+    if not images:
+        return None, None
+    known = ", ".join(taxonomy_names())
+    remedy = f"write the name of the labels' taxonomy into it, one of {known}"
+    name = read_bytes(named, 1 << 10).decode(errors="replace").strip() if is_file(named) else None
+    if name not in taxonomy_names():
+        problem = "is missing" if name is None else f"names no taxonomy that is known ({name[:40]})"
+        raise SourceError(named, problem, remedy)
+    taxonomy = load_taxonomy(name)
+
+    def read(frame: int) -> NDArray[np.uint8]:
+        try:
+            return taxonomy.checked(read_labels(images[frame], size))
+        except ValueError as error:
+            problem, other = str(error), f"correct it, or name another taxonomy in {TAXONOMY}"
+            raise SourceError(images[frame], problem, other) from None
+
+    return read, name
 
 
 def _video(

@@ -1,210 +1,196 @@
 """Trains a small network to see occupancy in one image, on whole scenes that are held out.
 
-    python examples/train_occupancy.py DATASET --minutes 8 --picture prediction.png
+    python examples/train_occupancy.py DATASET --steps 500 --picture prediction.png
 
-DATASET is a folder that occgen-hub build wrote, or org/name on the Hub. A 2D encoder sees the
-image; its features are lifted along the rays into the camera's grid of 8 cm cells; a 3D decoder
-says which cells are occupied. It learns what is there, hidden cells included. Figures are apart for
-visible cells, which the frame observed, and for hidden cells, which only other frames did.
+DATASET is a folder that occgen-hub build wrote, or org/name on the Hub. A 2D encoder says where
+the ray of each pixel ends, features are lifted along the rays into the grid of 8 cm cells, and a
+3D decoder says what is occupied and, if there are labels, by which class. Figures are of visible
+cells, which the frame observed, and of hidden cells, which only other frames did.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import time
+from collections.abc import Callable
 
+import matplotlib.pyplot as plt
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, utils
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from occgen_hub import ColorJitter, Mirror, OccupancyDataset, OccupancyStream
+from occgen_hub.taxonomy import load_taxonomy
 
-SIZE, STRIDE, UNKNOWN = (160, 96), 4, 255
-KEYS = ("image", "intrinsics", "labels")
+SIZE, STRIDE, UNKNOWN, BINS = (160, 96), 4, 255, 48
+KEYS = ("image", "depth", "intrinsics", "labels", "visible")
 
 
 def convolution(before: int, after: int, stride: int = 1, dimensions: int = 2) -> nn.Sequential:
-    """A convolution of 3 x 3 or 3 x 3 x 3, normalized."""
-    layer = nn.Conv2d if dimensions == 2 else nn.Conv3d
-    return nn.Sequential(
-        layer(before, after, 3, stride, 1), nn.GroupNorm(4, after), nn.ReLU(inplace=True)
-    )
+    """A convolution of 3 x 3 or 3 x 3 x 3, normalized. CPUs are fast at multiples of 16."""
+    layer = (nn.Conv2d if dimensions == 2 else nn.Conv3d)(before, after, 3, stride, 1)
+    return nn.Sequential(layer, nn.GroupNorm(4, after), nn.ReLU(inplace=True))
 
 
 class ImageToOccupancy(nn.Module):
-    """(B, 3, H, W) images and (B, 3, 3) intrinsics to (B, nx, ny, nz) logits of occupancy."""
+    """(B, 3, H, W) images and (B, 3, 3) intrinsics to logits of three things.
 
-    def __init__(self, grid, mean: Tensor, width: int = 24) -> None:
+    Occupancy, (B, nx, ny, nz); the class of what is occupied, (B, C, nx, ny, nz); the depth at
+    which a ray ends, (B, BINS, H / 4, W / 4), from 0 to the end of the grid. often: (C, nx, ny, nz)
+    how often each cell of the training set is occupied by each class.
+    """
+
+    def __init__(self, grid, often: Tensor) -> None:
         super().__init__()
         sides = zip(grid.lower, grid.shape, strict=True)
         axes = [low + (torch.arange(n) + 0.5) * grid.voxel_size for low, n in sides]
-        self.register_buffer("centres", torch.stack(torch.meshgrid(*axes, indexing="ij"), -1))
-        self.register_buffer("prior", torch.logit(mean.clamp(0.001, 0.999)))
-        self.stem = nn.Sequential(convolution(3, 16, 2), convolution(16, 24, 2))
-        self.middle = nn.Sequential(convolution(24, 48, 2), convolution(48, 48))
-        self.deep = nn.Sequential(convolution(48, 64, 2), convolution(64, 64), convolution(64, 64))
-        self.merge = nn.ModuleList([nn.Conv2d(n, width, 1) for n in (24, 48, 64)])
-        self.mix = convolution(width, width)
-        self.depth = nn.Conv2d(width, 32, 1)  # At which depth along its ray a surface is.
-        first, second = (convolution(n, 16, dimensions=3) for n in (width + 3, 16))
-        self.decoder = nn.Sequential(first, second, nn.Conv3d(16, 1, 3, padding=1))
+        prior = torch.logit(often.sum(0).clamp(0.001, 0.999))
+        fine = torch.stack([*torch.meshgrid(*axes, indexing="ij"), prior])
+        self.register_buffer("fine", fine)  # Centres and prior of the cells,
+        self.register_buffer("coarse", F.avg_pool3d(fine, 2, ceil_mode=True))  # and of 2 x 2 x 2.
+        self.register_buffer("classes", (often + 1e-3).log())
+        self.stem = nn.Sequential(convolution(3, 16, 2), convolution(16, 32, 2))
+        self.middle = nn.Sequential(convolution(32, 64, 2), convolution(64, 64))
+        self.deep = nn.Sequential(convolution(64, 128, 2), convolution(128, 128))
+        self.merge = nn.ModuleList([nn.Conv2d(n, 64, 1) for n in (32, 64, 128)])
+        self.mix = nn.Sequential(convolution(64, 64), convolution(64, 64))
+        self.depth, self.features = nn.Conv2d(64, BINS, 1), nn.Conv2d(64, 28, 1)
+        blocks = [convolution(32, 32, dimensions=3) for _ in range(3)]
+        self.decoder = nn.Sequential(*blocks, nn.ConvTranspose3d(32, 16, 2, 2))
+        self.surface, self.last = nn.Conv3d(4, 16, 1), nn.Conv3d(16, 1 + len(often), 1)
 
-    def forward(self, image: Tensor, intrinsics: Tensor) -> Tensor:
+    def forward(self, image: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See the class."""
         stem = self.stem(image.float() / 127.5 - 1)
         middle = self.middle(stem)
-        deep = self.deep(middle)
-        features = sum(
-            F.interpolate(merge(x), stem.shape[-2:], mode="bilinear", align_corners=False)
-            for merge, x in zip(self.merge, (stem, middle, deep), strict=True)
-        )
-        features = self.mix(features)
-        surface = self.depth(features).softmax(1)  # (B, 32, h, w)
-        x, y, z = self.centres.unbind(-1)
-        z = z.clamp(min=0.05)
-        K = intrinsics[:, :, :, None, None, None]
-        u = (K[:, 0, 0] * x / z + K[:, 0, 2]) / image.shape[-1]  # 0 to 1
-        v = (K[:, 1, 1] * y / z + K[:, 1, 2]) / image.shape[-2]
-        place = torch.stack([u, v], -1) * 2 - 1  # (B, nx, ny, nz, 2)
-        flat = place.flatten(2, 3)
-        lifted = F.grid_sample(features, flat, align_corners=False).unflatten(3, z.shape[1:])
-        far = (z / z.max() * 2 - 1).expand(len(image), *z.shape)
-        ray = torch.cat([place, far[..., None]], -1)
-        hit = F.grid_sample(surface[:, None], ray, align_corners=False)
-        depth = (z / 4).expand(len(image), 1, *z.shape)
-        prior = self.prior.expand(len(image), 1, *z.shape)
-        volume = torch.cat([lifted * (1 + 8 * hit), hit * 8, depth, prior / 4], 1)
-        return (self.decoder(volume) + prior)[:, 0]
+        levels = zip(self.merge, (stem, middle, self.deep(middle)), strict=True)
+        levels = [F.interpolate(merge(x), stem.shape[-2:], mode="bilinear") for merge, x in levels]
+        mixed = self.mix(sum(levels))
+        depth = self.depth(mixed)
+        here = depth.softmax(1)
+        ends = torch.stack([8 * here, here.cumsum(1) - here], 1)
+        K = intrinsics / intrinsics.new_tensor([image.shape[-1], image.shape[-2], 1])[:, None]
+        coarse, place = self.lift(ends, K, self.coarse)
+        features = F.grid_sample(self.features(mixed), place.flatten(2, 3), align_corners=False)
+        features = features.unflatten(3, place.shape[2:4])
+        decoded = self.decoder(torch.cat([features, coarse], 1))
+        fine, nx, ny, nz = self.lift(ends, K, self.fine)[0], *self.fine.shape[1:]
+        logits = self.last(F.relu(decoded[:, :, :nx, :ny, :nz] + self.surface(fine)))
+        return logits[:, 0] + self.fine[3], logits[:, 1:] + self.classes, depth
+
+    def lift(self, ends: Tensor, K: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 4, ...): whether rays end in cells and before them, depth, prior; and (B, ..., 2)."""
+        x, y, z, prior = cells
+        uv = [K[:, n, n, None, None, None] * c / z.clamp(min=0.05) for n, c in enumerate((x, y))]
+        place = 2 * (torch.stack(uv, -1) + K[:, None, None, None, :2, 2]) - 1  # From -1 to 1.
+        far = (2 * z / self.fine[2].max() - 1).expand(place.shape[:-1])
+        known = torch.stack([z, prior]).expand(len(K), -1, *z.shape) / 4
+        found = F.grid_sample(ends, torch.cat([place, far[..., None]], -1), align_corners=False)
+        return torch.cat([found, known], 1), place
 
 
-def intersections_and_unions(occupied: Tensor, truth: Tensor, known: Tensor) -> Tensor:
-    """(2, 2): common cells and all cells, of the free and of the occupied, among the known ones."""
-    pairs = ((~occupied & known, ~truth & known), (occupied & known, truth & known))
-    return torch.stack([torch.stack([(a & b).sum(), (a | b).sum()]) for a, b in pairs]).double()
+def loss_of(model: nn.Module, batch: dict[str, Tensor], farthest: float) -> Tensor:
+    """How far the network is from the known cells, their classes and the measured depth."""
+    logits, classes, depth = model(batch["image"], batch["intrinsics"])
+    labels, metres = batch["labels"].long(), batch["depth"][:, 2::4, 2::4]
+    known, occupied = labels != UNKNOWN, (labels > 0) & (labels != UNKNOWN)
+    cells = (logits[known], occupied[known].float())
+    loss = F.binary_cross_entropy_with_logits(*cells, pos_weight=logits.new_tensor(2.0))
+    bins = (metres / farthest * BINS).long()
+    bins = bins.masked_fill((metres == 0) | (bins >= BINS), -100)
+    named = labels.sub(1).masked_fill(~occupied | (labels > classes.shape[1]), -100)
+    return loss + 0.2 * F.cross_entropy(depth, bins) + 0.2 * F.cross_entropy(classes, named)
 
 
-def moved(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The batch on a device."""
-    return {key: value.to(device) for key, value in batch.items()}
+def frequencies(loader: DataLoader, n: int) -> Tensor:
+    """(n - 1, nx, ny, nz): how often each cell is occupied by each class, where that is known."""
+    labels = (batch["labels"].long().clamp(max=n) for batch in loader)
+    counts = sum(F.one_hot(each, n + 1).sum(0) for each in labels)[..., :n]
+    return (counts[..., 1:] / counts.sum(-1, keepdim=True).clamp(min=1)).movedim(-1, 0)
 
 
-def mean_occupancy(loader: DataLoader, grid) -> Tensor:
-    """(nx, ny, nz): how often each cell was occupied where it was observed."""
-    occupied, known = torch.zeros(2, *grid.shape)
-    for batch in loader:
-        occupied += (batch["labels"] == 1).sum(0)
-        known += (batch["labels"] != UNKNOWN).sum(0)
-    return occupied / known.clamp(min=1)
+def guessed(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """(B, nx, ny, nz): 0 where the network sees nothing, else the class."""
+    logits, classes, _ = model(batch["image"], batch["intrinsics"])
+    return (logits > 0) * (classes.argmax(1) + 1)
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: list[dict[str, Tensor]], mean: Tensor) -> dict[str, float]:
-    """IoU of the occupied, and its mean with that of the free, in visible and in hidden cells.
-
-    Of the network, and of the mean occupancy at 0.5 and at the threshold that is best here.
-    """
-    model.eval()
-    thresholds = [0.5, *torch.linspace(0.02, 0.6, 30).tolist()]
-    counts = torch.zeros(2, 1 + len(thresholds), 2, 2).double()
+def scores(guess: Callable, batches: list[dict[str, Tensor]], n: int) -> list[float]:
+    """IoU of what is occupied and mIoU of its classes, of visible cells, then of hidden ones."""
+    counts = torch.zeros(2, n, n).double()
     for batch in batches:
-        truth, visible = batch["labels"] == 1, batch["visible"]
-        guesses = [model(batch["image"], batch["intrinsics"]) > 0]
-        guesses += [(mean > threshold).expand(truth.shape) for threshold in thresholds]
-        for n, cells in enumerate((visible, (batch["labels"] != UNKNOWN) & ~visible)):
-            found = [intersections_and_unions(guess, truth, cells) for guess in guesses]
-            counts[n] += torch.stack(found).cpu()
-    ratios = counts[..., 0] / counts[..., 1].clamp(min=1)
-    figures = {}
-    for where, ratio in zip(("visible", "hidden"), ratios, strict=True):
-        for name, values in (("IoU", ratio[:, 1]), ("mIoU", ratio.mean(-1))):
-            found, at_half, *others = values.tolist()
-            figures[f"{where} {name}"] = found
-            figures[f"{where} {name} of the mean"] = at_half
-            figures[f"{where} {name} of the mean, best threshold"] = max(others)
-    return figures
+        labels = batch["labels"].long()
+        found = guess(batch).expand_as(labels)
+        for table, cells in zip(counts, (batch["visible"], ~batch["visible"]), strict=True):
+            pairs = (n * labels + found)[cells & (labels < n)]
+            table += torch.bincount(pairs, minlength=n * n).view(n, n).cpu()
+    occupied = counts[:, 1:, 1:].sum((1, 2)) / (counts.sum((1, 2)) - counts[:, 0, 0])
+    same, there = counts.diagonal(dim1=1, dim2=2), counts.sum(2)[:, 1:] > 0
+    each = (same / (counts.sum(1) + counts.sum(2) - same).clamp(min=1))[:, 1:]
+    mean = (each * there).sum(1) / there.sum(1).clamp(min=1)
+    return torch.stack([occupied, mean], 1).flatten().tolist()
 
 
 @torch.no_grad()
 def draw(model: nn.Module, batch: dict[str, Tensor], path: str) -> None:
     """A picture: the image, and seen from above, the highest occupied cell of truth and network."""
-    import matplotlib.pyplot as plt
-
-    predicted = model(batch["image"], batch["intrinsics"]) > 0
-    figure, axes = plt.subplots(3, 3, figsize=(9, 7))
-    for row, n in zip(axes, range(3), strict=False):
-        n = n * (len(predicted) - 1) // 2
-        known, truth = batch["labels"][n] != UNKNOWN, batch["labels"][n] == 1
-        row[0].imshow(batch["image"][n].permute(1, 2, 0).cpu())
-        titles = {"truth, from above": truth, "network, from above": predicted[n] & known}
-        for axis, (title, cells) in zip(row[1:], titles.items(), strict=True):
-            height = torch.arange(cells.shape[1], 0, -1, device=cells.device)[None, :, None]
-            above = (cells * height).amax(1).T.flip(0).float().cpu()
-            axis.imshow(above.masked_fill(above == 0, float("nan")), vmin=0, vmax=32)
-            axis.set_title(title, fontsize=9)
-        row[0].axis("off")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    truth, found = batch["labels"][0].cpu(), guessed(model, batch)[0].cpu()
+    known, height = truth != UNKNOWN, torch.arange(truth.shape[1], 0, -1)
+    _, axes = plt.subplots(1, 3, figsize=(13, 3.5), layout="tight")
+    axes[0].imshow(batch["image"][0].permute(1, 2, 0).cpu())
+    for axis, title, cells in zip(axes[1:], ("truth", "network"), (truth, found), strict=True):
+        above = ((cells > 0) * known * height[:, None]).amax(1).T.flip(0).float()
+        axis.imshow(above.masked_fill(above == 0, float("nan")), vmin=0, vmax=len(height))
+        axis.set_title(f"{title}, from above")
+    plt.savefig(path, dpi=110)
 
 
 def main() -> None:
     """Train, measure and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dataset")
-    parser.add_argument("--minutes", type=float, default=7, help="CPU time of training")
-    parser.add_argument("--steps", type=int, default=1 << 30)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--picture")
+    for name, value in {"--steps": 500, "--batch": 8, "--workers": 0, "--picture": ""}.items():
+        parser.add_argument(name, type=type(value), default=value)
     options = parser.parse_args()
     torch.manual_seed(0)
     accelerator = Accelerator()
     common = {"target": "scene", "voxel_stride": STRIDE}
     still = OccupancyDataset(options.dataset, split="train", keys=("labels",), **common)
-    mean = mean_occupancy(DataLoader(still, batch_size=16), still.grid)
-    common |= {"keys": KEYS, "image_size": SIZE}
-    held_out = OccupancyDataset(
-        options.dataset, split="validation", **common | {"keys": (*KEYS, "visible")}
-    )
-    device = accelerator.device
-    checks = [moved(batch, device) for batch in DataLoader(held_out, batch_size=options.batch)]
-    common |= {"split": "train", "augment": (Mirror(), ColorJitter())}
-    stream = OccupancyStream(options.dataset, even=True, **common)
+    n = 1 + (len(load_taxonomy(still.taxonomy).classes) if still.taxonomy else 1)
+    often = frequencies(DataLoader(still, batch_size=16), n)
+    common |= {"image_size": SIZE, "keys": KEYS}
+    held_out = OccupancyDataset(options.dataset, split="validation", **common)
+    common |= {"split": "train", "augment": (Mirror(), ColorJitter()), "even": True}
+    stream = OccupancyStream(options.dataset, **common)
     # The stream shares the frames out among the ranks itself: the loader is not prepared.
     loader = DataLoader(stream, options.batch, num_workers=options.workers, drop_last=True)
-    model = ImageToOccupancy(still.grid, mean)
+    batches = (b for epoch in itertools.count() for b in (stream.set_epoch(epoch) or loader))
+    model = ImageToOccupancy(still.grid, often)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, options.steps, pct_start=0.05)
     model, optimizer = accelerator.prepare(model, optimizer)
-    mean, step, began, waited = mean.to(device), 0, time.process_time(), 0.0
-    for epoch in itertools.count():
-        stream.set_epoch(epoch)
-        asked = time.perf_counter()
-        for batch in loader:
-            waited += time.perf_counter() - asked
-            batch = moved(batch, device)
-            done = max((time.process_time() - began) / (60 * options.minutes), step / options.steps)
-            if done >= 1:
-                break
-            for group in optimizer.param_groups:
-                group["lr"] = 2e-3 * min(1, step / 20) * (1 - done)
-            logits, labels = model(batch["image"], batch["intrinsics"]), batch["labels"]
-            known = labels != UNKNOWN
-            loss = F.binary_cross_entropy_with_logits(
-                logits[known], (labels[known] == 1).float(), pos_weight=logits.new_tensor(3.0)
-            )
-            optimizer.zero_grad()
-            accelerator.backward(loss)
-            optimizer.step()
-            step += 1
-            asked = time.perf_counter()
-        else:
-            accelerator.print(f"epoch {epoch}, step {step}: loss {loss.item():.4f}", flush=True)
-            continue
-        break
-    figures = evaluate(model, checks, mean) | {"steps": step, "seconds waited": waited}
-    accelerator.print("\n".join(f"{name:<40} {value:.4g}" for name, value in figures.items()))
+    farthest = still.grid.lower[2] + still.grid.shape[2] * still.grid.voxel_size
+    for step, batch in zip(range(options.steps), batches, strict=False):
+        loss = loss_of(model, utils.send_to_device(batch, accelerator.device), farthest)
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        optimizer.step()
+        schedule.step()
+        if step % 25 == 0:
+            accelerator.print(f"step {step}: loss {loss.item():.4f}", flush=True)
+    checks = utils.send_to_device(list(DataLoader(held_out, options.batch)), accelerator.device)
+    rows = {"network": scores(lambda batch: guessed(model.eval(), batch), checks, n)}
+    rate, usual = often.sum(0).to(accelerator.device), 1 + often.argmax(0).to(accelerator.device)
+    for t in (0.5, *(step / 50 for step in range(1, 30))):
+        mean = (rate > t) * usual
+        rows[f"mean occupancy over {t}"] = scores(lambda _, mean=mean: mean, checks, n)
+    best = max(list(rows)[1:], key=lambda name: rows[name][0])
+    accelerator.print(f"{'':<24} visible IoU, mIoU    hidden IoU, mIoU")
+    for name in ("network", "mean occupancy over 0.5", best):
+        accelerator.print(f"{name:<24}" + "".join(f"{value:>10.4f}" for value in rows[name]))
     if options.picture and accelerator.is_main_process:
         draw(model, checks[0], options.picture)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import get_args
 
@@ -52,6 +53,8 @@ def build(
     keep: Keep = "all",
     layout: Layout = "trajectories",
     push_every: float = EVERY,
+    segmenter: str | None = None,
+    segmenter_weights: str | Path | None = None,
 ) -> Summary:
     """Build an occupancy dataset from a source, as `occgen-hub build` does.
 
@@ -100,6 +103,8 @@ def build(
         scratch=None if scratch is None else Path(scratch),
         scratch_limit=scratch_limit,
         whole_scenes=push_to is not None,
+        segmenter=segmenter,
+        segmenter_weights=None if segmenter_weights is None else Path(segmenter_weights),
     )
     if shard is not None:
         own = Shard.parse(f"{shard[0]}/{shard[1]}")
@@ -144,13 +149,15 @@ class Frame:
 
     columns: (n,) flat numbers `i * (ny * nz) + j * nz + k` of the occupied and visible cells,
     ascending; packed: (ceil(cells / 8),) uint8, `np.packbits` of the observed ones;
-    dynamic_columns: (m,) those of `columns` that hold something that moves.
+    dynamic_columns: (m,) those of `columns` that hold something that moves; classes: (n,) uint8 of
+    `columns`, ids of `Trajectory.taxonomy`, None without labels.
     """
 
     grid: Grid
     columns: NDArray[np.integer]
     packed: NDArray[np.uint8]
     dynamic_columns: NDArray[np.integer]
+    classes: NDArray[np.uint8] | None = None
 
     @property
     def occupancy(self) -> NDArray[np.bool_]:
@@ -166,6 +173,13 @@ class Frame:
     def cells(self) -> NDArray[np.int32]:
         """(n, 3) int32: the occupied and visible cells (i, j, k)."""
         return np.stack(np.unravel_index(self.columns, self.grid.shape), axis=-1).astype(np.int32)
+
+    @property
+    def labels(self) -> NDArray[np.uint8]:
+        """(nx, ny, nz) uint8: 0 free, 255 unknown, else occupied: its class, 1 without labels."""
+        labels = np.where(self.mask, 0, 255).astype(np.uint8)
+        labels.reshape(-1)[self.columns] = 1 if self.classes is None else self.classes
+        return labels
 
     @property
     def mask(self) -> NDArray[np.bool_]:
@@ -241,8 +255,9 @@ class LoadedEpisode:
     def _decoded(self) -> Iterator[Frame]:
         files = self.trajectory
         rows = (files.visible_frames(), files.observed_packed(), files.dynamic_frames())
-        for columns, packed, dynamic in zip(*rows, strict=False):
-            yield Frame(self.grid, columns, packed, dynamic)
+        classes = repeat(None) if files.taxonomy is None else files.label_frames()
+        for columns, packed, dynamic, named in zip(*rows, classes, strict=False):
+            yield Frame(self.grid, columns, packed, dynamic, named)
 
 
 def load_episode(folder: str | Path) -> LoadedEpisode:

@@ -29,13 +29,16 @@ from occgen_hub.files import (
     read_bytes,
     sha256,
 )
-from occgen_hub.index import INDEX, Entry, entries, parts, read_part
+from occgen_hub.index import INDEX, OPTIONAL, Entry, entries, parts, read_part
+from occgen_hub.index import SCHEMA as INDEX_SCHEMA
 from occgen_hub.lerobot.export_check import RECORD
 from occgen_hub.loading import NOT_BUILT, SCHEMA, Trajectory
 from occgen_hub.quality import Quality
+from occgen_hub.scene_states import COLUMNS as STATE_COLUMNS
 from occgen_hub.scene_states import FOLDER as STATES
 from occgen_hub.schema import Feature, Schema, load_schema
-from occgen_hub.shards import FOLDER
+from occgen_hub.shards import FOLDER, column_names
+from occgen_hub.taxonomy import UNLABELLED, load_taxonomy
 from occgen_hub.visual.preview import preview
 
 CARD = "README.md"
@@ -62,7 +65,7 @@ class Facts:
     each trajectory that has it; moving: number of trajectories with moving cells; splits: number
     of trajectories in each split; source_licences: of the recordings, None if the source states
     none; first: the first trajectory by name; occupancy: whether any has shards; packed: whether
-    all are only in shards.
+    all are only in shards; taxonomies: number of trajectories with labels of each.
     """
 
     first: str = ""
@@ -80,6 +83,7 @@ class Facts:
     moving: int = 0
     splits: dict[str, int] = field(default_factory=dict)
     source_licences: set[str | None] = field(default_factory=set)
+    taxonomies: dict[str, int] = field(default_factory=dict)
 
 
 def write_card(root: Path, shown: Path | None = None) -> Path:
@@ -105,6 +109,7 @@ def write_card(root: Path, shown: Path | None = None) -> Path:
         *(_packed_examples() if facts.packed else _examples(facts, schema)),
         *(() if facts.packed else (*_columns(facts.features), *_partial(facts))),
         *_grids(facts),
+        *_classes(facts),
         *_quality(facts),
         *_origin(facts, IN_INDEX if facts.packed else RECORDS),
     )
@@ -125,6 +130,7 @@ def write_export_card(
     """
     schema = load_schema(SCHEMA)
     configs = [_config("default", "data/*/*.parquet"), _config(FOLDER, f"{FOLDER}/*/*.parquet")]
+    configs = _without_labels(facts, configs)
     shown = {name: Feature.model_validate(_plain(feature)) for name, feature in features.items()}
     parts = (
         _front_matter(facts, configs),
@@ -133,6 +139,7 @@ def write_export_card(
         *_columns(shown),
         *(f"In the export, {remark}.\n" for remark in remarks),
         *_grids(facts),
+        *_classes(facts),
         *_quality(facts),
         *_origin(facts, EXPORT_RECORD),
     )
@@ -204,6 +211,8 @@ def survey(rows: Iterable[Entry]) -> Facts:
             facts.records.setdefault(key, set()).add(dump_json(said))
         facts.records.setdefault("config", set()).add(row.config)
         facts.moving += row.moving
+        if row.taxonomy is not None:
+            facts.taxonomies[row.taxonomy] = facts.taxonomies.get(row.taxonomy, 0) + 1
         if (quality := row.agreement) is not None:
             facts.quality.append(quality)
         if row.network is not None:
@@ -300,11 +309,11 @@ def _front_matter(facts: Facts, configs: list[dict[str, Any]]) -> str:
 
 
 def _configs(facts: Facts, schema: Schema) -> list[dict[str, Any]]:
-    """The configs of `load_dataset`: names and files."""
+    """The configs of `load_dataset`: names, files, and columns that not all files have."""
     if facts.packed:
         shards = _config(FOLDER, f"{FOLDER}/*/*.parquet") | {"default": True}
         states = _config(STATES, f"{STATES}/*/*.parquet")
-        return [shards, states, _config(INDEX, f"{INDEX}/*.parquet")]
+        return _without_labels(facts, [shards, states, _config(INDEX, f"{INDEX}/*.parquet")])
     frames = re.sub(r"\{[^}]*\}", "*", schema.files["frames"].path)
     configs = [_config("default", f"**/{frames}")]
     if facts.partial:  # `datasets` requires one schema for all files.
@@ -313,6 +322,21 @@ def _configs(facts: Facts, schema: Schema) -> list[dict[str, Any]]:
         configs.append(_config(FOLDER, f"{FOLDER}/*/*.parquet"))
         configs.append(_config(STATES, f"{STATES}/*/*.parquet"))
     configs.append(_config(INDEX, f"{INDEX}/*.parquet"))
+    return _without_labels(facts, configs)
+
+
+def _without_labels(facts: Facts, configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The configs of tables of which some files have a column of labels, without that column."""
+    if sum(facts.taxonomies.values()) in (0, facts.trajectories):
+        return configs
+    columns = {
+        FOLDER: column_names(images=facts.packed, labels=False),
+        STATES: list(STATE_COLUMNS),
+        INDEX: [name for name in INDEX_SCHEMA.names if name != OPTIONAL],
+    }
+    for config in configs:
+        if config["config_name"] in columns:
+            config["columns"] = columns[config["config_name"]]
     return configs
 
 
@@ -477,6 +501,18 @@ def _grids(facts: Facts) -> Iterator[str]:
         "of a pixel's centre crosses it before or at the ray's first occupied cell. Occupied cells "
         "that the camera does not see are not in a frame's occupancy.\n"
     )
+
+
+def _classes(facts: Facts) -> Iterator[str]:
+    """What the labels are."""
+    for name, count in sorted(facts.taxonomies.items()):
+        classes = load_taxonomy(name).classes.values()
+        listed = ", ".join(f"{one.id} {one.name.replace('_', ' ')}" for one in classes)
+        yield (
+            f"Occupied cells of {_count(count, 'trajectory')} have classes of the taxonomy "
+            f"`{name}`: `labels`, beside the occupied cells. {UNLABELLED} is a cell of which no "
+            f"frame says what it is. The classes: {listed}.\n"
+        )
 
 
 def _quality(facts: Facts) -> Iterator[str]:

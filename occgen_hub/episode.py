@@ -16,6 +16,7 @@ from occgen_hub.errors import OccGenError
 from occgen_hub.geometry.camera import intrinsics_problem
 from occgen_hub.geometry.poses import RIGID, rigidity_error
 from occgen_hub.schema import Feature, feature_of
+from occgen_hub.taxonomy import Taxonomy, load_taxonomy, taxonomy_names
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,9 @@ class Episode:
     fingerprint: SHA-256 over the names and contents of the source's files; assumed_view: whether
     the intrinsics are not the source's, but made of a field of view; beside: the same moments as
     other depth cameras saw them, in the same world, whose depth is fused with this one's; origin:
-    the repo_id and revision on the Hub that it comes from, None where that is not known.
+    the repo_id and revision on the Hub that it comes from, None where that is not known;
+    read_labels(t): (H, W) whole numbers, the class of what each pixel shows, ids of the taxonomy of
+    that name in schemas/taxonomies.yaml, 0 for none; None where the source has no labels.
     """
 
     id: str
@@ -108,6 +111,8 @@ class Episode:
     assumed_view: bool = False
     beside: tuple[Episode, ...] = ()
     origin: dict[str, str] | None = None
+    read_labels: Callable[[int], NDArray[Any]] | None = None
+    taxonomy: str | None = None
 
 
 def check_episode(episode: Episode) -> Episode:
@@ -115,7 +120,8 @@ def check_episode(episode: Episode) -> Episode:
 
     Sources may come from other packages, so every field is looked at: shapes, dtypes, rigid finite
     poses, intrinsics of a pinhole camera that fits the image, and of each frame its size, its type
-    and, for depth, finite values of 0 and more.
+    and, for depth, finite values of 0 and more; for labels, ids of their taxonomy. Labels are then
+    uint8, and 0 where a pixel has no class.
     """
     T, (width, height) = episode.length, episode.image_size
     wrong = partial(_wrong, episode.id)
@@ -158,6 +164,10 @@ def check_episode(episode: Episode) -> Episode:
             if problem is not None:
                 raise wrong("intrinsics", f"of frame {frame} {problem}", "a pinhole camera's")
     read_rgb, read_depth = episode.read_rgb, episode.read_depth
+    read_labels = episode.read_labels
+    if (read_labels is None) != (episode.taxonomy is None):
+        raise wrong("read_labels or taxonomy", "is missing", "both, or neither")
+    taxonomy = None if episode.taxonomy is None else _taxonomy(wrong, episode.taxonomy)
 
     def rgb(frame: int) -> NDArray[np.uint8]:
         image = np.asarray(read_rgb(frame))
@@ -177,7 +187,29 @@ def check_episode(episode: Episode) -> Episode:
             raise wrong(f"read_depth({frame})", "holds negative or infinite values", expected)
         return metres
 
-    return replace(episode, read_rgb=rgb, read_depth=None if read_depth is None else depth)
+    def labels(frame: int) -> NDArray[np.uint8]:
+        assert read_labels is not None and taxonomy is not None  # noqa: PT018  # for mypy
+        image = np.asarray(read_labels(frame))
+        if image.shape != (height, width):
+            found = _described(image, width, height)
+            raise wrong(f"read_labels({frame})", found, f"classes {(height, width)}")
+        try:
+            return taxonomy.checked(image)
+        except ValueError as error:
+            raise wrong(f"read_labels({frame})", str(error), "ids of its taxonomy") from None
+
+    return replace(
+        episode,
+        read_rgb=rgb,
+        read_depth=None if read_depth is None else depth,
+        read_labels=None if read_labels is None else labels,
+    )
+
+
+def _taxonomy(wrong: Callable[[str, str, str], OccGenError], name: str) -> Taxonomy:
+    if name not in taxonomy_names():
+        raise wrong("taxonomy", f"is {name[:80]!r}", f"one of {', '.join(taxonomy_names())}")
+    return load_taxonomy(name)
 
 
 def _wrong(episode: str, name: str, found: str, expected: str) -> OccGenError:

@@ -24,6 +24,7 @@ from occgen_hub.occupancy.visibility import FrameOccupancy
 from occgen_hub.pipeline import observe, reconstruct
 from occgen_hub.scene import Scene
 from occgen_hub.schema import Schema, load_schema
+from occgen_hub.segmenters import Segmenter, with_labels
 from occgen_hub.stopwatch import Stopwatch
 from occgen_hub.up_to_date import (
     check_replaceable,
@@ -42,13 +43,14 @@ Progress = Callable[[Stage, int], None]
 class Settings:
     """How to build: the configuration, the engine, the media.
 
-    overwrite: build also what is there.
+    overwrite: build also what is there; segmenter: makes labels where the source has none.
     """
 
     config: Config = field(default_factory=lambda: Config())
     engine: Engine = field(default_factory=Auto)
     media: Media = "copy"
     overwrite: bool = False
+    segmenter: Segmenter | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def reconstruct_episode(
     clock, sources = Stopwatch(), builder.sources(ref)
     stamps = sizes_and_times(sources)
     with clock("read"):
-        episode = builder.read(ref)
+        episode = with_labels(builder.read(ref), settings.segmenter)
     try:
         with clock("reconstruct"):
             scene = reconstruct(
@@ -200,6 +202,7 @@ def provenance(builder: DatasetBuilder, engine: Engine, settings: Settings) -> P
         settings.media,
         tuple(camera.said() for camera in builder.cameras),
         builder.license,
+        None if settings.segmenter is None else settings.segmenter.record(),
     )
 
 

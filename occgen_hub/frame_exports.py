@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from occgen_hub.media import encode_jpeg, write_depth
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.states import FREE, OCCUPIED, UNKNOWN, SceneStates
 from occgen_hub.prefetch import prefetch
+from occgen_hub.taxonomy import load_taxonomy
 
 CELL = 0.08
 """Metres: edge of a cell in both formats."""
@@ -50,11 +52,18 @@ class FrameExport(ABC):
     name: ClassVar[str]
     card: ClassVar[str]
     """The card's description of the files, in Markdown."""
+    ONE_CLASS: ClassVar[int]
+    """The class of all occupied cells if the dataset has no classes."""
+    UNLABELLED: ClassVar[int]
+    """The class of occupied cells without a class if the dataset has classes."""
+    FREE_CLASS: ClassVar[int]
+    UNKNOWN_CLASS: ClassVar[int]
 
     def __init__(self, folder: Path) -> None:
         """folder: an existing folder for the export."""
         self.folder = folder
         self.empty = self.without_depth = 0
+        self.taxonomies: Counter[str | None] = Counter()
 
     def add(self, episode: str, trajectory: Trajectory, progress: Progress) -> None:
         """Write the frames of a trajectory. Raises UsageError if it has no images."""
@@ -62,6 +71,7 @@ class FrameExport(ABC):
         surface = (states.cells(OCCUPIED).astype(np.float64) + 0.5) * states.voxel_size
         picture, depth = _pictures(trajectory), trajectory.file("depth", 0).parent.is_dir()
         self.without_depth += not depth
+        self.taxonomies[trajectory.taxonomy] += 1
         frames = self._frames(episode, trajectory)
         for frame, arrays in prefetch(lambda f: (f, self._arrays(f, states, surface)), frames):
             progress(1)
@@ -78,7 +88,15 @@ class FrameExport(ABC):
     def finish(self) -> list[str]:
         """Write the files that belong to all frames. Returns remarks for the user."""
         self._finish()
-        remarks = ["everything occupied is one class, since the dataset has no classes"]
+        remarks = []
+        if plain := self.taxonomies.pop(None, 0):
+            of = f"{plain} trajectories have" if self.taxonomies else "the dataset has"
+            remarks.append(f"everything occupied is one class, since {of} no classes")
+        if names := sorted(filter(None, self.taxonomies)):
+            remarks.append(
+                f"classes of the taxonomy {', '.join(names)} became those of OccScanNet, 1 to 11, "
+                f"as OccGen Hub assigns them; what is occupied without a class is {self.UNLABELLED}"
+            )
         if self.empty:
             remarks.append(f"{self.empty} frames without an occupied cell are left out")
         if self.without_depth:
@@ -88,8 +106,12 @@ class FrameExport(ABC):
     def _frames(self, episode: str, trajectory: Trajectory) -> Iterator[Frame]:
         poses, K = trajectory.world_from_camera(), trajectory.intrinsics()
         rows = zip(poses, K, trajectory.observed_packed(), strict=True)
+        classes: NDArray[np.uint8] = np.full(256, self.ONE_CLASS, np.uint8)
+        if trajectory.taxonomy is not None:
+            classes = load_taxonomy(trajectory.taxonomy).to_occscannet(self.UNLABELLED)
+        classes[[FREE, UNKNOWN]] = self.FREE_CLASS, self.UNKNOWN_CLASS
         for t, row in enumerate(rows):
-            yield Frame(episode, t, trajectory.grid, *row)
+            yield Frame(episode, t, trajectory.grid, *row, classes)
 
     @abstractmethod
     def _arrays(
@@ -115,7 +137,8 @@ class Frame:
     """A frame of an episode.
 
     grid: of its camera; pose: (4, 4) world_from_camera, OpenCV axes, metres; intrinsics: (3, 3),
-    pixels; observed: packed mask of the grid's observed cells.
+    pixels; observed: packed mask of the grid's observed cells; classes: (256,) uint8, the export's
+    class of each label.
     """
 
     episode: str
@@ -124,6 +147,7 @@ class Frame:
     pose: NDArray[np.float64]
     intrinsics: NDArray[np.float64]
     observed: NDArray[np.uint8]
+    classes: NDArray[np.uint8]
 
 
 class OccScanNet(FrameExport):
@@ -143,8 +167,8 @@ class OccScanNet(FrameExport):
 | `img`, `depth_gt` | paths of the JPEG and of the depth, 16-bit PNG, millimetres |
 """  # noqa: E501
     SHAPE: ClassVar[tuple[int, int, int]] = (60, 60, 36)
-    ONE_CLASS: ClassVar[int] = 11
-    """objects"""
+    ONE_CLASS, UNLABELLED = 11, 255  # objects; ignored, as what is unknown
+    FREE_CLASS, UNKNOWN_CLASS = 0, 255
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -157,9 +181,9 @@ class OccScanNet(FrameExport):
         pose = np.eye(4)
         pose[:3, 3] = origin
         labels = _sampled(states, (0.0, 0.0, 0.0), self.SHAPE, pose)
-        if not (labels == OCCUPIED).any():
+        target = frame.classes[labels]
+        if not ((target != FREE) & (target != UNKNOWN)).any():
             return None
-        target = np.where(labels == OCCUPIED, np.uint8(self.ONE_CLASS), labels)
         intrinsic = np.eye(4)
         intrinsic[:3, :3] = frame.intrinsics
         stored = np.ascontiguousarray(target.transpose(1, 0, 2))
@@ -226,9 +250,8 @@ the episode tells the state, and `mask_camera` where this frame observed the cel
 the split by scene and, of each token, the image, the intrinsics and the poses (quaternions w, x, y,
 z).
 """
-    FREE_CLASS: ClassVar[int] = 17
-    ONE_CLASS: ClassVar[int] = 0
-    """others"""
+    ONE_CLASS = UNLABELLED = 0  # others
+    FREE_CLASS = UNKNOWN_CLASS = 17
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -243,14 +266,13 @@ z).
         lower, shape = ego_grid(frame.grid)
         pose = ego_pose(frame.pose)
         labels = _sampled(states, lower, shape, pose)
-        if not (labels == OCCUPIED).any():
-            return None
         known = labels != UNKNOWN
-        semantics = np.where(labels == OCCUPIED, np.uint8(self.ONE_CLASS), self.FREE_CLASS)
+        if not (known & (labels != FREE)).any():
+            return None
         seen = _observed(frame, lower, shape, pose)
         self._grid = {"lower": list(lower), "shape": list(shape), "voxel_size": CELL}
         return {
-            "semantics": semantics.astype(np.uint8),
+            "semantics": frame.classes[labels],
             "mask_lidar": known.astype(np.uint8),
             "mask_camera": (known & seen).astype(np.uint8),
         }
@@ -291,11 +313,17 @@ z).
                 tokens[str(token)] |= {"prev": before, "next": after}
         content = {
             "grid": self._grid,
+            **({"classes": self._classes()} if any(self.taxonomies) else {}),
             "train_split": self._splits["train"],
             "val_split": self._splits["validation"],
             "scene_infos": self._infos,
         }
         (self.folder / "annotations.json").write_text(dump_json(content), encoding="utf-8")
+
+    def _classes(self) -> dict[int, str]:
+        """The names of the numbers in `semantics`."""
+        named = load_taxonomy("occscannet11").classes.values()
+        return {0: "others", **{one.id: one.name for one in named}, self.FREE_CLASS: "free"}
 
 
 EXPORTS: dict[str, type[FrameExport]] = {form.name: form for form in (OccScanNet, Occ3D)}

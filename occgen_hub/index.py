@@ -75,6 +75,8 @@ class Entry:
 
     scene_state: for a scene pushed during its build, a digest of its sources and settings (see
     `Job.source_state`). None for other scenes, and if an episode of the scene failed.
+
+    taxonomy: of its labels, None without labels. Parts without any labels do not have this column.
     """
 
     episode: str
@@ -112,6 +114,7 @@ class Entry:
     row_groups: tuple[int, ...] = ()
     group_rows: int = 0
     scene_state: str | None = None
+    taxonomy: str | None = None
 
     @property
     def agreement(self) -> Quality | None:
@@ -138,6 +141,9 @@ def _arrow_type(annotation: str) -> pa.DataType:
 
 SCHEMA = pa.schema([(field.name, _arrow_type(str(field.type))) for field in fields(Entry)])
 """The columns of the index, from `Entry`."""
+
+OPTIONAL = "taxonomy"
+"""A column that a part may lack, for none."""
 
 
 def bucket(scene: str) -> str:
@@ -210,6 +216,7 @@ def describe(episode: str, path: Path, known: Entry | None = None) -> Entry:
         record_sha256=digests[0],
         info_sha256=digests[1],
         files=len(record["files"]) + 1,
+        taxonomy=trajectory.taxonomy,
     )
 
 
@@ -278,7 +285,10 @@ def read_part(path: Path, columns: Sequence[str] = tuple(SCHEMA.names)) -> pa.Ta
     try:
         with parquet_file(path) as file:
             types = plain_schema(file.schema_arrow)
+            absent = [OPTIONAL] if OPTIONAL in columns and OPTIONAL not in types.names else []
             for name in columns:
+                if name in absent:
+                    continue
                 if name not in types.names or types.field(name).type != SCHEMA.field(name).type:
                     problem = f"has no column {name} of {SCHEMA.field(name).type}"
                     raise DatasetError(path, problem, FINALIZE)
@@ -286,8 +296,12 @@ def read_part(path: Path, columns: Sequence[str] = tuple(SCHEMA.names)) -> pa.Ta
                 problem = f"claims {file.metadata.num_rows} rows"
                 raise DatasetError(path, problem, FINALIZE)
             file.scan_contents(["episode"])  # Raises; asking damaged metadata aborts the process.
-            table = plain(file.read(columns, use_threads=False)).replace_schema_metadata(None)
+            there = [name for name in columns if name not in absent]
+            table = plain(file.read(there, use_threads=False)).replace_schema_metadata(None)
             table.validate(full=True)
+            for name in absent:
+                table = table.append_column(name, pa.nulls(table.num_rows, pa.string()))
+            table = table.select(columns)
     except PARQUET_DAMAGE as error:
         raise DatasetError(path, parquet_problem(error), FINALIZE) from None
     except SourceError as error:
@@ -353,6 +367,8 @@ def write_index(root: Path, rows: Iterable[Entry]) -> int:
 
 def part_bytes(rows: Iterable[Entry]) -> bytes:
     """The content of a part. It does not depend on the order of the rows."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table_of(rows), sink, compression="zstd", compression_level=9)
+    sink, table = pa.BufferOutputStream(), table_of(rows)
+    if table[OPTIONAL].null_count == table.num_rows:
+        table = table.drop_columns([OPTIONAL])
+    pq.write_table(table, sink, compression="zstd", compression_level=9)
     return bytes(sink.getvalue())

@@ -47,6 +47,7 @@ from occgen_hub.scenes import (
 )
 from occgen_hub.schema import load_schema
 from occgen_hub.scratch import DEFAULT_LIMIT, ScratchPlace
+from occgen_hub.segmenters import load_segmenter
 from occgen_hub.up_to_date import check_replaceable
 
 logger = logging.getLogger(__name__)
@@ -310,8 +311,10 @@ class Job:
 
         Raises UsageError where the device is not there.
         """
-        engine = self.settings.engine.on(device)
-        return replace(self, settings=replace(self.settings, engine=engine), device=device)
+        engine, segmenter = self.settings.engine.on(device), self.settings.segmenter
+        segmenter = None if segmenter is None else segmenter.on(device)
+        settings = replace(self.settings, engine=engine, segmenter=segmenter)
+        return replace(self, settings=settings, device=device)
 
     def why_scene_outdated(self, ref: SceneRef, record: SceneRecord | None) -> str | None:
         """Why a scene would be fetched; None where all that it holds is built from it."""
@@ -359,6 +362,8 @@ class Job:
             *(schema.name, schema.version, engine.name, network and network.weights()),
             *(self.settings.config.model_dump(mode="json"), self.settings.media == "none"),
         ]
+        if self.settings.segmenter is not None:
+            said.append(self.settings.segmenter.record())
         return digest(dump_json(said))
 
     def source_state(self, refs: Sequence[EpisodeRef | SceneRef]) -> str:
@@ -409,6 +414,7 @@ class Job:
             "engine": settings.engine.name,
             "config": settings.config.model_dump(mode="json"),
             "media": settings.media,
+            **({} if settings.segmenter is None else {"segmenter": settings.segmenter.record()}),
         }
 
 
@@ -452,6 +458,8 @@ def open_job(
     scratch: Path | None = None,
     scratch_limit: int = DEFAULT_LIMIT,
     whole_scenes: bool = False,
+    segmenter: str | None = None,
+    segmenter_weights: Path | None = None,
 ) -> Job:
     """What `occgen-hub build` is to do with the options of these names; nothing is done yet.
 
@@ -484,7 +492,10 @@ def open_job(
     chosen = choose_engine(builder, refs, engine, weights, device, license)
     chosen.check(config)
     check_conditions(builder, refs, config)
-    settings = Settings(config, chosen, media or builder.media, overwrite)
+    if segmenter is None and segmenter_weights is not None:
+        raise UsageError("--segmenter-weights: goes with --segmenter; give that too.")
+    labeller = None if segmenter is None else load_segmenter(segmenter, segmenter_weights, device)
+    settings = Settings(config, chosen, media or builder.media, overwrite, labeller)
     limited = limit is not None or bool(scenes)
     place = ScratchPlace((scratch or out / ".scratch").absolute(), scratch_limit)
     return Job(

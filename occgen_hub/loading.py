@@ -41,6 +41,7 @@ from occgen_hub.occupancy.codec import unpack
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.states import BLOCK_BYTES, SceneStates
 from occgen_hub.schema import Schema, load_schema
+from occgen_hub.taxonomy import load_taxonomy, taxonomy_names
 
 REBUILD = "remove this trajectory's folder and build it again"
 NOT_BUILT = "give the folder that occgen-hub build wrote or, if it is that, run the build again"
@@ -409,6 +410,44 @@ class Trajectory:
             raise DatasetError(self.file("dynamic"), problem, REBUILD)
         yield from self._frames("dynamic")
 
+    @property
+    def taxonomy(self) -> str | None:
+        """The name of the taxonomy of its labels; None if it has no labels.
+
+        Raises DatasetError for a file of labels without a known taxonomy.
+        """
+        if not self.file("labels").is_file():
+            return None
+        name = self.record.get("taxonomy")
+        if name not in taxonomy_names():
+            problem = "does not name a taxonomy of its labels that is known"
+            raise DatasetError(self.file("record"), problem, REBUILD)
+        return str(name)
+
+    def label_frames(self) -> Iterator[NDArray[np.uint8]]:
+        """Yield for each frame the (n,) uint8 classes of its visible cells, in their order.
+
+        Raises DatasetError if there are no labels, or if they are not of the visible cells.
+        """
+        path, ends = self.file("labels"), self.row_ends("labels")
+        if not np.array_equal(ends, self.row_ends("visible")):
+            raise DatasetError(path, "has other rows than the visible cells", REBUILD)
+        values = npz_array(path, "data").check("u", npz_array(path, "indices").shape[0])
+        rows = zip(
+            self._frames("visible"),
+            self._frames("labels"),
+            values.pieces(ends, self.grid.cells),
+            strict=True,
+        )
+        known = load_taxonomy(str(self.taxonomy)).known()
+        for frame, (visible, columns, classes) in enumerate(rows):
+            if not np.array_equal(visible, columns):
+                raise DatasetError(path, f"frame {frame}: is not of the visible cells", REBUILD)
+            if values.dtype != np.uint8 or not known[classes].all():
+                problem = f"frame {frame}: has classes that its taxonomy lacks"
+                raise DatasetError(path, problem, REBUILD)
+            yield classes
+
     def row_ends(self, key: str) -> NDArray[np.integer]:
         """(T + 1,) row pointers of a CSR file of the schema: where each frame's cells end."""
         return self._rows(key)[0]
@@ -458,12 +497,20 @@ class Trajectory:
         return cells
 
     def states(self) -> SceneStates:
-        """The three states of the scene's cells. Raises DatasetError if they are not valid."""
+        """The three states of the scene's cells, and the classes of the occupied ones if there are
+        labels. Raises DatasetError if they are not valid.
+        """
         path, bits = self.file("scene_occupancy"), (None, BLOCK_BYTES)
         blocks = npz_array(path, "blocks").check("i", None, 3).load().astype(np.int32)
         occupied, free = (npz_array(path, k).check("u", *bits).load() for k in ("occupied", "free"))
         try:
-            return SceneStates.from_packed(self.grid.voxel_size, blocks, occupied, free)
+            states = SceneStates.from_packed(self.grid.voxel_size, blocks, occupied, free)
+            if self.taxonomy is None:
+                return states
+            classes = npz_array(path, "labels").check("u", None).load()
+            if classes.dtype != np.uint8 or not load_taxonomy(self.taxonomy).known()[classes].all():
+                raise ValueError("has classes that its taxonomy lacks")
+            return states.with_classes(self.scene_cells(), classes)
         except ValueError as error:
             raise DatasetError(path, str(error), REBUILD) from None
 

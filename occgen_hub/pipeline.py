@@ -23,8 +23,10 @@ from occgen_hub.episode import Episode, Note, check_episode
 from occgen_hub.fusion.conventions import STATIC, check_conventions, stands_still
 from occgen_hub.fusion.fuse import check_reach, fuse
 from occgen_hub.fusion.joined import MovingInAll, joined_views
+from occgen_hub.fusion.moving import MovingPoints
 from occgen_hub.geometry.alignment import Alignment, align_poses
 from occgen_hub.geometry.surface import poisson_surface
+from occgen_hub.occupancy.classes import PointLabels, nearest_classes
 from occgen_hub.occupancy.frames import observe_frames
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.states import FreeSpace
@@ -54,7 +56,7 @@ def reconstruct(
     episode = check_episode(episode)
     views = engine.reconstruct(episode, config, scratch, progress)
     check_views(views, episode)
-    views, alignment = align(views, episode)
+    views, alignment = align(replace(views, read_labels=episode.read_labels), episode)
     convention_notes = check_conventions(
         views, episode.id, config, fps=episode.fps, assumed_view=episode.assumed_view
     )
@@ -68,10 +70,15 @@ def reconstruct(
     fused = fuse(seen, config, (lambda _: None) if counted else progress)
     if cameras > 1:
         progress(len(views.frames))
-    cloud, poses, moving = fused.cloud, fused.views.world_from_camera, fused.moving
+    cloud, poses, classes = fused.cloud, fused.views.world_from_camera, fused.classes
+    moving: MovingPoints | MovingInAll | None = fused.moving
+    if fused.moving is not None and cameras > 1:
+        moving = MovingInAll(fused.moving, cameras)
     if config.mesh:
         centres = poses[:, :3, 3]
         cloud = poisson_surface(cloud, centres, config.voxel_size, config.mesh_density_cut)
+        if classes is not None:
+            classes = nearest_classes(fused.cloud.points, classes, cloud.points)
     notes = [*views.notes, *convention_notes, *fused.notes, *_notes(alignment, len(cloud))]
     views = replace(views, world_from_camera=poses[own::cameras])
     if cameras == 1 and stands_still(poses, cloud):
@@ -80,12 +87,15 @@ def reconstruct(
         cloud=cloud,
         world_from_camera=views.world_from_camera,
         intrinsics=views.intrinsics,
-        moving=moving if moving is None or cameras == 1 else MovingInAll(moving, cameras),
+        moving=moving,
         scale=1.0 if alignment is None else alignment.sim3.scale,
         alignment=alignment,
         quality=fused.quality,
         windows=views.windows,
         notes=tuple(notes),
+        labels=None
+        if classes is None
+        else PointLabels(classes, None if moving is None else moving.labelled),
     )
 
 
@@ -95,8 +105,9 @@ def _with_others(
     """The views of all cameras of an episode as one, which of them is its own, and how many."""
     found = {episode.id: views}
     for other in map(check_episode, episode.beside):
-        found[other.id] = engine.reconstruct(other, config, scratch)
-        check_views(found[other.id], other)
+        own = engine.reconstruct(other, config, scratch)
+        check_views(own, other)
+        found[other.id] = replace(own, read_labels=other.read_labels)
     names = sorted(found)  # The same for each of the cameras, and so is the scene.
     return joined_views([found[n] for n in names]), names.index(episode.id), len(names)
 
@@ -124,6 +135,7 @@ def observe(
         episode.image_size,
         scene.moving,
         free,
+        scene.labels,
     )
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from occgen_hub.episode import Note
 from occgen_hub.geometry.alignment import Alignment
 from occgen_hub.geometry.cloud import Cloud
+from occgen_hub.occupancy.classes import PointLabels
 from occgen_hub.quality import Quality
 from occgen_hub.views import WindowRecord
 
@@ -25,6 +26,7 @@ class Scene:
         intrinsics: (T, 3, 3) float64, pixels of the episode's images.
         moving: frame number to (n, 3) float32, the moving points of that frame, world metres; None
             if there are none in any frame.
+        labels: the classes of static and moving points; None without labels.
         scale: factor from the engine's unit of length to metres.
         alignment: of the engine's cameras with the source's; None if they were not aligned.
         quality: how well the frames agree; None if they were not compared.
@@ -41,3 +43,4 @@ class Scene:
     quality: Quality | None = None
     windows: WindowRecord | None = None
     notes: tuple[Note, ...] = ()
+    labels: PointLabels | None = None

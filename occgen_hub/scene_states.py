@@ -11,6 +11,8 @@ import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from occgen_hub.index import bucket, file_stem
 from occgen_hub.loading import Trajectory
 from occgen_hub.occupancy.states import BLOCK_BYTES, SceneStates
 from occgen_hub.schema import plain_arrow, plain_numpy, plain_texts
+from occgen_hub.taxonomy import UNLABELLED
 
 FOLDER = "scene_states"
 REMAKE = "remove it and run occgen-hub finalize on the dataset"
@@ -52,6 +55,10 @@ COLUMNS = {
     "occupied": pa.binary(),
     "free": pa.binary(),
 }
+
+LABELS = "labels"
+"""A further column, binary, where an episode of the scene has labels: the classes of the occupied
+cells of a block, a byte each, in the order of their bits."""
 
 _KEY = b"occgen_states"
 _FORMAT = 1
@@ -130,9 +137,20 @@ def read_states(file: pq.ParquetFile, episode: str) -> SceneStates:
     if not (np.diff(plain_numpy(blocks.offsets)) == 3).all():
         raise ValueError("a block has not three numbers")
     numbers = plain_numpy(blocks.flatten()).reshape(-1, 3)
-    return SceneStates.from_packed(
+    states = SceneStates.from_packed(
         sizes[0], numbers, *(_bits(table, k) for k in ("occupied", "free"))
     )
+    if LABELS not in table.column_names:
+        return states
+    column = table[LABELS].combine_chunks()
+    if column.type != pa.binary():
+        raise ValueError(f"its column {LABELS} is not of {pa.binary()}")
+    ends, content = _contents(column)
+    if not np.array_equal(ends - ends[0], states.class_ends()):
+        raise ValueError("a block has classes of other cells than its occupied ones")
+    if len(content) and not (content.min() > 0 and content.max() <= UNLABELLED):
+        raise ValueError("a cell is of no class")
+    return replace(states, classes=content)
 
 
 def check_states(root: Path, scenes: Scenes, known: Collection[str]) -> Iterator[DatasetError]:
@@ -150,7 +168,7 @@ def check_states(root: Path, scenes: Scenes, known: Collection[str]) -> Iterator
                 yield DatasetError(path, "is missing", "run occgen-hub finalize on the dataset")
             continue
         for episode, folder in scenes.get(scene, ()):
-            expected = Trajectory.open(folder).states()
+            expected = _states_of(folder, _have_labels(scenes[scene]))
             try:
                 with parquet_file(path) as file:
                     found = read_states(file, episode)
@@ -165,14 +183,26 @@ def check_states(root: Path, scenes: Scenes, known: Collection[str]) -> Iterator
 
 def _pieces(found: Sequence[tuple[str, Path]]) -> dict[str, Any]:
     """What the file of a scene is made of, as it says itself."""
-    pieces = []
+    pieces, labels = [], _have_labels(found)
     for episode, path in found:
         trajectory = Trajectory.open(path)
         name = trajectory.schema.path("scene_occupancy")
         made_of = [trajectory.record["files"].get(name), trajectory.record["grid"]]
+        if labels:
+            made_of.append(trajectory.taxonomy)
         digest = hashlib.sha256(dump_json(made_of).encode()).hexdigest()
         pieces.append({"episode": episode, "sha256": digest})
     return {"format": _FORMAT, "pieces": pieces}
+
+
+def _have_labels(found: Sequence[tuple[str, Path]]) -> bool:
+    """Whether a trajectory of a scene has labels."""
+    return any(Trajectory.open(path).taxonomy is not None for _, path in found)
+
+
+def _states_of(path: Path, labels: bool) -> SceneStates:
+    """The states of a trajectory; if `labels`, with classes also where it has none."""
+    return Trajectory.open(path).states().labelled(labels)
 
 
 def _write(place: Path, found: Sequence[tuple[str, Path]], pieces: dict[str, Any]) -> None:
@@ -184,8 +214,12 @@ def _write(place: Path, found: Sequence[tuple[str, Path]], pieces: dict[str, Any
         "block": {"feature": {"dtype": "int32", "_type": "Value"}, "length": 3, "_type": "List"},
         **{k: {"dtype": "binary", "_type": "Value"} for k in ("occupied", "free")},
     }
+    columns, labels = dict(COLUMNS), _have_labels(found)
+    if labels:
+        columns[LABELS] = pa.binary()
+        described[LABELS] = {"dtype": "binary", "_type": "Value"}
     schema = pa.schema(
-        list(COLUMNS.items()), {"huggingface": json.dumps({"info": {"features": described}})}
+        list(columns.items()), {"huggingface": json.dumps({"info": {"features": described}})}
     )
     how: dict[str, Any] = {
         "compression": "zstd",
@@ -200,7 +234,7 @@ def _write(place: Path, found: Sequence[tuple[str, Path]], pieces: dict[str, Any
     ):
         writer.add_key_value_metadata({_KEY: dump_json(pieces).encode()})
         for episode, path in found:
-            states = Trajectory.open(path).states()
+            states = _states_of(path, labels)
             for start in range(0, max(len(states.blocks), 1), GROUP_BLOCKS):
                 writer.write_table(_table(episode, states, start, schema))
 
@@ -217,14 +251,24 @@ def _table(episode: str, states: SceneStates, start: int, schema: pa.Schema) -> 
         pa.ListArray.from_arrays(plain_arrow(ends), numbers),
         *bits,
     ]
+    if part.classes is not None:
+        pieces = (part.classes[a:b].tobytes() for a, b in pairwise(part.class_ends().tolist()))
+        columns.append(plain_texts(pa.binary(), [*pieces]))
     return pa.Table.from_arrays(columns, schema=schema)
 
 
 def _bits(table: pa.Table, name: str) -> Any:
     """(B, 4096) uint8 of a column of bits."""
-    column = table[name].combine_chunks()
-    _, offsets, content = column.buffers()
-    ends = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1]
+    ends, content = _contents(table[name].combine_chunks())
     if not (np.diff(ends) == BLOCK_BYTES).all():
         raise ValueError(f"{name} is not of blocks of 32 x 32 x 32 cells")
-    return np.frombuffer(content, np.uint8)[ends[0] : ends[-1]].reshape(-1, BLOCK_BYTES)
+    return content.reshape(-1, BLOCK_BYTES)
+
+
+def _contents(column: pa.Array) -> tuple[Any, Any]:
+    """Where the values of a column of bytes begin and end, and all their bytes, uint8."""
+    _, offsets, content = column.buffers()
+    ends = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1]
+    if content is None:
+        return ends, np.zeros(0, np.uint8)
+    return ends, np.frombuffer(content, np.uint8)[ends[0] : ends[-1]]

@@ -167,6 +167,7 @@ class ArraySpec(BaseModel):
 
     dtype: str
     shape: tuple[int | str, ...]
+    required: bool = True
 
 
 class FileSpec(BaseModel):
@@ -179,6 +180,7 @@ class FileSpec(BaseModel):
     required: bool = True
     media: bool = Field(False, description="comes from the source; left out by --media none")
     arrays: dict[str, ArraySpec] = Field(default_factory=dict)
+    classes: bool = Field(False, description="of a CSR file: its values are classes, and not 1")
     modes: list[str] = Field(default_factory=list)
     json_schema: str | None = None
 

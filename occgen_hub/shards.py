@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from itertools import batched, islice, pairwise
+from itertools import batched, islice, pairwise, repeat
 from math import prod
 from pathlib import Path
 from threading import Event
@@ -63,6 +63,7 @@ from occgen_hub.media import encode_jpeg
 from occgen_hub.scene_states import FOLDER as STATES
 from occgen_hub.scene_states import check_states, states_file, states_files, write_states
 from occgen_hub.schema import Feature, plain_arrow, plain_texts
+from occgen_hub.taxonomy import UNLABELLED
 
 FOLDER = "occupancy"
 OLD_PATTERN = "train-*-of-*.parquet"
@@ -102,7 +103,7 @@ class Piece:
 
     path: the trajectory's folder; npz: bytes of its npz files for these frames; group_rows: frames
     per row group; sha256: digest of the sources of the rows; images: whether there are columns of
-    images, depth and tasks.
+    images, depth and tasks; labels: whether there are classes.
     """
 
     path: Path
@@ -113,6 +114,7 @@ class Piece:
     group_rows: int
     sha256: str
     images: bool = False
+    labels: bool = False
 
 
 class Row(NamedTuple):
@@ -128,6 +130,8 @@ class Row(NamedTuple):
     intrinsic: NDArray[np.float32]
     media: tuple[bytes | None, bytes | None, str] | None = None
     """The image (JPEG) and depth (PNG), or None, and the task as text."""
+    labels: NDArray[np.uint8] | None = None
+    """The classes of the occupied cells, if the shard has any."""
 
 
 @dataclass(frozen=True)
@@ -313,7 +317,9 @@ def _scenes(
 
 
 def _pieces(found: Iterable[tuple[str, Path]], shard_bytes: int, images: bool) -> Iterator[Piece]:
-    """The trajectories, cut into equal pieces if they are too long for one shard."""
+    """The trajectories of a scene, cut into equal pieces if they are too long for one shard."""
+    found = list(found)
+    labels = any(Trajectory.open(path).taxonomy is not None for _, path in found)
     for episode, path in found:
         trajectory = Trajectory.open(path)
         record, schema = trajectory.record, trajectory.schema
@@ -322,6 +328,8 @@ def _pieces(found: Iterable[tuple[str, Path]], shard_bytes: int, images: bool) -
         made_of = [sources, record["grid"]]
         if images:
             made_of += [record["files"], record["scene"]]
+        if labels:
+            made_of += [record["files"].get(schema.path("labels"))]
         digest = hashlib.sha256(dump_json(made_of).encode()).hexdigest()
         files = trajectory.file("visible"), trajectory.file("observed")
         frames = npz_array(files[1], "data").check("u", None, None).shape[0]
@@ -330,7 +338,7 @@ def _pieces(found: Iterable[tuple[str, Path]], shard_bytes: int, images: bool) -
         for start, stop in pairwise(ends):
             share = size * (stop - start) // max(frames, 1)
             rows = group_rows(trajectory.grid.shape)
-            yield Piece(path, episode, start, stop, share, rows, digest, images)
+            yield Piece(path, episode, start, stop, share, rows, digest, images, labels)
 
 
 def _plan(scene: str, pieces: Iterable[Piece], shard_bytes: int) -> list[Shard]:
@@ -375,10 +383,15 @@ def _rows(piece: Piece) -> Iterator[Row]:
         strict=True,
     )
     media = _media(trajectory) if piece.images else None
+    has_labels = piece.labels and trajectory.taxonomy is not None
+    classes = islice(trajectory.label_frames(), piece.start, None) if has_labels else repeat(None)
     try:
         for row in islice(frames, piece.start, piece.stop):
             found = None if media is None else media(row[0])
-            yield Row(piece.episode, grid, *row)._replace(media=found)
+            labels = next(classes)
+            if piece.labels and labels is None:
+                labels = np.full(len(row[1]), UNLABELLED, np.uint8)
+            yield Row(piece.episode, grid, *row)._replace(media=found, labels=labels)
         if piece.stop == len(poses):
             next(frames, None)  # Detects files of unequal length.
     except ValueError:
@@ -410,7 +423,12 @@ IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 """The type of the columns `image` and `depth`: images as `datasets` stores them."""
 
 
-def _schema(images: bool) -> pa.Schema:
+def column_names(*, images: bool, labels: bool) -> list[str]:
+    """The columns of a shard with or without images and labels."""
+    return list(_schema(images, labels).names)
+
+
+def _schema(images: bool, labels: bool) -> pa.Schema:
     """The shards' columns, with the types that `datasets` gives them."""
     fields = [feature.arrow_field(name) for name, feature in FEATURES.items()]
     described = {name: feature.datasets_type() for name, feature in FEATURES.items()}
@@ -419,6 +437,9 @@ def _schema(images: bool) -> pa.Schema:
     described |= {"occupied": cells, "dynamic": cells, "observed": data}
     fields[3:3] = [pa.field(name, pa.list_(pa.int32())) for name in ("occupied", "dynamic")]
     fields[5:5] = [pa.field("observed", pa.binary())]
+    if labels:
+        fields[6:6] = [pa.field("labels", pa.list_(pa.uint8()))]
+        described["labels"] = {"feature": {"dtype": "uint8", "_type": "Value"}, "_type": "List"}
     if images:
         fields += [
             pa.field("image", IMAGE),
@@ -451,7 +472,10 @@ def _table(rows: tuple[Row, ...]) -> pa.Table:
         pictures, depths, tasks = zip(*media, strict=True)
         arrays |= {"image": _files(pictures), "depth": _files(depths)}
         arrays["task"] = plain_texts(pa.string(), [task.encode() for task in tasks])
-    schema = _schema(images)
+    labels = [row.labels for row in rows if row.labels is not None]
+    if labels:
+        arrays["labels"] = _lists(labels, np.uint8)
+    schema = _schema(images, bool(labels))
     return pa.Table.from_arrays([arrays[name] for name in schema.names], schema=schema)
 
 
@@ -461,10 +485,10 @@ def _files(contents: Sequence[bytes | None]) -> pa.Array:
     return pa.array(stored, IMAGE)
 
 
-def _lists(cells: list[NDArray[np.integer]]) -> pa.ListArray:
-    """A list of int32 for each frame."""
+def _lists(cells: Sequence[NDArray[np.integer]], kind: type[np.integer] = np.int32) -> pa.ListArray:
+    """A list of numbers for each frame."""
     ends = np.cumsum([0, *map(len, cells)]).astype(np.int32)
-    values = np.concatenate(cells).astype(np.int32)
+    values = np.concatenate(cells).astype(kind)
     return pa.ListArray.from_arrays(plain_arrow(ends), plain_arrow(values))
 
 
@@ -501,7 +525,7 @@ def _write(place: Path, pieces: list[Piece], stop: Event) -> None:
     with (
         atomic_file(place) as partial,
         pa.OSFile(os.fsencode(partial), "wb") as file,  # A path may look like a URI.
-        pq.ParquetWriter(file, _schema(pieces[0].images), **how) as writer,
+        pq.ParquetWriter(file, _schema(pieces[0].images, pieces[0].labels), **how) as writer,
     ):
         writer.add_key_value_metadata({_KEY: dump_json(_describe(pieces)).encode()})
         for piece in pieces:
@@ -583,23 +607,26 @@ def _check(root: Path, name: str, rows: list[Entry], here: dict[str, Path]) -> N
         if sha256(path, MAX_BUILT_BYTES) != rows[0].shard_sha256[rows[0].shards.index(name)]:
             raise DatasetError(path, "has another SHA-256 than in the index", "download it again")
         return
-    pieces, images = [], _has_images(path)
+    pieces, images, labels = [], _has_column(path, "image"), _has_column(path, "labels")
+    if not labels and any(Trajectory.open(here[row.episode]).taxonomy for row in rows):
+        raise DatasetError(path, "has no column labels, which its trajectories have", REMAKE)
     for row in ordered:
         at = row.shards.index(name)
         stop = row.shard_starts[at + 1] if at + 1 < len(row.shards) else row.frames
         start, group = row.shard_starts[at], group_rows(row.shape)
-        pieces.append(Piece(here[row.episode], row.episode, start, stop, 0, group, "", images))
-    place = 0
+        place = here[row.episode]
+        pieces.append(Piece(place, row.episode, start, stop, 0, group, "", images, labels))
+    at = 0
     tables = _groups(path)
     for expected in (part for piece in pieces for part in batched(_rows(piece), piece.group_rows)):
         table = next(tables, None)
         if table is None:
             problem = f"ends before frame {expected[0].frame} of {expected[0].episode}"
             raise DatasetError(path, problem, REMAKE)
-        _compare(path, table, expected, place)
-        place += table.num_rows
+        _compare(path, table, expected, at)
+        at += table.num_rows
     if next(tables, None) is not None:
-        problem = f"row {place} belongs to no frame of the trajectories"
+        problem = f"row {at} belongs to no frame of the trajectories"
         raise DatasetError(path, problem, REMAKE)
 
 
@@ -618,18 +645,19 @@ def _compare(path: Path, table: pa.Table, rows: tuple[Row, ...], place: int) -> 
     raise DatasetError(path, problem, REMAKE)
 
 
-def _has_images(path: Path) -> bool:
-    """Whether a shard has image columns. False if it cannot be read."""
+def _has_column(path: Path, name: str) -> bool:
+    """Whether a shard has a column. False if it cannot be read."""
     try:
         with parquet_file(path) as file:
-            return "image" in file.schema_arrow.names
+            return name in file.schema_arrow.names
     except (*PARQUET_DAMAGE, SourceError):
         return False
 
 
 def _groups(path: Path) -> Iterator[pa.Table]:
     """The row groups of a shard, one in memory at a time. Raises DatasetError if it is not one."""
-    schema = plain_schema(_schema(_has_images(path)))
+    columns = (_has_column(path, name) for name in ("image", "labels"))
+    schema = plain_schema(_schema(*columns))
     try:
         with parquet_file(path) as file:
             if not plain_schema(file.schema_arrow).equals(schema):

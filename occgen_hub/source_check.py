@@ -62,6 +62,8 @@ def _check_episode(builder: DatasetBuilder, ref: EpisodeRef) -> Episode:
         raise _wrong(builder, f"has_depth({ref.id})", problem, "say what read_depth will be")
     for frame in sorted({0, episode.length // 2, episode.length - 1}):
         episode.read_rgb(frame)
+        if episode.read_labels is not None:
+            episode.read_labels(frame)
         if episode.read_depth is not None:
             _check_reach(builder, episode.read_depth(frame), frame)
     _check_files(builder, episode)

@@ -39,7 +39,7 @@ def outdated(
     record["source"] = {"builder_version": DatasetBuilder.version, **record["source"]}
     record["source"].pop("license", None)
     expected = provenance.record(schema, ref.id, recorded)
-    for key, value in {"weights": None, **expected}.items():
+    for key, value in {"weights": None, "segmenter": None, **expected}.items():
         if record.get(key) != value:
             return f"was built with another {key}{_difference(record.get(key), value)}", 0
     if not all((place / name).is_file() for name in files):

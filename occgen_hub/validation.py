@@ -351,9 +351,11 @@ class _Check:
                 self.say(path, "is missing", ABSENT)
             return
         if spec.kind in ("npz", "mask"):
-            self._arrays(path, {name: npz_array(path, name) for name in spec.arrays}, spec.arrays)
+            labelled = self.trajectory.taxonomy is not None
+            wanted = {k: array for k, array in spec.arrays.items() if array.required or labelled}
+            self._arrays(path, {name: npz_array(path, name) for name in wanted}, wanted)
         elif spec.kind == "csr":
-            self._csr(key, path, spec.arrays["data"])
+            self._csr(key, path, spec)
         elif spec.kind == "ply":
             if spec.media:  # Copied from the source, not used in computations.
                 check_ply(path)
@@ -407,7 +409,8 @@ class _Check:
                     path, f"array {name} has shape {array.shape}, expected {spec.shape} {names}"
                 )
 
-    def _csr(self, key: str, path: Path, spec: ArraySpec) -> None:
+    def _csr(self, key: str, path: Path, file: FileSpec) -> None:
+        spec = file.arrays["data"]
         shape = tuple(npz_array(path, "shape").check("i", 2).load().tolist())
         data = npz_array(path, "data").check("u", None)
         expected = tuple(self._sizes()[str(n)] for n in spec.shape)
@@ -420,7 +423,10 @@ class _Check:
             self.say(
                 path, f"has {len(ends) - 1} rows and {data.shape} values for {self.frames} frames"
             )
-        if not all((row == 1).all() for row in data.pieces(ends, self.trajectory.grid.cells)):
+        if file.classes:
+            for _ in self.trajectory.label_frames():  # Raises where they are wrong.
+                pass
+        elif not all((row == 1).all() for row in data.pieces(ends, self.trajectory.grid.cells)):
             self.say(path, "has values other than 1")
 
     # Consistency

@@ -52,6 +52,8 @@ class Views:
         scale: factor from `read_depth` to the unit of `world_from_camera`.
         windows: how windows were joined; None if all frames were processed at once.
         notes: for the user.
+        read_labels: frame number to (H, W) uint8 classes of the pixels of the episode's images, 0
+            for none; None without labels.
 
     The methods that take a frame number are thread-safe.
     """
@@ -70,6 +72,7 @@ class Views:
     scale: float = 1.0
     windows: WindowRecord | None = None
     notes: tuple[Note, ...] = ()
+    read_labels: Callable[[int], NDArray[np.uint8]] | None = None
 
     def depth(self, frame: int, confidence: float = 0.0) -> NDArray[np.float32]:
         """(h, w) float32 depth of a frame, in the unit of the poses, 0 for none.

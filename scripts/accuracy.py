@@ -6,7 +6,9 @@ get the same recordings and are looked at through the same exact visibility. acc
 defines the columns. Figures of our default are held to targets; the exit status is 1 if one is
 missed.
 
-With --kinect FOLDER, real frames are built instead and compared with the depth that they measured.
+With --labels, the classes of visible cells are compared with those of the mesh instead, on samples
+with labels. With --kinect FOLDER, real frames are built instead and compared with the depth that
+they measured.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from accuracy_kinect import measure_kinect
+from accuracy_labels import measure_labels, show_labels
 from accuracy_methods import METHODS, OURS
 from accuracy_metrics import Counts, SampleTruth, evaluate, figures, measure
 from accuracy_table import (
@@ -221,6 +224,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--kinect", type=Path, metavar="FOLDER", help="measure on real frames, as 7-Scenes has them"
     )
+    add("--labels", action="store_true", help="measure the classes of cells, on Kinect noise")
     options = parser.parse_args(arguments)
     for name in ("seeds", "trajectories", "frames", "processes"):
         if getattr(options, name) < 1:
@@ -238,6 +242,12 @@ def main(arguments: list[str] | None = None) -> int:
                 real = measure_kinect(options.kinect, Path(folder, "out"), config, bar.update)
             met = show_kinect(real)
             found: dict[str, Any] = {"kinect": real, "targets": KINECT}
+        elif options.labels:
+            seeds = range(options.seed, options.seed + options.seeds)
+            with tqdm(total=len(seeds), unit="sample", leave=False) as bar:
+                by_seed = measure_labels(seeds, options.trajectories, options.frames, bar.update)
+            met = show_labels(by_seed)
+            found = {"labels": by_seed}
         else:
             found = _read(options.source) if options.source else measure_table(options)
             met = show(found["table"], markdown=options.markdown, details=options.details)

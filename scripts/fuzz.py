@@ -143,6 +143,7 @@ def subjects(place: Path, only: tuple[str, ...] = ()) -> Iterator[Subject]:
         sample = place / name / "root"
         if not sample.exists():
             options = ("--trajectories", "2", "--frames", "2", "--seed", "3", *options)
+            options += () if name == "vlnce" else ("--labels",)
             run_here("sample", sample, *options)
             shutil.rmtree(sample / "ground_truth", ignore_errors=True)
         return sample

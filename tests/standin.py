@@ -17,9 +17,13 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from occgen_hub.config import Config
+from occgen_hub.engines.frames import network_depth, network_image, network_size
 from occgen_hub.engines.pi3.network import Pi3, Pi3X
 from occgen_hub.engines.pi3.sizes import Sizes
 from occgen_hub.engines.weights import load_network
+from occgen_hub.episode import Episode
+from occgen_hub.geometry.sim3 import Sim3
 
 TINY = Sizes(
     width=64, heads=4, encoder_depth=1, encoder_registers=1, position_grid=5, decoder_depth=2,
@@ -108,6 +112,26 @@ def _solved(given: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, to
         torch.cat((given, ones), dim=1).double(), wanted.double(), driver="gelsd"
     ).solution.float()
     return solution[:-1].T.contiguous(), solution[-1].contiguous()
+
+
+def memory_of(
+    episode: Episode, gauge: Sim3, config: Config, *, alone: bool = False
+) -> dict[str, torch.Tensor]:
+    """Weights of a pi3 that knows the images of an episode with depth, in a world of its own.
+
+    gauge: network world from the episode's.
+    """
+    size = network_size(episode.image_size, config.max_pixels, 14)
+    frames = range(episode.length)
+    images = np.stack([network_image(episode.read_rgb(t), size) for t in frames])
+    depth = np.stack([network_depth(episode.read_depth(t), size) for t in frames])
+    depth[depth <= 0] = 5.0
+    K, factors = episode.intrinsics[0], np.divide(episode.image_size, size)
+    u, v = ((np.arange(n) + 0.5) * f for n, f in zip(size, factors, strict=True))
+    x = (u[None, None] - K[0, 2]) / K[0, 0] * depth
+    y = (v[None, :, None] - K[1, 2]) / K[1, 1] * depth
+    local = np.stack((x, y, depth), axis=-1) * gauge.scale
+    return memorise(images, local, gauge.poses(episode.world_from_camera), alone=alone)
 
 
 def save(folder: Path, name: str, weights: dict[str, torch.Tensor], sizes: Sizes = TINY) -> Path:

@@ -15,6 +15,7 @@ import yaml
 from click.testing import CliRunner, Result
 from hub_server import READER, Hub, Repository
 from made_up import share_beside
+from standin import memory_of, save
 
 import occgen_hub as library
 from occgen_hub.builder import DatasetBuilder, load_builder
@@ -26,6 +27,7 @@ from occgen_hub.episode import Episode, check_episode
 from occgen_hub.episode_build import Settings, build_episode
 from occgen_hub.errors import OccGenError, SourceError, UsageError
 from occgen_hub.fusion.conventions import check_conventions
+from occgen_hub.geometry.sim3 import Sim3
 from occgen_hub.job import list_episodes
 from occgen_hub.loading import Trajectory
 from occgen_hub.source_check import check_source
@@ -312,6 +314,22 @@ def test_without_a_mapping_there_are_images_alone(v21: Path) -> None:
     assert builder.footage(first) == (3, (480, 270))
     found = check_episode(builder.read(first))
     assert found.read_depth is found.world_from_camera is found.intrinsics is None
+
+
+def test_a_camera_without_depth_goes_through_a_network(v21: Path, tmp_path: Path) -> None:
+    """A stand-in that knows the camera's images gives back its path and its scale."""
+    known = read(v21)
+    config = SMALL.model_copy(update={"max_pixels": 40_000, "refine_poses": False})
+    gauge = Sim3(0.6, np.eye(3), np.array([3.0, -2.0, 1.0]))
+    weights = save(tmp_path / "weights", "pi3", memory_of(known, gauge, config))
+    builder = builder_of(v21, depth=None)
+    *_, ref = (ref for ref in list_episodes(builder) if ref.id.endswith("front"))
+    assert not builder.has_depth(ref)
+    engine = load_engine("pi3", weights, "cpu")
+    build_episode(builder, ref, tmp_path / "out", Settings(config, engine, media="none"))
+    built = Trajectory.open(tmp_path / "out" / ref.id)
+    np.testing.assert_allclose(built.world_from_camera(), known.world_from_camera, atol=2e-2)
+    assert sum(len(cells) for cells in built.visible_frames()) > 100
 
 
 def test_a_template_that_leads_out_is_refused(v21: Path, tmp_path: Path) -> None:

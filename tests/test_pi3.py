@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
-from standin import TINY, memorise, random_weights, save
+from standin import TINY, memorise, memory_of, random_weights, save
 
 from occgen_hub.builder import load_builder
 from occgen_hub.config import Config
 from occgen_hub.engines import Auto, load_engine
-from occgen_hub.engines.frames import depth_edges, network_depth, network_image, network_size
+from occgen_hub.engines.frames import depth_edges, network_depth, network_size
 from occgen_hub.engines.network import unproject, window_size
 from occgen_hub.engines.pi3.engine import MEMORY
 from occgen_hub.engines.store import FrameStore
@@ -281,30 +281,19 @@ def episode(tree):
     return builder.read(list_episodes(builder)[0])
 
 
-def memory_of(episode, alone):
-    """The stand-in's tensors: images, local points and cameras of an episode, in its world."""
-    size = network_size(episode.image_size, SMALL.max_pixels, 14)
-    frames = range(episode.length)
-    images = np.stack([network_image(episode.read_rgb(t), size) for t in frames])
-    depth = np.stack([network_depth(episode.read_depth(t), size) for t in frames])
-    depth[depth <= 0] = 5.0
-    K, factors = episode.intrinsics[0], np.divide(episode.image_size, size)
-    u, v = ((np.arange(n) + 0.5) * f for n, f in zip(size, factors, strict=True))
-    x = (u[None, None] - K[0, 2]) / K[0, 0] * depth
-    y = (v[None, :, None] - K[1, 2]) / K[1, 1] * depth
-    local = np.stack((x, y, depth), axis=-1) * GAUGE.scale
-    return memorise(images, local, GAUGE.poses(episode.world_from_camera), alone=alone)
-
-
 @pytest.fixture(scope="module")
 def checkpoint(episode, tmp_path_factory):
-    return save(tmp_path_factory.mktemp("ckpt") / "pi3", "pi3", memory_of(episode, alone=False))
+    return save(tmp_path_factory.mktemp("ckpt") / "pi3", "pi3", memory_of(episode, GAUGE, SMALL))
 
 
 @pytest.fixture(scope="module")
 def loner(episode, tmp_path_factory):
     """A checkpoint whose views do not see each other."""
-    return save(tmp_path_factory.mktemp("ckpt") / "alone", "pi3", memory_of(episode, alone=True))
+    return save(
+        tmp_path_factory.mktemp("ckpt") / "alone",
+        "pi3",
+        memory_of(episode, GAUGE, SMALL, alone=True),
+    )
 
 
 def engine_views(checkpoint, episode, config=SMALL, name="pi3"):

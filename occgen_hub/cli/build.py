@@ -91,6 +91,11 @@ CLUSTERS = {
     metavar="LIST",
     help="Inputs of pi3x besides the images: any of depth, intrinsics and poses.",
 )
+@click.option(
+    "--segmenter", metavar="NAME",
+    help="Make labels of the images with this installed segmenter, where the source has none.",
+)  # fmt: skip
+@click.option("--segmenter-weights", type=FOLDER, help="The weights of its network.")
 @click.option("--config", type=FOLDER, help="A YAML file of settings.")
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="One setting; repeatable."

@@ -202,6 +202,10 @@ def _size(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
     "--camera", type=FOLDER,
     help="JSON: the world's viewpoint, from view --choose-camera; by default automatic.",
 )  # fmt: skip
+@click.option(
+    "--color", type=click.Choice(["depth", "class"]), default="depth", show_default=True,
+    help="Of the cells that the camera sees: by depth or, in a dataset with labels, by class.",
+)  # fmt: skip
 @with_options(*_HISTORY, *_SOURCE)
 def render(
     trajectory: str,
@@ -211,6 +215,7 @@ def render(
     fps: float | None,
     frame: int | None,
     camera: Path | None,
+    color: Any,
     history_len: int,
     history_step: int,
     root: Path | None,
@@ -220,7 +225,7 @@ def render(
 
     The world view shows the coloured scene, the path, the camera with its image, and occupied
     cells, blue to yellow by height and pale for past frames. The ego view shows the cells that
-    the camera sees; near ones are bright. Needs the extra `visual`.
+    the camera sees, coloured by depth (near ones are bright) or by class. Needs the extra `visual`.
     """
     from occgen_hub.visual.optional_dependencies import need_pyvista
     from occgen_hub.visual.render import Shot
@@ -228,7 +233,8 @@ def render(
     from occgen_hub.visual.viewpoint import Viewpoint
 
     need_pyvista()
-    shot = Shot(view, size, Viewpoint.load(camera) if camera else None, history_len, history_step)
+    viewpoint = Viewpoint.load(camera) if camera else None
+    shot = Shot(view, size, viewpoint, history_len, history_step, color)
     with (
         _opened(trajectory, root, how) as opened,
         progress_bar("render", unit="frame") as progress,

@@ -66,6 +66,9 @@ class _Size(click.ParamType[tuple[float, float]]):
     "--people", default=0, show_default=True,
     help="Number of people who walk, or walk and then stand, in each trajectory.",
 )  # fmt: skip
+@click.option(
+    "--labels", is_flag=True, help="With label images: the class of what each pixel shows."
+)
 def sample(
     out: Path,
     trajectories: int,
@@ -77,11 +80,12 @@ def sample(
     pose_noise: tuple[float, float] | None,
     pose_drift: tuple[float, float] | None,
     people: int,
+    labels: bool,
 ) -> None:
     """Make a source like InternData-N1 of ray-traced rooms, with ground truth.
 
-    OUT/ground_truth has the mesh of the rooms and, for each episode, the true poses and the people
-    of every frame.
+    OUT/ground_truth has the mesh of the rooms, with --labels the class of each triangle, and
+    for each episode the true poses and the people of every frame.
     """
     from occgen_hub.sample import make_sample
 
@@ -89,6 +93,7 @@ def sample(
         made = make_sample(
             out, trajectories=trajectories, frames=frames, seed=seed, layout=layout, faults=faults,
             noise=noise, pose_noise=pose_noise, pose_drift=pose_drift, people=people,
+            labels=labels,
             progress=progress,
         )  # fmt: skip
     for path in made:

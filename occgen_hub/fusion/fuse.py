@@ -18,6 +18,7 @@ from occgen_hub.fusion.moving import MovingPoints
 from occgen_hub.fusion.noise import noise_model
 from occgen_hub.fusion.quality import Agreement, assess
 from occgen_hub.fusion.refine import refine_poses
+from occgen_hub.fusion.votes import point_classes
 from occgen_hub.geometry.camera import unproject_trusted
 from occgen_hub.geometry.cloud import Cloud, VoxelDownsample, voxel_downsample
 from occgen_hub.geometry.poses import transform
@@ -64,7 +65,8 @@ class Fused:
     cloud: the static surface, about one point for each voxel of `Config.fusion_size`, world metres;
     views: as given, with refined poses where that was asked for; moving: a frame's own points,
     (n, 3) float32 world metres, None where nothing is looked for; quality: figures; notes: what a
-    user should know.
+    user should know; classes: (n,) uint8 of the points of the cloud, see `point_classes`, None
+    where the views have no labels.
     """
 
     cloud: Cloud
@@ -72,6 +74,7 @@ class Fused:
     moving: MovingPoints | None
     quality: Quality | None
     notes: tuple[Note, ...] = ()
+    classes: NDArray[np.uint8] | None = None
 
 
 def fuse(views: Views, config: Config, progress: Progress = lambda _: None) -> Fused:
@@ -89,7 +92,8 @@ def fuse(views: Views, config: Config, progress: Progress = lambda _: None) -> F
     maps = DepthMaps(views, config.confidence, config.depth_edge)
     measured = union(maps, config, progress)
     if config.fusion == "union" or not len(measured):
-        return Fused(measured, views, None, None)
+        classes = _classes(measured, maps, config)
+        return Fused(measured, views, None, None, classes=classes)
     found = _fused(measured, maps, config)
     # A network's poses and depth are one estimate, whose errors belong together.
     doubtful = views.edges == "sensor" and found.quality.poses_are_off(config.voxel_size)
@@ -107,7 +111,21 @@ def fuse(views: Views, config: Config, progress: Progress = lambda _: None) -> F
     if moving.only and (attached := moving.attached()).any():
         cloud, moving = _without(attached, cloud.colors[found.order], moving)
     notes = tuple(found.quality.notes(config.refine_poses))
-    return Fused(cloud, found.maps.views, moving, found.quality, notes)
+    classes = _classes(cloud, found.maps, config, found.tolerance)
+    return Fused(cloud, found.maps.views, moving, found.quality, notes, classes)
+
+
+def _classes(
+    cloud: Cloud, maps: DepthMaps, config: Config, tolerance: Tolerance | None = None
+) -> NDArray[np.uint8] | None:
+    """The classes of the points of a cloud; None without labels."""
+    if maps.views.read_labels is None:
+        return None
+    if not len(cloud):
+        return np.zeros(0, np.uint8)
+    if tolerance is None:
+        tolerance = Tolerance.of(noise_model(maps, config.noise), config.voxel_size)
+    return point_classes(cloud.points, maps, tolerance)
 
 
 def _without(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
+from occgen_hub.fusion.moving import MovingPoints
 from occgen_hub.geometry.camera import scale_intrinsics
 from occgen_hub.views import Views
 
@@ -16,8 +17,8 @@ from occgen_hub.views import Views
 def joined_views(cameras: Sequence[Views]) -> Views:
     """The views of n sensors that ran on one clock, in one world, as if one camera jumped.
 
-    Frame t of camera c is frame t * n + c. Depth and colours are brought to the size of the largest
-    images; each pixel is the nearest one's.
+    Frame t of camera c is frame t * n + c. Depth, colours and labels are brought to the size of the
+    largest images; each pixel is the nearest one's. Cameras without labels give none.
     """
     n, length = len(cameras), len(cameras[0].intrinsics)
     size = max((views.image_size for views in cameras), key=prod)
@@ -34,6 +35,13 @@ def joined_views(cameras: Sequence[Views]) -> Views:
     def color(frame: int) -> NDArray[np.uint8]:
         return np.ascontiguousarray(_nearest(cameras[frame % n].read_color(frame // n), size))
 
+    def labels(frame: int) -> NDArray[np.uint8]:
+        read = cameras[frame % n].read_labels
+        if read is None:
+            return np.zeros(size[::-1], np.uint8)
+        return np.ascontiguousarray(_nearest(read(frame // n), size))
+
+    labelled = any(views.read_labels is not None for views in cameras)
     return replace(
         cameras[0],
         world_from_camera=np.ascontiguousarray(poses.reshape(n * length, 4, 4)),
@@ -43,6 +51,7 @@ def joined_views(cameras: Sequence[Views]) -> Views:
         frames=np.sort(np.concatenate(frames)),
         read_depth=depth,
         read_color=color,
+        read_labels=labels if labelled else None,
     )
 
 
@@ -58,15 +67,19 @@ def _nearest[Pixel: np.generic](image: NDArray[Pixel], size: tuple[int, int]) ->
 
 @dataclass(frozen=True)
 class MovingInAll:
-    """What moves in a moment, as any of n cameras saw it.
+    """What moves in a moment, as any of n cameras saw it, from what moves in `joined_views`."""
 
-    frames: the points that move in a frame of `joined_views`, (k, 3) float32 world metres.
-    """
-
-    frames: Callable[[int], NDArray[np.float32]]
+    frames: MovingPoints
     cameras: int
 
     def __call__(self, moment: int) -> NDArray[np.float32]:
         """(k, 3) float32 world metres."""
         first = moment * self.cameras
         return np.concatenate([self.frames(first + c) for c in range(self.cameras)])
+
+    def labelled(self, moment: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        """The same points, and their (k,) uint8 classes; see `MovingPoints.labelled`."""
+        first = moment * self.cameras
+        found = [self.frames.labelled(first + c) for c in range(self.cameras)]
+        points, classes = zip(*found, strict=True)
+        return np.concatenate(points), np.concatenate(classes)

@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 
 from occgen_hub.fusion.depth_map import DepthMap, DepthMaps, camera_values
 from occgen_hub.fusion.evidence import NEAREST, Tolerance, allowed, in_sight
+from occgen_hub.geometry.poses import transform
 from occgen_hub.jit import njit
 from occgen_hub.occupancy.point_blocks import PointBlocks
 from occgen_hub.prefetch import prefetch
+from occgen_hub.taxonomy import UNLABELLED
 
 LEAST_AREA = 0.01
 """Square metres of what moves, as the camera sees it: a hand, and no group of wrong pixels."""
@@ -75,6 +77,26 @@ class MovingPoints:
         kept, tolerance = self._pixels(view), self.tolerance.values()
         points: NDArray[np.float32] = _smoothed(view.depth, kept, view.camera(), tolerance)
         return points
+
+    def labelled(self, frame: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        """The points of a frame as above, and their (n,) uint8 classes, UNLABELLED for none.
+
+        Each has the class of its own pixel. The views must have labels.
+        """
+        points, views = self(frame), self.maps.views
+        assert views.read_labels is not None
+        if not len(points):
+            return points, np.zeros(0, np.uint8)
+        labels = views.read_labels(frame)
+        in_camera = transform(np.linalg.inv(views.world_from_camera[frame]), points.astype(float))
+        K = views.intrinsics[frame]
+        rows = in_camera[:, 1] / in_camera[:, 2] * K[1, 1] + K[1, 2]
+        columns = in_camera[:, 0] / in_camera[:, 2] * K[0, 0] + K[0, 2]
+        height, width = labels.shape
+        v = rows.astype(np.int64).clip(0, height - 1)
+        u = columns.astype(np.int64).clip(0, width - 1)
+        own = labels[v, u]
+        return points, np.where(own == 0, np.uint8(UNLABELLED), own)
 
     def frames_that_move(self) -> frozenset[int]:
         """The frames in which something moves."""

@@ -27,11 +27,14 @@ from occgen_hub.training import OccupancyDataset
 
 NAMES = {
     load_schema(SCHEMA).folder(file): key
-    for file, key in (("visible", "occupancy"), ("observed", "mask"), ("dynamic", "dynamic"))
+    for file, key in (
+        *(("visible", "occupancy"), ("observed", "mask"), ("dynamic", "dynamic")),
+        ("labels", "labels"),
+    )
 }
 """The occupancy features that an item may have, and their keys in an OccupancyDataset."""
 
-DEFAULT_NAMES = tuple(name for name, key in NAMES.items() if key != "dynamic")
+DEFAULT_NAMES = tuple(name for name, key in NAMES.items() if key in ("occupancy", "mask"))
 
 
 class LeRobotOccupancyDataset(LeRobotDataset):  # type: ignore[misc]  # lerobot comes without types
@@ -46,6 +49,7 @@ class LeRobotOccupancyDataset(LeRobotDataset):  # type: ignore[misc]  # lerobot 
       else (ceil(nx * ny * nz / 8),) uint8, packed by `np.packbits`
     - "observation.occ.dynamic": the cells of "observation.occ.view" that hold something that
       moves, in the same forms
+    - "observation.occ.labels": (nx, ny, nz) uint8, as "labels" of OccupancyDataset
 
     `delta_timestamps` may name them too. They are then stacked: (deltas, nx, ny, nz), or, if
     sparse, (n, 4) int32 with rows (d, i, j, k) of delta d. Each frame is in the grid of its own
@@ -121,7 +125,7 @@ class LeRobotOccupancyDataset(LeRobotDataset):  # type: ignore[misc]  # lerobot 
         return found
 
     def _stacked(self, key: str, frames: list[torch.Tensor]) -> torch.Tensor:
-        if key != "mask" and not self.occupancy.dense:
+        if key not in ("mask", "labels") and not self.occupancy.dense:
             pad = torch.nn.functional.pad
             return torch.cat([pad(rows, (1, 0), value=d) for d, rows in enumerate(frames)])
         return torch.stack(frames)

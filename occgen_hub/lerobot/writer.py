@@ -32,8 +32,9 @@ from occgen_hub.media import (
     write_jpeg,
     write_video,
 )
+from occgen_hub.occupancy.classes import classes_of_cells
 from occgen_hub.occupancy.codec import CellsWriter, NpzWriter, ObservedWriter
-from occgen_hub.occupancy.grid import Grid, SceneGrid, scene_grid
+from occgen_hub.occupancy.grid import Grid, SceneGrid, cell_numbers, scene_grid
 from occgen_hub.occupancy.states import FreeSpace
 from occgen_hub.occupancy.visibility import FrameOccupancy
 from occgen_hub.prefetch import background
@@ -49,8 +50,9 @@ class Provenance:
     """Where a trajectory comes from: the builder, its version, the engine, and the configuration.
 
     weights: of the engine's network, or None; cameras: the user's settings for the source's
-    cameras, see `CameraMapping.said`; license: of the recording, if the source states it. It is
-    recorded but not compared.
+    cameras, see `CameraMapping.said`; license: of the recording, if the source states it,
+    recorded but not compared; segmenter: the record of the segmenter that makes labels if the
+    source has none, or None.
     """
 
     builder: str
@@ -61,6 +63,7 @@ class Provenance:
     media: Media
     cameras: tuple[dict[str, Any], ...] = ()
     license: str | None = None
+    segmenter: dict[str, Any] | None = None
 
     def record(self, schema: Schema, episode: str, fingerprint: str) -> dict[str, Any]:
         """What a later run compares to decide whether the trajectory must be built again."""
@@ -75,6 +78,7 @@ class Provenance:
             "source": {**source, "cameras": list(self.cameras)} if self.cameras else source,
             "engine": self.engine,
             **({} if self.weights is None else {"weights": self.weights}),
+            **({} if self.segmenter is None else {"segmenter": self.segmenter}),
             "config": self.config.model_dump(mode="json"),
             "media": "none" if self.media == "none" else "kept",
         }
@@ -98,17 +102,24 @@ class TrajectoryWriter:
     def write_occupancy(self, frames: Iterable[FrameOccupancy]) -> None:
         """Write the visible and the observed cells, frame by frame, compressed in threads.
 
-        Moving cells have a file of their own, which is written only if there are any.
+        Moving cells and classes have files of their own, which are written only if there are any.
         """
         visible = CellsWriter(self.path("visible"), self.grid.cells)
         dynamic = CellsWriter(self.path("dynamic"), self.grid.cells)
         observed = ObservedWriter(self.path("observed"), self.episode.length, self.grid.shape)
+        labels = None
+        if self.episode.taxonomy is not None:
+            labels = CellsWriter(self.path("labels"), self.grid.cells)
         with background(observed.append) as pack:
             for frame in frames:
                 pack(frame.observed)
                 visible.append(frame.visible)
                 dynamic.append(frame.dynamic)
+                if labels is not None:
+                    labels.append(frame.visible, frame.labels)
             visible.close()
+            if labels is not None:
+                labels.close()
         observed.close()
         dynamic.close()
         self.moving = dynamic.count / max(visible.count, 1)
@@ -134,6 +145,12 @@ class TrajectoryWriter:
             out.add("blocks", states.blocks)
             out.add_bits("occupied", occupied)
             out.add_bits("free", opened)
+            if scene.labels is not None:
+                numbers = cell_numbers(cells.centres, cells.voxel_size)
+                of_points = cell_numbers(scene.cloud.points, cells.voxel_size)
+                places = np.searchsorted(numbers, of_points)
+                order = np.arange(len(numbers))
+                out.add("labels", classes_of_cells(order, places, scene.labels.static))
 
     def write_media(self, media: Media) -> None:
         """Copy or link the source's files, and encode the RGB video if the source has none.
@@ -272,6 +289,7 @@ class TrajectoryWriter:
             },
             **({} if scene.quality is None else {"quality": self._quality(scene.quality)}),
             **({} if self.episode.origin is None else {"origin": self.episode.origin}),
+            **({} if self.episode.taxonomy is None else {"taxonomy": self.episode.taxonomy}),
             "notes": [note.text for note in self.all_notes(scene)],
             "files": files,
         }

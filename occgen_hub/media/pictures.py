@@ -98,6 +98,22 @@ def decode_grey(content: bytes, path: Path) -> NDArray[Any]:
             raise damaged(path, error) from None
 
 
+def read_labels(path: Path, size: tuple[int, int]) -> NDArray[Any]:
+    """Read a label image of `size` (width, height) as (H, W) whole numbers, one a pixel.
+
+    Of an image with a palette, these are the places in it. Raises SourceError.
+    """
+    with _opened(path, size) as image:
+        if image.mode not in ("L", "P", "I;16", "I;16B", "I") or image.format != "PNG":
+            problem = f"is not a label image: a {image.format} whose pixels are {image.mode}"
+            remedy = "save labels as a PNG with one whole number of 8 or 16 bits a pixel"
+            raise SourceError(path, problem, remedy)
+        try:
+            return np.asarray(image)
+        except DAMAGE as error:
+            raise damaged(path, error) from None
+
+
 def _depth(image: Image.Image, path: Path) -> NDArray[np.uint16]:
     if image.mode not in ("I;16", "I;16B", "I"):
         raise SourceError(

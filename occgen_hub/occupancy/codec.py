@@ -79,21 +79,29 @@ class NpzWriter:
 
 
 class CellsWriter:
-    """Writes a CSR matrix (frames, cells) of ones, such as the visible cells, row by row."""
+    """Writes a CSR matrix (frames, cells), row by row: of ones, such as the visible cells, or of
+    values, such as their classes.
+    """
 
     def __init__(self, path: Path, cells: int) -> None:
         self._path, self._cells = path, cells
         self._ends = [0]
         self._columns = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115  # closed by close()
+        self._values = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115  # closed by close()
 
     @property
     def count(self) -> int:
         """The number of cells in all frames so far."""
         return self._ends[-1]
 
-    def append(self, columns: NDArray[np.int32]) -> None:
-        """Append the cells of one frame. columns: (n,) int32, sorted."""
+    def append(self, columns: NDArray[np.int32], values: NDArray[np.uint8] | None = None) -> None:
+        """Append the cells of one frame. columns: (n,) int32, sorted; values: (n,), None for ones.
+
+        Either all frames have values or none.
+        """
         self._columns.write(columns.tobytes())
+        if values is not None:
+            self._values.write(values.tobytes())
         self._ends.append(self._ends[-1] + len(columns))
 
     def close(self) -> None:
@@ -101,7 +109,7 @@ class CellsWriter:
         frames, count = len(self._ends) - 1, self._ends[-1]
         # scipy needs one dtype for both index arrays, wide enough for the number of entries.
         index = np.dtype(np.int32 if count < 2**31 else np.int64)
-        with self._columns, NpzWriter(self._path) as out:
+        with self._columns, self._values, NpzWriter(self._path) as out:
             self._columns.seek(0)
             with out.stream("indices", index, (count,), _for_columns) as file:
                 while chunk := self._columns.read(_CHUNK):
@@ -110,6 +118,11 @@ class CellsWriter:
             out.add("format", np.array(b"csr"))
             out.add("shape", np.array([frames, self._cells], np.int64))
             with out.stream("data", np.uint8, (count,), _for_bits) as file:
+                if self._values.tell():
+                    self._values.seek(0)
+                    while chunk := self._values.read(_CHUNK):
+                        file.write(chunk)
+                    return
                 for start in range(0, count, _CHUNK):
                     file.write(b"\x01" * min(_CHUNK, count - start))
 

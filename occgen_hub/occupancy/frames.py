@@ -13,8 +13,9 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from occgen_hub.occupancy.classes import PointLabels
 from occgen_hub.occupancy.grid import Grid
-from occgen_hub.occupancy.point_blocks import into_blocks
+from occgen_hub.occupancy.point_blocks import sorted_into_blocks
 from occgen_hub.occupancy.ray_packets import prepare
 from occgen_hub.occupancy.states import FreeSpace
 from occgen_hub.occupancy.visibility import FrameOccupancy, observe, warm_up
@@ -32,15 +33,17 @@ def observe_frames(
     size: tuple[int, int],
     moving: Callable[[int], NDArray[np.float32]] | None = None,
     free: FreeSpace | None = None,
+    labels: PointLabels | None = None,
 ) -> Iterator[FrameOccupancy]:
     """Yield the occupancy of each frame of a scene, in order; see `observe` for one.
 
     points: (n, 3) float32, world metres; world_from_camera: (T, 4, 4), OpenCV axes, metres;
     intrinsics: (T, 3, 3), pixels; size: (width, height) of the images; moving: the points of a
     frame that exist in no other, (n, 3) float32, world metres; free: collects the free space
-    observed by the frames.
+    observed by the frames; labels: the classes of `points` and of moving points.
     """
-    cloud = into_blocks(points)
+    cloud, order = sorted_into_blocks(points)
+    static = None if labels is None else labels.static[order]
     prepare(grid, intrinsics, size)
     own = threading.local()
     sequential = not _is_thread_safe()
@@ -50,9 +53,15 @@ def observe_frames(
             own.state = np.empty(grid.cells, np.uint8)
             if not sequential:
                 numba.set_num_threads(1)  # For calls from this thread.
-        own_points = None if moving is None else moving(t)
+        own_points, classes = None, None
+        if labels is not None and labels.moving is not None:
+            own_points, own_classes = labels.moving(t)
+        elif moving is not None:
+            own_points = moving(t)
+        if static is not None:
+            classes = static, own_classes if own_points is not None else static[:0]
         seen = observe(
-            grid, cloud, world_from_camera[t], intrinsics[t], size, own.state, own_points
+            grid, cloud, world_from_camera[t], intrinsics[t], size, own.state, own_points, classes
         )
         if free is not None:
             free.add(seen, world_from_camera[t])

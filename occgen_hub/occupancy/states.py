@@ -7,14 +7,17 @@ follows the volume that the frames saw, 1 bit a cell, however large the scene is
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from occgen_hub.jit import njit
+from occgen_hub.occupancy.classes import joined_classes
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.visibility import FrameOccupancy
+from occgen_hub.taxonomy import UNLABELLED
 
 BLOCK = 32
 """Cells along each edge of a block."""
@@ -42,12 +45,14 @@ class SceneStates:
         blocks: (B, 3) int32, the numbers of the blocks, ascending.
         occupied, free: (B, 32, 32) uint32: bit 31 - k of word (i, j) is cell (i, j, k) of a block.
             No cell is both.
+        classes: (n,) uint8 of the occupied cells, in the order of `cells`; None without labels.
     """
 
     voxel_size: float
     blocks: NDArray[np.int32]
     occupied: NDArray[np.uint32]
     free: NDArray[np.uint32]
+    classes: NDArray[np.uint8] | None = None
 
     @classmethod
     def from_packed(
@@ -76,14 +81,50 @@ class SceneStates:
     def part(self, start: int, stop: int) -> SceneStates:
         """The states of blocks `start` to `stop` alone."""
         kept = slice(start, stop)
-        return SceneStates(self.voxel_size, self.blocks[kept], self.occupied[kept], self.free[kept])
+        classes = self.classes
+        if classes is not None:
+            ends = self.class_ends()
+            last = min(stop, len(self.blocks))
+            classes = classes[ends[min(start, last)] : ends[last]]
+        parts = (self.blocks[kept], self.occupied[kept], self.free[kept])
+        return SceneStates(self.voxel_size, *parts, classes)
+
+    def class_ends(self) -> NDArray[np.int64]:
+        """(B + 1,) where the occupied cells of each block begin, in the order of `cells`."""
+        counts = np.bitwise_count(self.occupied).sum(axis=(1, 2), dtype=np.int64)
+        return np.concatenate([[0], np.cumsum(counts)])
+
+    def labelled(self, wanted: bool) -> SceneStates:
+        """The same with classes, UNLABELLED where there were none, or without them."""
+        if wanted == (self.classes is not None):
+            return self
+        unlabelled = np.full(self.class_ends()[-1], UNLABELLED, np.uint8)
+        return replace(self, classes=unlabelled if wanted else None)
+
+    def with_classes(self, centres: NDArray[np.float32], classes: NDArray[np.uint8]) -> SceneStates:
+        """The same with the classes of the occupied cells, given with their centres, world metres.
+
+        centres: (n, 3), of all occupied cells in any order; classes: (n,). Raises ValueError where
+        they are not those of the occupied cells.
+        """
+        own = self.cells(OCCUPIED)
+        found = np.floor(centres.astype(np.float64) / self.voxel_size).astype(np.int64)
+        first, second = (np.lexsort(cells.T[::-1]) for cells in (own, found))
+        if len(classes) != len(own) or not np.array_equal(own[first], found[second]):
+            raise ValueError("has classes of other cells than the occupied ones")
+        ordered = np.empty(len(own), np.uint8)
+        ordered[first] = classes[second]
+        return replace(self, classes=ordered)
 
     def equals(self, other: SceneStates) -> bool:
         """Whether all cells have the same states."""
-        return self.voxel_size == other.voxel_size and all(
+        same = self.voxel_size == other.voxel_size and all(
             np.array_equal(getattr(self, name), getattr(other, name))
             for name in ("blocks", "occupied", "free")
         )
+        if self.classes is None or other.classes is None:
+            return same and self.classes is other.classes
+        return same and np.array_equal(self.classes, other.classes)
 
     def packed(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """The (B, 4096) uint8 bits of the occupied and of the free cells."""
@@ -109,9 +150,15 @@ class SceneStates:
         so many cells' width are occupied if any of their cells is, else free if any is, else
         unknown; there are as many as cover the grid.
 
+        Where there are classes, occupied cells have theirs; with a stride the commonest, see
+        `classes.joined_classes`.
+
         world_from_grid: (4, 4), metres; seen: what a frame saw, which counts more: the labels with
-        that stride, and (nx, ny, nz) which cells, without a stride, it observed.
+        that stride (without one where there are classes), and (nx, ny, nz) which cells, without a
+        stride, it observed.
         """
+        if self.classes is not None and stride > 1:
+            return joined_classes(self.cut(grid, world_from_grid, 1, seen), stride)
         pose = np.asarray(world_from_grid, np.float64)
         corners = _corners(grid, pose) / (self.voxel_size * BLOCK)
         # A block more on each side, so that rounding leads to none outside.
@@ -127,11 +174,22 @@ class SceneStates:
         else:
             out, known = seen[0].copy(), np.ascontiguousarray(seen[1])
         start, steps = _affine(grid, pose, self.voxel_size)
+        start -= low * BLOCK
+        shift = stride.bit_length() - 1
         _cut(
-            self.occupied, self.free, table, start - low * BLOCK, steps,
-            np.asarray(grid.shape), stride.bit_length() - 1, known, out,
-        )  # fmt: skip
+            self.occupied, self.free, table, start, steps, np.asarray(grid.shape), shift, known, out
+        )
+        if self.classes is not None:
+            _name(self.occupied, self._ranks, self.classes, table, start, steps, known, out)
         return out
+
+    @cached_property
+    def _ranks(self) -> NDArray[np.int32]:
+        """(B, 32, 32) int32: how many occupied cells come before those of a word."""
+        counts = np.bitwise_count(self.occupied).astype(np.int32)
+        ends = np.cumsum(counts, dtype=np.int32).reshape(counts.shape)
+        before: NDArray[np.int32] = ends - counts
+        return before
 
 
 class FreeSpace:
@@ -372,3 +430,37 @@ def _cut(occupied, free, table, start, steps, shape, shift, known, out):
                     (free[at, u & low, v & low] >> bit) & np.uint32(1)
                 ):
                     out[i >> shift, j >> shift, k >> shift] = 0
+
+
+@njit(nogil=True, error_model="numpy")
+def _name(occupied, ranks, classes, table, start, steps, known, out):
+    """Give the occupied cells of `out` that are not known the classes of the world's cells.
+
+    The arguments are those of `_cut`; ranks: of a word's first cell in `classes`.
+    """
+    some_known = known.size > 0
+    five, low = np.uint64(5), np.uint64(31)
+    for i in range(out.shape[0]):
+        for j in range(out.shape[1]):
+            x = start[0] + steps[0, 0] * i + steps[0, 1] * j
+            y = start[1] + steps[1, 0] * i + steps[1, 1] * j
+            z = start[2] + steps[2, 0] * i + steps[2, 1] * j
+            for k in range(out.shape[2]):
+                if out[i, j, k] != 1 or (some_known and known[i, j, k]):
+                    continue
+                u = np.uint64(x + steps[0, 2] * k)
+                v = np.uint64(y + steps[1, 2] * k)
+                w = np.uint64(z + steps[2, 2] * k)
+                block = table[u >> five, v >> five, w >> five]
+                if block < 0:
+                    continue
+                at, bit = np.uint64(block), np.uint32(31) - np.uint32(w & low)
+                here = occupied[at, u & low, v & low] >> bit
+                if not here & np.uint32(1):
+                    continue
+                rank = ranks[at, u & low, v & low]
+                before = here >> np.uint32(1)
+                while before:
+                    before &= before - np.uint32(1)
+                    rank += 1
+                out[i, j, k] = classes[rank]

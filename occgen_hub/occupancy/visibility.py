@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from occgen_hub.geometry.poses import transform
 from occgen_hub.jit import njit
+from occgen_hub.occupancy.classes import classes_of_cells
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.point_blocks import PointBlocks, into_blocks
 from occgen_hub.occupancy.ray_packets import RayPackets, follow_packets, packets_if_repeated
@@ -55,12 +56,14 @@ class FrameOccupancy:
 
     visible: (n,) int32, sorted columns of the cells that are occupied and observed;
     observed: (ceil(cells / 8),) uint8, `np.packbits` of the observed cells, free and occupied;
-    dynamic: (n,) int32, sorted columns of the visible cells with moving objects.
+    dynamic: (n,) int32, sorted columns of the visible cells with moving objects; labels: (n,) uint8
+    classes of the visible cells, None without labels.
     """
 
     visible: NDArray[np.int32]
     observed: NDArray[np.uint8]
     dynamic: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
+    labels: NDArray[np.uint8] | None = None
 
 
 def observe(
@@ -71,13 +74,16 @@ def observe(
     size: tuple[int, int],
     state: NDArray[np.uint8] | None = None,
     moving: NDArray[np.float32] | None = None,
+    classes: tuple[NDArray[np.uint8], NDArray[np.uint8]] | None = None,
 ) -> FrameOccupancy:
     """Compute occupancy and visibility of one frame.
 
     cloud: the scene, world metres; world_from_camera: (4, 4), OpenCV axes, metres; intrinsics:
     (3, 3), pixels; size: (width, height) of the image, with a ray through each pixel's centre
     (u + 0.5, v + 0.5); state: a (grid.cells,) uint8 buffer, to save allocating one; moving: (n, 3)
-    points that exist in this frame only, world metres.
+    points that exist in this frame only, world metres; classes: uint8, of the points of the cloud
+    and of the moving ones. A cell has the commonest class of its points, of the moving ones where
+    there are some.
     """
     if state is None:
         state = np.empty(grid.cells, np.uint8)
@@ -89,14 +95,24 @@ def observe(
         cloud.points, cloud.starts, cloud.lower, cloud.upper,
         camera_from_world, lower, grid.voxel_size, shape, state,
     )  # fmt: skip
+    inside: NDArray[np.bool_] = np.zeros(0, np.bool_)
     moving_cells: NDArray[np.int32] = np.zeros(0, np.int32)
     if moving is not None and len(moving):
         in_camera = transform(camera_from_world, moving.astype(np.float64))
-        _, moving_cells = grid.columns(np.floor((in_camera - lower) / grid.voxel_size))
+        inside, moving_cells = grid.columns(np.floor((in_camera - lower) / grid.voxel_size))
         state[moving_cells] = OCCUPIED
     trace(grid, intrinsics, size, state)
     visible, observed = _collect(state)
-    return FrameOccupancy(visible, observed, np.intersect1d(visible, moving_cells))
+    dynamic, labels = np.intersect1d(visible, moving_cells), None
+    if classes is not None:
+        columns, points = _visible_points(
+            cloud.points, cloud.starts, cloud.lower, cloud.upper,
+            camera_from_world, lower, grid.voxel_size, shape, state,
+        )  # fmt: skip
+        labels = classes_of_cells(visible, columns, classes[0][points])
+        own = classes_of_cells(dynamic, moving_cells, classes[1][inside])
+        labels[np.searchsorted(visible, dynamic)] = own
+    return FrameOccupancy(visible, observed, dynamic, labels)
 
 
 def trace(
@@ -167,35 +183,70 @@ def _column_order(width: int, threads: int) -> NDArray[np.int64]:
     return np.concatenate([columns[start::threads] for start in range(threads)])
 
 
+@njit(nogil=True)
+def _misses(low, high, R, t, lower, voxel_size, shape):
+    """Whether a bounding box, seen from the camera, misses the grid on an axis."""
+    for row in range(3):
+        centre = t[row]
+        reach = 0.0
+        for axis in range(3):
+            first, last = np.float64(low[axis]), np.float64(high[axis])
+            centre += R[row, axis] * 0.5 * (first + last)
+            reach += abs(R[row, axis]) * 0.5 * (last - first)
+        reach += 1e-6
+        upper = lower[row] + voxel_size * shape[row]
+        if centre + reach < lower[row] or centre - reach > upper:
+            return True
+    return False
+
+
+@njit(nogil=True, inline="always")
+def _column(point, R, t, lower, voxel_size, shape):
+    """The column of the cell that a point lies in, -1 for none."""
+    nx, ny, nz = shape[0], shape[1], shape[2]
+    x, y, z = np.float64(point[0]), np.float64(point[1]), np.float64(point[2])
+    i = np.floor((R[0, 0] * x + R[0, 1] * y + R[0, 2] * z + t[0] - lower[0]) / voxel_size)
+    j = np.floor((R[1, 0] * x + R[1, 1] * y + R[1, 2] * z + t[1] - lower[1]) / voxel_size)
+    k = np.floor((R[2, 0] * x + R[2, 1] * y + R[2, 2] * z + t[2] - lower[2]) / voxel_size)
+    if 0 <= i < nx and 0 <= j < ny and 0 <= k < nz:
+        return (np.int64(i) * ny + np.int64(j)) * nz + np.int64(k)
+    return np.int64(-1)
+
+
 @njit(parallel=True, nogil=True)
 def _mark_cloud(points, starts, low, high, camera_from_world, lower, voxel_size, shape, state):
     R = camera_from_world[:3, :3]
     t = camera_from_world[:3, 3]
-    nx, ny, nz = shape[0], shape[1], shape[2]
     for block in prange(len(starts) - 1):
-        # Skip a block whose bounding box, seen from the camera, misses the grid on an axis.
-        misses = False
-        for row in range(3):
-            centre = t[row]
-            reach = 0.0
-            for axis in range(3):
-                first, last = np.float64(low[block, axis]), np.float64(high[block, axis])
-                centre += R[row, axis] * 0.5 * (first + last)
-                reach += abs(R[row, axis]) * 0.5 * (last - first)
-            reach += 1e-6
-            upper = lower[row] + voxel_size * shape[row]
-            if centre + reach < lower[row] or centre - reach > upper:
-                misses = True
-        if misses:
+        if _misses(low[block], high[block], R, t, lower, voxel_size, shape):
             continue
         for n in range(starts[block], starts[block + 1]):
-            x, y, z = np.float64(points[n, 0]), np.float64(points[n, 1]), np.float64(points[n, 2])
-            i = np.floor((R[0, 0] * x + R[0, 1] * y + R[0, 2] * z + t[0] - lower[0]) / voxel_size)
-            j = np.floor((R[1, 0] * x + R[1, 1] * y + R[1, 2] * z + t[1] - lower[1]) / voxel_size)
-            k = np.floor((R[2, 0] * x + R[2, 1] * y + R[2, 2] * z + t[2] - lower[2]) / voxel_size)
-            if 0 <= i < nx and 0 <= j < ny and 0 <= k < nz:
-                column = (np.int64(i) * ny + np.int64(j)) * nz + np.int64(k)
+            column = _column(points[n], R, t, lower, voxel_size, shape)
+            if column >= 0:
                 state[np.uint64(column)] = OCCUPIED  # Unsigned: see `ray_packets._follow`.
+
+
+@njit(nogil=True)
+def _visible_points(points, starts, low, high, camera_from_world, lower, voxel_size, shape, state):
+    """Columns (n,) of the points that lie in visible cells, and (n,) the numbers of the points."""
+    R = camera_from_world[:3, :3]
+    t = camera_from_world[:3, 3]
+    columns: NDArray[np.int64] = np.empty(1 << 16, np.int64)
+    numbers: NDArray[np.int64] = np.empty(1 << 16, np.int64)
+    count = 0
+    for block in range(len(starts) - 1):
+        if _misses(low[block], high[block], R, t, lower, voxel_size, shape):
+            continue
+        for n in range(starts[block], starts[block + 1]):
+            column = _column(points[n], R, t, lower, voxel_size, shape)
+            if column < 0 or state[np.uint64(column)] != OCCUPIED | OBSERVED:
+                continue
+            if count == len(columns):
+                columns = np.append(columns, columns)
+                numbers = np.append(numbers, numbers)
+            columns[count], numbers[count] = column, n
+            count += 1
+    return columns[:count], numbers[:count]
 
 
 @njit(parallel=True, nogil=True)

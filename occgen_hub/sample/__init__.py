@@ -21,6 +21,7 @@ def make_sample(
     pose_noise: tuple[float, float] | None = None,
     pose_drift: tuple[float, float] | None = None,
     people: int = 0,
+    labels: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
     """Write a recording of furnished houses to `out` in the layout of InternData-N1.
@@ -48,6 +49,9 @@ def make_sample(
         pose_drift: the largest error for each axis, metres and degrees, of a smooth drift of the
             stated poses, which is nothing at the first.
         people: how many people are in each trajectory. They walk, or walk and then stand still.
+        labels: whether there are label images beside the depth, of the taxonomy "sample", and
+            `out/ground_truth/mesh_labels.npz` with the class of each triangle of the mesh. Errors
+            of the depth do not change them. Not for "vln-ce".
         progress: called after each frame with the frames done and the frames in all.
 
     Returns:
@@ -59,5 +63,5 @@ def make_sample(
     from occgen_hub.sample.tree import Corruptions, write_tree
 
     names = (noise,) if isinstance(noise, str) else tuple(noise)
-    corruptions = Corruptions(names, pose_noise, pose_drift, people)
+    corruptions = Corruptions(names, pose_noise, pose_drift, people, labels)
     return write_tree(Path(out), trajectories, frames, seed, layout, faults, corruptions, progress)

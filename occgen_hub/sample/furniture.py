@@ -38,6 +38,26 @@ FRONTS: tuple[tuple[Colour, Colour], ...] = (
 )
 
 
+CLASSES = {
+    "sofa": "sofa", "armchair": "chair", "coffee table": "table", "dining table": "table",
+    "bookcase": "bookshelf", "television": "cabinet", "bed": "bed", "nightstand": "cabinet",
+    "wardrobe": "cabinet", "desk": "table", "kitchen counter": "counter", "fridge": "refrigerator",
+    "floor lamp": "lamp", "potted plant": "plant", "boxes": "objects", "rug": "rug",
+    "picture": "picture", "ceiling lamp": "lamp",
+}  # fmt: skip
+"""The class of furniture in the taxonomy "sample", by its name."""
+
+OTHER_CLASSES = {
+    "coffee table": dict.fromkeys((1, 2, 3, 4), "objects"),
+    "dining table": {1: "chair", **dict.fromkeys((2, 3, 4, 5), "objects")},
+    "television": {2: "television", 3: "television"},
+    "nightstand": {2: "lamp", 3: "lamp"},
+    "desk": {2: "objects", 3: "chair", 4: "television"},
+    "kitchen counter": {5: "objects"},
+}
+"""The class of the pieces of another class than the furniture, by their places."""
+
+
 @dataclass(frozen=True)
 class Furniture:
     """One piece, its footprint's centre at the origin."""
@@ -46,6 +66,11 @@ class Furniture:
     size: tuple[float, float, float]  # across, deep, high; metres
     pieces: tuple[Piece, ...]
     blocks: bool = True  # False for what one walks over or under
+
+    def classes(self) -> list[str]:
+        """The class of each piece."""
+        others = OTHER_CLASSES.get(self.name, {})
+        return [others.get(n, CLASSES[self.name]) for n in range(len(self.pieces))]
 
 
 def sofa(rng: Rng) -> Furniture:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from occgen_hub.sample.blocks import EMPTY, Box, surface
 from occgen_hub.sample.materials import Material
@@ -16,6 +17,7 @@ DOOR_HEIGHT = 2.05
 CASING = (0.07, 0.018)  # width and thickness of the frame about a doorway
 SKIRTING = (0.08, 0.014)  # height and thickness
 WALL, TRIM, PANE, SILL = 1, 2, 3, 4  # what a cell of the shell is made of
+FRAME, BARS, THRESHOLD = 5, 6, 7  # as TRIM about doorways, as TRIM in windows, as SILL in doorways
 
 Rect = tuple[float, float, float, float]  # x0, y0, x1, y1 in metres, in the house's frame
 Piece = tuple[Mesh, Material]
@@ -79,15 +81,18 @@ def draw_plan(rng: np.random.Generator) -> Plan:
     return Plan(plan_rect, rooms, doors, windows)
 
 
-def shell(plan: Plan, rng: np.random.Generator) -> list[Piece]:
-    """Floors, walls, ceilings, frames and windows, one mesh for each material."""
+def shell(plan: Plan, rng: np.random.Generator) -> list[tuple[Mesh, Material, list[str]]]:
+    """Floors, walls, ceilings, frames and windows, one mesh for each material.
+
+    With each mesh comes the class of each of its triangles, in the taxonomy "sample".
+    """
     corners, outward, label, into = surface(_boxes(plan))
     finishes = [_finishes(room, rng) for room in plan.rooms]
     trim = Material("plain", (0.9, 0.89, 0.86))
     sill = Material("wood", (0.62, 0.45, 0.3), (0.5, 0.34, 0.22))
     outside = Material("plaster", (0.7, 0.62, 0.55))
     groups: dict[int, Material] = {0: trim, 1: sill, 2: outside}
-    key = np.where(label == SILL, 1, 0)
+    key = np.where((label == SILL) | (label == THRESHOLD), 1, 0)
     room = np.array([plan.room_at(x, y) for x, y, _ in into])
     x0, y0, x1, y1 = plan.rect
     beyond = (into[:, :2] < (x0, y0)) | (into[:, :2] > (x1, y1))
@@ -101,7 +106,22 @@ def shell(plan: Plan, rng: np.random.Generator) -> list[Piece]:
     for i, window in enumerate(plan.windows):
         key[(label == PANE + 10 * (i + 1))] = 100 + i
         groups[100 + i] = _view(window, rng)
-    return [(_quads(corners[key == k]), m) for k, m in sorted(groups.items()) if (key == k).any()]
+    classes = _classes(label, outward)
+    return [
+        (_quads(corners[key == k]), m, [*classes[key == k]] * 2)
+        for k, m in sorted(groups.items())
+        if (key == k).any()
+    ]
+
+
+def _classes(label: NDArray[np.int64], outward: NDArray[np.int8]) -> NDArray[np.str_]:
+    """(Q,) the class of each face, by what it is made of and where it looks."""
+    names = {TRIM: "wall", SILL: "window", FRAME: "door", BARS: "window", THRESHOLD: "floor"}
+    facing = np.array(["ceiling", "wall", "floor"])[np.sign(outward[:, 2]).astype(int) + 1]
+    classes = np.where(label > max(names), "window", facing)
+    for made_of, name in names.items():
+        classes[label == made_of] = name
+    return classes
 
 
 def _area(r: Rect) -> float:
@@ -179,9 +199,9 @@ def _doorway(door: Opening) -> list[Box]:
     frame = (thick, wide) if door.axis == 0 else (wide, thick)
     cut = (thick, 0.0) if door.axis == 0 else (0.0, thick)
     return [
-        _block(_grown(door.rect, *frame), 0, DOOR_HEIGHT + wide, TRIM),
+        _block(_grown(door.rect, *frame), 0, DOOR_HEIGHT + wide, FRAME),
         _block(_grown(door.rect, *cut), 0, DOOR_HEIGHT, EMPTY),
-        _block(door.rect, 0, 0.006, SILL),
+        _block(door.rect, 0, 0.006, THRESHOLD),
     ]
 
 
@@ -201,12 +221,12 @@ def _window(window: Opening, pane: int) -> list[Box]:
         slab(-0.06, 0.10, along[0] - 0.06, along[1] + 0.06, 0.92, 0.95, SILL),
         slab(0, 0.10, *along, 0.95, 2.15, EMPTY),
         slab(0.09, 0.10, *along, 0.95, 2.15, pane),
-        slab(0.06, 0.10, along[0], along[0] + 0.05, 0.95, 2.15, TRIM),
-        slab(0.06, 0.10, along[1] - 0.05, along[1], 0.95, 2.15, TRIM),
-        slab(0.06, 0.10, *along, 0.95, 1.0, TRIM),
-        slab(0.06, 0.10, *along, 2.1, 2.15, TRIM),
-        slab(0.06, 0.10, middle - 0.02, middle + 0.02, 0.95, 2.15, TRIM),
-        slab(0.06, 0.10, *along, 1.6, 1.64, TRIM),
+        slab(0.06, 0.10, along[0], along[0] + 0.05, 0.95, 2.15, BARS),
+        slab(0.06, 0.10, along[1] - 0.05, along[1], 0.95, 2.15, BARS),
+        slab(0.06, 0.10, *along, 0.95, 1.0, BARS),
+        slab(0.06, 0.10, *along, 2.1, 2.15, BARS),
+        slab(0.06, 0.10, middle - 0.02, middle + 0.02, 0.95, 2.15, BARS),
+        slab(0.06, 0.10, *along, 1.6, 1.64, BARS),
     ]
 
 

@@ -35,6 +35,11 @@ def write_depth(path: Path, units: NDArray[np.uint16]) -> None:
     Image.fromarray(units).save(path, compress_level=3)
 
 
+def write_label(path: Path, classes: Bytes) -> None:
+    """Classes (H, W) as an 8-bit greyscale PNG."""
+    Image.fromarray(classes).save(path, compress_level=3)
+
+
 def depth_picture(units: NDArray[np.uint16]) -> Bytes:
     """Depth (H, W) as a grey image (H, W, 3)."""
     grey = (units * (255 / (GREY_RANGE * UNITS))).astype(np.uint8)

@@ -13,7 +13,8 @@ from occgen_hub.sample.furnish import CELL
 from occgen_hub.sample.house import HEIGHT
 from occgen_hub.sample.materials import Array
 from occgen_hub.sample.mesh import Floats
-from occgen_hub.sample.scene import Scene, room_map
+from occgen_hub.sample.scene import TAXONOMY, Scene, room_map
+from occgen_hub.taxonomy import load_taxonomy
 
 Bytes = NDArray[np.uint8]
 SKY = (0.75, 0.85, 0.95)
@@ -57,6 +58,7 @@ class Renderer:
         self.tracer = self._tracer(scene.mesh.vertices, scene.mesh.triangles)
         self.normals = scene.mesh.normals.astype(np.float32)
         self.curved = (np.ptp(scene.mesh.normals, axis=1) > 1e-6).any(axis=1)
+        self.person = load_taxonomy(TAXONOMY).id_of("person")
         self.low, self.rooms = room_map(scene)
         self.walls = np.array([r.rect for r in scene.plan.rooms], np.float32)
 
@@ -72,11 +74,12 @@ class Renderer:
 
     def picture(
         self, camera: Camera, house_from_camera: Floats, people: Posed | None = None
-    ) -> tuple[Bytes, Array]:
+    ) -> tuple[Bytes, Array, Bytes]:
         """The view of a camera whose pose (4, 4) has OpenCV axes, with people if there are any.
 
         Returns:
-            colour (H, W, 3), and depth (H, W) along the optical axis in metres, inf where nothing.
+            colour (H, W, 3); depth (H, W) along the optical axis in metres, inf where nothing; and
+            classes (H, W), 0 where nothing.
         """
         R, t = house_from_camera[:3, :3], house_from_camera[:3, 3]
         direction = (camera.rays() @ R.T).astype(np.float32)
@@ -93,18 +96,21 @@ class Renderer:
             depth[front] = met["t_hit"][front]
             hit["primitive_ids"][front] = 0  # Any value: their colour is set below.
         seen = np.flatnonzero(np.isfinite(depth))
+        label = np.zeros(len(rays), np.uint8)
+        label[seen] = self.scene.label[hit["primitive_ids"][seen]]
         colour[seen] = self._shade(
             rays[seen], depth[seen], hit["primitive_ids"][seen].astype(np.int64),
             hit["primitive_uvs"][seen], min(camera.fx, camera.fy), moving,
         )  # fmt: skip
         if people:
+            label[front] = self.person
             colour[front] = self._shade_people(
                 people, rays[front], depth[front], met["primitive_ids"][front].astype(np.int64),
                 met["primitive_uvs"][front], moving,
             )  # fmt: skip
         shape = (camera.height, camera.width)
         picture = (np.clip(colour, 0, 1) * 255 + 0.5).astype(np.uint8)
-        return picture.reshape(*shape, 3), depth.reshape(shape)
+        return picture.reshape(*shape, 3), depth.reshape(shape), label.reshape(shape)
 
     def _tracer(self, vertices: NDArray[Any], triangles: NDArray[Any]) -> Any:
         # One thread builds the tree, so that it is the same tree each time.

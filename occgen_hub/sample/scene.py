@@ -11,8 +11,10 @@ from occgen_hub.sample.furnish import CELL, FloorMap, Placed, furnish
 from occgen_hub.sample.house import Plan, draw_plan, shell
 from occgen_hub.sample.materials import Palette
 from occgen_hub.sample.mesh import Floats, Mesh, join, yaw_matrix
+from occgen_hub.taxonomy import load_taxonomy
 
 LIGHT_HEIGHT = 2.1  # metres: just under the ceiling lamp's shade
+TAXONOMY = "sample"  # of the houses' labels
 PITCH = 19.0  # metres between the houses' centres, so that none meet however they are turned
 
 
@@ -25,6 +27,7 @@ class Scene:
     mesh: Mesh
     material: NDArray[np.int32]  # (F,): into `palette`
     part: NDArray[np.int32]  # (F,): into `part_yaw` and `part_position`
+    label: NDArray[np.uint8]  # (F,): classes of the taxonomy "sample"
     part_yaw: Floats  # (P,)
     part_position: Floats  # (P, 3)
     palette: Palette
@@ -44,10 +47,15 @@ def build_scene(seed: int, number: int) -> Scene:
     """House `number` of a seed; the same whatever other houses there are."""
     rng = np.random.default_rng([seed, number, 0])
     plan = draw_plan(rng)
-    pieces = [(mesh, material, 0) for mesh, material in shell(plan, rng)]
+    walls = shell(plan, rng)
+    pieces = [(mesh, material, 0) for mesh, material, _ in walls]
+    classes = [name for _, _, names in walls for name in names]
     placed = furnish(plan, rng)
     for i, p in enumerate(placed):
         pieces += [(m.moved(p.yaw, p.position), mat, i + 1) for m, mat in p.furniture.pieces]
+        for (mesh, _), name in zip(p.furniture.pieces, p.furniture.classes(), strict=True):
+            classes += [name] * len(mesh.triangles)
+    taxonomy = load_taxonomy(TAXONOMY)
     counts = [len(mesh.triangles) for mesh, _, _ in pieces]
     middles = [((r.rect[0] + r.rect[2]) / 2, (r.rect[1] + r.rect[3]) / 2) for r in plan.rooms]
     return Scene(
@@ -56,6 +64,7 @@ def build_scene(seed: int, number: int) -> Scene:
         mesh=_single(join([mesh for mesh, _, _ in pieces])),
         material=np.repeat(np.arange(len(pieces), dtype=np.int32), counts),
         part=np.repeat(np.array([part for _, _, part in pieces], np.int32), counts),
+        label=np.array([taxonomy.id_of(name) for name in classes], np.uint8),
         part_yaw=np.array([0.0] + [p.yaw for p in placed]),
         part_position=np.array([(0.0, 0.0, 0.0)] + [p.position for p in placed]),
         palette=Palette([material for _, material, _ in pieces]),

@@ -31,6 +31,7 @@ from occgen_hub.sample.images import (
     depth_units,
     write_colour,
     write_depth,
+    write_label,
 )
 from occgen_hub.sample.materials import Array
 from occgen_hub.sample.mesh import Floats
@@ -39,9 +40,9 @@ from occgen_hub.sample.ply import cloud_of, to_world, write_cloud, write_mesh
 from occgen_hub.sample.pose_errors import Size, with_drift, with_noise
 from occgen_hub.sample.records import Recorder
 from occgen_hub.sample.render import Camera, Renderer
-from occgen_hub.sample.scene import Scene, build_scene
+from occgen_hub.sample.scene import TAXONOMY, Scene, build_scene
 from occgen_hub.sample.sensors import MODELS, corrupt
-from occgen_hub.sample.truth import write_truth
+from occgen_hub.sample.truth import write_mesh_labels, write_truth
 
 GROUP = "sample_zed"
 PER_SCENE = 2
@@ -59,12 +60,13 @@ Tick = Callable[[], None]
 
 @dataclass(frozen=True)
 class Corruptions:
-    """What makes a recording harder than a perfect one; see `make_sample`."""
+    """What makes a recording other than a perfect one of empty rooms; see `make_sample`."""
 
     noise: tuple[str, ...] = ()
     pose_noise: Size | None = None
     pose_drift: Size | None = None
     people: int = 0
+    labels: bool = False
 
     def check(self) -> None:
         """Raises UsageError for values out of range."""
@@ -102,6 +104,8 @@ def write_tree(
     """See `make_sample`."""
     _check(out, trajectories, frames, seed, layout)
     corruptions.check()
+    if corruptions.labels and LAYOUTS[layout] == "cameras":
+        raise UsageError(f"labels: the layout {layout} has none; choose another, or leave it out.")
     layout = LAYOUTS[layout]
     group = vlnce.GROUP if layout == "cameras" else GROUP
     total = sum(length_of(k, frames) for k in range(trajectories))
@@ -131,6 +135,8 @@ def write_tree(
                     stage.film_alone(out / place / f"trajectory_{k % PER_SCENE}", k) for k in mine
                 ]
         write_mesh(truth / "mesh.ply", scenes)
+        if corruptions.labels:
+            write_mesh_labels(truth / "mesh_labels.npz", scenes)
     return written
 
 
@@ -176,7 +182,7 @@ class _Stage:
     def film_alone(self, folder: Path, trajectory: int) -> Path:
         """A trajectory in a folder of its own."""
         with atomic_folder(folder) as part:
-            _make_folders(part)
+            _make_folders(part, labels=self.corruptions.labels)
             recorder = Recorder(part, self.faults, image_ranges=False)
             episode = self._film(part, trajectory, _Shot(0, 0, trajectory), folder.name)
             recorder.add(episode)
@@ -188,7 +194,7 @@ class _Stage:
     def film_together(self, folder: Path, trajectories: range) -> Path:
         """Several trajectories as the episodes of one folder, all with the same camera."""
         with atomic_folder(folder) as part:
-            _make_folders(part)
+            _make_folders(part, labels=self.corruptions.labels)
             recorder = Recorder(part, self.faults, image_ranges=True)
             walked: list[Floats] = []
             for number, trajectory in enumerate(trajectories):
@@ -231,7 +237,7 @@ class _Stage:
     ) -> tuple[Bytes, vlnce.Metres]:
         """The colour and the measured depth (H, W), metres, of a frame; pose: OpenCV axes."""
         posed = people.at(frame)
-        colour, metres = self.renderer.picture(camera, pose, posed if people.strolls else None)
+        colour, metres, _ = self.renderer.picture(camera, pose, posed if people.strolls else None)
         self.tick()
         return colour, self._measured(metres, camera.K, [int(pose[2, 3] * 1e4), frame])
 
@@ -248,7 +254,9 @@ class _Stage:
             self.renderer, episode, self.corruptions.people, [self.seed, self.number, 5, trajectory]
         )
         bodies: list[Array] = []
-        rgb, depth = (folder / VIDEOS / f"observation.images.{k}" for k in ("rgb", "depth"))
+        rgb, depth, labels = (
+            folder / VIDEOS / f"observation.images.{k}" for k in ("rgb", "depth", "labels")
+        )
         with ExitStack() as stack:
             films = []
             for key in ("trajectory", "depth"):
@@ -259,10 +267,12 @@ class _Stage:
                 posed = people.at(i - shot.first)
                 bodies.append(posed.vertices)
                 present = posed if people.strolls else None
-                colour, metres = self.renderer.picture(camera, pose @ OPENCV, present)
+                colour, metres, label = self.renderer.picture(camera, pose @ OPENCV, present)
                 units = depth_units(self._measured(metres, camera.K, [trajectory, i - shot.first]))
                 write_colour(rgb / f"{i}.jpg", colour)
                 write_depth(depth / f"{i}.png", units)
+                if self.corruptions.labels:
+                    write_label(labels / f"{i}.png", label)
                 films[0].add(colour)
                 films[1].add(depth_picture(units))
                 self.tick()
@@ -290,7 +300,11 @@ class _Stage:
         return replace(episode, world_from_camera=poses)
 
 
-def _make_folders(folder: Path) -> None:
+def _make_folders(folder: Path, *, labels: bool) -> None:
     kinds = ("images.rgb", "images.depth", "video.trajectory", "video.depth")
     for name in ("data/chunk-000", "meta", *(f"{VIDEOS}/observation.{k}" for k in kinds)):
         (folder / name).mkdir(parents=True)
+    if labels:
+        place = folder / VIDEOS / "observation.images.labels"
+        place.mkdir()
+        (place / "taxonomy.txt").write_text(f"{TAXONOMY}\n", encoding="utf-8")

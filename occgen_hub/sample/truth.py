@@ -7,10 +7,14 @@ Arrays of T frames, V vertices and F triangles:
 - `people_vertices` (T, V, 3) float32: the people's mesh in each frame, world coordinates, metres.
 - `people_faces` (F, 3) int32: its triangles, counter-clockwise seen from outside.
 - `people_labels` (F,) int32: which person a triangle belongs to, from 0.
+
+The truth of labels is in a file for all scenes: `labels` (F,) uint8, the class of each triangle of
+`mesh.ply`; `person` uint8, the class of people; `taxonomy`, its name.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +22,8 @@ import numpy as np
 from occgen_hub.sample.episode import OPENCV, Episode
 from occgen_hub.sample.figure import People
 from occgen_hub.sample.mesh import Floats
+from occgen_hub.sample.scene import TAXONOMY, Scene
+from occgen_hub.taxonomy import load_taxonomy
 
 
 def write_truth(path: Path, episode: Episode, people: People, vertices: Floats) -> None:
@@ -34,4 +40,14 @@ def write_truth(path: Path, episode: Episode, people: People, vertices: Floats) 
         people_vertices=vertices.astype(np.float32),
         people_faces=people.faces,
         people_labels=people.labels,
+    )
+
+
+def write_mesh_labels(path: Path, scenes: Sequence[Scene]) -> None:
+    """Write the classes of the triangles of all scenes, in the order of `ply.write_mesh`."""
+    np.savez_compressed(
+        path,
+        labels=np.concatenate([scene.label for scene in scenes]),
+        person=np.uint8(load_taxonomy(TAXONOMY).id_of("person")),
+        taxonomy=np.array(TAXONOMY),
     )

@@ -270,7 +270,7 @@ def _turned_grid(
     if kind != "labels":
         return torch.from_numpy(resampled(values, grid, back) & in_sight)
     known = resampled(values != 255, grid, back) & in_sight
-    labels = np.where(known, resampled(values == 1, grid, back), 255).astype(np.uint8)
+    labels = np.where(known, resampled(values, grid, back), np.uint8(255))
     return torch.from_numpy(labels)
 
 

@@ -1,7 +1,7 @@
 """Grids of two or four times the cell size, and grids seen from another camera. Compiled.
 
-A coarse cell is occupied if any of its cells is, and observed if any of them is. The last coarse
-cells of an axis may reach beyond the grid.
+A coarse cell is occupied if any of its cells is, and observed if any of them is, and has the
+commonest class of them. The last coarse cells of an axis may reach beyond the grid.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occgen_hub.jit import njit
+from occgen_hub.occupancy.classes import commonest
 from occgen_hub.occupancy.grid import Grid
 
 STRIDES = (1, 2, 4)
@@ -29,6 +30,15 @@ def coarse_cells(
     out = np.zeros((nx, ny, nz), np.bool_)
     _mark(cells, shape[1], shape[2], stride.bit_length() - 1, out)
     return out
+
+
+def coarse_classes(
+    cells: NDArray[np.int32], classes: NDArray[np.uint8], shape: tuple[int, int, int], stride: int
+) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """(n,) flat numbers of cells to those of coarse cells, and the commonest class in each."""
+    i, j, k = (axis // stride for axis in np.unravel_index(cells, shape))
+    _, ny, nz = (-(-n // stride) for n in shape)
+    return commonest((i * ny + j) * nz + k, classes)
 
 
 def coarse_mask(
@@ -52,18 +62,18 @@ def coarse_mask(
     )
 
 
-def resampled(
-    dense: NDArray[np.bool_], grid: Grid, source_from_target: NDArray[np.float64]
-) -> NDArray[np.bool_]:
-    """(nx, ny, nz) bool, moved: each cell has the value of the cell that its centre comes from.
+def resampled[Value: np.generic](
+    dense: NDArray[Value], grid: Grid, source_from_target: NDArray[np.float64]
+) -> NDArray[Value]:
+    """(nx, ny, nz) bool or uint8, moved: each cell has the value of that which its centre was in.
 
-    source_from_target: (4, 4), metres. Cells whose centres come from outside the grid are False.
+    source_from_target: (4, 4), metres. Cells whose centres come from outside the grid are 0.
     """
     camera = grid.camera_in_cells
     rotation = np.ascontiguousarray(source_from_target[:3, :3])
     # In cells: source = R (target + 0.5 - camera) + t / size + camera.
     shift = source_from_target[:3, 3] / grid.voxel_size + camera - rotation @ (camera - 0.5)
-    out = np.empty(grid.shape, np.bool_)
+    out = np.empty(grid.shape, dense.dtype)
     _pull(np.ascontiguousarray(dense), rotation, shift, out)
     return out
 
@@ -112,4 +122,4 @@ def _pull(dense, rotation, shift, out):
                 b = np.floor(y + rotation[1, 2] * k)
                 c = np.floor(z + rotation[2, 2] * k)
                 inside = 0 <= a < nx and 0 <= b < ny and 0 <= c < nz
-                out[i, j, k] = inside and dense[int(a), int(b), int(c)]
+                out[i, j, k] = dense[int(a), int(b), int(c)] if inside else 0

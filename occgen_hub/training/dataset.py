@@ -55,7 +55,8 @@ class OccupancyDataset(Dataset[dict[str, Any]]):
         image_size: (width, height) that images and depth are resized to. The intrinsics are those
             of the resized image.
         voxel_stride: 1, 2 or 4: cells that many times as wide, occupied if any of their cells is,
-            observed if any is. Where it does not divide the grid, the last cells reach beyond it.
+            observed if any is, with the commonest class of its occupied cells, of equally common
+            ones the smallest. Where it does not divide the grid, the last cells reach beyond it.
         history_keys: what an item holds of past frames: some of occupancy, mask, labels, dynamic,
             intrinsics, image and depth.
         augment: `Mirror`, `RotateYaw` and `ColorJitter`, done in this order, or others like them;
@@ -72,7 +73,9 @@ class OccupancyDataset(Dataset[dict[str, Any]]):
       (ceil(nx * ny * nz / 8),) uint8, as `np.packbits` has them
     - "visible": the cells that the frame itself observed, in the forms of "mask", from which it
       differs with target="scene"
-    - "labels": (nx, ny, nz) uint8: 0 free, 1 occupied, 255 unknown, which is not observed
+    - "labels": (nx, ny, nz) uint8: 0 free, 1 occupied, 255 unknown, which is not observed. In a
+      dataset with labels, an occupied cell has its class instead, an id of `taxonomy`, or 254 where
+      no frame says what it is
     - "pose": (4, 4) float32, world_from_camera, OpenCV axes, metres
     - "grid_pose": (4, 4) float32, world_from_grid, metres: "pose", unless `upright`. The grid's
       axes are then x right, y down along gravity, z ahead; its origin is the camera
@@ -96,7 +99,8 @@ class OccupancyDataset(Dataset[dict[str, Any]]):
     different recorded sizes need an `image_size` to be in one batch.
 
     Attributes: root, the folder; grid, of the items' cells; episodes, their ids in order; starts,
-    (episodes + 1,) int64, the number of each one's first item.
+    (episodes + 1,) int64, the number of each one's first item; taxonomy, the name of that of the
+    labels in `occgen_hub.taxonomy`, None where no episode has labels.
 
     Raises UsageError when there is no such dataset, when it has no shards, or no images and they
     are asked for; DatasetError when a file of it is damaged, here or when an item is asked for.
@@ -146,6 +150,7 @@ class OccupancyDataset(Dataset[dict[str, Any]]):
         self._index = frame_index(found, selection, self._format.media)
         self.grid = self._format.grid(self._index.grid)
         self.episodes, self.starts = self._index.episodes, self._index.starts
+        self.taxonomy = self._index.taxonomy
         self._held: tuple[int, RandomReader] | None = None
         check_media(self._index, self._format)
         check_states(self._index, self._format)

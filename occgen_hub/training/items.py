@@ -13,9 +13,17 @@ from numpy.typing import NDArray
 from occgen_hub.errors import UsageError
 from occgen_hub.geometry.poses import upright_pose
 from occgen_hub.occupancy.grid import Grid
-from occgen_hub.occupancy.history import moved, past_frames
+from occgen_hub.occupancy.history import moved, moved_classes, past_frames
+from occgen_hub.occupancy.states import FREE
 from occgen_hub.training.augment import BITS, Augmentation, RotateYaw, View
-from occgen_hub.training.coarse import STRIDES, coarse_cells, coarse_grid, coarse_mask, resampled
+from occgen_hub.training.coarse import (
+    STRIDES,
+    coarse_cells,
+    coarse_classes,
+    coarse_grid,
+    coarse_mask,
+    resampled,
+)
 from occgen_hub.training.reader import FrameReader
 
 KEYS = (
@@ -32,13 +40,13 @@ HISTORY_KEYS = ("occupancy", "mask", "labels", "dynamic", "intrinsics", "image",
 """What an item may hold of past frames, besides their poses."""
 
 UNKNOWN = 255
-"""The label of a cell that was not observed; 0 is free and 1 occupied."""
+"""The label of a cell that was not observed; 0 is free. Others are occupied: 1, or the class."""
 
 COLUMNS_OF = {
     "occupancy": ("occupied",),
     "mask": ("observed",),
     "visible": ("observed",),
-    "labels": ("occupied", "observed"),
+    "labels": ("occupied", "observed", "labels"),
     "dynamic": ("dynamic",),
     "pose": ("camera",),
     "grid_pose": ("camera",),
@@ -121,7 +129,7 @@ class ItemFormat:
         keys = [*self.keys, *(self.history_keys if "history" in self.keys else ())]
         needed = [name for key in keys for name in COLUMNS_OF.get(key, ())]
         if self.of_scene:
-            needed += ["occupied", "observed"]
+            needed += ["occupied", "observed", "labels"]
         if self.of_scene or self.upright or self.augment:
             needed.append("camera")
         return tuple(dict.fromkeys(needed))
@@ -189,10 +197,16 @@ class ItemFormat:
         observed = observed.reshape(grid.shape)
         if motion is not None:
             observed = resampled(observed, grid, np.linalg.inv(motion).astype(np.float64))
-        seen = self._labels(reader, number, motion), observed
+        classes = reader.index.taxonomy is not None
+        states, stride = (
+            reader.states(number).labelled(classes),
+            1 if classes else self.voxel_stride,
+        )
+        seen = self._labels(reader, number, motion, stride), observed
         pose = self._grid_pose(reader, number)
-        labels = reader.states(number).cut(grid, pose, self.voxel_stride, seen)
-        occupied, known = labels == 1, labels != UNKNOWN
+        labels = states.cut(grid, pose, self.voxel_stride, seen)
+        known = labels != UNKNOWN
+        occupied = known & (labels != FREE)
         if self.dense:
             return {"occupancy": occupied, "mask": known, "labels": labels}
         cells = np.argwhere(occupied).astype(np.int32)
@@ -214,11 +228,11 @@ class ItemFormat:
         if key == "intrinsics":
             return self._intrinsics(reader, number)
         if key == "labels":
-            return self._labels(reader, number, motion)
+            return self._labels(reader, number, motion, self.voxel_stride)
         grid = self.grid(reader.index.grid)
         if key in BITS:
             if self.dense or motion is not None or self.voxel_stride > 1:
-                dense = self._mask(reader, number, motion)
+                dense = self._mask(reader, number, motion, self.voxel_stride)
                 return dense if self.dense else np.packbits(dense)
             return reader.observed(number).copy()
         cells = self._cells(reader, key, number, motion)
@@ -238,30 +252,49 @@ class ItemFormat:
         return cells if motion is None else moved(cells, motion, reader.index.grid)
 
     def _mask(
-        self, reader: FrameReader, number: int, motion: NDArray[np.float64] | None
+        self,
+        reader: FrameReader,
+        number: int,
+        motion: NDArray[np.float64] | None,
+        stride: int,
     ) -> NDArray[np.bool_]:
         shape, packed = reader.index.grid.shape, reader.observed(number)
-        if self.voxel_stride == 1:
+        if stride == 1:
             cells = reader.index.grid.cells
             dense: NDArray[np.bool_] = np.unpackbits(packed, count=cells).view(np.bool_)
             dense = dense.reshape(shape)
         else:
-            dense = coarse_mask(packed, shape, self.voxel_stride)
+            dense = coarse_mask(packed, shape, stride)
         if motion is None:
             return dense
         past_from_current = np.linalg.inv(motion).astype(np.float64)
-        return resampled(dense, self.grid(reader.index.grid), past_from_current)
+        return resampled(dense, coarse_grid(reader.index.grid, stride), past_from_current)
 
     def _labels(
-        self, reader: FrameReader, number: int, motion: NDArray[np.float64] | None
+        self,
+        reader: FrameReader,
+        number: int,
+        motion: NDArray[np.float64] | None,
+        stride: int,
     ) -> NDArray[np.uint8]:
-        labels = self._mask(reader, number, motion).view(np.uint8)
+        grid, classes = reader.index.grid, reader.classes(number)
+        labels = self._mask(reader, number, motion, stride).view(np.uint8)
         np.subtract(labels, 1, out=labels)  # Observed, 1, becomes 0; 0 becomes 255.
+        if classes is not None:
+            cells = reader.occupied(number)
+            if motion is not None:
+                cells, classes = moved_classes(cells, classes, motion, grid)
+            if stride > 1:
+                numbers, classes = coarse_classes(cells, classes, grid.shape, stride)
+                labels.reshape(-1)[numbers] = classes
+            else:
+                labels.reshape(-1)[cells] = classes
+            return labels
         cells = self._cells(reader, "occupancy", number, motion)
-        if self.voxel_stride == 1:
+        if stride == 1:
             labels.reshape(-1)[cells] = 1
         else:
-            labels[coarse_cells(cells, reader.index.grid.shape, self.voxel_stride)] = 1
+            labels[coarse_cells(cells, grid.shape, stride)] = 1
         return labels
 
     def _intrinsics(self, reader: FrameReader, number: int) -> NDArray[np.float32]:

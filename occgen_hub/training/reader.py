@@ -22,12 +22,13 @@ from occgen_hub.media import SeekingVideo, decode_depth, decode_rgb, fitted, rea
 from occgen_hub.occupancy.states import SceneStates
 from occgen_hub.schema import load_schema
 from occgen_hub.shards import FEATURES
+from occgen_hub.taxonomy import UNLABELLED
 from occgen_hub.training.selection import FrameIndex
 from occgen_hub.training.shard_file import open_group, open_shard, reading, states_of
 from occgen_hub.training.source import place
 
 HELD = {
-    **{"occupied": 64, "dynamic": 64, "observed": 16, "camera": 64},
+    **{"occupied": 64, "dynamic": 64, "labels": 64, "observed": 16, "camera": 64},
     **{"image": 8, "depth": 8, "task": 64},
 }
 """How many row groups' columns a process keeps decoded: those that a history reaches over.
@@ -74,6 +75,20 @@ class FrameReader(ABC):
     def dynamic(self, number: int) -> NDArray[np.int32]:
         """(n,) int32 flat numbers of those of them that hold something that moves, ascending."""
         return self._cells("dynamic", number)
+
+    def classes(self, number: int) -> NDArray[np.uint8] | None:
+        """(n,) uint8 classes of the occupied cells of item `number`; None in a dataset without."""
+        if self.index.taxonomy is None:
+            return None
+        count = len(self.occupied(number))
+        with self._row("labels", number) as (found, row):
+            if found is None:
+                return np.full(count, UNLABELLED, np.uint8)
+            ends, values = found
+            classes: NDArray[np.uint8] = values[ends[row] : ends[row + 1]]
+            if len(classes) != count:
+                raise ValueError("labels are not of the occupied cells")
+            return classes
 
     def observed(self, number: int) -> NDArray[np.uint8]:
         """(ceil(cells / 8),) uint8 packed mask of item `number`."""
@@ -287,6 +302,16 @@ def _read_dynamic(group: RowGroup) -> tuple[NDArray[np.int32], NDArray[np.int32]
     return lists.offsets.to_numpy(), lists.values.to_numpy()
 
 
+def _read_labels(group: RowGroup) -> tuple[NDArray[np.int32], NDArray[np.uint8]] | None:
+    if "labels" not in group.file.schema_arrow.names:
+        return None
+    (lists,) = group.columns("labels")
+    values = lists.values.to_numpy()
+    if len(values) and not (values.min() > 0 and values.max() <= UNLABELLED):
+        raise ValueError("a cell is of no class")
+    return lists.offsets.to_numpy(), values
+
+
 def _read_observed(group: RowGroup) -> NDArray[np.uint8]:
     (masks,) = group.columns("observed")
     _, offsets, content = masks.buffers()
@@ -327,6 +352,7 @@ def _read_task(group: RowGroup) -> list[str]:
 COLUMNS: dict[str, Callable[[RowGroup], Any]] = {
     "occupied": _read_occupied,
     "dynamic": _read_dynamic,
+    "labels": _read_labels,
     "observed": _read_observed,
     "camera": _read_camera,
     "image": _read_files("image"),

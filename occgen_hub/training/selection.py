@@ -94,7 +94,7 @@ class FrameIndex:
     (episodes + 1,) int64, the number of each one's first item; image_sizes: (episodes, 2) int64,
     width and height of the recorded images, pixels; group_starts: (groups + 1,) int64; groups:
     (groups, 2) int32, the number of the shard and of the row group in it; in_shards: which of MEDIA
-    the shards have.
+    the shards have; taxonomy: of the labels, None where no episode has labels.
     """
 
     source: Source
@@ -106,6 +106,7 @@ class FrameIndex:
     group_starts: NDArray[np.int64]
     groups: NDArray[np.int32]
     in_shards: frozenset[str]
+    taxonomy: str | None = None
 
     def located(self, number: int) -> tuple[int, int]:
         """The number of the episode that item `number` is of, and its frame there."""
@@ -131,7 +132,15 @@ def frame_index(source: Source, selection: Selection, keys: Sequence[str]) -> Fr
     """
     root = source.root
     columns = ["episode", "scene", "frames", "shape", "voxel_size", "pc_range", "group_rows"]
-    columns += ["shards", "shard_starts", "row_groups", "image_size", "split", "quality"]
+    columns += [
+        "shards",
+        "shard_starts",
+        "row_groups",
+        "image_size",
+        "split",
+        "quality",
+        "taxonomy",
+    ]
     table = read_index(root, columns)
     if not table.num_rows:
         raise UsageError(
@@ -177,7 +186,19 @@ def frame_index(source: Source, selection: Selection, keys: Sequence[str]) -> Fr
         group_starts,
         groups,
         in_shards,
+        _taxonomy(root, table),
     )
+
+
+def _taxonomy(root: Path, table: pa.Table) -> str | None:
+    """The taxonomy of the episodes that have labels; raises UsageError where there are several."""
+    names = sorted(set(table["taxonomy"].to_pylist()) - {None})
+    if len(names) > 1:
+        raise UsageError(
+            f"{root}: has labels of several taxonomies ({', '.join(names)}); ask for episodes or "
+            "scenes of one."
+        )
+    return names[0] if names else None
 
 
 def _shards_here(source: Source, table: pa.Table) -> list[bool]:

@@ -26,6 +26,7 @@ TYPES = {name: feature.arrow_type() for name, feature in FEATURES.items()} | {
 
 FURTHER_TYPES = {
     "dynamic": pa.list_(pa.int32()),
+    "labels": pa.list_(pa.uint8()),
     "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
     "depth": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
     "task": pa.string(),

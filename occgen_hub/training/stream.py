@@ -60,7 +60,7 @@ class OccupancyStream(IterableDataset[dict[str, Any]]):
     how far it is, to a frame; torchdata's StatefulDataLoader calls them in its workers.
 
     Attributes: root, the folder with the index; grid, of the items' cells; episodes, their ids;
-    num_frames, of all ranks and workers together; epoch.
+    num_frames, of all ranks and workers together; epoch; taxonomy, as of OccupancyDataset.
 
     Raises what OccupancyDataset does.
     """
@@ -124,7 +124,7 @@ class OccupancyStream(IterableDataset[dict[str, Any]]):
         check_media(self._index, self._format)
         check_states(self._index, self._format)
         self.grid = self._format.grid(self._index.grid)
-        self.episodes = self._index.episodes
+        self.episodes, self.taxonomy = self._index.episodes, self._index.taxonomy
         self.num_frames = int(self._index.starts[-1])
         check_augmentations(self._format.augment, self.grid)
         self._units = _units(self._index, self._format.past)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from occgen_hub.errors import UsageError
 from occgen_hub.geometry.camera import scale_intrinsics
 from occgen_hub.loading import Trajectory
+from occgen_hub.taxonomy import UNLABELLED, Class, load_taxonomy
 from occgen_hub.visual.blend import averaged
-from occgen_hub.visual.colors import MOVING, ramp
+from occgen_hub.visual.colors import FAINT, MOVING, ramp
 from occgen_hub.visual.cubes import cube_faces, framed
 from occgen_hub.visual.frames import Frame
 from occgen_hub.visual.legend import Shade, color_bar, swatch
@@ -32,11 +36,15 @@ class EgoView:
 
     Moving cells have their own colour.
 
-    size: (width, height), pixels; images of the trajectory are scaled to it. deepest: metres to
-    the far end of the grid.
+    size: (width, height), pixels; images of the trajectory are scaled to it. classes: the classes
+    of its cells, to colour them by class instead of depth. deepest: metres to the far end of the
+    grid.
     """
 
-    def __init__(self, trajectory: Trajectory, size: tuple[int, int]) -> None:
+    def __init__(
+        self, trajectory: Trajectory, size: tuple[int, int], classes: Sequence[Class] = ()
+    ) -> None:
+        self._classes = classes
         width, height = trajectory.image_size
         drawn = size[0] * SUPERSAMPLED, size[1] * SUPERSAMPLED
         self._scale = drawn[0] / width, drawn[1] / height
@@ -53,8 +61,12 @@ class EgoView:
         centres = grid.centres(frame.cells.columns)
         faces = cube_faces(centres, grid.voxel_size, np.zeros(3))
         depth = centres[:, 2] / self.deepest
-        faded = np.array(MOVING) * (1 - 0.35 * depth[:, None])
-        shade = np.where(frame.cells.is_moving[:, None], faded, self.shade(centres[:, 2]))
+        darker = 1 - 0.35 * depth[:, None]
+        if self._classes and frame.cells.classes is not None:
+            shade = _colors(self._classes)[frame.cells.classes] * darker
+        else:
+            moving = frame.cells.is_moving[:, None]
+            shade = np.where(moving, np.array(MOVING) * darker, self.shade(centres[:, 2]))
         light = LIGHT[::-1][faces.direction]
         colors = (shade[faces.owner] * light[:, None]).astype(np.uint8)
         K = scale_intrinsics(frame.intrinsics, *self._scale)
@@ -69,6 +81,8 @@ class EgoView:
 
     def legend(self, text: int, *, moving: bool) -> list[Image.Image]:
         """The legend. text: its size, pixels; moving: whether there are moving cells."""
+        if self._classes:
+            return class_legend(self._classes, text)
         return ego_legend(self.shade, self.deepest, text, moving)
 
     def close(self) -> None:
@@ -83,3 +97,32 @@ def ego_legend(shade: Shade, deepest: float, text: int, moving: bool) -> list[Im
     """
     items = [color_bar("occupied, by depth", {"": shade}, 0.0, deepest, text)]
     return items + ([swatch("moving", MOVING, text)] if moving else [])
+
+
+def class_legend(classes: Sequence[Class], text: int) -> list[Image.Image]:
+    """The colours of classes and, in grey, of cells without one."""
+    named = [swatch(one.name.replace("_", " "), one.color, text) for one in classes]
+    return [*named, swatch("no class", FAINT, text)]
+
+
+def seen_classes(trajectory: Trajectory) -> list[Class]:
+    """The classes that the cells of a trajectory have. Raises UsageError where it has no labels."""
+    name = trajectory.taxonomy
+    if name is None:
+        raise UsageError(
+            f"--color class: {trajectory.path} has no labels; leave the option out, or build from "
+            "a source with label images."
+        )
+    seen = np.zeros(256, np.bool_)
+    for classes in trajectory.label_frames():
+        seen[classes] = True
+    return [one for one in load_taxonomy(name).classes.values() if seen[one.id]]
+
+
+def _colors(classes: Sequence[Class]) -> NDArray[np.float64]:
+    """(256, 3) the colour of each class."""
+    table = np.zeros((256, 3))
+    table[UNLABELLED] = FAINT
+    for one in classes:
+        table[one.id] = one.color
+    return table

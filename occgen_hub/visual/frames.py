@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,13 +28,15 @@ class FrameCells:
     """The occupied cells that a camera sees.
 
     world_from_camera: (4, 4) float64, OpenCV axes, metres; columns: (n,) flat numbers of the cells
-    of its grid, ascending; moving: (m,) the columns with moving objects.
+    of its grid, ascending; moving: (m,) the columns with moving objects; classes: (n,) uint8 of
+    the cells, None without labels.
     """
 
     grid: Grid
     world_from_camera: NDArray[np.float64]
     columns: NDArray[np.integer]
     moving: NDArray[np.integer]
+    classes: NDArray[np.uint8] | None = None
 
     @cached_property
     def is_moving(self) -> NDArray[np.bool_]:
@@ -142,12 +145,13 @@ def frames(trajectory: Trajectory, history_len: int = 0, history_step: int = 1) 
     )  # fmt: skip
     kept: deque[FrameCells] = deque(maxlen=min(history_len * history_step, len(poses)) + 1)
     count = 0
-    rows = zip(trajectory.visible_frames(), trajectory.dynamic_frames(), strict=True)
-    for number, (columns, moving) in enumerate(rows):
+    labels = repeat(None) if trajectory.taxonomy is None else trajectory.label_frames()
+    rows = zip(trajectory.visible_frames(), trajectory.dynamic_frames(), labels, strict=False)
+    for number, (columns, moving, classes) in enumerate(rows):
         if number == len(poses):
             count += 1
             break
-        kept.append(FrameCells(grid, poses[number], columns, moving))
+        kept.append(FrameCells(grid, poses[number], columns, moving, classes))
         before = past_frames(number, history_len, history_step)
         past = tuple(kept[past - number - 1] for past in before)
         yield Frame(number, intrinsics[number], kept[-1], past)

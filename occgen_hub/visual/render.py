@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +18,9 @@ from occgen_hub.errors import DatasetError, UsageError
 from occgen_hub.loading import REBUILD, Trajectory
 from occgen_hub.media import VideoWriter
 from occgen_hub.prefetch import background
+from occgen_hub.taxonomy import Class
 from occgen_hub.visual.colors import ramp
-from occgen_hub.visual.ego import EgoView, ego_legend
+from occgen_hub.visual.ego import EgoView, class_legend, ego_legend, seen_classes
 from occgen_hub.visual.frames import Frame, frame_title, frames
 from occgen_hub.visual.output_paths import written_for
 from occgen_hub.visual.panels import Items, Panels, legend_height, legend_picture, with_legend
@@ -37,7 +38,7 @@ class Shot:
 
     size: (width, height), pixels, None for the view's default; viewpoint: of the world, None to
     choose it automatically; history_len, history_step: past frames whose occupancy is shown in
-    the world.
+    the world; color: of the cells in the camera's view.
     """
 
     view: View = "panels"
@@ -45,6 +46,7 @@ class Shot:
     viewpoint: Viewpoint | None = None
     history_len: int = 10
     history_step: int = 2
+    color: Literal["depth", "class"] = "depth"
 
     def fitted(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """The (width, height) of its images in pixels, even as videos need.
@@ -90,25 +92,33 @@ def _drawn(
 @contextmanager
 def _renderer(trajectory: Trajectory, shot: Shot) -> Iterator[_Renderer]:
     size, moving = shot.fitted(trajectory.image_size), trajectory.has_dynamic()
+    classes: list[Class] = []
+    if shot.color == "class":
+        if shot.view == "world":
+            raise UsageError(
+                "--color class: is of the camera's view; choose --view ego or panels, or leave it "
+                "out."
+            )
+        classes = seen_classes(trajectory)
     if shot.view == "world":
         foot = legend_height(*size, _world_placeholder(moving))
         with closing(WorldView(trajectory, (size[0], size[1] - foot), shot.viewpoint)) as world:
             strip = legend_picture(size[0], foot, size[1], partial(world.legend, moving=moving))
             yield lambda frame, image: with_legend(world(frame, image), size, strip)
     elif shot.view == "ego":
-        foot = legend_height(*size, _camera_placeholder(moving))
+        foot = legend_height(*size, _camera_placeholder(moving, classes))
         inner = _inside(trajectory.image_size, (size[0], size[1] - foot))
-        with closing(EgoView(trajectory, inner)) as ego:
+        with closing(EgoView(trajectory, inner, classes)) as ego:
             strip = legend_picture(size[0], foot, size[1], partial(ego.legend, moving=moving))
             yield lambda frame, _: with_legend(ego(frame), size, strip)
     else:
-        legends = _world_placeholder(moving), _camera_placeholder(moving)
+        legends = _world_placeholder(moving), _camera_placeholder(moving, classes)
         panels = Panels(size, trajectory.image_size, legends)
         name = called(trajectory)
         count, fps = len(trajectory.world_from_camera()), rate(trajectory)
         with (
             closing(WorldView(trajectory, panels.world_size, shot.viewpoint)) as world,
-            closing(EgoView(trajectory, panels.image_size)) as ego,
+            closing(EgoView(trajectory, panels.image_size, classes)) as ego,
         ):
             panels.explain(partial(world.legend, moving=moving), partial(ego.legend, moving=moving))
 
@@ -130,7 +140,9 @@ def _world_placeholder(moving: bool) -> Items:
     return lambda text: world_legend(ramp, 1.0, text, moving)
 
 
-def _camera_placeholder(moving: bool) -> Items:
+def _camera_placeholder(moving: bool, classes: Sequence[Class]) -> Items:
+    if classes:
+        return partial(class_legend, classes)
     return lambda text: ego_legend(ramp, 1.0, text, moving)
 
 

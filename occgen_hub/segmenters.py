@@ -1,0 +1,125 @@
+"""Segmenters: RGB in, label image out, for sources without labels. Found through entry points."""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from occgen_hub.episode import Episode
+from occgen_hub.errors import OccGenError, UsageError, in_brief
+from occgen_hub.taxonomy import load_taxonomy
+
+
+class Segmenter(ABC):
+    """Labels images. It holds no weights until it is used, so it can be sent to other processes.
+
+    name: of its entry point; taxonomy: the name of that of its labels, see `occgen_hub.taxonomy`.
+    """
+
+    name: str
+    taxonomy: str
+
+    def __repr__(self) -> str:
+        """The same for equal segmenters: builds are compared by it."""
+        return f"{type(self).__name__}({self.record()})"
+
+    def record(self) -> dict[str, Any]:
+        """What a dataset records of it, as JSON: what decides its labels, such as its weights."""
+        return {"name": self.name}
+
+    def on(self, device: str | None) -> Self:
+        """The same segmenter on another device; None takes a GPU if there is one."""
+        return self
+
+    @abstractmethod
+    def segment(self, image: NDArray[np.uint8]) -> NDArray[np.integer]:
+        """(H, W) classes of the pixels of an (H, W, 3) uint8 RGB image, 0 for none.
+
+        The same image gives the same classes. It is not called by two threads at a time.
+        """
+
+
+Opener = Callable[[Path | None, str | None], Segmenter]
+"""An entry point: opens a segmenter from --segmenter-weights and --device. Raises UsageError if it
+cannot."""
+
+
+def segmenter_names() -> list[str]:
+    """The names of the installed segmenters."""
+    return sorted({point.name for point in _points()})
+
+
+def load_segmenter(name: str, weights: Path | None = None, device: str | None = None) -> Segmenter:
+    """Open the segmenter of that name. Raises UsageError if there is none, or it is not one."""
+    for point in _points():
+        if point.name == name:
+            place = f"--segmenter {name}: the entry point {point.value}"
+            try:
+                opener: Opener = point.load()
+                segmenter = opener(weights, device)
+            except (ImportError, AttributeError, TypeError) as error:
+                said = in_brief(str(error))
+                raise UsageError(f"{place} cannot be opened ({said}); correct it.") from error
+            if not isinstance(segmenter, Segmenter):
+                raise UsageError(f"{place} opens no occgen_hub.segmenters.Segmenter; correct it.")
+            load_taxonomy(segmenter.taxonomy)
+            return segmenter
+    known = ", ".join(segmenter_names()) or "none"
+    raise UsageError(
+        f"--segmenter {name}: no such segmenter; installed are {known}. See "
+        "docs/adding_a_source.md for how to add one."
+    )
+
+
+def with_labels(episode: Episode, segmenter: Segmenter | None) -> Episode:
+    """The episode with labels: its own, or those that a segmenter makes of its images.
+
+    Label images are made once and kept compressed, a few kB each. The same holds for the cameras
+    beside it. Without a segmenter the episode stays as it is.
+    """
+    if segmenter is None:
+        return episode
+    beside = tuple(with_labels(other, segmenter) for other in episode.beside)
+    if episode.read_labels is not None:
+        return replace(episode, beside=beside)
+    taxonomy, turn = load_taxonomy(segmenter.taxonomy), threading.Lock()
+    width, height = episode.image_size
+    kept: dict[int, bytes] = {}
+
+    def labels(frame: int) -> NDArray[np.uint8]:
+        with turn:
+            if frame not in kept:
+                kept[frame] = zlib.compress(made(frame).tobytes(), 1)
+        pixels = np.frombuffer(zlib.decompress(kept[frame]), np.uint8)
+        return pixels.reshape(height, width)
+
+    def made(frame: int) -> NDArray[np.uint8]:
+        image = np.asarray(segmenter.segment(episode.read_rgb(frame)))
+        problem = f"gives {image.dtype} of shape {image.shape}"
+        if image.shape == (height, width):
+            try:
+                return taxonomy.checked(image)
+            except ValueError as error:
+                problem = str(error)
+        raise OccGenError(
+            f"{episode.id}: the segmenter {segmenter.name} {problem} for frame {frame}; it has to "
+            f"give ids of {taxonomy.name} {(height, width)}; report it to its authors."
+        )
+
+    return replace(episode, read_labels=labels, taxonomy=taxonomy.name, beside=beside)
+
+
+@cache
+def _points() -> tuple[EntryPoint, ...]:
+    """The entry points of segmenters. Cached, as those of engines are."""
+    return tuple(entry_points(group="occgen_hub.segmenters"))
