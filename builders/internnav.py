@@ -198,7 +198,7 @@ class InternNavBuilder(DatasetBuilder):
         table = read_parquet(files.parquet)
         length = table.num_rows
         if length == 0:
-            raise SourceError(files.parquet, "holds no frames", "leave this trajectory out")
+            raise SourceError(files.parquet, "has no frames", "leave this trajectory out")
         columns, left_out = _columns(table, load_schema(self.schema).features)
         notes = [*_left_out(left_out, files), *_count_notes(files, info, columns, ref, length)]
 
@@ -246,7 +246,7 @@ class InternNavBuilder(DatasetBuilder):
         info = read_json(files.info)
         whole = read_parquet(files.parquet)
         if whole.num_rows == 0:
-            raise SourceError(files.parquet, "holds no frames", "leave this trajectory out")
+            raise SourceError(files.parquet, "has no frames", "leave this trajectory out")
         posed = vlnce.posed_rows(whole, camera, files.parquet)
         length = len(posed.rows)
         known = load_schema(self.schema).features
@@ -265,7 +265,7 @@ class InternNavBuilder(DatasetBuilder):
         task_notes = []
         if not tasks:
             tasks = (Task("navigate"),)
-            text = f"{files.episodes.name} holds no instruction: the task is called 'navigate'"
+            text = f"{files.episodes.name} has no instruction: the task is named 'navigate'"
             task_notes = [Note("no task", text)]
         return Episode(
             id=ref.id,
@@ -749,7 +749,7 @@ def _frames(
         if len(found) > length:
             raise SourceError(
                 path.parent,
-                f"holds {len(found)} images for the {length} frames of the parquet",
+                f"has {len(found)} images for the {length} frames of the parquet",
                 "remove those that do not belong to it or leave this trajectory out",
             )
     rgb, depth, labels = (tuple(found.values()) for found in (files.rgb, files.depth, files.labels))
@@ -759,7 +759,7 @@ def _frames(
 def _labels(
     images: tuple[Path, ...], size: tuple[int, int], named: Path
 ) -> tuple[Callable[[int], NDArray[np.uint8]] | None, str | None]:
-    """A reader of the labels and their taxonomy, None both where there are none.
+    """A reader of the labels and their taxonomy, both None if there are none.
 
     named: the file that names the taxonomy. Raises SourceError, also when an image that is read
     has ids that the taxonomy lacks.
@@ -770,7 +770,7 @@ def _labels(
     remedy = f"write the name of the labels' taxonomy into it, one of {known}"
     name = read_bytes(named, 1 << 10).decode(errors="replace").strip() if is_file(named) else None
     if name not in taxonomy_names():
-        problem = "is missing" if name is None else f"names no taxonomy that is known ({name[:40]})"
+        problem = "is missing" if name is None else f"names an unknown taxonomy ({name[:40]})"
         raise SourceError(named, problem, remedy)
     taxonomy = load_taxonomy(name)
 
@@ -955,7 +955,7 @@ def _tasks(
         notes.append(Note("task json", text))
     if not tasks:
         tasks = [Task("navigate")]
-        text = f"{files.tasks.name} holds no instruction: the task is called 'navigate'"
+        text = f"{files.tasks.name} has no instruction: the task is named 'navigate'"
         notes.append(Note("no task", text))
     index = _given_tasks(columns.get("task_index"), numbered, texts)
     if index is None:

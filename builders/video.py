@@ -254,7 +254,7 @@ def _images(folder: Path) -> list[Path]:
         _unlisted(error)
     paths = [folder / name for name in sorted(names, key=natural_key)]
     if not paths:
-        raise SourceError(folder, "has no images any more", "restore them or leave it out")
+        raise SourceError(folder, "no longer has images", "restore them or leave it out")
     if len(paths) > MAX_TABLE_ROWS:
         problem = f"has {len(paths)} images, more than an episode can have"
         raise SourceError(folder, problem, "split it into several folders")

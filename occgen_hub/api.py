@@ -1,4 +1,4 @@
-"""What `occgen_hub` gives to programs, besides what its modules have ready."""
+"""Functions for programs: `build`, `finalize`, `push` and `load_episode`."""
 
 from __future__ import annotations
 
@@ -58,19 +58,18 @@ def build(
 ) -> Summary:
     """Build an occupancy dataset from a source, as `occgen-hub build` does.
 
-    source: what kind it is, "internnav", "lerobot", "capture" or "video"; root: where it is, a path
-    or an address `hf://datasets/ORG/NAME[@REVISION][/FOLDER]` of the Hub; out: the dataset's
-    folder; cameras: what the files do not say of its cameras; media: what to do with images, None
-    for "copy", or "none" for LeRobot datasets;
-    config: the settings, metres where they are lengths; workers: processes; limit: the first so
-    many episodes only, or scenes that are fetched; scenes: patterns of those to build; scratch:
-    where scenes are put, `scratch_limit` bytes at most; shard: (i, n) to build share i of n,
-    numbered from 0, of the episodes, for `finalize`; push_to: "org/name" on the Hub, where scenes
-    are pushed as they are built; the others as the command's options of their names. What is there
-    already and up to date is left alone.
+    source: its kind, such as "internnav", "lerobot", "capture" or "video"; root: a path, or an
+    address `hf://datasets/ORG/NAME[@REVISION][/FOLDER]` of the Hub; out: the dataset's folder;
+    cameras: settings of cameras that the files do not state; media: what to do with images, by
+    default "copy", or "none" for LeRobot datasets; config: the settings, with lengths in metres;
+    workers: number of processes; limit: maximum number of episodes, or of fetched scenes; scenes:
+    patterns of scenes to build; scratch: folder for fetched scenes, with at most `scratch_limit`
+    bytes; shard: (i, n) to build share i of n of the episodes, numbered from 0, for `finalize`;
+    push_to: "org/name" on the Hub, to push scenes during the build. The other arguments are like
+    the command's options. Up-to-date episodes are skipped.
 
-    Raises UsageError when an argument is wrong; then nothing was done. An episode that fails stops
-    no other and is listed in the summary's `failures`, with its reason. With several workers the
+    Raises UsageError for an invalid argument; then nothing was done. A failed episode does not stop
+    the others, and is listed with its reason in the summary's `failures`. With several workers the
     calling script needs `if __name__ == "__main__":`, since processes are spawned.
     """
     if config is not None and not isinstance(config, Config):
@@ -113,10 +112,10 @@ def build(
 
 
 def finalize(out: str | Path) -> Summary:
-    """Write the files of the whole dataset, as `occgen-hub finalize` does, when shards were built.
+    """Write the files of the whole dataset after its shards are built, as `occgen-hub finalize`.
 
-    Raises UsageError where there is no build or one is running, and OccGenError where a file cannot
-    be read or written.
+    Raises UsageError if there is no build or one is running, and OccGenError if a file cannot be
+    read or written.
     """
     return finalize_dataset(Path(out))
 
@@ -129,11 +128,10 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Send a built dataset to the Hub, as `occgen-hub push` does, and return its address there.
+    """Push a built dataset to the Hub, as `occgen-hub push` does. Returns its address there.
 
-    It is validated first, and its card brought up to date. Raises UsageError where the names do not
-    fit, and OccGenError where the dataset is not valid or something is in the way; then the same
-    call goes on from what was sent.
+    It is validated first, and its card is updated. Raises UsageError for invalid names, and
+    OccGenError if the dataset is not valid or the push fails. Calling it again resumes the push.
     """
     from occgen_hub import hub
 
@@ -145,11 +143,11 @@ def push(
 
 @dataclass(frozen=True)
 class Frame:
-    """The occupancy of one frame, in the grid that stands in its camera's frame (OpenCV axes).
+    """The occupancy of one frame, in the grid of its camera (OpenCV axes).
 
     columns: (n,) flat numbers `i * (ny * nz) + j * nz + k` of the occupied and visible cells,
     ascending; packed: (ceil(cells / 8),) uint8, `np.packbits` of the observed ones;
-    dynamic_columns: (m,) those of `columns` that hold something that moves; classes: (n,) uint8 of
+    dynamic_columns: (m,) the `columns` with moving objects; classes: (n,) uint8 of
     `columns`, ids of `Trajectory.taxonomy`, None without labels.
     """
 
@@ -166,7 +164,7 @@ class Frame:
 
     @property
     def dynamic(self) -> NDArray[np.bool_]:
-        """(nx, ny, nz) bool: occupied and visible, and of something that moves."""
+        """(nx, ny, nz) bool: occupied, visible, and with moving objects."""
         return self._dense(self.dynamic_columns)
 
     @property
@@ -196,8 +194,8 @@ class LoadedEpisode:
     """A built trajectory of T frames.
 
     trajectory: its files; grid: of its occupancy; world_from_camera: (T, 4, 4) float64, OpenCV
-    axes, metres; intrinsics: (T, 3, 3) float64, pixels; tasks: the instructions, in words;
-    task_index: (T,) int64, which of them is each frame's.
+    axes, metres; intrinsics: (T, 3, 3) float64, pixels; tasks: the instructions as text;
+    task_index: (T,) int64, the instruction of each frame.
     """
 
     def __init__(self, trajectory: Trajectory) -> None:
@@ -212,14 +210,14 @@ class LoadedEpisode:
         self._next = len(self)
 
     def __len__(self) -> int:
-        """How many frames it has."""
+        """The number of frames."""
         return len(self.world_from_camera)
 
     def frame(self, number: int) -> Frame:
-        """The occupancy of a frame, numbered from 0, best asked for in order.
+        """The occupancy of a frame, numbered from 0. Ascending order is fast.
 
-        The files are compressed as a whole: going back starts them over. For random access there
-        is OccupancyDataset. Raises IndexError where there is no such frame, and DatasetError.
+        The files are compressed as a whole, so going back reads them again from the start. Use
+        OccupancyDataset for random access. Raises IndexError for other numbers, and DatasetError.
         """
         self._check(number)
         if number < self._next:
@@ -233,17 +231,17 @@ class LoadedEpisode:
         raise DatasetError(path, f"ends before frame {number}", REBUILD)
 
     def rgb(self, number: int) -> NDArray[np.uint8] | None:
-        """(H, W, 3) uint8, or None where the dataset was built without media.
+        """(H, W, 3) uint8, or None if the dataset was built without media.
 
-        Raises IndexError where there is no such frame.
+        Raises IndexError for other numbers.
         """
         self._check(number)
         return self._images(number)
 
     def depth(self, number: int) -> NDArray[np.float64] | None:
-        """(H, W) float64 metres along the optical axis, 0 for none; None where there is none.
+        """(H, W) float64 metres along the optical axis, 0 for none; None without depth images.
 
-        Raises IndexError where there is no such frame.
+        Raises IndexError for other numbers.
         """
         self._check(number)
         return self.trajectory.depth(number)
@@ -261,8 +259,8 @@ class LoadedEpisode:
 
 
 def load_episode(folder: str | Path) -> LoadedEpisode:
-    """A built trajectory, from its folder `<dataset>/<group>/<scene>/<trajectory>`.
+    """Load a built trajectory from its folder `<dataset>/<group>/<scene>/<trajectory>`.
 
-    Raises DatasetError when there is none, or when a file of it cannot be used.
+    Raises DatasetError if there is none, or if one of its files is invalid.
     """
     return LoadedEpisode(Trajectory.open(Path(folder)))

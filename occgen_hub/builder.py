@@ -1,4 +1,4 @@
-"""Sources: what a subclass says of a kind of recording, and how the installed ones are found."""
+"""The base class of sources, and how the installed ones are found."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ from occgen_hub.lerobot.writer import Media
 logger = logging.getLogger(__name__)
 
 LEVELS = 3
-"""Folders above a source's root in which its card is looked for: vln_n1/traj_data/<group>."""
+"""Number of folders above a source's root to search for its card: vln_n1/traj_data/<group>."""
 
 MAX_CARD_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class EpisodeRef:
-    """An episode before it is read. id: "<group>/<scene>/<trajectory>", also its place in the
-    output; path: the folder or file that holds it; index: its number where one holds several.
+    """An episode before it is read. id: "<group>/<scene>/<trajectory>", also its path in the
+    output; path: its folder or file; index: its number, if there are several at this path.
     """
 
     id: str
@@ -53,8 +53,8 @@ class EpisodeRef:
 
 @dataclass(frozen=True)
 class CameraSurvey:
-    """What `occgen-hub cameras` says. lines: of what was found, for a user to read; mapping: the
-    text of a file for `--cameras`, to be corrected.
+    """The output of `occgen-hub cameras`. lines: a description of what was found, for the user;
+    mapping: the text of a file for `--cameras`, to be corrected.
     """
 
     lines: tuple[str, ...]
@@ -62,28 +62,27 @@ class CameraSurvey:
 
 
 def id_problem(name: str) -> str | None:
-    """What keeps an episode's id from being a place in the output, None if nothing does."""
+    """Why an episode's id is not a valid path in the output. None if it is."""
     parts = name.split("/")
     if len(parts) != 3:
         return f"has {len(parts)} parts"
     if any(part in ("", ".", "..") or "\0" in part for part in parts):
-        return "has a part that is no name of a folder"
+        return "has a part that is not a valid folder name"
     return None
 
 
 class DatasetBuilder(ABC):
-    """A source of episodes. A subclass says its name, lists episodes and reads one.
+    """A source of episodes. A subclass has a name, lists episodes and reads one.
 
     version: to be changed whenever the same files give another episode, so that episodes are built
-    again; schema: what it writes; engine: the name of the one that suits it when the user names
-    none; takes_file: whether `root` may be a file; knows: what `--condition` may ask of every
-    episode, besides depth, which `has_depth` tells; takes_archives: whether its scenes may be
-    archives, each of which it reads as a tree with that scene alone; hfov: degrees that a camera
-    sees from side to side, for sources that give no intrinsics, None for what the source assumes;
-    license: of what was recorded, as the Hub calls it, None where the source does not say; maps:
-    the attributes of `CameraMapping` that a user may give, which are then in `cameras`;
-    several_cameras: whether more than one camera may be given; takes_repository: whether `root`
-    may be a LeRobot dataset on the Hub; media: what a build does with images if nothing is said.
+    again; schema: of its datasets; engine: the name of the default engine; takes_file: whether
+    `root` may be a file; knows: the inputs for `--condition` that all episodes have, besides depth
+    (see `has_depth`); takes_archives: whether scenes may be archives, each of which it reads as a
+    tree with only that scene; hfov: horizontal field of view, degrees, for sources without
+    intrinsics, None for the source's default; license: of the recording, by the Hub's name, None if
+    not stated; maps: the attributes of `CameraMapping` that a user may set, in `cameras`;
+    several_cameras: whether there may be more than one camera; takes_repository: whether `root` may
+    be a LeRobot dataset on the Hub; media: the default of `--media`.
     """
 
     name: ClassVar[str]
@@ -105,16 +104,16 @@ class DatasetBuilder(ABC):
         self._passed_over: set[Path] = set()
 
     def at(self, root: Path) -> Self:
-        """The same builder for a tree elsewhere, such as that of an archive's content."""
+        """The same builder for another root, such as the content of an archive."""
         other = copy.copy(self)
         other.root, other._passed_over = root, set()
         return other
 
     def pass_over(self, path: Path, error: OSError) -> None:
-        """Warn, once, that something below the root cannot be looked into, and is left out.
+        """Warn, once, that something below the root cannot be listed and is left out.
 
-        For `episodes`, so that one bad folder does not end a build. Raises SourceError where it is
-        the root itself, MachineError where the machine is at fault.
+        For `episodes`, so that one bad folder does not end a build. Raises SourceError for the root
+        itself, and MachineError for a fault of the machine.
         """
         problem = f"cannot be looked into ({error.strerror or error})"
         if error.errno in MACHINE_FAULTS:
@@ -127,37 +126,37 @@ class DatasetBuilder(ABC):
 
     @abstractmethod
     def episodes(self) -> Iterator[EpisodeRef]:
-        """Every episode below `root`, sorted by id, nothing decoded."""
+        """Every episode below `root`, sorted by id, without decoding."""
 
     @abstractmethod
     def sources(self, ref: EpisodeRef) -> list[Path]:
-        """The files that `read` makes the episode from; raises SourceError when one is missing."""
+        """The files that `read` uses. Raises SourceError if one is missing."""
 
     @abstractmethod
     def read(self, ref: EpisodeRef) -> Episode:
-        """The episode; raises SourceError when its files cannot be used."""
+        """Read an episode. Raises SourceError if its files are invalid."""
 
     @classmethod
     def recognise(cls, root: Path) -> str | None:
-        """What is at `root`, in a few words with an article, where this source can read it.
+        """Describe `root` in a few words with an article, if this source can read it, else None.
 
-        For errors of other sources that were given it. A few names are looked at, and small files.
+        It is used in errors of other sources, and checks only a few names and small files.
         """
         return None
 
     def survey_cameras(self) -> CameraSurvey:
-        """What the cameras of the recording are; raises UsageError where nothing can be mapped."""
+        """A survey of the recording's cameras. Raises UsageError if nothing can be mapped."""
         raise UsageError(f"--source {self.name}: has no columns to map to cameras.")
 
     def has_depth(self, ref: EpisodeRef) -> bool:
-        """Whether an episode has sensor depth; looked up quickly, nothing decoded."""
+        """Whether an episode has sensor depth, by a quick check without decoding."""
         return False
 
     def work(self, ref: EpisodeRef) -> float:
-        """About how much work an episode is, next to others: its frames times their pixels.
+        """Estimate the work of an episode relative to others: frames times pixels.
 
-        A guess from headers, for sharing episodes out; nothing is decoded, and what cannot be read
-        is no work. Here it is the bytes of its files.
+        An estimate from headers, without decoding, for distributing episodes. 0 for unreadable
+        files. By default, the bytes of its files.
         """
         try:
             return float(sum(path.stat().st_size for path in self.sources(ref)))
@@ -165,17 +164,17 @@ class DatasetBuilder(ABC):
             return 0.0
 
     def footage(self, ref: EpisodeRef) -> tuple[int, tuple[int, int]] | None:
-        """How many frames an episode has, and their (width, height), by its headers.
+        """The number of frames of an episode and their (width, height), from its headers.
 
-        To say beforehand what a network will take; None where that is not known.
+        It is used to estimate the cost of a network. None if unknown.
         """
         return None
 
     def fingerprint(self, sources: Iterable[Path]) -> str:
-        """SHA-256 over the names and contents of files, in their order.
+        """SHA-256 over the names and contents of files, in order.
 
-        The names are those below the folder that all files share, so that it does not matter where
-        the tree is, nor which folder of it is `root`.
+        Names are relative to the common folder of all files, so that neither the place of the tree
+        nor the choice of `root` matters.
         """
         paths = list(sources)
         shared = os.path.commonpath([path.parent for path in paths])
@@ -197,22 +196,22 @@ class DatasetBuilder(ABC):
 
 @lru_cache(maxsize=4096)
 def _checksum(path: Path, version: Version) -> str:
-    """SHA-256 of a file: what episodes have in common is read once."""
+    """SHA-256 of a file, cached, because episodes share files."""
     return sha256(path, MAX_SOURCE_BYTES)
 
 
 def builder_names() -> list[str]:
-    """The sources that are installed."""
+    """The names of the installed sources."""
     return sorted({point.name for point in entry_points(group="occgen_hub.builders")})
 
 
 def load_builder(
     name: str, root: Path, cameras: Sequence[CameraMapping] = (), *, hfov: float | None = None
 ) -> DatasetBuilder:
-    """The builder of that name for the tree at `root`.
+    """The builder with this name for the tree at `root`.
 
-    hfov: degrees, see DatasetBuilder. Raises UsageError when none is installed, when what is
-    installed is no builder, and when it has no use for something that `cameras` say.
+    hfov: degrees, see DatasetBuilder. Raises UsageError if it is not installed or not a builder, or
+    if it does not use a setting in `cameras`.
     """
     kind = _builder_class(name)
     for attribute in sorted({key for camera in cameras for key in camera.said()}):
@@ -232,14 +231,14 @@ def load_builder(
 _OPTIONS = {"depth_unit": "depth_scale", "pose_layout": "cameras"} | dict.fromkeys(
     ("rgb", "depth", "pose", "info"), "topics"
 )
-"""Options of the command line, by what they say, where they are called otherwise."""
+"""Options of the command line whose names differ from the attributes."""
 
 
 def license_of_folder(root: Path) -> str | None:
-    """The licence that a dataset's card says, in the nearest README.md with one; None without one.
+    """The licence in the nearest README.md with one, or None.
 
-    Looked for in `root` and in the LEVELS folders above it, since `root` may be a part of a copy of
-    a dataset on the Hub.
+    Searches `root` and LEVELS folders above it, since `root` may be a part of a copy of a dataset
+    on the Hub.
     """
     folder = root.resolve()
     for place in (folder, *folder.parents[:LEVELS]):
@@ -255,7 +254,7 @@ def license_of_folder(root: Path) -> str | None:
 
 
 def plain_license(said: Any) -> str | None:
-    """The name of a licence in a card; None where it gives none, several, or one of its own."""
+    """The name of the licence in a card. None for none, several, or a custom one."""
     if isinstance(said, list) and len(said) == 1:
         said = said[0]
     known = isinstance(said, str) and re.fullmatch(r"[a-z0-9][a-z0-9.+-]{1,60}", said)
@@ -263,7 +262,7 @@ def plain_license(said: Any) -> str | None:
 
 
 def _builder_class(name: str) -> type[DatasetBuilder]:
-    """The class that is installed as a source; raises UsageError where it cannot be one."""
+    """The class that is installed as a source. Raises UsageError if it is not valid."""
     points = [point for point in entry_points(group="occgen_hub.builders") if point.name == name]
     if not points:
         known = ", ".join(builder_names()) or "none"
@@ -285,7 +284,7 @@ def _builder_class(name: str) -> type[DatasetBuilder]:
 
 
 def other_source(root: Path, name: str) -> str:
-    """For the end of an error: another source that knows what is at `root`, "" if none does."""
+    """The end of an error that names another source that recognises `root`, or ""."""
     for other in builder_names():
         if other == name:
             continue

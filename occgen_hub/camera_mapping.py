@@ -1,4 +1,4 @@
-"""What a user says of a camera that the files of a recording do not."""
+"""A user's settings for a camera that the files of a recording do not state."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from occgen_hub.geometry.lens import Lens, opencv_matrix
 from occgen_hub.geometry.poses import RIGID, from_opengl, rigidity_error
 
 UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001}
-"""Names of units of depth, and metres in one."""
+"""Names of depth units, and metres per unit."""
 
 CALIBRATIONS = (4, 8, 9, 12)
-"""How many numbers `intrinsics` may have."""
+"""Allowed numbers of values in `intrinsics`."""
 
 POSES: dict[str, tuple[int, ...]] = {
     "matrix": (16, 12),
@@ -27,29 +27,29 @@ POSES: dict[str, tuple[int, ...]] = {
     "xyz_quaternion_xyzw": (7,),
     "xyz_quaternion_wxyz": (7,),
 }
-"""Layouts of a pose in a column, and how many numbers it has."""
+"""Layouts of a pose in a column, and their numbers of values."""
 
 
 class CameraMapping(BaseModel):
-    """Where the parts of a camera's recording are, and how their numbers are meant.
+    """The places and conventions of a camera's data in a recording.
 
-    A source takes what it has a use for (`DatasetBuilder.maps`); what is None is as the files say.
+    A source uses some of them (`DatasetBuilder.maps`). None means as stated in the files.
 
     Attributes:
-        rgb, depth, pose, info: the topics of a bag, or the columns of a table, that hold them.
+        rgb, depth, pose, info: their topics in a bag, or columns in a table.
         intrinsics: fx, fy, cx, cy in pixels of the colour images, and OpenCV's distortion: k1, k2,
-            p1, p2[, k3[, k4, k5, k6]]. The centre of the first pixel is (0, 0), as OpenCV, ROS and
-            RealSense have it.
-        depth_unit: metres in a unit of depth.
-        pose_layout: how a pose is written: a matrix row after row; x, y, z and the angles roll,
-            pitch and yaw in radians, about the fixed axes x, y and z in that order; or x, y, z and
-            a quaternion.
-        pose_direction: what the poses are.
+            p1, p2[, k3[, k4, k5, k6]]. The centre of the first pixel is (0, 0), as in OpenCV, ROS
+            and RealSense.
+        depth_unit: metres per unit of depth.
+        pose_layout: the format of a pose: a row-major matrix; x, y, z and the angles roll, pitch
+            and yaw in radians, about the fixed axes x, y and z in that order; or x, y, z and a
+            quaternion.
+        pose_direction: the direction of the poses.
         pose_axes: the camera's axes. OpenCV: x right, y down, z forward; OpenGL: x right, y up,
             z backward.
-        body_from_camera: where the camera sits, 16 numbers of a (4, 4) matrix row after row, where
-            the poses are those of a moving body; without poses, where it stands in the world. Its
-            camera has axes `pose_axes`.
+        body_from_camera: the camera's pose on the moving body that the poses describe, or, without
+            poses, in the world: 16 numbers of a row-major (4, 4) matrix. Its camera has axes
+            `pose_axes`.
         time_offset: seconds to add to the times of the poses.
     """
 
@@ -90,10 +90,10 @@ class CameraMapping(BaseModel):
         return numbers
 
     def poses(self, numbers: NDArray[np.floating]) -> NDArray[np.float64]:
-        """(T, n) or (T, rows, columns) numbers of a column to (T, 4, 4) poses, as they stand.
+        """Convert (T, n) or (T, rows, columns) numbers of a column to (T, 4, 4) poses.
 
-        Without `pose_layout` 16 and 12 numbers are a matrix, 6 are "xyz_rpy" and 7 are
-        "xyz_quaternion_xyzw". Raises ValueError for numbers of another count.
+        Direction and axes are not changed. Without `pose_layout`, 16 and 12 numbers are a matrix, 6
+        are "xyz_rpy" and 7 are "xyz_quaternion_xyzw". Raises ValueError for other counts.
         """
         from scipy.spatial.transform import Rotation
 
@@ -120,17 +120,17 @@ class CameraMapping(BaseModel):
         return poses
 
     def said(self) -> dict[str, Any]:
-        """What is not as the files say, as JSON has it."""
+        """The settings that are not None, as JSON values."""
         return self.model_dump(mode="json", exclude_none=True)
 
     def lens(self, size: tuple[int, int]) -> Lens | None:
-        """The lens that `intrinsics` describe, of images of `size` (width, height)."""
+        """The lens from `intrinsics`, for images of `size` (width, height)."""
         if self.intrinsics is None:
             return None
         return Lens.of(opencv_matrix(*self.intrinsics[:4]), size, self.intrinsics[4:])
 
     def world_from_camera(self, poses: NDArray[np.floating]) -> NDArray[np.float64]:
-        """(..., 4, 4) poses as the recording has them, to world_from_camera of OpenCV cameras."""
+        """Convert (..., 4, 4) poses of the recording to world_from_camera with OpenCV axes."""
         standard = poses.astype(np.float64)
         if self.pose_direction == "camera_from_world":
             standard = np.asarray(np.linalg.inv(standard), np.float64)
@@ -140,9 +140,9 @@ class CameraMapping(BaseModel):
 
 
 def camera_mapping(where: str, values: dict[str, Any]) -> CameraMapping:
-    """A mapping from values by the names of its attributes; None stands for nothing said.
+    """A mapping from values by attribute name.
 
-    where: the file or option that they come from. Raises UsageError where one is wrong.
+    where: the file or option of the values, for errors. Raises UsageError for an invalid value.
     """
     try:
         return CameraMapping.model_validate({k: v for k, v in values.items() if v is not None})
@@ -155,10 +155,10 @@ def camera_mapping(where: str, values: dict[str, Any]) -> CameraMapping:
 
 
 def read_cameras(path: Path) -> tuple[CameraMapping, ...]:
-    """The mappings of a YAML file: `cameras`, a list of them by the names of their attributes.
+    """Read the mappings of a YAML file: `cameras`, a list of mappings by attribute name.
 
-    `intrinsics` may also be the name of a column, `depth_unit` one of `UNITS`, and a matrix rows of
-    numbers. Raises UsageError where the file is wrong.
+    `intrinsics` may also be the name of a column, `depth_unit` one of `UNITS`, and a matrix may be
+    rows of numbers. Raises UsageError for an invalid file.
     """
     try:
         document = yaml.safe_load(read_bytes(path, 1 << 20))
@@ -197,9 +197,9 @@ def _flat(value: Any) -> Any:
 
 
 def metres_in_unit(scale: float) -> float:
-    """Metres in a unit of depth, from a scale as files and tools give it.
+    """Metres per unit of depth, from a scale of files and tools.
 
-    5000 is so many units in a metre, and 0.0002 so many metres in a unit; no sensor has units of
-    more than a metre, so one number tells which of the two it is.
+    5000 means units per metre, and 0.0002 means metres per unit. No sensor has units of more than a
+    metre, so the number shows which of the two it is.
     """
     return 1.0 / scale if scale > 1 else scale

@@ -326,7 +326,7 @@ def _configs(facts: Facts, schema: Schema) -> list[dict[str, Any]]:
 
 
 def _without_labels(facts: Facts, configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The configs of tables of which some files have a column of labels, without that column."""
+    """The configs of tables without the column of labels, if only some of their files have it."""
     if sum(facts.taxonomies.values()) in (0, facts.trajectories):
         return configs
     columns = {
@@ -372,14 +372,14 @@ def _splits(facts: Facts) -> Iterator[str]:
 def _packed_examples() -> Iterator[str]:
     """The examples for a dataset that has only shards."""
     yield "## Load it\n"
-    yield "`DATASET` stands for this dataset's name on the Hub, or for a folder that holds it.\n"
+    yield "`DATASET` stands for this dataset's name on the Hub, or for its folder.\n"
     yield from _occupancy_examples()
 
 
 def _examples(facts: Facts, schema: Schema) -> Iterator[str]:
     """Examples that load each kind of data. The tests run them."""
     yield "## Load it\n"
-    yield "`DATASET` stands for this dataset's name on the Hub, or for a folder that holds it.\n"
+    yield "`DATASET` stands for this dataset's name on the Hub, or for its folder.\n"
     yield "The frames of all trajectories: poses, intrinsics, time, episode and scene.\n"
     yield _python(f"""\
 from datasets import load_dataset
@@ -396,7 +396,7 @@ K = frames[0]["{schema.intrinsics}"]  # (3, 3), pixels
         "images, depth, tasks and occupancy. LeRobot up to 0.3 can read a trajectory directly: "
         f"`LeRobotDataset(NAME, root={dump_json(f'DATASET/{printable(first)}')}, episodes=[0])`.\n"
     )
-    yield "The files of one trajectory, from a folder that holds the dataset:\n"
+    yield "The files of one trajectory, from the dataset's folder:\n"
     yield _python(f"""\
 import numpy as np
 from scipy import sparse
@@ -504,14 +504,14 @@ def _grids(facts: Facts) -> Iterator[str]:
 
 
 def _classes(facts: Facts) -> Iterator[str]:
-    """What the labels are."""
+    """The classes of the labels."""
     for name, count in sorted(facts.taxonomies.items()):
         classes = load_taxonomy(name).classes.values()
         listed = ", ".join(f"{one.id} {one.name.replace('_', ' ')}" for one in classes)
         yield (
             f"Occupied cells of {_count(count, 'trajectory')} have classes of the taxonomy "
-            f"`{name}`: `labels`, beside the occupied cells. {UNLABELLED} is a cell of which no "
-            f"frame says what it is. The classes: {listed}.\n"
+            f"`{name}`: `labels`, one for each occupied cell. {UNLABELLED} means that no frame "
+            f"gives a class. The classes: {listed}.\n"
         )
 
 

@@ -91,11 +91,11 @@ class FrameExport(ABC):
         remarks = []
         if plain := self.taxonomies.pop(None, 0):
             of = f"{plain} trajectories have" if self.taxonomies else "the dataset has"
-            remarks.append(f"everything occupied is one class, since {of} no classes")
+            remarks.append(f"all occupied cells have one class, since {of} no classes")
         if names := sorted(filter(None, self.taxonomies)):
             remarks.append(
                 f"classes of the taxonomy {', '.join(names)} became those of OccScanNet, 1 to 11, "
-                f"as OccGen Hub assigns them; what is occupied without a class is {self.UNLABELLED}"
+                f"as OccGen Hub assigns them; occupied cells without a class are {self.UNLABELLED}"
             )
         if self.empty:
             remarks.append(f"{self.empty} frames without an occupied cell are left out")
@@ -156,18 +156,18 @@ class OccScanNet(FrameExport):
     name = "occscannet"
     card = """\
 `{train,test}_final.txt` list the frames, `{train,test}_mini_final.txt` a tenth of them, and
-`{train,val}_subscenes.txt` the same under ISO's names. Each line is a pickle of a dict:
+`{train,val}_subscenes.txt` all frames under ISO's names. Each line names a pickle of a dict:
 
 | key | |
 | --- | --- |
 | `target_1_4` | uint8 (60, 60, 36), stored [y, x, z]: 0 free, 1 to 11 classes of OccScanNet, 255 unknown |
-| `target_1_16` | uint8 (15, 15, 9), in the same order: of 64 cells, the commonest class where more than a twentieth have one, else free or unknown |
-| `voxel_origin` | float64 (3,), world metres: the lower corner of the grid, of 4.8 x 4.8 x 2.88 m in cells of 8 cm, along the world's axes, z up. It lies in front of the camera |
-| `cam_pose`, `intrinsic` | float64 (4, 4): camera to world, OpenCV axes; of the image as it is stored |
+| `target_1_16` | uint8 (15, 15, 9), in the same order: of 64 cells, the most common class if more than a twentieth have one, else free or unknown |
+| `voxel_origin` | float64 (3,), world metres: the lower corner of the grid of 4.8 x 4.8 x 2.88 m in cells of 8 cm, aligned to the world's axes, z up, in front of the camera |
+| `cam_pose`, `intrinsic` | float64 (4, 4): camera to world, OpenCV axes; for the stored image |
 | `img`, `depth_gt` | paths of the JPEG and of the depth, 16-bit PNG, millimetres |
 """  # noqa: E501
     SHAPE: ClassVar[tuple[int, int, int]] = (60, 60, 36)
-    ONE_CLASS, UNLABELLED = 11, 255  # objects; ignored, as what is unknown
+    ONE_CLASS, UNLABELLED = 11, 255  # objects; ignored, like unknown cells
     FREE_CLASS, UNKNOWN_CLASS = 0, 255
 
     def __init__(self, folder: Path) -> None:
@@ -238,17 +238,16 @@ class OccScanNet(FrameExport):
 
 
 class Occ3D(FrameExport):
-    """`labels.npz` for each frame in the ego frame, as Occ3D-nuScenes has them."""
+    """`labels.npz` for each frame in the ego frame, as in Occ3D-nuScenes."""
 
     name = "occ3d"
     card = """\
-`gts/scene-NNNN/<token>/labels.npz` of each frame holds `semantics`, `mask_lidar` and `mask_camera`,
-uint8 [x, y, z], cells of 8 cm in the ego frame: x ahead, y left, z up, its origin the camera.
-`semantics` is 0 to 16 for what is occupied and 17 for free; `mask_lidar` is 1 where some frame of
-the episode tells the state, and `mask_camera` where this frame observed the cell as well. Where
-`mask_lidar` is 0, the state is unknown and `semantics` says 17. `annotations.json` says the grid,
-the split by scene and, of each token, the image, the intrinsics and the poses (quaternions w, x, y,
-z).
+`gts/scene-NNNN/<token>/labels.npz` of each frame has `semantics`, `mask_lidar` and `mask_camera`,
+uint8 [x, y, z], cells of 8 cm in the ego frame: x ahead, y left, z up, origin at the camera.
+`semantics` is 0 to 16 for occupied and 17 for free cells. `mask_lidar` is 1 if the state is known
+from some frame of the episode, and `mask_camera` is 1 if this frame observed the cell too. If
+`mask_lidar` is 0, the state is unknown and `semantics` is 17. `annotations.json` has the grid, the
+split by scene and, for each token, the image, intrinsics and poses (quaternions w, x, y, z).
 """
     ONE_CLASS = UNLABELLED = 0  # others
     FREE_CLASS = UNKNOWN_CLASS = 17
@@ -321,7 +320,7 @@ z).
         (self.folder / "annotations.json").write_text(dump_json(content), encoding="utf-8")
 
     def _classes(self) -> dict[int, str]:
-        """The names of the numbers in `semantics`."""
+        """The names of the classes in `semantics`."""
         named = load_taxonomy("occscannet11").classes.values()
         return {0: "others", **{one.id: one.name for one in named}, self.FREE_CLASS: "free"}
 

@@ -143,7 +143,7 @@ SCHEMA = pa.schema([(field.name, _arrow_type(str(field.type))) for field in fiel
 """The columns of the index, from `Entry`."""
 
 OPTIONAL = "taxonomy"
-"""A column that a part may lack, for none."""
+"""A column that is missing in parts where it would be all null."""
 
 
 def bucket(scene: str) -> str:

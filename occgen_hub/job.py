@@ -1,4 +1,4 @@
-"""A job: the episodes of a source, where they go, and how they are built."""
+"""A job: the episodes of a source, their output and settings."""
 
 from __future__ import annotations
 
@@ -56,17 +56,17 @@ if TYPE_CHECKING:
     from occgen_hub.engines.network import Outlook
 
 License = Literal["any", "commercial"]
-"""What the weights of a network have to allow."""
+"""The use that a network's weights must allow."""
 
 
 def check_paths(root: Path, out: Path) -> None:
-    """Raise UsageError where reading from `root` and writing to `out` would go wrong."""
+    """Raise UsageError unless `root` can be read and `out` be written."""
     if not (root.is_dir() or root.is_file()):
         problem = "is not a folder, nor a file" if root.exists() else "is not there"
         raise UsageError(f"{root}: {problem}; give what to read as --input.")
     try:
         source, target = root.resolve(), out.resolve()
-    except (OSError, RuntimeError) as error:  # RuntimeError: of a link to itself.
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself.
         raise UsageError(
             f"{out}: cannot be followed ({error}); choose another --output."
         ) from error
@@ -86,10 +86,10 @@ def check_paths(root: Path, out: Path) -> None:
 def list_refs(
     builder: DatasetBuilder, limit: int | None = None, scenes: Sequence[str] = ()
 ) -> list[EpisodeRef | SceneRef]:
-    """What to build, sorted: the episodes, and the archives, whose episodes are not known yet.
+    """What to build, sorted: episodes, and archives, whose episodes are not known yet.
 
-    limit: at most so many of them; scenes: patterns of the scenes to build, all if there are none.
-    Raises UsageError when there is nothing.
+    limit: their maximum number; scenes: patterns of scenes to build, or none for all. Raises
+    UsageError if there is nothing to build.
     """
     archives = list(list_archives(builder.root)) if builder.takes_archives else []
     if not archives:
@@ -113,8 +113,8 @@ def list_episodes(
 ) -> list[EpisodeRef]:
     """The episodes to build, at most `limit`.
 
-    Raises UsageError when there are none, when two have the same id or one has an id that is none,
-    and when what they are made from is a dataset that was built.
+    Raises UsageError if there are none, if ids are invalid or duplicated, and if the source is a
+    built dataset.
     """
     check_not_built(builder.root, [builder.root])
     if builder.root.is_file() and not builder.takes_file:
@@ -160,7 +160,7 @@ def list_episodes(
 def _selected[Ref: EpisodeRef | SceneRef](
     root: Path | HubSource, refs: list[Ref], scenes: Sequence[str]
 ) -> list[Ref]:
-    """Those of the scenes that match; raises UsageError where none does."""
+    """The scenes that match. Raises UsageError if there are none."""
     found = [ref for ref in refs if selected(ref.id, scenes)]
     if not found:
         raise UsageError(
@@ -185,13 +185,12 @@ def choose_engine(
     device: str | None = None,
     license: License = "any",
 ) -> Engine:
-    """The engine for these episodes: the one named, else the builder's own.
+    """The engine for these episodes: the given one, or the builder's default.
 
-    For `auto`, weights are looked for only where some episode has no depth. Where there are scenes
-    to fetch, nobody knows yet: then weights are used if they are there. Raises UsageError when
-    the engine, its weights or the device cannot be had, or its weights allow less
-    than `license`; but where some episodes have depth, and no
-    weights were named, the others may as well fail one by one.
+    `auto` looks for weights only if some episode has no depth. For scenes that are not fetched yet,
+    this is unknown, so weights are used if they exist. Raises UsageError if the engine, its weights
+    or the device is not available, or if its weights allow less than `license`. If some episodes
+    have depth and no weights were given, it is not raised: the other episodes then fail one by one.
     """
     name = builder.engine if name == AUTO else name
     commercial = license == "commercial"
@@ -231,7 +230,7 @@ def choose_engine(
 
 
 def outlook(job: Job, refs: Sequence[EpisodeRef | SceneRef]) -> dict[str, Outlook]:
-    """What the network will take for each of the episodes, by id, as far as that is known."""
+    """Estimates for the network for each of the episodes, by id, as far as known."""
     from occgen_hub.engines.network import NetworkEngine
 
     found = {}
@@ -255,7 +254,7 @@ def outlook(job: Job, refs: Sequence[EpisodeRef | SceneRef]) -> dict[str, Outloo
 def check_conditions(
     builder: DatasetBuilder, refs: Sequence[EpisodeRef | SceneRef], config: Config
 ) -> None:
-    """Raise UsageError where a network is to be told what no episode of the source has."""
+    """Raise UsageError for a network input that no episode of the source has."""
     for condition in config.condition:
         if condition == "depth":
             there = any(isinstance(ref, SceneRef) or builder.has_depth(ref) for ref in refs)
@@ -270,15 +269,14 @@ def check_conditions(
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be built: the episodes of a source, where they go, and how.
+    """The episodes of a source to build, their output and settings.
 
-    refs: the episodes, and the scenes whose episodes are known when they are fetched;
-    parquet_occupancy: whether the dataset has its occupancy as Parquet as well;
-    parquet_images: whether its images, depth and tasks are in the same files; limited: whether
-    `refs` are not all of the source; whole_scenes: whether a shard has all episodes of its scenes;
-    device: where networks run, None for a GPU if there is one;
-    hub: where scenes are downloaded from, at a commit; scratch: where they are put, None for the
-    hidden folder `.scratch` of the output.
+    refs: episodes, and scenes whose episodes are unknown until they are fetched;
+    parquet_occupancy: whether to write the occupancy also as Parquet; parquet_images: whether
+    these files have images, depth and tasks; limited: whether the source has more than `refs`;
+    whole_scenes: whether a shard has all episodes of its scenes; device: where networks run, None
+    for a GPU if there is one; hub: the source of scenes to download, at a commit; scratch: folder
+    for fetched scenes, None for the hidden folder `.scratch` of the output.
     """
 
     builder: DatasetBuilder
@@ -294,22 +292,22 @@ class Job:
     whole_scenes: bool = False
 
     def part(self, workers: int) -> Job:
-        """The same for one of so many processes, which are given what to build as they go."""
+        """The job for one of `workers` processes, which receive episodes one by one."""
         return replace(self, refs=(), scratch=self.scratch_place.shared(workers))
 
     @property
     def scratch_place(self) -> ScratchPlace:
-        """Where scenes are put while they are built."""
+        """The scratch for scenes during the build."""
         return self.scratch or ScratchPlace(self.out / ".scratch")
 
     def work(self, ref: EpisodeRef | SceneRef) -> float:
-        """About how much work an episode or a scene is, next to others of its kind."""
+        """Estimate the work of an episode or a scene, relative to others of its kind."""
         return float(ref.bytes) if isinstance(ref, SceneRef) else self.builder.work(ref)
 
     def on(self, device: str | None) -> Job:
         """The same job with its network on another device; None for a GPU if there is one.
 
-        Raises UsageError where the device is not there.
+        Raises UsageError if the device does not exist.
         """
         engine, segmenter = self.settings.engine.on(device), self.settings.segmenter
         segmenter = None if segmenter is None else segmenter.on(device)
@@ -317,14 +315,14 @@ class Job:
         return replace(self, settings=settings, device=device)
 
     def why_scene_outdated(self, ref: SceneRef, record: SceneRecord | None) -> str | None:
-        """Why a scene would be fetched; None where all that it holds is built from it."""
+        """Why a scene would be fetched. None if all its episodes are up to date."""
         if self.settings.overwrite:
             return "is there, --overwrite"
         schema = load_schema(self.builder.schema)
         return why_scene_outdated(ref, record, self.out, self.scene_choices, schema)
 
     def reason_to_build(self, ref: EpisodeRef | SceneRef) -> str | None:
-        """Why an episode or a scene would be built or tried; None if it is up to date."""
+        """Why an episode or a scene would be built or tried. None if it is up to date."""
         try:
             if isinstance(ref, SceneRef):
                 reason = self.why_scene_outdated(ref, read_scene(self.out, ref.id))
@@ -337,7 +335,7 @@ class Job:
         return f"to build: {reason or 'is there, --overwrite'}"
 
     def device_name(self) -> str:
-        """Where its networks run, "cpu" if there are none."""
+        """The device of its networks, "cpu" without networks."""
         if not self.settings.engine.uses_device():
             return "cpu"
         import torch
@@ -346,14 +344,14 @@ class Job:
 
     @property
     def choices(self) -> str:
-        """How its episodes are built, whichever they are: the same on all devices."""
+        """The settings that determine its episodes. They do not depend on the device."""
         engine = self.settings.engine.on("cpu")
         settings = replace(self.settings, engine=engine, overwrite=False)
         return str([self.builder.name, self.builder.cameras, settings])
 
     @cached_property
     def scene_choices(self) -> str:
-        """What the record of a scene says of how it is built: the same on all machines."""
+        """The settings for the record of a scene. They do not depend on the machine."""
         engine = self.settings.engine
         network = engine.network if isinstance(engine, Auto) else engine
         schema = load_schema(self.builder.schema)
@@ -367,10 +365,10 @@ class Job:
         return digest(dump_json(said))
 
     def source_state(self, refs: Sequence[EpisodeRef | SceneRef]) -> str:
-        """A digest of what a scene would be built from, and how. Raises SourceError.
+        """A digest of the sources and settings of a scene. Raises SourceError.
 
-        refs: the scene, if it has to be fetched, or all its episodes. Files are read for it, and so
-        is an archive whose record is of another time.
+        refs: the scene, if it has to be fetched, or all its episodes. This reads their files, and
+        an archive if its time differs from its record.
         """
         first = refs[0]
         if not isinstance(first, SceneRef):
@@ -385,7 +383,7 @@ class Job:
         return self._state({first.id: content})
 
     def built_state(self, refs: Sequence[EpisodeRef | SceneRef]) -> str | None:
-        """The same of a scene all of whose episodes were built, from what they record."""
+        """Like `source_state`, from the records of the scene's built episodes."""
         first = refs[0]
         if isinstance(first, SceneRef):
             record = read_scene(self.out, first.id)
@@ -401,7 +399,7 @@ class Job:
         return digest(dump_json([sorted(sources.items()), self.scene_choices]))
 
     def described(self) -> dict[str, Any]:
-        """What a report says of it."""
+        """The description for a report."""
         settings = self.settings
         place = self.builder.root
         root = printable(str(self.hub or HubSource.of_snapshot(place) or place))
@@ -425,10 +423,10 @@ def open_source(
     *,
     hfov: float | None = None,
 ) -> tuple[DatasetBuilder, HubSource | None]:
-    """The builder for what an --input names, and the place on the Hub to fetch its scenes from.
+    """The builder for an --input, and the source on the Hub from which to fetch its scenes.
 
-    Of a LeRobot dataset on the Hub the meta files are fetched, and the builder stands where they
-    are. Raises UsageError, and HubSourceError where the Hub does not give them.
+    For a LeRobot dataset on the Hub, the meta files are downloaded, and their folder is the
+    builder's root. Raises UsageError, and HubSourceError if the download fails.
     """
     hub = HubSource.parse(root)
     builder = load_builder(source, Path(root), cameras, hfov=hfov)
@@ -461,11 +459,10 @@ def open_job(
     segmenter: str | None = None,
     segmenter_weights: Path | None = None,
 ) -> Job:
-    """What `occgen-hub build` is to do with the options of these names; nothing is done yet.
+    """The job for options of `occgen-hub build` with these names. Builds nothing.
 
-    media: None for what the source does if nothing is said; scratch_limit: in bytes; whole_scenes:
-    as of a Job. Raises UsageError when one of them is wrong, and HubSourceError where the Hub does
-    not list what `root` names.
+    media: None for the source's default; scratch_limit: in bytes; whole_scenes: see Job. Raises
+    UsageError for invalid options, and HubSourceError if the Hub cannot list `root`.
     """
     if parquet_images and not parquet_occupancy:
         raise UsageError("--parquet-images: goes into the occupancy as Parquet; keep that.")

@@ -351,7 +351,7 @@ class Trajectory:
         except SourceError as error:
             raise DatasetError(path, error.problem, REBUILD) from None
         if table.num_rows == 0:
-            raise DatasetError(path, "holds no frames", REBUILD)
+            raise DatasetError(path, "has no frames", REBUILD)
         return table
 
     def column(self, name: str) -> NDArray[Any]:

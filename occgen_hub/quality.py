@@ -10,26 +10,25 @@ from typing import Any
 from occgen_hub.episode import Note
 
 POOR_POSES = (0.008, 0.15)
-"""Metres and degrees by which frames would have to be moved, median, for a note to suggest
-refined poses."""
+"""Median motion of frames, metres and degrees, above which a note suggests refined poses."""
 
 WORTH_REFINING = 1 / 16
-"""Share of a cell's edge: frames that would have to be moved farther, median, are aligned to the
+"""Median motion of frames, as a fraction of a cell's edge, above which they are aligned to the
 scene."""
 
 POOR_CONTRADICTED = 0.3
-"""Share of contradicted points over which a note says that the frames do not agree."""
+"""Fraction of contradicted points above which a note says that the frames disagree."""
 
 
 @dataclass(frozen=True)
 class Quality:
     """How well an episode's frames agree.
 
-    sigma: estimated standard deviation of depth at 1, 2 and 4 m, metres; contradicted: share of the
-    measured points that other frames saw through; supports: median number of frames that saw a
+    sigma: estimated standard deviation of depth at 1, 2 and 4 m, metres; contradicted: fraction of
+    the measured points that other frames saw through; supports: median number of frames that saw a
     point of the scene; residual: median distance of the scene from the surfaces that frames
-    measured, metres; shift, turn: median over frames of how far each would have to be moved to fit
-    the scene best, metres and degrees; refined: whether poses were aligned to the scene.
+    measured, metres; shift, turn: median motion of a frame that would fit it best to the scene,
+    metres and degrees; refined: whether poses were aligned to the scene.
     """
 
     sigma: tuple[float, float, float]
@@ -41,11 +40,11 @@ class Quality:
     refined: bool = False
 
     def poses_are_off(self, voxel_size: float) -> bool:
-        """Whether aligning the frames may matter for cells of an edge, metres."""
+        """Whether aligning the frames may matter for cells of this size, metres."""
         return self.shift > WORTH_REFINING * voxel_size
 
     def record(self) -> dict[str, object]:
-        """As `meta/occgen.json` has it."""
+        """The figures for `meta/occgen.json`."""
         figures = {key: value for key, value in asdict(self).items() if key != "refined"}
         return {
             key: [round(v, 6) for v in value] if isinstance(value, tuple) else round(value, 6)
@@ -54,7 +53,7 @@ class Quality:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Quality | None:
-        """The figures in a `meta/occgen.json`; None where it has none, or not all as numbers."""
+        """The figures of a `meta/occgen.json`. None if they are missing or not all numbers."""
         try:
             figures = record["quality"]
             one, two, four = (float(value) for value in figures["sigma"])
@@ -68,7 +67,7 @@ class Quality:
         return cls((one, two, four), **values, refined=refined)
 
     def notes(self, setting: object) -> list[Note]:
-        """What a user should know. setting: `Config.refine_poses` of the build."""
+        """Notes for the user. setting: `Config.refine_poses` of the build."""
         notes = []
         if self.contradicted > POOR_CONTRADICTED:
             text = (

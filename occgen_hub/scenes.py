@@ -1,7 +1,6 @@
 """Scenes that are fetched before their episodes are known: archives, here or on the Hub.
 
-What such a scene was when it was built is recorded in the output, so that one that has not changed
-is not fetched again.
+The output has a record of each built scene, so that unchanged scenes are not fetched again.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ from occgen_hub.schema import Schema
 from occgen_hub.scratch import Room
 
 RECORDS = ".logs/scenes"
-"""Where the records are in an output. Hidden, so no part of the dataset."""
+"""The folder of the records in an output. It is hidden, so it is not part of the dataset."""
 
 PARTS = {"data", "meta", "videos"}
-"""Folders of a dataset. Where two of them are, no archive is sought."""
+"""Folders of a dataset. A folder with two of them is not searched for archives."""
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file on the Hub. oid: the SHA-256 of a large file, Git's name of a small one."""
+    """A file on the Hub. oid: SHA-256 of a large file, Git's object id of a small one."""
 
     path: str
     bytes: int
@@ -44,9 +43,9 @@ class RemoteFile:
 class SceneRef:
     """A scene before it is fetched.
 
-    id: "<group>/<scene>", where its episodes go in the output; path: what errors name; bytes: to
-    read or to download; stamp: changes when the scene does; files: on the Hub, one if it is an
-    archive there; archive: whether it has to be unpacked.
+    id: "<group>/<scene>", also its folder in the output; path: for errors; bytes: to read or
+    download; stamp: changes when the scene does; files: on the Hub, one if it is an archive;
+    archive: whether it has to be unpacked.
     """
 
     id: str
@@ -58,18 +57,18 @@ class SceneRef:
 
     @property
     def name(self) -> str:
-        """What messages call it. A pathlib.Path has one slash where an address has two."""
+        """Its name in messages. pathlib.Path replaces the two slashes of an address by one."""
         return str(self.path).replace("hf:/", "hf://", 1) if self.files else str(self.path)
 
 
 @dataclass(frozen=True)
 class SceneRecord:
-    """What was built of a scene.
+    """The record of a built scene.
 
-    name, bytes, sha256: of the archive; of a folder on the Hub, the SHA-256 over its files' names
-    and contents; stamp: as of its SceneRef; choices: the SHA-256 of how it was built; episodes: the
-    ids of those built; failed: whether there were others; unpacked: bytes in scratch; seconds: from
-    fetching it until its last episode was written.
+    name, bytes, sha256: of the archive; for a folder on the Hub, SHA-256 over its files' names and
+    contents; stamp: of its SceneRef; choices: SHA-256 of the settings; episodes: ids of the built
+    episodes; failed: whether others failed; unpacked: bytes in scratch; seconds: from the start of
+    fetching until its last episode was written.
     """
 
     id: str
@@ -85,9 +84,9 @@ class SceneRecord:
 
 
 def list_archives(root: Path) -> Iterator[SceneRef]:
-    """The archives below a folder, or the one that `root` is, sorted; none is opened.
+    """The sorted archives below a folder, or `root` itself. They are not opened.
 
-    The id is the last two parts of the path without the ending: the group and the scene.
+    The id is the last two parts of the path, without the suffix: the group and the scene.
     """
     if root.is_file():
         if archive_stem(root.name) is not None:
@@ -107,7 +106,7 @@ def _archive(path: Path, root: Path) -> SceneRef:
 
 
 def _archives_below(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
-    """Links are followed, but not back to a folder `above`, given by device and inode."""
+    """Links are followed, but not to a folder in `above`, given by device and inode."""
     names: list[tuple[str, bool]] = []
     try:
         stat = folder.stat()
@@ -118,7 +117,7 @@ def _archives_below(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> It
                         is_folder = entry.is_dir()
                         if is_folder or (archive_stem(entry.name) and entry.is_file()):
                             names.append((entry.name, is_folder))
-    except OSError:  # The builder, which looks there too, warns of it.
+    except OSError:  # The builder searches there too, and warns.
         return
     here = (stat.st_dev, stat.st_ino)
     if here in above or len(PARTS & {name for name, is_folder in names if is_folder}) >= 2:
@@ -131,12 +130,12 @@ def _archives_below(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> It
 
 
 def scene_of(name: str) -> str:
-    """The scene of an episode's id or of a scene's: its first two parts."""
+    """The scene of an id of an episode or a scene: its first two parts."""
     return "/".join(name.split("/")[:2])
 
 
 def selected(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a scene matches one of the patterns: its id, or its name alone. All if none."""
+    """Whether a scene's id or name matches one of the patterns. True without patterns."""
     scene = scene_of(name)
     names = {name, scene, scene.split("/")[-1], name.split("/")[-1]}
     return not patterns or any(fnmatchcase(n, pattern) for n in names for pattern in patterns)
@@ -147,7 +146,7 @@ def selected(name: str, patterns: Sequence[str]) -> bool:
 
 @dataclass
 class FetchedScene:
-    """A scene in scratch. root: of a source tree with this scene alone; room: what holds it."""
+    """A scene in scratch. root: of a source tree with only this scene; room: its folder."""
 
     ref: SceneRef
     room: Room
@@ -158,17 +157,16 @@ class FetchedScene:
     episodes: list[EpisodeRef] = field(default_factory=list)
 
     def named(self, text: str) -> str:
-        """A sentence about a file in scratch, as one about a file of the scene."""
+        """Replace a path in scratch in a message by the path in the scene."""
         scene = self.root.joinpath(*self.ref.id.split("/"))
         return text.replace(f"{scene}/", f"{self.name}:").replace(str(self.root), self.name)
 
 
 def unpack_scene(ref: SceneRef, path: Path, room: Room) -> FetchedScene:
-    """Unpack a scene's archive, which lies at `path`, into a room. Raises SourceError.
+    """Unpack a scene's archive at `path` into a room. Raises SourceError.
 
-    A single folder at the top that has the scene's name, or the group's and then the scene's, is
-    the scene's own, and so is one of another name that holds trajectories; anything else is taken
-    to lie in the scene's folder.
+    A single folder at the top is the scene's folder if it has the scene's name (possibly below the
+    group's name), or has trajectories. Otherwise, the content is put into the scene's folder.
     """
     name = ref.name
     room.name = name
@@ -193,7 +191,7 @@ def unpack_scene(ref: SceneRef, path: Path, room: Room) -> FetchedScene:
 
 
 def _only(folder: Path, names: Sequence[str]) -> Path | None:
-    """The folder at these names, if nothing lies beside it on the way there."""
+    """The folder at these names, if there is nothing beside it at any level."""
     for name in names:
         if not (folder / name).is_dir() or _visible(folder) != [name]:
             return None
@@ -225,7 +223,7 @@ def write_scene(out: Path, record: SceneRecord) -> None:
 
 
 def read_scene(out: Path, name: str) -> SceneRecord | None:
-    """The record of a scene; None where there is none that can be used."""
+    """The record of a scene. None if there is no valid one."""
     with suppress(OccGenError, TypeError, ValueError):
         values: dict[str, Any] = read_json(_record_path(out, name))
         record = SceneRecord(**values | {"episodes": tuple(values.get("episodes") or ())})
@@ -240,23 +238,23 @@ def read_scene(out: Path, name: str) -> SceneRecord | None:
     return None
 
 
-# What building scenes takes
+# Estimates
 
 SECONDS_PER_BYTE = 1 / 1_600_000
 UNPACKED_PER_BYTE = 1.2
 OUTPUT_PER_BYTE = 1.5
-"""What is assumed while no scene is built: 0.2 MB a frame, and 8 frames a second of one process, as
-of the trajectory of InternData-N1 in docs/measurements.md; the sizes are rough."""
+"""Assumptions before any scene is built: 0.2 MB per frame, and 8 frames per second and process, as
+for the trajectory in docs/measurements.md. The sizes are rough."""
 
 MAX_MEASURED = 100
-"""Scenes whose records an estimate is made from."""
+"""Limit of the records used for an estimate."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What building scenes takes. measured: the scenes that were built already and say so, 0 where
-    all is assumed; seconds: of one process, fetching included; unpacked: bytes of scratch that the
-    largest scene takes; output: bytes that all of them take in the dataset.
+    """The cost of building scenes. measured: number of records used, 0 if all is assumed; seconds:
+    of one process, including fetching; unpacked: bytes of scratch for the largest scene; output:
+    bytes of all of them in the dataset.
     """
 
     measured: int
@@ -266,7 +264,7 @@ class Estimate:
 
 
 def estimate(out: Path, refs: Sequence[SceneRef]) -> Estimate:
-    """What building these scenes takes, in proportion to those that were built into `out`."""
+    """Estimate the cost of building these scenes from those that were built into `out`."""
     folder = out / RECORDS
     records = []
     for path in islice(folder.rglob("*.json"), MAX_MEASURED):
@@ -299,7 +297,7 @@ def _record_path(out: Path, name: str) -> Path:
 def why_scene_outdated(
     ref: SceneRef, record: SceneRecord | None, out: Path, choices: str, schema: Schema
 ) -> str | None:
-    """Why a scene has to be fetched, as far as its record tells; None where all of it is built."""
+    """Why a scene has to be fetched, according to its record. None if all of it is built."""
     if record is None:
         return "is not built"
     if record.stamp != ref.stamp and not _same_content(ref, record):
@@ -316,7 +314,7 @@ def why_scene_outdated(
 def _same_content(ref: SceneRef, record: SceneRecord) -> bool:
     """Whether an archive has another time, but the same content. It is read, but not unpacked."""
     if ref.files:
-        return False  # Its stamp is made of its content.
+        return False  # Its stamp depends on its content.
     with suppress(SourceError):
         return ref.bytes == record.bytes and sha256(ref.path) == record.sha256
     return False

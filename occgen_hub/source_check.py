@@ -1,4 +1,4 @@
-"""A check of a source, for the tests of whoever wrote it: all that a build will ask of it."""
+"""A check of a source for its own tests: everything that a build needs from it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from occgen_hub.schema import load_schema
 
 
 def check_source(builder: DatasetBuilder, episodes: int = 1) -> list[Episode]:
-    """Ask a source for what a build asks it for, and return its first so many episodes.
+    """Check a source as a build uses it, and return its first `episodes` episodes.
 
-    Raises OccGenError at the first thing that is wrong, and says what was expected: ids, order,
-    files, fields of `Episode` with their shapes and units, three frames decoded, media and columns
-    that fit the schema, and whether frames agree with one another as given.
+    Raises OccGenError for the first error, with the expected value. Checks ids, order, files,
+    fields of `Episode` with their shapes and units, three decoded frames, media and columns against
+    the schema, and whether frames agree with one another.
     """
     refs = list_episodes(builder)
     ids = [ref.id for ref in refs]
@@ -75,7 +75,7 @@ def _check_episode(builder: DatasetBuilder, ref: EpisodeRef) -> Episode:
 
 
 def _check_reach(builder: DatasetBuilder, depth: NDArray[np.float64], frame: int) -> None:
-    """Raise OccGenError where no depth of a frame is within reach of the usual configuration."""
+    """Raise OccGenError if no depth of a frame is in the range of the default configuration."""
     near, far = Config().depth_range
     measured = depth[depth > 0]
     if len(measured) and not ((measured >= near) & (measured <= far)).any():
@@ -84,7 +84,7 @@ def _check_reach(builder: DatasetBuilder, depth: NDArray[np.float64], frame: int
 
 
 def _check_files(builder: DatasetBuilder, episode: Episode) -> None:
-    """Media and columns, as the schema has them."""
+    """Check media and columns against the schema."""
     schema = load_schema(builder.schema)
     for item in episode.media:
         if item.file not in schema.files or not schema.files[item.file].media:
@@ -104,7 +104,7 @@ def _check_files(builder: DatasetBuilder, episode: Episode) -> None:
 
 
 def _check_geometry(episode: Episode) -> None:
-    """Whether frames agree; raises OccGenError with the likely cause."""
+    """Check that frames agree. Raises OccGenError with the likely cause."""
     config = Config()
     with tempfile.TemporaryDirectory(prefix="occgen-") as scratch:
         views = load_engine("rgbd").reconstruct(episode, config, Path(scratch))

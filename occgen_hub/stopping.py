@@ -15,19 +15,19 @@ from typing import NoReturn
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
 received: list[int] = []
-"""The signals that came, the first one first."""
+"""The received signals, in order."""
 
 _held = 0
-"""How many blocks of `hold_stops` the main thread is in."""
+"""Number of nested `hold_stops` blocks of the main thread."""
 
 _over = False
-"""Whether the command is over."""
+"""Whether the command has ended."""
 
 
 class Stopped(BaseException):
     """Ctrl-C, or a scheduler's SIGTERM. (Python remembers a KeyboardInterrupt that was caught.)
 
-    goes_on: whether the command that it stopped goes on from there when it is given again.
+    goes_on: whether running the stopped command again resumes it.
     """
 
     goes_on = False
@@ -36,13 +36,13 @@ class Stopped(BaseException):
 def stop_in_order() -> None:
     """Let a first signal unwind the command; a second one ends it at once.
 
-    Signals that are ignored, as those of a job in the background may be, stay so.
+    Signals that are ignored, for example in a background job, remain ignored.
     """
 
     def stop(number: int, _: object) -> None:
         received.append(number)
         stop_at_once()
-        sys.unraisablehook = lambda _: None  # It may come where nothing can be raised.
+        sys.unraisablehook = lambda _: None  # It may be raised where Python can only print it.
         if not _held:
             raise Stopped
 
@@ -54,8 +54,8 @@ def stop_in_order() -> None:
 def hold_stops() -> Iterator[None]:
     """Let a first signal stop the command at the end of the block, not within it.
 
-    For short calls of libraries that an exception may not pass through: C++ that calls Python back,
-    or prints errors of its own. A second signal ends the process here too.
+    For short calls of libraries that cannot handle exceptions: C++ code that calls Python back or
+    prints its own errors. A second signal still ends the process.
     """
     global _held
     if threading.current_thread() is not threading.main_thread():
@@ -72,20 +72,20 @@ def hold_stops() -> Iterator[None]:
 
 
 def stop_at_once() -> None:
-    """Let the next signal end the process as it would any other."""
+    """Restore the default: the next signal ends the process."""
     _handle(signal.SIG_DFL)
 
 
 def stop_if_asked() -> None:
-    """Stop where it could not be raised or was swallowed, as by a library being imported."""
+    """Stop if a signal was received but could not be raised, or was swallowed by an import."""
     if received:
         raise Stopped
 
 
 def end_with(code: int) -> None:
-    """Let signals end the process with this code from now on: the command is over.
+    """Let signals end the process with this code from now on, because the command has ended.
 
-    While the interpreter takes its modules apart they change nothing.
+    During the interpreter's shutdown they are ignored.
     """
     global _over
     _handle(lambda *_: end_at_once(code))
@@ -93,10 +93,10 @@ def end_with(code: int) -> None:
 
 
 def end_at_once(code: int) -> NoReturn:
-    """End the process without taking its modules apart.
+    """End the process without the interpreter's shutdown.
 
-    All that the command had begun is undone by now. Graphics and encoders that were stopped midway
-    may crash when the interpreter ends, or print what went wrong in their threads.
+    The command has already cleaned up. Interrupted graphics and encoders may crash during shutdown,
+    or print errors of their threads.
     """
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
@@ -110,7 +110,7 @@ def _handle(handler: Callable[[int, FrameType | None], object] | signal.Handlers
             signal.signal(number, handler)
 
 
-@atexit.register  # As early as that, it runs after what other modules register.
+@atexit.register  # Registered first, it runs after the handlers of other modules.
 def _ignore_while_ending() -> None:
     if _over:
         _handle(signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Where the time of a build goes."""
+"""The time of each stage of a build."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class Stopwatch:
-    """Adds up the seconds spent in named stages; a stage inside another does not count for that."""
+    """Adds up the seconds of named stages. Time in a nested stage counts only for that stage."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -29,6 +29,6 @@ class Stopwatch:
                 self._within[-1] += elapsed
 
     def add(self, other: Stopwatch) -> None:
-        """Count what another thread timed, beside this one's."""
+        """Add the times of another thread's stopwatch."""
         for stage, spent in other.seconds.items():
             self.seconds[stage] = self.seconds.get(stage, 0.0) + spent

@@ -1,4 +1,4 @@
-"""One episode of a source, built into a folder that is gone afterwards."""
+"""Build one episode of a source into a temporary folder."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from occgen_hub.job import open_job
 def temporary_build(
     episode: str, source: str, root: Path, progress: Callable[[int], None], **options: Any
 ) -> Iterator[Path]:
-    """The folder of a trajectory, built as it would be in a dataset, while the block lasts.
+    """Build a trajectory as in a dataset. Yields its folder, which exists during the block.
 
-    episode: its id, or the end of one that no other has; progress: called with how many frames are
-    built; options: as of `open_job`. Raises UsageError where there is no such episode, and what
-    building raises.
+    episode: its id, or a unique end of it; progress: called with the number of built frames;
+    options: of `open_job`. Raises UsageError if there is no such episode, and the errors of the
+    build.
     """
     done = 0
 
@@ -32,7 +32,7 @@ def temporary_build(
         progress(done)
 
     with tempfile.TemporaryDirectory(prefix="occgen-") as folder:
-        # Links cost nothing, and are copies where the folder is on another disk.
+        # Links cost nothing. On another disk, files are copied instead.
         job = open_job(source, root, Path(folder), media="link", **options)
         ref = _find([ref for ref in job.refs if isinstance(ref, EpisodeRef)], episode)
         build_episode(job.builder, ref, job.out, job.settings, count)

@@ -1,4 +1,4 @@
-"""Whether a trajectory is what a build would make of its source, so that it need not be built."""
+"""Whether a trajectory is what a build would make from its source, so that it can be skipped."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from occgen_hub.schema import Schema, load_schema
 def outdated(
     builder: DatasetBuilder, ref: EpisodeRef, out: Path, provenance: Provenance
 ) -> tuple[str | None, int]:
-    """Why `out / ref.id` is not what building would give, as far as its record tells.
+    """Why `out / ref.id` has to be built, according to its record, and the stamp of its sources.
 
-    provenance: how it would be built. The reason is None if it is up to date, and "is not there" if
-    there is nothing. With it comes the stamp of the sources, see `remember`; 0 where it was not
-    needed. Sources are read only where sizes and times do not tell that they are unchanged.
+    provenance: of the new build. The reason is None if it is up to date, and "is not there" if
+    nothing is there. The stamp (see `remember`) is 0 if it was not needed. Sources are read only if
+    sizes and times do not show that they are unchanged.
     """
     place, schema = out / ref.id, load_schema(builder.schema)
     if not place.exists():
@@ -34,7 +34,7 @@ def outdated(
         files = list(record["files"])
     except (SourceError, KeyError, TypeError):
         return "has no usable record", 0
-    # A record that is older than a setting, or than the builder's version, stands for the default.
+    # An old record without a setting, or without the builder's version, means the default.
     record["config"] = {**Config().model_dump(mode="json"), **record["config"]}
     record["source"] = {"builder_version": DatasetBuilder.version, **record["source"]}
     record["source"].pop("license", None)
@@ -52,7 +52,7 @@ def outdated(
 
 
 def _difference(was: object, now: object) -> str:
-    """In brackets what differs between two values, or two mappings, of a record."""
+    """The difference between two values or mappings of a record, in brackets."""
     if not isinstance(was, dict) or not isinstance(now, dict):
         return f" ({was}, now {now})"
     parts = [f"{k} {was.get(k)}, now {v}" for k, v in now.items() if was.get(k) != v]
@@ -60,9 +60,9 @@ def _difference(was: object, now: object) -> str:
 
 
 def check_replaceable(place: Path, schema: Schema) -> None:
-    """Raise UsageError where a trajectory's place holds something that no build wrote.
+    """Raise UsageError if something at a trajectory's path was not written by a build.
 
-    What a build wrote has a record, be it a damaged one. An empty folder may be replaced as well.
+    A build writes a record, which may be damaged. An empty folder may be replaced too.
     """
     if not os.path.lexists(place) or os.path.lexists(place / schema.path("record")):
         return
@@ -77,10 +77,10 @@ def check_replaceable(place: Path, schema: Schema) -> None:
 
 
 def remember(place: Path, stamp: int) -> None:
-    """Give a trajectory's folder the stamp of its sources as its time.
+    """Set the modification time of a trajectory's folder to the stamp of its sources.
 
-    A later run that finds it equal knows the sources unchanged without reading them. Whatever else
-    it is, the contents decide.
+    If it is equal in a later run, the sources are unchanged and are not read. Otherwise, their
+    contents decide.
     """
     with suppress(OSError):
         if place.stat().st_mtime_ns != stamp:
@@ -88,17 +88,17 @@ def remember(place: Path, stamp: int) -> None:
 
 
 def sizes_and_times(paths: Iterable[Path]) -> list[tuple[int, int]]:
-    """Size and time of change of each file; raises SourceError where one cannot be read."""
+    """Size and change time of each file. Raises SourceError if one cannot be read."""
     with _named_errors():
         return [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in paths)]
 
 
 def source_stamp(paths: Iterable[Path]) -> int:
-    """A time in nanoseconds that stands for the names, sizes and times of files.
+    """A time in nanoseconds that depends on the names, sizes and times of files.
 
-    Its seconds are those of the latest change. The nanoseconds are a checksum over every file, and
-    over the folders that hold them: the latest time alone would hide changes once it lies in the
-    future. The time of change is among them, which no program can set back.
+    Its seconds are those of the latest change. The nanoseconds are a checksum over all files and
+    their folders, because the latest time alone would hide changes once it is in the future. It
+    includes change times, which programs cannot set back.
     """
     files = list(paths)
     shared = os.path.commonpath([path.parent for path in files])
@@ -115,7 +115,7 @@ def source_stamp(paths: Iterable[Path]) -> int:
 
 
 _LAST_SECOND = (1 << 31) - 1
-"""The latest time that every file system can give a folder."""
+"""The latest time that all file systems support."""
 
 
 @contextmanager

@@ -378,7 +378,7 @@ def test_the_report_has_the_columns_that_have_values(people, dataset, tmp_path):
             assert pink(np.asarray(picture)[270:]).any() == (name == "people")
     assert "Depth noise at 4 m, mm" in heads["people"]
     assert "Points contradicted, %" in heads["people"]
-    moving = {"Moving a frame", "Moving of occupied, %"}
+    moving = {"Moving per frame", "Moving of occupied, %"}
     assert set(heads["people"]) - set(heads["still"]) == moving
     for given in heads.values():  # The cameras are the source's: nothing was aligned.
         assert not [head for head in given if "lign" in head]

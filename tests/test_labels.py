@@ -121,7 +121,7 @@ def test_sample_says_where_there_are_no_labels(tmp_path):
     ("spoil", "words"),
     [
         (lambda f: (f / "taxonomy.txt").unlink(), "taxonomy.txt: is missing"),
-        (lambda f: rewritten(f / "taxonomy.txt", b"ade20k\n"), "names no taxonomy that is known"),
+        (lambda f: rewritten(f / "taxonomy.txt", b"ade20k\n"), "names an unknown taxonomy"),
         (lambda f: (f / "2.png").unlink(), "2.png: is missing"),
         (lambda f: save(f / "2.png", np.full((270, 480), 77, np.uint8)), "2.png: has the id 77"),
         (lambda f: save(f / "2.png", np.ones((90, 160), np.uint8)), "2.png: is 160 x 90 pixels"),
@@ -299,7 +299,7 @@ def test_wrong_classes_are_found(tmp_path, labelled):
     file.unlink()
     sparse.save_npz(file, stored)
     problems = [f.problem for f in validate(dataset).findings]
-    assert any("labels is not what the trajectory holds" in problem for problem in problems)
+    assert any("labels differs from the trajectory" in problem for problem in problems)
 
 
 # Trainers

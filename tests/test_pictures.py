@@ -649,14 +649,18 @@ def test_inspect_and_report_say_the_same_number_of_cells(dataset, tmp_path, monk
     """Also where the mean is nearer to the number above it."""
     page = tmp_path / "page.html"
     write_report(dataset, page)
-    lines = [line for line in describe(dataset) if line.endswith("visible occupied cells a frame")]
+    lines = [
+        line for line in describe(dataset) if line.endswith("visible occupied cells per frame")
+    ]
     assert len(lines) == 2
     for line, path in zip(lines, trajectories(dataset), strict=True):
-        said = re.search(r"([\d,]+) visible occupied cells a frame", line)
+        said = re.search(r"([\d,]+) visible occupied cells per frame", line)
         assert f">{said[1]}<" in page.read_text()
         ends = Trajectory.open(path).row_ends("visible")
         assert said[1] == f"{ends[-1] / (len(ends) - 1):,.0f}"
     ends = np.array([0, 3, 6, 8])
     monkeypatch.setattr(Trajectory, "row_ends", lambda self, key: ends)
     monkeypatch.setattr("occgen_hub.visual.inspection._frames", lambda trajectory: 3)
-    assert [line for line in describe(dataset) if line.endswith("3 visible occupied cells a frame")]
+    assert [
+        line for line in describe(dataset) if line.endswith("3 visible occupied cells per frame")
+    ]

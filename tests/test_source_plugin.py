@@ -101,7 +101,7 @@ def test_a_right_source_passes(root: Path) -> None:
     ("attributes", "message"),
     [
         ({"ids": ("mine/walk",)}, "which has 2 parts"),
-        ({"ids": ("mine/../walk",)}, "no name of a folder"),
+        ({"ids": ("mine/../walk",)}, "not a valid folder name"),
         ({"ids": ("b/b/b", "a/a/a")}, "is not sorted by id"),
         ({"ids": ("a/a/a", "a/a/a")}, "holds the episode a/a/a twice"),
         ({"depth": False}, "has_depth.* and read gives the contrary"),

@@ -93,7 +93,7 @@ CLUSTERS = {
 )
 @click.option(
     "--segmenter", metavar="NAME",
-    help="Make labels of the images with this installed segmenter, where the source has none.",
+    help="If the source has no labels, make them from the images with this installed segmenter.",
 )  # fmt: skip
 @click.option("--segmenter-weights", type=FOLDER, help="The weights of its network.")
 @click.option("--config", type=FOLDER, help="A YAML file of settings.")
@@ -124,7 +124,7 @@ CLUSTERS = {
 )
 @click.option(
     "--limit", type=click.IntRange(1),
-    help="Build only this many episodes, or scenes of archives and on the Hub.",
+    help="Build only the first episodes, this many; for archives and on the Hub, scenes.",
 )  # fmt: skip
 @click.option(
     "--scenes", multiple=True, metavar="PATTERN",
@@ -144,7 +144,7 @@ CLUSTERS = {
     help="Horizontal field of view of the cameras if the source has no intrinsics (VLN-CE).  "
     "[default: 79]",
 )  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Build up-to-date episodes again.")
+@click.option("--overwrite", is_flag=True, help="Also build up-to-date episodes again.")
 @click.option(
     "--parquet-occupancy/--no-parquet-occupancy",
     default=True,

@@ -204,7 +204,7 @@ def _size(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
 )  # fmt: skip
 @click.option(
     "--color", type=click.Choice(["depth", "class"]), default="depth", show_default=True,
-    help="Of the cells that the camera sees: by depth or, in a dataset with labels, by class.",
+    help="Colours in the camera's view: by depth or, in a dataset with labels, by class.",
 )  # fmt: skip
 @with_options(*_HISTORY, *_SOURCE)
 def render(

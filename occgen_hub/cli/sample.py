@@ -67,7 +67,7 @@ class _Size(click.ParamType[tuple[float, float]]):
     help="Number of people who walk, or walk and then stand, in each trajectory.",
 )  # fmt: skip
 @click.option(
-    "--labels", is_flag=True, help="With label images: the class of what each pixel shows."
+    "--labels", is_flag=True, help="Also write label images, with the class of each pixel."
 )
 def sample(
     out: Path,

@@ -90,7 +90,7 @@ def decode_grey(content: bytes, path: Path) -> NDArray[Any]:
     """
     with _image(io.BytesIO(content), path, formats=("PNG", "TIFF")) as image:
         if image.mode not in ("I;16", "I;16B", "I", "F"):
-            problem = f"holds an image whose pixels are {image.mode}, not grey of 16 or 32 bits"
+            problem = f"has an image of mode {image.mode}, expected 16 or 32-bit grey"
             raise SourceError(path, problem, "name another column of depth")
         try:
             return np.asarray(image)

@@ -142,5 +142,5 @@ def _line(path: Path, root: Path) -> str:
     mean = int(ends[-1]) / max(length, 1)
     return (
         f"  {_called(path, root)}: {length} frames of {width} x {height}, "
-        f"{mean:,.0f} visible occupied cells a frame"
+        f"{mean:,.0f} visible occupied cells per frame"
     )

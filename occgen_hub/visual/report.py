@@ -50,12 +50,12 @@ class Row:
 
 COLUMNS = {
     "frames": ("Frames", "{:,.0f}"),
-    "occupied": ("Occupied a frame", "{:,.0f}"),
-    "observed": ("Observed a frame, m\u00b3", "{:.2f}"),
+    "occupied": ("Occupied per frame", "{:,.0f}"),
+    "observed": ("Observed per frame, m\u00b3", "{:.2f}"),
     "share": ("Observed of grid, %", "{:.1f}"),
     "scene": ("Cells of the scene", "{:,.0f}"),
     "length": ("Path, m", "{:.2f}"),
-    "moving": ("Moving a frame", "{:,.0f}"),
+    "moving": ("Moving per frame", "{:,.0f}"),
     "moving_share": ("Moving of occupied, %", "{:.1f}"),
     "scale": ("Scale", "{:.4g}"),
     "metres": ("Alignment off by, m", "{:.3f}"),
@@ -65,7 +65,7 @@ COLUMNS = {
     "sigma_2": ("Depth noise at 2 m, mm", "{:.1f}"),
     "sigma_4": ("Depth noise at 4 m, mm", "{:.1f}"),
     "contradicted": ("Points contradicted, %", "{:.1f}"),
-    "supports": ("Frames a point", "{:.0f}"),
+    "supports": ("Frames per point", "{:.0f}"),
     "residual": ("Scene off depth, mm", "{:.1f}"),
     "shift": ("Frames off scene, mm", "{:.1f}"),
     "turn": ("Frames off scene, degrees", "{:.2f}"),
@@ -245,7 +245,7 @@ def _totals(rows: list[Row], failures: list[dict[str, str]]) -> dict[str, Any]:
         "trajectories": f"{len(rows):,}",
         "frames": f"{frames:,.0f}",
         "path, m": f"{total('length'):,.1f}",
-        "occupied cells a frame": f"{occupied / frames if frames else 0:,.0f}",
+        "occupied cells per frame": f"{occupied / frames if frames else 0:,.0f}",
         "failed": f"{len(failures):,}",
         "not readable": f"{len(rows) - len(sound):,}",
     }
