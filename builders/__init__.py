@@ -1,1 +1,1 @@
-"""Sources: one module each, found through the entry-point group `occgen_hub.builders`."""
+"""Sources, found through the entry-point group `occgen_hub.builders`."""

@@ -1,9 +1,8 @@
 """InternData-N1: a tree of groups, scenes and trajectories of RGB-D frames with poses.
 
-Two layouts of VLN-N1 are read, and that of VLN-CE, which `vlnce` knows. In the older one each
-trajectory is a folder with a dataset of its own; in the newer one a scene's folder holds many
-episodes, whose frames share one image folder, and `image_index` in meta/episodes_stats.jsonl says
-which are whose.
+Two layouts of VLN-N1 are supported, and the layout of VLN-CE (see `vlnce`). In the older one, each
+trajectory is a folder with its own dataset. In the newer one, a scene's folder has many episodes
+with one image folder, and `image_index` in meta/episodes_stats.jsonl states the images of each.
 """
 
 from __future__ import annotations
@@ -63,24 +62,24 @@ from occgen_hub.taxonomy import load_taxonomy, taxonomy_names
 from . import vlnce
 
 DEPTH_UNITS = 10_000
-"""Units of the depth PNGs in a metre."""
+"""Units per metre of the depth PNGs."""
 
 MAX_WAYS = 16
-"""In which links may lead to one folder."""
+"""Limit of the number of paths, through links, to the same folder."""
 
 MAX_IMAGES = 1 << 30
-"""In one folder; far above what a file system likes."""
+"""Limit of the images in a folder, far above practical numbers."""
 
 WIDEST = 0.01
-"""Focal length over width or height, at 178 degrees of view; no pinhole camera sees more."""
+"""Smallest focal length relative to the width or height: a field of view of 178 degrees."""
 
 FPS = (0.01, 1000.0)
-"""Rates to believe."""
+"""Range of plausible frame rates."""
 
 POSE = "action"
 INTRINSIC = "observation.camera_intrinsic"
 SCENES = 2
-"""How many scenes' tables and folders a process keeps: episodes are read scene by scene."""
+"""Number of scenes whose tables and folders a process caches. Episodes are read by scene."""
 
 TAXONOMY = "taxonomy.txt"
 """In the folder of label images: the name of their taxonomy."""
@@ -91,10 +90,10 @@ LEROBOT = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 
 @dataclass(frozen=True)
 class Files:
-    """Where an episode's parts are.
+    """The files of an episode.
 
-    rgb, depth, labels: images by their number; first: the number of the first, if something says
-    so; taxonomy: the file that names that of the labels, which need not exist without labels.
+    rgb, depth, labels: images by number; first: the number of the first image, if it is stated;
+    taxonomy: the file with the name of the labels' taxonomy, which may be missing without labels.
     """
 
     info: Path
@@ -111,7 +110,7 @@ class Files:
     taxonomy: Path
 
     def all(self) -> list[Path]:
-        """Every file that there is, in a fixed order."""
+        """All files, in a fixed order."""
         meta = list(dict.fromkeys((self.info, self.tasks, self.episodes, self.stats)))
         extra = [path for path in (self.video, self.cloud) if path is not None]
         if self.labels:
@@ -120,7 +119,7 @@ class Files:
 
 
 class InternNavBuilder(DatasetBuilder):
-    """Reads InternData-N1: RGB with poses, and depth where it is there."""
+    """Reads InternData-N1: RGB with poses, and depth if there is any."""
 
     name = "internnav"
     takes_archives = True
@@ -142,14 +141,14 @@ class InternNavBuilder(DatasetBuilder):
 
     @classmethod
     def recognise(cls, root: Path) -> str | None:
-        """By the first dataset folder."""
+        """Recognise it by the first dataset folder."""
         found = next(_dataset_folders(root, lambda *_: None), None)
         return None if found is None or lerobot_kind(found) else "a tree of InternData-N1"
 
     def has_depth(self, ref: EpisodeRef) -> bool:
-        """Whether there is a depth image; in a scene's folder, one of this episode's frames.
+        """Whether there is a depth image; in a scene's folder, for a frame of this episode.
 
-        So there is behind what should be a folder and is none: `read` says what is wrong with it.
+        Also True if the depth folder is unreadable, so that `read` reports the error.
         """
         if (camera := vlnce.camera_name(ref)) is not None:
             return vlnce.has_depth(ref, camera)
@@ -159,10 +158,10 @@ class InternNavBuilder(DatasetBuilder):
         try:
             return bool(_scene_depth(ref))
         except (OccGenError, KeyError):
-            return True  # Reading it says what is wrong.
+            return True  # `read` reports the error.
 
     def work(self, ref: EpisodeRef) -> float:
-        """Its images times the pixels of the first or, without images, those of its video."""
+        """Images times the pixels of the first one or, without images, pixels of the video."""
         try:
             files = _locate(ref)
             if images := [*files.rgb.values()] or [*files.depth.values()]:
@@ -172,7 +171,7 @@ class InternNavBuilder(DatasetBuilder):
             return 0.0
 
     def footage(self, ref: EpisodeRef) -> tuple[int, tuple[int, int]] | None:
-        """Its images and the size of the first; without images, as its video's packets have it."""
+        """Number of images and size of the first; without images, from the video's packets."""
         try:
             files = _locate(ref)
             if images := [*files.rgb.values()]:
@@ -189,13 +188,13 @@ class InternNavBuilder(DatasetBuilder):
         return _locate(ref).all()
 
     def read(self, ref: EpisodeRef) -> Episode:
-        """One episode, with what is wrong in its files noted or, if it matters, raised."""
+        """Read an episode. Errors in its files become notes, or are raised if they matter."""
         files = _locate(ref)
         if (camera := vlnce.camera_name(ref)) is not None:
             return self._read_camera(ref, files, camera)
         sources = files.all()
         info = read_json(files.info)
-        _rows(files.stats)  # Made anew, but where it is damaged, so may be the rest.
+        _rows(files.stats)  # Not used, but if it is damaged, the rest may be too.
         table = read_parquet(files.parquet)
         length = table.num_rows
         if length == 0:
@@ -243,7 +242,7 @@ class InternNavBuilder(DatasetBuilder):
         )
 
     def _read_camera(self, ref: EpisodeRef, files: Files, camera: str) -> Episode:
-        """One camera of an episode of VLN-CE. Rows in which it has no pose are left out."""
+        """Read one camera of an episode of VLN-CE. Rows without its pose are left out."""
         info = read_json(files.info)
         whole = read_parquet(files.parquet)
         if whole.num_rows == 0:
@@ -306,11 +305,11 @@ def _may_hold_depth(folder: Path) -> bool:
 
 
 def _dataset_folders(root: Path, pass_over: Callable[[Path, OSError], None]) -> Iterator[Path]:
-    """Folders with two of `data`, `meta` and `videos`, sorted; nothing is sought below them.
+    """Sorted folders with two of `data`, `meta` and `videos`. They are not searched further.
 
-    Links to folders are followed, but not back to a folder above, and to each folder MAX_WAYS times
-    at most, or few links to one another would be endless. What cannot be looked into goes to
-    `pass_over`.
+    Links to folders are followed, but not to a folder above, and at most MAX_WAYS times to the same
+    folder, since a few links to one another give endless paths. Folders that cannot be listed are
+    passed to `pass_over`.
     """
     Place = tuple[int, int]  # Device and inode.
     waiting: list[tuple[Path, tuple[Place, ...]]] = [(root, ())]
@@ -336,31 +335,31 @@ def _dataset_folders(root: Path, pass_over: Callable[[Path, OSError], None]) -> 
 
 
 def _folders_in(folder: Path, pass_over: Callable[[Path, OSError], None]) -> list[str]:
-    """Names of the folders in a folder, and of links to some, but for hidden ones."""
+    """Names of the folders in a folder and of links to folders, without hidden ones."""
     names = []
     with os.scandir(folder) as entries:
         for entry in entries:
             try:
                 if entry.is_dir() and not entry.name.startswith("."):
                     names.append(entry.name)
-            except OSError as error:  # Of a link to itself, for one.
+            except OSError as error:  # For example a link to itself.
                 pass_over(Path(entry.path), error)
     return names
 
 
 def _name(root: Path, folder: Path, count: int) -> tuple[str, ...]:
-    """The last `count` parts of a folder's path below the root, or of its own if that has fewer.
+    """The last `count` parts of a folder's path below the root, or of its full path if too short.
 
-    Folders above a group, as `vln_n1/traj_data` in InternData-N1, are no part of an id.
+    Folders above a group, such as `vln_n1/traj_data` in InternData-N1, are not part of an id.
     """
     parts = folder.relative_to(root).parts
     parts = (parts if len(parts) >= count else folder.resolve().parts[1:])[-count:]
-    # A dataset's hidden folders are none of its trajectories'.
+    # A built dataset has no trajectories in hidden folders.
     return tuple(f"_{part[1:]}" if part.startswith(".") else part for part in parts)
 
 
 def _parquets(folder: Path) -> Mapping[int, Path]:
-    """The episodes' tables by their numbers, in the order of the numbers."""
+    """The episodes' tables by number, sorted."""
     versions = []
     for place in (folder / "data", *sorted(folder.glob("data/chunk-*"))):
         with suppress(OSError):
@@ -379,7 +378,7 @@ def _parquets_of(folder: Path, versions: tuple[Version, ...]) -> Mapping[int, Pa
 
 
 def _is_scene(folder: Path, parquets: Mapping[int, Path]) -> bool:
-    """Whether the folder is in the newer layout, of many episodes that share an image folder."""
+    """Whether the folder is in the newer layout: many episodes that share an image folder."""
     return len(parquets) > 1 or is_file(folder / "meta" / "pointcloud.ply")
 
 
@@ -415,9 +414,9 @@ def _locate(ref: EpisodeRef) -> Files:
 
 
 def _scene_depth(ref: EpisodeRef) -> dict[int, Path]:
-    """The depth images of an episode in a scene's folder, as `_locate` has them.
+    """The depth images of an episode in a scene's folder, as in `_locate`.
 
-    Raises KeyError where its table is gone.
+    Raises KeyError if its table is missing.
     """
     parquets = _parquets(ref.path)
     folder = ref.path / "videos" / parquets[ref.index].parent.name / "observation.images.depth"
@@ -426,7 +425,7 @@ def _scene_depth(ref: EpisodeRef) -> dict[int, Path]:
 
 
 def _locate_camera(ref: EpisodeRef, parquets: Mapping[int, Path], name: str) -> Files:
-    """The files of one camera of an episode of VLN-CE; it may lack meta files besides two."""
+    """The files of one camera of an episode of VLN-CE. Only two meta files are required."""
     meta, camera = ref.path / "meta", vlnce.camera(ref, name)
     chunk = f"data/chunk-{ref.index // vlnce.PER_CHUNK:03d}"
     parquet = parquets.get(ref.index, ref.path / f"{chunk}/episode_{ref.index:06d}.parquet")
@@ -450,9 +449,9 @@ def _locate_camera(ref: EpisodeRef, parquets: Mapping[int, Path], name: str) -> 
 
 
 def _images_of_rows(found: dict[int, Path], rows: list[int], total: int) -> tuple[Path, ...]:
-    """The images of some rows of a table of `total`; none where there are none at all.
+    """The images of some rows of a table with `total` rows, or () if there are no images at all.
 
-    Raises SourceError where one is missing, or there are images of rows beyond the table.
+    Raises SourceError if one is missing, or if there are images for rows beyond the table.
     """
     if not found:
         return ()
@@ -462,22 +461,22 @@ def _images_of_rows(found: dict[int, Path], rows: list[int], total: int) -> tupl
             stem = path.stem.rpartition("_")[0]
             raise SourceError(path.with_name(f"{stem}_{row}{path.suffix}"), "is missing", RESTORE)
     if (last := max(found)) >= total:
-        problem = f"is frame {last} of an episode whose parquet has {total} rows"
+        problem = f"is frame {last}, but the parquet of the episode has {total} rows"
         raise SourceError(found[last], problem, "remove it, or leave this trajectory out")
     return tuple(found[row] for row in rows)
 
 
 def _images(folder: Path, suffixes: tuple[str, ...], chosen: range) -> dict[int, Path]:
-    """Files named by a number that is among those chosen, by that number: 10.jpg after 9.jpg.
+    """Files with names that begin with a number in `chosen`, by number: 10.jpg after 9.jpg.
 
-    None where there is no such folder; raises SourceError where it is none, or cannot be listed.
+    Empty without the folder. Raises SourceError if it is not a folder or cannot be listed.
     """
     try:
         found = _numbered(folder, suffixes, version(folder))
     except FileNotFoundError:
         if not folder.is_symlink():
             return {}
-        raise SourceError(folder, "is a link to nothing", RESTORE) from None
+        raise SourceError(folder, "is a broken link", RESTORE) from None
     except NotADirectoryError:
         if not os.path.lexists(folder):  # Something above it is a file.
             return {}
@@ -489,7 +488,7 @@ def _images(folder: Path, suffixes: tuple[str, ...], chosen: range) -> dict[int,
     part = slice(bisect_left(numbers, chosen.start), bisect_left(numbers, chosen.stop))
     for number, other in found.twice.items():
         if number in chosen:
-            problem = f"is frame {number}, as is {found.names[numbers.index(number)]}"
+            problem = f"is frame {number}, like {found.names[numbers.index(number)]}"
             raise SourceError(folder / other, problem, "remove one of them")
     names = zip(numbers[part], found.names[part], strict=True)
     return {number: folder / name for number, name in names}
@@ -497,9 +496,9 @@ def _images(folder: Path, suffixes: tuple[str, ...], chosen: range) -> dict[int,
 
 @dataclass(frozen=True)
 class Numbered:
-    """Names of files that begin with a number, in the order of the numbers.
+    """File names that begin with a number, sorted by number.
 
-    twice: names of further files of the same number.
+    twice: names of more files with the same number.
     """
 
     numbers: list[int]
@@ -509,7 +508,7 @@ class Numbered:
 
 @lru_cache(maxsize=2 * SCENES)
 def _numbered(folder: Path, suffixes: tuple[str, ...], version: Version) -> Numbered:
-    """The numbered files of a folder; raises OSError where it cannot be listed."""
+    """The numbered files of a folder. Raises OSError if it cannot be listed."""
     found: dict[int, str] = {}
     twice: dict[int, str] = {}
     for name in sorted(path.name for path in folder.iterdir()):
@@ -525,17 +524,17 @@ def _numbered(folder: Path, suffixes: tuple[str, ...], version: Version) -> Numb
 
 @dataclass(frozen=True)
 class Rows:
-    """The lines of a meta file, objects; `of` is an episode's own, the first of them."""
+    """The lines of a meta file, which are JSON objects."""
 
     lines: list[dict[str, Any]]
 
     def of(self, episode: int) -> dict[str, Any] | None:
-        """The line with this episode_index, None without one."""
+        """The first line with this episode_index, or None."""
         return self._by_episode.get(episode)
 
     @cached_property
     def tasks(self) -> dict[int, str]:
-        """The instructions by their task_index."""
+        """The instructions by task_index."""
         return {
             number: row["task"]
             for row in self.lines
@@ -553,11 +552,11 @@ class Rows:
 
 
 def _rows(path: Path) -> Rows:
-    """The lines of a meta file, read once for all the episodes of a scene.
+    """The lines of a meta file, cached for all episodes of a scene.
 
-    Raises SourceError where it is damaged.
+    Raises SourceError if it is damaged.
     """
-    opened(path).close()  # Its errors say what to do.
+    opened(path).close()  # Raises errors with a remedy.
     found = _rows_of(path, version(path))
     if isinstance(found, SourceError):
         raise SourceError(found.path, found.problem, found.remedy)
@@ -578,10 +577,10 @@ def _length(parquet: Path, version: Version) -> int:
 
 
 def _image_range(stats: Path, index: int, parquets: Mapping[int, Path]) -> range:
-    """The numbers of an episode's frames in the image folder that it shares.
+    """The numbers of an episode's frames in the shared image folder.
 
-    From `image_index` in its line of episodes_stats.jsonl; without it, from the lengths of the
-    episodes before it.
+    Taken from `image_index` in its line of episodes_stats.jsonl or, without it, from the lengths of
+    the episodes before it.
     """
     rows, numbers = _rows(stats), list(parquets)
     line = numbers.index(index)
@@ -592,7 +591,7 @@ def _image_range(stats: Path, index: int, parquets: Mapping[int, Path]) -> range
     if stated is not None:
         first, last = (_number(_mapping(stated).get(key)) for key in ("min", "max"))
         if first is None or last is None or not 0 <= first <= last < MAX_IMAGES:
-            raise SourceError(stats, f"has no usable image_index for episode {index}", RESTORE)
+            raise SourceError(stats, f"has no valid image_index for episode {index}", RESTORE)
         return range(first, last + 1)
     lengths = [_length(path, version(path)) for path in (*parquets.values(),)[: line + 1]]
     return range(sum(lengths[:-1]), sum(lengths))
@@ -603,7 +602,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _number(value: Any) -> int | None:
-    """A whole number, also one wrapped in lists as statistics are."""
+    """An integer, which may be wrapped in lists, as in statistics. None for other values."""
     while isinstance(value, list) and len(value) == 1:
         value = value[0]
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
@@ -616,7 +615,7 @@ def _text(value: Any) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    """Names for a sentence, the first few of many."""
+    """A list of names as text, shortened if it is long."""
     shown = ", ".join(name[:60] for name in names[:8])
     return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown
 
@@ -627,7 +626,7 @@ def _listed(names: list[str]) -> str:
 def _columns(
     table: pa.Table, known: dict[str, Feature]
 ) -> tuple[dict[str, Column], dict[str, str]]:
-    """The table's columns as arrays, and why each of the others cannot be one."""
+    """The table's columns as arrays, and for each of the others the reason why it is left out."""
     columns: dict[str, Column] = {}
     left_out: dict[str, str] = {}
     for field, values in zip(table.schema, table.columns, strict=True):
@@ -639,13 +638,13 @@ def _columns(
 
 
 def _column(field: pa.Field, values: pa.ChunkedArray, known: Feature | None) -> Column:
-    """A column that can be written and has statistics; raises ValueError where it cannot."""
-    # Poses and intrinsics are looked at frame by frame, to name the one that is wrong.
+    """A column that can be written and has statistics. Raises ValueError for other columns."""
+    # Poses and intrinsics are checked later, frame by frame, so that errors name the frame.
     column = column_of(field, values, finite=field.name not in (POSE, INTRINSIC))
     feature = column.feature
     if known is not None and (feature.shape != known.shape or feature.dtype in ("string", "bool")):
         kind = f"{feature.dtype} of shape {list(feature.shape)}"
-        raise ValueError(f"holds {kind} where {known.dtype} of shape {list(known.shape)} belongs")
+        raise ValueError(f"has {kind}, expected {known.dtype} of shape {list(known.shape)}")
     return column
 
 
@@ -655,7 +654,7 @@ def _left_out(reasons: dict[str, str], files: Files) -> list[Note]:
         return []
     text = f"{files.parquet.name}: column {lost[0][:60]} {reasons[lost[0]]}: left out"
     if lost[1:]:
-        text += f", as are {_listed(lost[1:])} for such reasons"
+        text += f", also {_listed(lost[1:])} for similar reasons"
     return [Note("left out", text)]
 
 
@@ -668,7 +667,7 @@ def _matrices(
         raise SourceError(path, problem, RESTORE)
     if column.feature.shape != (n, n) or not column.feature.dtype.startswith("float"):
         kind = f"{column.feature.dtype} of shape {list(column.feature.shape)}"
-        problem = f"column {name} holds {kind} where {n} x {n} floating-point matrices belong"
+        problem = f"column {name} has {kind}, expected {n} x {n} floating-point matrices"
         raise SourceError(path, problem, RESTORE)
     return np.asarray(column.values, np.float64)
 
@@ -699,7 +698,7 @@ def _intrinsics(
 
 
 def _check_view(K: NDArray[np.float64], size: tuple[int, int], path: Path) -> None:
-    """Raise SourceError where intrinsics cannot belong to images of that size."""
+    """Raise SourceError if intrinsics do not fit images of that size."""
     width, height = size
     outside = np.flatnonzero((K[:, :2, 2] >= size).any(axis=1))
     if len(outside):
@@ -714,7 +713,7 @@ def _check_view(K: NDArray[np.float64], size: tuple[int, int], path: Path) -> No
         frame = int(np.flatnonzero((focal < WIDEST).any(0) | (focal > 1 / WIDEST).any(0))[0])
         problem = (
             f"the focal length of frame {frame} is {K[frame, 0, 0]:g} by {K[frame, 1, 1]:g}, "
-            f"no camera's for an image of {width} x {height} pixels"
+            f"impossible for an image of {width} x {height} pixels"
         )
         raise SourceError(path, problem, RESTORE)
 
@@ -723,7 +722,7 @@ def _check_view(K: NDArray[np.float64], size: tuple[int, int], path: Path) -> No
 
 
 def _check_last(images: tuple[Path, ...], size: tuple[int, int]) -> None:
-    """Raise SourceError where the last image has another size than the first; none is decoded."""
+    """Raise SourceError if the last image has another size than the first, without decoding."""
     if images and (last := image_size(images[-1])) != size:
         problem = f"is {last[0]} x {last[1]} pixels, expected {size[0]} x {size[1]}"
         raise SourceError(images[-1], problem, RESTORE)
@@ -732,13 +731,13 @@ def _check_last(images: tuple[Path, ...], size: tuple[int, int]) -> None:
 def _frames(
     files: Files, length: int
 ) -> tuple[tuple[Path, ...], tuple[Path, ...], tuple[Path, ...]]:
-    """RGB, depth and label images of the frames, each empty where there are none.
+    """RGB, depth and label images of the frames. Each is empty if there are none.
 
-    Raises SourceError when one is missing or they do not number the same frames.
+    Raises SourceError if an image is missing or the two have different numbers.
     """
     kinds = [found for found in (files.rgb, files.depth, files.labels) if found]
     first = files.first
-    if first is None:  # They begin with 0 or, whole, with another number.
+    if first is None:  # They begin with 0 or, if complete, with another number.
         lowest = min((min(found) for found in kinds), default=0)
         whole = range(lowest, lowest + length)
         first = lowest if all(list(found) == list(whole) for found in kinds) else 0
@@ -788,12 +787,15 @@ def _labels(
 def _video(
     files: Files, rgb: tuple[Path, ...], length: int
 ) -> tuple[VideoFacts | None, list[Note]]:
-    """The RGB video's facts if it shows the same frames. Where there are images, it may be bad."""
+    """The facts of the RGB video if it shows the same frames, else None.
+
+    Without images, raises SourceError if the video is missing or invalid.
+    """
     if files.video is None:
         if rgb:
             return None, []
         folder = files.parquet.parents[2] / "videos"
-        raise SourceError(folder, "holds neither RGB images nor an RGB video", RESTORE)
+        raise SourceError(folder, "has neither RGB images nor an RGB video", RESTORE)
     try:
         video = video_facts(files.video)
         if video.frames == length:
@@ -803,7 +805,7 @@ def _video(
         problem = error.problem
     if not rgb:
         raise SourceError(files.video, problem, RESTORE)
-    text = f"{files.video.name} {problem}: the video is made anew"
+    text = f"{files.video.name} {problem}: a new video is encoded"
     return None, [Note("video", text)]
 
 
@@ -814,10 +816,10 @@ def _image_size(
     files: Files,
     intrinsics: NDArray[np.float64],
 ) -> tuple[tuple[int, int], NDArray[np.float64], list[Note]]:
-    """The size of the frames in hand, and intrinsics and notes that go with it.
+    """The size of the available frames, with intrinsics for it, and notes.
 
-    The intrinsics are in pixels of the original images: those of the JPEGs, else of the depth
-    images, else of an image whose centre is the principal point.
+    The source's intrinsics are in pixels of the original images: the JPEGs, else the depth images,
+    else an image centred at the principal point.
     """
     name = files.video.name if files.video else ""
     if rgb or depth:
@@ -839,15 +841,15 @@ def _image_size(
 
 
 def _format_notes(rgb: tuple[Path, ...]) -> list[Note]:
-    """Where the images are not what they are called, told by the first of them."""
+    """A note if the images are not in the format of their suffix. Checks the first one."""
     if not rgb or is_jpeg(rgb[0]):
         return []
-    text = f"{rgb[0].name} is a PNG, whatever it is called: such images are stored as JPEG"
+    text = f"{rgb[0].name} is a PNG in spite of its name: such images are stored as JPEG"
     return [Note("image format", text)]
 
 
 def _cloud(files: Files) -> tuple[Path | None, list[Note]]:
-    """The source's own scene cloud, if it is one: nothing is computed from it."""
+    """The source's own scene cloud, if it is valid. It is copied, not used."""
     if files.cloud is not None:
         try:
             check_ply(files.cloud)
@@ -861,9 +863,9 @@ def _pictures(
 ) -> tuple[
     ImageSequence[np.uint8], Callable[[int], NDArray[np.float64]] | None, tuple[MediaFile, ...]
 ]:
-    """Readers of the images and of their depth in metres, None without any, and all their files.
+    """Readers of images and of depth in metres, each None without files, and their media files.
 
-    units: of depth in a metre. Raises SourceError where the last image of a kind has another size.
+    units: depth units per metre. Raises SourceError if the last image has another size.
     """
     _check_last(rgb, size)
     _check_last(depth, size)
@@ -886,13 +888,13 @@ def _other_media(files: Files) -> Iterator[MediaFile]:
         yield MediaFile("source_cloud", files.cloud)
 
 
-# What the meta files say
+# Meta files
 
 
 def _count_notes(
     files: Files, info: dict[str, Any], columns: dict[str, Column], ref: EpisodeRef, length: int
 ) -> list[Note]:
-    """Where info.json and episodes.jsonl disagree with the table."""
+    """Notes on differences of info.json and episodes.jsonl from the table."""
     notes = []
     stated = []
     frames = _number(info.get("total_frames"))
@@ -902,7 +904,7 @@ def _count_notes(
     if frames not in (None, length):
         stated.append(f"episodes.jsonl says length {frames}")
     if stated:
-        text = f"{' and '.join(stated)}, the parquet holds {length}: the parquet counts"
+        text = f"{' and '.join(stated)}, the parquet has {length} frames: these are used"
         notes.append(Note("frame count", text))
     declared = info.get("features")
     absent = [
@@ -914,26 +916,24 @@ def _count_notes(
         worked_out = [name for name in absent if name in LEROBOT]
         lost = [name for name in absent if name not in LEROBOT]
         text = f"info.json declares {_listed(absent)}, which the parquet lacks:"
-        text += (
-            " worked out anew" if worked_out and not lost else " not declared in what is written"
-        )
+        text += " computed instead" if worked_out and not lost else " not declared in the output"
         notes.append(Note("declared columns", text))
     return notes
 
 
 def _rate(info: dict[str, Any], video: VideoFacts | None, files: Files) -> tuple[float, list[Note]]:
-    """Frames a second: the video's, where it has the same frames, since timestamps seek in it."""
+    """Frames per second: those of the video, if it has the same frames, for its timestamps."""
     given = info.get("fps")
     stated = None
     if isinstance(given, int | float) and given is not True and FPS[0] <= given <= FPS[1]:
         stated = float(given)
     if video is None or files.video is None or not FPS[0] <= video.fps <= FPS[1]:
         if stated is None:
-            return 30.0, [Note("fps", "info.json gives no usable fps: 30 is assumed")]
+            return 30.0, [Note("fps", "info.json has no valid fps: 30 is assumed")]
         return stated, []
     fps = round(video.fps, 6)
     if stated is not None and abs(stated - fps) > 1e-3:
-        text = f"info.json says {stated:g} fps, the video {fps:g}: the video counts"
+        text = f"info.json says {stated:g} fps, the video has {fps:g}, which is used"
         return fps, [Note("fps", text)]
     return fps, []
 
@@ -941,17 +941,17 @@ def _rate(info: dict[str, Any], video: VideoFacts | None, files: Files) -> tuple
 def _tasks(
     files: Files, columns: dict[str, Column], ref: EpisodeRef, length: int
 ) -> tuple[tuple[Task, ...], NDArray[np.int64], list[Note]]:
-    """The episode's instructions and, for each frame, the first that covers it.
+    """The episode's instructions and, for each frame, the first instruction that covers it.
 
-    An instruction may be JSON inside a JSON string, an object such as {"sum_instruction": ...,
-    "sum_indexes": [first, last]}: then its words are taken out and the object is kept beside them.
+    An instruction may be a JSON object inside a JSON string, such as {"sum_instruction": ...,
+    "sum_indexes": [first, last]}. Then its text is extracted, and the object is kept as its source.
     """
     numbered, texts = _task_texts(files, ref)
     sources = [_inner_object(text) for text in texts]
     tasks = [Task(_words(s) or text, s) for text, s in zip(texts, sources, strict=True)]
     notes = []
     if any(sources):
-        text = "tasks.jsonl holds JSON inside strings: the instruction in words is taken out of it"
+        text = "tasks.jsonl has JSON inside strings: the text of the instruction is extracted"
         notes.append(Note("task json", text))
     if not tasks:
         tasks = [Task("navigate")]
@@ -967,9 +967,9 @@ def _tasks(
 
 
 def _task_texts(files: Files, ref: EpisodeRef) -> tuple[dict[int, str], list[str]]:
-    """What tasks.jsonl lists by task_index, and those that episodes.jsonl gives the episode.
+    """The tasks of tasks.jsonl by task_index, and the tasks of the episode in episodes.jsonl.
 
-    All that are listed where it gives none.
+    If episodes.jsonl gives none, these are all tasks.
     """
     numbered = _rows(files.tasks).tasks
     given = (_rows(files.episodes).of(ref.index) or {}).get("tasks")
@@ -980,7 +980,7 @@ def _task_texts(files: Files, ref: EpisodeRef) -> tuple[dict[int, str], list[str
 def _given_tasks(
     column: Column | None, numbered: dict[int, str], texts: list[str]
 ) -> NDArray[np.int64] | None:
-    """The table's task_index, counted among the episode's own tasks; None if it does not fit."""
+    """The table's task_index, renumbered for the episode's own tasks. None if it does not fit."""
     if column is None or not column.feature.scalar or "int" not in column.feature.dtype:
         return None
     used, places = np.unique(column.values, return_inverse=True)
@@ -999,7 +999,7 @@ def _inner_object(text: str) -> dict[str, Any]:
 
 
 def _words(source: dict[str, Any]) -> str | None:
-    """The value whose key ends in `instruction`, a revised one only where there is no other."""
+    """The value whose key ends in `instruction`. A revised one is used only without others."""
     keys = sorted(
         (key for key in source if key.endswith("instruction")), key=lambda k: ("revised" in k, k)
     )
@@ -1008,7 +1008,7 @@ def _words(source: dict[str, Any]) -> str | None:
 
 
 def _span(source: dict[str, Any], length: int) -> tuple[int, int]:
-    """First and last frame of an instruction, both included; all frames if it does not say."""
+    """First and last frame of an instruction, both inclusive. All frames if not stated."""
     for key, value in source.items():
         if re.search(r"index(es)?$", key) and isinstance(value, list) and len(value) == 2:
             first, last = _number(value[0]), _number(value[1])

@@ -1,8 +1,8 @@
-"""VLN-CE, the part of InternData-N1 for discrete navigation: what is its own in layout and tables.
+"""VLN-CE, the part of InternData-N1 for discrete navigation: its layout and tables.
 
-A scene's folder holds many episodes, each filmed by several cameras. Height and pitch of a camera
-stand in the names of its image folders and columns, such as 125cm_30deg; episode and frame stand in
-the name of an image. Each camera of an episode is a trajectory of its own, called
+A scene's folder has many episodes, each filmed by several cameras. The names of image folders and
+columns have the height and pitch of a camera, such as 125cm_30deg; the name of an image has its
+episode and frame. Each camera of an episode becomes a trajectory, such as
 episode_000000.125cm_30deg. There are no intrinsics: the field of view is an option.
 """
 
@@ -27,10 +27,10 @@ from occgen_hub.geometry.poses import RIGID, rigidity_error
 from occgen_hub.media import RESTORE
 
 DEPTH_UNITS = 1000
-"""Units of its depth PNGs in a metre."""
+"""Units per metre of its depth PNGs."""
 
 HFOV = 79.0
-"""Degrees from side to side, of the evaluation configuration that goes with the data."""
+"""Horizontal field of view in degrees, from the evaluation configuration of the data."""
 
 SEPARATOR = "<INSTRUCTION_SEP>"
 RGB, DEPTH, POSE = "observation.images.rgb.", "observation.images.depth.", "pose."
@@ -40,7 +40,7 @@ PER_CHUNK = 1000
 
 @dataclass(frozen=True)
 class Camera:
-    """A camera of an episode. rgb, depth: its images by the number of their row."""
+    """A camera of an episode. rgb, depth: its images by row number."""
 
     name: str
     rgb: dict[int, Path]
@@ -48,7 +48,7 @@ class Camera:
 
 
 def cameras_of(folder: Path, kind: str = RGB) -> list[str]:
-    """The cameras whose images a scene's folder has, sorted; none if it is no VLN-CE."""
+    """The sorted cameras with images in a scene's folder. Empty if it is not VLN-CE."""
     names = set()
     for path in folder.glob(f"videos/chunk-*/{kind}*"):
         if CAMERA.fullmatch(name := path.name.removeprefix(kind)):
@@ -57,7 +57,7 @@ def cameras_of(folder: Path, kind: str = RGB) -> list[str]:
 
 
 def refs(folder: Path, scene: str, episodes: Mapping[int, Path]) -> Iterator[EpisodeRef]:
-    """Every camera of every episode, sorted by id, where it has images."""
+    """Every camera with images of every episode, sorted by id."""
     filmed = {camera: set(_found(folder, RGB, camera)) for camera in cameras_of(folder)}
     for index, path in sorted(episodes.items()):
         for camera, numbers in filmed.items():
@@ -66,7 +66,7 @@ def refs(folder: Path, scene: str, episodes: Mapping[int, Path]) -> Iterator[Epi
 
 
 def camera_name(ref: EpisodeRef) -> str | None:
-    """The camera of a trajectory, by its id; None of any that is no VLN-CE."""
+    """The camera of a trajectory, from its id. None if it is not VLN-CE."""
     name = ref.id.rpartition(".")[2]
     return name if CAMERA.fullmatch(name) else None
 
@@ -77,7 +77,7 @@ def has_depth(ref: EpisodeRef, camera: str) -> bool:
 
 
 def camera(ref: EpisodeRef, name: str) -> Camera:
-    """The images of a camera in an episode; raises SourceError where one is there twice."""
+    """The images of a camera in an episode. Raises SourceError if a frame has two images."""
     return Camera(name, _images(ref, RGB, name), _images(ref, DEPTH, name))
 
 
@@ -86,13 +86,13 @@ def _images(ref: EpisodeRef, kind: str, camera: str) -> dict[int, Path]:
     for path in _found(ref.path, kind, camera).get(ref.index, ()):
         frame = int(path.stem.rpartition("_")[2])
         if (other := found.get(frame)) is not None:
-            raise SourceError(path, f"is frame {frame}, as is {other}", "remove one of them")
+            raise SourceError(path, f"is frame {frame}, like {other}", "remove one of them")
         found[frame] = path
     return dict(sorted(found.items()))
 
 
 def _found(folder: Path, kind: str, camera: str) -> dict[int, list[Path]]:
-    """The images of a camera in a scene, by the number of their episode."""
+    """The images of a camera in a scene, by episode number."""
     found: dict[int, list[Path]] = {}
     for place in sorted(folder.glob(f"videos/chunk-*/{kind}{camera}")):
         try:
@@ -109,9 +109,9 @@ def _found(folder: Path, kind: str, camera: str) -> dict[int, list[Path]]:
 
 @lru_cache(maxsize=16)
 def _listed(place: Path, suffixes: str, _: int) -> dict[int, list[Path]]:
-    """As `_found`, of one folder, which holds the images of all episodes of a scene.
+    """Like `_found`, for one folder, which has the images of all episodes of a scene.
 
-    It is listed once for all of them, and again when its time has changed.
+    Cached until the folder's modification time changes.
     """
     form = re.compile(rf"episode_([0-9]{{1,9}})_[0-9]{{1,9}}\.(?:{suffixes})", re.IGNORECASE)
     found: dict[int, list[Path]] = {}
@@ -128,10 +128,10 @@ def _listed(place: Path, suffixes: str, _: int) -> dict[int, list[Path]]:
 
 @dataclass(frozen=True)
 class PosedRows:
-    """The rows of a table in which a camera has a pose.
+    """The rows of a table with a pose of a camera.
 
-    rows: (T,) their numbers; poses: (T, 4, 4) float64, world_from_camera, OpenCV axes, metres;
-    table: those rows, without the columns of other cameras.
+    rows: (T,) row numbers; poses: (T, 4, 4) float64, world_from_camera, OpenCV axes, metres; table:
+    these rows, without the columns of other cameras.
     """
 
     rows: list[int]
@@ -141,7 +141,7 @@ class PosedRows:
 
 
 def posed_rows(table: pa.Table, camera: str, path: Path) -> PosedRows:
-    """The frames of one camera. Raises SourceError where it has no pose, or a pose is none."""
+    """The frames of one camera. Raises SourceError if it has no poses, or an invalid one."""
     name = f"{POSE}{camera}"
     if name not in table.column_names:
         raise SourceError(path, f"has no column {name}", RESTORE)
@@ -151,7 +151,7 @@ def posed_rows(table: pa.Table, camera: str, path: Path) -> PosedRows:
             rows.append(number)
             poses.append(pose)
     if not rows:
-        raise SourceError(path, f"column {name} holds no pose", "leave this camera out")
+        raise SourceError(path, f"column {name} has no poses", "leave this camera out")
     notes: tuple[Note, ...] = ()
     if missing := table.num_rows - len(rows):
         text = (
@@ -168,7 +168,7 @@ def posed_rows(table: pa.Table, camera: str, path: Path) -> PosedRows:
 
 
 def _pose(value: Any, name: str, row: int, path: Path) -> NDArray[np.float64] | None:
-    """A row's pose; None where it has none, which is null, empty or not a number throughout."""
+    """A row's pose. None if it is null, empty or all NaN."""
     if not value:
         return None
     try:
@@ -186,7 +186,7 @@ def _pose(value: Any, name: str, row: int, path: Path) -> NDArray[np.float64] | 
 def intrinsics(
     size: tuple[int, int], frames: int, hfov: float | None
 ) -> tuple[NDArray[np.float64], tuple[Note, ...]]:
-    """(T, 3, 3) of a camera that sees `hfov` degrees across images of `size` (width, height)."""
+    """(T, 3, 3) for a horizontal field of view in degrees and images of `size` (width, height)."""
     width, height = size
     focal = width / 2 / np.tan(np.radians(HFOV if hfov is None else hfov) / 2)
     K = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
@@ -199,7 +199,7 @@ def intrinsics(
 
 
 def instructions(rows: list[dict[str, Any]], index: int) -> tuple[Task, ...]:
-    """The instructions of an episode, which episodes.jsonl has joined in one text."""
+    """The instructions of an episode, which are joined into one text in episodes.jsonl."""
     for row in rows:
         given = row.get("tasks")
         if row.get("episode_index") == index and isinstance(given, list):

@@ -1,7 +1,7 @@
 """The dataset card: a README.md at the root of a dataset, as the Hugging Face Hub reads it.
 
-All that it says is taken from the index, so that the same trajectories have the same card, also
-where only a part of the dataset is on this disk.
+It is written from the index only, so the same trajectories have the same card, even if only a part
+of the dataset is on this disk.
 """
 
 from __future__ import annotations
@@ -44,28 +44,28 @@ from occgen_hub.visual.preview import preview
 CARD = "README.md"
 PICTURE = "preview.png"
 MARK = "<!-- Written by occgen-hub; take this line out to keep a card of your own. -->"
-"""By this line a card is known as ours, which may be written anew."""
+"""This line marks a card that we wrote and may replace."""
 
 TAGS = ["LeRobot", "occupancy", "4d-occupancy", "voxels", "depth", "navigation", "occgen-hub"]
 SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B")
 NON_COMMERCIAL = re.compile(r"cc-by-nc(-sa|-nd)?-\d\.\d")
-"""Licences of weights that bind what is made with them, by the Hub's names."""
+"""Licences of weights, by the Hub's names, that also apply to results made with the weights."""
 
 _DRAWN = "occgen"
-"""The text in a picture that says what it was drawn from; one without it is a user's own."""
+"""Key of the text in a picture that names its source. Pictures without it are a user's own."""
 
 
 @dataclass
 class Facts:
-    """What a card says of a dataset.
+    """What a card states about a dataset.
 
-    features: the columns that all trajectories have alike; partial: the names of the others; grids:
-    shape, voxel_size (metres) and pc_range (metres) of each that there is; records: what else was
-    found in the trajectories' records, by key, as JSON; licences: of weights, by network; quality:
-    of each trajectory that has it; moving: how many trajectories have cells that move; splits: how
-    many trajectories each split has; source_licences: of what was recorded, None where the source
-    does not say; first: the first trajectory by name; occupancy: whether any has shards; packed:
-    whether all are in shards alone; taxonomies: how many trajectories have labels of each.
+    features: the columns that all trajectories share; partial: the names of the others; grids:
+    shape, voxel_size (metres) and pc_range (metres) of each grid; records: other values of the
+    trajectories' records, by key, as JSON; licences: (network, licence of its weights); quality: of
+    each trajectory that has it; moving: number of trajectories with moving cells; splits: number
+    of trajectories in each split; source_licences: of the recordings, None if the source states
+    none; first: the first trajectory by name; occupancy: whether any has shards; packed: whether
+    all are only in shards; taxonomies: number of trajectories with labels of each.
     """
 
     first: str = ""
@@ -87,19 +87,19 @@ class Facts:
 
 
 def write_card(root: Path, shown: Path | None = None) -> Path:
-    """Write `root`/README.md and its picture, where they are not what they should be already.
+    """Write `root`/README.md and its picture, unless they are up to date.
 
-    A README.md that a user wrote is left as it is (see `is_own`). The picture is one of the first
-    trajectory, or of that in the folder `shown`; where it cannot be drawn, the card goes without.
-    Returns the card's path. Raises UsageError when `root` holds no trajectories, SourceError when
-    one cannot be read, and OSError.
+    A README.md that a user wrote is kept (see `is_own`). The picture shows the first trajectory,
+    or the one in the folder `shown`. If it cannot be drawn, the card has none. Returns the card's
+    path. Raises UsageError if `root` has no trajectories, SourceError if one cannot be read, and
+    OSError.
     """
     card = root / CARD
     if not is_own(card):
         return card
     facts = survey(row for part in parts(root) for row in entries(read_part(part)))
     if not facts.trajectories:
-        raise UsageError(f"{root}: holds no trajectories in an index; {NOT_BUILT}.")
+        raise UsageError(f"{root}: has no index with trajectories; {NOT_BUILT}.")
     schema = load_schema(SCHEMA)
     picture = _picture(root / PICTURE, shown or root / facts.first)
     paragraphs = (
@@ -123,10 +123,10 @@ def write_card(root: Path, shown: Path | None = None) -> Path:
 def write_export_card(
     out: Path, facts: Facts, features: dict[str, dict[str, Any]], remarks: tuple[str, ...]
 ) -> Path:
-    """Write `out`/README.md for an export of the dataset that has these facts.
+    """Write `out`/README.md for an export of the dataset with these facts.
 
-    features: of the LeRobot dataset, as info.json has them; remarks: on what differs from the
-    dataset. Returns the card's path. Raises OSError.
+    features: of the LeRobot dataset, as in info.json; remarks: on differences from the dataset.
+    Returns the card's path. Raises OSError.
     """
     schema = load_schema(SCHEMA)
     configs = [_config("default", "data/*/*.parquet"), _config(FOLDER, f"{FOLDER}/*/*.parquet")]
@@ -149,10 +149,10 @@ def write_export_card(
 
 
 def write_frames_card(out: Path, facts: Facts, layout: str, remarks: Iterable[str]) -> Path:
-    """Write `out`/README.md for an export to files of each frame; see `frame_exports`.
+    """Write `out`/README.md for an export with one file per frame, see `frame_exports`.
 
-    layout: what the files are, in Markdown; remarks: what differs from the dataset. Returns the
-    card's path. Raises OSError.
+    layout: a description of the files, in Markdown; remarks: on differences from the dataset.
+    Returns the card's path. Raises OSError.
     """
     parts = (
         _front_matter(facts, []),
@@ -169,12 +169,12 @@ def write_frames_card(out: Path, facts: Facts, layout: str, remarks: Iterable[st
 
 
 def _plain(feature: dict[str, Any]) -> dict[str, Any]:
-    """What a feature's line in the table tells."""
+    """What the table of columns shows of a feature."""
     return {"dtype": feature["dtype"], "shape": feature["shape"]}
 
 
 def is_own(card: Path) -> bool:
-    """Whether a card may be written there: there is none, or one that bears our mark."""
+    """Whether a card may be written there: there is none, or it has our mark."""
     if leads_out(card, card.parent):
         return False
     if not card.exists() and not card.is_symlink():
@@ -223,7 +223,7 @@ def survey(rows: Iterable[Entry]) -> Facts:
 
 @lru_cache(64)
 def _features(text: str) -> dict[str, Feature]:
-    """The features of a row of the index; nearly all rows have the same."""
+    """The features of a row of the index. Cached, because most rows have the same."""
     return {k: Feature.model_validate(v) for k, v in json.loads(text).items()}
 
 
@@ -231,13 +231,13 @@ def _features(text: str) -> dict[str, Feature]:
 
 
 def _picture(place: Path, path: Path) -> bool:
-    """Have a picture of a trajectory at `place`; whether there is one. A user's own is left.
+    """Draw a picture of a trajectory at `place`. Returns whether there is one.
 
-    So is a link out of the dataset, which does not count as one.
+    A user's own picture is kept. A link out of the dataset is kept, but does not count.
     """
     if leads_out(place, place.parent):
         return False
-    if not path.is_dir():  # Of a dataset that is only partly here.
+    if not path.is_dir():  # Only a part of the dataset is here.
         return place.exists()
     trajectory = Trajectory.open(path)
     origin = sha256(trajectory.file("record"))
@@ -259,7 +259,7 @@ def _picture(place: Path, path: Path) -> bool:
 
 
 def _drawn_from(place: Path) -> str | None:
-    """What our picture was drawn from; None for one that is not ours."""
+    """The source of our picture. None if the picture is not ours."""
     try:
         with Image.open(place) as image:
             return getattr(image, "text", {}).get(_DRAWN)
@@ -267,28 +267,28 @@ def _drawn_from(place: Path) -> str | None:
         return None
 
 
-# The words
+# The text
 
 _TRAJECTORIES = (
     "; for every trajectory the occupied cells and the cloud of the whole scene. Each trajectory, "
     "`<group>/<scene>/<trajectory>/`, is a LeRobot v2.1 dataset by itself."
 )
 _FRAME_FILES = (
-    ", as the dataset has them. Here are, for each frame, the states of the scene around the "
-    "camera: occupied, free, unknown, hidden cells included."
+    ". Each frame has the states of the scene's cells around the camera: occupied, free or "
+    "unknown, including hidden cells."
 )
 _PACKED = (
-    ", its image, depth and task. All is in Parquet files, a row a frame, `occupancy/*/*.parquet`, "
-    "which belong to scenes."
+    ", its image, depth and task. The Parquet files `occupancy/*/*.parquet` have a row per frame. "
+    "Each file belongs to one scene."
 )
 _ONE_DATASET = (
-    ". All trajectories are one LeRobot v3.0 dataset, an episode each; the occupancy lies beside "
-    "it, row by row in the order of its frames."
+    ". Together, the trajectories are one LeRobot v3.0 dataset with an episode for each. The "
+    "occupancy is stored beside it."
 )
 
 
 def _front_matter(facts: Facts, configs: list[dict[str, Any]]) -> str:
-    """What the Hub reads: the licence, tags, and where `load_dataset` finds which table."""
+    """The metadata for the Hub: licence, tags, and the files of each `load_dataset` config."""
     bound = sorted({licence for _, licence in facts.licences if NON_COMMERCIAL.fullmatch(licence)})
     licence: dict[str, Any] = {"license": "other", "license_name": "that-of-the-source"}
     known = {licence for licence in facts.source_licences if licence}
@@ -309,14 +309,14 @@ def _front_matter(facts: Facts, configs: list[dict[str, Any]]) -> str:
 
 
 def _configs(facts: Facts, schema: Schema) -> list[dict[str, Any]]:
-    """Which files `load_dataset` finds under which name, and columns that not all of them have."""
+    """The configs of `load_dataset`: names, files, and columns that not all files have."""
     if facts.packed:
         shards = _config(FOLDER, f"{FOLDER}/*/*.parquet") | {"default": True}
         states = _config(STATES, f"{STATES}/*/*.parquet")
         return _without_labels(facts, [shards, states, _config(INDEX, f"{INDEX}/*.parquet")])
     frames = re.sub(r"\{[^}]*\}", "*", schema.files["frames"].path)
     configs = [_config("default", f"**/{frames}")]
-    if facts.partial:  # `datasets` wants one schema, and would refuse the table.
+    if facts.partial:  # `datasets` requires one schema for all files.
         configs[0]["columns"] = list(facts.features)
     if facts.occupancy:
         configs.append(_config(FOLDER, f"{FOLDER}/*/*.parquet"))
@@ -357,7 +357,7 @@ def _introduction(facts: Facts, *, picture: bool, layout: str = _TRAJECTORIES) -
 
 
 def _splits(facts: Facts) -> Iterator[str]:
-    """The split by scene, which the index has."""
+    """The split by scene."""
     counts = " and ".join(
         f"{_count(facts.splits.get(name, 0), 'trajectory')} in `{name}`"
         for name in ("train", "validation")
@@ -365,19 +365,19 @@ def _splits(facts: Facts) -> Iterator[str]:
     yield (
         f"The index, `{INDEX}/*.parquet`, has a row for each trajectory: its frames, grid, field "
         "of view, quality, checksums, and the files and row groups of its occupancy. Its column "
-        f"`split` is fixed by the name of the scene: {counts}.\n"
+        f"`split` depends only on the name of the scene: {counts}.\n"
     )
 
 
 def _packed_examples() -> Iterator[str]:
-    """Those of a dataset that is shards alone."""
+    """The examples for a dataset that has only shards."""
     yield "## Load it\n"
     yield "`DATASET` stands for this dataset's name on the Hub, or for a folder that holds it.\n"
     yield from _occupancy_examples()
 
 
 def _examples(facts: Facts, schema: Schema) -> Iterator[str]:
-    """A way to load each thing; the tests run them."""
+    """Examples that load each kind of data. The tests run them."""
     yield "## Load it\n"
     yield "`DATASET` stands for this dataset's name on the Hub, or for a folder that holds it.\n"
     yield "The frames of all trajectories: poses, intrinsics, time, episode and scene.\n"
@@ -392,8 +392,8 @@ K = frames[0]["{schema.intrinsics}"]  # (3, 3), pixels
     if facts.occupancy:
         yield from _occupancy_examples()
     yield (
-        "LeRobot: `occgen-hub export DATASET lerobot` makes one LeRobot v3.0 dataset of it, with "
-        "images, depth, tasks and occupancy. LeRobot up to 0.3 reads a trajectory as it is here: "
+        "LeRobot: `occgen-hub export DATASET lerobot` writes one LeRobot v3.0 dataset with "
+        "images, depth, tasks and occupancy. LeRobot up to 0.3 can read a trajectory directly: "
         f"`LeRobotDataset(NAME, root={dump_json(f'DATASET/{printable(first)}')}, episodes=[0])`.\n"
     )
     yield "The files of one trajectory, from a folder that holds the dataset:\n"
@@ -411,7 +411,7 @@ observed = np.unpackbits(mask["data"][0], count=occupied.size).reshape(shape).as
 
 
 def _occupancy_examples() -> Iterator[str]:
-    yield "Occupancy frame by frame, streamed, with nothing else installed:\n"
+    yield "Occupancy frame by frame, streamed, with only `datasets` installed:\n"
     yield _python("""\
 import numpy as np
 from datasets import load_dataset
@@ -430,10 +430,10 @@ for row in rows:
     in_world = in_camera @ world_from_camera[:3, :3].T + world_from_camera[:3, 3]
 """)
     yield (
-        "Read a stream to its end: a script that leaves one early may not end, for a fault of "
-        "pyarrow's (apache/arrow#45214). For single frames leave `streaming=True` out.\n"
+        "Read a stream to its end: a script that stops early may hang because of a bug in "
+        "pyarrow (apache/arrow#45214). For single frames, omit `streaming=True`.\n"
     )
-    yield "Tensors for training, with the history of each frame, where OccGen Hub is installed:\n"
+    yield "Tensors for training, with the history of each frame (needs OccGen Hub):\n"
     yield _python("""\
 from occgen_hub import OccupancyDataset
 
@@ -445,14 +445,14 @@ item = dataset[0]
 def _export_examples(schema: Schema) -> Iterator[str]:
     yield "## Load it\n"
     yield "`DATASET` stands for this dataset's name on the Hub.\n"
-    yield "With LeRobot, images and tasks and all:\n"
+    yield "With LeRobot, including images and tasks:\n"
     yield _python(f"""\
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 frames = LeRobotDataset("DATASET")
 world_from_camera = frames[0]["{schema.poses}"]  # (4, 4), OpenCV axes, metres
 """)
-    yield "With the occupancy in its items, where OccGen Hub is installed:\n"
+    yield "With the occupancy in its items (needs OccGen Hub):\n"
     yield _python(f"""\
 from occgen_hub import LeRobotOccupancyDataset
 
@@ -473,7 +473,7 @@ def _columns(features: dict[str, Feature]) -> Iterator[str]:
 
 
 def _code(name: str) -> str:
-    """A column's name as code in a table of Markdown, whatever it holds."""
+    """A column's name as code in a Markdown table, with any special characters escaped."""
     text = one_line(name).replace("|", "\\|")
     ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     space = " " * ("`" in text)
@@ -483,10 +483,10 @@ def _code(name: str) -> str:
 def _partial(facts: Facts) -> Iterator[str]:
     if facts.partial:
         yield (
-            "Not all trajectories have, or have alike, and so only their own files hold: "
+            "These columns differ between trajectories and are only in their own files: "
             f"{', '.join(map(_code, sorted(facts.partial)))}.\n"
         )
-    yield "`task_index` counts the tasks of the row's own trajectory, in its `meta/tasks.jsonl`.\n"
+    yield "`task_index` refers to `meta/tasks.jsonl` of the row's own trajectory.\n"
 
 
 def _grids(facts: Facts) -> Iterator[str]:
@@ -519,8 +519,8 @@ def _quality(facts: Facts) -> Iterator[str]:
     """How well the frames agree, and what moves."""
     if facts.moving:
         yield (
-            f"Something moves in {_count(facts.moving, 'trajectory')}: `dynamic`, beside the "
-            "occupied cells, has those of them that hold it.\n"
+            f"Something moves in {_count(facts.moving, 'trajectory')}: `dynamic` has the occupied "
+            "cells with moving objects.\n"
         )
     if facts.quality:
         each = facts.quality
@@ -541,7 +541,7 @@ EXPORT_RECORD = f"`{RECORD}` says which trajectory each episode is,"
 
 
 def _origin(facts: Facts, records: str) -> Iterator[str]:
-    """How it was built, and what may be done with it."""
+    """How it was built, and its licences."""
     told = {key: ", ".join(_said(v) for v in sorted(facts.records.get(key, ()))) for key in
             ("source", "engine", "version")}  # fmt: skip
     yield "## How it was built\n"
@@ -560,20 +560,20 @@ def _origin(facts: Facts, records: str) -> Iterator[str]:
     if None in facts.source_licences:
         yield (
             f"{'Other parts keep' if known else 'What was recorded keeps'} the licence of the "
-            "source, which has to be looked up there."
+            "source; please look it up there."
         )
     from occgen_hub.engines.weights import COMMERCIAL  # Engines are slow to import.
 
-    yield "OccGen Hub itself asks for nothing."
+    yield "OccGen Hub itself adds no conditions."
     for network, licence in sorted(facts.licences):
         said = f"{network}, whose weights are under the licence {licence}"
         if licence in COMMERCIAL:
             yield f"\nThe occupancy was reconstructed by {said}, which allows commercial use."
             continue
-        forbids = ", which allows no commercial use" if "-nc" in licence.lower() else ""
+        forbids = ", which forbids commercial use" if "-nc" in licence.lower() else ""
         yield (
-            f"\nThe occupancy was reconstructed by {said}{forbids}: that holds for this dataset as "
-            "well."
+            f"\nThe occupancy was reconstructed by {said}{forbids}. The same applies to this "
+            "dataset."
         )
 
 

@@ -1,4 +1,4 @@
-"""A built dataset in another form: one LeRobot v3.0 dataset, or files as OccScanNet has them."""
+"""Export a built dataset: as one LeRobot v3.0 dataset, or as OccScanNet or Occ3D files."""
 
 from __future__ import annotations
 
@@ -46,16 +46,18 @@ from occgen_hub.shards import shards, write_shards
 Format = Literal["lerobot-v3.0", "occscannet", "occ3d"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 MAX_FPS = 240
-"""Frames a second: what the encoder takes at most."""
+"""Frames per second: the limit of the encoder."""
 
 MIN_SIDE = 64
-"""Pixels: encoders refuse smaller images, or crash."""
+"""Pixels: encoders reject smaller images, or crash."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What an export will hold. names: the trajectories' ids, sorted, and folders; leave_out: the
-    folders of others; remarks: what a user should know of what is not kept as it was.
+    """What an export will hold.
+
+    names: sorted ids of the trajectories, with their folders; leave_out: folders of trajectories
+    that are left out; remarks: for the user, on what the export changes.
     """
 
     names: tuple[tuple[str, Path], ...]
@@ -76,34 +78,33 @@ def export(
 ) -> list[str]:
     """Write a built dataset in another form, as `occgen-hub export` does.
 
-    root: the folder that `build` wrote; out: the new one, which appears when it is whole; to: one
-    LeRobot v3.0 dataset, or the files of OccScanNet or of Occ3D, see `frame_exports`; fps: of
-    LeRobot's, frames a second, where the trajectories have several rates; overwrite: whether an
-    earlier export at `out` is replaced; progress: called with frames done and in all.
+    root: the folder that `build` wrote; out: the new folder, which appears when it is complete;
+    to: one LeRobot v3.0 dataset, or the files of OccScanNet or Occ3D, see `frame_exports`; fps:
+    frames per second, needed for LeRobot if the trajectories have several rates; overwrite:
+    whether to replace an earlier export at `out`; progress: called with frames done and total.
 
-    In the LeRobot dataset, an episode is a trajectory, in the order of their ids. Columns that all
-    trajectories have alike are kept, matrices as their numbers row after row; RGB becomes video,
-    depth LeRobot's depth video. Images of different sizes are brought to the commonest, with black
-    around them, and intrinsics with them. The occupancy lies beside it as Parquet, its rows in the
-    order of the frames.
+    In the LeRobot dataset, every trajectory is an episode, in the order of their ids. Columns that
+    all trajectories share are kept, with matrices flattened in row-major order. RGB becomes video,
+    depth becomes LeRobot's depth video. Images are scaled to the most common size, with black
+    borders, and their intrinsics are adjusted. The occupancy is stored beside it as Parquet.
 
-    Returns what a user should know, in sentences. Raises UsageError where the arguments do not fit;
-    OccGenError where a trajectory cannot be read or written.
+    Returns remarks for the user. Raises UsageError for invalid arguments, and OccGenError if a
+    trajectory cannot be read or written.
     """
     root, out = Path(root), Path(out)
     if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int)):
-        raise UsageError(f"fps: {fps!r} is no whole number.")
+        raise UsageError(f"fps: {fps!r} is not an integer; give frames per second.")
     if to not in FORMATS:
-        raise UsageError(f"--to {to}: is no form to export to; give one of {', '.join(FORMATS)}.")
+        raise UsageError(f"--to {to}: is not an export format; give one of {', '.join(FORMATS)}.")
     check_places(root, out, overwrite=overwrite)
     if to in EXPORTS:
         if fps is not None:
-            raise UsageError("--fps: goes with --to lerobot-v3.0; leave it out.")
+            raise UsageError("--fps: is only for --to lerobot-v3.0; leave it out.")
         return _export_frames(root, out, to, overwrite=overwrite, progress=progress)
     plan = plan_export(root, fps)
     count = frame_counter(plan.facts.frames, progress)
     with staged(out) as folder:
-        check_places(root, out, overwrite=overwrite)  # Another may have been faster.
+        check_places(root, out, overwrite=overwrite)  # Another export may have finished.
         write(folder, plan.layout, (Trajectory.open(path) for _, path in plan.names), count)
         _add_occupancy(root, folder, plan.leave_out)
         picture = root / PICTURE
@@ -112,7 +113,7 @@ def export(
         features = plan.layout.lerobot_features(load_schema(SCHEMA))
         write_export_card(folder, plan.facts, features, plan.remarks)
         _write_record(folder, plan)
-        for problem in check_content(folder):  # LeRobot goes on after some of its errors.
+        for problem in check_content(folder):  # LeRobot continues after some errors.
             raise problem
     return list(plan.remarks)
 
@@ -120,24 +121,24 @@ def export(
 def update_export(root: str | Path, out: str | Path) -> list[str]:
     """Bring the occupancy of an export up to date, as `occgen-hub export --update` does.
 
-    root: the folder that `build` wrote; out: what LeRobot's tools made of its export: episodes
-    deleted, split off or merged, tasks and statistics changed. Which trajectory an episode is the
-    column "episode" says. Tables and videos stay as they are.
+    root: the folder that `build` wrote; out: its export after LeRobot's tools deleted, split or
+    merged episodes or changed tasks or statistics. The column "episode" says which trajectory an
+    episode is. Tables and videos are not changed.
 
-    Returns what a user should know, in sentences. Raises UsageError where the episodes are not all
-    different trajectories of `root`; OccGenError where a file cannot be read or written.
+    Returns remarks for the user. Raises UsageError if the episodes are not distinct trajectories
+    of `root`, and OccGenError if a file cannot be read or written.
     """
     root, out = Path(root), Path(out)
     if exported(root):
-        raise UsageError(f"{root}: is an export already; give the dataset that it was made from.")
+        raise UsageError(f"{root}: is already an export; give the dataset that it was made from.")
     info = read_json(out / "meta/info.json")
     features = info.get("features")
     if info.get("codebase_version") != CODEBASE or not isinstance(features, dict):
-        raise UsageError(f"{out}: is no LeRobot {CODEBASE} dataset; give what an export became.")
+        raise UsageError(f"{out}: is not a LeRobot {CODEBASE} dataset; give an edited export.")
     try:
         plan = _plan_update(root, out, info, features)
-        with _alone(out, out.with_name(f".{out.name}.lock")):
-            (out / RECORD).unlink(missing_ok=True)  # The mark of an export that is whole.
+        with _locked(out, out.with_name(f".{out.name}.lock")):
+            (out / RECORD).unlink(missing_ok=True)  # It marks a complete export.
             _add_occupancy(root, out, plan.leave_out)
             if is_own(out / CARD):
                 write_export_card(out, plan.facts, features, plan.remarks)
@@ -151,23 +152,23 @@ def update_export(root: str | Path, out: str | Path) -> list[str]:
 
 
 def _plan_update(root: Path, out: Path, info: dict[str, Any], features: dict[str, Any]) -> Plan:
-    """What an export holds after it was edited; raises UsageError where that cannot be told."""
+    """What an edited export holds. Raises UsageError if its trajectories cannot be identified."""
     found = {printable(path.relative_to(root).as_posix()): path for path in trajectories(root)}
     held = held_episodes(out)
-    again = "export the dataset again, with --overwrite, and edit that"
+    again = "export the dataset again with --overwrite, and edit the new export"
     for name, count in Counter(name for name, _ in held).items():
         if name not in found:
             raise UsageError(
-                f"{out}: holds the trajectory {name}, which is not in {root}; give the dataset "
+                f"{out}: has the trajectory {name}, which is not in {root}; give the dataset "
                 "that it was exported from."
             )
         if count > 1:
-            raise UsageError(f"{out}: holds the trajectory {name} {count} times; {again}.")
+            raise UsageError(f"{out}: has the trajectory {name} {count} times; {again}.")
     for name, length in held:
         frames = Trajectory.open(found[name]).info().get("total_frames")
         if frames != length:
             raise UsageError(
-                f"{out}: holds {length} frames of the trajectory {name}, of {frames}; {again}."
+                f"{out}: has {length} of the {frames} frames of the trajectory {name}; {again}."
             )
     names = tuple((found[name].relative_to(root).as_posix(), found[name]) for name, _ in held)
     kept = {path for _, path in names}
@@ -194,7 +195,7 @@ def _export_frames(
     overwrite: bool,
     progress: Callable[[int, int], None],
 ) -> list[str]:
-    """Write the files of OccScanNet or Occ3D; as `export`."""
+    """Write the files of OccScanNet or Occ3D. Arguments, result and errors as in `export`."""
     for link in links_out(root):
         raise DatasetError(link, LINK_OUT, PUT_FILE)
     names = sorted((path.relative_to(root).as_posix(), path) for path in trajectories(root))
@@ -203,7 +204,7 @@ def _export_frames(
         raise UsageError(_several_grids(root, facts))
     count = frame_counter(facts.frames, progress)
     with staged(out) as folder:
-        check_places(root, out, overwrite=overwrite)  # Another may have been faster.
+        check_places(root, out, overwrite=overwrite)  # Another export may have finished.
         folder.mkdir()
         remarks = write_frames(folder, to, names, count)
         write_frames_card(folder, facts, EXPORTS[to].card, remarks)
@@ -215,15 +216,16 @@ def _export_frames(
 
 def _several_grids(root: Path, facts: Facts) -> str:
     return (
-        f"{root}: its trajectories have {len(facts.grids)} different grids, which no batch can "
-        "hold together; build the whole dataset with one configuration."
+        f"{root}: its trajectories have {len(facts.grids)} different grids, which do not fit into "
+        "one batch; build the whole dataset with one configuration."
     )
 
 
 def plan_export(root: Path, fps: int | None = None) -> Plan:
-    """What an export of a dataset will hold; raises UsageError where it cannot be one dataset.
+    """What an export of a dataset will hold.
 
-    Raises DatasetError where a link leads out of the dataset: what it leads to is no part of it.
+    Raises UsageError if the trajectories do not fit into one dataset, and DatasetError if a link
+    leads out of the dataset.
     """
     for link in links_out(root):
         raise DatasetError(link, LINK_OUT, PUT_FILE)
@@ -247,36 +249,36 @@ def plan_export(root: Path, fps: int | None = None) -> Plan:
 
 
 def _long_enough(root: Path, remarks: list[str]) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """The trajectories that LeRobot can hold, and those of one frame, which it cannot.
+    """The trajectories of several frames, and those of one frame, which LeRobot cannot hold.
 
-    Its statistics of one frame are of other shapes than those of several.
+    LeRobot's statistics of a single frame have other shapes than those of several frames.
     """
     found = trajectories(root)
     single = tuple(path for path in found if Trajectory.open(path).info().get("total_frames") == 1)
     if len(single) == len(found):
         raise UsageError(f"{root}: has only trajectories of one frame, which LeRobot cannot hold.")
     if single:
-        of = f"{len(single)} of {len(found)} trajectories, {single[0]} for one"
-        remarks.append(f"LeRobot holds no episodes of one frame, which leaves out {of}")
+        of = f"{len(single)} of {len(found)} trajectories, for example {single[0]}"
+        remarks.append(f"LeRobot cannot hold episodes of one frame, which leaves out {of}")
     return tuple(path for path in found if path not in single), single
 
 
 def _features(facts: Facts, remarks: list[str]) -> dict[str, Feature]:
-    """The columns to keep: what all have alike, and LeRobot can hold under its name."""
+    """The columns to keep: those that all trajectories share, under names that LeRobot allows."""
     if facts.partial:
         listed = ", ".join(sorted(facts.partial))
-        remarks.append(f"not all trajectories have alike, and the export leaves out: {listed}")
+        remarks.append(f"columns that not all trajectories share are left out: {listed}")
     schema = load_schema(SCHEMA)
     taken = (*RESERVED, schema.folder("rgb"), schema.folder("depth"))
     kept = {name: feature for name, feature in facts.features.items() if name not in OWN}
     lost = sorted(name for name in kept if name in taken or "/" in name)
     if lost:
-        remarks.append(f"LeRobot holds no columns of these names: {', '.join(lost)}")
+        remarks.append(f"columns with names that LeRobot reserves are left out: {', '.join(lost)}")
     return {name: feature for name, feature in kept.items() if name not in lost}
 
 
 def _rate(root: Path, found: list[Trajectory], fps: int | None, remarks: list[str]) -> int:
-    """Frames a second, whole, as LeRobot wants them."""
+    """Frames per second, an integer as LeRobot requires."""
     if fps is not None:
         if not 1 <= fps <= MAX_FPS:
             raise UsageError(f"--fps {fps}: give a rate from 1 to {MAX_FPS}.")
@@ -285,19 +287,19 @@ def _rate(root: Path, found: list[Trajectory], fps: int | None, remarks: list[st
     if len(rates) > 1:
         listed = ", ".join(f"{rate:g}" for rate in rates[:4])
         raise UsageError(
-            f"{root}: its trajectories have {len(rates)} rates ({listed} frames a second), and "
-            "LeRobot holds one; say with --fps at which all are to play."
+            f"{root}: its trajectories have {len(rates)} rates ({listed} frames per second), and "
+            "LeRobot allows one; choose one for all with --fps."
         )
     whole = min(max(1, round(rates[0])), MAX_FPS)
     if whole != rates[0]:
-        remarks.append(f"LeRobot holds whole rates: {rates[0]:g} frames a second became {whole}")
+        remarks.append(f"LeRobot's rates are integers: {rates[0]:g} frames a second became {whole}")
     return whole
 
 
 def _stated_rate(trajectory: Trajectory) -> float:
     rate = trajectory.info().get("fps")
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < float("inf"):
-        raise DatasetError(trajectory.file("info"), "states no usable fps", REBUILD)
+        raise DatasetError(trajectory.file("info"), "has no valid fps", REBUILD)
     return float(rate)
 
 
@@ -307,7 +309,7 @@ def _robot(found: list[Trajectory]) -> str:
 
 
 def _size(found: list[Trajectory], remarks: list[str]) -> tuple[int, int]:
-    """(width, height) that an encoder takes: of most trajectories, and of these the largest."""
+    """(width, height): the most common image size, made even, and the largest of several."""
     count = Counter(trajectory.image_size for trajectory in found)
     width, height = max(count, key=lambda size: (count[size], size))
     into = max(MIN_SIDE, width // 2 * 2), max(MIN_SIDE, height // 2 * 2)
@@ -315,28 +317,28 @@ def _size(found: list[Trajectory], remarks: list[str]) -> tuple[int, int]:
     if resized:
         of = f"{resized} of {len(found)} trajectories"
         remarks.append(
-            f"images of {of} were brought to {into[0]} x {into[1]} pixels, black around them, and "
-            "their intrinsics with them"
+            f"images of {of} were scaled to {into[0]} x {into[1]} pixels with black borders, and "
+            "their intrinsics adjusted"
         )
     if into != (width, height) and Fit((width, height), into).cut:
-        remarks.append(f"a video's sides are even: of {width} x {height} pixels, {into} are kept")
+        remarks.append(f"video sizes are even: {width} x {height} pixels were cut to {into}")
     return into
 
 
 def _all_have(
     found: list[Trajectory], files: tuple[str, ...], what: str, remarks: list[str]
 ) -> bool:
-    """Whether all trajectories have one of these files, told by their first frames."""
+    """Whether all trajectories have one of these files. Checks their first frames."""
     have = [any(trajectory.file(file, 0).is_file() for file in files) for trajectory in found]
     if any(have) and not all(have):
         lacking = found[have.index(False)].path
-        missing = f"{have.count(False)} of {len(have)} trajectories have none, {lacking} for one"
-        remarks.append(f"{what} is left out: {missing}")
+        missing = f"{have.count(False)} of {len(have)} trajectories have none"
+        remarks.append(f"{what} is left out: {missing}, for example {lacking}")
     return all(have)
 
 
 def _add_occupancy(root: Path, folder: Path, leave_out: tuple[Path, ...]) -> None:
-    """The dataset's shards, copied, and made anew where they are missing or out of date."""
+    """Copy the dataset's shards, and write those that are missing or out of date."""
     for path in (*shards(root), *parts(root), *states_files(root)):
         place = folder / path.relative_to(root)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -346,7 +348,7 @@ def _add_occupancy(root: Path, folder: Path, leave_out: tuple[Path, ...]) -> Non
 
 
 def _write_record(folder: Path, plan: Plan) -> None:
-    """meta/occgen_export.json, last: which trajectory each episode is, a SHA-256 of every file."""
+    """Write meta/occgen_export.json: the trajectory of each episode, a SHA-256 of each file."""
     record = _record_of(f"lerobot-{CODEBASE}", plan.names, plan.facts, plan.remarks, folder)
     record["lerobot"] = version("lerobot")
     if plan.layout.depth:
@@ -361,7 +363,7 @@ def _record_of(
     remarks: Iterable[str],
     folder: Path,
 ) -> dict[str, Any]:
-    """The record of an export to a form, whose files are in a folder."""
+    """The record of an export of this form, with its files in `folder`."""
     episodes = []
     for name, path in names:
         trajectory = Trajectory.open(path)
@@ -394,7 +396,7 @@ def _record_of(
 
 
 def frame_counter(total: int, progress: Callable[[int, int], None]) -> Callable[[int], None]:
-    """Call `progress` with frames done and in all, from what is called with frames done since."""
+    """A function that adds to the frames done, then calls `progress` with frames done and total."""
     done = 0
 
     def count(frames: int) -> None:
@@ -409,38 +411,38 @@ def frame_counter(total: int, progress: Callable[[int, int], None]) -> Callable[
 def check_places(
     root: Path, out: Path, *, overwrite: bool, ours: Callable[[Path], bool] = exported
 ) -> None:
-    """Raise UsageError where reading from `root` and writing to `out` would go wrong.
+    """Raise UsageError unless `root` can be read and `out` be written.
 
     ours: whether a folder is an export of this form, which `overwrite` replaces.
     """
     if exported(root):
-        raise UsageError(f"{root}: is an export already; give the dataset that it was made from.")
+        raise UsageError(f"{root}: is already an export; give the dataset that it was made from.")
     if built(root) == [root]:
-        raise UsageError(f"{root}: is one trajectory; give the dataset's folder, three above it.")
+        raise UsageError(f"{root}: is a trajectory; give the dataset, three folders above it.")
     if out.name in ("", ".."):
         raise UsageError(f"{out}: give the name of a new folder as OUT.")
     source, target = root.resolve(), out.resolve()
     if target == source or source in target.parents or target in source.parents:
-        raise UsageError(f"{out}: lies inside {root}, or holds it; choose a folder beside it.")
+        raise UsageError(f"{out}: is inside {root}, or contains it; choose a folder beside it.")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise UsageError(f"{out}: is there and no folder; choose another place.")
+        raise UsageError(f"{out}: exists and is not a folder; choose another path.")
     if out.is_dir() and any(out.iterdir()):
         if not ours(out):
-            raise UsageError(f"{out}: holds files that no export wrote; choose another place.")
+            raise UsageError(f"{out}: has files that no export wrote; choose another path.")
         if not overwrite:
-            raise UsageError(f"{out}: is there already; --overwrite replaces it.")
+            raise UsageError(f"{out}: already exists; --overwrite replaces it.")
 
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """A path beside `out` for a new folder, which takes its place when the block ends well.
+    """A path beside `out` for a new folder, which replaces `out` if the block succeeds.
 
-    Raises UsageError where another export is at it, OccGenError for what a disk does not take.
+    Raises UsageError if another export is writing there, OccGenError for errors of the disk.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(out, out.with_name(f".{out.name}.lock")), atomic_folder(out) as partial:
-            partial.rmdir()  # LeRobot makes it; until then, and after, the lock keeps others out.
+        with _locked(out, out.with_name(f".{out.name}.lock")), atomic_folder(out) as partial:
+            partial.rmdir()  # LeRobot creates it. The lock keeps others out.
             yield partial
     except OSError as error:
         raise _unwritable(error, out) from error
@@ -453,13 +455,13 @@ def _unwritable(error: OSError, out: Path) -> OccGenError:
 
 
 @contextmanager
-def _alone(out: Path, lock: Path) -> Iterator[None]:
-    """Hold the place of an export; raises UsageError where another export holds it."""
+def _locked(out: Path, lock: Path) -> Iterator[None]:
+    """Lock the output of an export. Raises UsageError if another export has locked it."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with os.fdopen(os.open(lock, flags, 0o666), "r+b", buffering=0) as file:
         if not try_lock(file.fileno()):
             raise UsageError(
-                f"{out}: another export is writing there; wait for it or choose another place."
+                f"{out}: another export is writing there; wait for it or choose another path."
             )
         try:
             yield

@@ -23,11 +23,11 @@ import pyarrow.parquet as pq
 from occgen_hub.errors import DatasetError, MachineError, SourceError, in_brief
 
 MAX_DOCUMENT_BYTES = 64 << 20
-"""Limit of a JSON file. Real ones have a line of some kilobytes per trajectory."""
+"""Limit of a JSON file. Real ones have a few kilobytes per trajectory."""
 
 MAX_RECORD_BYTES = 1 << 28
-"""Limit of a trajectory's record, which has a line of 120 bytes for each image: enough for
-MAX_TABLE_ROWS frames with depth."""
+"""Limit of a trajectory's record, which has 120 bytes per image: enough for MAX_TABLE_ROWS frames
+with depth."""
 
 ABSENT = "restore it from the source or, if a build wrote it, run the same build again"
 """The remedy for a missing file."""
@@ -46,10 +46,10 @@ MAX_TABLE_ROWS = 1 << 20
 """Limit of an episode's frames: ten hours, with about 200 MB of matrices."""
 
 MAX_BUILT_BYTES = 1 << 36
-"""Of a file of a dataset or an export; a sparse one may claim to hold more than a disk does."""
+"""Limit of a file of a dataset or an export. A sparse file may claim more than a disk holds."""
 
 MAX_SOURCE_BYTES = 1 << 39
-"""Of a file of a recording, for the same reason; bags and videos may be large."""
+"""Limit of a file of a recording. Bags and videos may be large."""
 
 
 def opened(path: Path) -> BufferedReader:
@@ -228,10 +228,10 @@ def parquet_file(path: Path) -> Iterator[pq.ParquetFile]:
 
 
 def check_column_names(file: pq.ParquetFile) -> None:
-    """Raise ValueError where two columns have one name, which Arrow does not find by it."""
+    """Raise ValueError if two columns share a name, since Arrow cannot look them up."""
     names = file.schema_arrow.names
     if len(set(names)) < len(names):
-        raise ValueError("it has two columns of one name")
+        raise ValueError("it has two columns with the same name")
 
 
 PARQUET_DAMAGE = (pa.ArrowException, OSError, ValueError, MemoryError)
@@ -245,9 +245,9 @@ def parquet_problem(error: BaseException) -> str:
 
 
 def dataset_files(root: Path, folder: str, pattern: str = IN_BUCKETS) -> list[Path]:
-    """The files of a pattern below a folder of a dataset, sorted; none if the folder is absent.
+    """The sorted files of a pattern below a folder of a dataset. None if the folder is absent.
 
-    Raises DatasetError where one of them, or the folder, is a link out of the dataset.
+    Raises DatasetError if one of them, or the folder, is a link out of the dataset.
     """
     found = sorted((root / folder).glob(pattern))
     for path in (root / folder, *found):
@@ -257,7 +257,7 @@ def dataset_files(root: Path, folder: str, pattern: str = IN_BUCKETS) -> list[Pa
 
 
 def remove_bucket_files(paths: Iterable[Path], folder: Path) -> None:
-    """Remove files of `dataset_files` in buckets, and the folders that are empty then."""
+    """Remove files of `dataset_files` in buckets, and folders that become empty."""
     for path in paths:
         path.unlink(missing_ok=True)
     for empty in (*folder.glob("[0-9a-f][0-9a-f]"), folder):
@@ -289,14 +289,14 @@ def check_written_by_us(paths: Iterable[Path], key: bytes, what: str) -> None:
         except (SourceError, *PARQUET_DAMAGE):
             continue
         if not ours:
-            problem = f"stands in the place of {what}, and occgen-hub did not write it"
+            problem = f"is in the place of {what}, but occgen-hub did not write it"
             raise DatasetError(path, problem, "move it away, and run the build again")
 
 
 def plain_schema(schema: pa.Schema) -> pa.Schema:
-    """A schema as `plain` makes it of its tables, without metadata of its fields' own.
+    """The schema of a table after `plain`, without the metadata of its fields.
 
-    Made without an empty table, since pyarrow imports pandas to make arrays.
+    Does not create an empty table, because pyarrow imports pandas to create arrays.
     """
     stored = (
         field.with_type(field.type.storage_type)
@@ -338,7 +338,7 @@ def sha256(path: Path, limit: int | None = None) -> str:
     """
     with opened(path) as file:
         if limit is not None and os.fstat(file.fileno()).st_size > limit:
-            problem = f"holds more than {limit >> 30} GB, more than any file here"
+            problem = f"has more than {limit >> 30} GB, the limit of such a file"
             raise SourceError(path, problem, "restore it from a copy")
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -381,7 +381,7 @@ def links_out(root: Path) -> Iterator[Path]:
 LINK_OUT = "is a link that leads out of the dataset"
 """The problem of a file for which `leads_out` is true."""
 
-PUT_FILE = "replace it by the file itself, or remove the link"
+PUT_FILE = "replace it with the file itself, or remove the link"
 """The remedy for such a link."""
 
 

@@ -1,6 +1,6 @@
-"""A built dataset as files for each frame, in the forms of occupancy networks: OccScanNet, Occ3D.
+"""Write a built dataset as one file per frame, in the formats of OccScanNet and Occ3D.
 
-Both hold the scene's states around a camera, hidden cells included, on grids that stand upright.
+Both hold the scene's cells around a camera, including hidden ones, in upright grids.
 """
 
 from __future__ import annotations
@@ -29,44 +29,44 @@ from occgen_hub.prefetch import prefetch
 from occgen_hub.taxonomy import load_taxonomy
 
 CELL = 0.08
-"""Metres: edge of a cell in both forms."""
+"""Metres: edge of a cell in both formats."""
 
 MOST_PARTS = 8
-"""Into how many parts along an edge such a cell is cut at most, to look at the scene's cells."""
+"""A cell is sampled in at most this many parts along an edge."""
 
 MILLIMETRES = 1000
-"""Units of a depth image in a metre."""
+"""Units per metre of a depth image."""
 
 MINI = 10
-"""One of so many frames is in OccScanNet's small lists."""
+"""OccScanNet's mini lists have one frame out of this many."""
 
 Progress = Callable[[int], None]
 
 
 class FrameExport(ABC):
-    """Writes the frames of trajectories, one trajectory after another, and then `finish`.
+    """Writes the frames of trajectories: call `add` for each trajectory, then `finish`.
 
-    A frame without an occupied cell is left out, since losses of a class divide by its cells.
+    Frames without occupied cells are left out, because losses divide by the cells of a class.
     """
 
     name: ClassVar[str]
     card: ClassVar[str]
-    """What the card says of the files, in Markdown."""
+    """The card's description of the files, in Markdown."""
     ONE_CLASS: ClassVar[int]
-    """What everything occupied is where the dataset has no classes."""
+    """The class of all occupied cells if the dataset has no classes."""
     UNLABELLED: ClassVar[int]
-    """What is occupied without a class where it has some."""
+    """The class of occupied cells without a class if the dataset has classes."""
     FREE_CLASS: ClassVar[int]
     UNKNOWN_CLASS: ClassVar[int]
 
     def __init__(self, folder: Path) -> None:
-        """folder: that of the export, which is there."""
+        """folder: an existing folder for the export."""
         self.folder = folder
         self.empty = self.without_depth = 0
         self.taxonomies: Counter[str | None] = Counter()
 
     def add(self, episode: str, trajectory: Trajectory, progress: Progress) -> None:
-        """Write the frames of a trajectory; raises UsageError where it has no images."""
+        """Write the frames of a trajectory. Raises UsageError if it has no images."""
         states = trajectory.states()
         surface = (states.cells(OCCUPIED).astype(np.float64) + 0.5) * states.voxel_size
         picture, depth = _pictures(trajectory), trajectory.file("depth", 0).parent.is_dir()
@@ -86,7 +86,7 @@ class FrameExport(ABC):
                 self._write_depth(frame, metres)
 
     def finish(self) -> list[str]:
-        """Write what belongs to all frames, and say what a user should know, as clauses."""
+        """Write the files that belong to all frames. Returns remarks for the user."""
         self._finish()
         remarks = []
         if plain := self.taxonomies.pop(None, 0):
@@ -117,7 +117,7 @@ class FrameExport(ABC):
     def _arrays(
         self, frame: Frame, states: SceneStates, surface: NDArray[np.float64]
     ) -> dict[str, Any] | None:
-        """What is written of a frame's cells; None where none is occupied. Called in threads.
+        """The arrays of a frame, or None if no cell is occupied. Called in threads.
 
         surface: (n, 3) the centres of the scene's occupied cells, world metres.
         """
@@ -136,9 +136,9 @@ class FrameExport(ABC):
 class Frame:
     """A frame of an episode.
 
-    grid: that of its camera; pose: (4, 4) world_from_camera, OpenCV axes, metres; intrinsics:
-    (3, 3), pixels; observed: the packed mask of the grid's cells that it observed; classes: (256,)
-    uint8, what each label of a cell is in the export.
+    grid: of its camera; pose: (4, 4) world_from_camera, OpenCV axes, metres; intrinsics: (3, 3),
+    pixels; observed: packed mask of the grid's observed cells; classes: (256,) uint8, the export's
+    class of each label.
     """
 
     episode: str
@@ -198,7 +198,7 @@ class OccScanNet(FrameExport):
     def _origin(
         self, pose: NDArray[np.float64], surface: NDArray[np.float64]
     ) -> NDArray[np.float64]:
-        """(3,) metres: the grid reaches 4.8 m ahead, and from the floor up; multiples of a cell."""
+        """(3,) metres, multiples of CELL: the grid starts at the camera and at the floor."""
         sides = CELL * np.array(self.SHAPE)
         camera, ahead = pose[:3, 3], upright_pose(pose)[:3, 2]
         low = camera - sides / 2
@@ -206,7 +206,7 @@ class OccScanNet(FrameExport):
         inside = (surface[:, :2] >= low[:2]) & (surface[:, :2] < low[:2] + sides[:2])
         heights = surface[inside.all(axis=1), 2]
         below = heights[(heights < camera[2]) & (heights > camera[2] - sides[2] + CELL)]
-        if len(below):  # The lowest, but for a few.
+        if len(below):  # The 1st percentile ignores outliers.
             low[2] = np.partition(below, len(below) // 100)[len(below) // 100] - CELL
         origin: NDArray[np.float64] = np.floor(low / CELL + 1e-6) * CELL
         return origin
@@ -304,7 +304,7 @@ z).
         }
 
     def _write_depth(self, frame: Frame, metres: NDArray[np.float64]) -> None:
-        """Occ3D has none."""
+        """Occ3D has no depth."""
 
     def _finish(self) -> None:
         for tokens in self._infos.values():
@@ -332,10 +332,10 @@ EXPORTS: dict[str, type[FrameExport]] = {form.name: form for form in (OccScanNet
 def write_frames(
     folder: Path, form: str, names: Iterable[tuple[str, Path]], progress: Progress
 ) -> list[str]:
-    """Write the trajectories of these ids and folders into an empty folder, in a form of EXPORTS.
+    """Write trajectories, given as ids and folders, into an empty folder. form: a key of EXPORTS.
 
-    Returns what a user should know, as clauses. Raises UsageError for a trajectory without images,
-    DatasetError for one that is damaged.
+    Returns remarks for the user. Raises UsageError for a trajectory without images, DatasetError
+    for a damaged one.
     """
     export = EXPORTS[form](folder)
     for name, path in names:
@@ -352,7 +352,7 @@ def ego_pose(pose: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def ego_grid(grid: Grid) -> tuple[tuple[float, float, float], tuple[int, int, int]]:
-    """The lower corner, metres, and the shape, cells, that cover a camera's grid in ego axes."""
+    """The lower corner (metres) and shape (cells) of a grid in ego axes that covers a camera's."""
     low = np.asarray(grid.lower)
     high = low + grid.voxel_size * np.asarray(grid.shape)
     lower = np.array([low[2], -high[0], -high[1]])
@@ -365,8 +365,8 @@ def ego_grid(grid: Grid) -> tuple[tuple[float, float, float], tuple[int, int, in
 def joined_labels(target: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
     """Labels of cells that are `factor` times as wide, by the rule of the NYU v2 benchmark.
 
-    Where 95 % of the cells or more are free or unknown, the commoner of the two; else the commonest
-    class.
+    If at least 95 % of the cells are free or unknown: the more common of the two. Else the most
+    common class.
     """
     shape = np.array(target.shape) // factor
     parts = target.reshape(shape[0], factor, shape[1], factor, shape[2], factor)
@@ -381,7 +381,7 @@ def joined_labels(target: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
 
 
 def portable_pickle(content: dict[str, Any]) -> bytes:
-    """A pickle that numpy 1 and 2 load, by the name that arrays have in both."""
+    """A pickle that numpy 1 and 2 can load: it uses the module name that both know."""
     data = pickle.dumps(content, protocol=3)
     own, old = (f"cnumpy.{core}.multiarray\n_reconstruct\n".encode() for core in ("_core", "core"))
     return data.replace(own, old)
@@ -393,7 +393,7 @@ def _sampled(
     shape: tuple[int, int, int],
     pose: NDArray[np.float64],
 ) -> NDArray[np.uint8]:
-    """The labels of cells of CELL metres: each is looked at in parts no wider than the scene's."""
+    """The labels of cells of CELL metres, sampled in parts no wider than the scene's cells."""
     parts = 1
     while parts < MOST_PARTS and CELL / parts > 1.01 * states.voxel_size:
         parts *= 2
@@ -407,7 +407,7 @@ def _observed(
     shape: tuple[int, int, int],
     pose: NDArray[np.float64],
 ) -> NDArray[np.bool_]:
-    """Which cells of CELL metres a frame observed, by the cells as wide in its camera's grid."""
+    """Which cells of CELL metres a frame observed, from its camera's grid at that cell size."""
     grid = frame.grid
     bits: NDArray[Any] = np.unpackbits(frame.observed, count=grid.cells).reshape(grid.shape)
     step = max(1, round(CELL / grid.voxel_size))
@@ -423,7 +423,7 @@ def _observed(
 
 
 def _pictures(trajectory: Trajectory) -> Callable[[int], bytes]:
-    """The JPEG of each frame, to be asked for in order."""
+    """A function that returns the JPEG of a frame. Call it with frames in order."""
     images, stored = trajectory.images(), trajectory.file("rgb", 0).parent.is_dir()
 
     def read(frame: int) -> bytes:
@@ -445,7 +445,7 @@ def _token(frame: Frame) -> str:
 
 
 def _transform(pose: NDArray[np.float64]) -> dict[str, list[float]]:
-    """A pose as nuScenes says it: a translation, metres, and a quaternion w, x, y, z."""
+    """A pose as in nuScenes: a translation in metres and a quaternion w, x, y, z."""
     from scipy.spatial.transform import Rotation
 
     x, y, z, w = Rotation.from_matrix(pose[:3, :3]).as_quat().tolist()

@@ -1,4 +1,4 @@
-"""A dataset and the Hugging Face Hub: what would go there, whether it fits, and the push."""
+"""Push a dataset to the Hugging Face Hub, after checking its content and the Hub's limits."""
 
 from __future__ import annotations
 
@@ -45,68 +45,66 @@ if TYPE_CHECKING:
 MAX_FILES = 100_000
 MAX_ENTRIES = 10_000
 MAX_BYTES = 200 * 10**9
-"""What the Hub recommends at most: files in a repository, entries in a folder, bytes of a file."""
+"""Limits that the Hub recommends: files per repository, entries per folder, bytes per file."""
 
 LEFT_OUT = (".*", "*/.*", FAILURES, REPORT)
-"""What stays here: hidden files and folders, and what a run says of itself, with this machine's
-paths."""
+"""Not pushed: hidden files and folders, and reports of runs, which have paths of this machine."""
 
 CONFLICTS = (409, 412)
-"""What the Hub answers where another commit or tag came first."""
+"""HTTP statuses of the Hub if another commit or tag came first."""
 
 PAUSES = (0.2, 0.5, 1.0, 2.0)
-"""Seconds before trying again, about."""
+"""Approximate seconds before each retry."""
 
 TITLE = "Upload dataset with OccGen Hub"
 MAIN = "main"
-AGAIN = "check the connection and run the same command again, which goes on from there"
+AGAIN = "check the connection and run the same command again to resume"
 
 
 class HubError(OccGenError):
-    """The Hub cannot be reached, or does not take what is sent."""
+    """The Hub cannot be reached, or rejects what is sent."""
 
 
 class HubBusyError(HubError):
-    """The same may go well a moment later."""
+    """A temporary error: the same request may succeed later."""
 
 
 def check_target(repo_id: str, revision: str | None = None, create_pr: bool = False) -> None:
-    """Raise UsageError unless a dataset could be pushed to that name."""
+    """Raise UsageError unless a dataset can be pushed to this repository and revision."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.errors import HFValidationError
 
     try:
-        hf_hub_url(repo_id, "README.md", repo_type="dataset")  # Asks nobody; checks the name.
+        hf_hub_url(repo_id, "README.md", repo_type="dataset")  # Checks the name offline.
         sound = repo_id.count("/") == 1
     except HFValidationError:
         sound = False
     if not sound:
         raise UsageError(
-            f"{repo_id}: is no name of a repository; give --repo-id ORG/NAME, of letters, digits, "
+            f"{repo_id}: is not a repository name; give --repo-id ORG/NAME with letters, digits, "
             "'-', '_' and '.'."
         )
     if create_pr and revision is not None:
         raise UsageError(
-            f"{revision}: a pull request is made to {MAIN}; leave out --revision or --create-pr."
+            f"{revision}: pull requests go to {MAIN}; leave out --revision or --create-pr."
         )
 
 
 def check_token(repo_id: str) -> None:
-    """Raise OccGenError when no token can be sent; whether it is good, the Hub says."""
+    """Raise OccGenError unless there is a token that can be sent. The Hub checks its validity."""
     if not check_sendable():
         raise HubError(
-            f"{repo_id}: there is no token to push with; run hf auth login, or set HF_TOKEN, with "
-            "a token that may write."
+            f"{repo_id}: there is no token to push with; run hf auth login or set HF_TOKEN, with "
+            "a token that has write access."
         )
 
 
 def prepare(
     root: Path, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, int]:
-    """Check a dataset, write its card anew, and say what goes: the bytes of each file by its path.
+    """Check a dataset and update its card. Returns the size in bytes of each file to push, by path.
 
-    An export's card stays as it was written with it. Raises OccGenError when the dataset is not
-    valid.
+    The card of an export is not changed. Raises OccGenError if the dataset is not valid.
     """
     report = validate(root, progress)
     if report.findings:
@@ -121,7 +119,7 @@ def prepare(
 
 
 def contents(root: Path) -> dict[str, int]:
-    """The files of a dataset that go to the Hub, sorted, and their bytes."""
+    """The sorted files of a dataset that are pushed, and their sizes in bytes."""
     paths = {path.relative_to(root).as_posix(): path for path in sorted(files_under(root))}
     return {
         name: path.stat().st_size
@@ -136,19 +134,19 @@ def warnings(
     max_entries: int = MAX_ENTRIES,
     max_bytes: int = MAX_BYTES,
 ) -> list[str]:
-    """A sentence for each of the Hub's limits that the files are beyond: which, and what to do."""
+    """A sentence for each limit of the Hub that the files exceed: which, and what to do."""
     said = []
     if len(files) > max_files:
         said.append(
             f"{len(files):,} files are more than the {max_files:,} that a repository should have; "
-            "build with --media none, or push what occgen-hub export makes of it, which has few."
+            "build with --media none, or push an export of it (occgen-hub export), which has few."
         )
     folder, entries = _fullest(files)
     if entries > max_entries:
         said.append(
             f"{folder}: {entries:,} entries are more than the {max_entries:,} that a folder should "
-            "have; build with --media none, or push what occgen-hub export makes of it, which has "
-            "videos for images."
+            "have; build with --media none, or push an export of it (occgen-hub export), which "
+            "has videos instead of images."
         )
     large = {path: size for path, size in files.items() if size > max_bytes}
     if large:
@@ -156,13 +154,13 @@ def warnings(
         more = f" (and {len(large) - 1} more files)" if len(large) > 1 else ""
         said.append(
             f"{path}: {size / 1e9:.1f} GB{more} is more than the {max_bytes / 1e9:g} GB that a "
-            "file should have; write the occupancy as parquet, which is in shards."
+            "file should have; write the occupancy as Parquet, which is split into shards."
         )
     return said
 
 
 def _fullest(files: Mapping[str, int]) -> tuple[str, int]:
-    """The folder with the most entries, files and folders, and how many it has."""
+    """The folder with the most entries (files and folders), and their number."""
     paths = {PurePosixPath(path) for path in files}
     paths |= {parent for path in paths for parent in path.parents[:-1]}
     folders = Counter(str(path.parent) for path in paths)
@@ -177,17 +175,17 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Send a dataset that `prepare` found good to the Hub, and return its address there.
+    """Push a dataset that `prepare` has checked to the Hub. Returns its address there.
 
-    What is there already is not sent again, so an interrupted push goes on when it is repeated.
-    Scenes that are there and not here stay, and their rows are added to the index here.
-    The repository and the branch `revision` are made where they are missing. `main` is tagged
-    with the version of the LeRobot layout. Raises HubError when something is in the way.
+    Files that the Hub has already are not sent again, so repeating an interrupted push resumes it.
+    Scenes that only the Hub has are kept, and their rows are added to the index here. Creates the
+    repository and the branch `revision` if needed. Tags `main` with the version of the LeRobot
+    layout. Raises HubError if the push fails.
     """
     from huggingface_hub import HfApi
 
     api = HfApi(library_name="occgen-hub")
-    # `prepare` found none; one that came since would be followed by the Hub's client.
+    # `prepare` found none, but the Hub's client would follow one that was added since.
     links = [glob.escape(path.relative_to(root).as_posix()) for path in links_out(root)]
     with quiet(), told(repo_id, api.endpoint):
         make_repository(api, repo_id, private)
@@ -198,7 +196,7 @@ def push(
             target, page = _branch(api, repo_id, revision)
 
         def send() -> CommitInfo:
-            # Another push in between is noticed by its commit, and then all this is done again.
+            # `parent_commit` detects another push in between. Then all of this is repeated.
             head = api.dataset_info(repo_id, revision=target, timeout=20).sha
             there = api.list_repo_files(repo_id, repo_type="dataset", revision=target)
             if not exported(root):
@@ -214,16 +212,16 @@ def push(
                 delete_patterns=_outdated(root, there) or None,
             )
 
-        done = _beside_others(send)
+        done = _retry_conflicts(send)
         if target == MAIN:
             version = _version(root)
             if version is not None:
-                _beside_others(lambda: move_tag(api, repo_id, done.oid, version))
+                _retry_conflicts(lambda: move_tag(api, repo_id, done.oid, version))
     return f"{api.endpoint}/datasets/{repo_id}{page}"
 
 
-def _beside_others[Value](action: Callable[[], Value]) -> Value:
-    """Do what fails where another push does the same at that moment, once more if need be."""
+def _retry_conflicts[Value](action: Callable[[], Value]) -> Value:
+    """Call `action`, and retry it if it conflicts with another push."""
     from huggingface_hub.errors import HfHubHTTPError
 
     for pause in PAUSES:
@@ -237,26 +235,27 @@ def _beside_others[Value](action: Callable[[], Value]) -> Value:
 
 
 def make_repository(api: HfApi, repo_id: str, private: bool) -> None:
-    """Make a dataset's repository where it is missing; UsageError where it is public and private is
-    asked for.
+    """Create a dataset's repository if it is missing.
+
+    Raises UsageError if it is public and `private` is set.
     """
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        # Asked first, since it is the one question that does not wait for ever for an answer.
+        # This comes first, because only this request has a timeout.
         there = api.dataset_info(repo_id, timeout=20)
     except RepositoryNotFoundError:
         api.create_repo(repo_id, repo_type="dataset", private=private or None, exist_ok=True)
         return
     if private and not there.private:
         raise UsageError(
-            f"{repo_id}: is there already and public; make it private in its settings on the Hub "
-            "first, or leave out --private."
+            f"{repo_id}: already exists and is public; first make it private in its settings on "
+            "the Hub, or leave out --private."
         )
 
 
 def _branch(api: HfApi, repo_id: str, revision: str) -> tuple[str, str]:
-    """The branch, made if it is missing, and its page."""
+    """The branch, created if needed, and its page."""
     if not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, repo_type="dataset", exist_ok=True)
     return revision, f"/tree/{quote(revision, safe='')}"
@@ -277,11 +276,11 @@ def _pull_request(api: HfApi, repo_id: str) -> tuple[str, str]:
 
 
 def _outdated(root: Path, there: Sequence[str]) -> list[str]:
-    """What the Hub has inside of what is pushed and that is no more: patterns of paths.
+    """Path patterns of files to delete on the Hub, because the pushed folders no longer have them.
 
     there: the paths of all files that the Hub has.
 
-    Without it, a trajectory that was built again with fewer files would not be valid there. Of a
+    Without this, a trajectory that was built again with fewer files would be invalid there. For a
     built dataset, these are files of trajectories that are here, and shards of their scenes.
     """
     here = contents(root)
@@ -304,7 +303,7 @@ def _outdated(root: Path, there: Sequence[str]) -> list[str]:
 
 
 def _scenes(root: Path) -> set[str]:
-    """The scenes of which a built dataset has trajectories here, or shards that are all of them."""
+    """The scenes of a built dataset that have trajectories or all of their shards here."""
     table = read_index(root, ["scene", "files", "shards"]).to_pylist()
     packed = {row["scene"] for row in table if not row["files"]
               and all((root / name).exists() for name in row["shards"])}  # fmt: skip
@@ -312,7 +311,7 @@ def _scenes(root: Path) -> set[str]:
 
 
 def _take_index(api: HfApi, repo_id: str, revision: str, root: Path, there: Sequence[str]) -> None:
-    """Add to a built dataset's index the rows that the Hub has of other scenes; and to its card.
+    """Add the Hub's rows of other scenes to a built dataset's index, and update its card.
 
     there: the paths of all files that the Hub has.
     """
@@ -331,7 +330,7 @@ def _take_index(api: HfApi, repo_id: str, revision: str, root: Path, there: Sequ
 
 
 def _version(root: Path) -> str | None:
-    """The version of the LeRobot layout, as `v2.1`; None for a dataset that has not this layout."""
+    """The version of the LeRobot layout, such as `v2.1`. None for datasets in other layouts."""
     if exported(root):
         return CODEBASE if is_lerobot(root) else None
     for path in trajectories(root):
@@ -340,7 +339,7 @@ def _version(root: Path) -> str | None:
 
 
 def move_tag(api: HfApi, repo_id: str, commit: str, version: str) -> None:
-    """Move the tag by which LeRobot finds what it can read, as its own push does."""
+    """Move the tag by which LeRobot finds a version that it can read, as its own push does."""
     from huggingface_hub.errors import RevisionNotFoundError
 
     tags = api.list_repo_refs(repo_id, repo_type="dataset").tags
@@ -348,17 +347,17 @@ def move_tag(api: HfApi, repo_id: str, commit: str, version: str) -> None:
     if old == commit:
         return
     if old is not None:
-        with suppress(RevisionNotFoundError):  # Another push was faster.
+        with suppress(RevisionNotFoundError):  # Another push removed it first.
             api.delete_tag(repo_id, tag=version, repo_type="dataset")
     api.create_tag(repo_id, tag=version, revision=commit, repo_type="dataset")
 
 
-# What goes wrong, in words
+# Errors
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the Hub's client telling of each attempt: what comes of them is said once."""
+    """Silence the Hub client's messages on each attempt. The final result is reported once."""
     logger = logging.getLogger("huggingface_hub")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -370,14 +369,14 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def told(repo_id: str, endpoint: str) -> Iterator[None]:
-    """Turns what the Hub's client raises into a sentence."""
+    """Turn errors of the Hub's client into HubErrors."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
     from huggingface_hub.utils import httpx
 
     try:
         yield
     except (OSError, httpx.TransportError, RuntimeError) as error:
-        # A RuntimeError of the client's only wraps what happened in one of its threads.
+        # A RuntimeError of the client wraps an error of one of its threads.
         cause = error.__cause__ if isinstance(error, RuntimeError) else error
         if isinstance(cause, OfflineModeIsEnabled):
             raise HubError(f"{endpoint}: HF_HUB_OFFLINE is set; unset it to push.") from error
@@ -387,20 +386,20 @@ def told(repo_id: str, endpoint: str) -> Iterator[None]:
             raise HubBusyError(
                 f"{endpoint}: cannot be reached ({_first(cause)}); {AGAIN}."
             ) from error
-        if isinstance(cause, ConnectionError):  # So hf_xet says whatever happens to it.
+        if isinstance(cause, ConnectionError):  # hf_xet raises it for any error.
             raise HubBusyError(
-                f"{endpoint}: the upload broke off ({_first(cause)}); {AGAIN}."
+                f"{endpoint}: the upload was interrupted ({_first(cause)}); {AGAIN}."
             ) from error
         raise
-    except ValueError as error:  # So the client says that the Hub found a fault in the card.
+    except ValueError as error:  # The client raises it if the Hub rejects the card.
         said = " ".join(str(error).split())[:200].rstrip(".")
         raise HubError(
-            f"{repo_id}: the Hub does not take the card ({said}); correct the dataset's README.md."
+            f"{repo_id}: the Hub rejected the card ({said}); correct the dataset's README.md."
         ) from error
 
 
 def _first(error: BaseException) -> str:
-    """What an error says, without addresses, which are long."""
+    """The message of an error without URLs, which are long."""
     said = [*str(error).strip().splitlines(), ""][0] or type(error).__name__
     return re.split(r" for url |, domain: ", said)[0][:160].rstrip(".")
 
@@ -410,18 +409,18 @@ def _refused(repo_id: str, endpoint: str, error: HfHubHTTPError) -> HubError:
     words = (error.server_message or error.response.reason_phrase).strip().splitlines()
     said = f"{status}, {words[0][:160].rstrip('.')}" if words else f"{status}"
     if status == 401:
-        problem, remedy = "the Hub does not know the token", "run hf auth login with a good one"
+        problem, remedy = "the Hub rejected the token", "run hf auth login with a valid one"
     elif status == 403:
-        problem, remedy = "the token may not write there", "use one that may, or another --repo-id"
+        problem, remedy = "the token has no write access", "use one that has, or another --repo-id"
     elif status == 404:
-        problem, remedy = "is not there, or hidden from the token", "check --repo-id and --revision"
+        problem, remedy = "was not found, or the token has no access", "check --repo-id, --revision"
     elif status in CONFLICTS:
-        problem, remedy = "others write there all the time", "run the same command again later"
+        problem, remedy = "others are writing there", "run the same command again later"
     elif status == 429 or status >= 500:
         return HubBusyError(
-            f"{endpoint}: cannot take it at the moment ({said}); run the same command again later, "
-            "which goes on from there."
+            f"{endpoint}: is not available at the moment ({said}); run the same command again "
+            "later to resume."
         )
     else:
-        problem, remedy = "the Hub does not take it", "see what it says"
+        problem, remedy = "the Hub rejected it", "see its message"
     return HubError(f"{repo_id}: {problem} ({said}); {remedy}.")

@@ -1,4 +1,4 @@
-"""A dataset on the Hugging Face Hub as a source: listed at one commit, fetched scene by scene."""
+"""A dataset on the Hugging Face Hub as a source, listed at one commit, downloaded by scene."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
 FORM = "hf://datasets/ORG/NAME[@REVISION][/FOLDER]"
-AGAIN = "check the connection and run the same command again, which goes on from there"
+AGAIN = "check the connection and run the same command again to resume"
 GROUPS = "traj_data"
 """The folder of InternData-N1 that holds the groups."""
 BLOCK = 4096
-"""Bytes that a small file takes on disk."""
+"""Bytes that a small file uses on disk."""
 
 
 class HubSourceError(OccGenError):
-    """The Hub cannot be reached, or does not give what is asked for."""
+    """The Hub cannot be reached, or refuses a request."""
 
 
 @dataclass(frozen=True)
 class HubSource:
     """A folder of a dataset on the Hub. revision: a branch, a tag or a commit.
 
-    license: that of the dataset's card, when it is listed.
+    license: from the dataset's card, set by `listed`.
     """
 
     repo_id: str
@@ -56,11 +56,11 @@ class HubSource:
 
     @classmethod
     def parse(cls, text: str | Path) -> HubSource | None:
-        """The source that an --input names; None where it is a path.
+        """The source that an --input names. None if it is a path.
 
-        Raises UsageError where it begins as an address of the Hub, but is none.
+        Raises UsageError for an invalid address of the Hub.
         """
-        # A pathlib.Path has one slash where two were.
+        # pathlib.Path replaces two slashes by one.
         begin = re.match(r"hf:/{1,2}(?=[^/])", str(text))
         if begin is None:
             return None
@@ -70,18 +70,18 @@ class HubSource:
         found = re.fullmatch(f"{name}{revision}(?:/(.+))?", rest)
         parts = PurePosixPath(found[3] or "").parts if found else ()
         if found is None or ".." in parts:
-            raise UsageError(f"{text}: is no dataset on the Hub; give --input {FORM}.")
+            raise UsageError(f"{text}: is not a dataset on the Hub; give --input {FORM}.")
         return cls(found[1], (found[2] or "main").replace("%2F", "/"), "/".join(parts))
 
     @classmethod
     def named(cls, text: str | Path) -> HubSource | None:
-        """The dataset that an --input names as ORG/NAME; None where a path has that name."""
+        """The dataset that an --input names as ORG/NAME. None if a path with this name exists."""
         found = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(text))
         return None if found is None or Path(text).exists() else cls(str(text), "main", "")
 
     @classmethod
     def of_snapshot(cls, folder: Path) -> HubSource | None:
-        """What a folder in the cache of huggingface_hub is of; None for a folder elsewhere.
+        """The source of a folder in the cache of huggingface_hub. None for other folders.
 
         The revision is a commit.
         """
@@ -115,7 +115,7 @@ class HubSource:
         return Path(place, self.folder)
 
     def fetch(self, name: str) -> None:
-        """Put a file below `folder` into the cache of huggingface_hub. Raises HubSourceError."""
+        """Download a file below `folder` to the cache of huggingface_hub. Raises HubSourceError."""
         from huggingface_hub import HfApi
 
         api = HfApi(library_name="occgen-hub")
@@ -128,9 +128,9 @@ class HubSource:
             )
 
     def listed(self) -> tuple[HubSource, list[SceneRef]]:
-        """The source at the commit that its revision is now, and its scenes, sorted.
+        """The source at the current commit of its revision, and its sorted scenes.
 
-        An archive is a scene, and so are the folders of one scene together. Raises HubSourceError.
+        A scene is an archive, or all folders of one scene. Raises HubSourceError.
         """
         from huggingface_hub import HfApi
         from huggingface_hub.hf_api import RepoFile
@@ -138,7 +138,7 @@ class HubSource:
         api = HfApi(library_name="occgen-hub")
         with _told(self, api.endpoint):
             info = api.dataset_info(self.repo_id, revision=self.revision, timeout=20)
-            # Anybody may list a gated dataset: whether its files may be read is asked apart.
+            # Anybody can list a gated dataset. Access to its files needs a separate check.
             api.auth_check(self.repo_id, repo_type="dataset")
             said = info.card_data.get("license") if info.card_data else None
             pinned = HubSource(
@@ -178,14 +178,14 @@ class HubSource:
         return sorted(found, key=lambda ref: ref.id)
 
     def _below(self, path: str) -> str:
-        """The path of a file relative to the folder that was given."""
+        """The path of a file relative to `folder`."""
         return path.removeprefix(f"{self.folder}/" if self.folder else "")
 
     @staticmethod
     def _scene_folder(relative: str) -> str | None:
-        """The folder of the scene that a file belongs to, None of a file that is in none.
+        """The folder of a file's scene. None for files outside of scenes.
 
-        It is a group's folder, and the groups lie in `traj_data` or in the folder that was given.
+        Scenes are in the folders of groups, which are in `traj_data` or in the given folder.
         """
         parts = relative.split("/")[:-1]
         at = next((n for n, part in enumerate(parts) if part in PARTS), None)
@@ -206,10 +206,10 @@ class HubSource:
         return SceneRef("/".join(ident), path, size, stamp, files, archive)
 
     def download(self, ref: SceneRef, room: Room) -> None:
-        """Put a scene's files into a room, in `room.folder / "hub"`.
+        """Download a scene's files to `room.folder / "hub"`.
 
-        They are counted before they are fetched. Raises HubSourceError, or SourceError where a file
-        is not what was listed.
+        Reserves space in the room first. Raises HubSourceError, or SourceError if a file differs
+        from the listing.
         """
         from huggingface_hub import HfApi
 
@@ -227,11 +227,11 @@ class HubSource:
                     local_dir=place,
                 )
                 if (size := Path(path).stat().st_size) != file.bytes:
-                    problem = f"has {size} bytes where the Hub lists {file.bytes}"
+                    problem = f"has {size} bytes, but the Hub lists {file.bytes}"
                     raise SourceError(ref.name, problem, AGAIN)
 
     def unpack(self, ref: SceneRef, room: Room) -> FetchedScene:
-        """The scene of files that were downloaded to a room. Raises SourceError."""
+        """Unpack the downloaded files of a scene. Raises SourceError."""
         place = room.folder / "hub"
         if not ref.archive:
             root, parts = room.folder / "tree", ref.id.split("/")
@@ -244,28 +244,28 @@ class HubSource:
         file = ref.files[0]
         scene_read = unpack_scene(ref, place / file.path, room)
         if len(file.oid) == 64 and file.oid != scene_read.sha256:
-            raise SourceError(ref.name, "is not what the Hub lists (its SHA-256)", AGAIN)
+            raise SourceError(ref.name, "differs in SHA-256 from the Hub's listing", AGAIN)
         (place / file.path).unlink()
         room.give_back(max(file.bytes, BLOCK))
         return scene_read
 
 
 def select_scenes(refs: list[SceneRef], source: HubSource) -> list[SceneRef]:
-    """The scenes, of which there has to be one; raises UsageError."""
+    """The scenes. Raises UsageError if there are none."""
     if not refs:
         raise UsageError(
-            f"{source}: holds neither an archive nor a scene's folder; give a folder of the "
-            f"dataset, as in {FORM}."
+            f"{source}: has no archives and no folders of scenes; give a folder of the dataset, "
+            f"as in {FORM}."
         )
     return refs
 
 
-# What goes wrong, in words
+# Errors
 
 
 @contextmanager
 def _told(source: HubSource, endpoint: str, ref: SceneRef | None = None) -> Iterator[None]:
-    """Turns what the Hub's client raises into a sentence, and keeps it quiet."""
+    """Turn errors of the Hub's client into HubSourceErrors, and silence its messages."""
     from huggingface_hub import errors
     from huggingface_hub.utils import httpx
 
@@ -292,9 +292,9 @@ def _told(source: HubSource, endpoint: str, ref: SceneRef | None = None) -> Iter
         if isinstance(error, OSError) and error.errno is not None:
             raise
         if isinstance(error, errors.HFValidationError):
-            raise UsageError(f"{name}: is no name of a dataset; give {FORM}.") from error
+            raise UsageError(f"{name}: is not a dataset name; give {FORM}.") from error
         said = in_brief(str(error) or type(error).__name__)
-        raise HubSourceError(f"{name}: the download broke off ({said}); {AGAIN}.") from error
+        raise HubSourceError(f"{name}: the download was interrupted ({said}); {AGAIN}.") from error
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
@@ -314,19 +314,19 @@ def _refused(name: str, source: HubSource, endpoint: str, error: HfHubHTTPError)
     page = f"{endpoint}/datasets/{source.repo_id}"
     if isinstance(error, errors.GatedRepoError):
         problem = "is gated, and this token has no access"
-        remedy = f"ask for it at {page} and set HF_TOKEN, or run hf auth login"
+        remedy = f"request access at {page} and set HF_TOKEN, or run hf auth login"
     elif isinstance(error, errors.RevisionNotFoundError):
-        problem, remedy = f"has no revision {source.revision}", f"choose one of those at {page}"
+        problem, remedy = f"has no revision {source.revision}", f"choose one at {page}"
     elif isinstance(error, errors.RemoteEntryNotFoundError | errors.EntryNotFoundError):
-        problem, remedy = "is not there", f"look at {page}/tree/{source.revision}"
+        problem, remedy = "was not found", f"see {page}/tree/{source.revision}"
     elif "invalid" in said.lower() and status == 401 and "username" not in said.lower():
-        problem, remedy = "the Hub does not know the token", "run hf auth login with a good one"
+        problem, remedy = "the Hub rejected the token", "run hf auth login with a valid one"
     elif isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403, 404):
-        problem = "is not there, or hidden from this token"
-        remedy = "check the name, and set HF_TOKEN where it is private"
+        problem = "was not found, or this token has no access"
+        remedy = "check the name, and set HF_TOKEN if it is private"
     elif status == 429 or status >= 500:
-        problem = "the Hub cannot answer at the moment"
-        remedy = "run the same command again later, which goes on from there"
+        problem = "the Hub is not available at the moment"
+        remedy = "run the same command again later to resume"
     else:
-        problem, remedy = "the Hub does not give it", "see what it says"
+        problem, remedy = "the Hub refused it", "see its message"
     return HubSourceError(f"{name}: {problem} ({said}); {remedy}.")

@@ -1,4 +1,4 @@
-"""The token that the Hub's client would send, looked at before it is sent."""
+"""Check the token of the Hub's client before it is sent."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from occgen_hub.errors import OccGenError
 
 
 class TokenError(OccGenError):
-    """There is a token, and it cannot be sent. The message names its place, never its content."""
+    """A token cannot be sent. The message names where it is stored, never its content."""
 
 
 def check_sendable(token: object = None) -> bool:
-    """Whether there is a token; raises TokenError where it cannot be sent as it is.
+    """Whether there is a token. Raises TokenError if it cannot be sent.
 
-    token: one that a program gives, else HF_TOKEN or that of `hf auth login`. A header holds
-    letters, digits and signs of ASCII alone; clients that meet anything else print all of it.
+    token: given by a program, else HF_TOKEN or the token of `hf auth login`. HTTP headers allow
+    only printable ASCII. For other characters, clients raise errors that print the whole token.
     """
     from huggingface_hub import constants, get_token
 
-    place = "the token given"
+    place = "the given token"
     if not isinstance(token, str):
         names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
         place = next((name for name in names if os.environ.get(name)), constants.HF_TOKEN_PATH)
         try:
             token = get_token()
-        except ValueError:  # Of a file that is no UTF-8.
+        except ValueError:  # The file is not UTF-8.
             token = "\0"
     if token is None:
         return False
     if not all("!" <= letter <= "~" for letter in token):
         raise TokenError(
-            f"{place}: holds a token with blanks or other characters that no token has; save it "
-            "again, as plain text, with hf auth login."
+            f"{place}: holds a token with spaces or other invalid characters; save it again as "
+            "plain text with hf auth login."
         )
     return True

@@ -1,8 +1,8 @@
-"""The index of a dataset: a row an episode, in small Parquet files, read to open the dataset.
+"""The index of a dataset: small Parquet files with a row per episode, read to open the dataset.
 
 Scenes are spread over at most 256 buckets by a hash of their names. `index/BB.parquet` has the rows
-of the scenes of bucket BB, sorted by episode, and `occupancy/BB/` has their shards. A scene that is
-added changes one part of the index and no other, wherever and in whatever order scenes are added.
+of the scenes of bucket BB, sorted by episode, and `occupancy/BB/` has their shards. Adding a scene
+changes only one part of the index. The order in which scenes are added does not matter.
 """
 
 from __future__ import annotations
@@ -40,44 +40,43 @@ PATTERN = "[0-9a-f][0-9a-f].parquet"
 FINALIZE = "run occgen-hub finalize on the dataset, or fetch the file again"
 
 VALIDATION = 0.1
-"""Share of the scenes that are in the split "validation"."""
+"""Fraction of the scenes in the split "validation"."""
 
 MAX_ROWS = 1 << 22
-"""Episodes of a part, five times those of the whole InternData-N1."""
+"""Limit of the episodes of a part: five times those of the whole InternData-N1."""
 
 _SHARD = re.compile(r"occupancy/[0-9a-f]{2}/[\w.-]+\.parquet", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An episode, as the index has it.
+    """The row of an episode.
 
     episode, scene: `<group>/<scene>/<trajectory>` and `<group>/<scene>`; split: "train" or
     "validation", the same for all episodes of a scene; frames: their number; image_size: (width,
     height), pixels; fov: (horizontal, vertical), degrees, of the first frame; shape, voxel_size,
-    pc_range: the camera grid, cells and metres; moving: whether it has cells that move.
+    pc_range: the camera grid, cells and metres; moving: whether it has moving cells.
 
-    quality: 1 - contradicted, the share of its measured points that no other frame saw through;
-    sigma, contradicted, supports, residual, shift, turn: see `fusion.quality.Quality`. All None
-    where the record has no figures.
+    quality: 1 - contradicted, the fraction of its measured points that no other frame saw through;
+    sigma, contradicted, supports, residual, shift, turn: see `fusion.quality.Quality`. All are
+    None if the record has no figures.
 
     builder, engine, version, config (JSON), network and licence of its weights, source_licence:
     how it was built and from what; source_sha256: the fingerprint of its source; features: JSON of
-    the columns that info.json declares.
+    the columns in info.json.
 
     record_sha256: of meta/occgen.json, which has the SHA-256 of every other file; info_sha256: of
     meta/info.json; files: how many files it has.
 
-    shards: the Parquet files that hold its occupancy, in order, relative to the dataset, and
-    shard_sha256 of each; shard_starts: its first frame in each; row_groups: the row group of that
-    frame. Each row group from there on has `group_rows` frames of this episode, the last one of a
-    shard the rest. Empty and 0 where the occupancy was not written as Parquet.
+    shards: the Parquet files with its occupancy, in order, relative to the dataset; shard_sha256:
+    of each; shard_starts: its first frame in each; row_groups: the row group of that frame. From
+    there on, each row group has `group_rows` frames of this episode, and the last one in a shard
+    has the rest. Empty and 0 if the occupancy was not written as Parquet.
 
-    scene_state: of a scene that was pushed while it was built, a digest of what all of it was built
-    from and how (see `Job.source_state`); None where an episode of it failed, and of other scenes.
+    scene_state: for a scene pushed during its build, a digest of its sources and settings (see
+    `Job.source_state`). None for other scenes, and if an episode of the scene failed.
 
-    taxonomy: the name of that of its labels, None without labels. Parts of which no row has labels
-    do not have this column.
+    taxonomy: of its labels, None without labels. Parts without any labels do not have this column.
     """
 
     episode: str
@@ -119,14 +118,14 @@ class Entry:
 
     @property
     def agreement(self) -> Quality | None:
-        """How well its frames agree; None where its record has no figures."""
+        """How well its frames agree. None if its record has no figures."""
         if self.sigma is None:
             return None
         names = ("sigma", "contradicted", "supports", "residual", "shift", "turn")
         return Quality.from_record({"quality": {name: getattr(self, name) for name in names}})
 
     def without_shards(self) -> Entry:
-        """The same episode, its occupancy not written as Parquet."""
+        """The entry without shards."""
         return replace(
             self, shards=(), shard_sha256=(), shard_starts=(), row_groups=(), group_rows=0
         )
@@ -153,13 +152,13 @@ def bucket(scene: str) -> str:
 
 
 def split(scene: str) -> str:
-    """The split of a scene: "train" or "validation", from a hash of its name alone."""
+    """The split of a scene, "train" or "validation", by a hash of its name only."""
     share = int(_digest(f"split {scene}")[:8], 16) / 16**8
     return "validation" if share < VALIDATION else "train"
 
 
 def file_stem(scene: str) -> str:
-    """The beginning of the names of a scene's shards: safe anywhere, and no other scene's."""
+    """The prefix of the names of a scene's shards: unique, and valid on any file system."""
     safe = re.sub(r"[^A-Za-z0-9_.-]+", "_", scene.replace("/", "-")).strip(".-_")
     return f"{safe[:80] or 'scene'}-{_digest(scene)[:8]}"
 
@@ -168,13 +167,13 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-# What a trajectory says of itself
+# Entries from trajectories
 
 
 def describe(episode: str, path: Path, known: Entry | None = None) -> Entry:
-    """The entry of the trajectory in a folder, without its shards; raises DatasetError.
+    """The entry of the trajectory in a folder, without its shards. Raises DatasetError.
 
-    known: its earlier entry, which is returned if the trajectory's record has not changed.
+    known: an earlier entry, which is returned if the trajectory's record has not changed.
     """
     trajectory = Trajectory.open(path)
     files = trajectory.file("record"), trajectory.file("info")
@@ -226,7 +225,7 @@ def _text(value: object) -> str | None:
 
 
 def _declared(trajectory: Trajectory) -> tuple[str, int]:
-    """The features, as JSON, and the number of frames that a trajectory's info.json declares."""
+    """The features, as JSON, and the number of frames in a trajectory's info.json."""
     try:
         info = trajectory.info()
         features = dict(info["features"])
@@ -234,12 +233,12 @@ def _declared(trajectory: Trajectory) -> tuple[str, int]:
             Feature.model_validate(value)
         return dump_json(features), int(info["total_frames"])
     except (KeyError, TypeError, ValueError):
-        problem = "does not say its features and frames"
+        problem = "does not state its features and frames"
         raise DatasetError(trajectory.file("info"), problem, REBUILD) from None
 
 
 def _fov(trajectory: Trajectory, width: int, height: int) -> tuple[float, float]:
-    """Degrees between the outer edges of the image, across and down, of the first frame."""
+    """(horizontal, vertical) degrees between the image's outer edges, in the first frame."""
     K = trajectory.intrinsics()[0]
     sides = ((width, K[0, 0], K[0, 2]), (height, K[1, 1], K[1, 2]))
     angles = [math.atan2(c, f) + math.atan2(size - c, f) for size, f, c in sides]
@@ -250,15 +249,15 @@ def _fov(trajectory: Trajectory, width: int, height: int) -> tuple[float, float]
 
 
 def parts(root: Path) -> list[Path]:
-    """The parts of a dataset's index, sorted; raises DatasetError for a link out of the dataset."""
+    """The sorted parts of a dataset's index. Raises DatasetError for links out of the dataset."""
     return dataset_files(root, INDEX, PATTERN)
 
 
 def read_index(root: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """The rows of all parts with the columns of SCHEMA, or these of them, sorted by episode.
+    """The rows of all parts, sorted by episode, with `columns` or all columns of SCHEMA.
 
-    A dataset without an index has no rows. Raises DatasetError for a part that is damaged, or rows
-    that name no episode or file of the dataset.
+    A dataset without an index has no rows. Raises DatasetError for damaged parts, and for rows
+    with invalid names of episodes or files.
     """
     names = list(SCHEMA.names if columns is None else columns)
     needed = list(dict.fromkeys(["episode", "scene", "shards", *names]))
@@ -281,7 +280,7 @@ def entries(table: pa.Table) -> Iterable[Entry]:
 
 
 def read_part(path: Path, columns: Sequence[str] = tuple(SCHEMA.names)) -> pa.Table:
-    """A part of the index, or these columns of it; raises DatasetError when it is damaged."""
+    """A part of the index with these columns. Raises DatasetError if it is damaged."""
     columns = list(columns)
     try:
         with parquet_file(path) as file:
@@ -296,7 +295,7 @@ def read_part(path: Path, columns: Sequence[str] = tuple(SCHEMA.names)) -> pa.Ta
             if file.metadata.num_rows > MAX_ROWS:
                 problem = f"claims {file.metadata.num_rows} rows"
                 raise DatasetError(path, problem, FINALIZE)
-            file.scan_contents(["episode"])  # Raises where asking damaged metadata would abort.
+            file.scan_contents(["episode"])  # Raises; asking damaged metadata aborts the process.
             there = [name for name in columns if name not in absent]
             table = plain(file.read(there, use_threads=False)).replace_schema_metadata(None)
             table.validate(full=True)
@@ -312,7 +311,7 @@ def read_part(path: Path, columns: Sequence[str] = tuple(SCHEMA.names)) -> pa.Ta
 
 
 def _check_names(path: Path, table: pa.Table) -> None:
-    """Raise DatasetError unless rows name episodes and shards of this part, each episode once."""
+    """Raise DatasetError unless rows have valid names of this part, and each episode once."""
     for name in table.column_names:
         missing = table[name].null_count
         if missing and "None" not in str(Entry.__dataclass_fields__[name].type):
@@ -324,13 +323,15 @@ def _check_names(path: Path, table: pa.Table) -> None:
     for episode, scene in zip(episodes, scenes, strict=True):
         unsafe = {"", ".", ".."} & {*episode.split("/")} or "\0" in episode
         if unsafe or episode.rpartition("/")[0] != scene:
-            raise DatasetError(path, f"{episode[:80]!r} is no name of an episode", FINALIZE)
+            raise DatasetError(path, f"{episode[:80]!r} is not a valid episode name", FINALIZE)
     for scene in set(scenes):
         if bucket(scene) != path.stem:
-            raise DatasetError(path, f"has the scene {scene[:80]!r} of another part", FINALIZE)
+            raise DatasetError(
+                path, f"has the scene {scene[:80]!r}, which belongs to another part", FINALIZE
+            )
     for shard in set(table["shards"].combine_chunks().flatten().to_pylist()):
         if shard is None or not _SHARD.fullmatch(shard):
-            raise DatasetError(path, f"{str(shard)[:80]!r} is no name of a shard", FINALIZE)
+            raise DatasetError(path, f"{str(shard)[:80]!r} is not a valid shard name", FINALIZE)
 
 
 def table_of(rows: Iterable[Entry]) -> pa.Table:
@@ -340,9 +341,9 @@ def table_of(rows: Iterable[Entry]) -> pa.Table:
 
 
 def write_index(root: Path, rows: Iterable[Entry]) -> int:
-    """Have the index of a dataset hold these rows and no others; parts that do are left alone.
+    """Write the index of a dataset with exactly these rows. Unchanged parts are not written.
 
-    Returns how many parts were written or removed. Raises OSError.
+    Returns the number of parts written or removed. Raises OSError.
     """
     by_part: dict[str, list[Entry]] = {}
     for row in rows:
@@ -365,7 +366,7 @@ def write_index(root: Path, rows: Iterable[Entry]) -> int:
 
 
 def part_bytes(rows: Iterable[Entry]) -> bytes:
-    """The content of a part; the same rows in any order have the same bytes."""
+    """The content of a part. It does not depend on the order of the rows."""
     sink, table = pa.BufferOutputStream(), table_of(rows)
     if table[OPTIONAL].null_count == table.num_rows:
         table = table.drop_columns([OPTIONAL])

@@ -1,4 +1,4 @@
-"""Folders that are no recordings of other sources: datasets that were built, and LeRobot's."""
+"""Recognize built datasets and LeRobot datasets, which other sources do not read."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ RECORDS = ("meta/occgen.json", EXPORT, ".logs/build.json")
 
 INFO = "meta/info.json"
 INTERNNAV = "observation.camera_intrinsic"
-"""A feature of InternData-N1, whose trajectories are LeRobot datasets of their own kind."""
+"""A feature of InternData-N1. Its trajectories are a special kind of LeRobot dataset."""
 
 IMAGES = "chunk-*/observation.images.rgb/*.jp*g"
-"""Below `videos`, images that other LeRobot datasets do not have there."""
+"""A folder of images below `videos`, which other LeRobot datasets do not have."""
 
 
 LEROBOT_REMEDY = "use --source lerobot"
 
 
 def lerobot_kind(folder: Path) -> str | None:
-    """Such as "a LeRobot v3.0 dataset", if a folder is one; None for one of InternData-N1."""
+    """For example "a LeRobot v3.0 dataset". None for other folders and for InternData-N1."""
     if not is_file(folder / INFO):
         return None
     try:
         info = read_json(folder / INFO)
     except SourceError:
-        return None  # It may be anybody's.
+        return None  # It may belong to any tool.
     version, features = info.get("codebase_version"), info.get("features")
     if not isinstance(version, str) or not isinstance(features, dict) or INTERNNAV in features:
         return None
@@ -40,23 +40,23 @@ def lerobot_kind(folder: Path) -> str | None:
 
 
 def built_kind(folder: Path) -> str | None:
-    """What a folder is that a build or an export wrote; None for any other."""
+    """Describes a folder that a build or an export wrote. None for other folders."""
     if any(is_file(folder / name) for name in RECORDS):
         return "a dataset that occgen-hub built"
     return None
 
 
 def check_not_built(root: Path, paths: Iterable[Path]) -> None:
-    """Raise UsageError where one of `paths`, at or below `root`, lies in a built dataset."""
+    """Raise UsageError if one of `paths`, at or below `root`, is in a built dataset."""
     for folder in _folders(root, paths):
         if (kind := built_kind(folder)) is not None:
             raise UsageError(
-                f"{folder}: is {kind}, and no recording; give what it was built from as --input."
+                f"{folder}: is {kind}, not a recording; give the original recording as --input."
             )
 
 
 def check_not_lerobot(root: Path, paths: Iterable[Path]) -> None:
-    """Raise UsageError where one of `paths`, at or below `root`, lies in a LeRobot dataset."""
+    """Raise UsageError if one of `paths`, at or below `root`, is in a LeRobot dataset."""
     for folder in _folders(root, paths):
         if (kind := lerobot_kind(folder)) is not None:
             raise UsageError(f"{folder}: is {kind}; {LEROBOT_REMEDY}.")

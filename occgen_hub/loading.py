@@ -46,20 +46,20 @@ from occgen_hub.taxonomy import load_taxonomy, taxonomy_names
 REBUILD = "remove this trajectory's folder and build it again"
 NOT_BUILT = "give the folder that occgen-hub build wrote or, if it is that, run the build again"
 EXPORT = "meta/occgen_export.json"
-"""The record of an export, which `lerobot.export_check` reads."""
+"""The record of an export, see `lerobot.export_check`."""
 
 MAX_ARRAY_BYTES = 1 << 31
 CHUNK = 1 << 22
 SCHEMA = "trajectory"
 RECORD = {"schema": dict, "source": dict, "grid": dict, "scene": dict, "notes": list, "files": dict}
-"""What is read of a record without looking; `validate` holds the whole of it to its schema."""
+"""The keys of a record that are checked on opening. `validate` checks the whole record."""
 
 
 def trajectories(root: Path) -> list[Path]:
     """The trajectories below a folder, or the folder itself if it is one, sorted.
 
-    One that lacks a meta file is included, so that opening it reports the missing file. Exports,
-    which look similar, are not. Raises DatasetError if a folder cannot be listed.
+    Trajectories that lack a meta file are included, so that opening them reports the file. Exports,
+    which look similar, are excluded. Raises DatasetError if a folder cannot be listed.
     """
     schema = load_schema(SCHEMA)
     marks = [schema.path(key) for key in ("record", "info")]
@@ -85,28 +85,28 @@ def _unlisted(error: OSError) -> None:
 
 
 def built(root: Path) -> list[Path]:
-    """`trajectories`, one of which at least was built; raises UsageError saying what is there else.
+    """Like `trajectories`, but raises UsageError unless at least one of them was built.
 
-    One that is damaged is among them all the same.
+    Damaged ones are included.
     """
     found, mark = trajectories(root), load_schema(SCHEMA).path("record")
     if any((path / mark).exists() for path in found):
         return found
     if found:
         raise UsageError(
-            f"{root}: holds trajectories, but none that was built, of which there is no {mark}; "
-            f"give the folder that occgen-hub build --input {shlex.quote(str(root))} wrote or, if "
-            "this is it, run the build again."
+            f"{root}: has trajectories, but none with the {mark} that a build writes; give the "
+            f"folder that occgen-hub build --input {shlex.quote(str(root))} wrote or, if this is "
+            "it, run the build again."
         )
     if (root / EXPORT).exists():
         raise UsageError(f"{root}: is an export; give the dataset that it was made from.")
-    problem = "holds no trajectory" if root.is_dir() else "is not a folder"
+    problem = "has no trajectories" if root.is_dir() else "is not a folder"
     raise UsageError(f"{root}: {problem}; give the folder that occgen-hub build wrote.")
 
 
 @dataclass(frozen=True)
 class NpzArray:
-    """An array in an npz: its header, read; `load` reads the rest."""
+    """The header of an array in an npz. `load` reads the data."""
 
     path: Path
     name: str
@@ -146,7 +146,7 @@ class NpzArray:
                 yield np.frombuffer(row, self.dtype).reshape(self.shape[1:])
 
     def pieces(self, ends: NDArray[np.integer], limit: int) -> Iterator[NDArray[Any]]:
-        """Yield the elements of a 1-D array between successive `ends`, which ascend.
+        """Yield the elements of a 1-D array between successive `ends`, in ascending order.
 
         Raises DatasetError if a piece has more than `limit` elements or is truncated.
         """
@@ -181,7 +181,7 @@ class NpzArray:
 
 @contextmanager
 def _open_member(path: Path, name: str) -> Iterator[tuple[IO[bytes], NpzArray]]:
-    """Open an array in an npz after its header, which is read and checked."""
+    """Open an array in an npz, positioned after its header, which is checked."""
     broken = (
         *(OSError, ValueError, EOFError, RuntimeError, MemoryError, OverflowError),
         *(zipfile.BadZipFile, zlib.error, struct.error),
@@ -210,7 +210,7 @@ def _member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
     """Open a member. Raises KeyError if it is missing, ValueError if numpy did not write it."""
     member = archive.getinfo(f"{name}.npy")
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError("of an unknown compression")
+        raise ValueError("its compression is unknown")
     return member
 
 
@@ -222,7 +222,7 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]
     """
     version = file.read(8).removeprefix(b"\x93NUMPY")
     if version not in (b"\1\0", b"\2\0"):
-        raise ValueError("is no npy file of a known version")
+        raise ValueError("it is not an npy file of a known version")
     length = int.from_bytes(file.read(2 if version == b"\1\0" else 4), "little")
     text = file.read(min(length, _HEADER))
     if len(text) < length or b"\\" in text:  # Python would print a warning for escapes.
@@ -235,9 +235,9 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]
         raise ValueError("its header is damaged") from None
     sizes = shape if isinstance(shape, tuple) else (None,)
     if not all(type(size) is int and 0 <= size < 1 << 62 for size in sizes):
-        raise ValueError("its header says no shape")
+        raise ValueError("its header has no valid shape")
     if dtype is None or not dtype.itemsize or not isinstance(fortran, bool):
-        raise ValueError("its header says no type of numbers")
+        raise ValueError("its header has no numeric type")
     return sizes, fortran, dtype
 
 
@@ -317,7 +317,7 @@ class Trajectory:
             width, height = (int(n) for n in self.record["scene"]["image_size"])
         except (KeyError, TypeError, ValueError, OverflowError):
             raise DatasetError(
-                self.file("record"), "does not say the image size", REBUILD
+                self.file("record"), "does not state the image size", REBUILD
             ) from None
         if min(width, height) < 1 or width * height > MAX_PIXELS:
             problem = f"does not have images of 1 to {MAX_PIXELS} pixels"
@@ -376,29 +376,29 @@ class Trajectory:
         """(T, 4, 4) float64, OpenCV axes, metres."""
         poses = self.column(self.schema.poses).astype(np.float64)
         if not np.isfinite(poses).all():
-            raise DatasetError(self.file("frames"), "holds poses that are not finite", REBUILD)
+            raise DatasetError(self.file("frames"), "has poses that are not finite", REBUILD)
         return poses
 
     def intrinsics(self) -> NDArray[np.float64]:
         """(T, 3, 3) float64, pixels of the original image."""
         K = self.column(self.schema.intrinsics).astype(np.float64)
         if not (np.isfinite(K).all() and (K[:, [0, 1], [0, 1]] > 0).all()):
-            raise DatasetError(self.file("frames"), "holds intrinsics of no camera", REBUILD)
+            raise DatasetError(self.file("frames"), "has invalid intrinsics", REBUILD)
         return K
 
     def visible_frames(self) -> Iterator[NDArray[np.integer]]:
-        """(n,) columns of the visible occupied cells of each frame in order, one in memory."""
+        """Yield for each frame the (n,) columns of its visible occupied cells."""
         return self._frames("visible")
 
     def has_dynamic(self) -> bool:
-        """Whether there are moving objects, that is a file of moving cells."""
+        """Whether there are moving objects, that is, a file of moving cells."""
         return self.file("dynamic").is_file()
 
     def dynamic_frames(self) -> Iterator[NDArray[np.integer]]:
         """Yield for each frame the (n,) columns of visible cells with moving objects.
 
-        They are empty if there is no file, because nothing moves. Raises DatasetError if the file
-        has another number of rows than that of the visible cells.
+        They are empty if there is no file, because nothing moves. Raises DatasetError if the number
+        of rows differs from the file of visible cells.
         """
         frames = len(self.row_ends("visible")) - 1
         if not self.has_dynamic():
@@ -449,11 +449,11 @@ class Trajectory:
             yield classes
 
     def row_ends(self, key: str) -> NDArray[np.integer]:
-        """(T + 1,) row ends of a CSR file of the schema: where each frame's cells end."""
+        """(T + 1,) row pointers of a CSR file of the schema: where each frame's cells end."""
         return self._rows(key)[0]
 
     def _frames(self, key: str) -> Iterator[NDArray[np.integer]]:
-        """The columns of each row of a CSR file in order, one in memory."""
+        """Yield the columns of each row of a CSR file, with one row in memory at a time."""
         ends, stored = self._rows(key)
         for columns in stored.pieces(ends, self.grid.cells):
             self._check_columns(key, columns)
@@ -476,13 +476,13 @@ class Trajectory:
             raise DatasetError(self.file(key), "has columns outside the grid", REBUILD)
 
     def observed(self) -> Iterator[NDArray[np.bool_]]:
-        """(cells,) bool of each frame in order: observed, free and occupied alike."""
+        """Yield for each frame (cells,) bool: whether observed, free and occupied alike."""
         cells = self.grid.cells
         for row in self.observed_packed():
             yield unpack(row, cells)
 
     def observed_packed(self) -> Iterator[NDArray[np.uint8]]:
-        """(ceil(cells / 8),) uint8 of each frame in order: `np.packbits` of the observed cells."""
+        """Yield for each frame (ceil(cells / 8),) uint8: `np.packbits` of the observed cells."""
         packed = npz_array(self.file("observed"), "data")
         if packed.dtype != np.uint8:
             raise DatasetError(packed.path, f"array data is {packed.dtype}", REBUILD)
@@ -521,7 +521,7 @@ class Trajectory:
     def rgb(self, frame: int) -> NDArray[np.uint8] | None:
         """(H, W, 3) uint8 RGB, from the images or else the video; None if both were left out.
 
-        The video of images with an odd size lacks a row or a column, so it is resized.
+        A video has even sides, so that of an odd image size is resized.
         """
         return self.images()(frame)
 

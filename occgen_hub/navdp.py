@@ -1,4 +1,4 @@
-"""A built dataset as InternNav's NavDP loader reads it: groups, scenes, and nothing beside them."""
+"""Export a built dataset for InternNav's NavDP loader: group folders with scene folders."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from occgen_hub.loading import Trajectory, built
 from occgen_hub.media import encode_jpeg
 
 NavLayout = Literal["scenes", "trajectories"]
-"""What the loader reads today, many episodes in a scene's folder, and what it read before."""
+"""The current layout, many episodes in a scene's folder, and the earlier one."""
 
 MATRICES = {
     "observation.camera_intrinsic": (3, 3),
     "observation.camera_extrinsic": (4, 4),
     "action": (4, 4),
 }
-"""The columns that it reads."""
+"""The columns that the loader reads."""
 
 OBSTACLE = np.array([0.0, 0.0, 0.5])
 NEAR = 0.05
-"""The colour of obstacles in a scene's cloud, 0 to 1, and the sum of differences that is none."""
+"""The colour of obstacles in a scene's cloud, 0 to 1, and the tolerance (sum of differences)."""
 
 MARK = "meta/occgen_navdp.json"
-"""By this file a folder is known as one of such an export, which may be replaced."""
+"""This file marks a folder as part of a NavDP export, which may be replaced."""
 
 CHUNK = "chunk-000"
 RGB, DEPTH = "observation.images.rgb", "observation.images.depth"
@@ -53,19 +53,18 @@ def export_navdp(
 ) -> list[str]:
     """Write a built dataset as a root for InternNav's NavDP loader.
 
-    root: the folder that `build` wrote; out: the new one, which appears when it is whole; layout:
-    "scenes" for `<group>/<scene>` with many episodes each, whose images have numbers of equal
-    length, since the loader sorts names as text; "trajectories" for the form before,
-    `<group>/<scene>/<trajectory>`; overwrite: whether an earlier export at `out` is replaced;
-    progress: called with frames done and in all.
+    root: the folder that `build` wrote; out: the new folder, which appears when it is complete;
+    layout: "scenes" for `<group>/<scene>` with many episodes each, "trajectories" for the earlier
+    `<group>/<scene>/<trajectory>`; overwrite: whether to replace an earlier export at `out`;
+    progress: called with frames done and total.
 
-    Returns what a user should know, in sentences: trajectories that lack what the loader reads are
-    left out. Raises UsageError where the arguments do not fit, OccGenError where a file cannot be
+    Returns remarks for the user on trajectories that are left out because they lack something
+    that the loader reads. Raises UsageError for invalid arguments, OccGenError if a file cannot be
     read or written.
     """
     root, out = Path(root), Path(out)
     if layout not in get_args(NavLayout):
-        raise UsageError(f"layout: {layout} is none; give one of {', '.join(get_args(NavLayout))}.")
+        raise UsageError(f"layout: got {layout}; give one of {', '.join(get_args(NavLayout))}.")
     check_places(root, out, overwrite=overwrite, ours=_is_ours)
     for link in links_out(root):
         raise DatasetError(link, LINK_OUT, PUT_FILE)
@@ -75,7 +74,7 @@ def export_navdp(
     for trajectory in found:
         scenes.setdefault(trajectory.path.parent.relative_to(root), []).append(trajectory)
     with staged(out) as folder:
-        check_places(root, out, overwrite=overwrite, ours=_is_ours)  # Another may have been faster.
+        check_places(root, out, overwrite=overwrite, ours=_is_ours)  # Another may have finished.
         for name, members in scenes.items():
             if layout == "scenes":
                 _write_scene(folder / name, members)
@@ -87,7 +86,7 @@ def export_navdp(
 
 
 def _is_ours(out: Path) -> bool:
-    """Whether a folder is such an export and holds nothing else."""
+    """Whether a folder is a NavDP export and has nothing else in it."""
     places = [place for place in out.glob("*/*") if place.is_dir()]
     marked = all(any(p.glob(MARK)) or any(p.glob(f"*/{MARK}")) for p in places)
     files = any(path.is_file() for path in (*out.iterdir(), *out.glob("*/*")))
@@ -95,7 +94,7 @@ def _is_ours(out: Path) -> bool:
 
 
 def _usable(root: Path) -> tuple[list[Trajectory], list[str]]:
-    """The trajectories that the loader can read, sorted, and remarks on the others."""
+    """The sorted trajectories that the loader can read, and remarks on the others."""
     good, lacking = [], Counter[str]()
     example: dict[str, Path] = {}
     for path in built(root):
@@ -108,17 +107,17 @@ def _usable(root: Path) -> tuple[list[Trajectory], list[str]]:
     if not good:
         lack, count = lacking.most_common(1)[0]
         raise UsageError(
-            f"{root}: NavDP can read none of it, since {count} trajectories {lack}; "
+            f"{root}: NavDP can read none of its trajectories: {count} {lack}; "
             "export a dataset that was built from InternData-N1 with depth."
         )
     total = len(good) + sum(lacking.values())
-    remarks = [f"{count} of {total} trajectories, {example[lack]} for one, {lack} and are left out"
+    remarks = [f"{count} of {total} trajectories {lack} and are left out, e.g. {example[lack]}"
                for lack, count in lacking.items()]  # fmt: skip
     return sorted(good, key=lambda trajectory: trajectory.path), remarks
 
 
 def _lacks(trajectory: Trajectory) -> str | None:
-    """What the loader needs and a trajectory has not, in words; None if it has all."""
+    """Describes what the loader needs and a trajectory lacks. None if nothing is missing."""
     schema, table = trajectory.schema, trajectory.table()
     for name in MATRICES:
         kind = schema.features[name].arrow_type()
@@ -135,7 +134,7 @@ def _lacks(trajectory: Trajectory) -> str | None:
 
 @dataclass
 class _Scene:
-    """What is known of a scene's episodes while they are written."""
+    """The meta files of a scene while its episodes are written."""
 
     frames: int = 0
     tasks: list[dict[str, Any]] = field(default_factory=list)
@@ -144,7 +143,10 @@ class _Scene:
 
 
 def _write_scene(folder: Path, members: list[Trajectory]) -> None:
-    """Many episodes in one folder: nothing but tables in data/, images in the order of names."""
+    """Write many episodes into one folder, with only tables in data/.
+
+    The numbers of images have equal length, because the loader sorts their names as text.
+    """
     scene = _Scene()
     digits = max(6, len(str(sum(member.table().num_rows for member in members))))
     for number, member in enumerate(members):
@@ -195,7 +197,7 @@ def _write_scene(folder: Path, members: list[Trajectory]) -> None:
 
 
 def _write_trajectory(folder: Path, member: Trajectory) -> None:
-    """One episode in a folder: what the loader read before March 2026."""
+    """Write one episode into a folder: the loader's layout before March 2026."""
     for key in ("frames", "source_cloud", "info", "episodes", "stats", "tasks"):
         source = member.file(key)
         place = folder / source.relative_to(member.path)
@@ -206,7 +208,7 @@ def _write_trajectory(folder: Path, member: Trajectory) -> None:
 
 
 def _write_images(folder: Path, member: Trajectory, first: int, digits: int) -> None:
-    """The images and depth of an episode, named by numbers from `first`, of that many digits."""
+    """Write the images and depth of an episode, numbered from `first` with `digits` digits."""
     images, files = member.images(), member.file("rgb", 0).is_file()
     rgb, depth = (folder / "videos" / CHUNK / name for name in (RGB, DEPTH))
     for place in (rgb, depth):
@@ -223,7 +225,7 @@ def _write_images(folder: Path, member: Trajectory, first: int, digits: int) -> 
 
 
 def _write_cloud(place: Path, sources: list[Path]) -> None:
-    """A scene's cloud. Where its trajectories have other obstacles each, it has those of all."""
+    """Write a scene's cloud. If its trajectories differ in obstacles, it has those of all."""
     if len({sha256(path) for path in sources}) == 1:
         shutil.copyfile(sources[0], place)
         return
@@ -231,7 +233,7 @@ def _write_cloud(place: Path, sources: list[Path]) -> None:
     obstacles = [_rows(cloud)[_obstacles(cloud)] for cloud in clouds]
     parts = [np.unique(part, axis=0) for part in obstacles]
     if all(np.array_equal(part, parts[0]) for part in parts):
-        shutil.copyfile(sources[0], place)  # Which may be finer than 32 bits.
+        shutil.copyfile(sources[0], place)  # Keeps points of more than 32 bits.
         return
     rows = np.unique(np.concatenate([_rows(cloud) for cloud in clouds]), axis=0)
     write_ply(place, Cloud(rows[:, :3].astype(np.float32), rows[:, 3:].astype(np.uint8)))
@@ -251,7 +253,7 @@ def _obstacles(cloud: Cloud) -> np.ndarray[Any, np.dtype[np.bool_]]:
 
 
 def _write_mark(folder: Path, members: list[Trajectory]) -> None:
-    """Write, where the loader does not look, which episode is which."""
+    """Record which episode is which, in a file that the loader does not read."""
     episodes = [
         {"episode": printable("/".join(member.path.parts[-3:])), "length": member.table().num_rows}
         for member in members

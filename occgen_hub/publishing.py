@@ -1,4 +1,4 @@
-"""Scenes that go to the Hub as they are built, and then need not stay on this disk."""
+"""Push scenes to the Hub while a dataset is built, and optionally remove them from this disk."""
 
 from __future__ import annotations
 
@@ -62,39 +62,39 @@ Keep = Literal["all", "none"]
 Layout = Literal["trajectories", "packed"]
 
 EVERY = 300.0
-"""Seconds between commits at least. The Hub takes about 128 an hour, of all who push there."""
+"""Minimum seconds between commits. The Hub allows about 128 per hour, for all machines."""
 
 BATCH_BYTES = 20 * 10**9
-"""Of finished scenes, which are pushed before that time is over."""
+"""Bytes of finished scenes that are pushed without waiting for EVERY."""
 
 COMMIT_FILES = 1000
-"""In a commit, about as many as the Hub takes well."""
+"""Files per commit. The Hub has problems with many more."""
 
 WAITING = 16
-"""Finished scenes that wait beside those of the batch before the build waits for them."""
+"""Number of finished scenes that may wait for a batch. With more, the build waits."""
 
 PAUSES = (10.0, 30.0, 60.0, 120.0, 300.0)
-"""Seconds before trying again where the Hub cannot be reached or takes nothing at the moment."""
+"""Seconds before each retry if the Hub is not available."""
 
 TRIES = 20
-"""Commits that are made anew since others came first."""
+"""Attempts to commit if other commits come first."""
 
 GRACE = 2.0
-"""Seconds that a build which is stopped waits for a push under way."""
+"""Seconds that a stopped build waits for a running push."""
 
 MESSAGE = "Add scenes with OccGen Hub"
 _END = object()
 
 
 class HubPublisher:
-    """Pushes the scenes of a build to a dataset on the Hub, in batches, from a thread of its own.
+    """Pushes the scenes of a build to a dataset on the Hub, in batches, from its own thread.
 
-    A scene's trajectories are validated, sent with its shards, and named in the index by the last
-    commit of its batch: what the index has is whole. Others may push other scenes meanwhile.
+    A scene's trajectories are validated and sent with its shards. The last commit of a batch adds
+    them to the index, so scenes in the index are complete. Others may push other scenes meanwhile.
 
-    keep: whether scenes that the Hub has stay here; layout: "packed" for index and shards alone,
-    with images, without the trajectories' folders; every: seconds between commits at least; tell:
-    called with what a user should know.
+    keep: "none" removes scenes here when the Hub has them; layout: "packed" for only index and
+    shards, with images, without the trajectories' folders; every: minimum seconds between commits;
+    tell: called with messages for the user.
     """
 
     def __init__(
@@ -108,7 +108,9 @@ class HubPublisher:
         tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         if keep not in get_args(Keep) or layout not in get_args(Layout):
-            raise UsageError(f"{keep}, {layout}: give all or none, trajectories or packed.")
+            raise UsageError(
+                f"keep is {keep} and layout {layout}; give all or none, trajectories or packed."
+            )
         check_target(repo_id)
         check_token(repo_id)
         self.repo_id, self.address = repo_id, ""
@@ -125,10 +127,10 @@ class HubPublisher:
     def begin(
         self, job: Job, refs: Sequence[EpisodeRef | SceneRef], shard: int
     ) -> dict[str, tuple[str, ...]]:
-        """Those of `refs`, by id, whose scenes the Hub has as they would be built; their episodes.
+        """Start. Returns the ids of `refs` that the Hub has up to date, with their episodes.
 
-        With keep none, what is here of these scenes is removed. Raises HubError, and UsageError
-        where the job is none that can be pushed so.
+        With keep "none", local files of these scenes are removed. Raises HubError, and UsageError
+        if the job cannot be pushed.
         """
         from huggingface_hub import HfApi
 
@@ -153,7 +155,7 @@ class HubPublisher:
         if self._hub.packed() not in (None, self._packed):
             other = "trajectories" if self._packed else "packed"
             raise UsageError(
-                f"{self.repo_id}: holds scenes in the layout {other}; give --layout {other}, or "
+                f"{self.repo_id}: has scenes in the layout {other}; give --layout {other}, or "
                 "another --push-to."
             )
         present = {} if job.settings.overwrite else dict(self._present())
@@ -165,7 +167,7 @@ class HubPublisher:
         return present
 
     def _scenes(self, unit: str) -> set[str]:
-        """The scenes that came of what is built as one; several, where an archive holds them."""
+        """The scenes of a unit (see `_unit`). An archive may have several."""
         record = None
         if isinstance(self._refs[unit][0], SceneRef):
             record = read_scene(self._job.out, unit)
@@ -174,7 +176,7 @@ class HubPublisher:
         return {name.rpartition("/")[0] for name in record.episodes}
 
     def _local(self, unit: str) -> list[Path]:
-        """The trajectories of a scene that are here."""
+        """The trajectories of a unit that are here."""
         places = [self._job.out / scene for scene in sorted(self._scenes(unit))]
         return [path for place in places for path in trajectories(place)]
 
@@ -183,8 +185,8 @@ class HubPublisher:
         for unit, refs in self._refs.items():
             first = refs[0]
             if not (isinstance(first, SceneRef) and first.files) and printable(unit) not in known:
-                continue  # Sources are read to know their state.
-            with suppress(OccGenError):  # Building it says what is wrong.
+                continue  # Skip, because computing the state reads the source.
+            with suppress(OccGenError):  # The build reports the error.
                 if episodes := states.get(self._job.source_state(refs)):
                     if isinstance(first, SceneRef):
                         yield unit, tuple(episodes)
@@ -192,15 +194,15 @@ class HubPublisher:
                         yield from ((ref.id, (ref.id,)) for ref in refs)
 
     def add(self, scene: str, *, whole: bool) -> None:
-        """A scene all of whose episodes were tried. whole: whether none of them failed.
+        """Add a scene after its last episode. whole: whether no episode failed.
 
-        Waits while many are to be pushed. Raises what came of those before.
+        Waits while too many scenes are queued. Raises errors of earlier pushes.
         """
         self._raise()
         self._waiting.put((scene, whole))
 
     def end(self) -> list[Failure]:
-        """Wait until all is on the Hub; returns the episodes that are invalid. Raises HubError."""
+        """Wait until everything is pushed. Returns the invalid episodes. Raises HubError."""
         assert self._thread is not None
         self._waiting.put(_END)
         while self._thread.is_alive():
@@ -209,7 +211,7 @@ class HubPublisher:
         return self._failures
 
     def stop(self) -> None:
-        """End without waiting for what is not pushed yet; the next build goes on from there."""
+        """Stop without pushing the rest. The next build resumes."""
         self._stopped.set()
         with suppress(queue.Full):
             self._waiting.put_nowait(_END)
@@ -235,7 +237,7 @@ class HubPublisher:
             if self._stopped.is_set() or (self._error is not None and item is _END):
                 return
             if self._error is not None:
-                continue  # Keep emptying the queue, so that nobody waits for ever.
+                continue  # Keep emptying the queue, so that `add` does not block.
             try:
                 if isinstance(item, tuple):
                     batch[item[0]] = item[1]
@@ -253,7 +255,7 @@ class HubPublisher:
                     return
 
     def _again(self, action: Callable[[], None]) -> None:
-        """Do what needs the Hub, again after a while where it is not at hand."""
+        """Call `action`, and retry it after pauses while the Hub is not available."""
         for pause in PAUSES:
             try:
                 with quiet(), told(self.repo_id, self._api.endpoint):
@@ -269,7 +271,7 @@ class HubPublisher:
         return sum(f.stat().st_size for path in self._local(scene) for f in files_under(path))
 
     def _push(self, batch: dict[str, bool]) -> None:
-        """Validate scenes, send them, and remove them here if they need not stay."""
+        """Validate and send scenes, and remove them here with keep "none"."""
         kept: set[Path] = set()
         bad: list[Path] = []
         states: dict[str, str | None] = {}
@@ -292,14 +294,14 @@ class HubPublisher:
         self._done += len(batch)
         self._files += sum(row.files for row in rows)
         self._send(rows, kept)
-        self._settle(kept)
+        self._finish_batch(kept)
 
     def _staged(self) -> list[Path]:
         """The Parquet files that were written for a batch."""
         return [path for name in (FOLDER, STATES) for path in files_under(self._stage / name)]
 
     def _valid(self, unit: str) -> tuple[list[Path], list[Path]]:
-        """The trajectories of a scene that may be sent, and the others, which are failures."""
+        """The valid trajectories of a unit, and the invalid ones, which become failures."""
         good, bad = [], []
         for path in self._local(unit):
             if findings := check_trajectory(path):
@@ -345,7 +347,7 @@ class HubPublisher:
         operations: Iterable[CommitOperationAdd | CommitOperationDelete],
         head: str | None = None,
     ) -> None:
-        """Make a commit, only on top of `head` if that is given; without changes it makes none."""
+        """Commit, only on top of `head` if it is given. Does nothing without changes."""
         self._api.create_commit(
             self.repo_id,
             list(operations),
@@ -355,7 +357,7 @@ class HubPublisher:
         )
 
     def _check_limit(self, rows: list[Entry]) -> None:
-        """Raise HubError where files would be too many, and say once where they will be."""
+        """Raise HubError if there would be too many files, and warn once if there will be."""
         scenes = {row.scene for row in rows}
         total = self._hub.files(scenes) + sum(row.files for row in rows)
         total += len({name for row in rows for name in row.shards}) + len(scenes)
@@ -374,7 +376,7 @@ class HubPublisher:
             )
 
     def _card(self, shown: Path | None = None) -> list[CommitOperationAdd | CommitOperationDelete]:
-        """The card and its picture, where they are not what the Hub has."""
+        """Operations for the card and its picture, if they differ from the Hub's."""
         from huggingface_hub import CommitOperationAdd
 
         names = [CARD, PICTURE]
@@ -387,8 +389,8 @@ class HubPublisher:
             if content is not None and (content != before[name] or not self._hub.has_card)
         ]
 
-    def _settle(self, kept: Iterable[Path]) -> None:
-        """After a push: put the shards in their place or, with keep none, remove what was sent."""
+    def _finish_batch(self, kept: Iterable[Path]) -> None:
+        """After a push, move the shards to the dataset or, with keep "none", remove sent files."""
         if self._keep == "none":
             self._remove(kept)
         else:
@@ -399,7 +401,7 @@ class HubPublisher:
         shutil.rmtree(self._stage, ignore_errors=True)
 
     def _remove(self, paths: Iterable[Path]) -> None:
-        """Remove trajectories at once each, so that none is left in part."""
+        """Remove trajectories, each one atomically."""
         rubbish = self._stage / "removed"
         rubbish.mkdir(parents=True, exist_ok=True)
         for number, path in enumerate(sorted(paths)):
@@ -410,7 +412,7 @@ class HubPublisher:
         shutil.rmtree(self._stage, ignore_errors=True)
 
     def _finish(self) -> None:
-        """Bring the card up to date with all that the Hub has, and move LeRobot's tag."""
+        """Update the card from the Hub's index, and move LeRobot's tag."""
         head = self._hub.refresh()
         if not parts(self._hub.root):
             return
@@ -422,20 +424,22 @@ class HubPublisher:
 
 
 def check_job(job: Job) -> None:
-    """Raise UsageError where a job's scenes cannot be pushed as they are built."""
+    """Raise UsageError if a job's scenes cannot be pushed during the build."""
     if not job.parquet_occupancy:
-        raise UsageError("--push-to: the Hub's index needs the occupancy as Parquet; keep that.")
+        raise UsageError(
+            "--push-to: needs the occupancy as Parquet; leave out --no-parquet-occupancy."
+        )
     if not job.whole_scenes:
         raise UsageError("--push-to: needs a job with whole_scenes.")
 
 
 def _unit(ref: EpisodeRef | SceneRef) -> str:
-    """What is built and pushed as one: a scene, or what an archive holds."""
+    """The name of what is built and pushed together: a scene, or an archive."""
     return ref.id if isinstance(ref, SceneRef) else ref.id.rpartition("/")[0]
 
 
 class _HubIndex:
-    """A copy of the index that the Hub has, in the folder `root`."""
+    """A copy of the Hub's index, in the folder `root`."""
 
     def __init__(self, api: HfApi, repo_id: str, root: Path) -> None:
         self.root, self.has_card = root, False
@@ -444,7 +448,7 @@ class _HubIndex:
         self._head = ""
 
     def refresh(self) -> str:
-        """Bring the copy up to date. Returns the commit that it is of."""
+        """Update the copy. Returns its commit."""
         from huggingface_hub.hf_api import RepoFile
 
         info = self._api.dataset_info(self._repo_id, revision=MAIN, timeout=20, expand=["sha"])
@@ -488,7 +492,7 @@ class _HubIndex:
         )
 
     def fetch_card(self) -> None:
-        """Have the Hub's card and picture in the copy, where there are any."""
+        """Download the Hub's card and picture, if there are any."""
         from huggingface_hub.errors import EntryNotFoundError
 
         for name in (PICTURE, CARD):
@@ -499,19 +503,19 @@ class _HubIndex:
                 self.has_card = False
 
     def content(self, name: str) -> bytes | None:
-        """A file of the copy; None if it has none."""
+        """The content of a file of the copy, or None."""
         path = self.root / name
         return path.read_bytes() if path.is_file() else None
 
     def packed(self) -> bool | None:
-        """Whether the Hub has shards alone; None where it has nothing."""
+        """Whether the Hub has only shards. None if it has nothing."""
         for path in parts(self.root):
             table = read_part(path, ["episode", "scene", "shards", "files"])
             return not any(table["files"].to_pylist())
         return None
 
     def states(self) -> tuple[dict[str, list[str]], set[str]]:
-        """The episodes of each state that the index has, and the names of all its scenes."""
+        """The episodes of each scene state in the index, and the names of all its scenes."""
         found: dict[str, list[str]] = {}
         scenes: set[str] = set()
         for path in parts(self.root):
@@ -523,7 +527,7 @@ class _HubIndex:
         return found, scenes
 
     def files(self, without: Iterable[str]) -> int:
-        """How many files the Hub has of trajectories and their shards, but for these scenes."""
+        """The number of the Hub's files of trajectories and shards, without these scenes."""
         total, left_out = 0, set(without)
         for path in parts(self.root):
             table = read_part(path, ["episode", "scene", "shards", "files"])
@@ -532,15 +536,15 @@ class _HubIndex:
                 table = table.filter(keep)
             total += pc.sum(table["files"]).as_py() or 0
             total += len(pc.unique(table["shards"].combine_chunks().flatten()))
-            total += len(pc.unique(table["scene"]))  # The files of their states.
+            total += len(pc.unique(table["scene"]))  # Their scene state files.
         return total
 
     def merged(
         self, rows: Sequence[Entry], files: Iterable[str]
     ) -> list[CommitOperationAdd | CommitOperationDelete]:
-        """The parts of the index with these rows in place of their scenes' earlier ones.
+        """Operations that replace the rows of these scenes in the index.
 
-        And the removal of what those scenes had and have not among `files`.
+        Also deletes earlier files of these scenes that are not among `files`.
         """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 

@@ -1,4 +1,4 @@
-"""A schema file, read: the features, files and meta documents that a dataset of a kind has."""
+"""Read schema files: the features, files and meta documents of a kind of dataset."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ ARROW = {
     "float64": pa.float64(),
     "string": pa.string(),
 }
-"""A feature's dtype, as info.json says it, to the Arrow type of one of its elements."""
+"""A feature's dtype in info.json to the Arrow type of its elements."""
 
 
 class Feature(BaseModel):
-    """A column: what `features` in info.json says of it, and whether every dataset has it.
+    """A column: its entry of `features` in info.json, and whether every dataset has it.
 
-    other_kinds: whether a source may have something else under this name, which is passed through.
+    other_kinds: whether a source may use this name for another kind of column, which is kept.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,11 +50,11 @@ class Feature(BaseModel):
 
     @property
     def scalar(self) -> bool:
-        """LeRobot writes shape [1] for a plain number."""
+        """Whether it is a plain number. LeRobot gives it the shape [1]."""
         return self.shape == (1,)
 
     def info(self) -> dict[str, Any]:
-        """The object that info.json carries."""
+        """The object in info.json."""
         return {"dtype": self.dtype, "shape": list(self.shape), "names": self.names}
 
     def arrow_type(self) -> pa.DataType:
@@ -78,9 +78,9 @@ class Feature(BaseModel):
         }
 
     def arrow_field(self, name: str) -> pa.Field:
-        """The column's field; `datasets`, where it is loaded, knows its matrices by the metadata.
+        """The column's field. Its metadata tells `datasets` that it has matrices.
 
-        They are lists to all other readers, and nobody has to load `datasets` to write them.
+        Other readers see nested lists. Writing them does not import `datasets`.
         """
         if len(self.shape) < 2:
             return pa.field(name, self.arrow_type())
@@ -96,7 +96,7 @@ class Feature(BaseModel):
         )
 
     def to_arrow(self, values: np.ndarray[Any, Any] | list[str]) -> pa.Array:
-        """(T, *shape) values, or (T,) of a scalar, to a column of `arrow_type`."""
+        """Convert (T, *shape) values, or (T,) for a scalar, to a column of `arrow_type`."""
         if self.dtype == "string":
             return plain_texts(pa.string(), [value.encode() for value in values])
         array = np.ascontiguousarray(np.asarray(values).astype(self.dtype))
@@ -109,9 +109,9 @@ class Feature(BaseModel):
         return column
 
     def to_numpy(self, column: pa.ChunkedArray | pa.Array) -> np.ndarray[Any, Any]:
-        """A column of `arrow_type` to (T, *shape), or (T,) for a scalar.
+        """Convert a column of `arrow_type` to (T, *shape), or (T,) for a scalar.
 
-        Raises ValueError when a value is missing or has another shape.
+        Raises ValueError if a value is missing or has another shape.
         """
         length = len(column)
         flat = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
@@ -132,9 +132,9 @@ class Feature(BaseModel):
 
 
 def plain_arrow(values: np.ndarray[Any, Any]) -> pa.Array:
-    """(n,) numbers or bools to an array that shares their memory where it can.
+    """Convert (n,) numbers or bools to an array, without copying if possible.
 
-    Numbers go by their buffer, since pyarrow's own way imports pandas (a third of a second).
+    Uses the buffer of numbers, because pyarrow's own conversion imports pandas (0.3 s).
     """
     if values.dtype.kind not in "iuf":
         return pa.array(values)
@@ -144,7 +144,7 @@ def plain_arrow(values: np.ndarray[Any, Any]) -> pa.Array:
 
 
 def plain_texts(kind: pa.DataType, values: Sequence[bytes]) -> pa.Array:
-    """A column of texts, `pa.string()` and UTF-8, or of bytes, `pa.binary()`; as `plain_arrow`."""
+    """Like `plain_arrow`, for a column of UTF-8 texts (`pa.string()`) or bytes (`pa.binary()`)."""
     ends = np.cumsum([0, *map(len, values)], dtype=np.int64)
     if ends[-1] > np.iinfo(np.int32).max:
         raise ValueError("more than 2 GB of text in one column")
@@ -153,7 +153,7 @@ def plain_texts(kind: pa.DataType, values: Sequence[bytes]) -> pa.Array:
 
 
 def plain_numpy(values: pa.Array) -> np.ndarray[Any, Any]:
-    """(n,) values, none of them missing, of numbers, bools or texts; as `plain_arrow`."""
+    """The inverse of `plain_arrow`: (n,) numbers, bools or texts. None may be missing."""
     if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
         return np.from_dlpack(values)
     kind = bool if pa.types.is_boolean(values.type) else object
@@ -161,7 +161,7 @@ def plain_numpy(values: pa.Array) -> np.ndarray[Any, Any]:
 
 
 class ArraySpec(BaseModel):
-    """An array in a file; a size is a number or a name that stands for one."""
+    """An array in a file. A size is a number, or a name that stands for one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -171,7 +171,7 @@ class ArraySpec(BaseModel):
 
 
 class FileSpec(BaseModel):
-    """A file of a dataset: where it is, how it is read, what it holds."""
+    """A file of a dataset: its path, its format and its content."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -186,7 +186,7 @@ class FileSpec(BaseModel):
 
 
 class Schema(BaseModel):
-    """What a dataset of a kind is, from which it is written and by which it is checked."""
+    """The description of a kind of dataset, used for writing and for checking it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -213,7 +213,7 @@ class Schema(BaseModel):
         )
 
     def folder(self, file: str) -> str:
-        """The name of the folder that a file is in, by which LeRobot calls what it holds."""
+        """The name of a file's folder, which is also LeRobot's name of the feature."""
         return PurePosixPath(self.files[file].path).parent.name
 
     def arrow_schema(self, features: Mapping[str, Feature]) -> pa.Schema:
@@ -225,9 +225,9 @@ class Schema(BaseModel):
 
 
 def feature_of(field: pa.Field, sample: Any) -> Feature | None:
-    """The feature that describes a source's column, from its type and one value; None if none can.
+    """The feature of a source's column, from its type and one value. None if not supported.
 
-    Numbers, strings and rectangular arrays of numbers of up to five dimensions can be described.
+    Supported are numbers, strings and rectangular arrays of numbers of up to five dimensions.
     """
     shape: list[int] = []
     kind = field.type
@@ -245,17 +245,17 @@ def feature_of(field: pa.Field, sample: Any) -> Feature | None:
 
 
 def _yaml(text: str) -> Any:
-    """A document of YAML; in C where that is there, which takes a tenth of the time."""
+    """Parse YAML, in C if available, which is ten times as fast."""
     return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # safe
 
 
 @cache
 def load_schema(name: str) -> Schema:
-    """The schema of that name among those installed in `occgen_hub.schemas`.
+    """Load a schema of `occgen_hub.schemas` by its name.
 
-    Raises UsageError when there is none.
+    Raises UsageError if there is none.
     """
     file = resources.files("occgen_hub.schemas") / f"{name}.yaml"
     if not file.is_file():
-        raise UsageError(f"{name}: there is no such schema; see the folder schemas/.")
+        raise UsageError(f"{name}: is not a schema; see the folder schemas/.")
     return Schema.model_validate(_yaml(file.read_text(encoding="utf-8")))

@@ -1,9 +1,9 @@
-"""A dataset's occupancy as Parquet: a row a frame, in files that the Hub can stream.
+"""A dataset's occupancy as Parquet: a row per frame, in files that the Hub can stream.
 
-They hold what the npz files of the trajectories hold, for readers that have only `datasets` or
-pyarrow. A shard belongs to one scene: `occupancy/BB/SCENE-NNN.parquet`, where BB is the scene's
-bucket (see `index`). It depends on nothing but the trajectories of that scene, so a dataset grows
-scene by scene, and shards that are written stay as they are.
+They have the content of the trajectories' npz files, for readers with only `datasets` or pyarrow. A
+shard belongs to one scene: `occupancy/BB/SCENE-NNN.parquet`, where BB is the scene's bucket (see
+`index`). It depends only on the trajectories of that scene, so a dataset can grow scene by scene
+without changing existing shards.
 """
 
 from __future__ import annotations
@@ -72,13 +72,13 @@ REMAKE = "remove it and run the build again"
 
 GROUP_BYTES = 5_000_000
 GROUP_ROWS = 32
-"""Bytes of packed masks, and frames, of a row group at most. A row group is the least that is read
-to have one frame: 8 frames at the seed's grid, read in 2 ms."""
+"""Limits of a row group: bytes of packed masks, and frames. Reading one frame reads its whole row
+group: 8 frames at the default grid, in 2 ms."""
 
 RUN_FINALIZE = "run occgen-hub finalize on the dataset"
 
 SHARD_BYTES = 1 << 30
-"""Bytes of npz whose content goes into a shard, of which that makes 200 to 350 MB."""
+"""Bytes of npz files per shard. They make a shard of 200 to 350 MB."""
 
 FEATURES = {
     "episode": Feature(dtype="string", shape=(1,)),
@@ -90,20 +90,20 @@ FEATURES = {
     "camera_extrinsic": Feature(dtype="float32", shape=(4, 4)),
     "camera_intrinsic": Feature(dtype="float32", shape=(3, 3)),
 }
-"""The columns of fixed shape; `occupied`, `dynamic` and `observed` stand before `shape`."""
+"""The columns of fixed shape. `occupied`, `dynamic` and `observed` come before `shape`."""
 
 _KEY = b"occgen"
 _FORMAT = 3
-"""1 had no column `dynamic`; row groups of 2 went on from an episode to the next."""
+"""Format 1 had no column `dynamic`. Row groups of format 2 could span two episodes."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Frames `start` to `stop` of a trajectory, which go into one shard.
+    """Frames `start` to `stop` of a trajectory, all in one shard.
 
-    path: the trajectory's folder; npz: bytes of its files, this piece's share; group_rows: frames
-    of a row group; sha256: of what the rows are made of, so that equal ones have equal rows;
-    images: whether images, depth and tasks are among the columns; labels: whether classes are.
+    path: the trajectory's folder; npz: bytes of its npz files for these frames; group_rows: frames
+    per row group; sha256: digest of the sources of the rows; images: whether there are columns of
+    images, depth and tasks; labels: whether there are classes.
     """
 
     path: Path
@@ -118,7 +118,7 @@ class Piece:
 
 
 class Row(NamedTuple):
-    """A frame, as a shard holds it."""
+    """A row of a shard: a frame."""
 
     episode: str
     grid: dict[str, Any]
@@ -129,31 +129,31 @@ class Row(NamedTuple):
     extrinsic: NDArray[np.float32]
     intrinsic: NDArray[np.float32]
     media: tuple[bytes | None, bytes | None, str] | None = None
-    """The image, JPEG, and depth, PNG, where there are some, and the task in words."""
+    """The image (JPEG) and depth (PNG), or None, and the task as text."""
     labels: NDArray[np.uint8] | None = None
-    """The classes of the occupied cells, where the shard has some."""
+    """The classes of the occupied cells, if the shard has any."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A Parquet file: its place in the dataset and what goes into it, of one scene."""
+    """A Parquet file of one scene: its path in the dataset and its pieces."""
 
     name: str
     pieces: list[Piece]
 
 
 def shards(root: Path) -> list[Path]:
-    """The shards of a dataset that are on disk, sorted; none where they were left out.
+    """The sorted shards of a dataset on disk.
 
-    Raises DatasetError where one of them, or their folder, is a link out of the dataset.
+    Raises DatasetError if one of them, or their folder, is a link out of the dataset.
     """
     return dataset_files(root, FOLDER)
 
 
 def _own_shards(root: Path) -> list[Path]:
-    """Shards that may be replaced; raises DatasetError where a file is none that we wrote.
+    """Shards that may be replaced, including those of earlier versions.
 
-    One that cannot be read may be one of ours. Those of earlier versions are among them.
+    Raises DatasetError for a file that occgen-hub did not write. Unreadable files may be its own.
     """
     found = [*shards(root), *sorted((root / FOLDER).glob(OLD_PATTERN))]
     check_written_by_us(found, _KEY, "a shard")
@@ -172,19 +172,19 @@ def write_shards(
     images: bool = False,
     only: Collection[str] | None = None,
 ) -> int:
-    """Bring occupancy, index and scene_states below `out`, or `root`, up to date with `root`.
+    """Update occupancy, index and scene_states below `out`, or `root`, from the trajectories.
 
-    The shards of a scene depend on the trajectories of that scene alone. Shards that hold what they
-    should are left alone; the bytes are those of a fresh start. Scenes that the index has and of
-    which no trajectory is below `root` are somewhere else: their rows and shards stay as they are.
-    Returns how many shards were written. Raises DatasetError for a trajectory that cannot be read,
-    and OSError.
+    The shards of a scene depend only on the trajectories of that scene. Shards that are up to date
+    are kept; the result has the same bytes as a fresh start. Scenes of the index without
+    trajectories below `root` are taken to be elsewhere, and keep their rows and shards. Returns
+    the number of shards written. Raises DatasetError for a trajectory that cannot be read, and
+    OSError.
 
-    workers: shards written at once; leave_out: folders of trajectories to go without; overwrite:
-    whether those that are right are written as well; shard_bytes: of npz that go into one;
-    drop_missing: whether scenes without a trajectory here go out of the index, with their shards;
-    images: whether the shards have columns of images, depth and tasks; only: scenes beside which
-    the others are left as they are, None for all.
+    workers: shards written in parallel; leave_out: folders of trajectories to leave out; overwrite:
+    whether to write shards that are up to date, too; shard_bytes: bytes of npz files per shard;
+    drop_missing: whether to remove scenes without trajectories here from the index, with their
+    shards; images: whether shards have columns of images, depth and tasks; only: the scenes to
+    update, None for all.
     """
     out = root if out is None else out
     folder = out / FOLDER
@@ -224,7 +224,7 @@ def write_shards(
 
 
 def remove_shards(root: Path) -> None:
-    """Remove the shards of the scenes that are here, also from the index, which is updated."""
+    """Remove the shards of the scenes that are here, and update the index."""
     folder = root / FOLDER
     known, trusted = _known(root)
     scenes = _scenes(root, ())
@@ -244,9 +244,9 @@ def remove_shards(root: Path) -> None:
 
 
 def _known(out: Path) -> tuple[dict[str, Entry], dict[str, Entry]]:
-    """The entries that there are, and those of parts that are as they were written, byte for byte.
+    """All entries of the index, and those of parts that are byte for byte as written.
 
-    A damaged part of the index has none, and is made anew.
+    Damaged parts are ignored. They are written again.
     """
     known: dict[str, Entry] = {}
     trusted: dict[str, Entry] = {}
@@ -259,12 +259,12 @@ def _known(out: Path) -> tuple[dict[str, Entry], dict[str, Entry]]:
 
 
 def _elsewhere(known: dict[str, Entry], scenes: Collection[str]) -> list[Entry]:
-    """The entries of scenes of which no trajectory is here."""
+    """The entries of scenes without trajectories here."""
     return [row for row in known.values() if row.scene not in scenes]
 
 
 def _digests(known: dict[str, Entry]) -> dict[str, str]:
-    """The SHA-256 of each shard that the index knows."""
+    """The SHA-256 of each shard in the index."""
     return {
         name: digest
         for row in known.values()
@@ -275,7 +275,7 @@ def _digests(known: dict[str, Entry]) -> dict[str, str]:
 def _placed(
     out: Path, rows: Iterable[Entry], plan: Iterable[Shard], digests: dict[str, str]
 ) -> Iterator[Entry]:
-    """The entries, and where their frames are. digests: of the shards that were left alone."""
+    """The entries with the shards of their frames. digests: of shards that were not written."""
     places: dict[str, list[tuple[str, str, int, int]]] = {}
     for shard in plan:
         digest = digests.get(shard.name) or sha256(out / shard.name)
@@ -296,17 +296,17 @@ def _placed(
 
 
 def group_rows(shape: Sequence[int]) -> int:
-    """How many frames of a grid of that shape go into a row group."""
+    """The number of frames in a row group, for a grid of this shape."""
     return min(GROUP_ROWS, max(1, GROUP_BYTES // -(-prod(shape) // 8)))
 
 
-# What goes where
+# Planning
 
 
 def _scenes(
     root: Path, leave_out: Collection[Path], only: Collection[str] | None = None
 ) -> dict[str, list[tuple[str, Path]]]:
-    """The ids and folders of the trajectories of each scene, both in the order of their ids."""
+    """The ids and folders of the trajectories of each scene, sorted."""
     places = [root] if only is None else [root / name for name in only]
     found = [path for place in places for path in trajectories(place) if path not in leave_out]
     scenes: dict[str, list[tuple[str, Path]]] = {}
@@ -317,7 +317,7 @@ def _scenes(
 
 
 def _pieces(found: Iterable[tuple[str, Path]], shard_bytes: int, images: bool) -> Iterator[Piece]:
-    """The trajectories of a scene, those too long for one shard in equal parts."""
+    """The trajectories of a scene, cut into equal pieces if they are too long for one shard."""
     found = list(found)
     labels = any(Trajectory.open(path).taxonomy is not None for _, path in found)
     for episode, path in found:
@@ -342,7 +342,7 @@ def _pieces(found: Iterable[tuple[str, Path]], shard_bytes: int, images: bool) -
 
 
 def _plan(scene: str, pieces: Iterable[Piece], shard_bytes: int) -> list[Shard]:
-    """The shards of a scene, with as many pieces each as fit, one at least."""
+    """The shards of a scene. Each has as many pieces as fit, and at least one."""
     plan: list[list[Piece]] = []
     size = 0
     for piece in pieces:
@@ -356,7 +356,7 @@ def _plan(scene: str, pieces: Iterable[Piece], shard_bytes: int) -> list[Shard]:
 
 
 def _describe(pieces: list[Piece]) -> dict[str, Any]:
-    """What a shard is made of, as it says itself."""
+    """The sources of a shard, as stored in its metadata."""
     origins = [
         {"episode": piece.episode, "frames": [piece.start, piece.stop], "sha256": piece.sha256}
         for piece in pieces
@@ -368,7 +368,7 @@ def _describe(pieces: list[Piece]) -> dict[str, Any]:
 
 
 def _rows(piece: Piece) -> Iterator[Row]:
-    """The frames of a piece; those before it are read past."""
+    """The frames of a piece. Frames before it are skipped."""
     trajectory = Trajectory.open(piece.path)
     grid = trajectory.record["grid"]
     poses = trajectory.column(trajectory.schema.poses)
@@ -393,14 +393,14 @@ def _rows(piece: Piece) -> Iterator[Row]:
                 labels = np.full(len(row[1]), UNLABELLED, np.uint8)
             yield Row(piece.episode, grid, *row)._replace(media=found, labels=labels)
         if piece.stop == len(poses):
-            next(frames, None)  # Files of unequal length show at their end.
+            next(frames, None)  # Detects files of unequal length.
     except ValueError:
-        problem = f"has another number of frames than the {len(poses)} of the parquet"
+        problem = f"does not have the {len(poses)} frames of the table"
         raise DatasetError(trajectory.file("visible"), problem, REBUILD) from None
 
 
 def _media(trajectory: Trajectory) -> Callable[[int], tuple[bytes | None, bytes | None, str]]:
-    """The image and depth of each frame as files, and its task in words."""
+    """A function that returns a frame's image and depth as file contents, and its task as text."""
     images, has_depth = trajectory.images(), trajectory.file("depth", 0).parent.is_dir()
     has_images = trajectory.file("rgb", 0).parent.is_dir()
     tasks, index = trajectory.tasks(), trajectory.column("task_index")
@@ -420,7 +420,7 @@ def _media(trajectory: Trajectory) -> Callable[[int], tuple[bytes | None, bytes 
 
 
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-"""Of the columns `image` and `depth`, as `datasets` stores images."""
+"""The type of the columns `image` and `depth`: images as `datasets` stores them."""
 
 
 def column_names(*, images: bool, labels: bool) -> list[str]:
@@ -480,7 +480,7 @@ def _table(rows: tuple[Row, ...]) -> pa.Table:
 
 
 def _files(contents: Sequence[bytes | None]) -> pa.Array:
-    """Files as `datasets` stores images, null where there is none."""
+    """File contents as `datasets` stores images, null for None."""
     stored = [None if content is None else {"bytes": content} for content in contents]
     return pa.array(stored, IMAGE)
 
@@ -496,7 +496,7 @@ def _lists(cells: Sequence[NDArray[np.integer]], kind: type[np.integer] = np.int
 
 
 def _write_all(missing: list[tuple[Path, list[Piece]]], workers: int) -> None:
-    """In threads, since nearly all of it is compression; stopped within a row group."""
+    """Write shards in threads, since most of the time is compression. Stops within a row group."""
     stop = Event()
     with ThreadPoolExecutor(workers) as pool:
         running = [pool.submit(_write, place, pieces, stop) for place, pieces in missing]
@@ -509,10 +509,10 @@ def _write_all(missing: list[tuple[Path, list[Piece]]], workers: int) -> None:
 
 
 def _write(place: Path, pieces: list[Piece], stop: Event) -> None:
-    """Write a shard, row group by row group, each of one episode."""
+    """Write a shard by row groups of one episode each."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    # Ascending cell numbers shrink eightfold as differences; the rest is left to zstd, whose higher
-    # levels take ten times as long for another tenth.
+    # Storing differences makes ascending cell numbers eight times smaller. Higher levels of zstd
+    # take ten times as long and save another tenth.
     how: dict[str, Any] = {
         "compression": "zstd",
         "compression_level": 9,
@@ -539,26 +539,26 @@ def _write(place: Path, pieces: list[Piece], stop: Event) -> None:
 
 
 def missing_shards(root: Path) -> tuple[list[str], int]:
-    """The shards of the index that are not on disk, sorted, and how many the index has."""
+    """The sorted shards of the index that are not on disk, and the number of all its shards."""
     column = read_index(root, ["shards"])["shards"].combine_chunks()
     names = set(column.flatten().to_pylist())
     return sorted(name for name in names if not (root / name).exists()), len(names)
 
 
 def check_shards(root: Path) -> Iterator[DatasetError]:
-    """Compare index and shards of a dataset, as far as they are here, with the trajectories.
+    """Compare the index and the shards that are here with the trajectories.
 
-    Yields what is wrong: of the index, an episode that it lacks or of which it says something else;
-    of each shard, the first thing that is wrong: that it is unreadable, of other columns, or has a
-    frame that is not what its trajectory holds. A shard of which no trajectory is here is compared
-    with its SHA-256 in the index. Raises DatasetError for an index that cannot be read.
+    Yields errors of the index (an episode is missing or differs) and the first error of each shard:
+    it is unreadable, has other columns, or a frame differs from its trajectory. A shard without
+    trajectories here is compared with its SHA-256 in the index. Raises DatasetError for an index
+    that cannot be read.
     """
     known = read_entries(root)
     scenes = _scenes(root, ())
     if scenes.keys() == {""}:  # A trajectory by itself.
         return
     if not known and not shards(root) and not any((root / FOLDER).glob(OLD_PATTERN)):
-        return  # Built and not finalized, of which the records of the build tell.
+        return  # Not finalized yet. The build reports that.
     here = {episode: path for found in scenes.values() for episode, path in found}
     for path in sorted((root / FOLDER).glob(OLD_PATTERN)):
         yield DatasetError(path, "is a shard of an earlier version", RUN_FINALIZE)
@@ -573,7 +573,7 @@ def check_shards(root: Path) -> Iterator[DatasetError]:
             rows.setdefault(name, []).append(row)
     found = {path.relative_to(root).as_posix(): path for path in shards(root)}
     for name in sorted(found.keys() - rows.keys()):
-        yield DatasetError(found[name], "is a shard that the index does not have", RUN_FINALIZE)
+        yield DatasetError(found[name], "is a shard that is not in the index", RUN_FINALIZE)
     for name in sorted(found.keys() & rows.keys()):
         try:
             _check(root, name, rows[name], here)
@@ -586,26 +586,26 @@ def check_shards(root: Path) -> Iterator[DatasetError]:
 def _check_entry(
     root: Path, path: Path, found: Entry, known: Entry | None
 ) -> Iterator[DatasetError]:
-    """Where the index is not what a trajectory says of itself."""
+    """Differences between the index and a trajectory."""
     part = root / INDEX / f"{bucket(found.scene)}.parquet"
     if known is None:
         yield DatasetError(part, f"has no row of {found.episode}", RUN_FINALIZE)
     elif (known := replace(known.without_shards(), scene_state=None)) != found:
         named = (f.name for f in fields(Entry) if getattr(known, f.name) != getattr(found, f.name))
-        problem = f"{next(named)} of {found.episode} is not what {path} says"
+        problem = f"{next(named)} of {found.episode} differs from {path}"
         yield DatasetError(part, problem, RUN_FINALIZE)
 
 
 def _check(root: Path, name: str, rows: list[Entry], here: dict[str, Path]) -> None:
-    """Raise DatasetError unless a shard holds what the index and the trajectories here say.
+    """Raise DatasetError unless a shard matches the index and the trajectories here.
 
-    rows: the entries of the episodes in it.
+    rows: the entries of its episodes.
     """
     path = root / name
     ordered = sorted(rows, key=lambda row: row.row_groups[row.shards.index(name)])
     if not all(row.episode in here for row in ordered):
         if sha256(path, MAX_BUILT_BYTES) != rows[0].shard_sha256[rows[0].shards.index(name)]:
-            raise DatasetError(path, "has another SHA-256 than the index says", "fetch it again")
+            raise DatasetError(path, "has another SHA-256 than in the index", "download it again")
         return
     pieces, images, labels = [], _has_column(path, "image"), _has_column(path, "labels")
     if not labels and any(Trajectory.open(here[row.episode]).taxonomy for row in rows):
@@ -626,12 +626,12 @@ def _check(root: Path, name: str, rows: list[Entry], here: dict[str, Path]) -> N
         _compare(path, table, expected, at)
         at += table.num_rows
     if next(tables, None) is not None:
-        problem = f"row {at} is of no frame that the trajectories have"
+        problem = f"row {at} belongs to no frame of the trajectories"
         raise DatasetError(path, problem, REMAKE)
 
 
 def _compare(path: Path, table: pa.Table, rows: tuple[Row, ...], place: int) -> None:
-    """Raise DatasetError unless a row group holds these rows. place: the number of its first."""
+    """Raise DatasetError unless a row group has these rows. place: the number of its first row."""
     wanted = plain(_table(rows))
     if table.equals(wanted):
         return
@@ -639,14 +639,14 @@ def _compare(path: Path, table: pa.Table, rows: tuple[Row, ...], place: int) -> 
         for name in table.column_names:
             if not table[name].slice(n, 1).equals(wanted[name].slice(n, 1)):
                 frame = f"frame {row.frame} of {row.episode}"
-                problem = f"row {place + n}, {frame}: {name} is not what the trajectory holds"
+                problem = f"row {place + n}, {frame}: {name} differs from the trajectory"
                 raise DatasetError(path, problem, REMAKE)
-    problem = f"has a row group of {table.num_rows} rows at row {place}, which is of {len(rows)}"
+    problem = f"has {table.num_rows} rows in the row group at row {place}, expected {len(rows)}"
     raise DatasetError(path, problem, REMAKE)
 
 
 def _has_column(path: Path, name: str) -> bool:
-    """Whether a shard has a column; False where it cannot be read."""
+    """Whether a shard has a column. False if it cannot be read."""
     try:
         with parquet_file(path) as file:
             return name in file.schema_arrow.names
@@ -655,7 +655,7 @@ def _has_column(path: Path, name: str) -> bool:
 
 
 def _groups(path: Path) -> Iterator[pa.Table]:
-    """The row groups of a shard, one in memory; raises DatasetError when it is none."""
+    """The row groups of a shard, one in memory at a time. Raises DatasetError if it is not one."""
     columns = (_has_column(path, name) for name in ("image", "labels"))
     schema = plain_schema(_schema(*columns))
     try:

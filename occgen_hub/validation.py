@@ -1,4 +1,4 @@
-"""A built dataset against its schema, and against itself."""
+"""Check a built dataset against its schema, and its files against each other."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from occgen_hub.shards import check_shards, missing_shards
 
 MAX_DIMENSIONS = 5
 MAX_FINDINGS = 20
-"""About the lines of one file."""
+"""Limit of findings on the lines of one file."""
 
 RESTORE = "restore it from a copy, or remove this trajectory's folder and build it again"
 
@@ -88,15 +88,15 @@ def validate(
 ) -> Report:
     """Check every trajectory below `root`. Problems of the dataset are returned, not raised.
 
-    Files and folders, checksums, meta files against their JSON Schemas, columns and arrays against
-    the schema and each other, poses, intrinsics, and that the visible cells of each frame are
-    those that its rays, stopped by those cells, reach: what `occ.mask` says was observed. Then the
-    index and the Parquet shards, row by row against the trajectories. Of a dataset that is partly
-    on this disk, what is here is checked. An export is checked against its record and itself (see
-    `lerobot.export_check.check_export`). Links that lead out of the dataset are findings, and what
-    they lead to is not read.
+    Checks files and folders, checksums, meta files against their JSON Schemas, columns and arrays
+    against the schema and each other, poses and intrinsics. In each frame, the rays of the camera,
+    which end at visible cells, must observe exactly the cells of `occ.mask`. Then the index and
+    the Parquet shards are compared with the trajectories, row by row. If only a part of the
+    dataset is on this disk, that part is checked. For exports see
+    `lerobot.export_check.check_export`. Links that lead out of the dataset are findings, and their
+    targets are not read.
 
-    Trajectories whose frames do not agree well, as their records say, are warnings.
+    Trajectories with poor agreement between frames, according to their records, are warnings.
     """
     root = Path(root)
     links = {str(path): Finding(str(path), LINK_OUT, PUT_FILE) for path in links_out(root)}
@@ -112,7 +112,7 @@ def validate(
         findings.append(Finding(error.path, error.problem, error.remedy))
     packed = [row for row in _packed(root) if not found]
     if not found and not findings and not packed:
-        problem = "holds no trajectory" if root.is_dir() else "is not a folder"
+        problem = "has no trajectories" if root.is_dir() else "is not a folder"
         findings.append(Finding(str(root), problem, "give the folder that occgen-hub build wrote"))
     for number, path in enumerate(found):
         try:
@@ -139,7 +139,7 @@ def validate(
 
 
 def _packed(root: Path) -> list[int]:
-    """The frames of each trajectory that has shards only, all of which are here."""
+    """The number of frames of each trajectory that has only shards, if all of them are here."""
     try:
         rows = read_index(root, ["files", "frames", "shards"]).to_pylist()
     except SourceError:  # It has a finding of its own.
@@ -164,9 +164,9 @@ def check_trajectory(path: Path) -> tuple[Finding, ...]:
 def _exported(
     root: Path, links: tuple[Finding, ...], progress: Callable[[int, int], None]
 ) -> Report:
-    """The report on an export, whose episodes count as trajectories.
+    """The report on an export. Its episodes count as trajectories.
 
-    links: findings on links that lead out of it; with any, nothing is read.
+    links: findings on links that lead out of it. If there are any, nothing is read.
     """
     if links:
         return Report(str(root), 0, 0, links)
@@ -180,7 +180,7 @@ def _exported(
 
 
 def _disagreement(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Code and text of the notes on frames of a trajectory that do not agree."""
+    """Code and text of the notes on disagreement between the frames of a trajectory."""
     quality, config = Quality.from_record(record), record.get("config")
     if quality is not None:
         setting = config.get("refine_poses") if isinstance(config, dict) else None
@@ -192,7 +192,7 @@ def _warning(first: str, *more: str) -> str:
 
 
 def _unlike(grids: list[tuple[Path, Grid]]) -> Iterator[Finding]:
-    """The first trajectory whose grid differs, which cannot be in one batch with the others."""
+    """The first trajectory with a different grid: it does not fit into a batch with the others."""
     for path, grid in grids[1:]:
         if grid != grids[0][1]:
             problem = f"has {grid.shape} cells of {grid.voxel_size} m from {grid.lower}"
@@ -202,9 +202,9 @@ def _unlike(grids: list[tuple[Path, Grid]]) -> Iterator[Finding]:
 
 
 def _shards(root: Path, findings: list[Finding]) -> tuple[list[Finding], list[str]]:
-    """Findings on the index and the shards that are not findings on trajectories already.
+    """Findings on the index and the shards, without those already reported for trajectories.
 
-    Also warnings about shards that are not here, if only a part of the dataset is.
+    Also warnings about missing shards, if only a part of the dataset is here.
     """
     known = {finding.file for finding in findings}
     try:
@@ -278,7 +278,7 @@ class _Check:
                 where = "" if spec.kind == "json" else f"line {number}: "
                 self._against(spec.json_schema, row, path, where)
                 if len(self.findings) - found >= MAX_FINDINGS:
-                    self.say(path, f"is looked at no further after line {number}")
+                    self.say(path, f"has too many problems; line {number} is the last one checked")
                     break
 
     def _against(self, name: str, value: Any, path: Path, where: str) -> None:
@@ -296,9 +296,9 @@ class _Check:
         self.frames = table.num_rows
         declared = self._declared()
         for name in sorted(set(declared) - set(table.column_names)):
-            self.say(path, f"lacks the column {name} that info.json declares")
+            self.say(path, f"lacks the column {name}, which info.json declares")
         for name in sorted(set(table.column_names) - set(declared)):
-            self.say(path, f"holds the column {name} that info.json does not declare")
+            self.say(path, f"has a column {name}, which info.json does not declare")
         for name, feature in self.schema.features.items():
             if feature.required and name not in declared:
                 self.say(self.trajectory.file("info"), f"does not declare the feature {name}")
@@ -308,14 +308,14 @@ class _Check:
                 and not feature.other_kinds
             ):
                 self.say(
-                    self.trajectory.file("info"), f"declares {name} otherwise than the schema does"
+                    self.trajectory.file("info"), f"declares {name} differently from the schema"
                 )
         for name, feature in declared.items():
             if name not in table.column_names:
                 continue
             if table.schema.field(name).type != feature.arrow_type():
                 kind = table.schema.field(name).type
-                self.say(path, f"column {name} is {kind}, info.json says {feature.info()}")
+                self.say(path, f"column {name} is {kind}, but info.json has {feature.info()}")
                 continue
             try:
                 feature.to_numpy(table[name])
@@ -334,7 +334,7 @@ class _Check:
                     continue
             except (ValueError, KeyError):
                 pass
-            self.say(self.trajectory.file("info"), f"feature {name} is not one that can be read")
+            self.say(self.trajectory.file("info"), f"feature {name} has an invalid description")
         return declared
 
     # Files
@@ -357,17 +357,17 @@ class _Check:
         elif spec.kind == "csr":
             self._csr(key, path, spec)
         elif spec.kind == "ply":
-            if spec.media:  # Copied from the source, and not used for computing.
+            if spec.media:  # Copied from the source, not used in computations.
                 check_ply(path)
             elif not np.isfinite(read_ply(path).points).all():
                 self.say(path, "has points that are not finite")
         elif spec.kind == "video":
             facts = video_facts(path)
             if facts.frames != self.frames:
-                self.say(path, f"has {facts.frames} frames, the parquet {self.frames}")
+                self.say(path, f"has {facts.frames} frames, but the table has {self.frames}")
 
     def _images(self, key: str, spec: FileSpec) -> None:
-        """Check that all frames are there or none, by decoding each."""
+        """Check that all images or none are present, and decode each."""
         paths = [self.trajectory.file(key, frame) for frame in range(self.frames)]
         there = [path.is_file() for path in paths]
         if not any(there) and not spec.required:
@@ -399,7 +399,7 @@ class _Check:
             array = arrays[name]
             kind = "str" if array.dtype.kind == "U" else array.dtype.name
             if kind != spec.dtype:
-                self.say(path, f"array {name} is {kind}, the schema says {spec.dtype}")
+                self.say(path, f"array {name} is {kind}, expected {spec.dtype}")
             expected = tuple(names.get(n, -1) if isinstance(n, str) else n for n in spec.shape)
             fits = len(array.shape) == len(expected) and all(
                 a == b or b == -1 for a, b in zip(array.shape, expected, strict=True)
@@ -417,7 +417,7 @@ class _Check:
         if shape != expected:
             self.say(path, f"is a matrix of {shape}, expected {expected}")
         if data.dtype != np.dtype(spec.dtype):
-            self.say(path, f"is {data.dtype.name}, the schema says {spec.dtype}")
+            self.say(path, f"is {data.dtype.name}, expected {spec.dtype}")
         ends = self.trajectory.row_ends(key)
         if len(ends) != self.frames + 1 or data.shape != (ends[-1],):
             self.say(
@@ -436,7 +436,7 @@ class _Check:
         if info["total_frames"] != self.frames:
             self.say(
                 self.trajectory.file("info"),
-                f"says {info['total_frames']} frames, the parquet holds {self.frames}",
+                f"has {info['total_frames']} total_frames, but the table has {self.frames}",
             )
         episodes = self.trajectory.file("episodes")
         rows = self.trajectory.document("episodes")
@@ -444,7 +444,9 @@ class _Check:
             self.say(episodes, f"does not describe one episode of {self.frames} frames")
         tasks = self.trajectory.document("tasks")
         if [row["task_index"] for row in tasks] != list(range(info["total_tasks"])):
-            self.say(self.trajectory.file("tasks"), f"does not number {info['total_tasks']} tasks")
+            self.say(
+                self.trajectory.file("tasks"), f"does not have {info['total_tasks']} numbered tasks"
+            )
         index = self.trajectory.column("task_index")
         if index.min() < 0 or index.max() >= len(tasks):
             self.say(self.trajectory.file("frames"), "has a task_index that tasks.jsonl lacks")
@@ -454,13 +456,13 @@ class _Check:
         episode = str(self.trajectory.record["source"]["episode"])
         for name, value in (("episode", episode), ("scene", episode.rpartition("/")[0])):
             if not (self.trajectory.column(name) == printable(value)).all():
-                problem = f"column {name} does not say {value}, as the record does"
+                problem = f"column {name} is not {value}, as in the record"
                 self.say(self.trajectory.file("frames"), problem)
         time = self.trajectory.column("timestamp")
         with np.errstate(over="ignore"):
             follows = np.abs(time - np.arange(self.frames) / info["fps"]).max() <= 1e-3
         if not follows:
-            self.say(self.trajectory.file("frames"), "column timestamp does not follow from fps")
+            self.say(self.trajectory.file("frames"), "column timestamp does not match fps")
         self._stats()
 
     def _stats(self) -> None:
@@ -487,7 +489,7 @@ class _Check:
             }
             for key, value in expected.items():
                 if not _close(stats[key], value):
-                    self.say(path, f"{key} of {name} is not that of the column")
+                    self.say(path, f"{key} of {name} does not match the column")
             if stats["count"] != [self.frames]:
                 self.say(path, f"count of {name} is {stats['count']}, expected [{self.frames}]")
 
@@ -510,7 +512,7 @@ class _Check:
         shape = npz_array(self.trajectory.file("observed"), "shape").check("i", 3).load()
         if tuple(shape.tolist()) != grid.shape:
             self.say(
-                self.trajectory.file("observed"), f"says the grid is {shape}, not {grid.shape}"
+                self.trajectory.file("observed"), f"has a grid of {shape}, expected {grid.shape}"
             )
             return
         state: NDArray[np.uint8] = np.zeros(grid.cells, np.uint8)
@@ -531,12 +533,12 @@ class _Check:
             if not np.isin(dynamic, visible).all():
                 self.say(
                     self.trajectory.file("dynamic"),
-                    f"frame {frame}: moving cells that occ.view does not hold as visible",
+                    f"frame {frame}: moving cells are not visible in occ.view",
                 )
             if not observed[visible].all():
                 self.say(
                     self.trajectory.file("visible"),
-                    f"frame {frame}: visible cells that occ.mask does not hold as observed",
+                    f"frame {frame}: visible cells are not observed in occ.mask",
                 )
                 continue
             state[:] = 0
@@ -545,19 +547,19 @@ class _Check:
             if not np.array_equal((state & OBSERVED) > 0, observed):
                 self.say(
                     self.trajectory.file("observed"),
-                    f"frame {frame}: is not what the rays of its camera see past its visible cells",
+                    f"frame {frame}: differs from the cells that the camera's rays observe",
                 )
                 return
         self._states(free)
 
     def _states(self, free: FreeSpace) -> None:
-        """The scene's occupied cells in their two forms, and the free ones as frames saw them."""
+        """Compare the scene's occupied cells with their centres, and its free cells with frames."""
         path, found = self.trajectory.file("scene_occupancy"), self.trajectory.states()
         expected = free.states(self.trajectory.scene_cells())
         for name in ("blocks", "occupied", "free"):
             if not np.array_equal(getattr(found, name), getattr(expected, name)):
-                what = "free cells are" if name == "free" else "occupied cells are"
-                self.say(path, f"its {what} not those of its centres and of the frames ({name})")
+                what = "free" if name == "free" else "occupied"
+                self.say(path, f"its {what} cells do not match its centres and frames ({name})")
                 return
 
     def _checksums(self) -> None:
@@ -570,14 +572,14 @@ class _Check:
             for p in files_under(self.trajectory.path)
         }
         for name in sorted(held - set(files) - {mark.relative_to(self.trajectory.path).as_posix()}):
-            self.say(self.trajectory.path / name, "is not in the record", "remove it")
+            self.say(self.trajectory.path / name, "is not listed in the record", "remove it")
         for name, digest in files.items():
             if name not in held:
                 path = self.trajectory.path / name
                 if str(path) not in {finding.file for finding in self.findings}:
-                    self.say(path, "is in the record but missing", ABSENT)
+                    self.say(path, "is listed in the record but missing", ABSENT)
             elif sha256(self.trajectory.path / name, MAX_BUILT_BYTES) != digest:
-                self.say(self.trajectory.path / name, "is not what was built", RESTORE)
+                self.say(self.trajectory.path / name, "has changed since it was built", RESTORE)
 
 
 def _close(stated: Any, expected: NDArray[np.float64]) -> bool:

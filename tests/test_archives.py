@@ -325,7 +325,7 @@ def test_refused_archive_prints_one_sentence(hub, tmp_path):
     ("constants", "token", "address", "said"),
     [
         ({}, LOCKED, ROOMS, "is gated, and this token has no access"),
-        ({}, BAD, ROOMS, "the Hub does not know the token"),
+        ({}, BAD, ROOMS, "the Hub rejected the token"),
         (
             {"HF_HUB_OFFLINE": True}, READER, ROOMS,
             "HF_HUB_OFFLINE is set; unset it to read from the Hub.",
@@ -334,9 +334,9 @@ def test_refused_archive_prints_one_sentence(hub, tmp_path):
             {"ENDPOINT": "http://127.0.0.1:9"}, READER, ROOMS,
             "the connection to http://127.0.0.1:9 failed",
         ),
-        ({}, READER, "hf://datasets/org/none", "is not there, or hidden from this token"),
+        ({}, READER, "hf://datasets/org/none", "was not found, or this token has no access"),
         ({}, READER, "hf://datasets/org/rooms@none", "has no revision none"),
-        ({}, READER, "hf://datasets/org", "is no dataset on the Hub; give --input hf://"),
+        ({}, READER, "hf://datasets/org", "is not a dataset on the Hub; give --input hf://"),
     ],
 )  # fmt: skip
 def test_hub_errors_give_one_sentence(hub, tmp_path, monkeypatch, constants, token, address, said):

@@ -496,12 +496,12 @@ def video_of_no_frames(folder: Path) -> None:
 SURVIVES: dict[str, tuple[Break, str]] = {
     "nothing is wrong": (lambda t: None, ""),
     **{
-        f"video {k}": (v, "the video is made anew" if k not in ("missing", "a folder") else "")
+        f"video {k}": (v, "a new video is encoded" if k not in ("missing", "a folder") else "")
         for k, v in each(VIDEO).items()
     },
     **{f"video {k}": (v, "") for k, v in devices(VIDEO).items()},
-    "video is text": (text(VIDEO, "hello"), "the video is made anew"),
-    "video without frames": (video_of_no_frames, "the video is made anew"),
+    "video is text": (text(VIDEO, "hello"), "a new video is encoded"),
+    "video without frames": (video_of_no_frames, "a new video is encoded"),
     "no cloud": (lambda t: (t / CLOUD).unlink(), ""),
     "cloud is text": (text(CLOUD, "hello"), "path.ply is not a PLY file: left out"),
     "cloud cut in half": (lambda t: cut(t / CLOUD), "path.ply is shorter than its"),
@@ -568,7 +568,7 @@ SURVIVES: dict[str, tuple[Break, str]] = {
         setting("observation.camera_extrinsic", (0, 0), np.nan), "camera_extrinsic holds a number"
     ),
     "extrinsic of another shape": (
-        matrices("observation.camera_extrinsic", lambda values: values[:, :3]), "where float32 of"
+        matrices("observation.camera_extrinsic", lambda values: values[:, :3]), "expected float32"
     ),
     "column with a missing value": (column("reward", [1.0, None]), "column reward lacks the value"),
     "column of infinity": (column("reward", [1.0, np.inf]), "column reward holds a number"),

@@ -529,7 +529,7 @@ def test_a_pipe_in_the_place_of_a_bags_file_is_not_waited_for(
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("groundtruth.txt", "1 2 3", r"is no trajectory \(its lines have 3 numbers\)"),
+        ("groundtruth.txt", "1 2 3", r"is not a trajectory \(its lines have 3 numbers\)"),
         ("groundtruth.txt", "1 0 0 0 0 0 0 1", "has no pose at the time of any frame"),
         ("groundtruth.txt", "a b", r"line 1: is not a row of numbers \(a b\)"),
         ("groundtruth.txt", "time,x,y,z\n", r"\(time,x,y,z\); remove a header or begin it with #"),

@@ -168,7 +168,7 @@ def test_columns_that_only_some_trajectories_have_are_left_to_their_files(sample
     assert {"said", "speed"} & set(frames.column_names) == set()
     assert {"episode", "action", "observation.camera_extrinsic_occ"} <= set(frames.column_names)
     assert frames.num_rows == sum(pq.read_metadata(p / TABLE).num_rows for p in trajectories(out))
-    assert "only their own files hold: `said`, `speed`" in (out / "README.md").read_text()
+    assert "only in their own files: `said`, `speed`" in (out / "README.md").read_text()
 
 
 def test_weights_that_forbid_commerce_are_said(mine):
@@ -176,12 +176,12 @@ def test_weights_that_forbid_commerce_are_said(mine):
     change_record(mine, {"weights": weights, "engine": "pi3x"}, 1)
     write_card(mine)
     assert matter(mine)["license"] == "cc-by-nc-4.0"
-    assert "cc-by-nc-4.0, which allows no commercial use" in (mine / "README.md").read_text()
+    assert "cc-by-nc-4.0, which forbids commercial use" in (mine / "README.md").read_text()
     assert "`pi3x`, `rgbd`" in (mine / "README.md").read_text()
     change_record(mine, {"weights": weights | {"license": "mine"}}, 1)
     write_card(mine)
     assert matter(mine)["license"] == "other"
-    assert "under the licence mine: that holds" in (mine / "README.md").read_text()
+    assert "under the licence mine. The same applies" in (mine / "README.md").read_text()
 
 
 def test_the_picture_is_of_the_first_trajectory(dataset, tmp_path):
@@ -261,6 +261,6 @@ def test_meta_files_that_cannot_be_used_are_named(mine, file, change):
 
 def test_no_trajectories_no_card(dataset, tmp_path):
     for folder in (tmp_path, trajectories(dataset)[0]):
-        with pytest.raises(UsageError, match="holds no trajectories"):
+        with pytest.raises(UsageError, match="has no index with trajectories"):
             write_card(folder)
         assert not (folder / "README.md").exists()

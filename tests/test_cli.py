@@ -80,7 +80,7 @@ def test_validate_says_valid_or_what_is_wrong(dataset, tmp_path):
     assert report["trajectories"] == 2
     bad = occgen_hub("validate", tmp_path)
     assert bad.returncode == 1
-    assert "holds no trajectory; give the folder" in bad.stdout
+    assert "has no trajectories; give the folder" in bad.stdout
 
 
 def test_inspect_tells_and_draws(dataset, tmp_path):
@@ -120,12 +120,12 @@ def test_inspect_without_media_shows_the_cloud(sample_tree, tmp_path):
     ("arguments", "words"),
     [
         (["inspect", "DATASET", "--frame", "99"], "numbered from 0"),
-        (["inspect", "DATASET", "--trajectory", "no/such/one"], "there is no such one"),
+        (["inspect", "DATASET", "--trajectory", "no/such/one"], "was not found"),
         (["inspect", "DATASET", "--preview", "a.jpg"], "ends in .png"),
-        (["inspect", "EMPTY"], "holds no trajectory"),
-        (["inspect", "SAMPLE"], "none that was built"),
+        (["inspect", "EMPTY"], "has no trajectories"),
+        (["inspect", "SAMPLE"], "has trajectories, but none with"),
         (["report", "SAMPLE"], "occgen-hub build --input SAMPLE wrote"),
-        (["visualize", "SAMPLE", "OUT"], "none that was built"),
+        (["visualize", "SAMPLE", "OUT"], "has trajectories, but none with"),
         (["visualize", "a/b/c", "OUT"], "with --input, the id of an episode"),
         (["view", "DATASET"], "name one, for example"),
         (["build", "--input", "EMPTY", "--output", "EMPTY/x"], "inside the input"),

@@ -166,7 +166,7 @@ def test_each_row_says_whose_it_is(trajectory, dataset, tmp_path):
         table.set_column(index, "episode", other), copy / "data/chunk-000/episode_000000.parquet"
     )
     problems = [finding.problem for finding in validate(tmp_path).findings]
-    assert f"column episode does not say {episode}, as the record does" in problems
+    assert f"column episode is not {episode}, as in the record" in problems
 
 
 def test_lerobot_reads_the_meta_files(trajectory):
@@ -413,6 +413,6 @@ def test_trajectories_of_different_grids_are_no_dataset(sample_tree, dataset, tm
     # Built again as it was, it is what it was.
     build_episode(builder, ref, tmp_path / "mixed", Settings())
     problems = [finding.problem for finding in validate(tmp_path / "mixed").findings]
-    assert any("occupied is not what" in problem for problem in problems)
+    assert any("occupied differs from" in problem for problem in problems)
     write_shards(tmp_path / "mixed")
     assert validate(tmp_path / "mixed").valid

@@ -260,7 +260,7 @@ def twos(matrix: sparse.csr_matrix) -> sparse.csr_matrix:
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
-        (saved(invisible), "frame 0: moving cells that occ.view does not hold as visible"),
+        (saved(invisible), "frame 0: moving cells are not visible in occ.view"),
         (saved(lambda m: m[:5]), "expected (8, 5000000)"),
         (saved(lambda m: m[:, :4_999_999]), "expected (8, 5000000)"),
         (saved(twos), "has values other than 1"),

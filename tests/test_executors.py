@@ -550,7 +550,7 @@ def test_slurm_builds_the_shards_and_then_finalizes(
 
     done = occgen_hub(*command(three, out, *options))
     assert done.returncode == 0, done.stderr
-    assert "The tasks were given to Slurm" in done.stdout
+    assert "The tasks are queued in Slurm" in done.stdout
     assert tree(out) == tree(tmp_path / "one")
     assert not Path("X").exists()
     assert report(out)["episodes"]["built"] == 3

@@ -56,7 +56,7 @@ def made(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its export. Not to be changed by tests."""
     out = tmp_path_factory.mktemp("made") / "lerobot"
     (remark,) = export(built, out)
-    assert "2 of 3 trajectories were brought to 480 x 270 pixels" in remark
+    assert "2 of 3 trajectories were scaled to 480 x 270 pixels" in remark
     return out
 
 
@@ -360,7 +360,7 @@ def test_rates_that_differ_want_a_choice(built, tmp_path):
     for n, trajectory in enumerate(opened(mine)):
         info = trajectory.info() | {"fps": (10, 29.97, 10)[n]}
         trajectory.file("info").write_text(json.dumps(info))
-    with pytest.raises(UsageError, match=r"have 2 rates \(10, 29.97 frames a second\).*--fps"):
+    with pytest.raises(UsageError, match=r"have 2 rates \(10, 29.97 frames per second\).*--fps"):
         export(mine, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     export(mine, tmp_path / "out", fps=12)
@@ -416,17 +416,17 @@ def test_columns_that_lerobot_cannot_hold_are_left_out(sample_tree, tmp_path):
             table = table.append_column(name, [np.arange(table.num_rows, dtype=np.float32)])
         pq.write_table(table, path)
     remarks = export(build(source, tmp_path / "built"), tmp_path / "out")
-    assert "LeRobot holds no columns of these names: a/b, size, task" in remarks
+    assert "columns with names that LeRobot reserves are left out: a/b, size, task" in remarks
     assert lerobot(tmp_path / "out")[1]["speed"] == 1
 
 
 @pytest.mark.parametrize(
     ("file", "change", "said"),
     [
-        ("info", {"fps": "ten"}, r"info\.json: states no usable fps"),
-        ("info", {"fps": 0}, r"info\.json: states no usable fps"),
-        ("info", {"features": 3}, r"info\.json: does not say its features"),
-        ("record", {"scene": {}}, r"occgen\.json: does not say the image size"),
+        ("info", {"fps": "ten"}, r"info\.json: has no valid fps"),
+        ("info", {"fps": 0}, r"info\.json: has no valid fps"),
+        ("info", {"features": 3}, r"info\.json: does not state its features"),
+        ("record", {"scene": {}}, r"occgen\.json: does not state the image size"),
         ("record", {"scene": {"image_size": [32, 32]}}, r"0\.jpg: is \d+ x \d+ pixels"),
     ],
 )
@@ -447,7 +447,7 @@ def test_images_that_no_encoder_takes_are_made_larger(built, tmp_path):
             with Image.open(path) as image:
                 image.resize((9, 6)).save(path)
     (remark,) = export(mine, tmp_path / "out")
-    assert remark.startswith("images of 3 of 3 trajectories were brought to 64 x 64 pixels")
+    assert remark.startswith("images of 3 of 3 trajectories were scaled to 64 x 64 pixels")
     assert lerobot(tmp_path / "out")[0][DEPTH].shape == (1, 64, 64)
 
 
@@ -460,7 +460,7 @@ def test_trajectories_of_one_frame_are_left_out_and_said(built, tmp_path):
     for name in ("a", "z"):
         shutil.copytree(one / "sample_zed", mine / name)
     remarks = export(mine, tmp_path / "out")
-    assert any(r.startswith("LeRobot holds no episodes of one frame, which leaves out 2 of 5 ")
+    assert any(r.startswith("LeRobot cannot hold episodes of one frame, which leaves out 2 of 5 ")
                for r in remarks)  # fmt: skip
     ours, frames = OccupancyDataset(built), with_occupancy(tmp_path / "out")
     assert len(frames) == len(ours)
@@ -477,7 +477,7 @@ def test_two_exports_to_one_place_are_one(built, tmp_path):
     said = [process.communicate()[1] for process in (first, second)]
     assert sorted((first.returncode, second.returncode)) == [0, 2]
     refused = said[first.returncode == 0]
-    assert "another export is writing there" in refused or "is there already" in refused
+    assert "another export is writing there" in refused or "already exists" in refused
     assert validate(out).valid
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -497,12 +497,12 @@ def test_places_that_will_not_do(built, made, tmp_path, place):
     (tmp_path / "file").write_text("x")
     root, out, said = {
         "dot": (built, Path(), "give the name of a new folder"),
-        "inside": (built, built / "x", "lies inside"),
-        "above": (built, built.parent, "lies inside"),
-        "full": (built, tmp_path / "full", "holds files that no export wrote"),
-        "file": (built, tmp_path / "file", "no folder"),
-        "itself": (made, tmp_path / "x", "is an export already"),
-        "trajectory": (trajectories(built)[0], tmp_path / "x", "is one trajectory"),
+        "inside": (built, built / "x", "is inside"),
+        "above": (built, built.parent, "is inside"),
+        "full": (built, tmp_path / "full", "has files that no export wrote"),
+        "file": (built, tmp_path / "file", "not a folder"),
+        "itself": (made, tmp_path / "x", "is already an export"),
+        "trajectory": (trajectories(built)[0], tmp_path / "x", "is a trajectory"),
         "no": (tmp_path / "no", tmp_path / "x", "is not a folder"),
     }[place]
     with pytest.raises(UsageError, match=said):
@@ -534,7 +534,7 @@ def test_the_command(built, tmp_path):
     assert note.startswith("Note: images of 2 of 3 trajectories")
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 2
-    assert again.stderr == f"Error: {out}: is there already; --overwrite replaces it.\n"
+    assert again.stderr == f"Error: {out}: already exists; --overwrite replaces it.\n"
     assert not (out / "images").exists()
     modes = {path.stat().st_mode & 0o777 for path in out.rglob("*") if path.is_file()}
     assert modes == {0o666 & ~_umask()}
@@ -599,11 +599,11 @@ def _recorded(root: Path) -> None:
         (lambda r: (r / "data/more.parquet").write_bytes(b"x"), False, "not a file of the export"),
         (lambda r: (r / RECORD).write_text("{}"), False, "does not list its episodes"),
         (lambda r: (r / RECORD).write_text("no"), False, "is not valid JSON"),
-        (lambda r: _edit(r / "meta/info.json", total_frames=3), True, "says total_frames 3"),
+        (lambda r: _edit(r / "meta/info.json", total_frames=3), True, "has total_frames 3"),
         (lambda r: _edit(r / "meta/info.json", features=None), True, None),
-        (lambda r: _swap_rows(shards(r)[0]), True, "row 0 is not of the frame"),
+        (lambda r: _swap_rows(shards(r)[0]), True, "does not belong to the expected frame"),
         (lambda r: shards(r)[0].write_bytes(b"PAR1"), True, "not a readable Parquet file"),
-        (lambda r: _swap_rows(next((r / "data").rglob("*.parquet"))), True, "row 0 is not of"),
+        (lambda r: _swap_rows(next((r / "data").rglob("*.parquet"))), True, "does not belong"),
     ],
 )
 def test_what_is_wrong_with_an_export_is_found(mine, damage, recorded, said):
@@ -700,15 +700,17 @@ def test_an_edit_that_cannot_be_followed_says_what_to_do(
     edit("merge", None, twice, False, repo_ids=["a", "b"], roots=[str(made), str(made)])
     with pytest.raises(UsageError, match=r"trajectory .* 2 times; export the dataset again"):
         update_export(built, twice)
-    with pytest.raises(UsageError, match=r"is no LeRobot v3\.0 dataset"):
+    with pytest.raises(UsageError, match=r"is not a LeRobot v3\.0 dataset"):
         update_export(built, next(path for path in trajectories(built)))
     make_sample(tmp_path / "tree", trajectories=1, frames=2, seed=9)
     other = build(tmp_path / "tree", tmp_path / "other")
-    with pytest.raises(UsageError, match=r"which is not in|of 2; export the dataset again"):
+    with pytest.raises(
+        UsageError, match=r"which is not in|of the 2 frames .*; export the dataset again"
+    ):
         update_export(other, mine)
     place = next((mine / "data").rglob("*.parquet"))
     pq.write_table(pq.read_table(place).drop_columns(["episode"]), place)
-    with pytest.raises(OccGenError, match="has no column episode any more"):
+    with pytest.raises(OccGenError, match="no longer has the column episode"):
         update_export(built, mine)
 
 

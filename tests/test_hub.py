@@ -200,9 +200,9 @@ def test_a_connection_that_is_cut_twice_is_taken_up_again(hub, desk, folder):
 @pytest.mark.slow
 def test_after_a_connection_is_lost_the_next_push_goes_on(hub, desk, folder):
     hub.faults = [Fault("POST /xet/v1/xorbs/", times=100)]
-    refused(desk.push(folder), 1, "the upload broke off", "run the same command again")
+    refused(desk.push(folder), 1, "the upload was interrupted", "run the same command again")
     hub.faults = [Fault("POST /xet/.*shards", times=100)]
-    refused(desk.push(folder), 1, "the upload broke off")
+    refused(desk.push(folder), 1, "the upload was interrupted")
     assert not held(hub)
     hub.faults = []
     result = desk.push(folder)
@@ -246,12 +246,12 @@ def test_what_is_invalid_is_refused_and_nothing_sent(hub, desk, folder):
     broken.write_bytes(broken.read_bytes()[:1000])
     refused(desk.push(folder), 1, str(broken), "so nothing was sent", "occgen-hub validate")
     assert not hub.asked
-    refused(desk.push(folder.parent / "home"), 1, "holds no trajectory")
+    refused(desk.push(folder.parent / "home"), 1, "has no trajectories")
 
 
 def test_a_card_that_the_hub_does_not_take_is_told(hub, desk, folder):
     (folder / "README.md").write_text("---\na: [b\n---\nMy own words.\n")
-    refused(desk.push(folder), 1, "does not take the card", "bad indentation", "README.md")
+    refused(desk.push(folder), 1, "rejected the card", "bad indentation", "README.md")
     assert not [line for line in hub.asked if "/commit/" in line or "/xet/" in line]
 
 
@@ -278,7 +278,7 @@ def test_a_dry_run_says_what_would_go_and_sends_nothing(hub, desk, folder):
     *lines, total = result.stdout.splitlines()
     sizes = {path: int(size.replace(",", "")) for size, path in (line.split() for line in lines)}
     assert sizes == contents(folder)
-    assert f"{len(sizes)} files of {sum(sizes.values()):,} bytes would go to {REPO}" in total
+    assert f"{len(sizes)} files of {sum(sizes.values()):,} bytes would be pushed to {REPO}" in total
     assert not hub.asked
 
 
@@ -299,21 +299,21 @@ def test_a_branch_is_made_and_main_left_alone(hub, desk, folder):
     assert held(hub, "side/way") == local(folder)
     assert not held(hub)
     assert not hub.repositories[REPO].tags
-    refused(desk.push(folder, "--private"), 2, "is there already and public")
+    refused(desk.push(folder, "--private"), 2, "already exists and is public")
 
 
 @pytest.mark.parametrize(
     ("options", "environment", "code", "words"),
     [
         ([], {"HF_TOKEN": ""}, 1, "there is no token"),
-        ([], {"HF_TOKEN": BAD}, 1, "does not know the token"),
-        ([], {"HF_TOKEN": READER}, 1, "the token may not write there"),
+        ([], {"HF_TOKEN": BAD}, 1, "rejected the token"),
+        ([], {"HF_TOKEN": READER}, 1, "the token has no write access"),
         ([], {"HF_ENDPOINT": "http://127.0.0.1:9"}, 1, "cannot be reached"),
         ([], {"HF_HUB_OFFLINE": "1"}, 1, "unset it to push"),
-        (["--repo-id", "their/rooms"], {}, 1, "the token may not write there"),
+        (["--repo-id", "their/rooms"], {}, 1, "the token has no write access"),
         (["--repo-id", "rooms"], {}, 2, "ORG/NAME"),
         (["--repo-id", "org/ro oms"], {}, 2, "ORG/NAME"),
-        (["--revision", "refs/pr/9"], {}, 1, "is not there"),
+        (["--revision", "refs/pr/9"], {}, 1, "was not found"),
         (["--revision", "a", "--create-pr"], {}, 2, "leave out"),
     ],
     ids=["none", "bad", "reader", "closed", "offline", "theirs", "name", "space", "pr", "both"],
@@ -336,7 +336,7 @@ def test_limits_are_warned_of_with_the_way_out():
     assert "--media none" in many
     assert "occgen-hub export" in many
     assert "--media none" in folder
-    assert "parquet" in large
+    assert "Parquet" in large
     folders = {f"{n}/a/b": 1 for n in range(5)}
     assert warnings(folders, max_entries=4)[0].startswith(".: 5 entries")
 

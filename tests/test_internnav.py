@@ -149,7 +149,7 @@ def test_an_image_range_that_is_none(scenes: Path) -> None:
     path = scenes / "sample_zed/house_000/meta/episodes_stats.jsonl"
     for value in ({"min": 5, "max": 2}, {"min": 0}, [0, 1], "all", {"min": 0, "max": 1e300}):
         path.write_text(json.dumps({"episode_index": 0, "image_index": value}) + "\n")
-        with pytest.raises(SourceError, match="no usable image_index for episode 0"):
+        with pytest.raises(SourceError, match="no valid image_index for episode 0"):
             read(scenes)
 
 
@@ -199,14 +199,14 @@ def test_what_is_wrong_in_the_real_files_is_said_once(tmp_path: Path) -> None:
 
     said = notes(faulty)
     assert said["frame count"] == (
-        "info.json says 6 frames and episodes.jsonl says length 6, the parquet holds 3: "
-        "the parquet counts"
+        "info.json says 6 frames and episodes.jsonl says length 6, the parquet has 3 frames: "
+        "these are used"
     )
     assert said["declared columns"] == (
         "info.json declares timestamp, frame_index, episode_index, task_index, which the parquet "
-        "lacks: worked out anew"
+        "lacks: computed instead"
     )
-    assert said["fps"] == "info.json says 30 fps, the video 10: the video counts"
+    assert said["fps"] == "info.json says 30 fps, the video has 10, which is used"
     assert "480 x 272, the images 480 x 270: the images count" in said["video size"]
     assert "JSON inside strings" in said["task json"]
     assert len(said) == 5

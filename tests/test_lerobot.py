@@ -193,11 +193,11 @@ def test_swapped_focal_lengths_are_named(v21: Path, episode: Episode) -> None:
     ("front", "message"),
     [
         ({"depth": "observation.depth.side"}, "has no such feature; it has action"),
-        ({"depth": "action"}, r"depth action: is float32 of shape \[26\], which cannot be that"),
+        ({"depth": "action"}, r"depth action: is float32 of shape \[26\], which cannot be depth"),
         ({"pose": "action"}, "column action has 26 numbers, which no layout of poses has not"),
         ({"info": "action"}, "column action has 26 numbers, not fx, fy, cx, cy or 3 x 3"),
         ({"pose_layout": "xyz_rpy"}, "has 16 numbers, which xyz_rpy has not"),
-        ({"info": None}, "nothing says its intrinsics"),
+        ({"info": None}, "but no intrinsics"),
     ],
 )
 def test_a_mapping_that_does_not_fit_is_refused(
@@ -216,7 +216,7 @@ def test_matrices_written_column_after_column_are_named(v21: Path, tmp_path: Pat
     column = table.column_names.index(name)
     table = table.set_column(column, name, pa.array(turned, table.schema.field(name).type))
     pq.write_table(table, place)
-    with pytest.raises(SourceError, match="are written column after column; write them row"):
+    with pytest.raises(SourceError, match="are in column-major order; write them in row"):
         read(root)
 
 
@@ -362,14 +362,14 @@ def test_cameras_says_what_is_there_and_writes_a_mapping(v21: Path, tmp_path: Pa
     }  # fmt: skip
     assert (back["depth_unit"], back["pose_layout"]) == ("m", "xyz_rpy")
     assert read_cameras(out)[0].info == "observation.intrinsic.front"
-    assert "is there already" in str(command("cameras", v21, "--output", out).exception)
+    assert "already exists" in str(command("cameras", v21, "--output", out).exception)
 
 
 def test_cameras_of_another_folder_names_the_cause_and_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "color").mkdir()
     said = str(command("cameras", tmp_path, "--output", tmp_path / "cameras.yaml").exception)
-    assert "is no LeRobot dataset, which has a meta/info.json; " in said
-    assert "give the folder that holds meta, data and videos" in said
+    assert "is not a LeRobot dataset: it has no meta/info.json; " in said
+    assert "give the folder with meta, data and videos" in said
 
 
 def test_options_choose_cameras_and_go_before_the_file(v21: Path, tmp_path: Path) -> None:
@@ -391,7 +391,7 @@ def test_other_sources_name_this_one(v21: Path) -> None:
     for source in ("capture", "internnav", "video"):
         with pytest.raises(UsageError, match=r"a LeRobot v2\.1 dataset.*use --source lerobot"):
             list_episodes(load_builder(source, v21))
-    with pytest.raises(UsageError, match="is no LeRobot dataset"):
+    with pytest.raises(UsageError, match="is not a LeRobot dataset"):
         list_episodes(load_builder("lerobot", v21 / "data"))
 
 

@@ -190,7 +190,7 @@ def test_viewpoint_file_round_trip(tmp_path):
     assert Viewpoint.load(tmp_path / "camera.json") == view
     for wrong in ({}, {"position": [0, 0, 1], "target": [0, 0, 0], "up": [0, 0, 1]}):
         (tmp_path / "camera.json").write_text(json.dumps(wrong))
-        with pytest.raises(UsageError, match="is no viewpoint"):
+        with pytest.raises(UsageError, match="is not a viewpoint"):
             Viewpoint.load(tmp_path / "camera.json")
 
 
@@ -428,7 +428,7 @@ def test_render_errors(trajectory, dataset, tmp_path):
         ((trajectory.path, tmp_path / "a.gif"), "ends in .mp4"),
         ((trajectory.path, tmp_path / "a.png", "--frame", "999"), "numbered from 0"),
         ((trajectory.path, tmp_path / "a.mp4", "--size", "481x180"), "even numbers"),
-        ((dataset, tmp_path / "a.mp4"), "holds 2 trajectories"),
+        ((dataset, tmp_path / "a.mp4"), "has 2 trajectories"),
     ):
         said = run("render", *arguments)
         assert said.returncode == 2, said.stderr

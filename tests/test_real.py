@@ -32,9 +32,9 @@ def built(real_tree, tmp_path_factory):
 def test_each_fault_of_the_real_files_is_said_in_one_line(built):
     notes = [line for line in built[1].stderr.splitlines() if line.startswith("note")]
     for pattern in (
-        r"104 frames.*length 104.*parquet holds 52",
+        r"104 frames.*length 104.*parquet has 52",
         r"declares timestamp, frame_index, episode_index, task_index",
-        r"30 fps, the video 10",
+        r"30 fps, the video has 10",
         r"480 x 272, the images 480 x 270",
         r"JSON inside strings",
     ):

@@ -252,7 +252,7 @@ def test_wrong_free_cells_are_found(dataset, tmp_path):
     arrays["free"][tuple(at)] = 0
     np.savez_compressed(path, **arrays)
     problems = [f.problem for f in validate(root).findings if f.file == str(path)]
-    assert any("free cells are not those" in problem for problem in problems)
+    assert any("free cells do not match" in problem for problem in problems)
 
 
 def test_items_with_processes(dataset):

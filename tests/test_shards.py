@@ -436,15 +436,15 @@ def bit_flipped(values: list[bytes]) -> None:
         (with_column("camera_extrinsic", lambda v: v[0][0].__setitem__(3, 9.0)), "row 0"),
         (with_column("voxel_size", lambda v: v.__setitem__(20, 0.2)), "row 20"),
         (rewritten(lambda t: pa.concat_tables([t.slice(0, 7), t.slice(8)])), "row 7, frame 7"),
-        (rewritten(lambda t: t.slice(0, 20)), "a row group of 8 rows at row 12"),
+        (rewritten(lambda t: t.slice(0, 20)), "8 rows in the row group at row 12"),
         (rewritten(lambda t: t.slice(0, 12)), "ends before frame 0 of"),
-        (rewritten(lambda t: pa.concat_tables([t, t.slice(0, 1)])), "of 10 rows at row 12"),
+        (rewritten(lambda t: pa.concat_tables([t, t.slice(0, 1)])), "10 rows in the row group"),
         (rewritten(retyped), "has other columns"),
         (rewritten(lambda t: t.drop_columns(["shape"])), "has other columns"),
         (lambda p: pq.write_table(pa.concat_tables([pq.read_table(p)] * 2), p), "more than 32"),
         (lambda p: p.write_bytes(b"PAR1"), "is not a readable Parquet file"),
-        (rewritten(lambda t: t.append_column("shape", t["shape"])), "two columns of one name"),
-        (lambda p: shutil.copy(p, p.with_name("more.parquet")), "that the index does not have"),
+        (rewritten(lambda t: t.append_column("shape", t["shape"])), "two columns with the same"),
+        (lambda p: shutil.copy(p, p.with_name("more.parquet")), "that is not in the index"),
         (lambda p: (p.unlink(), p.mkdir()), "is a folder"),
     ],
 )  # fmt: skip
@@ -465,7 +465,7 @@ def test_shards_of_another_trajectory_are_noticed(source, mine, tmp_path):
     build_dataset(Job(builder, list_episodes(builder), other, coarser))
     shutil.copy(shards(other)[0], shards(mine)[0])
     (finding,) = validate(mine).findings
-    assert "occupied is not what the trajectory holds" in finding.problem
+    assert "occupied differs from the trajectory" in finding.problem
 
 
 @pytest.mark.parametrize(
@@ -482,12 +482,15 @@ def test_shards_of_another_trajectory_are_noticed(source, mine, tmp_path):
             lambda p: pq.write_table(pa.concat_tables([pq.read_table(p)] * 2), p),
             "has an episode twice",
         ),
-        (lambda p: p.rename(p.with_name("00.parquet")), "of another part"),
+        (lambda p: p.rename(p.with_name("00.parquet")), "belongs to another part"),
         (with_column("frames", lambda v: v.__setitem__(0, 7)), "frames of sample_zed/house_000/"),
-        (with_column("episode", lambda v: v.__setitem__(0, "../x")), "no name of an episode"),
-        (with_column("shards", lambda v: v[0].__setitem__(0, "/etc/x")), "no name of a shard"),
+        (with_column("episode", lambda v: v.__setitem__(0, "../x")), "not a valid episode name"),
+        (with_column("shards", lambda v: v[0].__setitem__(0, "/etc/x")), "not a valid shard name"),
         (with_column("frames", lambda v: v.__setitem__(0, None)), "lacks a value of frames"),
-        (rewritten(lambda t: t.append_column("frames", t["frames"])), "two columns of one name"),
+        (
+            rewritten(lambda t: t.append_column("frames", t["frames"])),
+            "two columns with the same name",
+        ),
     ],
 )
 def test_validate_says_what_is_wrong_with_the_index(mine, built, harm, words):

@@ -496,7 +496,7 @@ def first(value):
         (put("camera_extrinsic", first(lambda v: [[float("nan")] * 4] * 4)), "not finite"),
         (put("camera_extrinsic", first(lambda v: [[2.0] * 4] * 4)), "not rigid"),
         (lambda table: table.drop_columns(["observed"]), "no column observed of binary"),
-        (lambda table: table.append_column("shape", table["shape"]), "two columns of one name"),
+        (lambda table: table.append_column("shape", table["shape"]), "two columns with the"),
         (lambda table: table.slice(0, 0), "not of frames 0 to 3"),
         (lambda table: table.slice(0, 3), "not of frames 0 to 3"),
     ],

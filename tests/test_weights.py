@@ -191,7 +191,7 @@ def test_check_reads_weights_in_the_working_folder(tmp_path):
     assert result.returncode == 0, result.stderr
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert digest in result.stdout
-    assert "whole" in result.stdout
+    assert "complete" in result.stdout
     assert "Licence: cc0-1.0" in result.stdout
 
 

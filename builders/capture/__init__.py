@@ -1,4 +1,4 @@
-"""Captures of one's own, in the layouts that RGB-D recorders and reconstruction tools write.
+"""A user's own captures, in the layouts that RGB-D recorders and reconstruction tools write.
 
 A layout is a small module with one subclass of `Layout`; `builder.LAYOUTS` lists them.
 """

@@ -127,7 +127,7 @@ class Bag(Layout):
 
 
 class _Source:
-    """A bag that is opened again when a frame is asked for, and stays open."""
+    """A bag that is opened when the first frame is read, and stays open."""
 
     def __init__(self, place: Path) -> None:
         self._place, self._turn = place, threading.Lock()
@@ -169,7 +169,7 @@ def _named_errors(place: Path) -> Iterator[None]:
         yield
     except (OccGenError, MemoryError):
         raise
-    except Exception as error:  # rosbags raises whatever its parsers meet in a damaged file.
+    except Exception as error:  # rosbags raises any kind of error for a damaged file.
         reason = in_brief(str(error) or type(error).__name__)
         raise SourceError(
             place, f"cannot be read ({reason})", "restore it from the source"
@@ -185,7 +185,7 @@ class OpenBag:
             from rosbags.typesys import Stores, get_typestore
         except ImportError:
             raise UsageError(
-                f"{place}: ROS 2 bags are read by rosbags, which is not installed; "
+                f"{place}: reading ROS 2 bags needs rosbags, which is not installed; "
                 f"{install_extra('ros')}."
             ) from None
         self.place = place
@@ -203,27 +203,27 @@ class OpenBag:
         """The error for something that no topic has."""
         listed = ", ".join(f"{topic} ({kind})" for topic, kind in sorted(self.types.items()))
         return SourceError(
-            self.place, f"has not {what} among {listed[:600]}", f"give --topics {option}"
+            self.place, f"does not have {what} among {listed[:600]}", f"give --topics {option}"
         )
 
     def messages(
         self, topic: str, start: int | None = None, stop: int | None = None
     ) -> Iterator[tuple[int, Any]]:
-        """The messages of a topic with the times at which they were recorded, nanoseconds."""
+        """The messages of a topic, with their recording times in nanoseconds."""
         own = [c for c in self._reader.connections if c.topic == topic]
         if not own:
-            raise self.lacks(f"the topic {topic}", "with one that is there")
+            raise self.lacks(f"the topic {topic}", "with one of these")
         for connection, when, data in self._reader.messages(own, start, stop):
             yield when, self._reader.deserialize(data, connection.msgtype)
 
     def topics(self, *kinds: str) -> list[str]:
-        """The topics of some types of messages, sorted."""
+        """The sorted topics with one of these message types."""
         return sorted(topic for topic, kind in self.types.items() if kind in kinds)
 
     def image_topic(self, kind: Literal["rgb", "depth"], given: str | None) -> str | None:
-        """The topic of colour or depth images: the one given, or the one that is recognised.
+        """The topic of colour or depth images: the given one, or the recognised one.
 
-        Raises SourceError where several would do as well as each other.
+        Raises SourceError if several are equally suitable.
         """
         if given is not None:
             if self.types.get(given) not in (IMAGE, COMPRESSED):
@@ -254,9 +254,9 @@ class OpenBag:
         return "rgb" if message.encoding in COLORS and "infra" not in topic else ""
 
     def index(self, topic: str) -> tuple[NDArray[np.int64], str]:
-        """(n, 2) int64: when each message was recorded, and when its image was taken.
+        """(n, 2) int64: the recording time of each message, and the time of its image.
 
-        Both are nanoseconds, sorted by the second. The frame of their camera comes with them.
+        Both are nanoseconds, sorted by the second. Also returns the camera's frame.
         """
         rows, frame = dict[int, int](), ""
         for when, message in self.messages(topic):
@@ -271,13 +271,15 @@ class OpenBag:
         return np.array([(when, taken) for taken, when in sorted(rows.items())]), frame
 
     def _at(self, topic: str, entry: NDArray[np.int64]) -> Any:
-        """The message that an entry of `index` stands for."""
+        """The message of an entry of `index`."""
         when, taken = (int(number) for number in entry)
         for _, message in self.messages(topic, when, when + 1):
             stamp = message.header.stamp
             if stamp.sec * 10**9 + stamp.nanosec in (taken, 0):
                 return message
-        raise SourceError(self.place, f"has lost a message of {topic}", "leave it as it is")
+        raise SourceError(
+            self.place, f"has lost a message of {topic}", "do not change it meanwhile"
+        )
 
     def color(self, topic: str, entry: NDArray[np.int64]) -> NDArray[np.uint8]:
         """(h, w, 3) uint8 RGB."""
@@ -310,9 +312,9 @@ class OpenBag:
     def lens(
         self, topic: str, size: tuple[int, int], mapping: CameraMapping, *, needed: bool = True
     ) -> Lens | None:
-        """The lens of a topic of images, from the CameraInfo beside it.
+        """The lens of a topic of images, from the CameraInfo in the same namespace.
 
-        Where nothing is beside it, from the only one that there is, if it is `needed`.
+        If there is none and a lens is `needed`, the bag's only CameraInfo is used.
         """
         base = topic.removesuffix("/compressedDepth").removesuffix("/compressed")
         beside = f"{base.rpartition('/')[0]}/camera_info"
@@ -340,10 +342,10 @@ class OpenBag:
     def poses(
         self, times: NDArray[np.float64], frame: str, mapping: CameraMapping
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """(n, 4, 4) world_from_camera at (n,) times, and (n,) bool, which of them are known.
+        """(n, 4, 4) world_from_camera at (n,) times, and (n,) bool: which poses are known.
 
-        frame: the camera's, in which x is right, y down and z forward (REP 103's optical frame).
-        From a topic that is given, from /tf, or from the one topic of odometry or poses.
+        frame: the camera's optical frame (REP 103: x right, y down, z forward). Poses are taken
+        from the given topic, from /tf, or from the only topic of odometry or poses.
         """
         offset = mapping.time_offset or 0.0
         tree = Transforms()
@@ -372,7 +374,7 @@ class OpenBag:
 
 
 def _seconds(index: NDArray[np.int64]) -> NDArray[np.float64]:
-    """When the images of an index were taken."""
+    """The times of the images of an index, in seconds."""
     return np.asarray(index[:, 1] * 1e-9, np.float64)
 
 

@@ -90,7 +90,7 @@ class CaptureBuilder(DatasetBuilder):
         try:
             return _layout(ref.path).has_depth(ref.path, self._mapping)
         except SourceError:
-            return True  # Reading it says what is wrong.
+            return True  # `read` reports the error.
 
     def work(self, ref: EpisodeRef) -> float:
         """Frames times pixels for images; the bytes of a bag."""

@@ -1,4 +1,4 @@
-"""COLMAP: a sparse model of cameras and images, in text or binary, beside the images themselves.
+"""COLMAP: a sparse model of cameras and images, in text or binary, and the images.
 
 The binary layout is that of COLMAP's src/colmap/scene/reconstruction_io.cc, little-endian.
 """
@@ -39,10 +39,10 @@ CAMERAS = {
     9: ("RADIAL_FISHEYE", 5),
     10: ("THIN_PRISM_FISHEYE", 12),
 }
-"""COLMAP's camera models by their number: name, and how many parameters."""
+"""COLMAP's camera models by number: name, and number of parameters."""
 
 MAX_LINE = 1 << 26
-"""Bytes of a line of images.txt, which lists an image's points."""
+"""Limit of a line of images.txt in bytes. It lists an image's points."""
 
 MAX_POINTS = 1 << 24
 """Of an image."""
@@ -64,7 +64,7 @@ class Colmap(Layout):
         return False
 
     def read(self, place: Path, mapping: CameraMapping) -> Recording:
-        """The registered images that are there, in the order of their names."""
+        """The registered images that exist, sorted by name."""
         model = _model(place)
         assert model is not None
         folder, kind = model
@@ -127,7 +127,7 @@ def _image_folder(place: Path, model: Path, names: list[str]) -> Path:
 
 
 def lens_of(model: str, size: tuple[int, int], p: list[float], path: Path) -> Lens:
-    """The lens of a COLMAP camera; its pixels' centres are at a half."""
+    """The lens of a COLMAP camera. The centre of its first pixel is (0.5, 0.5)."""
     if model in ("SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL"):
         f, cx, cy, *k = p
         return Lens(f, f, cx, cy, size, (*k, *[0.0] * (4 - len(k))) if k else ())
@@ -151,7 +151,7 @@ def _text_cameras(path: Path) -> Iterator[tuple[int, Lens]]:
             number, model, size = int(words[0]), words[1], (int(words[2]), int(words[3]))
             parameters = [float(word) for word in words[4:]]
         except (ValueError, IndexError):
-            raise SourceError(path, "is no list of COLMAP's cameras", RESTORE) from None
+            raise SourceError(path, "is not a list of COLMAP's cameras", RESTORE) from None
         if dict(CAMERAS.values()).get(model) not in (None, len(parameters)):
             raise SourceError(path, f"has {len(parameters)} parameters for a {model}", RESTORE)
         yield number, lens_of(model, size, parameters, path)
@@ -175,7 +175,7 @@ def _text_images(path: Path) -> Iterator[Row]:
             w, x, y, z, *t = (float(word) for word in words[1:8])
             row = words[9], int(words[8]), [x, y, z, w], t
         except (ValueError, IndexError):
-            raise SourceError(path, "is no list of COLMAP's images", RESTORE) from None
+            raise SourceError(path, "is not a list of COLMAP's images", RESTORE) from None
         yield row
         second = True
 

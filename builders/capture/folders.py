@@ -41,7 +41,7 @@ class PlainFolder(Layout):
     what = "a folder of colour and depth images"
 
     def recognise(self, place: Path) -> bool:
-        """By a folder of colour beside one of depth, or beside a trajectory."""
+        """By a folder of colour with a folder of depth or a trajectory beside it."""
         return folder_among(place, COLORS) is not None and (
             folder_among(place, DEPTHS) is not None or file_among(place, TRAJECTORIES) is not None
         )
@@ -53,20 +53,20 @@ class PlainFolder(Layout):
     def read(self, place: Path, mapping: CameraMapping) -> Recording:
         """The frames with colour, depth if there is any, and a pose.
 
-        Images that are named by times are associated by them; others, by their order.
+        Images named by times are matched by time, others by order.
         """
         folder, depth_folder = folder_among(place, COLORS), folder_among(place, DEPTHS)
         assert folder is not None
         path = file_among(place, TRAJECTORIES)
         if path is None:
-            problem = f"holds no trajectory ({', '.join(TRAJECTORIES)})"
+            problem = f"has no trajectory ({', '.join(TRAJECTORIES)})"
             raise SourceError(place, problem, f"give yours one of these names, with {FORMATS}")
         trajectory = read_trajectory(path, mapping)
         colors = images_in(folder)
         depths = images_in(depth_folder, (".png", ".npy")) if depth_folder else None
         for found, where in ((colors, folder), (depths, depth_folder)):
             if found is not None and not found:
-                raise SourceError(where or place, "holds no images", "restore them")
+                raise SourceError(where or place, "has no images", "restore them")
         total = len(colors)
         times = None
         if trajectory.times is not None:
@@ -105,7 +105,7 @@ def _by_time(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64] | None, NDArray[np.float64]]:
     """(n, 2) numbers of colour and depth images, their (n,) times, and (n, 4, 4) poses.
 
-    The times are None where they are the numbers of frames, and not seconds.
+    The times are None if they are frame numbers instead of seconds.
     """
     moments, unit = times
     order = np.argsort(moments, kind="stable")
@@ -115,7 +115,7 @@ def _by_time(
         try:
             depth_moments = np.array([float(image.stem) for image in depths]) * unit
         except ValueError:
-            problem = "has depth images that are not named by times, as the colour images are"
+            problem = "has depth images that are not named by times, unlike the colour images"
             raise SourceError(depths[0].parent, problem, "name both by times or numbers") from None
         by_time = np.argsort(depth_moments, kind="stable")
         matched = pair_up(when, depth_moments[by_time])
@@ -132,7 +132,7 @@ def _by_time(
 
 
 def _own_times(trajectory: Trajectory, chosen: NDArray[np.int64]) -> NDArray[np.float64] | None:
-    """(n,) seconds, of the poses; None where there are none, or they count frames."""
+    """(n,) seconds of the poses. None if there are none, or if they are frame numbers."""
     times = trajectory.times
     if times is None or len(times) < 2 or np.median(np.diff(times)) == 1:
         return None
@@ -142,14 +142,14 @@ def _own_times(trajectory: Trajectory, chosen: NDArray[np.int64]) -> NDArray[np.
 def _by_order(
     path: Path, trajectory: Trajectory, colors: list[Path], depths: list[Path] | None
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """As `_by_time`, for a pose for each image, in their order."""
+    """Like `_by_time`, for one pose per image, in the same order."""
     counts = {len(colors), len(trajectory.poses), len(colors if depths is None else depths)}
     if len(counts) > 1:
         problem = (
-            f"holds {len(trajectory.poses)} poses for {len(colors)} colour images and "
+            f"has {len(trajectory.poses)} poses for {len(colors)} colour images and "
             f"{'no' if depths is None else len(depths)} depth images"
         )
-        raise SourceError(path, problem, "name the images by times, or give as many of each")
+        raise SourceError(path, problem, "name the images by times, or give equal numbers")
     tracked = np.flatnonzero(known(trajectory.poses))
     if not len(tracked):
         raise SourceError(path, "has no usable pose", "leave this recording out")

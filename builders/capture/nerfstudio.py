@@ -46,7 +46,7 @@ class NerfStudio(Layout):
         with_depth = _text(frames[0].get("depth_file_path")) != ""
         whole = [frame for frame in frames if _files_there(place, frame, with_depth)]
         if not whole:
-            problem = "names no images that are there" + (", with depth" if with_depth else "")
+            problem = "names no existing images" + (" with depth" if with_depth else "")
             raise SourceError(path, problem, "put them beside it, where file_path says")
         all_poses = np.stack([_pose(frame, path) for frame in whole])
         tracked = known(all_poses)
@@ -71,7 +71,7 @@ class NerfStudio(Layout):
             reader, depth_size = depth_reader(depths, mapping, _unit(values))
         else:
             text = (
-                "transforms.json does not say the unit of its poses: the scene is in that unit, "
+                "transforms.json does not state the unit of its poses: the scene is in that unit, "
                 "which is often not metres"
             )
             notes.append(Note("units", text))
@@ -105,7 +105,7 @@ def _text(value: Any) -> str:
 
 
 def _image(place: Path, frame: dict[str, Any]) -> Path:
-    """The image of a frame; NeRF's own synthetic scenes name theirs without a suffix."""
+    """The image of a frame. NeRF's synthetic scenes name images without a suffix."""
     path = place / _text(frame.get("file_path"))
     if is_file(path) or path.suffix.lower() in IMAGES:
         return path
@@ -144,7 +144,7 @@ def _lens(
     model = _text(values.get("camera_model")) or "OPENCV"
     fisheye = "FISHEYE" in model or values.get("is_fisheye") is True
     if not fisheye and model not in PINHOLES:
-        problem = f"has the camera model {model[:40]}, which no pinhole camera can stand for"
+        problem = f"has the camera model {model[:40]}, which is not supported"
         raise SourceError(path, problem, "convert its images to perspective ones")
     width = _number(values, "w", size[0], path)
     height = _number(values, "h", size[1], path)

@@ -67,7 +67,7 @@ class SevenScenes(Layout):
 def _lens(
     place: Path, size: tuple[int, int], mapping: CameraMapping
 ) -> tuple[Lens, list[Path], list[Note]]:
-    """The lens, the file that says it, and a note where it is the documented one.
+    """The lens, the file that states it, and a note if it is the documented default.
 
     7-Scenes' principal point (320, 240) is the middle of the image, so its numbers are taken as
     they are: the centre of the first pixel is (0.5, 0.5).
@@ -79,5 +79,5 @@ def _lens(
             return Lens.of(matrix_in(path, 3), size), [path], []
     if size != (640, 480):
         raise SourceError(place, f"does not say the intrinsics of its {size} images", GIVE)
-    text = "nothing says the intrinsics: those that 7-Scenes documents are taken (585,585,320,240)"
+    text = "intrinsics are not stated: those documented for 7-Scenes are used (585,585,320,240)"
     return Lens(*KINECT, size), [], [Note("intrinsics", text)]

@@ -16,7 +16,7 @@ from occgen_hub.geometry.trajectory import poses_at
 from .recording import LONGEST_GAP, TOLERANCE, known, numbers_in
 
 MAX_BYTES = 1 << 28
-"""Of a trajectory file; an hour at 200 Hz has 100 MB."""
+"""Limit of a trajectory file in bytes. An hour at 200 Hz has 100 MB."""
 
 FORMATS = (
     "lines of 'time tx ty tz qx qy qz qw' (TUM), of 12 or 16 numbers of a matrix, or Open3D's .log"
@@ -27,23 +27,23 @@ FORMATS = (
 class Trajectory:
     """Poses of a camera.
 
-    times: (k,) float64 seconds, ascending, none twice; None where the poses are those of the
-    frames, one each; poses: (k, 4, 4) float64, world_from_camera, OpenCV axes.
+    times: (k,) float64 seconds, strictly ascending; None if there is one pose per frame; poses:
+    (k, 4, 4) float64, world_from_camera, OpenCV axes.
     """
 
     times: NDArray[np.float64] | None
     poses: NDArray[np.float64]
 
     def at(self, times: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Poses at (n,) times, and (n,) bool, which of them are known; see `poses_at`."""
+        """Poses at (n,) times, and (n,) bool: which are known (see `poses_at`)."""
         assert self.times is not None
         return poses_at(times, self.times, self.poses, LONGEST_GAP, TOLERANCE)
 
 
 def read_trajectory(path: Path, mapping: CameraMapping) -> Trajectory:
-    """A file in one of `FORMATS`, as the mapping means it.
+    """Read a file in one of `FORMATS`, with the mapping's conventions.
 
-    Rows with times whose pose is not finite or not rigid are left out: there tracking was lost.
+    Rows with a time but without a finite, rigid pose are left out: tracking was lost there.
     """
     remedy = f"remove a header or begin it with #, and give {FORMATS}"
     rows = numbers_in(path, MAX_BYTES, remedy)
@@ -59,7 +59,7 @@ def read_trajectory(path: Path, mapping: CameraMapping) -> Trajectory:
         poses = np.array([row for n, row in enumerate(rows) if n % 5]).reshape(-1, 4, 4)
         return Trajectory(None, _meant(poses, mapping))
     counts = ", ".join(map(str, sorted(widths)[:5])) or "no"
-    problem = f"is no trajectory (its lines have {counts} numbers)"
+    problem = f"is not a trajectory (its lines have {counts} numbers)"
     raise SourceError(path, problem, f"give one with {FORMATS}")
 
 
@@ -68,7 +68,7 @@ def timed(path: Path, rows: NDArray[np.float64], mapping: CameraMapping) -> Traj
     poses = poses_of(rows[:, 1:4], rows[:, 4:])
     usable = known(poses) & np.isfinite(rows[:, 0])
     if not usable.any():
-        raise SourceError(path, "holds no usable pose", "leave this recording out")
+        raise SourceError(path, "has no valid poses", "leave this recording out")
     times, first = np.unique(rows[usable, 0], return_index=True)
     offset = mapping.time_offset or 0.0
     return Trajectory(times + offset, _meant(poses[usable][first], mapping))
@@ -77,7 +77,7 @@ def timed(path: Path, rows: NDArray[np.float64], mapping: CameraMapping) -> Traj
 def poses_of(
     positions: NDArray[np.float64], quaternions: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """(k, 4, 4) from (k, 3) positions and (k, 4) quaternions x, y, z, w; nan where it is none."""
+    """(k, 4, 4) from (k, 3) positions and (k, 4) quaternions x, y, z, w; NaN for invalid ones."""
     norm = np.linalg.norm(quaternions, axis=1)
     usable = np.isfinite(norm) & (np.abs(norm - 1) < 0.1)
     poses = np.tile(np.eye(4), (len(positions), 1, 1))
@@ -88,7 +88,7 @@ def poses_of(
 
 
 def _meant(poses: NDArray[np.float64], mapping: CameraMapping) -> NDArray[np.float64]:
-    """Poses as the mapping means them; those that are not rigid and finite become nan."""
+    """Convert poses from the mapping's conventions. Invalid poses become NaN."""
     usable = known(poses)
     meant = np.full(poses.shape, np.nan)
     meant[usable] = mapping.world_from_camera(poses[usable])
@@ -98,11 +98,11 @@ def _meant(poses: NDArray[np.float64], mapping: CameraMapping) -> NDArray[np.flo
 def matched_times(
     names: list[str], trajectory: Trajectory
 ) -> tuple[NDArray[np.float64], float] | None:
-    """The times of images that are named by them, in seconds, and their unit in seconds.
+    """The times of images named by times, in seconds, and their unit in seconds.
 
-    The unit (s, ms, us, ns) is that by which most of the names lie within the trajectory's time.
-    None where the names are no numbers, or hardly one lies in it, or where images are counted:
-    0, 1, 2 are no milliseconds, though they lie in a trajectory that begins at 0.
+    The unit (s, ms, us, ns) is the one with most names within the trajectory's time range. None if
+    names are not numbers, if hardly any is in the range, or if images are numbered: 0, 1, 2 are
+    not milliseconds, even if a trajectory begins at 0.
     """
     try:
         numbers = np.array([float(name) for name in names])

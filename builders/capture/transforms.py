@@ -1,4 +1,4 @@
-"""Coordinate frames of ROS: the tree of /tf and /tf_static, and odometry put into it."""
+"""Coordinate frames of ROS: the tree of /tf and /tf_static, and odometry."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class _Edge:
 
 
 class Transforms:
-    """Frames by their names, each with its parent."""
+    """A tree of frames by name, each with its parent."""
 
     def __init__(self) -> None:
         self._edges: dict[str, _Edge] = {}
 
     def add(self, transform: Any, when: int, *, static: bool) -> None:
-        """Add a TransformStamped, which was recorded at `when` nanoseconds."""
+        """Add a TransformStamped that was recorded at `when` nanoseconds."""
         parent, child = _name(transform.header.frame_id), _name(transform.child_frame_id)
         moved, turned = transform.transform.translation, transform.transform.rotation
         self._add(parent, child, transform.header.stamp, when, moved, turned, static=static)
@@ -71,7 +71,7 @@ class Transforms:
             edge.times, edge.poses = times + offset, poses[usable][first]
 
     def moves(self, frame: str) -> bool:
-        """Whether something above a frame moves."""
+        """Whether any transform above a frame moves."""
         return any(not edge.static for edge in self._above(frame))
 
     def _above(self, frame: str) -> list[_Edge]:
@@ -85,9 +85,9 @@ class Transforms:
     def at(
         self, times: NDArray[np.float64], frame: str
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.float64]]:
-        """(n, 4, 4) root_from_frame, (n,) bool, which of them are known, and what times there are.
+        """(n, 4, 4) root_from_frame, (n,) bool: which are known, and the known times.
 
-        Each transform is interpolated by itself.
+        Each transform is interpolated separately.
         """
         result, good = np.tile(np.eye(4), (len(times), 1, 1)), np.ones(len(times), np.bool_)
         moments = times
@@ -123,10 +123,10 @@ def odometry(
     *,
     mapped: bool,
 ) -> Transforms:
-    """A tree in which odometry, or poses, move the camera's frame.
+    """A tree in which odometry or poses move the camera's frame.
 
-    Odometry is of its child frame, to which the camera's has to be fixed in `tree`; poses without a
-    child frame are the camera's. mapped: whether the user says where the camera sits instead.
+    Odometry moves its child frame, and `tree` must have a fixed transform from there to the camera.
+    Poses without a child frame are the camera's. mapped: whether the user gives the transform.
     """
     result, child = Transforms(), ""
     for when, message in messages:

@@ -1,4 +1,4 @@
-"""TUM RGB-D: lists of images with their times, and a trajectory with times of its own."""
+"""TUM RGB-D: lists of images with times, and a trajectory with other times."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TRAJECTORIES = ("groundtruth.txt", "trajectory.txt", "CameraTrajectory.txt")
 
 
 class TumRgbd(Layout):
-    """`rgb.txt`, `depth.txt` and `groundtruth.txt`; depth in 5,000 units a metre."""
+    """`rgb.txt`, `depth.txt` and `groundtruth.txt`; depth with 5,000 units per metre."""
 
     what = "a TUM RGB-D recording"
 
@@ -61,7 +61,7 @@ class TumRgbd(Layout):
         paired = len(colors)
         trajectory = read_trajectory(trajectory_path, mapping)
         if trajectory.times is None:
-            problem = "has no times, which TUM RGB-D associates frames by"
+            problem = "has no times, which are needed to match frames"
             raise SourceError(trajectory_path, problem, "give 'time tx ty tz qx qy qz qw' lines")
         poses, tracked = trajectory.at(times)
         check_tracked(trajectory_path, tracked, times, trajectory.times)
@@ -88,7 +88,7 @@ class TumRgbd(Layout):
 
 
 def listed(path: Path) -> tuple[NDArray[np.float64], list[Path]]:
-    """The times of a list of images, ascending, and the images: 'time name' in each line."""
+    """The ascending times and the images of a list with 'time name' in each line."""
     rows = []
     for number, line in enumerate(read_bytes(path).decode("utf-8", "replace").splitlines(), 1):
         words = line.partition("#")[0].split(maxsplit=1)

@@ -1,4 +1,4 @@
-"""The source `lerobot`: an episode of a LeRobot dataset, as each of its cameras saw it."""
+"""The source `lerobot`: an episode of a LeRobot dataset, from each of its cameras."""
 
 from __future__ import annotations
 
@@ -47,19 +47,21 @@ from .images import Place, color_reader, depth_reader
 
 GROUP = "lerobot"
 EPISODE, FRAME, TIME = "source_episode_index", "source_frame_index", "source_timestamp"
-"""Columns by which rows are joined to those of the source."""
+"""Columns that identify the rows of the source."""
 
 OWN = ("timestamp", "frame_index", "episode_index", "index", "task_index")
-"""LeRobot's columns, which are made anew."""
+"""LeRobot's own columns, which are computed again."""
 
 TASK = "perform the task"
-"""Of an episode whose source has no words for what is done."""
+"""The task of an episode if the source has none."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of an episode. entry: what the dataset lists of it; path: their file; columns: all
-    that are numbers or texts, T rows each; times: (T,) float64 seconds, ascending.
+    """The rows of an episode.
+
+    entry: from the dataset's list of episodes; path: their file; columns: of numbers or texts, with
+    T rows each; times: (T,) float64 seconds, ascending.
     """
 
     entry: EpisodeEntry
@@ -87,7 +89,7 @@ class LeRobotBuilder(DatasetBuilder):
         return lerobot_kind(root)
 
     def episodes(self) -> Iterator[EpisodeRef]:
-        """Every camera of every episode, sorted by id; raises UsageError where there is none."""
+        """Every camera of every episode, sorted by id. Raises UsageError if there is none."""
         self._check_root()
         names = self._cameras()
         scene = _scene(self.root)
@@ -99,7 +101,7 @@ class LeRobotBuilder(DatasetBuilder):
                 yield EpisodeRef(ident, self.root, index)
 
     def survey_cameras(self) -> CameraSurvey:
-        """What the names and shapes of the features suggest. UsageError for another folder."""
+        """A survey of the features' names and shapes. Raises UsageError for other folders."""
         self._check_root()
         return survey(self._info())
 
@@ -107,8 +109,8 @@ class LeRobotBuilder(DatasetBuilder):
         if not is_file(self.root / INFO):
             other = other_source(self.root, self.name)
             raise UsageError(
-                f"{self.root}: is no LeRobot dataset, which has a meta/info.json; "
-                f"{other or 'give the folder that holds meta, data and videos'}."
+                f"{self.root}: is not a LeRobot dataset: it has no meta/info.json; "
+                f"{other or 'give the folder with meta, data and videos'}."
             )
 
     def has_depth(self, ref: EpisodeRef) -> bool:
@@ -116,12 +118,12 @@ class LeRobotBuilder(DatasetBuilder):
         return self._camera(ref).depth is not None
 
     def work(self, ref: EpisodeRef) -> float:
-        """Frames times pixels, as info.json has them."""
+        """Frames times pixels, from info.json."""
         footage = self.footage(ref)
         return 0.0 if footage is None else float(footage[0] * np.prod(footage[1]))
 
     def footage(self, ref: EpisodeRef) -> tuple[int, tuple[int, int]] | None:
-        """Frames and their size, as the dataset lists them."""
+        """Number of frames and their size, as listed in the dataset."""
         try:
             info, camera = self._info(), self._camera(ref)
             assert camera.rgb is not None
@@ -130,7 +132,7 @@ class LeRobotBuilder(DatasetBuilder):
             return None
 
     def sources(self, ref: EpisodeRef) -> list[Path]:
-        """What lists the episode, its table, and the videos of the cameras that are built."""
+        """The file that lists the episode, its table, and the videos of the cameras to build."""
         info, entry = self._info(), self._entry(ref)
         tasks, _ = read_tasks(self.root, info)
         keys = [key for c in self._cameras().values() for key in (c.rgb, c.depth) if key]
@@ -139,7 +141,7 @@ class LeRobotBuilder(DatasetBuilder):
         return list(dict.fromkeys([*listed, self._file(entry.data), *videos]))
 
     def read(self, ref: EpisodeRef) -> Episode:
-        """One episode as one of its cameras saw it; the others are `beside` it."""
+        """One episode from one of its cameras. The other cameras are in `beside`."""
         rows = self._rows(self._entry(ref))
         cameras, own = self._cameras(), self._camera(ref)
         known = np.ones(len(rows.times), np.bool_)
@@ -147,7 +149,7 @@ class LeRobotBuilder(DatasetBuilder):
             known &= poses_of(camera, rows.columns, rows.times, rows.path)[1]
         kept = np.flatnonzero(known)
         if not len(kept):
-            problem = "has no frame in which the poses of all cameras are known"
+            problem = "has no frame with known poses of all cameras"
             raise SourceError(rows.path, problem, "build its cameras one by one, with --camera")
         lost = len(known) - len(kept)
         notes = [*rows.notes]
@@ -173,7 +175,7 @@ class LeRobotBuilder(DatasetBuilder):
         fingerprint: str,
         notes: list[Note],
     ) -> Episode:
-        """The rows `kept` of an episode as a camera saw them."""
+        """The rows `kept` of an episode from a camera."""
         info, entry, path = self._info(), rows.entry, rows.path
         assert camera.rgb is not None
         read_color = color_reader(self._place(rows, kept, camera.rgb))
@@ -187,7 +189,7 @@ class LeRobotBuilder(DatasetBuilder):
         read_depth, depth_size = None, None
         if camera.depth is not None:
             if lenses is None:
-                problem = f"{camera.rgb} has depth, and nothing says its intrinsics"
+                problem = f"{camera.rgb} has depth, but no intrinsics"
                 remedy = "give intrinsics in the mapping, or --intrinsics fx,fy,cx,cy"
                 raise SourceError(info.path, problem, remedy)
             read_depth = depth_reader(self._place(rows, kept, camera.depth), camera)
@@ -235,7 +237,7 @@ class LeRobotBuilder(DatasetBuilder):
         )
 
     def _place(self, rows: Rows, kept: NDArray[np.int64], key: str) -> Place:
-        """Where the images of a feature are."""
+        """The place of the images of a feature."""
         info, entry = self._info(), rows.entry
         feature, start, path = info.features[key], 0.0, rows.path
         if feature.video:
@@ -249,7 +251,7 @@ class LeRobotBuilder(DatasetBuilder):
         table = read_rows(path, entry.index, images)
         if table.num_rows != entry.length:
             text = f"{entry.listed.name} says {entry.length} frames of episode {entry.index}, the "
-            notes.append(Note("length", f"{text}table has {table.num_rows}: those count"))
+            notes.append(Note("length", f"{text}table has {table.num_rows}: these are used"))
         columns, lost = _columns(table, info)
         if lost:
             listed = "; ".join(f"{name[:60]} {reason}" for name, reason in list(lost.items())[:4])
@@ -265,7 +267,7 @@ class LeRobotBuilder(DatasetBuilder):
     def _tasks(
         self, rows: Rows, kept: NDArray[np.int64]
     ) -> tuple[tuple[Task, ...], NDArray[np.int64]]:
-        """The instructions of an episode, and which of them each frame has."""
+        """The instructions of an episode, and the instruction's number for each frame."""
         _, named = read_tasks(self.root, self._info())
         column = rows.columns.get("task_index")
         numbers = np.zeros(0) if column is None else np.asarray(column.values)[kept]
@@ -279,7 +281,7 @@ class LeRobotBuilder(DatasetBuilder):
         words = list(rows.entry.tasks[:1]) or [TASK]
         return tuple(Task(text) for text in words), np.zeros(len(kept), np.int64)
 
-    # What is where
+    # Files and cameras
 
     def _info(self) -> Info:
         return read_info(self.root)
@@ -287,11 +289,11 @@ class LeRobotBuilder(DatasetBuilder):
     def _entry(self, ref: EpisodeRef) -> EpisodeEntry:
         entries = read_episodes(self.root, self._info())
         if ref.index not in entries:
-            raise SourceError(self.root, f"has no episode {ref.index} any more", RESTORE)
+            raise SourceError(self.root, f"no longer has episode {ref.index}", RESTORE)
         return entries[ref.index]
 
     def _cameras(self) -> dict[str, CameraMapping]:
-        """The cameras to build by their names; raises UsageError where nothing says which."""
+        """The cameras to build, by name. Raises UsageError if they have to be chosen."""
         info, mappings = self._info(), self.cameras
         keys = [key for key, feature in info.features.items() if is_color(key, feature)]
         if not keys:
@@ -303,7 +305,7 @@ class LeRobotBuilder(DatasetBuilder):
             if len(keys) > 1:
                 raise UsageError(
                     f"{self.root}: has {len(keys)} cameras ({', '.join(keys)[:400]}); choose with "
-                    "--camera KEY, which may be given several times."
+                    "--camera KEY (repeatable)."
                 )
             mappings = (mappings[0].model_copy(update={"rgb": keys[0]}), *mappings[1:])
         for mapping in mappings:
@@ -323,7 +325,7 @@ class LeRobotBuilder(DatasetBuilder):
         return ref.id.rpartition("/")[2].partition(".")[2]
 
     def _video(self, entry: EpisodeEntry, key: str) -> Path:
-        """An episode's video, in the container that is there."""
+        """An episode's video, in any supported container."""
         name = entry.videos[key].path
         stem, dot, suffix = name.rpartition(".")
         names = [name, *(f"{stem}{s}" for s in CONTAINERS if f"{dot}{suffix}" != s)]
@@ -331,7 +333,7 @@ class LeRobotBuilder(DatasetBuilder):
         return self._file(there or name)
 
     def _file(self, name: str) -> Path:
-        """A file of the dataset, fetched from the Hub where it comes from there."""
+        """A file of the dataset. It is downloaded if the dataset is on the Hub."""
         path = self.root / name
         if not is_file(path) and (source := HubSource.of_snapshot(self.root)) is not None:
             source.fetch(name)
@@ -339,20 +341,20 @@ class LeRobotBuilder(DatasetBuilder):
 
 
 def _unit_notes(info: Info, camera: CameraMapping) -> list[Note]:
-    """A note where nothing says the unit of a camera's depth."""
+    """A note if the unit of a camera's depth is not stated."""
     feature = info.features[camera.depth or ""]
     own = feature.depth_map and (feature.video or "depth_unit" in feature.info)
     if own or camera.depth_unit is not None:
         return []
     text = (
-        f"{camera.depth} says no unit: whole numbers are taken for millimetres and others for "
-        "metres; depth_unit says otherwise"
+        f"{camera.depth} has no unit: integers are read as millimetres and other numbers as "
+        "metres; set depth_unit to change that"
     )
     return [Note("depth unit", text)]
 
 
 def _columns(table: pa.Table, info: Info) -> tuple[dict[str, Column], dict[str, str]]:
-    """The columns as arrays, and why each of the others cannot be one."""
+    """The columns as arrays, and for each of the others the reason why it is left out."""
     columns, lost = dict[str, Column](), dict[str, str]()
     for field, values in zip(table.schema, table.columns, strict=True):
         nested = pa.types.is_list(field.type) or pa.types.is_fixed_size_list(field.type)
@@ -377,9 +379,9 @@ def _columns(table: pa.Table, info: Info) -> tuple[dict[str, Column], dict[str, 
 def _passed_through(
     rows: Rows, entry: EpisodeEntry, kept: NDArray[np.int64]
 ) -> tuple[dict[str, Column], list[str]]:
-    """The source's own columns, and those by which its rows are found again.
+    """The source's own columns, and those that identify its rows.
 
-    With them come the names of those that hold numbers that are not finite, and have no statistics.
+    Also the names of columns that are left out because they have numbers that are not finite.
     """
     columns, lost = {}, []
     values: Any
@@ -405,13 +407,13 @@ def _passed_through(
 
 
 def _scene(root: Path) -> str:
-    """The name of a dataset as a part of ids: its own, or that of its repository."""
+    """The name of a dataset in ids: that of its folder or of its repository."""
     source = HubSource.of_snapshot(root)
     name = root.resolve().name if source is None else source.repo_id
     return re.sub(r"[^\w.-]+", "_", name).strip("._-")[-100:] or "dataset"
 
 
 def _origin(root: Path) -> dict[str, str] | None:
-    """The repository and the commit that a dataset was fetched from; None where nothing says."""
+    """The repository and the commit that a dataset was downloaded from. None if unknown."""
     source = HubSource.of_snapshot(root)
     return None if source is None else {"repo_id": source.repo_id, "revision": source.revision}

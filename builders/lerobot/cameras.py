@@ -1,4 +1,4 @@
-"""What a mapping makes of a dataset's columns, and a mapping to begin with."""
+"""Apply a camera mapping to a dataset's columns, and write a first mapping."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from .dataset import Info, LeRobotFeature
 
 MAPPED = "correct the mapping"
 HALF_TURN = np.diag([-1.0, -1.0, 1.0, 1.0])
-"""About the optical axis: what negative focal lengths say of the camera's axes."""
+"""Rotation about the optical axis, for cameras with negative focal lengths."""
 
 LONGEST_GAP = 0.25
-"""Seconds between two poses, for those between them to be known."""
+"""Largest time between two poses to interpolate between them, seconds."""
 
 PARTS = ("observation.images.", "observation.image.", "observation.depth.", "observation.")
-"""What names of features begin with that is no part of the camera's name."""
+"""Prefixes of feature names that are not part of the camera's name."""
 
 
 def camera_name(key: str) -> str:
-    """The name of a camera in the id of a trajectory, from its feature."""
+    """The name of a camera in ids of trajectories, from its feature."""
     short = next((key.removeprefix(part) for part in PARTS if key.startswith(part)), key)
     return re.sub(r"[^A-Za-z0-9_-]+", "_", short).strip("_-")[-80:] or "camera"
 
@@ -45,7 +45,7 @@ def is_color(key: str, feature: LeRobotFeature) -> bool:
 
 
 def check_mapping(mapping: CameraMapping, info: Info) -> None:
-    """Raise UsageError where a mapping names a feature that is not there or not of its kind."""
+    """Raise UsageError if a mapping names a feature that does not exist or is of another kind."""
     for attribute in ("rgb", "depth", "info", "pose"):
         key = getattr(mapping, attribute)
         if key is None:
@@ -57,7 +57,7 @@ def check_mapping(mapping: CameraMapping, info: Info) -> None:
             raise UsageError(f"{said} {key}: {info.path} has no such feature; it has {known}.")
         if feature.visual != (attribute in ("rgb", "depth")):
             kind = f"{feature.dtype} of shape {list(feature.shape)}"
-            raise UsageError(f"{said} {key}: is {kind}, which cannot be that; {MAPPED}.")
+            raise UsageError(f"{said} {key}: is {kind}, which cannot be {said}; {MAPPED}.")
     if mapping.info is not None and mapping.intrinsics is not None:
         raise UsageError(f"intrinsics: both numbers and {mapping.info} are given; {MAPPED}.")
 
@@ -68,9 +68,9 @@ def check_mapping(mapping: CameraMapping, info: Info) -> None:
 def poses_of(
     mapping: CameraMapping, columns: dict[str, Column], times: NDArray[np.float64], path: Path
 ) -> tuple[NDArray[np.float64] | None, NDArray[np.bool_]]:
-    """(T, 4, 4) float64 world_from_camera, OpenCV axes, and (T,) bool, which of them are known.
+    """(T, 4, 4) float64 world_from_camera, OpenCV axes, and (T,) bool: which are known.
 
-    times: (T,) seconds of the rows, ascending. None where the mapping has no poses.
+    The poses are None if the mapping has none. times: (T,) seconds of the rows, ascending.
     """
     length = len(times)
     if mapping.pose is None:
@@ -85,7 +85,7 @@ def poses_of(
         raise SourceError(path, f"column {mapping.pose} {error}", MAPPED) from None
     known = rigidity_error(poses) <= RIGID
     if not known.any():
-        raise SourceError(path, f"column {mapping.pose} holds no rigid transform", _remedy(poses))
+        raise SourceError(path, f"column {mapping.pose} has no rigid transform", _remedy(poses))
     if mapping.time_offset:
         own = times[known] + mapping.time_offset
         poses, known = poses_at(times, own, poses[known], LONGEST_GAP, 1e-6)
@@ -99,7 +99,7 @@ def poses_of(
 
 def _remedy(poses: NDArray[np.float64]) -> str:
     if (rigidity_error(poses.transpose(0, 2, 1)) <= RIGID).any():
-        return "its matrices are written column after column; write them row after row"
+        return "its matrices are in column-major order; write them in row-major order"
     return f"{MAPPED}, or its pose_layout"
 
 
@@ -118,7 +118,8 @@ def lenses_of(
 ) -> tuple[list[Lens] | None, bool]:
     """The lens of each of T frames, and whether focal lengths are negative in the source.
 
-    None where the mapping has no intrinsics. size: (width, height) of the colour images.
+    The lenses are None if the mapping has no intrinsics. size: (width, height) of the colour
+    images.
     """
     if mapping.info is None:
         lens, length = mapping.lens(size), len(next(iter(columns.values())).values)
@@ -142,28 +143,28 @@ def lenses_of(
 
 
 def notes_of(mapping: CameraMapping, columns: dict[str, Column], *, turned: bool) -> list[Note]:
-    """What was taken for granted of a camera."""
+    """Notes on assumptions about a camera."""
     notes = []
     if turned:
         text = (
-            f"the focal lengths in {mapping.info} are negative: the camera's x and y are taken to "
-            "point left and up, and its poses are turned by half a turn about the optical axis"
+            f"the focal lengths in {mapping.info} are negative: the camera's x and y are assumed "
+            "to point left and up, and its poses are rotated by 180 degrees about the optical axis"
         )
         notes.append(Note("negative focal length", text))
     if mapping.pose is not None and mapping.pose_layout is None:
         count = np.asarray(columns[mapping.pose].values)[0].size
         taken = {6: "x, y, z, roll, pitch, yaw", 7: "x, y, z and a quaternion x, y, z, w"}
         if count in taken:
-            text = f"the {count} numbers of {mapping.pose} are taken for {taken[count]}"
-            notes.append(Note("pose layout", f"{text}; pose_layout says otherwise"))
+            text = f"the {count} numbers of {mapping.pose} are read as {taken[count]}"
+            notes.append(Note("pose layout", f"{text}; set pose_layout to change that"))
     return notes
 
 
-# A mapping to begin with
+# A first mapping
 
 
 def survey(info: Info) -> CameraSurvey:
-    """What the features of a dataset look like, and a mapping of what its names suggest."""
+    """Describe the features of a dataset, and guess a mapping from their names."""
     features = info.features
     colors = [key for key, feature in features.items() if is_color(key, feature)]
     depths = [
@@ -181,7 +182,7 @@ def survey(info: Info) -> CameraSurvey:
         for what, keys in kinds.items()
     ]
     text = ["# Which columns belong to which camera; docs/formats.md says what may stand here.",
-            "# The lines are what names suggest: check them, and correct them.",
+            "# The lines are guessed from names: check and correct them.",
             "cameras:"]  # fmt: skip
     for key in colors:
         text += _entry(key, depths, intrinsics, poses, features, alone=len(colors) == 1)
@@ -212,7 +213,7 @@ def _entry(
     *,
     alone: bool,
 ) -> list[str]:
-    """The lines of one camera: what its name leaves no doubt about, the rest behind a #."""
+    """The lines of one camera. What its name leaves open is behind a #."""
     lines = [f"  - rgb: {_quoted(color)}"]
     for name, keys in (("depth", depths), ("intrinsics", intrinsics), ("pose", poses)):
         own = keys if alone and len(keys) == 1 else _of_camera(color, keys)
@@ -235,7 +236,7 @@ def _entry(
 
 
 def _of_camera(color: str, keys: list[str]) -> list[str]:
-    """The features whose names have the words of a camera's name that others have not."""
+    """The features whose names have the words that distinguish a camera's name."""
     words = set(re.split(r"[^a-z0-9]+", camera_name(color).lower())) - {"rgb", "image", "color", ""}
     found = [key for key in keys if words <= set(re.split(r"[^a-z0-9]+", key.lower()))]
     return found if words else keys

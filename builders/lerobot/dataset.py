@@ -1,4 +1,4 @@
-"""A LeRobot dataset on disk: its features, its episodes, and where their files are."""
+"""A LeRobot dataset on disk: its features, its episodes and their files."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ INFO = "meta/info.json"
 RESTORE = "restore it from the source"
 MAX_EPISODES = 1 << 20
 CONTAINERS = (".mp4", ".mkv")
-"""Of videos: where a path template says one of them, a file of the other may be there instead."""
+"""Suffixes of videos. A file may have another one than the path template."""
 
 LARGE = 1024
-"""Numbers in a column's value of two or more dimensions, from which on it is an image."""
+"""Size from which an array of two or more dimensions counts as an image."""
 
 
 @dataclass(frozen=True)
 class LeRobotFeature:
-    """A feature as info.json has it. names: of its numbers, None where there are none for each."""
+    """A feature of info.json. names: one for each of its numbers, or None."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -52,23 +52,23 @@ class LeRobotFeature:
 
     @property
     def video(self) -> bool:
-        """Whether it lies in videos."""
+        """Whether it is stored in videos."""
         return self.dtype == "video"
 
     @property
     def visual(self) -> bool:
-        """Whether it is images: videos, a column of encoded ones, or one of large arrays."""
+        """Whether it has images: videos, or a column of encoded images or large arrays."""
         large = len(self.shape) > 1 and prod(self.shape) >= LARGE
         return self.dtype in ("video", "image") or large
 
     @property
     def depth_map(self) -> bool:
-        """Whether LeRobot itself calls it depth."""
+        """Whether LeRobot marks it as depth."""
         return bool(self.info.get("is_depth_map") or self.info.get("video.is_depth_map"))
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) of its images, as the shape has it; (0, 0) where it does not tell."""
+        """(width, height) of its images, from the shape. (0, 0) if unknown."""
         shape = self.shape
         if len(shape) == 3 and shape[0] in (1, 3, 4) and shape[2] not in (1, 3, 4):
             shape = (*shape[1:], shape[0])
@@ -90,13 +90,13 @@ class Info:
 
     @property
     def joined(self) -> bool:
-        """Whether files hold many episodes, as from v3.0 on."""
+        """Whether files have many episodes, as in v3.0."""
         return not self.version.startswith("v2")
 
 
 @dataclass(frozen=True)
 class VideoPart:
-    """Where an episode's video is: a path below the root, and the second at which it begins."""
+    """An episode's video: a path below the root, and the start time in seconds."""
 
     path: str
     start: float
@@ -115,7 +115,7 @@ class EpisodeEntry:
 
 
 def read_info(root: Path) -> Info:
-    """meta/info.json; raises SourceError where it is not LeRobot's, or of a version not read."""
+    """Read meta/info.json. Raises SourceError if it is invalid or its version is not supported."""
     path = root / INFO
     return _read_info(path, _stamp(path))
 
@@ -125,7 +125,7 @@ def _read_info(path: Path, _: Version) -> Info:
     info = read_json(path)
     number = str(info.get("codebase_version"))
     if not re.fullmatch(r"v(2\.[01]|3\.[0-9]+)", number):
-        problem = f"is of the version {number[:20]}, and v2.0, v2.1 and v3.0 are read"
+        problem = f"has the version {number[:20]}, but only v2.0, v2.1 and v3.0 are supported"
         raise SourceError(path, problem, "convert it with LeRobot's own scripts")
     features, fps = info.get("features"), info.get("fps")
     known = isinstance(fps, int | float) and not isinstance(fps, bool) and 0 < fps < 1e6
@@ -133,7 +133,7 @@ def _read_info(path: Path, _: Version) -> Info:
         raise SourceError(path, "has no features or no fps", RESTORE)
     chunks_size = info.get("chunks_size", 1000)
     if not isinstance(chunks_size, int) or chunks_size < 1:
-        raise SourceError(path, f"says chunks_size {str(chunks_size)[:20]}", RESTORE)
+        raise SourceError(path, f"has the invalid chunks_size {str(chunks_size)[:20]}", RESTORE)
     return Info(
         path=path,
         version=number,
@@ -162,7 +162,7 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _names(value: Any) -> list[str] | None:
-    """The names of numbers: a list, or lists of several kinds by their kind."""
+    """The names of numbers, from a list or from lists by kind."""
     if isinstance(value, dict):
         parts = list(value.values())
         listed = bool(parts) and all(isinstance(part, list) for part in parts)
@@ -174,11 +174,11 @@ def _names(value: Any) -> list[str] | None:
 
 
 def read_episodes(root: Path, info: Info) -> dict[int, EpisodeEntry]:
-    """The episodes by their numbers, ascending. Raises SourceError where there are none."""
+    """The episodes by number, ascending. Raises SourceError if there are none."""
     if info.joined:
         places = sorted((root / "meta/episodes").glob("*/*.parquet"))
         if not places:
-            raise SourceError(root / "meta/episodes", "holds no table of episodes", RESTORE)
+            raise SourceError(root / "meta/episodes", "has no table of episodes", RESTORE)
     else:
         places = [root / "meta/episodes.jsonl"]
     stamps = tuple((path, _stamp(path)) for path in places)
@@ -193,12 +193,12 @@ def _read_episodes(
     rows = _joined_entries if info.joined else _separate_entries
     found = {entry.index: entry for place, _ in stamps for entry in rows(place, info)}
     if not found:
-        raise SourceError(root / INFO, "is of a dataset without episodes", RESTORE)
+        raise SourceError(root / INFO, "belongs to a dataset without episodes", RESTORE)
     return dict(sorted(found.items()))
 
 
 def _separate_entries(path: Path, info: Info) -> Iterator[EpisodeEntry]:
-    """v2: a line an episode, whose files are its own."""
+    """v2: a line for each episode, which has its own files."""
     for number, row in enumerate(read_jsonl(path), 1):
         index, length = _counts(row)
         if length < 1:
@@ -215,7 +215,7 @@ def _separate_entries(path: Path, info: Info) -> Iterator[EpisodeEntry]:
 
 
 def _joined_entries(path: Path, info: Info) -> Iterator[EpisodeEntry]:
-    """v3: a row an episode, which names the files that it is in, and where."""
+    """v3: a row for each episode, with its files and its position in them."""
     keys = [key for key, feature in info.features.items() if feature.video]
     parts = ("chunk_index", "file_index")
     names = [
@@ -234,7 +234,7 @@ def _joined_entries(path: Path, info: Info) -> Iterator[EpisodeEntry]:
         index, length = _counts(row)
         places = [value for name, value in row.items() if name != "tasks"]
         if length < 1 or None in places:
-            raise SourceError(path, "has a row without an episode_index, length or place", RESTORE)
+            raise SourceError(path, "has a row without episode_index, length or file", RESTORE)
         videos = {}
         for key in keys:
             fields = {part: row[f"videos/{key}/{part}"] for part in parts} | {"video_key": key}
@@ -247,7 +247,7 @@ def _joined_entries(path: Path, info: Info) -> Iterator[EpisodeEntry]:
 
 
 def _counts(row: dict[str, Any]) -> tuple[int, int]:
-    """The number and the length of an episode; a length of 0 where they are not usable."""
+    """The number and the length of an episode. The length is 0 if they are invalid."""
     index, length = row.get("episode_index"), row.get("length")
     if not (isinstance(index, int) and isinstance(length, int)) or isinstance(index, bool):
         return 0, 0
@@ -260,9 +260,9 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 
 def _filled(template: str, fields: dict[str, Any], info: Info) -> str:
-    """A path template with its fields, as {episode_index:06d}, filled in.
+    """Fill in the fields of a path template, such as {episode_index:06d}.
 
-    Raises SourceError where it has others, or where the path leads out of the dataset.
+    Raises SourceError for other fields, or if the path leads out of the dataset.
     """
 
     def value(match: re.Match[str]) -> str:
@@ -284,7 +284,7 @@ def _bad_template(template: str, info: Info) -> SourceError:
 
 
 def read_tasks(root: Path, info: Info) -> tuple[Path | None, dict[int, str]]:
-    """The file of the tasks, None where there is none, and the tasks by their numbers."""
+    """The file of the tasks, or None, and the tasks by number."""
     path = root / ("meta/tasks.parquet" if info.joined else "meta/tasks.jsonl")
     if not is_file(path):
         return None, {}
@@ -296,7 +296,7 @@ def _read_tasks(path: Path, _: Version) -> dict[int, str]:
     if path.suffix == ".jsonl":
         rows = read_jsonl(path)
     else:
-        with opened_table(path) as file:  # The text is the index of a table of pandas'.
+        with opened_table(path) as file:  # The text is the index of a pandas table.
             table = file.read()
         texts = [field.name for field in table.schema if _is_text(field.type)]
         if "task_index" not in table.column_names or len(texts) != 1:
@@ -320,7 +320,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 @contextmanager
 def opened_table(path: Path) -> Iterator[pq.ParquetFile]:
-    """A parquet file; what Arrow raises of a damaged one becomes SourceError."""
+    """Open a parquet file. Arrow's errors for a damaged file become SourceErrors."""
     try:
         with parquet_file(path) as file:
             yield file
@@ -329,9 +329,9 @@ def opened_table(path: Path) -> Iterator[pq.ParquetFile]:
 
 
 def read_rows(path: Path, episode: int, leave_out: set[str]) -> pa.Table:
-    """The rows of an episode in a file of many, without some columns.
+    """The rows of an episode in a file of many, without the columns `leave_out`.
 
-    Raises SourceError where there are none, or more than fit into memory.
+    Raises SourceError if there are none, or more than fit into memory.
     """
     with opened_table(path) as file:
         names = [name for name in file.schema_arrow.names if name not in leave_out]
@@ -340,21 +340,21 @@ def read_rows(path: Path, episode: int, leave_out: set[str]) -> pa.Table:
             batches.append(batch)
             rows, size = rows + batch.num_rows, size + batch.nbytes
             if rows > MAX_TABLE_ROWS or size > MAX_TABLE_BYTES:
-                problem = f"holds more of episode {episode} than fits into memory"
+                problem = f"has more of episode {episode} than fits into memory"
                 raise SourceError(path, problem, "cut the episode into parts")
         if not rows:
-            raise SourceError(path, f"holds no rows of episode {episode}", RESTORE)
+            raise SourceError(path, f"has no rows of episode {episode}", RESTORE)
         table = plain(pa.Table.from_batches(batches))
         table.validate(full=True)
     if len(set(table.column_names)) < table.num_columns:
-        raise SourceError(path, "has two columns of one name", RESTORE)
+        raise SourceError(path, "has two columns with the same name", RESTORE)
     return table
 
 
 def episode_batches(
     file: pq.ParquetFile, episode: int, names: list[str], rows: int = 1024
 ) -> Iterator[pa.RecordBatch]:
-    """The rows of an episode in an open file, so many at a time; all where it holds no other."""
+    """The rows of an episode in an open file, in batches; all rows if it has no episode_index."""
     alone = "episode_index" not in file.schema_arrow.names
     asked = list(dict.fromkeys([*names, *(() if alone else ("episode_index",))]))
     groups = [

@@ -1,4 +1,4 @@
-"""The frames of a feature: part of a video, a column of encoded images, or one of arrays."""
+"""The frames of a feature: part of a video, or a column of encoded images or arrays."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from ..capture.recording import in_metres
 from .dataset import INFO, LeRobotFeature, episode_batches, opened_table
 
 ROWS = 8
-"""Rows of a column of images that are read at a time."""
+"""Number of rows of a column of images to read at a time."""
 
 IMAGE_BYTES = 1 << 28
 
 CODES = 4096
-"""Of LeRobot's depth videos, which have 12 bits."""
+"""Number of codes in LeRobot's depth videos, which have 12 bits."""
 
 USUAL = {"depth_min": 0.01, "depth_max": 10.0, "shift": 3.5, "use_log": True}
-"""LeRobot's parameters of a depth video, where info.json says none."""
+"""LeRobot's default parameters of a depth video."""
 
 UNIT = 0.001
-"""Metres in a unit of whole numbers, where nothing says another."""
+"""Metres per unit of integer depth, by default."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the images of a feature are for an episode.
+    """The images of a feature in an episode.
 
-    key: the feature's; path: its video or table; root: the dataset's folder; episode: its number;
-    rows: (T,) the rows of the episode that are wanted, ascending; times: (T,) seconds of these rows
-    in the video; tolerance: seconds that frames of a video may be off.
+    key: the feature's name; path: its video or table; root: the dataset's folder; episode: its
+    number; rows: (T,) the wanted rows of the episode, ascending; times: (T,) seconds of these rows
+    in the video; tolerance: largest time difference of a video frame, seconds.
     """
 
     key: str
@@ -57,22 +57,22 @@ class Place:
 
 
 def color_reader(place: Place) -> Callable[[int], NDArray[np.uint8]]:
-    """A function from a frame's number, of T, to its (H, W, 3) uint8 RGB, all of one size."""
+    """A function from frame number, below T, to (H, W, 3) uint8 RGB. All have the same size."""
     video = place.feature.video
     read = _video(place, grey=False) if video else _column(place, _color)
     return _of_one_size(read, place)
 
 
 def depth_reader(place: Place, mapping: CameraMapping) -> Callable[[int], NDArray[np.float64]]:
-    """A function from a frame's number, of T, to its (H, W) float64 metres, 0 for none.
+    """A function from frame number, below T, to (H, W) float64 metres, 0 for none.
 
-    LeRobot's own depth says its unit; that of other whole numbers is the mapping's, else a
-    millimetre. Raises SourceError where both say one.
+    LeRobot's own depth states its unit. Other integers have the mapping's unit, by default
+    millimetres. Raises SourceError if both give a unit.
     """
     feature = place.feature
     own_unit = {"m": 1.0, "mm": 0.001}.get(str(feature.info.get("depth_unit")))
     if feature.depth_map and mapping.depth_unit and (feature.video or own_unit):
-        problem = f"says the unit of {place.key} itself"
+        problem = f"already states the unit of {place.key}"
         raise SourceError(place.root / INFO, problem, "leave out its unit in the mapping")
     if feature.video and feature.depth_map:
         metres = metres_of_codes(feature.info, place)
@@ -86,10 +86,9 @@ def depth_reader(place: Place, mapping: CameraMapping) -> Callable[[int], NDArra
 
 
 def metres_of_codes(info: dict[str, Any], place: Place | None = None) -> NDArray[np.float64]:
-    """(4096,) float64 metres of the codes in a depth video of LeRobot's.
+    """(4096,) float64 metres of the codes in a depth video of LeRobot.
 
-    The first code stands for all that is nearer and the last for all that is farther than the
-    video can say: both are none, 0.
+    The first and the last code stand for depth outside of the video's range. They become 0 (none).
     """
     values = {key: info.get(f"video.{key}", info.get(key, usual)) for key, usual in USUAL.items()}
     least, most, shift = (values[key] for key in ("depth_min", "depth_max", "shift"))
@@ -105,7 +104,7 @@ def metres_of_codes(info: dict[str, Any], place: Place | None = None) -> NDArray
         known = False
     if not known:
         path = Path(INFO) if place is None else place.root / INFO
-        raise SourceError(path, "has no usable depth_min, depth_max and shift", "correct it")
+        raise SourceError(path, "has no valid depth_min, depth_max and shift", "correct it")
     metres = np.where(metres > 0, metres, 0.0)
     metres[[0, -1]] = 0.0
     return np.asarray(metres, np.float64)
@@ -121,7 +120,7 @@ def _of_one_size[Pixel: np.generic](
         if not shape:
             shape.append(image.shape)
         if image.shape != shape[0]:
-            problem = f"has images of {shape[0]} and {image.shape} in {place.key}"
+            problem = f"has images of different shapes ({shape[0]}, {image.shape}) in {place.key}"
             raise SourceError(place.path, problem, "leave this episode out")
         return image
 
@@ -138,7 +137,7 @@ def _column(place: Place, decode: Callable[[Any, Place], NDArray[Any]]) -> Seque
 
 
 def _values(place: Place, decode: Callable[[Any, Place], NDArray[Any]]) -> Frames:
-    """Functions that make the images in a column of the episode's table, in order."""
+    """Yield functions that decode the images in a column of the episode's table, in order."""
     wanted, row = iter(place.rows.tolist()), 0
     following = next(wanted, None)
     with opened_table(place.path) as file:
@@ -162,7 +161,7 @@ def _color(value: Any, place: Place) -> NDArray[np.uint8]:
         pixels = pixels.transpose(1, 2, 0)
     whole = pixels.dtype.kind in "iu" and pixels.min(initial=0) >= 0 and pixels.max(initial=0) < 256
     if pixels.ndim != 3 or pixels.shape[2] != 3 or not whole:
-        problem = f"holds {pixels.dtype} of shape {pixels.shape} in {place.key}, no RGB of 8 bits"
+        problem = f"has {pixels.dtype} of shape {pixels.shape} in {place.key}, not 8-bit RGB"
         raise SourceError(place.path, problem, "name another column of colour images")
     return np.ascontiguousarray(pixels, np.uint8)
 
@@ -174,13 +173,13 @@ def _depth(value: Any, place: Place) -> NDArray[Any]:
     else:
         pixels = decode_grey(content, place.path)
     if pixels.ndim != 2 or pixels.dtype.kind not in "fiu" or pixels.dtype.itemsize < 2:
-        problem = f"holds {pixels.dtype} of shape {pixels.shape} in {place.key}, no depth"
+        problem = f"has {pixels.dtype} of shape {pixels.shape} in {place.key}, not depth"
         raise SourceError(place.path, problem, "name another column of depth")
     return np.asarray(pixels)
 
 
 def _encoded(value: Any, place: Place) -> bytes | None:
-    """The bytes of an encoded image, of a value that holds them or names a file of the dataset."""
+    """The bytes of an encoded image. The value has them, or names a file of the dataset."""
     if pa.types.is_struct(value.type):
         held = value.as_py() or {}
         content, name = held.get("bytes"), held.get("path")
@@ -194,7 +193,7 @@ def _encoded(value: Any, place: Place) -> bytes | None:
         return None
     path = place.root / str(name)
     if not name or not path.resolve().is_relative_to(place.root.resolve()):
-        raise SourceError(place.path, f"holds no image in {place.key}", "restore it")
+        raise SourceError(place.path, f"has no image in {place.key}", "restore it")
     return read_bytes(path, IMAGE_BYTES)
 
 
@@ -210,10 +209,10 @@ def _array(value: Any, place: Place) -> NDArray[Any]:
         flat = flat.flatten()
     plain_numbers = pa.types.is_integer(kind) or pa.types.is_floating(kind)
     if flat is None or flat.null_count or not plain_numbers or 0 in counts:
-        raise SourceError(place.path, f"holds no array in {place.key}", "correct the mapping")
+        raise SourceError(place.path, f"has no array in {place.key}", "correct the mapping")
     shape = [count // above for above, count in pairwise(counts)]
     try:
         return np.asarray(flat.to_numpy(zero_copy_only=False)).reshape(shape)
     except ValueError:
-        problem = f"holds an array of uneven rows in {place.key}"
+        problem = f"has an array with rows of different lengths in {place.key}"
         raise SourceError(place.path, problem, "correct the mapping") from None

@@ -31,8 +31,8 @@ __all__ = ["STOPS", "cli", "main"]
 def cli() -> None:
     """Turn recordings into 4D occupancy datasets for LeRobot and the Hugging Face Hub.
 
-    Begin with a made-up source: occgen-hub sample rooms, then build, validate and inspect it.
-    Progress bars are turned off by TQDM_DISABLE=1.
+    Start with a synthetic source: occgen-hub sample rooms, then build, validate and inspect it.
+    TQDM_DISABLE=1 turns progress bars off.
     """
 
 
@@ -45,9 +45,9 @@ for command in (
 
 
 def main() -> None:
-    """Run the command line; errors become one sentence and an exit code."""
+    """Run the command line. Errors become one sentence and an exit code."""
     stop_in_order()
-    for stream in (sys.stdout, sys.stderr):  # A file's name may be no text that a terminal has.
+    for stream in (sys.stdout, sys.stderr):  # File names may have bytes that are not text.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def _exit_code() -> int:
-    """Run the command line and print what went wrong. Raises Stopped, Abort, KeyboardInterrupt."""
+    """Run the command line and print errors. Raises Stopped, Abort, KeyboardInterrupt."""
     try:
         code = cli.main(standalone_mode=False)
         stop_if_asked()
@@ -81,5 +81,5 @@ def _exit_code() -> int:
         place = f"{error.filename}: " if error.filename else ""
         say(f"Error: {place}{error.strerror or error}.", err=True)
     except MemoryError:
-        say("Error: there is not enough memory for this; use a machine with more.", err=True)
+        say("Error: there is not enough memory; use a machine with more.", err=True)
     return 1

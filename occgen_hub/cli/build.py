@@ -37,14 +37,14 @@ if TYPE_CHECKING:
     from occgen_hub.scenes import SceneRef
 
 MOST_SHOWN = 10
-"""Episodes of which it is said beforehand what they will take."""
+"""Number of episodes for which an estimate is printed before the build."""
 
 CLUSTERS = {
     "datatrove": ("tasks",),
     "slurm": ("tasks", "cpus_per_task", "gpus_per_task", "mem_per_cpu", "slurm"),
     "ray": ("tasks", "cpus_per_task", "gpus_per_task", "mem_per_cpu"),
 }
-"""The executors of datatrove, and which of the options of clusters each uses."""
+"""The executors of datatrove, and the cluster options that each uses."""
 
 
 @click.command(
@@ -55,39 +55,41 @@ CLUSTERS = {
 )
 @click.option(
     "--source", default="internnav", show_default=True, metavar="NAME",
-    help="What kind of source it is: internnav (InternData-N1, VLN-CE), lerobot, capture (RGB-D "
-    "folders, ROS 2 bags), video, or that of a plug-in.",
+    help="The kind of source: internnav (InternData-N1, VLN-CE), lerobot, capture (RGB-D folders, "
+    "ROS 2 bags), video, or one of a plug-in.",
 )  # fmt: skip
 @click.option(
     "--input", "root", type=SOURCE, required=True,
-    help="The root of the source tree, whose scenes may be archives; hf://datasets/ORG/NAME"
-    "[@REVISION][/FOLDER] for one on the Hub, or ORG/NAME for a LeRobot dataset; for videos also a "
-    "single one.",
+    help="The root folder of the source, which may have archives of scenes; hf://datasets/ORG/NAME"
+    "[@REVISION][/FOLDER] for one on the Hub, or ORG/NAME for a LeRobot dataset; also a single "
+    "video.",
 )  # fmt: skip
 @click.option("--output", "out", type=FOLDER, required=True, help="Where the dataset goes.")
 @click.option(
     "--engine", default="auto", show_default=True, metavar="NAME",
-    help="How to reconstruct: rgbd from sensor depth; pi3, pi3x or da3 from images; auto takes "
-    "rgbd where there is depth, else pi3x, pi3 or da3 by the weights that are there; or that of a "
+    help="How to reconstruct: rgbd from sensor depth; pi3, pi3x or da3 from images; auto: rgbd if "
+    "there is depth, else the first of pi3x, pi3 and da3 that has weights here; or one of a "
     "plug-in.",
 )  # fmt: skip
 @click.option(
     "--weights",
     type=FOLDER,
-    help="A network's weights; ckpt/NAME/model.safetensors or the Hub's if not given.",
+    help="A network's weights; by default ckpt/NAME/model.safetensors or the Hub's.",
 )
 @click.option(
     "--license",
     type=click.Choice(["any", "commercial"]),
     default="any",
     show_default=True,
-    help="What a network's weights have to allow: commercial takes only those that allow such use.",
+    help="What the licence of a network's weights must allow: any use, or commercial use.",
 )
-@click.option("--device", help="Where networks run, as cuda:1; a GPU if there is one.")
+@click.option(
+    "--device", help="Where networks run, such as cuda:1; by default a GPU if there is one."
+)
 @click.option(
     "--condition",
     metavar="LIST",
-    help="What pi3x is given besides the images: depth, intrinsics, poses, or some of them.",
+    help="Inputs of pi3x besides the images: any of depth, intrinsics and poses.",
 )
 @click.option(
     "--segmenter", metavar="NAME",
@@ -101,81 +103,83 @@ CLUSTERS = {
 @click.option(
     "--media",
     type=click.Choice(["copy", "link", "none"]),
-    help="What to do with the source's images and videos: link makes hard links.  [default: copy; "
-    "none for LeRobot datasets, which the result is joined to]",
+    help="What to do with the source's images and videos; link makes hard links.  [default: copy; "
+    "none for LeRobot datasets, whose own files are used with the result]",
 )
 @click.option(
     "--workers", type=click.IntRange(1),
-    help="Processes, which share the cores and GPUs; tasks at once on a cluster.  [default: 1, or "
-    "as many as the executor has room for]",
+    help="Number of processes, which share the cores and GPUs; on a cluster, number of tasks at a "
+    "time.  [default: 1, or as many as the executor allows]",
 )  # fmt: skip
 @click.option(
     "--shard", metavar="I/N",
-    help="Build share I of N of the episodes, numbered from 0 as ranks and array tasks are: from "
-    "0/N to N-1/N. Then run finalize.",
+    help="Build share I of N of the episodes, numbered from 0 (like ranks and array tasks): 0/N to "
+    "N-1/N. Then run finalize.",
 )  # fmt: skip
 @click.option(
     "--executor",
     type=click.Choice(["local", "accelerate", "datatrove", "slurm", "ray"]),
-    help="Who builds the shards: this command, accelerate (a process a GPU), or datatrove, here or "
-    "on a cluster.  [default: local, or accelerate where that started it]",
+    help="What builds the shards: this command, accelerate (a process per GPU), or datatrove, here "
+    "or on a cluster.  [default: local, or accelerate if that started it]",
 )
 @click.option(
     "--limit", type=click.IntRange(1),
-    help="Build only the first so many episodes; of archives and on the Hub, scenes.",
+    help="Build only this many episodes, or scenes of archives and on the Hub.",
 )  # fmt: skip
 @click.option(
     "--scenes", multiple=True, metavar="PATTERN",
-    help="Build only scenes whose GROUP/SCENE or name matches, as 'r2r/*'; repeatable.",
+    help="Build only scenes whose GROUP/SCENE or name matches, such as 'r2r/*'; repeatable.",
 )  # fmt: skip
 @click.option(
     "--scratch", type=FOLDER,
-    help="Where scenes are unpacked and downloaded while they are built.  [default: .scratch in "
+    help="The folder for downloading and unpacking scenes during the build.  [default: .scratch in "
     "the output]",
 )  # fmt: skip
 @click.option(
     "--scratch-limit", default="64GB", show_default=True, metavar="SIZE",
-    help="Bytes in scratch at most, which workers share.",
+    help="Limit of the bytes in scratch, for all workers together.",
 )  # fmt: skip
 @click.option(
     "--hfov", type=float, metavar="DEGREES",
-    help="What cameras see from side to side, where the source has no intrinsics (VLN-CE).  "
+    help="Horizontal field of view of the cameras if the source has no intrinsics (VLN-CE).  "
     "[default: 79]",
 )  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Build also what is there already.")
+@click.option("--overwrite", is_flag=True, help="Build up-to-date episodes again.")
 @click.option(
     "--parquet-occupancy/--no-parquet-occupancy",
     default=True,
     show_default=True,
-    help="Write the occupancy as Parquet as well, in occupancy/, which the Hub can stream.",
+    help="Also write the occupancy as Parquet in occupancy/, which the Hub can stream.",
 )
 @click.option(
     "--parquet-images",
     is_flag=True,
-    help="Write images, depth and tasks into these files too, so that a stream has them.",
+    help="Also write images, depth and tasks into these files, for streaming.",
 )
 @click.option(
     "--push-to", metavar="ORG/NAME",
-    help="Push scenes to this dataset on the Hub as they are built, without those that it has.",
+    help="Push scenes to this dataset on the Hub during the build. Scenes that it has are skipped.",
 )  # fmt: skip
 @click.option(
     "--keep", type=click.Choice(["all", "none"]), default="all", show_default=True,
-    help="With --push-to: whether scenes stay here when the Hub has them.",
+    help="With --push-to: whether to keep scenes here when the Hub has them.",
 )  # fmt: skip
 @click.option(
     "--layout", type=click.Choice(["trajectories", "packed"]), default="trajectories",
     show_default=True,
-    help="With --push-to: a folder a trajectory, or all in a few Parquet files a scene.",
+    help="With --push-to: a folder per trajectory, or only a few Parquet files per scene.",
 )  # fmt: skip
 @click.option(
     "--push-every", type=click.FloatRange(0), metavar="SECONDS",
-    help="With --push-to: seconds between commits at least, since the Hub takes about 128 an hour "
-    "of all machines.  [default: 300]",
+    help="With --push-to: minimum seconds between commits. The Hub allows about 128 per hour, for "
+    "all machines.  [default: 300]",
 )  # fmt: skip
-@click.option("--private", is_flag=True, help="With --push-to: make it private, if it is made now.")
-@click.option("--dry-run", is_flag=True, help="Only say what would be built, and by whom.")
-@click.option("--verbose", is_flag=True, help="With --dry-run: every episode, not only totals.")
-@click.option("--tasks", type=click.IntRange(1), help="Cluster: shards to make of the episodes.")
+@click.option("--private", is_flag=True, help="With --push-to: create the dataset as private.")
+@click.option("--dry-run", is_flag=True, help="Only print what would be built, and where.")
+@click.option(
+    "--verbose", is_flag=True, help="With --dry-run: list every episode, not only totals."
+)
+@click.option("--tasks", type=click.IntRange(1), help="Cluster: number of shards.")
 @click.option("--cpus-per-task", type=click.IntRange(1), help="Cluster: cores.  [default: 4]")
 @click.option(
     "--gpus-per-task", type=click.IntRange(0),
@@ -201,8 +205,8 @@ def build(
 ) -> int:
     """Build an occupancy dataset from a source.
 
-    What is there already and up to date is left alone, so an interrupted build goes on when it is
-    started again. Ends with 0 when all was built, 1 when some episodes failed, 2 when used wrongly.
+    Up-to-date episodes are skipped, so starting an interrupted build again resumes it. Exit codes:
+    0 if everything was built, 1 if episodes failed, 2 for wrong usage.
     """
     from occgen_hub.runtime import threads
     from occgen_hub.runtime.ranks import launched
@@ -218,7 +222,7 @@ def build(
     }
     _check_pushing(pushing, options, executor)
     if executor == "accelerate" and (ranks := launched()):
-        threads.limit(threads.cores_each(ranks))  # Before numba and torch look for it.
+        threads.limit(threads.cores_each(ranks))  # Before numba and torch read it.
 
     from occgen_hub.config import load_config
     from occgen_hub.scratch import parse_bytes
@@ -248,10 +252,10 @@ def build(
 @click.command(cls=Examples, example="occgen-hub finalize out")
 @click.argument("out", type=FOLDER)
 def finalize(out: Path) -> int:
-    """Write what belongs to a dataset as a whole, when all its shards are built.
+    """Write the files of the whole dataset, after all its shards are built.
 
-    That is the card, the occupancy as Parquet, report.json and failures.jsonl. It may be run again
-    at any time. Ends with 1 when some episodes failed or are missing.
+    These are the card, the occupancy as Parquet, report.json and failures.jsonl. It may be run
+    again at any time. The exit code is 1 if episodes failed or are missing.
     """
     from occgen_hub.runtime.finalize import finalize as finalize_dataset
     from occgen_hub.runtime.threads import cores
@@ -274,8 +278,8 @@ def _check_usage(executor: str, shard: Shard | None, running: dict[str, Any]) ->
         raise UsageError(f"--shard: --executor {executor} makes shards itself; leave it out.")
     if (ranks := launched()) and executor != "accelerate" and not shard:
         raise UsageError(
-            f"--executor {executor}: {ranks} processes were started beside one another, which only "
-            "--executor accelerate shares the episodes among; leave the option out."
+            f"--executor {executor}: {ranks} processes were started, and only --executor "
+            "accelerate distributes episodes over them; leave the option out."
         )
     if ranks and executor == "accelerate" and running["workers"] not in (None, ranks):
         raise UsageError(
@@ -285,12 +289,12 @@ def _check_usage(executor: str, shard: Shard | None, running: dict[str, Any]) ->
 
 
 def _check_pushing(pushing: dict[str, Any], options: dict[str, Any], executor: str) -> None:
-    """Raise UsageError for options that do not fit --push-to, and set those that go with it."""
+    """Raise UsageError for options that do not fit --push-to, and set those that it implies."""
     if pushing["push_to"] is None:
         defaults = {"keep": "all", "layout": "trajectories", "push_every": None, "private": False}
         for name, default in defaults.items():
             if pushing[name] != default:
-                raise UsageError(f"--{name.replace('_', '-')}: goes with --push-to; give that too.")
+                raise UsageError(f"--{name.replace('_', '-')}: needs --push-to; give that too.")
         return
     if executor != "local":
         raise UsageError(
@@ -302,14 +306,14 @@ def _check_pushing(pushing: dict[str, Any], options: dict[str, Any], executor: s
 
 
 def _publisher(pushing: dict[str, Any]) -> HubPublisher | None:
-    """What pushes scenes as they are built, if that is asked for."""
+    """The publisher for --push-to, or None."""
     if pushing["push_to"] is None:
         return None
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     from occgen_hub.publishing import EVERY, HubPublisher
 
-    disable_progress_bars()  # There is one of the build.
+    disable_progress_bars()  # The build has its own.
     return HubPublisher(
         pushing["push_to"],
         keep=pushing["keep"],
@@ -321,7 +325,7 @@ def _publisher(pushing: dict[str, Any]) -> HubPublisher | None:
 
 
 def _open_cluster_job(options: dict[str, Any]) -> Job:
-    """A job whose tasks have working folders and devices of their own."""
+    """Open a job whose tasks run in other working folders and on other devices."""
     from occgen_hub.job import open_job
 
     absolute = {
@@ -378,7 +382,7 @@ def _dry_run(
 
 
 def _say_estimate(job: Job, scenes: Sequence[SceneRef]) -> None:
-    """What building these scenes takes: bytes to fetch, time and disk."""
+    """Print an estimate for building these scenes: bytes to fetch, time and disk space."""
     from occgen_hub.scenes import estimate
 
     if not scenes:
@@ -398,7 +402,7 @@ def _say_estimate(job: Job, scenes: Sequence[SceneRef]) -> None:
 
 
 def _say_outlook(job: Job, refs: Sequence[EpisodeRef | SceneRef]) -> None:
-    """What the network will take for these episodes: frames, windows, memory, time, licence."""
+    """Print what the network needs for these episodes: windows, memory and time; its licence."""
     from occgen_hub.engines import Auto
     from occgen_hub.engines.network import NetworkEngine
     from occgen_hub.engines.weights import LICENSES, missing_error
@@ -410,7 +414,7 @@ def _say_outlook(job: Job, refs: Sequence[EpisodeRef | SceneRef]) -> None:
     if not found:
         return
     for name, own in list(found.items())[:MOST_SHOWN]:
-        windows = f"{own.windows} windows of {own.size} that share {own.overlap}"
+        windows = f"{own.windows} windows of {own.size} with {own.overlap} in common"
         click.echo(
             f"{name}: {own.frames} frames in {windows if own.windows > 1 else '1 window'}, "
             f"{own.memory / 1e9:.1f} GB, about {_duration(own.seconds)}",
@@ -505,7 +509,7 @@ def _build_on_cluster(options: dict[str, Any], executor: str, running: dict[str,
     with _progress(len(job.refs), None, shown=executor != "slurm", counted=counted):
         summary = cluster.run_tasks(tasks, running)
     if summary is None:
-        say(f"The tasks were given to Slurm; {job.out / REPORT} is there when all is done.")
+        say(f"The tasks are queued in Slurm; {job.out / REPORT} appears when all are done.")
         return 0
     return _print_summary(summary, job.out)
 
@@ -585,7 +589,7 @@ def _news(result: Result, shown_codes: set[str] | None) -> list[str]:
 
 
 def _text(failure: Failure) -> str:
-    """An episode and why it failed; a reason that begins with the episode does not repeat it."""
+    """An episode and the reason of its failure, without repeating the episode's name."""
     return f"{failure.id}: {failure.reason.removeprefix(f'{failure.id}: ')}"
 
 
@@ -597,10 +601,10 @@ def _print_summary(
     whole: bool = True,
     pushed: str | None = None,
 ) -> int:
-    """Print what a build did, and return the exit code.
+    """Print the summary of a build, and return the exit code.
 
-    shown_codes: of the notes that were printed already; whole: whether it was more than a shard;
-    pushed: the address on the Hub that it was pushed to.
+    shown_codes: of notes that were printed already; whole: whether it was the whole build, not a
+    shard; pushed: the address on the Hub.
     """
     from occgen_hub.runtime.report import FAILURES
 
@@ -617,7 +621,7 @@ def _print_summary(
             say(f"note    {text}", err=True)
     repeated = [f"{code} ({n})" for code, n in sorted(summary.notes.items()) if n > 1]
     if repeated:
-        say(f"Notes that were on several episodes, and on how many: {', '.join(repeated)}.")
+        say(f"Notes on several episodes (number of episodes): {', '.join(repeated)}.")
     for remark in summary.remarks:
         say(f"Note: {remark}.")
     if summary.failures and whole:

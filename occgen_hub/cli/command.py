@@ -1,4 +1,4 @@
-"""What the commands share: how they look, and the bars that they show."""
+"""Shared parts of the commands: parameter types, output and progress bars."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from occgen_hub.stopping import Stopped, stop_if_asked
 
 
 class _Place(click.Path):
-    """A path; none that is empty, as of a shell's variable that is not set, which would be `.`."""
+    """A path that is not empty. An unset shell variable would otherwise mean `.`."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The path; a failure of usage where it is empty."""
+        """The path. Fails if it is empty."""
         if not str(value):
             self.fail("is empty; give a path, . for this folder", param, ctx)
         return super().convert(value, param, ctx)
 
 
 class Source(_Place):
-    """A path, or an address of the Hub, which is kept as it is written."""
+    """A path, or an address of the Hub, which is not changed."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The path, or the address."""
@@ -35,14 +35,14 @@ class Source(_Place):
 
 
 MOST_LINES = 20
-"""Lines of a list that are printed one by one; of a longer one there are totals."""
+"""Maximum length of a printed list. Longer lists are replaced by totals."""
 
 SOURCE = Source(file_okay=True, dir_okay=True, path_type=Path)
 FOLDER = _Place(file_okay=True, dir_okay=True, path_type=Path)
 
 
 def with_options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A decorator that adds options, in that order."""
+    """A decorator that adds options in this order."""
 
     def decorate(function: Any) -> Any:
         for option in reversed(options):
@@ -53,16 +53,16 @@ def with_options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def beside(folder: Path, ending: str) -> Path:
-    """Where a picture or a page about a dataset goes by itself: here, but not into the dataset."""
+    """The default path of a picture or page about a dataset: here, but outside of the dataset."""
     dataset, here = folder.resolve(), Path().resolve()
     name = f"{dataset.name}{ending}"
     return dataset.parent / name if dataset == here or dataset in here.parents else Path(name)
 
 
 class Examples(click.Command):
-    """A command whose help ends with an example, printed as it stands.
+    """A command whose help ends with an example.
 
-    goes_on: whether it goes on from where it was stopped when it is given again.
+    goes_on: whether running it again after an interruption resumes it.
     """
 
     def __init__(self, *args: Any, example: str = "", goes_on: bool = False, **kwargs: Any) -> None:
@@ -70,11 +70,11 @@ class Examples(click.Command):
         self.example, self.goes_on = example, goes_on
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run it; what stops it is told whether it goes on."""
+        """Run it. Sets `goes_on` of a Stopped exception."""
         try:
             try:
                 return super().invoke(ctx)
-            except ImportError:  # Some libraries make one of a signal that comes as they load.
+            except ImportError:  # Some libraries raise it for a signal during their import.
                 stop_if_asked()
                 raise
         except Stopped as stopped:
@@ -89,14 +89,14 @@ class Examples(click.Command):
 
 
 def say(line: str, *, err: bool = False) -> None:
-    """Print a line that may hold names or words of a dataset: none of them moves the cursor."""
+    """Print a line that may contain text of a dataset, without control characters."""
     click.echo(one_line(line), err=err)
 
 
 def by_folder(paths: Iterable[str]) -> dict[str, list[str]]:
-    """Paths by the folders that they are in, cut off where there would be over MOST_LINES folders.
+    """Group paths by folder, as deep as there are at most MOST_LINES folders.
 
-    Folders are sorted, `.` for the top; at the first level there may be more of them.
+    Folders are sorted; `.` is the top. The first level may have more folders.
     """
     parents = {path: PurePosixPath(path).parts[:-1] for path in paths}
     found: dict[str, list[str]] = {}
@@ -113,10 +113,10 @@ def by_folder(paths: Iterable[str]) -> dict[str, list[str]]:
 def say_by_folder(
     lines: Mapping[str, str], total: Callable[[list[str]], str], *, verbose: bool
 ) -> bool:
-    """Print lines about paths; of many of them only a total for each folder, unless verbose.
+    """Print a line for each path or, for many paths unless verbose, a total for each folder.
 
-    lines: what there is to say of each path; total: of the paths in a folder. Returns whether they
-    were totals.
+    lines: by path; total: returns the total of the paths in a folder. Returns whether it printed
+    totals.
     """
     if verbose or len(lines) <= MOST_LINES:
         for line in lines.values():
@@ -132,15 +132,15 @@ def say_by_folder(
 
 
 def no_bar() -> bool | None:
-    """For tqdm's `disable`: None leaves out bars where no terminal is."""
+    """The value of tqdm's `disable`. None disables bars if there is no terminal."""
     return True if os.environ.get("TQDM_DISABLE", "0") not in ("", "0") else None
 
 
 @contextmanager
 def progress_bar(what: str, unit: str) -> Iterator[Callable[[int, int | None], None]]:
-    """A bar that is gone when the block ends, as a function to call with (done, total).
+    """A progress bar for the block. Yields a function to call with (done, total).
 
-    A total of None is one that nobody knows.
+    A total of None means unknown.
     """
     from tqdm import tqdm
 

@@ -13,9 +13,9 @@ from occgen_hub.cli.command import FOLDER, Examples, beside, progress_bar, say
 @click.argument("folder", metavar="DIR", type=FOLDER)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def validate(folder: Path, as_json: bool) -> int:
-    """Check a dataset against its schema and against itself.
+    """Check a dataset against its schema, and its files against each other.
 
-    Ends with 0 when it is valid and with 1 when it is not.
+    The exit code is 0 if it is valid, else 1.
     """
 
     from occgen_hub.files import dump_json
@@ -41,15 +41,13 @@ def validate(folder: Path, as_json: bool) -> int:
 
 @click.command(cls=Examples, example="occgen-hub inspect out --preview out.png")
 @click.argument("folder", metavar="DIR", type=FOLDER)
-@click.option("--trajectory", help="Which trajectory to picture; the first if not given.")
+@click.option("--trajectory", help="The trajectory to show; by default the first.")
 @click.option(
-    "--frame", type=click.IntRange(0), help="Which frame to picture; the middle one if not given."
+    "--frame", type=click.IntRange(0), help="The frame to show; by default the middle one."
 )
-@click.option(
-    "--preview", type=FOLDER, help="Where the picture goes; DIR_preview.png if not given."
-)
+@click.option("--preview", type=FOLDER, help="The file of the picture; by default DIR_preview.png.")
 def inspect(folder: Path, trajectory: str | None, frame: int | None, preview: Path | None) -> None:
-    """Say what is in a dataset, and make a picture of one of its frames."""
+    """Describe a dataset, and write a picture of one of its frames."""
     from occgen_hub.visual.inspection import describe, picture
 
     place = preview or beside(folder, "_preview.png")

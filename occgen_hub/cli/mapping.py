@@ -1,4 +1,4 @@
-"""What the files of a recording do not say of cameras: options, and the command `cameras`."""
+"""Options for what a recording does not state about its cameras, and the command `cameras`."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ CAMERA = click.option(
 MAPPING = (
     click.option(
         "--cameras", "cameras_file", type=FOLDER, metavar="FILE",
-        help="A YAML file of what belongs to each camera; occgen-hub cameras INPUT writes one.",
+        help="A YAML file on each camera; occgen-hub cameras INPUT writes one.",
     ),
     click.option(
         "--intrinsics", metavar="FX,FY,CX,CY",
-        help="The camera's, pixels of the colour images, as OpenCV, ROS and RealSense give them; "
+        help="Intrinsics in pixels of the colour images, as in OpenCV, ROS and RealSense; "
         "distortion may follow: K1,K2,P1,P2[,K3].",
     ),
     click.option("--depth-unit", type=click.Choice(["m", "cm", "mm"]), help="The unit of depth."),
     click.option(
         "--depth-scale", type=click.FloatRange(0, min_open=True), metavar="NUMBER",
-        help="Units of depth in a metre, as 5000, or metres in a unit, as 0.0002.",
+        help="Depth units per metre, such as 5000, or metres per unit, such as 0.0002.",
     ),
     click.option(
         "--pose-axes", type=click.Choice(["opencv", "opengl"]),
@@ -46,10 +46,10 @@ MAPPING = (
     ),
     click.option(
         "--pose-direction", type=click.Choice(["world_from_camera", "camera_from_world"]),
-        help="What the poses are.",
+        help="The direction of the poses.",
     ),
     click.option(
-        "--time-offset", type=float, metavar="SECONDS", help="To add to the times of the poses."
+        "--time-offset", type=float, metavar="SECONDS", help="Added to the times of the poses."
     ),
     click.option(
         "--topics", metavar="KIND=TOPIC,...",
@@ -57,7 +57,7 @@ MAPPING = (
         "intrinsics), pose (/tf, odometry).",
     ),
 )  # fmt: skip
-"""Options, in their order; a command takes them as `NAMES`."""
+"""The options in order. A command receives them as `NAMES`."""
 
 NAMES = (
     *("cameras_file", "intrinsics", "depth_unit", "depth_scale", "pose_axes"),
@@ -66,10 +66,10 @@ NAMES = (
 
 
 def take_cameras(options: dict[str, Any]) -> tuple[CameraMapping, ...]:
-    """The mappings that the options of `MAPPING` make, one a camera, empty where none was given.
+    """The mapping of each camera from the options of `MAPPING`, empty if there are none.
 
-    Options go before what a file says, for all of its cameras. They are removed from `options`.
-    Raises UsageError where one is wrong.
+    Options override a file, for all of its cameras. They are removed from `options`. Raises
+    UsageError if one is invalid.
     """
     from occgen_hub.camera_mapping import UNITS, camera_mapping, metres_in_unit, read_cameras
 
@@ -77,7 +77,7 @@ def take_cameras(options: dict[str, Any]) -> tuple[CameraMapping, ...]:
     keys, file = options.pop("camera_keys", ()), given.pop("cameras_file")
     unit, scale = given.pop("depth_unit"), given.pop("depth_scale")
     if unit is not None and scale is not None:
-        raise UsageError("--depth-scale: --depth-unit says the same; leave one of them out.")
+        raise UsageError("--depth-scale: means the same as --depth-unit; leave one of them out.")
     metres = UNITS[unit] if unit is not None else None if scale is None else metres_in_unit(scale)
     topics, intrinsics = given.pop("topics"), given.pop("intrinsics")
     values = {
@@ -101,23 +101,23 @@ def take_cameras(options: dict[str, Any]) -> tuple[CameraMapping, ...]:
 
 @click.command(cls=Examples, example="occgen-hub cameras my_robot --output cameras.yaml")
 @click.argument("root", metavar="INPUT", type=SOURCE)
-@click.option("--source", default="lerobot", show_default=True, help="What kind of source it is.")
+@click.option("--source", default="lerobot", show_default=True, help="The kind of source.")
 @click.option(
     "--output", "out", type=FOLDER, default=Path("cameras.yaml"), show_default=True,
-    help="Where the mapping goes.",
+    help="The file of the mapping.",
 )  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 def cameras(root: Path | str, source: str, out: Path, overwrite: bool) -> None:
-    """Say which columns of a dataset may belong to its cameras, and write a mapping to edit.
+    """List columns of a dataset that may belong to its cameras, and write a mapping to edit.
 
-    INPUT is a folder, or ORG/NAME of a LeRobot dataset on the Hub. Give the mapping to build with
-    --cameras. Names are all that it is made from: check it.
+    INPUT is a folder, or ORG/NAME of a LeRobot dataset on the Hub. Use the mapping with build
+    --cameras. It is guessed from names only: check it.
     """
     from occgen_hub.atomic import atomic_file
     from occgen_hub.job import open_source
 
     if out.exists() and not overwrite:
-        raise UsageError(f"{out}: is there already; give another --output, or --overwrite.")
+        raise UsageError(f"{out}: already exists; give another --output, or --overwrite.")
     builder, _ = open_source(source, root)
     survey = builder.survey_cameras()
     for line in survey.lines:

@@ -1,4 +1,4 @@
-"""Commands that show what was built: `visualize`, `render`, `view` and `report`."""
+"""Commands that show a built dataset: `visualize`, `render`, `view` and `report`."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from occgen_hub.loading import Trajectory
 
 MOST_BYTES = 10**9
-"""`visualize` asks before it writes more."""
+"""Bytes. `visualize` asks before it writes more."""
 
 TRAJECTORY = click.argument("trajectory")
 
 _SOURCE = (
     click.option(
         "--input", "root", type=FOLDER,
-        help="Take TRAJECTORY, the id of an episode, from the source here, and build it just now.",
+        help="A source. TRAJECTORY is then the id of one of its episodes, which is built first.",
     ),
     click.option(
         "--source", default="internnav", show_default=True, metavar="NAME",
-        help="What kind of source --input is, as in build.",
+        help="The kind of --input, as in build.",
     ),
     click.option(
         "--engine", default="auto", show_default=True, metavar="NAME",
@@ -44,7 +44,7 @@ _SOURCE = (
     click.option("--config", type=FOLDER, help="With --input: settings, a YAML file."),
     click.option(
         "--set", "settings", multiple=True, metavar="KEY=VALUE",
-        help="With --input: one setting; may be repeated.",
+        help="With --input: one setting; repeatable.",
     ),
     *MAPPING,
 )  # fmt: skip
@@ -52,18 +52,18 @@ _SOURCE = (
 _HISTORY = (
     click.option(
         "--history-len", type=click.IntRange(0, 10_000), default=10, show_default=True,
-        help="Past frames whose occupancy is shown as well.",
+        help="Number of past frames whose occupancy is shown too.",
     ),
     click.option(
         "--history-step", type=click.IntRange(1, 10_000), default=2, show_default=True,
-        help="Frames from one of them to the next.",
+        help="Step between past frames, in frames.",
     ),
 )  # fmt: skip
 
 
 @contextmanager
 def _opened(trajectory: str, root: Path | None, how: dict[str, Any]) -> Iterator[Trajectory]:
-    """The trajectory that a command names: a folder, or an episode that is built just now."""
+    """The trajectory that a command names: a folder, or an episode that is built first."""
     from occgen_hub.loading import Trajectory
 
     if root is None:
@@ -90,15 +90,13 @@ def _folder(place: Path) -> Path:
 
     if not place.is_dir():
         raise UsageError(
-            f"{place}: there is no such folder; give <group>/<scene>/<trajectory> of a dataset "
-            "that occgen-hub build wrote or, with --input, the id of an episode of a source."
+            f"{place}: is not a folder; give <group>/<scene>/<trajectory> of a dataset that "
+            "occgen-hub build wrote or, with --input, the id of an episode of a source."
         )
     found = built(place)
     if len(found) > 1:
         names = ", ".join(shlex.quote(str(path)) for path in found[:3])
-        raise UsageError(
-            f"{place}: holds {len(found)} trajectories; name one, for example {names}."
-        )
+        raise UsageError(f"{place}: has {len(found)} trajectories; name one, for example {names}.")
     return found[0]
 
 
@@ -111,9 +109,9 @@ def _folder(place: Path) -> Path:
 @click.argument("out", type=FOLDER)
 @click.option(
     "--only", type=click.Choice(SEQUENCES), multiple=True,
-    help="Only these files; may be repeated. All six kinds if not given.",
+    help="Only these files; repeatable. By default all six kinds.",
 )  # fmt: skip
-@click.option("--yes", is_flag=True, help="Write more than a gigabyte without being asked.")
+@click.option("--yes", is_flag=True, help="Write more than a gigabyte without asking.")
 @with_options(*_HISTORY, *_SOURCE)
 def visualize(
     trajectory: str,
@@ -125,10 +123,11 @@ def visualize(
     root: Path | None,
     **how: Any,
 ) -> None:
-    """Write a trajectory as point clouds, a file a frame, for MeshLab, CloudCompare or numpy.
+    """Write a trajectory as point clouds, a file per frame, for MeshLab, CloudCompare or numpy.
 
-    Each holds the scene (label 0), the path so far (1) and the occupied cells (2) in world or in
-    camera coordinates, as npy or ply; two kinds hold the cells alone. Above a gigabyte it asks.
+    Each has the scene (label 0), the path so far (1) and the occupied cells (2) in world or camera
+    coordinates, as npy or ply. Two kinds have only the cells. Asks before it writes more than a
+    gigabyte.
     """
     from occgen_hub.visual.sequences import estimate_bytes, write_sequences
 
@@ -148,7 +147,7 @@ def visualize(
 
 
 def _ask(out: Path, size: int) -> None:
-    """Whether to write so many bytes; UsageError where nobody is there to answer."""
+    """Ask whether to write so many bytes. Raises UsageError if there is no terminal."""
     if not _can_answer():
         raise UsageError(
             f"{out}: about {size / 1e9:.1f} GB would be written; add --yes, or write less with "
@@ -158,17 +157,17 @@ def _ask(out: Path, size: int) -> None:
 
 
 def _can_answer() -> bool:
-    """Whether somebody sits at a terminal."""
+    """Whether the input is a terminal."""
     return sys.stdin.isatty()
 
 
 class Rate(click.FloatRange):
-    """A number in a range; NaN is in none, though it compares as if it were."""
+    """A number in a range. NaN is rejected, although click accepts it."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The number."""
         number = super().convert(value, param, ctx)
-        return self.fail(f"{value!r} is no number", param, ctx) if isnan(number) else number
+        return self.fail(f"{value!r} is not a number", param, ctx) if isnan(number) else number
 
 
 def _size(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -176,7 +175,7 @@ def _size(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
         return None
     width, x, height = value.partition("x")
     if not (x and width.isdecimal() and height.isdecimal() and value.isascii() and len(value) < 20):
-        raise click.BadParameter("give width and height as in 1280x480")
+        raise click.BadParameter("give width and height such as 1280x480")
     return int(width), int(height)
 
 
@@ -193,13 +192,15 @@ def _size(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
 )  # fmt: skip
 @click.option(
     "--size", callback=_size, metavar="WxH",
-    help="Pixels; world 1280x720, panels 1920x540, ego as the images' shape if not given.",
+    help="Pixels; by default world 1280x720, panels 1920x540, ego in the shape of the images.",
 )  # fmt: skip
-@click.option("--fps", type=Rate(0.1, 240), help="The trajectory's if not given.")
-@click.option("--frame", type=click.IntRange(0), help="For a .png: which frame; the middle one.")
+@click.option("--fps", type=Rate(0.1, 240), help="By default the trajectory's.")
+@click.option(
+    "--frame", type=click.IntRange(0), help="The frame of a .png; by default the middle one."
+)
 @click.option(
     "--camera", type=FOLDER,
-    help="JSON: the world's viewpoint, as view --choose-camera writes it; else found by itself.",
+    help="JSON: the world's viewpoint, from view --choose-camera; by default automatic.",
 )  # fmt: skip
 @click.option(
     "--color", type=click.Choice(["depth", "class"]), default="depth", show_default=True,
@@ -220,11 +221,11 @@ def render(
     root: Path | None,
     **how: Any,
 ) -> None:
-    """Make a video of a trajectory, or with OUT.png a picture of one frame, without a screen.
+    """Make a video of a trajectory or, with OUT.png, a picture of one frame, without a screen.
 
     The world view shows the coloured scene, the path, the camera with its image, and occupied
-    cells, blue to yellow by height, those of past frames pale. The ego view shows the cells that
-    the camera sees, near ones bright, or by class. Needs the extra `visual`.
+    cells, blue to yellow by height and pale for past frames. The ego view shows the cells that
+    the camera sees, coloured by depth (near ones are bright) or by class. Needs the extra `visual`.
     """
     from occgen_hub.visual.optional_dependencies import need_pyvista
     from occgen_hub.visual.render import Shot
@@ -252,11 +253,11 @@ def render(
 @click.option("--web", is_flag=True, help="Serve the viewer to browsers, until Ctrl-C.")
 @click.option(
     "--ports", nargs=2, type=click.IntRange(1, 65535), default=(9090, 9876), show_default=True,
-    help="With --web: of the page, and of the data.",
+    help="With --web: ports of the page and of the data.",
 )  # fmt: skip
 @click.option(
     "--choose-camera", type=FOLDER, metavar="FILE.json",
-    help="Open a window instead to find the viewpoint in that render --camera takes.",
+    help="Open a window to choose the viewpoint, and write it for render --camera.",
 )  # fmt: skip
 @with_options(*_SOURCE)
 def view(
@@ -268,11 +269,11 @@ def view(
     root: Path | None,
     **how: Any,
 ) -> None:
-    """Look at a trajectory in rerun's viewer: all that it holds, over time.
+    """Show a trajectory over time in rerun's viewer.
 
-    Images, depth, the coloured scene, the camera on its path, occupied cells and observed space.
-    Opens a window; where there is no screen, --web serves a page, and --save writes a file that
-    rerun FILE.rrd opens elsewhere. Needs the extra `visual`.
+    It shows images, depth, the coloured scene, the camera on its path, occupied cells and observed
+    space, in a window. Without a screen, --web serves a page, and --save writes a file for rerun
+    FILE.rrd on another machine. Needs the extra `visual`.
     """
     from occgen_hub.visual.optional_dependencies import need, need_pyvista
     from occgen_hub.visual.viewpoint_picker import choose_viewpoint, has_screen
@@ -287,8 +288,8 @@ def view(
         _folder(Path(trajectory))
     if not (save or web or choose_camera or has_screen()):
         raise UsageError(
-            "there is no screen here for the viewer; --web serves it to a browser, and --save "
-            "FILE.rrd writes a file to open elsewhere."
+            "there is no screen for the viewer; use --web for a browser, or --save FILE.rrd to "
+            "open the file on another machine."
         )
     with _opened(trajectory, root, how) as opened:
         if choose_camera is not None:
@@ -316,7 +317,7 @@ def _save(trajectory: Trajectory, place: Path) -> None:
 
 
 def _show(trajectory: Trajectory, ports: tuple[int, int] | None = None) -> None:
-    """Until the window is closed or, where the viewer is served, until Ctrl-C."""
+    """Show the viewer until its window is closed or, if it is served, until Ctrl-C."""
     import tempfile
 
     from occgen_hub.visual import viewer
@@ -332,7 +333,7 @@ def _show(trajectory: Trajectory, ports: tuple[int, int] | None = None) -> None:
             try:
                 code = process.wait()
             except Stopped:
-                received.clear()  # It is how a server is meant to end.
+                received.clear()  # The normal way to end a server.
                 return
         if code:
             raise OccGenError(
@@ -343,12 +344,12 @@ def _show(trajectory: Trajectory, ports: tuple[int, int] | None = None) -> None:
 
 @click.command(cls=Examples, example="occgen-hub report out --output out.html")
 @click.argument("folder", metavar="DIR", type=FOLDER)
-@click.option("--output", type=FOLDER, help="Where the page goes; DIR_report.html if not given.")
+@click.option("--output", type=FOLDER, help="The file of the page; by default DIR_report.html.")
 def report(folder: Path, output: Path | None) -> None:
-    """Make one HTML page about a dataset, which opens from disk, without a network.
+    """Write a report on a dataset as one HTML page, which needs no network.
 
-    A contact sheet, pictures and figures of each trajectory in a table to sort and search, and
-    what failed.
+    It has a contact sheet, pictures and figures of each trajectory in a table to sort and search,
+    and the failures.
     """
     from occgen_hub.visual.report import write_report
 

@@ -1,4 +1,4 @@
-"""Commands that hand a dataset on: `export` and `push`."""
+"""The commands `export` and `push`."""
 
 from __future__ import annotations
 
@@ -23,41 +23,40 @@ from occgen_hub.errors import UsageError
 @click.argument("out", metavar="OUT", type=FOLDER)
 @click.option(
     "--to", type=click.Choice(["lerobot-v3.0", "navdp", "occscannet", "occ3d"]),
-    default="lerobot-v3.0", show_default=True, help="What to make of it.",
+    default="lerobot-v3.0", show_default=True, help="The format of the export.",
 )  # fmt: skip
 @click.option(
     "--fps", type=click.IntRange(1, 240),
-    help="Frames a second, where the trajectories have several rates.",
+    help="Frames per second, if the trajectories have several rates.",
 )  # fmt: skip
 @click.option(
     "--navdp-layout", type=click.Choice(["scenes", "trajectories"]),
-    help="navdp: scenes of many episodes, which its loader reads today, or a folder an episode, "
-    "which it read before.  [default: scenes]",
+    help="navdp: scenes with many episodes, for its current loader, or a folder per episode, for "
+    "earlier ones.  [default: scenes]",
 )  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export at OUT.")
 @click.option(
     "--update", is_flag=True,
-    help="OUT is an export that LeRobot's tools edited: bring its occupancy up to date, no more.",
+    help="OUT is an export edited with LeRobot's tools: only update its occupancy.",
 )  # fmt: skip
 def export(
     folder: Path, out: Path, to: Any, fps: int | None, navdp_layout: Any, overwrite: bool,
     update: bool,
 ) -> None:  # fmt: skip
-    """Make one dataset of another form of all trajectories of a dataset.
+    """Export all trajectories of a dataset as one dataset in another format.
 
-    lerobot-v3.0: RGB and depth become video, the occupancy lies beside it as Parquet: few files,
-    which LeRobot loads, and push sends to the Hub as well. navdp: a root that InternNav's NavDP
-    loader takes as it is. occscannet and occ3d: the scene around each camera, hidden cells
-    included, as the loaders of those datasets read it.
+    lerobot-v3.0: RGB and depth as video, occupancy as Parquet, in few files, for LeRobot; push
+    sends it to the Hub too. navdp: a root folder for InternNav's NavDP loader. occscannet and
+    occ3d: the scene around each camera, including hidden cells, for the loaders of those datasets.
     """
     if update and to != "lerobot-v3.0":
-        raise UsageError("--update: goes with --to lerobot-v3.0; leave it out.")
+        raise UsageError("--update: is only for --to lerobot-v3.0; leave it out.")
     if navdp_layout is not None and to != "navdp":
-        raise UsageError("--navdp-layout: goes with --to navdp; leave it out.")
+        raise UsageError("--navdp-layout: is only for --to navdp; leave it out.")
     if update:
         if overwrite or fps is not None:
             raise UsageError(
-                "--update: changes no table and no video; leave --overwrite and --fps out."
+                "--update: does not change tables or videos; leave --overwrite and --fps out."
             )
         from occgen_hub.exporting import update_export
 
@@ -74,7 +73,7 @@ def export(
 
 
 def _maker(to: Any, navdp_layout: Any, fps: int | None) -> Callable[..., list[str]]:
-    """What writes an export of a form; raises UsageError for options that do not fit the form."""
+    """The function that writes a format. Raises UsageError for options of other formats."""
     if to == "navdp":
         from occgen_hub.navdp import export_navdp
 
@@ -93,11 +92,11 @@ def _maker(to: Any, navdp_layout: Any, fps: int | None) -> Callable[..., list[st
 )
 @click.argument("folder", metavar="DIR", type=FOLDER)
 @click.option("--repo-id", required=True, metavar="ORG/NAME", help="The dataset on the Hub.")
-@click.option("--private", is_flag=True, help="Make it private, if it is made now.")
-@click.option("--revision", help="A branch, made if it is missing; main if not given.")
-@click.option("--create-pr", is_flag=True, help="As a pull request; an open one of yours goes on.")
-@click.option("--dry-run", is_flag=True, help="Send nothing; only say what would go.")
-@click.option("--verbose", is_flag=True, help="With --dry-run: every file, not totals by folder.")
+@click.option("--private", is_flag=True, help="Create the dataset as private.")
+@click.option("--revision", help="A branch, created if needed; by default main.")
+@click.option("--create-pr", is_flag=True, help="Push to a pull request; continues your open one.")
+@click.option("--dry-run", is_flag=True, help="Send nothing; only print what would be sent.")
+@click.option("--verbose", is_flag=True, help="With --dry-run: list every file, not totals.")
 def push(
     folder: Path,
     repo_id: str,
@@ -107,11 +106,11 @@ def push(
     dry_run: bool,
     verbose: bool,
 ) -> None:
-    """Send a dataset to the Hugging Face Hub.
+    """Push a dataset to the Hugging Face Hub.
 
-    It has to be valid; its card is brought up to date, unless you wrote one. What is on the Hub
-    already is not sent again, so an interrupted push goes on when it is started again. The token
-    is HF_TOKEN, or that of hf auth login.
+    It must be valid. Its card is updated, unless you wrote your own. Files that the Hub has already
+    are not sent again, so starting an interrupted push again resumes it. The token is HF_TOKEN, or
+    that of hf auth login.
     """
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -135,7 +134,7 @@ def push(
         )
     said = f"{len(files):,} files of {sum(files.values()):,} bytes"
     if dry_run:
-        say(f"{said} would go to {repo_id}; nothing was sent.")
+        say(f"{said} would be pushed to {repo_id}; nothing was sent.")
         return
     address = hub.push(folder, repo_id, private=private, revision=revision, create_pr=create_pr)
     say(f"{said} are on the Hub.")

@@ -12,19 +12,19 @@ from occgen_hub.cli.command import FOLDER, Examples, progress_bar
 
 
 class _Size(click.ParamType[tuple[float, float]]):
-    """Metres and degrees, as 0.004,0.15."""
+    """Metres and degrees, such as 0.004,0.15."""
 
     name = "METRES,DEGREES"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[float, float]:
-        """The two numbers; a failure of usage where there are not two."""
+        """The two numbers. Fails if there are not two."""
         try:
             metres, degrees = (float(part) for part in str(value).split(","))
         except ValueError:
             self.fail(
-                f"{value!r} is not metres,degrees; give two numbers as 0.004,0.15", param, ctx
+                f"{value!r} is not metres,degrees; give two numbers such as 0.004,0.15", param, ctx
             )
         return metres, degrees
 
@@ -35,7 +35,7 @@ class _Size(click.ParamType[tuple[float, float]]):
     "occgen-hub sample hard --noise kinect --noise speckle --pose-noise --people 2",
 )
 @click.argument("out", type=FOLDER)
-@click.option("--trajectories", default=3, show_default=True, help="How many to make.")
+@click.option("--trajectories", default=3, show_default=True, help="Number of trajectories.")
 @click.option("--frames", default=24, show_default=True, help="Frames of the first; others differ.")
 @click.option("--seed", default=0, show_default=True, help="The same seed gives the same bytes.")
 @click.option(
@@ -43,31 +43,28 @@ class _Size(click.ParamType[tuple[float, float]]):
     type=click.Choice(["vln-n1", "vln-n1-scenes", "vln-ce"]),
     default="vln-n1",
     show_default=True,
-    help="InternData-N1's: a folder a trajectory, the newer one of many episodes in a scene's "
-    "folder, or VLN-CE, with two cameras an episode.",
+    help="InternData-N1 with a folder per trajectory, its newer layout with many episodes per "
+    "scene folder, or VLN-CE with two cameras per episode.",
 )
-@click.option(
-    "--faults", is_flag=True, help="With some of the mistakes that meta files of real data have."
-)
+@click.option("--faults", is_flag=True, help="With mistakes that occur in meta files of real data.")
 @click.option(
     "--noise",
     type=click.Choice(["kinect", "stereo", "network", "flying", "speckle"]),
     multiple=True,
-    help="Errors of the depth images; repeatable, their order does not matter.",
+    help="Errors of the depth images; repeatable, in any order.",
 )
 @click.option(
     "--pose-noise", type=_Size(), is_flag=False, flag_value="0.004,0.15",
-    help="Each stated pose has an error of its own, with this deviation for each axis; "
+    help="Independent errors of the stated poses: standard deviation per axis; "
     "0.004,0.15 if no value is given.",
 )  # fmt: skip
 @click.option(
     "--pose-drift", type=_Size(), is_flag=False, flag_value="0.02,0.3",
-    help="The stated poses drift smoothly, at most by this much for each axis; 0.02,0.3 if no "
-    "value is given.",
+    help="Smooth drift of the stated poses: maximum per axis; 0.02,0.3 if no value is given.",
 )  # fmt: skip
 @click.option(
     "--people", default=0, show_default=True,
-    help="How many people walk, or walk and then stand, in each trajectory.",
+    help="Number of people who walk, or walk and then stand, in each trajectory.",
 )  # fmt: skip
 @click.option(
     "--labels", is_flag=True, help="With label images: the class of what each pixel shows."
@@ -85,10 +82,10 @@ def sample(
     people: int,
     labels: bool,
 ) -> None:
-    """Make a source tree like InternData-N1's, of ray-traced rooms, with the truth.
+    """Make a source like InternData-N1 of ray-traced rooms, with ground truth.
 
-    The truth is in OUT/ground_truth: the mesh of the rooms, with --labels the class of each of its
-    triangles and, for each episode, the true poses and the people of every frame.
+    OUT/ground_truth has the mesh of the rooms, with --labels the class of each triangle, and
+    for each episode the true poses and the people of every frame.
     """
     from occgen_hub.sample import make_sample
 

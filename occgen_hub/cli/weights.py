@@ -1,4 +1,4 @@
-"""Commands on the weights of the networks."""
+"""The commands `weights pull` and `weights check`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from occgen_hub.cli.command import FOLDER, Examples, say
 
 @click.group()
 def weights() -> None:
-    """Fetch the weights of the networks, or check them."""
+    """Download or check the weights of the networks."""
 
 
 NETWORK = click.argument("name", type=click.Choice(["pi3", "pi3x", "da3"]))
@@ -20,9 +20,9 @@ NETWORK = click.argument("name", type=click.Choice(["pi3", "pi3x", "da3"]))
 
 @weights.command(cls=Examples, example="occgen-hub weights pull pi3x", goes_on=True)
 @NETWORK
-@click.option("--revision", help="A commit or tag on the Hub; the one in ckpt/ if not given.")
+@click.option("--revision", help="A commit or tag on the Hub; by default the one in ckpt/.")
 def pull(name: Any, revision: str | None) -> None:
-    """Fetch a network's published weights into the Hub's cache, and check them."""
+    """Download a network's published weights to the Hub's cache, and check them."""
     from occgen_hub.engines import weights as files
 
     found = files.download_weights(name, revision)
@@ -34,19 +34,24 @@ def pull(name: Any, revision: str | None) -> None:
 
 @weights.command("check", cls=Examples, example="occgen-hub weights check pi3x")
 @NETWORK
-@click.option("--weights", "path", type=FOLDER, help="Where they are, if not in the usual place.")
+@click.option(
+    "--weights",
+    "path",
+    type=FOLDER,
+    help="The file of the weights; by default the one that build uses.",
+)
 def check_weights(name: Any, path: Path | None) -> None:
-    """Say which weights are used, whether they are whole, and under which licence they are.
+    """Print which weights are used, whether they are complete, and their licence.
 
-    Fetches nothing. Ends with 0 when they fit the network and are the published ones, or those
-    that a config.json beside them describes, and with 2 when they are not.
+    Downloads nothing. The exit code is 0 if they fit the network and are the published ones, or
+    those that a config.json beside them describes, else 2.
     """
     from occgen_hub.engines import weights as files
 
     found = files.find_weights(name, path, missing="raise")
     digest = files.verify(found)
     size = found.path.stat().st_size
-    said = "as published" if found.checkpoint.sha256 else "whole"
+    said = "as published" if found.checkpoint.sha256 else "complete"
     say(f"{found.path}: {name}, {size / 1e9:.2f} GB, {said}.")
     say(f"SHA-256: {digest}")
     say(f"Licence: {found.checkpoint.terms}.")

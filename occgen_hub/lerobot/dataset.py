@@ -32,7 +32,7 @@ NAMES = {
         ("labels", "labels"),
     )
 }
-"""What an item may hold of the occupancy, as LeRobot would call it, and what it is in ours."""
+"""The occupancy features that an item may have, and their keys in an OccupancyDataset."""
 
 DEFAULT_NAMES = tuple(name for name, key in NAMES.items() if key in ("occupancy", "mask"))
 
@@ -40,26 +40,26 @@ DEFAULT_NAMES = tuple(name for name, key in NAMES.items() if key in ("occupancy"
 class LeRobotOccupancyDataset(LeRobotDataset):  # type: ignore[misc]  # lerobot comes without types
     """A LeRobotDataset of an export, with the occupancy of each frame in its items.
 
-    repo_id, root and all further arguments, by their names, are LeRobotDataset's. Added to an item
-    are those of `occupancy`, the first two by default:
+    repo_id, root and the keyword arguments not listed here are passed to LeRobotDataset. An item
+    also has the features that `occupancy` names, by default the first two of:
 
     - "observation.occ.view": occupied and visible cells of the grid in the camera's frame (OpenCV
       axes). dense: (nx, ny, nz) bool; else (n, 3) int32, cells (i, j, k), ascending
     - "observation.occ.mask": observed cells, free and occupied alike. dense: (nx, ny, nz) bool;
-      else (ceil(nx * ny * nz / 8),) uint8, as `np.packbits` has them
-    - "observation.occ.dynamic": those cells of "observation.occ.view" that hold something that
+      else (ceil(nx * ny * nz / 8),) uint8, packed by `np.packbits`
+    - "observation.occ.dynamic": the cells of "observation.occ.view" that hold something that
       moves, in the same forms
     - "observation.occ.labels": (nx, ny, nz) uint8, as "labels" of OccupancyDataset
 
-    `delta_timestamps` may name them too. Then they are stacked, (deltas, nx, ny, nz), beyond the
-    episode's ends the frame there, with "observation.occ.view_is_pad" and so on, as LeRobot's own
-    are; sparse occupancy becomes (n, 4) int32, rows (d, i, j, k) of delta d. Each is in the grid of
-    its own frame's camera.
+    `delta_timestamps` may name them too. They are then stacked: (deltas, nx, ny, nz), or, if
+    sparse, (n, 4) int32 with rows (d, i, j, k) of delta d. Each frame is in the grid of its own
+    camera. As in LeRobot, frames beyond an end of the episode repeat the frame at that end, and
+    "observation.occ.view_is_pad" and so on mark them.
 
     Attributes besides LeRobotDataset's: occupancy, the OccupancyDataset of the same frames.
 
-    Raises UsageError when the dataset has no occupancy, DatasetError when it is not of its frames,
-    and what LeRobotDataset does.
+    Raises UsageError if the dataset has no occupancy, DatasetError if the occupancy belongs to
+    other frames, and the errors of LeRobotDataset.
     """
 
     def __init__(
@@ -74,11 +74,11 @@ class LeRobotOccupancyDataset(LeRobotDataset):  # type: ignore[misc]  # lerobot 
     ) -> None:
         if isinstance(occupancy, str) or (unknown := sorted({*occupancy} - {*NAMES})):
             wrong = occupancy if isinstance(occupancy, str) else ", ".join(unknown)
-            raise UsageError(f"occupancy: {wrong} is not a list of some of {', '.join(NAMES)}.")
+            raise UsageError(f"occupancy: got {wrong}; give a list with any of {', '.join(NAMES)}.")
         deltas = dict(delta_timestamps or {})
         own = {name: deltas.pop(name) for name in NAMES if name in deltas}
         if stray := sorted(own.keys() - {*occupancy}):
-            raise UsageError(f"delta_timestamps: {stray[0]} is not among what occupancy asks for.")
+            raise UsageError(f"delta_timestamps: {stray[0]} is not listed in occupancy; add it.")
         if options.get("video_backend") is None:
             options["video_backend"] = _video_backend()
         check_sendable(options.get("token"))
@@ -92,7 +92,7 @@ class LeRobotOccupancyDataset(LeRobotDataset):  # type: ignore[misc]  # lerobot 
         self._begins = self._places()
 
     def __getitem__(self, number: int | slice) -> Any:
-        """One frame, as the class says; of a slice the list of its frames, as LeRobot has it."""
+        """One frame, see the class. A slice gives a list of frames, as in LeRobot."""
         if isinstance(number, slice):
             return [self[n] for n in range(*number.indices(len(self)))]
         item: dict[str, Any] = super().__getitem__(operator.index(number))
@@ -110,9 +110,9 @@ class LeRobotOccupancyDataset(LeRobotDataset):  # type: ignore[misc]  # lerobot 
         return item
 
     def _places(self) -> list[tuple[int, int]]:
-        """Where the frames of each episode are in the occupancy: the first, and the one after all.
+        """The (start, end) of each episode's frames in the occupancy.
 
-        Raises DatasetError where they are not there.
+        Raises DatasetError if frames are missing there.
         """
         root, starts = Path(self.root), self.occupancy.starts.tolist()
         frames = [int(length) for length in self.meta.episodes["length"]]
@@ -131,7 +131,7 @@ class LeRobotOccupancyDataset(LeRobotDataset):  # type: ignore[misc]  # lerobot 
         return torch.stack(frames)
 
     def _fetch_occupancy(self, root: str | Path | None, token: Any) -> None:
-        """Have the shards beside what LeRobot fetched, of which it may leave them out."""
+        """Download the occupancy shards if LeRobot, which may skip them, has not."""
         if shards(Path(self.root)) and parts(Path(self.root)):
             return
         place = {"cache_dir": HF_LEROBOT_HUB_CACHE} if root is None else {"local_dir": root}
@@ -147,15 +147,15 @@ class LeRobotOccupancyDataset(LeRobotDataset):  # type: ignore[misc]  # lerobot 
         except (httpx.HTTPError, OSError, HFValidationError) as error:
             said = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
             raise UsageError(
-                f"{self.root}: has no {FOLDER}/*.parquet, and they cannot be had from the Hub "
-                f"({said.rstrip('.')}); give what occgen-hub export wrote."
+                f"{self.root}: has no {FOLDER}/*.parquet, and they cannot be downloaded from the "
+                f"Hub ({said.rstrip('.')}); give a folder written by occgen-hub export."
             ) from error
 
 
 def _video_backend() -> str:
-    """The one that LeRobot would take, without its pages of warnings where FFmpeg is missing."""
+    """LeRobot's own choice of backend, without its pages of warnings if FFmpeg is missing."""
     try:
-        import torchcodec  # noqa: F401  # asked whether it can be loaded
+        import torchcodec  # noqa: F401  # Only tests that it loads.
     except (ImportError, OSError, RuntimeError):
         return "pyav"
     return "torchcodec"

@@ -1,4 +1,4 @@
-"""An exported dataset: known by its record, and checked against it and against itself."""
+"""Recognize an exported dataset by its record, and check its files and content."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ AGAIN = (
     "export the dataset again, with --overwrite, or with --update where LeRobot's tools changed it"
 )
 FOLDERS = (
-    *("data", "meta", "videos", FOLDER, INDEX, STATES),  # Of LeRobot's form,
-    *("gathered_data", "posed_images"),  # of OccScanNet's,
-    *("gts", "imgs"),  # of Occ3D's.
+    *("data", "meta", "videos", FOLDER, INDEX, STATES),  # LeRobot
+    *("gathered_data", "posed_images"),  # OccScanNet
+    *("gts", "imgs"),  # Occ3D
 )
-"""What an export is made of, beside its card."""
+"""The folders of an export, in any of the formats."""
 
 
 def exported(root: Path) -> bool:
-    """Whether a folder holds an export, told by its record."""
+    """Whether a folder holds an export, that is, has its record."""
     return (root / RECORD).is_file()
 
 
 def lengths(root: Path) -> dict[str, int]:
-    """The frames of each episode of an export by its trajectory's id, in order.
+    """The number of frames of each episode of an export, by trajectory id, in order.
 
-    Raises DatasetError when the record does not say them.
+    Raises DatasetError if the record does not list them.
     """
     return {str(row["episode"]): int(row["length"]) for row in _record(root)["episodes"]}
 
@@ -62,9 +62,9 @@ def is_lerobot(root: Path) -> bool:
 
 
 def check_export(root: Path) -> Iterator[DatasetError]:
-    """Everything that is wrong with an export: nothing is raised.
+    """Yield the errors of an export instead of raising them.
 
-    Its files are those of its record, by their SHA-256; for the rest of a LeRobot dataset see
+    Compares the files with the record by SHA-256. A LeRobot dataset also goes through
     `check_content`.
     """
     try:
@@ -78,11 +78,11 @@ def check_export(root: Path) -> Iterator[DatasetError]:
 
 
 def check_content(root: Path) -> Iterator[DatasetError]:
-    """What is wrong with what the files of an export hold.
+    """Yield the errors in the content of an export's files.
 
-    LeRobot's meta files, tables and videos have to have the frames that the record speaks of, and
-    row n of the occupancy has to be of the same trajectory and frame, at the same pose, as row n of
-    the tables. Raises SourceError for files that cannot be read.
+    LeRobot's meta files, tables and videos must have the frames that the record lists. The
+    occupancy must have the same trajectories, frames and poses as the tables. Raises SourceError
+    for files that cannot be read.
     """
     frames = sum(lengths(root).values())
     yield from _counts(root, frames)
@@ -106,7 +106,7 @@ def _record(root: Path) -> dict[str, Any]:
 
 
 def _files(root: Path) -> Iterator[DatasetError]:
-    """Files that are missing, changed, or too many."""
+    """Files that are missing, changed or unexpected."""
     listed: dict[str, Any] = _record(root)["files"]
     there = {
         path.relative_to(root).as_posix()
@@ -117,7 +117,7 @@ def _files(root: Path) -> Iterator[DatasetError]:
         yield DatasetError(root / name, "is not a file of the export", "remove it")
     for name, digest in listed.items():
         if name.split("/")[0] not in FOLDERS:
-            continue  # The card is for people to change.
+            continue  # Users may edit the card.
         if name not in there:
             yield DatasetError(root / name, "is missing", AGAIN)
         elif sha256(root / name, MAX_BUILT_BYTES) != digest:
@@ -125,7 +125,7 @@ def _files(root: Path) -> Iterator[DatasetError]:
 
 
 def _counts(root: Path, frames: int) -> Iterator[DatasetError]:
-    """Where meta files or videos speak of another number of episodes or frames."""
+    """Meta files or videos with a wrong number of episodes or frames."""
     path = root / "meta/info.json"
     info = read_json(path)
     expected = {
@@ -135,7 +135,7 @@ def _counts(root: Path, frames: int) -> Iterator[DatasetError]:
     }
     for key, value in expected.items():
         if info.get(key) != value:
-            yield DatasetError(path, f"says {key} {info.get(key)}, which is {value}", AGAIN)
+            yield DatasetError(path, f"has {key} {info.get(key)} instead of {value}", AGAIN)
     features = info.get("features")
     for name, feature in (features if isinstance(features, dict) else {}).items():
         if not isinstance(feature, dict) or feature.get("dtype") != "video" or "/" in name:
@@ -143,13 +143,13 @@ def _counts(root: Path, frames: int) -> Iterator[DatasetError]:
         folder = root / "videos" / name
         held = sum(video_facts(video).frames for video in sorted(folder.glob("*/*.mp4")))
         if held != frames:
-            yield DatasetError(folder, f"holds {held} frames of {frames}", AGAIN)
+            yield DatasetError(folder, f"has {held} frames instead of {frames}", AGAIN)
 
 
 def _rows(root: Path, frames: int) -> Iterator[DatasetError]:
-    """Where a row is not of the frame that it should be, or has another pose than its occupancy.
+    """Rows of the wrong frame, or with another pose than their occupancy.
 
-    Tables are in the order of the episodes, the occupancy in that of their names.
+    Tables are in the order of the episodes, the occupancy is in the order of their names.
     """
     schema = load_schema(SCHEMA)
     tables = _read(sorted((root / "data").glob("*/*.parquet")), schema.poses)
@@ -164,7 +164,7 @@ def _rows(root: Path, frames: int) -> Iterator[DatasetError]:
         digests = {name: hashlib.sha256() for name in names}
         for number, (wanted, found) in enumerate(zip_longest(expected, rows)):
             if wanted is None or found is None or found[:2] != wanted:
-                problem = f"row {number} is not of the frame that it should be, of {frames} in all"
+                problem = f"row {number} of {frames} does not belong to the expected frame"
                 yield DatasetError(what, problem, AGAIN)
                 return
             digests[wanted[0]].update(np.asarray(found[2], np.float32).tobytes())
@@ -177,10 +177,10 @@ def _rows(root: Path, frames: int) -> Iterator[DatasetError]:
 
 
 def held_episodes(root: Path) -> list[tuple[str, int]]:
-    """The trajectory of each episode of a LeRobot v3.0 dataset, and its frames.
+    """The trajectory and the number of frames of each episode of a LeRobot v3.0 dataset.
 
-    As the column "episode" of its tables has it. Raises DatasetError where that is not there, or
-    where an episode is not one trajectory from its first frame on.
+    Read from the column "episode" of its tables. Raises DatasetError if the column is missing, or
+    if an episode is not one trajectory that starts at its first frame.
     """
     found: list[tuple[str, int]] = []
     before = None
@@ -189,7 +189,7 @@ def held_episodes(root: Path) -> list[tuple[str, int]]:
             with parquet_file(path) as file:
                 names = ["episode", "frame_index", "episode_index"]
                 if not {*names} <= {*file.schema_arrow.names}:
-                    raise DatasetError(path, "has no column episode any more", AGAIN)
+                    raise DatasetError(path, "no longer has the column episode", AGAIN)
                 rows = plain(file.read(columns=names)).select(names).to_pylist()
         except PARQUET_DAMAGE as error:
             raise DatasetError(path, parquet_problem(error), AGAIN) from None
@@ -199,22 +199,22 @@ def held_episodes(root: Path) -> list[tuple[str, int]]:
                 found.append((str(name), 0))
                 before = index
             if found[-1] != (name, frame):
-                problem = f"has an episode {index} that is no trajectory from its first frame on"
+                problem = f"episode {index} is not one trajectory that starts at its first frame"
                 raise DatasetError(path, problem, AGAIN)
             found[-1] = (name, frame + 1)
     return found
 
 
 def _shard_order(root: Path) -> list[str]:
-    """The shards in the order of the episodes in them; a scene's follow one another."""
+    """The shards in the order of their episodes. The shards of a scene are consecutive."""
     rows = read_index(root, ["shards"])["shards"].to_pylist()
     return list(dict.fromkeys(name for names in rows for name in names))
 
 
 def _read(paths: list[Path], poses: str) -> Iterator[tuple[str, int, list[float]]]:
-    """The rows of parquet files, some hundred in memory at a time: episode, frame and pose.
+    """The episode, frame and pose of each row of parquet files, a few hundred at a time.
 
-    poses: the column of poses, matrices or their 16 numbers row after row.
+    poses: the column of poses, either matrices or their 16 numbers in row-major order.
     """
     columns = {"episode": pa.string(), "frame_index": pa.int64(), poses: pa.list_(pa.float32())}
     for path in paths:
@@ -224,7 +224,7 @@ def _read(paths: list[Path], poses: str) -> Iterator[tuple[str, int, list[float]
                 for name, kind in columns.items():
                     if name not in types.names or _innermost(types.field(name).type) != kind:
                         raise DatasetError(path, f"has no column {name} of {kind}", AGAIN)
-                file.scan_contents()  # Raises where asking damaged metadata would abort.
+                file.scan_contents()  # Raises; asking damaged metadata aborts the process.
                 for batch in file.iter_batches(batch_size=256, columns=list(columns)):
                     table = plain(pa.Table.from_batches([batch]))
                     rows = (table[name].to_pylist() for name in columns)
@@ -235,7 +235,7 @@ def _read(paths: list[Path], poses: str) -> Iterator[tuple[str, int, list[float]
 
 
 def _innermost(kind: pa.DataType) -> pa.DataType:
-    """A type, of lists in lists the innermost list."""
+    """The innermost list of nested lists; other types as they are."""
     lists = (pa.types.is_list, pa.types.is_fixed_size_list)
     while any(is_list(kind) for is_list in lists):
         if not any(is_list(kind.value_type) for is_list in lists):

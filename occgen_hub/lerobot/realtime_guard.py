@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 _VERSION_3 = 0x20080522
 _SYS_NICE = 23
-"""Of capabilities(7): the right to real-time scheduling, among others."""
+"""CAP_SYS_NICE of capabilities(7): allows real-time scheduling, among other things."""
 
 
 class _Header(ctypes.Structure):

@@ -10,9 +10,9 @@ from occgen_hub.episode import Column
 
 
 def column_stats(column: Column) -> dict[str, list[Any]]:
-    """min, max, mean and std over the frames, of the feature's shape, and count.
+    """min, max, mean and std over the frames, with the feature's shape, and count.
 
-    The standard deviation is that of the population, as LeRobot computes it.
+    std is the population standard deviation, as in LeRobot.
     """
     values = np.asarray(column.values)
     rows = values.reshape(len(values), *column.feature.shape)
@@ -27,7 +27,7 @@ def column_stats(column: Column) -> dict[str, list[Any]]:
 
 
 def episode_stats(columns: dict[str, Column]) -> dict[str, dict[str, list[Any]]]:
-    """Statistics of every column of numbers; words and truth values have none."""
+    """Statistics of every numeric column. Strings and booleans have none."""
     return {
         name: column_stats(column)
         for name, column in columns.items()

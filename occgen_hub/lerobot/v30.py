@@ -26,31 +26,31 @@ from occgen_hub.schema import Feature, Schema
 
 CODEBASE = "v3.0"
 OWN = ("timestamp", "frame_index", "episode_index", "index", "task_index")
-"""Columns that LeRobot makes itself, of what it is given."""
+"""Columns that LeRobot computes itself."""
 
 RESERVED = ("task", "size")
-"""What LeRobot calls things of its own while an episode is written."""
+"""Keys that LeRobot uses itself while it writes an episode."""
 
 DEPTH_MAX = 6.5535
-"""Metres: the farthest that depth images of 16 bits and 10,000 units a metre can hold."""
+"""Metres: the largest depth of a 16-bit image with 10,000 units per metre."""
 
 STATE = "observation.state"
-"""Where LeRobot's policies look for what a robot knows of itself."""
+"""The feature from which LeRobot's policies read the robot's state."""
 
 CAMERA_STATE = Feature(dtype="float32", shape=(7,), names=["x", "y", "z", "qx", "qy", "qz", "qw"])
-"""The camera's pose as a state: metres in the source's world, and a quaternion."""
+"""The camera's pose as a state: metres in the source's world and a quaternion."""
 
 QUIET_LOSSLESS = {"x265-params": "lossless=1:bframes=0:log-level=none"}
-"""Without B-frames, for which x265 makes up times that nothing can read where frames are few."""
+"""No B-frames: in short videos x265 gives them timestamps that no decoder can read."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What all frames of a LeRobot dataset have alike.
+    """What all frames of a LeRobot dataset have in common.
 
-    fps: frames a second; size: (width, height) in pixels, both even; features: of the columns, but
-    for LeRobot's own; rgb, depth: whether there are images; state: whether the camera's pose is
-    `STATE` too, see `camera_states`.
+    fps: frames per second; size: (width, height) in pixels, both even; features: of the columns,
+    without LeRobot's own; rgb, depth: whether there are images; state: whether the camera's pose
+    is also written as `STATE`, see `camera_states`.
     """
 
     fps: int
@@ -81,10 +81,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Fit:
-    """Where an image of `size` goes in one of another size: `box`, (left, top, width, height).
+    """How an image of `size` is fitted into a frame of size `into`, both (width, height) in pixels.
 
-    Scaled evenly and centred, with black around it; but only cut where it is a column or a row too
-    large, which a video cannot have. All in pixels.
+    It is scaled to fit, keeping its aspect ratio, and centred on black. An image that is at most
+    one column and one row too large is cut instead: the sides of a video are even.
     """
 
     size: tuple[int, int]
@@ -92,12 +92,12 @@ class Fit:
 
     @property
     def cut(self) -> bool:
-        """Whether it is only cut, or nothing at all."""
+        """Whether the image is only cut, or left as it is."""
         return all(0 <= own - new <= 1 for own, new in zip(self.size, self.into, strict=True))
 
     @property
     def box(self) -> tuple[int, int, int, int]:
-        """(left, top, width, height) of the image in the other, before that is cut."""
+        """(left, top, width, height) of the image in the frame, before cutting."""
         if self.cut:
             return (0, 0, *self.size)
         scale = min(new / own for own, new in zip(self.size, self.into, strict=True))
@@ -105,7 +105,7 @@ class Fit:
         return (self.into[0] - width) // 2, (self.into[1] - height) // 2, width, height
 
     def image(self, pixels: NDArray[Any], resample: Image.Resampling) -> NDArray[Any]:
-        """(H, W) or (H, W, 3) pixels, put there."""
+        """The frame of (H, W) or (H, W, 3) pixels."""
         left, top, width, height = self.box
         if not self.cut:
             pixels = np.asarray(Image.fromarray(pixels).resize((width, height), resample))
@@ -115,7 +115,7 @@ class Fit:
         return fitted
 
     def intrinsics(self, K: NDArray[Any]) -> NDArray[Any]:
-        """(..., 3, 3) intrinsics of the image, for the other."""
+        """(..., 3, 3) intrinsics of the frame, from those of the image."""
         left, top, width, height = self.box
         sx, sy = width / self.size[0], height / self.size[1]
         move = np.array([[sx, 0, left], [0, sy, top], [0, 0, 1]])
@@ -124,9 +124,9 @@ class Fit:
 
 
 def flat(feature: Feature) -> Feature:
-    """A feature as it is exported: an array of several dimensions row after row, in one.
+    """A feature as it is exported: arrays of several dimensions are flattened in row-major order.
 
-    With others LeRobot's tools to edit a dataset fail, and so does the training of some policies.
+    LeRobot's editing tools and the training of some policies fail with more dimensions.
     """
     if len(feature.shape) < 2:
         return feature
@@ -136,8 +136,8 @@ def flat(feature: Feature) -> Feature:
 def camera_states(world_from_camera: NDArray[Any]) -> NDArray[np.float32]:
     """(T, 7) float32 of (T, 4, 4) rigid poses: x, y, z in metres and the quaternion x, y, z, w.
 
-    Of the two quaternions of a rotation the one nearer to that of the frame before, so that they
-    change as little as the camera turns; the first has w >= 0.
+    The first quaternion has w >= 0. Each later one has the sign that brings it closer to the one
+    before, so that quaternions do not jump.
     """
     quaternions = Rotation.from_matrix(world_from_camera[:, :3, :3]).as_quat(canonical=True)
     turned = np.einsum("ij,ij->i", quaternions[:-1], quaternions[1:]) < 0
@@ -151,18 +151,19 @@ def write(
     found: Iterable[Trajectory],
     progress: Callable[[int], None] = lambda frames: None,
 ) -> None:
-    """Write the trajectories, an episode each, into the folder `out`, which must not be there yet.
+    """Write each trajectory as an episode into the folder `out`, which must not exist.
 
-    RGB becomes video; depth becomes LeRobot's depth video, of 12 bits and without loss beyond them:
-    0 stays 0, and between it and DEPTH_MAX it is off by 1.3 mm at most. `progress` is told of the
-    frames done since it was last told. Raises DatasetError for a trajectory that cannot be read,
-    OccGenError for what LeRobot does not take, and OSError.
+    RGB becomes video. Depth becomes LeRobot's depth video of 12 bits, losslessly encoded: 0 stays
+    0, and depth up to DEPTH_MAX is off by at most 1.3 mm. `progress` gets the number of frames
+    written since its last call. Raises DatasetError for a trajectory that cannot be read,
+    OccGenError for one that LeRobot rejects, and OSError.
     """
-    with _hushed(), no_realtime_scheduling(), _temporary_files(out.with_name(f"{out.name}.tmp")):
+    temporary = out.with_name(f"{out.name}.tmp")
+    with _quiet_libraries(), no_realtime_scheduling(), _temporary_files(temporary):
         dataset = None
         try:
             for trajectory in found:
-                with _refusals(trajectory):
+                with _lerobot_errors(trajectory):
                     if dataset is None:
                         dataset = _create(out, layout, trajectory.schema)
                     for frame in _frames(trajectory, layout):
@@ -170,22 +171,22 @@ def write(
                         progress(1)
                     dataset.save_episode(parallel_encoding=False)
         except BaseException:
-            if dataset is not None:  # Else it would write on when it is forgotten.
+            if dataset is not None:  # Else it writes when it is garbage-collected.
                 with suppress(Exception):
                     dataset.finalize()
             raise
         if dataset is not None:
             dataset.finalize()
             _sort_statistics(dataset)
-            shutil.rmtree(out / "images", ignore_errors=True)  # Where LeRobot had its own way.
-            _share(out)
+            shutil.rmtree(out / "images", ignore_errors=True)  # LeRobot may leave it behind.
+            _reset_modes(out)
 
 
 @contextmanager
 def _temporary_files(folder: Path) -> Iterator[None]:
-    """Have what LeRobot puts into temporary files in `folder`, which is new and goes afterwards.
+    """Put LeRobot's temporary files into `folder`, which is created here and removed at the end.
 
-    So they are on the disk of the export, whose room is what a user sees to, and none is left.
+    They then use the disk of the export, not the system's temporary directory.
     """
     before = tempfile.tempdir
     folder.mkdir()
@@ -198,7 +199,7 @@ def _temporary_files(folder: Path) -> Iterator[None]:
 
 
 def _create(out: Path, layout: Layout, schema: Schema) -> Any:
-    """LeRobot's dataset, empty."""
+    """An empty LeRobotDataset."""
     from lerobot.configs.video import DepthEncoderConfig
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
@@ -217,8 +218,8 @@ def _create(out: Path, layout: Layout, schema: Schema) -> Any:
 
 
 @contextmanager
-def _refusals(trajectory: Trajectory) -> Iterator[None]:
-    """Has what LeRobot and its encoders raise name the trajectory."""
+def _lerobot_errors(trajectory: Trajectory) -> Iterator[None]:
+    """Turn errors of LeRobot and its encoders into OccGenErrors that name the trajectory."""
     import av
 
     try:
@@ -226,13 +227,13 @@ def _refusals(trajectory: Trajectory) -> Iterator[None]:
     except (ValueError, RuntimeError, av.FFmpegError) as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise OccGenError(
-            f"{trajectory.path}: LeRobot does not take it ({said.rstrip('.')}); see with "
-            "occgen-hub validate whether its files are sound."
+            f"{trajectory.path}: LeRobot cannot write it ({said.rstrip('.')}); check its files "
+            "with occgen-hub validate."
         ) from error
 
 
 def _sort_statistics(dataset: Any) -> None:
-    """Write the statistics sorted: LeRobot has them in the order of a set, which varies."""
+    """Write the statistics in sorted order. LeRobot's order is that of a set, which varies."""
     from lerobot.datasets.io_utils import write_stats
 
     stats = dataset.meta.stats or {}
@@ -240,8 +241,8 @@ def _sort_statistics(dataset: Any) -> None:
     write_stats(dataset.meta.stats, dataset.root)
 
 
-def _share(out: Path) -> None:
-    """Give all files the mode of a new one: videos come out of temporary files, for their owner."""
+def _reset_modes(out: Path) -> None:
+    """Give all files the mode of a new file. Videos have the private mode of temporary files."""
     mode = (out / "meta/info.json").stat().st_mode
     for path in files_under(out):
         path.chmod(mode)
@@ -267,7 +268,7 @@ def _frames(trajectory: Trajectory, layout: Layout) -> Iterator[dict[str, Any]]:
     rgb = trajectory.images()
     for t in range(table.num_rows):
         if not 0 <= task_index[t] < len(tasks):
-            problem = f"has no task {task_index[t]}, which frame {t} has"
+            problem = f"has no task {task_index[t]}, the task of frame {t}"
             raise DatasetError(trajectory.file("tasks"), problem, REBUILD)
         frame = {name: _value(values[t], features[name]) for name, values in columns.items()}
         if layout.rgb:
@@ -285,17 +286,17 @@ def _frames(trajectory: Trajectory, layout: Layout) -> Iterator[dict[str, Any]]:
 
 
 def _value(value: Any, feature: Feature) -> Any:
-    """One frame's value of a column: words, or an array of the flat feature's shape."""
+    """One frame's value of a column: a string, or an array of the flat feature's shape."""
     if feature.dtype == "string":
         return str(value)
     return np.asarray(value, feature.dtype).reshape(flat(feature).shape)
 
 
-class _Raised(logging.Handler):
-    """Raises what LeRobot only logs: that an image could not be written."""
+class _RaiseLogged(logging.Handler):
+    """Raises the error that LeRobot only logs: an image could not be written."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Raise the OSError that is told of, with the file's name, or the words."""
+        """Raise the logged OSError with the file's name, or a RuntimeError with the message."""
         place, error = record.args if isinstance(record.args, tuple) else (None, None)
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, str(place))
@@ -303,14 +304,14 @@ class _Raised(logging.Handler):
 
 
 @contextmanager
-def _hushed() -> Iterator[None]:
-    """Without what encoders and libraries tell of their own progress, episode by episode."""
-    writer, raised = logging.getLogger("lerobot.datasets.image_writer"), _Raised(logging.ERROR)
+def _quiet_libraries() -> Iterator[None]:
+    """Silence the progress output of encoders and libraries for each episode."""
+    writer, raised = logging.getLogger("lerobot.datasets.image_writer"), _RaiseLogged(logging.ERROR)
     writer.addHandler(raised)
     import av.logging
     import datasets
 
-    os.environ.setdefault("SVT_LOG", "1")  # Errors.
+    os.environ.setdefault("SVT_LOG", "1")  # Errors only.
     bars = datasets.utils.are_progress_bars_disabled()
     datasets.utils.disable_progress_bars()
     av.logging.set_libav_level(av.logging.ERROR)
@@ -318,7 +319,7 @@ def _hushed() -> Iterator[None]:
         yield
     finally:
         writer.removeHandler(raised)
-        av.logging.set_libav_level(av.logging.INFO)  # As it is from the start,
-        av.logging.set_level(av.logging.get_level())  # though LeRobot has it print.
+        av.logging.set_libav_level(av.logging.INFO)  # The default.
+        av.logging.set_level(av.logging.get_level())  # LeRobot makes it print; undo that.
         if not bars:
             datasets.utils.enable_progress_bars()

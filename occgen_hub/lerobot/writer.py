@@ -1,4 +1,4 @@
-"""Writing one trajectory: every file that its schema lists, in a folder of its own."""
+"""Write one trajectory: every file that its schema lists, in a folder of its own."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ Media = Literal["copy", "link", "none"]
 class Provenance:
     """Where a trajectory comes from: the builder, its version, the engine, and the configuration.
 
-    weights: of the engine's network, None where it has none; cameras: what the user said of the
-    source's cameras, see `CameraMapping.said`; license: of what was recorded, where the source says
-    it, which is recorded and not compared; segmenter: the record of the one that makes labels where
-    the source has none, None without one.
+    weights: of the engine's network, or None; cameras: the user's settings for the source's
+    cameras, see `CameraMapping.said`; license: of the recording, if the source states it,
+    recorded but not compared; segmenter: the record of the segmenter that makes labels if the
+    source has none, or None.
     """
 
     builder: str
@@ -66,7 +66,7 @@ class Provenance:
     segmenter: dict[str, Any] | None = None
 
     def record(self, schema: Schema, episode: str, fingerprint: str) -> dict[str, Any]:
-        """What a later run compares to tell whether the trajectory is still what it would build."""
+        """What a later run compares to decide whether the trajectory must be built again."""
         source = {
             "builder": self.builder,
             "builder_version": self.builder_version,
@@ -94,15 +94,15 @@ class TrajectoryWriter:
         self.notes: list[Note] = []
 
     def path(self, file: str, frame: int | None = None) -> Path:
-        """Where a file of the schema goes; its folder is made."""
+        """The path of a file of the schema. Creates its folder."""
         path = self.folder / self.schema.path(file, frame)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def write_occupancy(self, frames: Iterable[FrameOccupancy]) -> None:
-        """The visible cells and the observed ones, frame after frame, compressed in threads.
+        """Write the visible and the observed cells, frame by frame, compressed in threads.
 
-        Where cells move in any frame, they have a file of their own, and so have classes.
+        Moving cells and classes have files of their own, which are written only if there are any.
         """
         visible = CellsWriter(self.path("visible"), self.grid.cells)
         dynamic = CellsWriter(self.path("dynamic"), self.grid.cells)
@@ -128,13 +128,13 @@ class TrajectoryWriter:
             self.path("dynamic").parent.rmdir()
 
     def write_scene(self, scene: Scene, config: Config) -> None:
-        """The scene's cloud; its occupied cells are written by `write_states`."""
+        """Write the scene's cloud. `write_states` writes its cells."""
         self.cells = cells = scene_grid(scene.cloud.points, config.voxel_size)
         thinned = voxel_downsample(scene.cloud, cloud_voxel_size(cells.shape, config))
         write_ply(self.path("scene_cloud"), thinned)
 
     def write_states(self, scene: Scene, free: FreeSpace) -> None:
-        """The scene's cells, after `write_scene` and once all frames were added to `free`."""
+        """Write the scene's cells. Call it after `write_scene`, with all frames added to `free`."""
         cells, states = self.cells, free.states(scene.cloud.points)
         occupied, opened = states.packed()
         with NpzWriter(self.path("scene_occupancy")) as out:
@@ -153,12 +153,11 @@ class TrajectoryWriter:
                 out.add("labels", classes_of_cells(order, places, scene.labels.static))
 
     def write_media(self, media: Media) -> None:
-        """The source's own files, and the RGB video, made from the images where there is none.
+        """Copy or link the source's files, and encode the RGB video if the source has none.
 
-        Every image is decoded once, by whoever comes first, so that a damaged one is not copied.
-        One that is no JPEG where the schema has JPEGs is encoded as one, and so is what is not in
-        the source's files as it is to be written. Depth is written anew unless the source's images
-        have the schema's unit.
+        Every image is decoded once, so that a damaged one is not copied. Where the schema has
+        JPEGs, other images are encoded as JPEG, and so are images that are not files of the
+        source. Depth is encoded again unless the source's images have the schema's unit.
         """
         if media == "none":
             return
@@ -183,7 +182,7 @@ class TrajectoryWriter:
             write_video(self.path("video"), frames, self.episode.fps)
 
     def _depth_fits(self) -> bool:
-        """Whether the source has depth images in the schema's unit; its first depth is compared."""
+        """Whether the source's depth images have the schema's unit; compares the first depth."""
         assert self.episode.read_depth is not None
         images = [item for item in self.episode.media if item.file == "depth"]
         for item in images:
@@ -194,9 +193,9 @@ class TrajectoryWriter:
         return bool(images)
 
     def _write_depth(self) -> None:
-        """The depth of every frame as 16-bit PNG in the schema's unit.
+        """Write the depth of every frame as 16-bit PNG in the schema's unit.
 
-        What lies beyond the range of 16 bits is stored as none, and a note says so.
+        Depth beyond the range of 16 bits is stored as 0 (none), with a note.
         """
         read, units = self.episode.read_depth, self.schema.depth_units_per_metre
         assert read is not None
@@ -215,7 +214,7 @@ class TrajectoryWriter:
             read_depth(item.path, self.episode.image_size)
 
     def write_tables(self, scene: Scene) -> None:
-        """The parquet and the meta files that describe it."""
+        """Write the parquet table and the meta files that describe it."""
         columns = self.columns(scene)
         features = {name: column.feature for name, column in columns.items()}
         arrays = [column.feature.to_arrow(column.values) for column in columns.values()]
@@ -238,7 +237,7 @@ class TrajectoryWriter:
         )
 
     def columns(self, scene: Scene) -> dict[str, Column]:
-        """Every column of the parquet: the source's, then what was computed, then LeRobot's."""
+        """Every column of the table: the source's, the computed ones, then LeRobot's."""
         frames = np.arange(self.episode.length)
         features = self.schema.features
         episode = printable(self.episode.id)
@@ -267,7 +266,7 @@ class TrajectoryWriter:
         return columns
 
     def finish(self, provenance: Provenance, scene: Scene) -> None:
-        """`meta/occgen.json`, last: what the trajectory is made of and a SHA-256 of every file."""
+        """Write `meta/occgen.json`: the provenance and a SHA-256 of every other file."""
         config = provenance.config
         files = {
             path.relative_to(self.folder).as_posix(): sha256(path)
@@ -299,16 +298,16 @@ class TrajectoryWriter:
         self._write("record", [record], indent=1)
         if self.path("record").stat().st_size > MAX_RECORD_BYTES:
             raise OccGenError(
-                f"{self.episode.id}: has {self.episode.length} frames, whose images are more than "
-                "a record can list; cut it into parts, or build with --media none."
+                f"{self.episode.id}: has {self.episode.length} frames, too many images for its "
+                "record; cut it into parts, or build with --media none."
             )
 
     def all_notes(self, scene: Scene) -> tuple[Note, ...]:
-        """Those of the source, of the reconstruction, and of what was written."""
+        """The notes of the source, of the reconstruction and of this writer."""
         return (*self.episode.notes, *scene.notes, *self.notes)
 
     def _quality(self, quality: Quality) -> dict[str, Any]:
-        """The figures of fusion, and the share of the visible cells that move."""
+        """The figures of fusion, and the fraction of visible cells that move."""
         return {**quality.record(), "moving": round(self.moving, 6)}
 
     def _info(self, columns: dict[str, Column]) -> dict[str, Any]:
@@ -334,10 +333,10 @@ class TrajectoryWriter:
 
 
 def cloud_voxel_size(shape: tuple[int, int, int], config: Config) -> float:
-    """Metres: how coarse origin_pcd.ply is, for a scene of `shape` cells of `config.voxel_size`.
+    """The voxel size of origin_pcd.ply in metres, for a scene of `shape` cells.
 
-    The base size, or the seed's dynamic one, the cube root of the scene's volume over
-    `voxel_size_scale`, where that is set and coarser.
+    It is `config.voxel_size`, or, if `voxel_size_scale` is set, the cube root of the scene's
+    volume divided by it, if that is coarser.
     """
     if config.voxel_size_scale is None:
         return config.voxel_size
@@ -363,10 +362,10 @@ def _take(source: Path, place: Path, *, link: bool) -> None:
     try:
         if link:
             try:
-                place.hardlink_to(source.resolve())  # What a link leads to.
+                place.hardlink_to(source.resolve())  # The target of a symbolic link.
                 return
             except OSError:
-                pass  # Another file system, or one without hard links: a copy serves as well.
+                pass  # Another file system, or one without hard links: copy instead.
         shutil.copyfile(source, place)
     except OSError as error:
         if error.filename2 or error.filename == str(place):

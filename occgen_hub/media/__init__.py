@@ -1,4 +1,4 @@
-"""Reading and writing of images and videos."""
+"""Read and write images and videos."""
 
 from occgen_hub.media.decode_errors import MAX_PIXELS, REENCODE, RESTORE
 from occgen_hub.media.pictures import (

@@ -1,4 +1,4 @@
-"""Pictures of what was built."""
+"""Pictures, videos and reports of built datasets."""
 
 SEQUENCES = (
     "merge_npy_sequence_cam",
@@ -8,4 +8,4 @@ SEQUENCES = (
     "occ_only_cam_npy",
     "occ_only_cam_ply",
 )
-"""The folders that `sequences.write_sequences` can make, each with a file a frame."""
+"""The folders that `sequences.write_sequences` can write, each with one file per frame."""

@@ -12,10 +12,10 @@ from occgen_hub.jit import njit
 def blended(front, depth, behind, limit, face, tint, factor):
     """(H, W, 3) uint8 from pictures `factor` times as wide and high.
 
-    front, behind: (factor * H, factor * W, 3) uint8; a pixel is the front's where its depth, of
-    the z-buffer, is below `limit`, else the one behind. face: (factor * H, factor * W) int32, which
-    face the one behind shows, -1 for none; tint: (n, 4) uint8 of the faces, a colour that is mixed
-    into their pixels, and how much of it, of 255.
+    front, behind: (factor * H, factor * W, 3) uint8. A pixel is taken from `front` where its
+    z-buffer `depth` is below `limit`, else from `behind`. face: (factor * H, factor * W) int32, the
+    face shown by a pixel of `behind`, -1 for none; tint: (n, 4) uint8, for each face a colour to
+    mix into its pixels, and its weight from 0 to 255.
     """
     height, width = depth.shape[0] // factor, depth.shape[1] // factor
     picture = np.empty((height, width, 3), np.uint8)

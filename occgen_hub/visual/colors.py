@@ -21,7 +21,7 @@ OCCUPANCY = np.array(
 )
 
 PAST = (104, 108, 126)
-"""Grey that is mixed into the colours of the cells of past frames."""
+"""Grey to mix into the colours of cells of past frames."""
 
 PAST_SHARE = 0.62
 
@@ -33,7 +33,7 @@ def faded(colors: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def ramp(values: NDArray[np.floating], stops: NDArray[np.int64] = RAMP) -> NDArray[np.uint8]:
-    """(...) values from 0 to 1 to (..., 3) colours between evenly spaced (n, 3) ones."""
+    """Map (...) values from 0 to 1 to (..., 3) colours, between evenly spaced (n, 3) `stops`."""
     place = np.clip(values, 0, 1) * (len(stops) - 1)
     low = np.minimum(place.astype(int), len(stops) - 2)
     part = (place - low)[..., None]
@@ -44,7 +44,7 @@ def ramp(values: NDArray[np.floating], stops: NDArray[np.int64] = RAMP) -> NDArr
 
 
 def limits(values: NDArray[np.floating]) -> tuple[float, float]:
-    """The ends of a scale for (n,) values, n > 0: their 1st and 99th percentiles."""
+    """The ends of a colour scale for (n,) values, n > 0: their 1st and 99th percentiles."""
     low, high = np.percentile(values, [1, 99])
     return float(low), float(high)
 

@@ -17,7 +17,7 @@ CLEAR = 14
 """Size of a cell, in rendered pixels, from which its edges are drawn."""
 
 LIFT = 2e-3
-"""Share of its distance by which a face is moved in front of its dark edges."""
+"""Fraction of its distance by which a face is moved in front of its dark edges."""
 
 _DIRECTIONS = np.array([(1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1)])
 
@@ -62,8 +62,8 @@ def cube_faces(
 ) -> Faces:
     """The faces of cubes with edges of `edge` metres that are not covered by a neighbour.
 
-    centres: (n, 3) metres, all on one lattice of that spacing, none twice; eye: (3,) from where
-    they are looked at, so that faces turned away are left out as well; None leaves none out.
+    centres: (n, 3) metres, distinct, on a lattice with spacing `edge`; eye: (3,) position of the
+    viewer. Faces turned away from it are left out too, unless it is None.
     """
     if not len(centres):
         return Faces.none()
@@ -85,7 +85,7 @@ def cube_faces(
 
 
 class _lookup:  # noqa: N801  # a function with state
-    """Whether there is a cell of a number, for (n,) numbers below `size`."""
+    """Looks up which of (n,) cell numbers below `size` exist."""
 
     def __init__(self, keys: NDArray[np.int64], size: int) -> None:
         self._dense = size <= DENSE
@@ -104,9 +104,9 @@ class _lookup:  # noqa: N801  # a function with state
 
 
 def lit(colors: NDArray[np.uint8], faces: Faces, up: int = 2) -> NDArray[np.uint8]:
-    """(m, 3) colours of faces, from (n, 3) of their cells.
+    """(m, 3) colours of faces, from (n, 3) colours of their cells.
 
-    Brightest are those that look along axis `up`; the two others differ, so that edges show.
+    Faces towards axis `up` are brightest. The other two axes differ, so that edges are visible.
     """
     light = np.full(3, 0.86)
     light[up] = 1.0
@@ -118,11 +118,11 @@ def lit(colors: NDArray[np.uint8], faces: Faces, up: int = 2) -> NDArray[np.uint
 def framed(
     faces: Faces, colors: NDArray[np.uint8], focal: float, edge: float
 ) -> tuple[Faces, NDArray[np.uint8]]:
-    """The faces, and colours, with darker edges where they are large enough for some to show.
+    """The faces and colours, with darker edges on faces that are large enough in the picture.
 
-    A large face becomes dark, and has a smaller one of its colour before it. The eye is the
-    origin, looks along z and has a focal length of `focal` pixels; edge: metres of a cell. Edges
-    are a pixel and a half wide and begin where cells have CLEAR pixels.
+    A large face becomes dark, and a smaller one in its own colour is added in front. The eye is at
+    the origin, looks along z and has a focal length of `focal` pixels; edge: metres of a cell.
+    Edges are 1.5 pixels wide and start at cells of CLEAR pixels.
     """
     corners = faces.corners
     depth = corners[..., 2].min(axis=1)
@@ -132,10 +132,10 @@ def framed(
     chosen = corners[large]
     middle = chosen.mean(axis=1, keepdims=True)
     rim = np.minimum(1.5 * depth[large] / focal / edge, 0.25)[:, None, None]
-    # A little nearer along its rays: in the same place of the picture, and not in its face.
+    # A little nearer along its rays: at the same place in the picture, but in front of the face.
     inner = (middle + (chosen - middle) * (1 - 2 * rim)) * np.float32(1 - LIFT)
     dark = colors.copy()
-    # They come in gradually: no line is seen beyond which there are none.
+    # They fade in, so that there is no visible line where they start.
     clear = np.clip(focal * edge / (CLEAR * depth[large]) - 1, 0, 1)[:, None]
     dark[large] = (dark[large] * (1 - (1 - EDGES) * clear)).astype(np.uint8)
     both = Faces(

@@ -34,11 +34,11 @@ LIGHT = np.array([0.86, 0.86, 1.0, 0.78, 0.93, 0.93])
 class EgoView:
     """Renders the visible occupied cells of frames from their cameras. Near cells are bright.
 
-    Cells that move have a colour of their own.
+    Moving cells have their own colour.
 
-    size: (width, height), pixels; the images of the trajectory are resized to it. classes: those
-    that its cells have, to colour cells by class instead of by depth. deepest: metres to the far
-    end of the grid.
+    size: (width, height), pixels; images of the trajectory are scaled to it. classes: the classes
+    of its cells, to colour them by class instead of depth. deepest: metres to the far end of the
+    grid.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class EgoView:
         return ramp(FARTHEST + (1 - FARTHEST) * (1 - depth**0.8))
 
     def legend(self, text: int, *, moving: bool) -> list[Image.Image]:
-        """What the colours mean; text: its size, pixels; moving: whether cells move."""
+        """The legend. text: its size, pixels; moving: whether there are moving cells."""
         if self._classes:
             return class_legend(self._classes, text)
         return ego_legend(self.shade, self.deepest, text, moving)
@@ -91,9 +91,9 @@ class EgoView:
 
 
 def ego_legend(shade: Shade, deepest: float, text: int, moving: bool) -> list[Image.Image]:
-    """What the colours of the camera's view mean, as many pixels high and wide whatever the grid.
+    """The legend of the camera's view. Its size in pixels does not depend on the grid.
 
-    shade: the colours of depths from 0 to `deepest`, metres.
+    shade: gives the colours of depths from 0 to `deepest`, metres.
     """
     items = [color_bar("occupied, by depth", {"": shade}, 0.0, deepest, text)]
     return items + ([swatch("moving", MOVING, text)] if moving else [])

@@ -19,7 +19,7 @@ from occgen_hub.occupancy.history import moved, past_frames
 
 
 def frame_title(number: int, count: int) -> str:
-    """A title with the number of a frame, as --frame takes it, and those that there are."""
+    """A title with the number of a frame, as for --frame, and the range of numbers."""
     return f"frame {number} (0 to {count - 1})"
 
 
@@ -28,8 +28,8 @@ class FrameCells:
     """The occupied cells that a camera sees.
 
     world_from_camera: (4, 4) float64, OpenCV axes, metres; columns: (n,) flat numbers of the cells
-    of the grid in its frame, ascending; moving: (m,) those of them that hold what moves; classes:
-    (n,) uint8 of the cells, None without labels.
+    of its grid, ascending; moving: (m,) the columns with moving objects; classes: (n,) uint8 of
+    the cells, None without labels.
     """
 
     grid: Grid
@@ -50,21 +50,21 @@ class FrameCells:
 
     @cached_property
     def world_cells(self) -> NDArray[np.int64]:
-        """(m,) numbers, ascending, of the cells of the world's own grid that these lie in.
+        """(m,) ascending numbers of the cells of the world's grid that contain these cells.
 
-        Worked out once: a frame is among the past of many.
+        Cached, because a frame is in the past of many frames.
         """
         places = self.in_world().astype(np.float32)
         return np.unique(cell_numbers(places, self.grid.voxel_size))
 
     @cached_property
     def moving_world_cells(self) -> NDArray[np.int64]:
-        """(m,) those of `world_cells` in which cells that move lie."""
+        """(m,) the `world_cells` that contain moving cells."""
         places = self.in_world()[self.is_moving].astype(np.float32)
         return np.unique(cell_numbers(places, self.grid.voxel_size))
 
     def hold(self, points: NDArray[np.floating]) -> NDArray[np.bool_]:
-        """(n,) whether (n, 3) points, world, metres, lie in one of the cells."""
+        """(n,) bool: whether (n, 3) points, world, metres, are in one of the cells."""
         taken = np.zeros(self.grid.cells, np.bool_)
         taken[self.columns] = True
         found: NDArray[np.bool_] = _held(
@@ -82,10 +82,10 @@ def _held(
     camera: NDArray[np.float64],
     taken: NDArray[np.bool_],
 ) -> NDArray[np.bool_]:
-    """(n,) whether (n, 3) points, world, lie in the cells that are taken, in one pass.
+    """(n,) bool: whether (n, 3) points, world, are in the cells `taken`, in one pass.
 
-    camera: (3,) where it is, in cells of `edge` metres from the grid's lower corner; taken: (i, j,
-    k) bool.
+    camera: (3,) its position in cells of `edge` metres from the grid's lower corner; taken:
+    (nx, ny, nz) bool.
     """
     found = np.zeros(len(points), np.bool_)
     nx, ny, nz = taken.shape
@@ -114,7 +114,7 @@ class Frame:
         return self.cells.world_from_camera
 
     def accumulated(self) -> NDArray[np.integer]:
-        """(n,) columns of this frame's grid, ascending: its own cells and, moved, the past ones."""
+        """(n,) ascending columns of this frame's grid: its own cells and the past ones."""
         grid = self.cells.grid
         camera_from_world = np.linalg.inv(self.world_from_camera)
         older = [moved(p.columns, camera_from_world @ p.world_from_camera, grid) for p in self.past]
@@ -123,22 +123,22 @@ class Frame:
 
     @cached_property
     def accumulated_world_cells(self) -> NDArray[np.int64]:
-        """(n,) numbers, ascending, of the cells of the world's own grid that all of them lie in."""
+        """(n,) ascending numbers of the world's grid cells, for its own and the past cells."""
         every = [cells.world_cells for cells in (self.cells, *self.past)]
         return np.unique(np.concatenate(every))
 
     def accumulated_in_world(self) -> NDArray[np.float32]:
-        """(n, 3) centres, metres, of the cells of the world's own grid that those cells lie in.
+        """(n, 3) centres, metres, of `accumulated_world_cells`.
 
-        The world's grid is that of the whole scene's occupancy; nothing leaves it.
+        The world's grid is that of the whole scene's occupancy, so it contains all cells.
         """
         return cell_centres(self.accumulated_world_cells, self.cells.grid.voxel_size)
 
 
 def frames(trajectory: Trajectory, history_len: int = 0, history_step: int = 1) -> Iterator[Frame]:
-    """The frames in order, with `history_len` past ones each, `history_step` frames apart.
+    """The frames in order, each with `history_len` past frames, `history_step` frames apart.
 
-    Raises DatasetError when a file of the trajectory cannot be used.
+    Raises DatasetError if a file of the trajectory is invalid.
     """
     poses, intrinsics, grid = (
         trajectory.world_from_camera(), trajectory.intrinsics(), trajectory.grid
@@ -157,5 +157,5 @@ def frames(trajectory: Trajectory, history_len: int = 0, history_step: int = 1) 
         yield Frame(number, intrinsics[number], kept[-1], past)
         count += 1
     if count != len(poses):
-        problem = f"has not as many rows as the parquet, {len(poses)}"
+        problem = f"does not have the {len(poses)} rows of the table"
         raise DatasetError(trajectory.file("visible"), problem, REBUILD)

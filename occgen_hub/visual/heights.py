@@ -14,9 +14,9 @@ HEADROOM = 0.4
 class Heights:
     """Heights of points in a world, metres along its up axis.
 
-    axis, sign: the world's axis that the cameras' up (minus their y) agrees with best, and which
-    way it goes; ceiling: the height from which on points would hide the room from above; low, high:
-    between which heights the colours lie, the floor and a little above the cameras.
+    axis, sign: the world axis closest to the cameras' up (minus their y), and its direction;
+    ceiling: the height above which points would hide the room from above; low, high: the range of
+    the colours, from the floor to a little above the cameras.
     """
 
     def __init__(
@@ -49,14 +49,14 @@ class Heights:
         return self.shade(self.of(points) - self.low)
 
     def shade(self, heights: NDArray[np.floating]) -> NDArray[np.uint8]:
-        """(n, 3) uint8 of (n,) heights over `low`."""
+        """(n, 3) uint8 colours of (n,) heights above `low`."""
         return ramp(heights / (self.high - self.low), OCCUPANCY)
 
 
 def _ceiling(height: NDArray[np.float64], head: float) -> float:
-    """The headroom's end, or below a ceiling that is lower.
+    """The end of the headroom, or a height below a lower ceiling.
 
-    A layer that holds far more points than those above the cameras usually do lies flat.
+    A layer with far more points than the usual one above the cameras is a ceiling.
     """
     edges = head + np.linspace(0.1, HEADROOM, 7)
     counts, _ = np.histogram(height, edges)

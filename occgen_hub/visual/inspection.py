@@ -19,7 +19,7 @@ SHOWN = 20
 def describe(root: Path, trajectory: str | None = None) -> Iterator[str]:
     """Yield lines about a dataset: its size, its trajectories, and one (the first) in detail.
 
-    Raises UsageError when there is no trajectory, SourceError when that one cannot be read.
+    Raises UsageError if there is no trajectory, SourceError if that one cannot be read.
     """
     found = built(root)
     path = _chosen(root, found, trajectory)
@@ -92,7 +92,7 @@ def _moving(path: Path) -> str:
 def picture(
     root: Path, place: Path, trajectory: str | None = None, frame: int | None = None
 ) -> None:
-    """Write a PNG of one frame of a trajectory (its path below `root`; the first if None)."""
+    """Write a PNG of one frame. trajectory: its path below `root`, or None for the first one."""
     path = _chosen(root, built(root), trajectory)
     opened = Trajectory.open(path)
     length = _frames(opened)
@@ -106,7 +106,7 @@ def picture(
             image.save(partial, "PNG")
     except OSError as error:
         raise UsageError(
-            f"--preview {place}: cannot be written ({error.strerror}); choose another place."
+            f"--preview {place}: cannot be written ({error.strerror}); choose another path."
         ) from error
 
 
@@ -115,7 +115,7 @@ def _frames(trajectory: Trajectory) -> int:
 
 
 def _chosen(root: Path, found: list[Path], name: str | None) -> Path:
-    """The trajectory with that path below `root`, or whose path ends in it."""
+    """The trajectory whose path below `root` is or ends in `name`."""
     if name is None:
         return found[0]
     ends = [
@@ -123,8 +123,8 @@ def _chosen(root: Path, found: list[Path], name: str | None) -> Path:
     ]
     if len(ends) != 1:
         names = ", ".join(_called(path, root) for path in (ends or found)[:3])
-        problem = "several are called so" if ends else "there is no such one"
-        raise UsageError(f"--trajectory {name}: {problem}; there are for example {names}.")
+        problem = "several have this name" if ends else "was not found"
+        raise UsageError(f"--trajectory {name}: {problem}; give one such as {names}.")
     return ends[0]
 
 

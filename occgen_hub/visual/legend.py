@@ -13,7 +13,7 @@ from occgen_hub.visual.colors import INK, PAPER
 
 Color = tuple[int, int, int]
 Shade = Callable[[NDArray[np.float64]], NDArray[np.uint8]]
-"""(n,) metres to (n, 3) colours."""
+"""A function from (n,) metres to (n, 3) colours."""
 
 SMALLEST = 240
 """Side in pixels below which images have no legend, because it would fill them."""
@@ -38,9 +38,9 @@ def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 def color_bar(
     title: str, rows: dict[str, Shade], low: float, high: float, size: int
 ) -> Image.Image:
-    """A bar for each row, from `low` to `high` metres, with metres below and names beside.
+    """Colour bars from `low` to `high` metres, with ticks below and names beside.
 
-    rows: by name, which may be empty; size: of the text, pixels.
+    rows: colours by name, which may be empty; size: of the text, pixels.
     """
     high = max(high, low + 1e-3)
     label = max(_width(name, size) for name in rows)
@@ -69,7 +69,7 @@ def color_bar(
 
 
 def swatch(name: str, color: Color, size: int, *, line: bool = False) -> Image.Image:
-    """A square, or a line, of a colour with its name."""
+    """A square, or a line, in a colour, with its name."""
     patch = Image.new("RGB", (2 * size + _width(name, size), round(1.3 * size)), PAPER)
     draw, middle = ImageDraw.Draw(patch), patch.height // 2
     half = max(1, size // 8) if line else size // 2
@@ -79,7 +79,7 @@ def swatch(name: str, color: Color, size: int, *, line: bool = False) -> Image.I
 
 
 def strip(items: Sequence[Image.Image], width: int, size: int) -> Image.Image:
-    """Items side by side, in as many lines as they need, on a strip of that width."""
+    """Items side by side on a strip of that width, in several lines if needed."""
     lines: list[list[Image.Image]] = [[]]
     gap, used = 2 * size, 0
     for item in items:
@@ -102,7 +102,7 @@ def strip(items: Sequence[Image.Image], width: int, size: int) -> Image.Image:
 
 
 class Overlay:
-    """Marks that are drawn onto many pictures of one size. marks: RGBA."""
+    """Marks to draw onto many pictures of the same size. marks: RGBA."""
 
     def __init__(self, marks: Image.Image) -> None:
         box = marks.getbbox() or (0, 0, 0, 0)
@@ -121,7 +121,7 @@ class Overlay:
 def draw_scale_bar(
     draw: ImageDraw.ImageDraw, place: tuple[int, int], pixels_per_metre: float, size: int
 ) -> float:
-    """Draw a horizontal bar of a round length from `place`, its lower left end; returns metres."""
+    """Draw a horizontal bar of a round length, with lower left end `place`. Returns its metres."""
     metres = round_length(BAR * size / pixels_per_metre)
     (x, y), length = place, round(metres * pixels_per_metre)
     tick = size // 3
@@ -141,8 +141,8 @@ def draw_axes(
 ) -> None:
     """Draw the world's axes x, y and z from `place`.
 
-    directions: (3, 2) of each unit axis in the picture, y down; those that point along the line of
-    sight are short, and have no name where they are too short for one.
+    directions: (3, 2) of each unit axis in the picture, y down. Axes along the line of sight are
+    short, and have no name if they are too short for one.
     """
     ends = np.asarray(place) + 3.0 * size * directions
     lengths = np.linalg.norm(ends - place, axis=1)
@@ -154,7 +154,7 @@ def draw_axes(
         if lengths[n] < 0.6 * size:
             continue
         x, y = ends[n] + 0.6 * size * (ends[n] - place) / lengths[n]
-        # Axes that end close to each other have their names on two sides.
+        # If two axes end close to each other, their names are on different sides.
         for other in np.flatnonzero(np.linalg.norm(ends - ends[n], axis=1) < 1.5 * size):
             if other != n and lengths[other] >= 0.6 * size:
                 right = (ends[n][0], n) > (ends[other][0], other)
@@ -170,7 +170,7 @@ def outlined(
     size: int,
     anchor: str = "lm",
 ) -> None:
-    """Write a line that is legible on any picture."""
+    """Write a line of text that is legible on any picture."""
     draw.text(
         place, text, fill=color, font=font(size), anchor=anchor, stroke_width=2, stroke_fill=PAPER
     )
@@ -179,14 +179,14 @@ def outlined(
 def write(
     draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, color: Color, size: float
 ) -> int:
-    """Write a line at its left end, in the middle of its height; returns where it ends, pixels."""
+    """Write a line of text, anchored at its left end, centred vertically. Returns its end."""
     face = font(max(9, round(size)))
     draw.text(place, text, fill=color, font=face, anchor="lm")
     return round(place[0] + draw.textlength(text, font=face))
 
 
 def fit_text(text: str, width: float, size: int) -> str:
-    """A line cut so that it is no wider than that."""
+    """A line of text, cut to at most `width` pixels."""
     if _width(text, size) <= width:
         return text
     while text and _width(f"{text}\u2026", size) > width:
@@ -195,14 +195,14 @@ def fit_text(text: str, width: float, size: int) -> str:
 
 
 def round_length(most: float) -> float:
-    """The greatest of 1, 2 and 5 times a power of ten, metres, that is no more than `most`."""
+    """The largest length of 1, 2 or 5 times a power of ten, at most `most`, metres."""
     power = 10.0 ** np.floor(np.log10(most))
     factor = next(f for f in (5, 2, 1) if f * power <= most * (1 + 1e-9))
     return float(f"{factor * power:.6g}")
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers of metres in a range, two to six of them."""
+    """Two to six round numbers of metres in a range."""
     step = round_length((high - low) / 2)
     first = int(np.ceil(low / step - 1e-9))
     last = int(np.floor(high / step + 1e-9))

@@ -15,14 +15,14 @@ from occgen_hub.visual.cubes import Faces
 from occgen_hub.visual.optional_dependencies import need_pyvista
 
 NO_GRAPHICS = (
-    "nothing can be drawn here: OpenGL gives empty pictures; on Debian install libegl1, "
-    "libegl-mesa0 and libgl1-mesa-dri, which draw without a GPU as well"
+    "this machine cannot render: OpenGL gives empty pictures; on Debian install libegl1, "
+    "libegl-mesa0 and libgl1-mesa-dri, which also render without a GPU"
 )
 
 
 @dataclass(frozen=True)
 class Picture:
-    """rgb: (H, W, 3) uint8; zbuffer: (H, W) float32, OpenGL's, 1 for nothing; near, far: metres."""
+    """rgb: (H, W, 3) uint8; zbuffer: (H, W) float32, OpenGL's, 1 if empty; near, far: metres."""
 
     rgb: NDArray[np.uint8]
     zbuffer: NDArray[np.float32]
@@ -30,14 +30,14 @@ class Picture:
     far: float
 
     def depth(self) -> NDArray[np.float64]:
-        """(H, W) float64, metres along the optical axis, inf for nothing."""
+        """(H, W) float64, metres along the optical axis, inf if empty."""
         z = self.zbuffer.astype(np.float64)
         with np.errstate(divide="ignore"):
             depth = self.near * self.far / (self.far - z * (self.far - self.near))
         return np.where(z >= 1, np.inf, depth)
 
     def zbuffer_at(self, bias: float) -> NDArray[np.float32]:
-        """(H, W) float32: the z-buffer with everything moved away by `bias` metres."""
+        """(H, W) float32: the z-buffer of the scene moved away by `bias` metres."""
         further = self.depth() + bias
         z = (self.far - self.near * self.far / further) / (self.far - self.near)
         return np.minimum(z, 1).astype(np.float32)
@@ -46,9 +46,10 @@ class Picture:
 class Stage:
     """A scene of named meshes and a camera. Adding a mesh replaces the one with the same name.
 
-    VTK calls Python back, and prints what comes out of it, so that no signal stops a call midway.
+    VTK prints exceptions raised in its Python callbacks instead of raising them, so signals are
+    held back during its calls.
 
-    size: (width, height), pixels; near, far: metres between which something is seen.
+    size: (width, height), pixels; near, far: clipping range, metres.
     """
 
     @hold_stops()
@@ -63,7 +64,7 @@ class Stage:
 
     @hold_stops()
     def look(self, world_from_camera: NDArray[np.float64], K: NDArray[np.float64]) -> None:
-        """Place the camera: a (4, 4) pose, OpenCV axes, metres, and (3, 3) pixels of `size`."""
+        """Place the camera: (4, 4) pose, OpenCV axes, metres; (3, 3) intrinsics, pixels."""
         R, t = world_from_camera[:3, :3], world_from_camera[:3, 3]
         camera = self._plotter.camera
         camera.position, camera.focal_point, camera.up = t, t + R[:, 2], -R[:, 1]
@@ -119,7 +120,7 @@ class Stage:
     def put_image(self, name: str, corners: NDArray[np.floating], image: NDArray[np.uint8]) -> None:
         """Add an (H, W, 3) image on the quadrilateral of its (4, 3) corners.
 
-        They are those of its upper left, upper right, lower right and lower left.
+        Their order is upper left, upper right, lower right, lower left.
         """
         mesh = self._pyvista.PolyData.from_regular_faces(
             corners.astype(np.float32), np.arange(4)[None]

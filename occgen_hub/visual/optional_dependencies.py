@@ -12,7 +12,7 @@ from occgen_hub.stopping import hold_stops
 
 
 def need(name: str) -> ModuleType:
-    """Import a module. Raises UsageError that says how to install it if that fails."""
+    """Import a module. Raises UsageError, which says how to install it, if that fails."""
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
@@ -32,5 +32,5 @@ def need_pyvista() -> ModuleType:
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         # Otherwise VTK looks for an X server first, and warns if there is none.
         os.environ.setdefault("VTK_DEFAULT_OPENGL_WINDOW", "vtkEGLRenderWindow")
-    with hold_stops():  # VTK prints what stops the import of its modules.
+    with hold_stops():  # VTK prints exceptions that interrupt its imports.
         return need("pyvista")

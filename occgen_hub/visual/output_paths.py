@@ -14,7 +14,7 @@ from occgen_hub.errors import SourceError, UsageError
 def written_for(place: Path) -> Iterator[Path]:
     """Like `atomic_file`, but raises UsageError if the path cannot be written."""
     if not place.name or place.is_dir():
-        raise UsageError(f"{place}: is a folder; give the name of a file.")
+        raise UsageError(f"{place}: is a folder; give a file name.")
     try:
         with atomic_file(place) as partial:
             yield partial

@@ -13,16 +13,16 @@ from occgen_hub.visual.legend import SMALLEST, fit_text, strip, text_size, write
 
 BEHIND = (32, 34, 39)
 HEADER = 0.06
-"""Share of the height for titles, and for the line at the bottom."""
+"""Fraction of the height for titles, and for the line at the bottom."""
 
 TITLES = ("input", "world: cloud, path, occupancy", "occupancy, from the camera")
 
 Items = Callable[[int], list[Image.Image]]
-"""A legend's items, for a size of text in pixels."""
+"""Returns the items of a legend for a text size in pixels."""
 
 
 def legend_height(width: int, height: int, items: Items) -> int:
-    """Pixels that the legend of a picture of that size takes, even; 0 where it would fill it."""
+    """The even height in pixels of a picture's legend. 0 if it would fill the picture."""
     if min(width, height) < SMALLEST:
         return 0
     text = text_size(height)
@@ -32,7 +32,7 @@ def legend_height(width: int, height: int, items: Items) -> int:
 def with_legend(
     picture: NDArray[np.uint8], size: tuple[int, int], legend: NDArray[np.uint8] | None
 ) -> NDArray[np.uint8]:
-    """(H, W, 3) of `size` (width, height): a picture in the middle, its legend at the foot."""
+    """(H, W, 3) of `size` (width, height): a picture with its legend at the bottom."""
     sheet = np.full((size[1], size[0], 3), PAPER, np.uint8)
     foot = size[1] - (0 if legend is None else len(legend))
     top, left = (foot - picture.shape[0]) // 2, (size[0] - picture.shape[1]) // 2
@@ -43,9 +43,9 @@ def with_legend(
 
 
 def legend_picture(width: int, height: int, total: int, items: Items) -> NDArray[np.uint8] | None:
-    """(height, width, 3) uint8 of a legend; total: the height of the picture that it is a part of.
+    """(height, width, 3) uint8 of a legend, None if `height` is 0.
 
-    None where `height` is 0.
+    total: the height of the whole picture, which determines the text size.
     """
     if not height:
         return None
@@ -58,8 +58,8 @@ def legend_picture(width: int, height: int, total: int, items: Items) -> NDArray
 class Panels:
     """The layout of the three images. size: (width, height) of the whole, pixels.
 
-    The world's picture is made to fit; images keep their own shape. legends: of the world and of
-    the occupancy, with whatever scale: they take as much room as the real ones.
+    The world's picture is rendered to fit. Images keep their aspect ratio. legends: of the world
+    and of the occupancy, with any scale: only their size is used.
     """
 
     def __init__(

@@ -50,7 +50,7 @@ CLEAR = 7
 def preview(trajectory: Trajectory, frame: int | None = None) -> Image.Image:
     """RGB, depth or cloud, occupancy from the camera, and the scene from above.
 
-    frame: which to show; the middle one if None.
+    frame: its number, None for the middle one.
     """
     poses, intrinsics = trajectory.world_from_camera(), trajectory.intrinsics()
     frame = len(poses) // 2 if frame is None else frame
@@ -97,7 +97,7 @@ def _cells_panel(
 
 
 def _depth_legend(depth: NDArray[np.float64]) -> list[Image.Image]:
-    """The colours of `shade_depth`, and that black is where there is none."""
+    """The legend of `shade_depth`. Black means no depth."""
     legend = [swatch("not measured", (0, 0, 0), TEXT)] if (depth <= 0).any() else []
     if (depth > 0).any():
         low, high = limits(1 / depth[depth > 0])
@@ -110,7 +110,7 @@ def _depth_legend(depth: NDArray[np.float64]) -> list[Image.Image]:
 
 
 def _bar(title: str, low: float, high: float) -> Image.Image:
-    """The colours of `by_height`."""
+    """The legend of `by_height`."""
     shades = {"": lambda metres: ramp((metres - low) / max(high - low, 1e-6))}
     return color_bar(title, shades, low, high, TEXT)
 
@@ -129,9 +129,9 @@ def cells_panel(trajectory: Trajectory, frame: int, size: tuple[int, int] = PANE
 
 
 def from_camera(trajectory: Trajectory, frame: int) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8: the occupied cells that a frame's camera sees, by height.
+    """(H, W, 3) uint8: the occupied cells that a frame's camera sees, coloured by height.
 
-    Those that move have a colour of their own.
+    Moving cells have their own colour.
     """
     visible, moving, _ = _occupancy(trajectory, frame, len(trajectory.world_from_camera()))
     K, size = trajectory.intrinsics()[frame], trajectory.image_size
@@ -141,13 +141,12 @@ def from_camera(trajectory: Trajectory, frame: int) -> NDArray[np.uint8]:
 def _occupancy(
     trajectory: Trajectory, frame: int, length: int
 ) -> tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.bool_]]:
-    """A frame's cells: visible occupied, those of them that move, and observed.
-
-    (n,) and (m,) columns, and (cells,) bool.
+    """A frame's (n,) columns of visible occupied cells, (m,) columns of moving ones among them,
+    and (cells,) bool of observed cells.
     """
     rows = len(trajectory.row_ends("visible")) - 1
     if not frame < length == rows:
-        problem = f"has {rows} rows where the parquet has {length}"
+        problem = f"has {rows} rows, but the table has {length}"
         raise DatasetError(trajectory.file("visible"), problem, REBUILD)
     visible = next(islice(trajectory.visible_frames(), frame, None))
     moving = next(islice(trajectory.dynamic_frames(), frame, None))
@@ -181,7 +180,7 @@ def _panel(
 
 
 def _room(legend: Sequence[Image.Image], size: tuple[int, int]) -> tuple[int, int]:
-    """(width, height) of the picture of a panel, whose legend takes at least one line."""
+    """(width, height) left for a panel's picture. The legend has at least one line."""
     foot = max(strip(legend, size[0], TEXT).height if legend else 0, round(3.2 * TEXT))
     return size[0], size[1] - HEAD - foot
 
@@ -195,8 +194,8 @@ def _cells_from_camera(
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
     """Draw the cells that the pixels' rays hit, as solid cubes shaded by the faces' directions.
 
-    Also (n,) metres: how high over the camera they are, by which they have their colours, all but
-    those that move.
+    Also returns their (n,) heights above the camera, metres, which determine the colours of cells
+    that do not move.
     """
     state = np.zeros(grid.cells, np.uint8)
     state[visible] = OCCUPIED
@@ -216,7 +215,7 @@ def _cells_from_camera(
     reached = np.where(ray == 0, -np.inf, reached)
     face = reached.argmax(axis=1)
     light = np.array([0.8, 1.0, 0.9])[face] * np.clip(1.2 - centre[:, 2] / 8, 0.5, 1.0)
-    # How far from the middle of its face, along the two axes of the face.
+    # Distance from the middle of the face, along the two axes of the face.
     place = np.abs(ray * reached.max(axis=1)[:, None] - centre)
     place[np.arange(len(face)), face] = 0
     pixel = centre[:, 2] / K[0, 0]
@@ -262,9 +261,9 @@ def _above(
     observed: NDArray[np.bool_],
     size: tuple[int, int] = PANEL,
 ) -> Image.Image:
-    """Draw from above the scene's occupied cells, this frame's observations, path and camera.
+    """Draw the scene's occupied cells from above, with the frame's observations, path and camera.
 
-    Also what moves in the frame, which is not part of the scene.
+    Moving cells of the frame, which are not part of the scene, are drawn as well.
     """
     grid = trajectory.grid
     cells = trajectory.scene_cells().astype(np.float64)
@@ -278,7 +277,7 @@ def _above(
         for columns in (np.flatnonzero(observed)[::7], moving)
     )
     heights = cells[:, axis] * sign
-    # Without ceilings, which would hide the room.
+    # Ceilings are left out, because they would hide the room.
     shown = heights < (poses[:, axis, 3] * sign).max() + 0.6
     legend = [_bar("height", *limits(heights[shown]))] if shown.any() else []
     legend += [swatch("observed", OBSERVED, TEXT), swatch("path", PATH, TEXT, line=True)]

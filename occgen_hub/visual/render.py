@@ -36,9 +36,9 @@ LARGEST = 3840
 class Shot:
     """Options for rendering a trajectory.
 
-    size: (width, height), pixels, None for one that suits the view; viewpoint: of the world, None
-    for one that is found; history_len, history_step: past frames whose occupancy the world shows;
-    color: of the cells in the camera's view.
+    size: (width, height), pixels, None for the view's default; viewpoint: of the world, None to
+    choose it automatically; history_len, history_step: past frames whose occupancy is shown in
+    the world; color: of the cells in the camera's view.
     """
 
     view: View = "panels"
@@ -51,7 +51,7 @@ class Shot:
     def fitted(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """The (width, height) of its images in pixels, even as videos need.
 
-        Raises UsageError when the one that was asked for is none.
+        Raises UsageError if the requested size is invalid.
         """
         if self.size is not None:
             if any(n % 2 or not 64 <= n <= LARGEST for n in self.size):
@@ -74,7 +74,7 @@ class _Renderer(Protocol):
 def pictures(trajectory: Trajectory, shot: Shot) -> Iterator[NDArray[np.uint8]]:
     """Yield (H, W, 3) uint8 of each frame in order, rendered on demand.
 
-    Raises UsageError when nothing can be drawn here, DatasetError when a file cannot be used.
+    Raises UsageError if this machine cannot render, DatasetError if a file is invalid.
     """
     yield from _drawn(trajectory, shot, 0, None)
 
@@ -101,18 +101,18 @@ def _renderer(trajectory: Trajectory, shot: Shot) -> Iterator[_Renderer]:
             )
         classes = seen_classes(trajectory)
     if shot.view == "world":
-        foot = legend_height(*size, _of_some_world(moving))
+        foot = legend_height(*size, _world_placeholder(moving))
         with closing(WorldView(trajectory, (size[0], size[1] - foot), shot.viewpoint)) as world:
             strip = legend_picture(size[0], foot, size[1], partial(world.legend, moving=moving))
             yield lambda frame, image: with_legend(world(frame, image), size, strip)
     elif shot.view == "ego":
-        foot = legend_height(*size, _of_some_camera(moving, classes))
+        foot = legend_height(*size, _camera_placeholder(moving, classes))
         inner = _inside(trajectory.image_size, (size[0], size[1] - foot))
         with closing(EgoView(trajectory, inner, classes)) as ego:
             strip = legend_picture(size[0], foot, size[1], partial(ego.legend, moving=moving))
             yield lambda frame, _: with_legend(ego(frame), size, strip)
     else:
-        legends = _of_some_world(moving), _of_some_camera(moving, classes)
+        legends = _world_placeholder(moving), _camera_placeholder(moving, classes)
         panels = Panels(size, trajectory.image_size, legends)
         name = called(trajectory)
         count, fps = len(trajectory.world_from_camera()), rate(trajectory)
@@ -135,19 +135,19 @@ def _renderer(trajectory: Trajectory, shot: Shot) -> Iterator[_Renderer]:
             yield draw
 
 
-def _of_some_world(moving: bool) -> Items:
-    """A legend of the same size as the world's, before the world is known."""
+def _world_placeholder(moving: bool) -> Items:
+    """A legend of the same size as the world's, for the layout."""
     return lambda text: world_legend(ramp, 1.0, text, moving)
 
 
-def _of_some_camera(moving: bool, classes: Sequence[Class]) -> Items:
+def _camera_placeholder(moving: bool, classes: Sequence[Class]) -> Items:
     if classes:
         return partial(class_legend, classes)
     return lambda text: ego_legend(ramp, 1.0, text, moving)
 
 
 def _inside(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """The largest (width, height) of an image's shape that fits into `size`."""
+    """The largest (width, height) with an image's aspect ratio that fits into `size`."""
     scale = min(size[0] / image_size[0], size[1] / image_size[1])
     width, height = (max(1, round(n * scale)) for n in image_size)
     return width, height
@@ -162,7 +162,7 @@ def rate(trajectory: Trajectory) -> float:
     """The frame rate."""
     fps = trajectory.info().get("fps")
     if not isinstance(fps, int | float) or not 0.001 <= fps <= 1000:
-        raise DatasetError(trajectory.file("info"), "says no usable frames a second", REBUILD)
+        raise DatasetError(trajectory.file("info"), "has no valid fps", REBUILD)
     return float(fps)
 
 
@@ -175,10 +175,11 @@ def render(
     frame: int | None = None,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> None:
-    """Write an mp4 of all frames, or a PNG of one, the middle one if None.
+    """Write an mp4 of all frames, or a PNG of frame `number`, None for the middle one.
 
-    H.264, 4:2:0, its index first: browsers play it as it arrives. fps: the trajectory's if None.
-    Raises UsageError where the name is neither or cannot be written, and what `pictures` does.
+    The mp4 is H.264, 4:2:0, with its index first, so that browsers can stream it. fps: None for
+    the trajectory's. Raises UsageError if the name has another suffix or cannot be written, and
+    the errors of `pictures`.
     """
     count = len(trajectory.world_from_camera())
     if place.suffix.lower() == ".png":

@@ -37,7 +37,7 @@ WORDS = 400
 
 @dataclass
 class Row:
-    """A trajectory: id; values, by column; pictures: data URIs by title; the rest is text."""
+    """A trajectory. values: by column; pictures: data URIs by title; the other fields are text."""
 
     id: str
     values: dict[str, float | None] = field(default_factory=dict)
@@ -70,16 +70,15 @@ COLUMNS = {
     "shift": ("Frames off scene, mm", "{:.1f}"),
     "turn": ("Frames off scene, degrees", "{:.2f}"),
 }
-"""Of the table: their heads and how their numbers are written. Those that no trajectory has a value
-for are left out."""
+"""Columns of the table: headings and number formats. Columns without any value are left out."""
 
 
 def write_report(
     root: Path, place: Path, progress: Callable[[int, int], None] = lambda *_: None
 ) -> int:
-    """Write a page about the dataset in `root`; returns of how many trajectories.
+    """Write a page about the dataset in `root`. Returns the number of its trajectories.
 
-    One that cannot be read is listed with the reason. Raises UsageError where there is nothing to
+    Unreadable trajectories are listed with the reason. Raises UsageError if there is nothing to
     report, or `place` cannot be written.
     """
     failures = _failures(root)
@@ -186,7 +185,7 @@ def _pictures(trajectory: Trajectory) -> Iterator[tuple[str, Image.Image | NDArr
 
 
 def _uri(picture: Image.Image | NDArray[np.uint8]) -> str:
-    """Inside the page: a drawing as a PNG of 255 colours, an image as a JPEG of THUMBNAIL."""
+    """A data URI: drawings as PNG with 255 colours, images as JPEG of size THUMBNAIL."""
     content = io.BytesIO()
     if isinstance(picture, Image.Image):
         kind = "png"

@@ -42,7 +42,7 @@ class LabelledPoints:
     def of(
         cls, points: NDArray[np.floating], colors: NDArray[np.uint8], label: int
     ) -> LabelledPoints:
-        """A cloud whose points all have one label."""
+        """A cloud with the same label for all points."""
         return cls(points.astype(np.float32), colors, np.full(len(points), label, np.uint8))
 
     def moved(self, pose: NDArray[np.float64]) -> LabelledPoints:
@@ -78,11 +78,11 @@ def write_sequences(
     history_step: int = 2,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> int:
-    """Write `out`/<sequence>/<frame, six digits>.npy or .ply of each frame; returns how many files.
+    """Write `out`/<sequence>/<frame, six digits>.npy or .ply for each frame. Returns their number.
 
     only: which of SEQUENCES. The occupancy is that of the frame and of `history_len` frames before
-    it, `history_step` apart. `out` appears when it is whole. Raises UsageError where it is there
-    already or does not fit on the disk, DatasetError when a file of the trajectory cannot be used.
+    it, `history_step` apart. `out` appears when it is complete. Raises UsageError if it exists or
+    does not fit on the disk, DatasetError if a file of the trajectory is invalid.
     """
     poses, cloud = trajectory.world_from_camera(), trajectory.cloud()
     heights = Heights(cloud.points, poses)
@@ -107,10 +107,10 @@ def write_sequences(
 def estimate_bytes(
     trajectory: Trajectory, *, only: Sequence[str] = SEQUENCES, history_len: int = 10
 ) -> int:
-    """About how many bytes `write_sequences` writes: it has the whole cloud in each merged file.
+    """Estimate the bytes that `write_sequences` writes. Each merged file has the whole cloud.
 
-    Cells that several frames saw count once in a scene, so of a history there are no more than the
-    scene has. Raises DatasetError when a file of the trajectory cannot be used.
+    A history has at most as many cells as the scene, because cells that several frames saw count
+    once. Raises DatasetError if a file of the trajectory is invalid.
     """
     seen = np.diff(trajectory.row_ends("visible"), prepend=0)
     cells = np.minimum(seen * (1 + history_len), len(trajectory.scene_cells()))
@@ -165,6 +165,6 @@ def _check_space(out: Path, only: Sequence[str], count: int, points: int) -> Non
     free = shutil.disk_usage(out.resolve().parent).free
     if need > free:
         raise UsageError(
-            f"{out}: {need / 1e9:.1f} GB would be written, and {free / 1e9:.1f} GB are free; "
-            "choose another place, or fewer files with --only."
+            f"{out}: needs {need / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free; "
+            "choose another path, or fewer files with --only."
         )

@@ -37,11 +37,11 @@ BLOCK = 5
 MAX_IMAGE_BYTES = 64 << 20
 FREE = (120, 170, 255)
 FREE_ALPHA = 40
-"""Opacity of the surface of the observed free space, of 255."""
+"""Opacity of the surface of the observed free space, from 0 to 255."""
 
 
 def _blueprint(trajectory: Trajectory) -> Any:
-    """The blueprint: the world on the left; image, depth, number of cells and the task."""
+    """The blueprint: the world on the left; on the right image, depth, cell counts and the task."""
     rrb = need("rerun.blueprint")
     view = _viewpoint(trajectory)
     world = rrb.Spatial3DView(
@@ -69,7 +69,7 @@ def _blueprint(trajectory: Trajectory) -> Any:
             ),
             column_shares=[3, 2],
         ),
-        # Paused, it opens at the first frame: a recording that is followed opens at the last.
+        # Paused, it opens at the first frame. In the mode "following", it opens at the last.
         rrb.TimePanel(
             timeline="frame", fps=rate(trajectory), play_state="paused", state="collapsed"
         ),
@@ -87,12 +87,12 @@ def fill(
 ) -> None:
     """Log a trajectory to a rerun recording.
 
-    On the timelines `frame` (number) and `time` (seconds) come the camera's pose (`world/camera`,
-    OpenCV axes, metres), its image and depth, the cells that it sees occupied, those of them that
-    move (`world/camera/moving`), the surface of the free space that it observes
-    (`world/camera/observed`), and how many cells they are. Without time come the cloud, in two
-    parts, so that what is over the cameras' heads can be hidden, and the path. Raises DatasetError
-    when a file of the trajectory cannot be used.
+    The timelines `frame` (number) and `time` (seconds) have the camera's pose (`world/camera`,
+    OpenCV axes, metres), its image and depth, the occupied cells that it sees, the moving ones
+    among them (`world/camera/moving`), the surface of the free space that it observes
+    (`world/camera/observed`), and numbers of cells. The path and the cloud are static. The cloud
+    has two parts, so that everything above the cameras can be hidden. Raises DatasetError if a
+    file of the trajectory is invalid.
     """
     rr = need("rerun")
     scene = _Scene(rr, stream, trajectory)
@@ -191,7 +191,7 @@ class _Scene:
         self._log("cells/observed", rr.Scalars(int(observed.sum()) / 100))
 
     def _hull(self, centres: NDArray[np.float32], edge: float) -> Any:
-        """The surface of blocks, which one can look through."""
+        """The transparent surface of blocks."""
         faces = cube_faces(centres, edge)
         squares = 4 * np.arange(len(faces))[:, None]
         return self._rr.Mesh3D(
@@ -219,10 +219,10 @@ class _Scene:
 def free_blocks(
     grid: Grid, occupied: NDArray[np.integer], observed: NDArray[np.bool_]
 ) -> NDArray[np.float32]:
-    """(n, 3) centres, metres, camera frame, of the blocks of BLOCK cells an edge that are free.
+    """(n, 3) centres, metres, camera frame, of the free blocks with an edge of BLOCK cells.
 
-    That is, at least half of whose cells are observed and none occupied; what sticks out at the
-    grid's end is left out. occupied: (m,) columns; observed: (cells,) bool.
+    A block is free if at least half of its cells are observed and none is occupied. Incomplete
+    blocks at the grid's end are left out. occupied: (m,) columns; observed: (cells,) bool.
     """
     blocks = [n // BLOCK for n in grid.shape]
     if not all(blocks):
@@ -242,9 +242,9 @@ def free_blocks(
 def save(
     trajectory: Trajectory, place: Path, progress: Callable[[int, int], None] = lambda *_: None
 ) -> None:
-    """Write a .rrd, which `rerun FILE` opens, with a blueprint that shows it well.
+    """Write a .rrd file with a blueprint, for `rerun FILE`.
 
-    The place is the caller's to make whole. Raises what `fill` does.
+    The caller makes the write atomic. Raises the errors of `fill`.
     """
     stream = need("rerun").RecordingStream(APPLICATION, recording_id=called(trajectory))
     with place.open("wb") as file, _written_to(file) as pipe:
@@ -258,10 +258,10 @@ def save(
 
 @contextmanager
 def _written_to(file: BinaryIO) -> Iterator[str]:
-    """A path of which what is written goes to a file; raises OSError where that fails.
+    """A path for rerun. What is written there goes to a file; raises OSError if that fails.
 
-    rerun's own writing waits for ever where the disk is full. Until the block ends, what a full
-    disk does not take is read and forgotten.
+    rerun itself waits forever if the disk is full. Here, data that do not fit on the disk are
+    discarded until the block ends.
     """
     reading, writing = os.pipe()
     failures: list[OSError] = []
@@ -292,9 +292,9 @@ def viewer(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run the rerun viewer with a recording, in a process that ends with the block.
 
-    A window, or, with the ports of the page and of the data, a server for browsers on this
-    machine. Raises UsageError where a port is taken. (rerun can also serve from within a process;
-    now and then that waits for ever as it begins.)
+    It opens a window or, with `ports` of the page and of the data, serves browsers on this machine.
+    Raises UsageError if a port is in use. (rerun can also serve from this process, but that
+    sometimes hangs at the start.)
     """
     command = [sys.executable, "-m", "rerun", str(recorded)]
     for port in ports or ():
@@ -328,5 +328,5 @@ def _check_port(port: int) -> None:
             probe.bind((HERE, port))
         except OSError as error:
             raise UsageError(
-                f"port {port} cannot be had ({error.strerror}); give others with --ports."
+                f"port {port} cannot be used ({error.strerror}); give others with --ports."
             ) from None

@@ -82,9 +82,9 @@ class Viewpoint:
 
 
 _WANTED = (
-    "is no viewpoint; it has position, target and up of three numbers each, world metres, none "
-    f"beyond {FARTHEST:g}, up not along the line of sight, and may have a field_of_view of 1 to "
-    "150 degrees"
+    "is not a viewpoint; give position, target and up with three numbers each (world, metres, up "
+    f"to {FARTHEST:g}, up not along the line of sight) and optionally a field_of_view of 1 to 150 "
+    "degrees"
 )
 
 
@@ -96,7 +96,7 @@ def _unit(vector: NDArray[np.floating]) -> NDArray[np.float64]:
 def automatic(
     points: NDArray[np.floating], world_from_camera: NDArray[np.float64], size: tuple[int, int]
 ) -> Viewpoint:
-    """A view from above, to one side, of (n, 3) points, from where most of the path is seen.
+    """A viewpoint above and to one side of (n, 3) points, from which most of the path is visible.
 
     world_from_camera: (T, 4, 4), the path; size: (width, height) of the picture.
     """
@@ -140,7 +140,7 @@ def _fitted(
     up: NDArray[np.float64],
     size: tuple[int, int],
 ) -> Viewpoint:
-    """The nearest viewpoint in a direction from which all of (n, 3) points are in the image."""
+    """The nearest viewpoint in a direction with all of (n, 3) points in the image."""
     slope_y = np.tan(np.radians(FIELD_OF_VIEW / 2)) / MARGIN
     slope_x = slope_y * size[0] / size[1]
     target = (points.min(axis=0) + points.max(axis=0)) / 2
@@ -168,7 +168,7 @@ def _triple(vector: NDArray[np.float64]) -> tuple[float, float, float]:
 
 
 def _seen(subject: NDArray[np.float64], scene: NDArray[np.float64], view: Viewpoint) -> float:
-    """About the share of (n, 3) points that are not occluded by a scene."""
+    """Estimate the fraction of (n, 3) points that a scene does not occlude."""
     pose, K = view.world_from_camera(), view.intrinsics(_COARSE)
 
     def project(points: NDArray[np.float64]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:

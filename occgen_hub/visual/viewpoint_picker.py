@@ -31,15 +31,15 @@ def has_screen() -> bool:
 def choose_viewpoint(trajectory: Trajectory, place: Path) -> Viewpoint:
     """Show a trajectory in a window. When it is closed, write the last viewpoint to `place`.
 
-    Raises UsageError where there is no screen, or `place` cannot be written.
+    Raises UsageError if there is no screen, or `place` cannot be written.
     """
     if not has_screen():
         raise UsageError(
-            "--choose-camera: there is no screen here for a window; choose the viewpoint where "
-            f"there is one, or write {place} by hand (docs/formats.md says how)."
+            "--choose-camera: there is no screen for a window; choose the viewpoint on a machine "
+            f"with one, or write {place} by hand (see docs/formats.md)."
         )
     if not place.resolve().parent.is_dir():
-        raise UsageError(f"{place}: its folder is not there; make it, or choose another place.")
+        raise UsageError(f"{place}: its folder does not exist; create it, or choose another path.")
     plotter = window(trajectory)
     plotter.show(auto_close=False)
     view = viewpoint_of(plotter)
@@ -49,7 +49,7 @@ def choose_viewpoint(trajectory: Trajectory, place: Path) -> Viewpoint:
 
 
 def window(trajectory: Trajectory, *, off_screen: bool = False) -> Any:
-    """A PyVista plotter that holds the cloud, the path and the middle frame's occupied cells."""
+    """A PyVista plotter with the cloud, the path and the middle frame's occupied cells."""
     pv = need_pyvista()
     poses, cloud, voxel = (
         trajectory.world_from_camera(), trajectory.cloud(), trajectory.grid.voxel_size
@@ -81,14 +81,14 @@ def window(trajectory: Trajectory, *, off_screen: bool = False) -> Any:
 
 
 def look_from(plotter: Any, view: Viewpoint) -> None:
-    """Stand a plotter's camera at a viewpoint."""
+    """Move a plotter's camera to a viewpoint."""
     plotter.camera.position, plotter.camera.focal_point = view.position, view.target
     plotter.camera.up, plotter.camera.view_angle = view.up, view.field_of_view
     plotter.reset_camera_clipping_range()
 
 
 def viewpoint_of(plotter: Any) -> Viewpoint:
-    """Where a plotter's camera stands."""
+    """The viewpoint of a plotter's camera."""
     camera = plotter.camera
     position, target, up = (
         tuple(float(v) for v in vector)

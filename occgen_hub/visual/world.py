@@ -40,7 +40,7 @@ GAP = 4
 """Edge, in cells, of the blocks in which the cloud between occupied cells is tinted."""
 
 TINT = 0.8
-"""Share of the occupied cells' colour in the tinted cloud."""
+"""Weight of the occupied cells' colour in the tinted cloud."""
 
 BEFORE = 1.5
 """Distance, in cells, by which the cloud can be nearer than an occupied cell without hiding it."""
@@ -49,11 +49,11 @@ BEFORE = 1.5
 class WorldView:
     """Renders the frames of a trajectory from one viewpoint.
 
-    The cloud does not change: it is drawn once, with its depth, and what moves is drawn into it.
-    Far from the camera, the pixels of an image are further apart than cells, so that rays end in
-    rows of cells. The cloud between them is tinted in their colour; otherwise it shows as stripes.
-    size: (width, height), pixels. scale_bar: metres that the bar in the corner is long, at the
-    distance of the viewpoint's target; 0 where the picture is too small for one.
+    The cloud does not change: it is drawn once with its depth, and each frame is drawn into it.
+    Far from the camera, the pixels of an image are further apart than cells, so rays end in rows
+    of cells. The cloud between the rows is tinted in their colour; otherwise it shows as stripes.
+    size: (width, height), pixels. scale_bar: length in metres of the bar in the corner, at the
+    distance of the viewpoint's target; 0 if the picture is too small for one.
     """
 
     def __init__(
@@ -84,17 +84,17 @@ class WorldView:
         self._stage.look(pose, K)
         shown = self._heights.below_ceiling(cloud.points)
         self._draw_scenery(Cloud(cloud.points[shown], cloud.colors[shown]), edge)
-        # Occupied cells lie in those of the cloud, and are what is to be seen of the two.
+        # Occupied cells coincide with cells of the cloud, and must be visible.
         self._limit = self._scenery.zbuffer_at(BEFORE * self._voxel)
         self.scale_bar = 0.0
         self._overlay = Overlay(self._marks())
 
     def _draw_scenery(self, cloud: Cloud, edge: float) -> None:
-        """Draw the cloud, and find which of its faces each pixel shows, -1 for none."""
+        """Draw the cloud, and find the face in each pixel, -1 for none."""
         numbers, first = np.unique(cell_numbers(cloud.points, edge), return_index=True)
         centres = cell_centres(numbers, edge)
         faces = cube_faces(centres, edge, np.asarray(self.viewpoint.position))
-        # The number of a face as a colour: nothing is lit or smoothed.
+        # Colours encode the numbers of faces, without lighting or smoothing.
         code = np.arange(1, len(faces) + 1)[:, None] >> np.array([16, 8, 0]) & 255
         self._stage.put_faces("cloud", faces, code.astype(np.uint8))
         red, green, blue = np.moveaxis(self._stage.picture().rgb.astype(np.int32), -1, 0)
@@ -107,7 +107,7 @@ class WorldView:
         self._gaps = _Gaps(centres, faces, self._heights, self._voxel)
 
     def __call__(self, frame: Frame, image: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
-        """(H, W, 3) uint8 of a frame; image: what its camera saw, shown on its frustum."""
+        """(H, W, 3) uint8 of a frame. image: of its camera, shown on its frustum."""
         stage = self._stage
         tint = self._put_occupancy(frame)
         path = self._poses[:, :3, 3]
@@ -123,18 +123,18 @@ class WorldView:
         return picture
 
     def _put_occupancy(self, frame: Frame) -> NDArray[np.uint8]:
-        """Draw the cells of a frame and of its past; returns the tint of the cloud's cells."""
+        """Draw the cells of a frame and of its past. Returns the tint of the cloud's cells."""
         numbers, among = self._occupied.of(frame)
         every = cell_centres(numbers, self._voxel)
         now = np.isin(numbers, frame.cells.moving_world_cells)
-        # What moves is where it is now, and where it was in the past frames no more. It is shown as
-        # high as it is: unlike a ceiling it hides no room.
+        # Moving cells of past frames are not shown, because the objects are elsewhere now. Those
+        # above the ceiling are shown, because they do not hide the room.
         before = [np.zeros(0, np.int64), *(past.moving_world_cells for past in frame.past)]
         gone = np.isin(numbers, np.concatenate(before)) & ~among
         shown = now | (self._heights.below_ceiling(every) & ~gone)
         every, among, now = every[shown], among[shown], now[shown]
         colors = self._heights.colors(every)
-        # Past cells between rows of the frame's own are tinted as the cloud between them is.
+        # Past cells between rows of the frame's own cells are tinted like the cloud.
         blocks = cell_numbers(every, GAP * self._voxel)
         between = ~among & np.isin(blocks, np.unique(blocks[among]))
         grey = faded(colors)
@@ -161,7 +161,7 @@ class WorldView:
             self._stage.put_image("image", corners, image)
 
     def _marks(self) -> Image.Image:
-        """The scale bar and the world's axes, (W, H) RGBA, transparent where there is nothing."""
+        """The scale bar and the world's axes, (W, H) RGBA, transparent elsewhere."""
         sheet = Image.new("RGBA", self._size)
         if min(self._size) < SMALLEST:
             return sheet
@@ -174,13 +174,13 @@ class WorldView:
 
     @property
     def pixels_per_metre(self) -> float:
-        """Of the picture, at the distance of the viewpoint's target."""
+        """Pixels per metre at the distance of the viewpoint's target."""
         view = self.viewpoint
         distance = np.linalg.norm(np.subtract(view.target, view.position))
         return float(view.intrinsics(self._size)[0, 0] / distance)
 
     def legend(self, text: int, *, moving: bool) -> list[Image.Image]:
-        """What the colours mean; text: its size, pixels; moving: whether cells move."""
+        """The legend. text: its size, pixels; moving: whether there are moving cells."""
         return world_legend(
             self._heights.shade, self._heights.high - self._heights.low, text, moving
         )
@@ -191,9 +191,9 @@ class WorldView:
 
 
 def world_legend(shade: Shade, height: float, text: int, moving: bool) -> list[Image.Image]:
-    """What the colours of the world view mean, as many pixels high and wide whatever the scene.
+    """The legend of the world view. Its size in pixels does not depend on the scene.
 
-    shade: the colours of heights from 0 to `height`, metres.
+    shade: gives the colours of heights from 0 to `height`, metres.
     """
     rows = {"now": shade, "past frames": lambda metres: faded(shade(metres))}
     items = [color_bar("occupied, by height", rows, 0.0, height, text)]
@@ -214,9 +214,10 @@ def _thinned(cloud: Cloud, edge: float) -> tuple[Cloud, float]:
 class _Occupied:
     """The cells of the world's grid that show a frame's occupancy.
 
-    Those that centres of its cells lie in and, as cells that are turned against one another leave
-    holes so, those of the cloud's points in its cells. edge: metres of the cloud's own cells, one
-    point in each; where they are coarser than the occupancy's, centres have to do.
+    These are the cells that contain centres of the frame's cells. Because the grids are rotated
+    against each other, this leaves holes, so the cells of the cloud's points in the frame's cells
+    are added. edge: metres of the cloud's cells, with one point each; if they are coarser than the
+    occupancy's, only centres are used.
     """
 
     def __init__(self, cloud: Cloud, edge: float, voxel_size: float) -> None:
@@ -225,10 +226,10 @@ class _Occupied:
         self._known: dict[int, tuple[ref[FrameCells], NDArray[np.int64]]] = {}
 
     def of(self, frame: Frame) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """(n,) numbers, ascending, of the cells of a frame and of its past, and (n,) whether they
-        are its own.
+        """(n,) ascending numbers of the cells of a frame and of its past, and (n,) bool, True for
+        its own.
         """
-        # A frame is among the past of many, though not of the next one where they are apart.
+        # A frame is in the past of many frames, but not always of the next one.
         self._known = {key: kept for key, kept in self._known.items() if kept[0]() is not None}
         own, *older = (self._numbers_of(cells) for cells in (frame.cells, *frame.past))
         every = np.unique(np.concatenate([own, *older]))
@@ -243,10 +244,10 @@ class _Occupied:
 
 
 class _Gaps:
-    """The colours of the cloud's cells that lie between a frame's occupied ones.
+    """The colours of the cloud's cells between a frame's occupied cells.
 
-    Those are the cells in whose block of GAP cells an edge some are occupied. centres: (n, 3) of
-    the cloud's cells, world, metres; faces: m of them; voxel_size: of the occupied cells.
+    A cell is between them if its block, with an edge of GAP cells, has occupied cells. centres:
+    (n, 3) of the cloud's cells, world, metres; faces: m of them; voxel_size: of the occupied cells.
     """
 
     def __init__(
@@ -265,9 +266,9 @@ class _Gaps:
         )
 
     def tint(self, now: NDArray[np.floating], past: NDArray[np.floating]) -> NDArray[np.uint8]:
-        """(m, 4) uint8 colours and how much of them the cloud's faces take, of 255.
+        """(m, 4) uint8: a colour for each face of the cloud, and its weight from 0 to 255.
 
-        now, past: (k, 3) centres of the occupied cells of the frame, and of those before it.
+        now, past: (k, 3) centres of the occupied cells of the frame and of past frames.
         """
         kind = np.zeros(len(self._blocks), np.uint8)
         for value, centres in enumerate((past, now), 1):
