@@ -542,12 +542,12 @@ EXPORT_RECORD = f"`{RECORD}` says which trajectory each episode is,"
 
 def _origin(facts: Facts, records: str) -> Iterator[str]:
     """How it was built, and its licences."""
-    told = {key: ", ".join(_said(v) for v in sorted(facts.records.get(key, ()))) for key in
+    values = {key: ", ".join(_unquoted(v) for v in sorted(facts.records.get(key, ()))) for key in
             ("source", "engine", "version")}  # fmt: skip
     yield "## How it was built\n"
     yield (
-        f"By OccGen Hub {told['version']}, from the source "
-        f"{told['source']}, with the engine {told['engine']}. {records} "
+        f"By OccGen Hub {values['version']}, from the source "
+        f"{values['source']}, with the engine {values['engine']}. {records} "
         "and a SHA-256 of every file; `occgen-hub validate` checks them all.\n"
     )
     configs = sorted(facts.records.get("config", ()))
@@ -590,6 +590,6 @@ def _count(number: int, what: str) -> str:
     return f"{number:,} {what if number == 1 else many}"
 
 
-def _said(value: str) -> str:
+def _unquoted(value: str) -> str:
     """A string of a record, from its JSON."""
     return f"`{value.strip(chr(34))}`"

@@ -187,7 +187,7 @@ def push(
     api = HfApi(library_name="occgen-hub")
     # `prepare` found none, but the Hub's client would follow one that was added since.
     links = [glob.escape(path.relative_to(root).as_posix()) for path in links_out(root)]
-    with quiet(), told(repo_id, api.endpoint):
+    with quiet(), hub_errors(repo_id, api.endpoint):
         make_repository(api, repo_id, private)
         target, page = MAIN, ""
         if create_pr:
@@ -368,7 +368,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def told(repo_id: str, endpoint: str) -> Iterator[None]:
+def hub_errors(repo_id: str, endpoint: str) -> Iterator[None]:
     """Turn errors of the Hub's client into HubErrors."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
     from huggingface_hub.utils import httpx
@@ -381,14 +381,14 @@ def told(repo_id: str, endpoint: str) -> Iterator[None]:
         if isinstance(cause, OfflineModeIsEnabled):
             raise HubError(f"{endpoint}: HF_HUB_OFFLINE is set; unset it to push.") from error
         if isinstance(cause, HfHubHTTPError):
-            raise _refused(repo_id, endpoint, cause) from error
+            raise _http_error(repo_id, endpoint, cause) from error
         if isinstance(cause, httpx.TransportError):
             raise HubBusyError(
-                f"{endpoint}: cannot be reached ({_first(cause)}); {AGAIN}."
+                f"{endpoint}: cannot be reached ({_message(cause)}); {AGAIN}."
             ) from error
         if isinstance(cause, ConnectionError):  # hf_xet raises it for any error.
             raise HubBusyError(
-                f"{endpoint}: the upload was interrupted ({_first(cause)}); {AGAIN}."
+                f"{endpoint}: the upload was interrupted ({_message(cause)}); {AGAIN}."
             ) from error
         raise
     except ValueError as error:  # The client raises it if the Hub rejects the card.
@@ -398,13 +398,13 @@ def told(repo_id: str, endpoint: str) -> Iterator[None]:
         ) from error
 
 
-def _first(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     """The message of an error without URLs, which are long."""
     said = [*str(error).strip().splitlines(), ""][0] or type(error).__name__
     return re.split(r" for url |, domain: ", said)[0][:160].rstrip(".")
 
 
-def _refused(repo_id: str, endpoint: str, error: HfHubHTTPError) -> HubError:
+def _http_error(repo_id: str, endpoint: str, error: HfHubHTTPError) -> HubError:
     status = error.response.status_code
     words = (error.server_message or error.response.reason_phrase).strip().splitlines()
     said = f"{status}, {words[0][:160].rstrip('.')}" if words else f"{status}"

@@ -100,7 +100,7 @@ class HubSource:
         from huggingface_hub import HfApi
 
         api = HfApi(library_name="occgen-hub")
-        with _told(self, api.endpoint):
+        with _hub_errors(self, api.endpoint):
             info = api.repo_info(
                 self.repo_id, repo_type="dataset", revision=self.revision, timeout=20
             )
@@ -119,7 +119,7 @@ class HubSource:
         from huggingface_hub import HfApi
 
         api = HfApi(library_name="occgen-hub")
-        with _told(self, api.endpoint):
+        with _hub_errors(self, api.endpoint):
             api.hf_hub_download(
                 self.repo_id,
                 f"{self.folder}/{name}" if self.folder else name,
@@ -136,7 +136,7 @@ class HubSource:
         from huggingface_hub.hf_api import RepoFile
 
         api = HfApi(library_name="occgen-hub")
-        with _told(self, api.endpoint):
+        with _hub_errors(self, api.endpoint):
             info = api.dataset_info(self.repo_id, revision=self.revision, timeout=20)
             # Anybody can list a gated dataset. Access to its files needs a separate check.
             api.auth_check(self.repo_id, repo_type="dataset")
@@ -217,7 +217,7 @@ class HubSource:
         room.name = ref.name
         room.reserve(sum(max(file.bytes, BLOCK) + BLOCK for file in ref.files))
         place = room.folder / "hub"
-        with _told(self, api.endpoint, ref):
+        with _hub_errors(self, api.endpoint, ref):
             for file in ref.files:
                 path = api.hf_hub_download(
                     self.repo_id,
@@ -264,7 +264,7 @@ def select_scenes(refs: list[SceneRef], source: HubSource) -> list[SceneRef]:
 
 
 @contextmanager
-def _told(source: HubSource, endpoint: str, ref: SceneRef | None = None) -> Iterator[None]:
+def _hub_errors(source: HubSource, endpoint: str, ref: SceneRef | None = None) -> Iterator[None]:
     """Turn errors of the Hub's client into HubSourceErrors, and silence its messages."""
     from huggingface_hub import errors
     from huggingface_hub.utils import httpx
@@ -283,7 +283,7 @@ def _told(source: HubSource, endpoint: str, ref: SceneRef | None = None) -> Iter
                     f"{name}: HF_HUB_OFFLINE is set; unset it to read from the Hub."
                 ) from error
             if isinstance(cause, errors.HfHubHTTPError) and cause.response is not None:
-                raise _refused(name, source, endpoint, cause) from error
+                raise _http_error(name, source, endpoint, cause) from error
             if isinstance(cause, httpx.HTTPError):
                 said = in_brief(str(cause) or type(cause).__name__)
                 raise HubSourceError(
@@ -306,7 +306,9 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _refused(name: str, source: HubSource, endpoint: str, error: HfHubHTTPError) -> HubSourceError:
+def _http_error(
+    name: str, source: HubSource, endpoint: str, error: HfHubHTTPError
+) -> HubSourceError:
     from huggingface_hub import errors
 
     status = error.response.status_code

@@ -99,7 +99,7 @@ def _usable(root: Path) -> tuple[list[Trajectory], list[str]]:
     example: dict[str, Path] = {}
     for path in built(root):
         trajectory = Trajectory.open(path)
-        if (lack := _lacks(trajectory)) is None:
+        if (lack := _missing_part(trajectory)) is None:
             good.append(trajectory)
         else:
             lacking[lack] += 1
@@ -116,7 +116,7 @@ def _usable(root: Path) -> tuple[list[Trajectory], list[str]]:
     return sorted(good, key=lambda trajectory: trajectory.path), remarks
 
 
-def _lacks(trajectory: Trajectory) -> str | None:
+def _missing_part(trajectory: Trajectory) -> str | None:
     """Describes what the loader needs and a trajectory lacks. None if nothing is missing."""
     schema, table = trajectory.schema, trajectory.table()
     for name in MATRICES:

@@ -29,10 +29,10 @@ from occgen_hub.hub import (
     HubError,
     check_target,
     check_token,
+    hub_errors,
     make_repository,
     move_tag,
     quiet,
-    told,
 )
 from occgen_hub.index import (
     INDEX,
@@ -147,7 +147,7 @@ class HubPublisher:
         self._copy = job.out / LOGS / f"push-{shard}-index"
         shutil.rmtree(self._copy, ignore_errors=True)
         self._copy.mkdir(parents=True)
-        with quiet(), told(self.repo_id, self._api.endpoint):
+        with quiet(), hub_errors(self.repo_id, self._api.endpoint):
             make_repository(self._api, self.repo_id, self._private)
             self._hub = _HubIndex(self._api, self.repo_id, self._copy)
             self._hub.refresh()
@@ -244,27 +244,27 @@ class HubPublisher:
                     size += self._bytes(item[0])
                 due = time.monotonic() >= pushed + self._every
                 if batch and (due or item is _END or size >= BATCH_BYTES):
-                    self._again(partial(self._push, batch))
+                    self._retry(partial(self._push, batch))
                     batch, size, pushed = {}, 0, time.monotonic()
                 if item is _END:
-                    self._again(self._finish)
+                    self._retry(self._finish)
                     return
             except BaseException as error:
                 self._error = error
                 if item is _END:
                     return
 
-    def _again(self, action: Callable[[], None]) -> None:
+    def _retry(self, action: Callable[[], None]) -> None:
         """Call `action`, and retry it after pauses while the Hub is not available."""
         for pause in PAUSES:
             try:
-                with quiet(), told(self.repo_id, self._api.endpoint):
+                with quiet(), hub_errors(self.repo_id, self._api.endpoint):
                     return action()
             except HubBusyError as error:
                 self._tell(f"{error} Trying again in {pause:.0f} s.")
                 if self._stopped.wait(pause):
                     raise
-        with quiet(), told(self.repo_id, self._api.endpoint):
+        with quiet(), hub_errors(self.repo_id, self._api.endpoint):
             return action()
 
     def _bytes(self, scene: str) -> int:

@@ -89,14 +89,14 @@ class LeRobotOccupancyDataset(LeRobotDataset):  # type: ignore[misc]  # lerobot 
         self._fetch_occupancy(root, options.get("token"))
         keys = [NAMES[name] for name in self._names]
         self.occupancy = OccupancyDataset(self.root, keys=keys, dense=dense)
-        self._begins = self._places()
+        self._ranges = self._frame_ranges()
 
     def __getitem__(self, number: int | slice) -> Any:
         """One frame, see the class. A slice gives a list of frames, as in LeRobot."""
         if isinstance(number, slice):
             return [self[n] for n in range(*number.indices(len(self)))]
         item: dict[str, Any] = super().__getitem__(operator.index(number))
-        first, end = self._begins[int(item["episode_index"])]
+        first, end = self._ranges[int(item["episode_index"])]
         index = first + int(item["frame_index"])
         now = self.occupancy[index]
         for name in self._names:
@@ -109,7 +109,7 @@ class LeRobotOccupancyDataset(LeRobotDataset):  # type: ignore[misc]  # lerobot 
             item[f"{name}_is_pad"] = torch.tensor([not first <= n < end for n in frames])
         return item
 
-    def _places(self) -> list[tuple[int, int]]:
+    def _frame_ranges(self) -> list[tuple[int, int]]:
         """The (start, end) of each episode's frames in the occupancy.
 
         Raises DatasetError if frames are missing there.

@@ -176,7 +176,7 @@ class TrajectoryWriter:
                 if place.suffix == ".jpg" and not is_jpeg(item.path):
                     write_jpeg(place, read_rgb(item.path, self.episode.image_size))
                     continue
-            _take(item.path, place, link=media == "link")
+            _copy_or_link(item.path, place, link=media == "link")
         if not any(item.file == "video" for item in self.episode.media):
             frames = (self.episode.read_rgb(t) for t in range(self.episode.length))
             write_video(self.path("video"), frames, self.episode.fps)
@@ -233,7 +233,8 @@ class TrajectoryWriter:
         self._write("stats", [{"episode_index": 0, "stats": episode_stats(columns)}])
         tasks = enumerate(episode.tasks)
         self._write(
-            "tasks", [{"task_index": i, "task": t.text, **_said(t.source)} for i, t in tasks]
+            "tasks",
+            [{"task_index": i, "task": t.text, **_source_entry(t.source)} for i, t in tasks],
         )
 
     def columns(self, scene: Scene) -> dict[str, Column]:
@@ -354,11 +355,11 @@ def _fit(alignment: Alignment) -> dict[str, Any]:
     }
 
 
-def _said(source: dict[str, Any]) -> dict[str, Any]:
+def _source_entry(source: dict[str, Any]) -> dict[str, Any]:
     return {"source": source} if source else {}
 
 
-def _take(source: Path, place: Path, *, link: bool) -> None:
+def _copy_or_link(source: Path, place: Path, *, link: bool) -> None:
     try:
         if link:
             try:
