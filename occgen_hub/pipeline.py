@@ -74,6 +74,7 @@ def reconstruct(
     moving: MovingPoints | MovingInAll | None = fused.moving
     if fused.moving is not None and cameras > 1:
         moving = MovingInAll(fused.moving, cameras)
+    moving_labels = None if moving is None else moving.labelled
     if config.mesh:
         centres = poses[:, :3, 3]
         cloud = poisson_surface(cloud, centres, config.voxel_size, config.mesh_density_cut)
@@ -93,9 +94,7 @@ def reconstruct(
         quality=fused.quality,
         windows=views.windows,
         notes=tuple(notes),
-        labels=None
-        if classes is None
-        else PointLabels(classes, None if moving is None else moving.labelled),
+        labels=None if classes is None else PointLabels(classes, moving_labels),
     )
 
 
@@ -128,15 +127,9 @@ def observe(
     # Intrinsics as they will be written, so that a reader who traces the same rays sees the same.
     intrinsics = scene.intrinsics.astype(np.float32).astype(np.float64)
     return observe_frames(
-        grid,
-        scene.cloud.points,
-        scene.world_from_camera,
-        intrinsics,
-        episode.image_size,
-        scene.moving,
-        free,
-        scene.labels,
-    )
+        grid, scene.cloud.points, scene.world_from_camera, intrinsics, episode.image_size,
+        scene.moving, free, scene.labels,
+    )  # fmt: skip
 
 
 def _notes(alignment: Alignment | None, points: int) -> list[Note]:
