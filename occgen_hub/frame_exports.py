@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from occgen_hub.errors import UsageError
 from occgen_hub.files import dump_json, printable, read_bytes
-from occgen_hub.geometry.poses import upright_pose
+from occgen_hub.geometry.poses import stands_upright, upright_pose
 from occgen_hub.index import file_stem, split
 from occgen_hub.loading import Trajectory
 from occgen_hub.media import encode_jpeg, write_depth
@@ -62,7 +62,7 @@ class FrameExport(ABC):
     def __init__(self, folder: Path) -> None:
         """folder: an existing folder for the export."""
         self.folder = folder
-        self.empty = self.without_depth = 0
+        self.empty = self.without_depth = self.tilted = 0
         self.taxonomies: Counter[str | None] = Counter()
 
     def add(self, episode: str, trajectory: Trajectory, progress: Progress) -> None:
@@ -71,6 +71,7 @@ class FrameExport(ABC):
         surface = (states.cells(OCCUPIED).astype(np.float64) + 0.5) * states.voxel_size
         picture, depth = _pictures(trajectory), trajectory.file("depth", 0).parent.is_dir()
         self.without_depth += not depth
+        self.tilted += not stands_upright(trajectory.world_from_camera())
         self.taxonomies[trajectory.taxonomy] += 1
         frames = self._frames(episode, trajectory)
         for frame, arrays in prefetch(lambda f: (f, self._arrays(f, states, surface)), frames):
@@ -99,6 +100,11 @@ class FrameExport(ABC):
             )
         if self.empty:
             remarks.append(f"{self.empty} frames without an occupied cell are left out")
+        if self.tilted:
+            remarks.append(
+                f"the cameras of {self.tilted} trajectories are not upright: unless they look "
+                "straight down, their world's z axis does not point up and the grids are wrong"
+            )
         if self.without_depth:
             remarks.append(f"{self.without_depth} trajectories have no depth images")
         return remarks

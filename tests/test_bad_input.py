@@ -538,7 +538,7 @@ SURVIVES: dict[str, tuple[Break, str]] = {
         text(TASKS, '{"task_index": "a", "task": 3}\n{"task": null}\n{}\n{"task_index": [0]}\n'), ""
     ),
     "no task at all": (
-        lambda t: (text(TASKS, "")(t), text(EPISODES, "{}")(t)), "the task is called 'navigate'"
+        lambda t: (text(TASKS, "")(t), text(EPISODES, "{}")(t)), "the task is named 'navigate'"
     ),
     "empty episodes.jsonl": (text(EPISODES, ""), ""),
     "a task with half a surrogate pair": (

@@ -231,6 +231,33 @@ def test_a_time_offset_is_named_and_the_remedy_helps(
     assert judged(read(tmp_path, intrinsics=K, time_offset=advised)) == []
 
 
+@pytest.mark.parametrize("start", [0.0, 1.7e9])
+def test_images_named_by_times_take_the_poses_of_their_times(
+    start: float, episode: Episode, tmp_path: Path
+) -> None:
+    """Seconds with a decimal point, as recorders name them; times of another clock are refused."""
+    named = tmp_path / "named"
+    captures.write_plain(episode, tmp_path / "plain")
+    K = captures.opencv_intrinsics(episode)
+    for kind in ("color", "depth"):
+        (named / kind).mkdir(parents=True)
+        for t, path in enumerate(sorted((tmp_path / "plain" / kind).iterdir())):
+            shutil.copy(path, named / kind / f"{start + t / episode.fps:.6f}{path.suffix}")
+    lines = [
+        captures.tum_line(start + t / episode.fps, pose)
+        for t, pose in enumerate(episode.world_from_camera)
+    ]
+    (named / "trajectory.txt").write_text("\n".join(lines))
+    found = read(named, intrinsics=K)
+    np.testing.assert_allclose(found.world_from_camera, episode.world_from_camera, atol=1e-4)
+    lines = [
+        captures.tum_line(t / 10 + 5e8, pose) for t, pose in enumerate(found.world_from_camera)
+    ]
+    (named / "trajectory.txt").write_text("\n".join(lines))
+    with pytest.raises(SourceError, match=r"named by times from .*; give --time-offset"):
+        read(named, intrinsics=K)
+
+
 # Parts of recordings
 
 

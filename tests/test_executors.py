@@ -590,7 +590,7 @@ def test_launched_processes_require_accelerate(three: Path, tmp_path: Path) -> N
     env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
     done = occgen_hub(*command(three, tmp_path / "out", "--executor", "local"), **env)
     assert done.returncode == 2
-    assert "only --executor accelerate shares the episodes among" in done.stderr
+    assert "only --executor accelerate distributes episodes over them" in done.stderr
     done = occgen_hub(*command(three, tmp_path / "out", "--workers", "7"), **env)
     assert done.returncode == 2
     assert "2 processes were started already" in done.stderr

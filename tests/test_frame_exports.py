@@ -16,6 +16,7 @@ from scipy.spatial.transform import Rotation
 from occgen_hub.errors import UsageError
 from occgen_hub.exporting import export
 from occgen_hub.frame_exports import ego_grid, joined_labels
+from occgen_hub.geometry.poses import stands_upright
 from occgen_hub.hub import contents
 from occgen_hub.loading import Trajectory, trajectories
 from occgen_hub.occupancy.grid import Grid
@@ -230,6 +231,23 @@ def test_frames_without_an_occupied_cell_are_left_out(scenes, tmp_path):
     assert (tmp_path / "out/train_final.txt").read_text() == ""
     assert len(list((tmp_path / "out").glob("posed_images/*/*.jpg"))) == 3
     assert "left out" in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_world_whose_z_axis_does_not_point_up_is_told(scenes, tmp_path, monkeypatch):
+    folder = trajectories(scenes)[0]
+    upright = Trajectory.open(folder).world_from_camera()
+    assert stands_upright(upright)
+    # As SLAM has it: the world is the frame of the first camera.
+    of_first = np.linalg.inv(upright[0]) @ upright
+    assert not stands_upright(of_first)
+    poses = Trajectory.world_from_camera
+    monkeypatch.setattr(
+        Trajectory,
+        "world_from_camera",
+        lambda self: of_first if self.path == folder else poses(self),
+    )
+    remarks = export(scenes, tmp_path / "out", to="occscannet")
+    assert any("the cameras of 1 trajectories are not upright" in remark for remark in remarks)
 
 
 def test_a_trajectory_without_images_is_refused(scenes, tmp_path):

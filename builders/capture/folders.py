@@ -70,7 +70,7 @@ class PlainFolder(Layout):
         total = len(colors)
         times = None
         if trajectory.times is not None:
-            times = matched_times([image.stem for image in colors], trajectory)
+            times = matched_times([image.stem for image in colors], trajectory, path)
         if times is not None:
             chosen, when, poses = _by_time(path, trajectory, times, colors, depths)
         else:

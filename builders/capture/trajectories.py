@@ -18,6 +18,9 @@ from .recording import LONGEST_GAP, TOLERANCE, known, numbers_in
 MAX_BYTES = 1 << 28
 """Limit of a trajectory file in bytes. An hour at 200 Hz has 100 MB."""
 
+EPOCH = 1e8
+"""Names of at least so many seconds, or smaller units, are times since 1970."""
+
 FORMATS = (
     "lines of 'time tx ty tz qx qy qz qw' (TUM), of 12 or 16 numbers of a matrix, or Open3D's .log"
 )
@@ -96,13 +99,15 @@ def _meant(poses: NDArray[np.float64], mapping: CameraMapping) -> NDArray[np.flo
 
 
 def matched_times(
-    names: list[str], trajectory: Trajectory
+    names: list[str], trajectory: Trajectory, path: Path
 ) -> tuple[NDArray[np.float64], float] | None:
     """The times of images named by times, in seconds, and their unit in seconds.
 
     The unit (s, ms, us, ns) is the one with most names within the trajectory's time range. None if
     names are not numbers, if hardly any is in the range, or if images are numbered: 0, 1, 2 are
     not milliseconds, even if a trajectory begins at 0.
+
+    path: of the trajectory. Raises SourceError if the names are times outside the range.
     """
     try:
         numbers = np.array([float(name) for name in names])
@@ -110,10 +115,20 @@ def matched_times(
         return None
     assert trajectory.times is not None
     first, last = trajectory.times[0] - TOLERANCE, trajectory.times[-1] + TOLERANCE
-    units = (1.0, 1e-3, 1e-6, 1e-9)
+    step = float(np.median(np.diff(np.sort(numbers)))) if len(numbers) > 1 else np.inf
+    # No camera takes an image every 0.1 ms: such a unit is too small.
+    units = [1.0, *(u for u in (1e-3, 1e-6, 1e-9) if step * u > 1e-4)]
     inside = [((numbers * u >= first) & (numbers * u <= last)).mean() for u in units]
     best = int(np.argmax(inside))
-    counted = len(numbers) > 1 and np.median(np.diff(np.sort(numbers))) == 1
-    if counted and (best > 0 or inside[0] < 0.5):
+    if step == 1 and (best > 0 or inside[0] < 0.5):
         return None
-    return (numbers * units[best], units[best]) if inside[best] > 0.1 else None
+    if inside[best] > 0.1:
+        return numbers * units[best], units[best]
+    if numbers.min() >= EPOCH or any("." in name for name in names):
+        problem = (
+            f"has poses from {trajectory.times[0]:.6g} to {trajectory.times[-1]:.6g} s, but the "
+            f"images are named by times from {min(names, key=float)} to {max(names, key=float)}"
+        )
+        remedy = "give --time-offset, or name the images 0, 1, 2 if there is one pose for each"
+        raise SourceError(path, problem, remedy)
+    return None

@@ -56,6 +56,15 @@ def upright_pose(world_from_camera: NDArray[np.float64]) -> NDArray[np.float64]:
     return pose
 
 
+def stands_upright(world_from_camera: NDArray[np.float64]) -> bool:
+    """Whether the median of (T, 4, 4) cameras is upright in a world whose z points up.
+
+    Tilted by less than 60 degrees. A camera on a robot or in a hand is, unless it looks straight
+    down; poses in the frame of the first camera are not.
+    """
+    return bool(np.median(world_from_camera[:, 2, 1]) < -0.5)
+
+
 @njit(nogil=True)
 def transform(pose: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.float64]:
     """Transform (n, 3) float64 points by a (4, 4) pose: R p + t.

@@ -72,7 +72,7 @@ class Selection:
         if table.num_rows and not keep.any():
             raise UsageError(
                 f"{root}: has no episode that is asked for ({self.described()}), of "
-                f"{table.num_rows}; ask for others."
+                f"{table.num_rows}; ask for others, by episodes or scenes."
             )
         return table.filter(pa.array(keep))
 
