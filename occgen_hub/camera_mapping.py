@@ -13,7 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from occgen_hub.errors import UsageError, in_brief
 from occgen_hub.files import read_bytes
 from occgen_hub.geometry.lens import Lens, opencv_matrix
-from occgen_hub.geometry.poses import RIGID, from_opengl, rigidity_error
+from occgen_hub.geometry.poses import (
+    OPENGL_FROM_OPENCV,
+    RIGID,
+    ROS_FROM_OPENCV,
+    rigidity_error,
+)
 
 UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001}
 """Names of depth units, and metres per unit."""
@@ -46,7 +51,7 @@ class CameraMapping(BaseModel):
             quaternion.
         pose_direction: the direction of the poses.
         pose_axes: the camera's axes. OpenCV: x right, y down, z forward; OpenGL: x right, y up,
-            z backward.
+            z backward; ROS: those of a body, x forward, y left, z up.
         body_from_camera: the camera's pose on the moving body that the poses describe, or, without
             poses, in the world: 16 numbers of a row-major (4, 4) matrix. Its camera has axes
             `pose_axes`.
@@ -65,7 +70,7 @@ class CameraMapping(BaseModel):
         Literal["matrix", "xyz_rpy", "xyz_quaternion_xyzw", "xyz_quaternion_wxyz"] | None
     ) = None
     pose_direction: Literal["world_from_camera", "camera_from_world"] | None = None
-    pose_axes: Literal["opencv", "opengl"] | None = None
+    pose_axes: Literal["opencv", "opengl", "ros"] | None = None
     body_from_camera: tuple[float, ...] | None = None
     time_offset: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
@@ -136,7 +141,8 @@ class CameraMapping(BaseModel):
             standard = np.asarray(np.linalg.inv(standard), np.float64)
         if self.body_from_camera is not None:
             standard = standard @ np.reshape(self.body_from_camera, (4, 4))
-        return from_opengl(standard) if self.pose_axes == "opengl" else standard
+        axes = {"opengl": OPENGL_FROM_OPENCV, "ros": ROS_FROM_OPENCV}.get(self.pose_axes or "")
+        return standard if axes is None else standard @ axes
 
 
 def camera_mapping(where: str, values: dict[str, Any]) -> CameraMapping:

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import captures
@@ -27,6 +28,7 @@ from occgen_hub.episode import Episode, check_episode
 from occgen_hub.episode_build import Settings, build_episode, why_outdated
 from occgen_hub.errors import OccGenError, SourceError, UsageError
 from occgen_hub.fusion.conventions import check_conventions
+from occgen_hub.geometry.poses import ROS_FROM_OPENCV
 from occgen_hub.geometry.trajectory import poses_at
 from occgen_hub.job import list_episodes
 from occgen_hub.lerobot.writer import Media
@@ -209,6 +211,27 @@ def test_inverse_poses_are_named_and_the_remedy_helps(seven: Path) -> None:
 def test_wrong_axes_are_named_and_the_remedy_helps(seven: Path) -> None:
     with pytest.raises(OccGenError, match=r"OpenGL's \(y up, z backward\); .*--pose-axes"):
         judged(read(seven, pose_axes="opengl"))
+
+
+def test_poses_with_ros_axes_are_named_and_the_remedy_helps(tum: Path, episode: Episode) -> None:
+    K = captures.opencv_intrinsics(episode)
+    right = read(tum, intrinsics=K)
+    body = replace(right, world_from_camera=right.world_from_camera @ ROS_FROM_OPENCV.T)
+    with pytest.raises(OccGenError, match=r"of a body in ROS .*; give --pose-axes ros"):
+        judged(body)
+    meant = CameraMapping(pose_axes="ros").world_from_camera(body.world_from_camera)
+    np.testing.assert_allclose(meant, right.world_from_camera, atol=1e-12)
+
+
+def test_quaternions_in_another_order_are_named(
+    tum: Path, episode: Episode, tmp_path: Path
+) -> None:
+    place = Path(shutil.copytree(tum, tmp_path / "tum"))
+    rows = [line.split() for line in (place / "groundtruth.txt").read_text().splitlines()]
+    lines = [" ".join(r if r[0] == "#" else [*r[:4], r[7], *r[4:7]]) for r in rows]
+    (place / "groundtruth.txt").write_text("\n".join(lines))
+    with pytest.raises(OccGenError, match=r"the quaternions were w, x, y, z; write them as x, y"):
+        judged(read(place, intrinsics=captures.opencv_intrinsics(episode)))
 
 
 def test_swapped_focal_lengths_are_named(episode: Episode, tmp_path: Path) -> None:

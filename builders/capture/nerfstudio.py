@@ -12,7 +12,6 @@ from occgen_hub.episode import Note
 from occgen_hub.errors import SourceError
 from occgen_hub.files import MAX_TABLE_ROWS, is_file, natural_key, read_json
 from occgen_hub.geometry.lens import Lens
-from occgen_hub.geometry.poses import from_opengl
 from occgen_hub.media import image_size, read_rgb
 
 from .recording import GIVE, IMAGES, Layout, Recording, depth_reader, known, left_out
@@ -59,7 +58,7 @@ class NerfStudio(Layout):
         lenses = [_lens({**values, **frame}, size, mapping, path) for frame in kept]
         poses = all_poses[tracked]
         axes = mapping.pose_axes or "opengl"  # The default of this format only.
-        poses = mapping.model_copy(update={"pose_axes": "opencv"}).world_from_camera(poses)
+        poses = mapping.model_copy(update={"pose_axes": axes}).world_from_camera(poses)
         depths = [place / frame["depth_file_path"] for frame in kept] if with_depth else []
         reader = depth_size = None
         notes = left_out(
@@ -78,7 +77,7 @@ class NerfStudio(Layout):
         return Recording(
             read_color=lambda frame: read_rgb(colors[frame], size),
             color_lens=lenses,
-            poses=from_opengl(poses) if axes == "opengl" else poses,
+            poses=poses,
             sources=[path, *colors, *depths],
             colors=colors,
             read_depth=reader,

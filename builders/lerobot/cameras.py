@@ -230,7 +230,7 @@ def _entry(
             layouts = {6: "xyz_rpy", 7: "xyz_quaternion_xyzw   # or xyz_quaternion_wxyz"}
             lines.append(f"    pose_layout: {layouts.get(count, 'matrix')}")
             lines.append("    pose_direction: world_from_camera   # or camera_from_world")
-            lines.append("    pose_axes: opencv   # or opengl: y up, z backward")
+            lines.append("    pose_axes: opencv   # or opengl: y up, z backward; ros: x forward")
     lines.append("    # body_from_camera: 16 numbers, where the poses are those of a moving body")
     return lines
 

@@ -41,8 +41,8 @@ MAPPING = (
         help="Depth units per metre, such as 5000, or metres per unit, such as 0.0002.",
     ),
     click.option(
-        "--pose-axes", type=click.Choice(["opencv", "opengl"]),
-        help="The cameras' axes: y down and z forward, or y up and z backward.",
+        "--pose-axes", type=click.Choice(["opencv", "opengl", "ros"]),
+        help="The cameras' axes: z forward and y down, z backward and y up, or x forward and z up.",
     ),
     click.option(
         "--pose-direction", type=click.Choice(["world_from_camera", "camera_from_world"]),

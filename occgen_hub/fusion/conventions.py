@@ -11,6 +11,7 @@ from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
 
 from occgen_hub.camera_mapping import UNITS
 from occgen_hub.config import Config
@@ -19,7 +20,7 @@ from occgen_hub.errors import OccGenError
 from occgen_hub.fusion.depth_map import DepthMap, DepthMaps
 from occgen_hub.fusion.noise import compare
 from occgen_hub.geometry.cloud import Cloud
-from occgen_hub.geometry.poses import OPENGL_FROM_OPENCV
+from occgen_hub.geometry.poses import OPENGL_FROM_OPENCV, ROS_FROM_OPENCV
 from occgen_hub.geometry.sim3 import rotation_angle
 from occgen_hub.geometry.trajectory import poses_at
 from occgen_hub.views import Views
@@ -101,6 +102,21 @@ def _inverse(poses: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(np.linalg.inv(poses), np.float64)
 
 
+def _ros(poses: NDArray[np.float64]) -> NDArray[np.float64]:
+    turned: NDArray[np.float64] = poses @ ROS_FROM_OPENCV
+    return turned
+
+
+def _reordered(poses: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of quaternions w, x, y, z that were read as x, y, z, w."""
+    usable = np.isfinite(poses).all(axis=(1, 2))
+    read = Rotation.from_matrix(poses[usable, :3, :3]).as_quat()
+    meant = np.full(poses.shape, np.nan)
+    meant[usable] = poses[usable]
+    meant[usable, :3, :3] = Rotation.from_quat(read[:, [1, 2, 3, 0]]).as_matrix()
+    return meant
+
+
 USUAL = {"metres": 1.0, "centimetres": 0.01, "millimetres": 0.001, "1/5000 m": 0.0002}
 """Units of depth that sources assume, and metres in one."""
 
@@ -144,6 +160,16 @@ CONVENTIONS = (
         "the poses were camera_from_world with OpenGL's axes",
         "invert them and convert them with occgen_hub.geometry.poses.from_opengl",
         lambda poses: _opengl(_inverse(poses)),
+    ),
+    Convention(
+        "the cameras' axes were those of a body in ROS (x forward, z up)",
+        "give --pose-axes ros, or multiply the poses by the camera's mount",
+        _ros,
+    ),
+    Convention(
+        "the quaternions were w, x, y, z",
+        "write them as x, y, z, w, or give pose_layout: xyz_quaternion_wxyz in a mapping",
+        _reordered,
     ),
     Convention(
         "the focal lengths were swapped",

@@ -11,6 +11,10 @@ OPENGL_FROM_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
 """OpenGL's camera looks along -z with y up. The matrix is its own inverse."""
 
 
+ROS_FROM_OPENCV = np.array([[0.0, 0, 1, 0], [-1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
+"""A body's axes in ROS (REP 103): x forward, y left, z up."""
+
+
 RIGID = 1e-3
 """Largest accepted `rigidity_error` of a pose. Rounding to float32 gives under 1e-6."""
 
