@@ -162,7 +162,8 @@ def check_episode(episode: Episode) -> Episode:
                 if 0 < K[0, 2] < height and 0 < K[1, 2] < width:
                     problem += " (are width and height swapped?)"
             if problem is not None:
-                raise wrong("intrinsics", f"of frame {frame} {problem}", "a pinhole camera's")
+                wanted = f"a pinhole camera's for {width} x {height} pixels (see --intrinsics)"
+                raise wrong("intrinsics", f"of frame {frame} {problem}", wanted)
     read_rgb, read_depth = episode.read_rgb, episode.read_depth
     read_labels = episode.read_labels
     if (read_labels is None) != (episode.taxonomy is None):

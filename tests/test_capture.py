@@ -219,6 +219,8 @@ def test_poses_with_ros_axes_are_named_and_the_remedy_helps(tum: Path, episode: 
     body = replace(right, world_from_camera=right.world_from_camera @ ROS_FROM_OPENCV.T)
     with pytest.raises(OccGenError, match=r"of a body in ROS .*; give --pose-axes ros"):
         judged(body)
+    with pytest.raises(OccGenError, match="leave --pose-axes ros out"):
+        judged(read(tum, intrinsics=K, pose_axes="ros"))
     meant = CameraMapping(pose_axes="ros").world_from_camera(body.world_from_camera)
     np.testing.assert_allclose(meant, right.world_from_camera, atol=1e-12)
 

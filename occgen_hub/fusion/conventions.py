@@ -107,6 +107,11 @@ def _ros(poses: NDArray[np.float64]) -> NDArray[np.float64]:
     return turned
 
 
+def _from_ros(poses: NDArray[np.float64]) -> NDArray[np.float64]:
+    turned: NDArray[np.float64] = poses @ ROS_FROM_OPENCV.T
+    return turned
+
+
 def _reordered(poses: NDArray[np.float64]) -> NDArray[np.float64]:
     """Of quaternions w, x, y, z that were read as x, y, z, w."""
     usable = np.isfinite(poses).all(axis=(1, 2))
@@ -148,12 +153,13 @@ def _unit_options(factor: float) -> str:
 CONVENTIONS = (
     Convention(
         "the cameras' axes were OpenGL's (y up, z backward)",
-        "convert the poses with occgen_hub.geometry.poses.from_opengl, or give --pose-axes",
+        "check --pose-axes (opencv or opengl), or convert the poses with "
+        "occgen_hub.geometry.poses.from_opengl",
         _opengl,
     ),
     Convention(
         "the poses were camera_from_world",
-        "invert them, or give --pose-direction: world_from_camera is wanted",
+        "check --pose-direction, or invert them: world_from_camera is wanted",
         _inverse,
     ),
     Convention(
@@ -165,6 +171,11 @@ CONVENTIONS = (
         "the cameras' axes were those of a body in ROS (x forward, z up)",
         "give --pose-axes ros, or multiply the poses by the camera's mount",
         _ros,
+    ),
+    Convention(
+        "the cameras' axes were OpenCV's (z forward, y down) and were taken for a body's",
+        "leave --pose-axes ros out",
+        _from_ros,
     ),
     Convention(
         "the quaternions were w, x, y, z",

@@ -77,7 +77,7 @@ class Summary:
         self.built += result.status == "built"
         self.present += result.status == "present"
         self.frames += result.frames
-        self.notes.update(note.code for note in result.notes)
+        self.notes.update({note.code for note in result.notes})
         for note in result.notes:
             self.examples.setdefault(note.code, f"{result.id}: {note.text}")
         for stage, seconds in result.seconds.items():

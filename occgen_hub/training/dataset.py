@@ -45,7 +45,8 @@ class OccupancyDataset(Dataset[dict[str, Any]]):
         upright: whether grids stand upright, turned with the camera about the world's vertical
             alone; "grid_pose" says where. What a frame saw is moved into them as `align_history`
             moves what past frames saw. The world's z axis must point up.
-        keys: what an item holds; all but labels, dynamic, grid_pose and depth by default.
+        keys: what an item holds; all but labels, visible, dynamic, grid_pose and
+            depth by default.
         revision: of the dataset on the Hub.
         episodes, scenes: names of those to have, "<group>/<scene>/<trajectory>" and
             "<group>/<scene>"; None for all.
