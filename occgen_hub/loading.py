@@ -11,7 +11,7 @@ import shlex
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -257,6 +257,12 @@ def _place(folder: Path, name: str) -> Path:
     if leads_out(place, folder):
         raise DatasetError(place, "is a link that leads out of the trajectory", PUT_FILE)
     return place
+
+
+def have_labels(folders: Iterable[Path]) -> bool:
+    """Whether any of these trajectories has labels, by its files. Raises as `Trajectory.file`."""
+    name = load_schema(SCHEMA).path("labels")
+    return any(_place(folder, name).is_file() for folder in folders)
 
 
 @dataclass(frozen=True)

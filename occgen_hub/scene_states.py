@@ -35,7 +35,7 @@ from occgen_hub.files import (
     remove_bucket_files,
 )
 from occgen_hub.index import bucket, file_stem
-from occgen_hub.loading import Trajectory
+from occgen_hub.loading import Trajectory, have_labels
 from occgen_hub.occupancy.states import BLOCK_BYTES, SceneStates
 from occgen_hub.schema import plain_arrow, plain_numpy, plain_texts
 from occgen_hub.taxonomy import UNLABELLED
@@ -167,15 +167,17 @@ def check_states(root: Path, scenes: Scenes, known: Collection[str]) -> Iterator
             if scene in scenes:
                 yield DatasetError(path, "is missing", "run occgen-hub finalize on the dataset")
             continue
-        for episode, folder in scenes.get(scene, ()):
-            expected = _states_of(folder, _have_labels(scenes[scene]))
+        found = scenes.get(scene, ())
+        labels = have_labels(folder for _, folder in found)
+        for episode, folder in found:
+            expected = _states_of(folder, labels)
             try:
                 with parquet_file(path) as file:
-                    found = read_states(file, episode)
+                    states = read_states(file, episode)
             except PARQUET_DAMAGE as error:
                 yield DatasetError(path, parquet_problem(error), REMAKE)
                 break
-            if not found.equals(expected):
+            if not states.equals(expected):
                 problem = f"the states of {episode} are not what its trajectory holds"
                 yield DatasetError(path, problem, REMAKE)
                 break
@@ -183,7 +185,7 @@ def check_states(root: Path, scenes: Scenes, known: Collection[str]) -> Iterator
 
 def _pieces(found: Sequence[tuple[str, Path]]) -> dict[str, Any]:
     """What the file of a scene is made of, as it says itself."""
-    pieces, labels = [], _have_labels(found)
+    pieces, labels = [], have_labels(path for _, path in found)
     for episode, path in found:
         trajectory = Trajectory.open(path)
         name = trajectory.schema.path("scene_occupancy")
@@ -193,11 +195,6 @@ def _pieces(found: Sequence[tuple[str, Path]]) -> dict[str, Any]:
         digest = hashlib.sha256(dump_json(made_of).encode()).hexdigest()
         pieces.append({"episode": episode, "sha256": digest})
     return {"format": _FORMAT, "pieces": pieces}
-
-
-def _have_labels(found: Sequence[tuple[str, Path]]) -> bool:
-    """Whether a trajectory of a scene has labels."""
-    return any(Trajectory.open(path).taxonomy is not None for _, path in found)
 
 
 def _states_of(path: Path, labels: bool) -> SceneStates:
@@ -214,7 +211,7 @@ def _write(place: Path, found: Sequence[tuple[str, Path]], pieces: dict[str, Any
         "block": {"feature": {"dtype": "int32", "_type": "Value"}, "length": 3, "_type": "List"},
         **{k: {"dtype": "binary", "_type": "Value"} for k in ("occupied", "free")},
     }
-    columns, labels = dict(COLUMNS), _have_labels(found)
+    columns, labels = dict(COLUMNS), have_labels(path for _, path in found)
     if labels:
         columns[LABELS] = pa.binary()
         described[LABELS] = {"dtype": "binary", "_type": "Value"}

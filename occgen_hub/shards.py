@@ -58,7 +58,7 @@ from occgen_hub.index import (
     read_part,
     write_index,
 )
-from occgen_hub.loading import REBUILD, Trajectory, npz_array, trajectories
+from occgen_hub.loading import REBUILD, Trajectory, have_labels, npz_array, trajectories
 from occgen_hub.media import encode_jpeg
 from occgen_hub.scene_states import FOLDER as STATES
 from occgen_hub.scene_states import check_states, states_file, states_files, write_states
@@ -316,10 +316,9 @@ def _scenes(
     return dict(sorted(scenes.items()))
 
 
-def _pieces(found: Iterable[tuple[str, Path]], shard_bytes: int, images: bool) -> Iterator[Piece]:
+def _pieces(found: Sequence[tuple[str, Path]], shard_bytes: int, images: bool) -> Iterator[Piece]:
     """The trajectories of a scene, cut into equal pieces if they are too long for one shard."""
-    found = list(found)
-    labels = any(Trajectory.open(path).taxonomy is not None for _, path in found)
+    labels = have_labels(path for _, path in found)
     for episode, path in found:
         trajectory = Trajectory.open(path)
         record, schema = trajectory.record, trajectory.schema
@@ -608,7 +607,7 @@ def _check(root: Path, name: str, rows: list[Entry], here: dict[str, Path]) -> N
             raise DatasetError(path, "has another SHA-256 than in the index", "download it again")
         return
     pieces, images, labels = [], _has_column(path, "image"), _has_column(path, "labels")
-    if not labels and any(Trajectory.open(here[row.episode]).taxonomy for row in rows):
+    if not labels and have_labels(here[row.episode] for row in rows):
         raise DatasetError(path, "has no column labels, which its trajectories have", REMAKE)
     for row in ordered:
         at = row.shards.index(name)
