@@ -93,32 +93,31 @@ class Convention:
     hfov: float | None = None
 
 
-def _opengl(poses: NDArray[np.float64]) -> NDArray[np.float64]:
-    flipped: NDArray[np.float64] = poses @ OPENGL_FROM_OPENCV
-    return flipped
+Poses = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+
+
+def _with_axes(meant_from_opencv: NDArray[np.float64]) -> Poses:
+    """From poses of cameras with other axes to those with OpenCV's."""
+
+    def turn(poses: NDArray[np.float64]) -> NDArray[np.float64]:
+        turned: NDArray[np.float64] = poses @ meant_from_opencv
+        return turned
+
+    return turn
+
+
+_opengl = _with_axes(OPENGL_FROM_OPENCV)
 
 
 def _inverse(poses: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(np.linalg.inv(poses), np.float64)
 
 
-def _ros(poses: NDArray[np.float64]) -> NDArray[np.float64]:
-    turned: NDArray[np.float64] = poses @ ROS_FROM_OPENCV
-    return turned
-
-
-def _from_ros(poses: NDArray[np.float64]) -> NDArray[np.float64]:
-    turned: NDArray[np.float64] = poses @ ROS_FROM_OPENCV.T
-    return turned
-
-
 def _reordered(poses: NDArray[np.float64]) -> NDArray[np.float64]:
     """Of quaternions w, x, y, z that were read as x, y, z, w."""
-    usable = np.isfinite(poses).all(axis=(1, 2))
-    read = Rotation.from_matrix(poses[usable, :3, :3]).as_quat()
-    meant = np.full(poses.shape, np.nan)
-    meant[usable] = poses[usable]
-    meant[usable, :3, :3] = Rotation.from_quat(read[:, [1, 2, 3, 0]]).as_matrix()
+    read = Rotation.from_matrix(poses[:, :3, :3]).as_quat()
+    meant = poses.copy()
+    meant[:, :3, :3] = Rotation.from_quat(read[:, [1, 2, 3, 0]]).as_matrix()
     return meant
 
 
@@ -170,12 +169,12 @@ CONVENTIONS = (
     Convention(
         "the cameras' axes were those of a body in ROS (x forward, z up)",
         "give --pose-axes ros, or multiply the poses by the camera's mount",
-        _ros,
+        _with_axes(ROS_FROM_OPENCV),
     ),
     Convention(
         "the cameras' axes were OpenCV's (z forward, y down) and were taken for a body's",
         "leave --pose-axes ros out",
-        _from_ros,
+        _with_axes(ROS_FROM_OPENCV.T),
     ),
     Convention(
         "the quaternions were w, x, y, z",

@@ -61,14 +61,17 @@ class Layout:
     depth: bool
     state: bool = False
 
+    @property
+    def columns(self) -> dict[str, Feature]:
+        """`features`, and the state if it is the camera's pose."""
+        return self.features | ({STATE: CAMERA_STATE} if self.state else {})
+
     def lerobot_features(self, schema: Schema) -> dict[str, dict[str, Any]]:
         """The features as `LeRobotDataset.create` takes them."""
         features = {
             name: {**feature.info(), "shape": feature.shape}
-            for name, feature in ((name, flat(own)) for name, own in self.features.items())
+            for name, feature in ((name, flat(own)) for name, own in self.columns.items())
         }
-        if self.state:
-            features[STATE] = {**CAMERA_STATE.info(), "shape": CAMERA_STATE.shape}
         width, height = self.size
         video = {"dtype": "video", "names": ["height", "width", "channels"]}
         if self.rgb:
@@ -252,7 +255,7 @@ def _frames(trajectory: Trajectory, layout: Layout) -> Iterator[dict[str, Any]]:
     """The frames of a trajectory, as `LeRobotDataset.add_frame` takes them."""
     schema, table = trajectory.schema, trajectory.table()
     fit = Fit(trajectory.image_size, layout.size)
-    features = layout.features | ({STATE: CAMERA_STATE} if layout.state else {})
+    features = layout.columns
     columns: dict[str, Any] = {}
     for name, feature in layout.features.items():
         try:

@@ -40,10 +40,12 @@ def observe_frames(
     points: (n, 3) float32, world metres; world_from_camera: (T, 4, 4), OpenCV axes, metres;
     intrinsics: (T, 3, 3), pixels; size: (width, height) of the images; moving: the points of a
     frame that exist in no other, (n, 3) float32, world metres; free: collects the free space
-    observed by the frames; labels: the classes of `points` and of moving points.
+    observed by the frames; labels: the classes of `points`, and the moving points with theirs,
+    which then replace `moving`.
     """
     cloud, order = sorted_into_blocks(points)
     static = None if labels is None else labels.static[order]
+    labelled = None if labels is None else labels.moving
     prepare(grid, intrinsics, size)
     own = threading.local()
     sequential = not _is_thread_safe()
@@ -54,12 +56,13 @@ def observe_frames(
             if not sequential:
                 numba.set_num_threads(1)  # For calls from this thread.
         own_points, classes = None, None
-        if labels is not None and labels.moving is not None:
-            own_points, own_classes = labels.moving(t)
-        elif moving is not None:
-            own_points = moving(t)
-        if static is not None:
-            classes = static, own_classes if own_points is not None else static[:0]
+        if static is None:
+            own_points = None if moving is None else moving(t)
+        elif labelled is None:
+            classes = static, static[:0]
+        else:
+            own_points, own_classes = labelled(t)
+            classes = static, own_classes
         seen = observe(
             grid, cloud, world_from_camera[t], intrinsics[t], size, own.state, own_points, classes
         )

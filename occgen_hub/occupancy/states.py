@@ -401,6 +401,18 @@ def _add(free, pose, lower, size, shape, blocks, slots, words):
                     words[slots[n], i, j] = word
 
 
+@njit(nogil=True, error_model="numpy", inline="always")
+def _world_cell(table, x, y, z):
+    """The block of a place, in world cells from the first block of `table`, and the cell in it.
+
+    Returns the block's number, -1 for none, the cell's word (i, j), and the shift of its bit.
+    """
+    u, v, w = np.uint64(x), np.uint64(y), np.uint64(z)
+    five, low = np.uint64(5), np.uint64(31)
+    block = table[u >> five, v >> five, w >> five]
+    return block, u & low, v & low, np.uint32(31) - np.uint32(w & low)
+
+
 @njit(nogil=True, error_model="numpy")
 def _cut(occupied, free, table, start, steps, shape, shift, known, out):
     """start: world cells from the first block of `table`, all of whose places are over 0.
@@ -408,7 +420,6 @@ def _cut(occupied, free, table, start, steps, shape, shift, known, out):
     known: cells that are passed over, or an empty array.
     """
     some_known = known.size > 0
-    five, low = np.uint64(5), np.uint64(31)
     for i in range(shape[0]):
         for j in range(shape[1]):
             x = start[0] + steps[0, 0] * i + steps[0, 1] * j
@@ -417,17 +428,16 @@ def _cut(occupied, free, table, start, steps, shape, shift, known, out):
             for k in range(shape[2]):
                 if some_known and known[i, j, k]:
                     continue
-                u = np.uint64(x + steps[0, 2] * k)
-                v = np.uint64(y + steps[1, 2] * k)
-                w = np.uint64(z + steps[2, 2] * k)
-                block = table[u >> five, v >> five, w >> five]
+                block, u, v, bit = _world_cell(
+                    table, x + steps[0, 2] * k, y + steps[1, 2] * k, z + steps[2, 2] * k
+                )
                 if block < 0:
                     continue
-                at, bit = np.uint64(block), np.uint32(31) - np.uint32(w & low)
-                if (occupied[at, u & low, v & low] >> bit) & np.uint32(1):
+                at = np.uint64(block)
+                if (occupied[at, u, v] >> bit) & np.uint32(1):
                     out[i >> shift, j >> shift, k >> shift] = 1
                 elif out[i >> shift, j >> shift, k >> shift] == 255 and (
-                    (free[at, u & low, v & low] >> bit) & np.uint32(1)
+                    (free[at, u, v] >> bit) & np.uint32(1)
                 ):
                     out[i >> shift, j >> shift, k >> shift] = 0
 
@@ -439,7 +449,6 @@ def _name(occupied, ranks, classes, table, start, steps, known, out):
     The arguments are those of `_cut`; ranks: of a word's first cell in `classes`.
     """
     some_known = known.size > 0
-    five, low = np.uint64(5), np.uint64(31)
     for i in range(out.shape[0]):
         for j in range(out.shape[1]):
             x = start[0] + steps[0, 0] * i + steps[0, 1] * j
@@ -448,17 +457,16 @@ def _name(occupied, ranks, classes, table, start, steps, known, out):
             for k in range(out.shape[2]):
                 if out[i, j, k] != 1 or (some_known and known[i, j, k]):
                     continue
-                u = np.uint64(x + steps[0, 2] * k)
-                v = np.uint64(y + steps[1, 2] * k)
-                w = np.uint64(z + steps[2, 2] * k)
-                block = table[u >> five, v >> five, w >> five]
+                block, u, v, bit = _world_cell(
+                    table, x + steps[0, 2] * k, y + steps[1, 2] * k, z + steps[2, 2] * k
+                )
                 if block < 0:
                     continue
-                at, bit = np.uint64(block), np.uint32(31) - np.uint32(w & low)
-                here = occupied[at, u & low, v & low] >> bit
+                at = np.uint64(block)
+                here = occupied[at, u, v] >> bit
                 if not here & np.uint32(1):
                     continue
-                rank = ranks[at, u & low, v & low]
+                rank = ranks[at, u, v]
                 before = here >> np.uint32(1)
                 while before:
                     before &= before - np.uint32(1)

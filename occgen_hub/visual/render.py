@@ -101,18 +101,18 @@ def _renderer(trajectory: Trajectory, shot: Shot) -> Iterator[_Renderer]:
             )
         classes = seen_classes(trajectory)
     if shot.view == "world":
-        foot = legend_height(*size, _world_placeholder(moving))
+        foot = legend_height(*size, _world_legend_layout(moving))
         with closing(WorldView(trajectory, (size[0], size[1] - foot), shot.viewpoint)) as world:
             strip = legend_picture(size[0], foot, size[1], partial(world.legend, moving=moving))
             yield lambda frame, image: with_legend(world(frame, image), size, strip)
     elif shot.view == "ego":
-        foot = legend_height(*size, _camera_placeholder(moving, classes))
+        foot = legend_height(*size, _camera_legend_layout(moving, classes))
         inner = _inside(trajectory.image_size, (size[0], size[1] - foot))
         with closing(EgoView(trajectory, inner, classes)) as ego:
             strip = legend_picture(size[0], foot, size[1], partial(ego.legend, moving=moving))
             yield lambda frame, _: with_legend(ego(frame), size, strip)
     else:
-        legends = _world_placeholder(moving), _camera_placeholder(moving, classes)
+        legends = _world_legend_layout(moving), _camera_legend_layout(moving, classes)
         panels = Panels(size, trajectory.image_size, legends)
         name = called(trajectory)
         count, fps = len(trajectory.world_from_camera()), rate(trajectory)
@@ -135,12 +135,12 @@ def _renderer(trajectory: Trajectory, shot: Shot) -> Iterator[_Renderer]:
             yield draw
 
 
-def _world_placeholder(moving: bool) -> Items:
+def _world_legend_layout(moving: bool) -> Items:
     """A legend of the same size as the world's, for the layout."""
     return lambda text: world_legend(ramp, 1.0, text, moving)
 
 
-def _camera_placeholder(moving: bool, classes: Sequence[Class]) -> Items:
+def _camera_legend_layout(moving: bool, classes: Sequence[Class]) -> Items:
     if classes:
         return partial(class_legend, classes)
     return lambda text: ego_legend(ramp, 1.0, text, moving)
