@@ -145,6 +145,8 @@ def _leftovers(path: Path) -> Iterator[tuple[str, str, Path]]:
     named = re.compile(rb"\." + stem + rb"(?:\.([0-9a-f]{16}))?\.(partial|old)")
     with suppress(OSError), os.scandir(path.parent) as entries:
         for entry in entries:
+            if not entry.name.startswith("."):
+                continue  # Most entries, of which a folder may have thousands.
             if match := named.fullmatch(os.fsencode(entry.name)):
                 yield (match[1] or b"").decode(), match[2].decode(), path.parent / entry.name
 
