@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -26,11 +25,11 @@ from occgen_hub.errors import (
     OccGenError,
     SourceError,
     UsageError,
-    in_brief,
     one_line,
 )
 from occgen_hub.files import MACHINE_FAULTS, MAX_SOURCE_BYTES, Version, read_bytes, sha256, version
 from occgen_hub.lerobot.writer import Media
+from occgen_hub.plugins import load_plugin, plugin_names
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +201,7 @@ def _checksum(path: Path, version: Version) -> str:
 
 def builder_names() -> list[str]:
     """The names of the installed sources."""
-    return sorted({point.name for point in entry_points(group="occgen_hub.builders")})
+    return plugin_names("source")
 
 
 def load_builder(
@@ -263,16 +262,7 @@ def plain_license(said: Any) -> str | None:
 
 def _builder_class(name: str) -> type[DatasetBuilder]:
     """The class that is installed as a source. Raises UsageError if it is not valid."""
-    points = [point for point in entry_points(group="occgen_hub.builders") if point.name == name]
-    if not points:
-        known = ", ".join(builder_names()) or "none"
-        raise UsageError(f"--source {name}: no such source; installed are {known}.")
-    place = f"--source {name}: the entry point {points[0].value}"
-    try:
-        kind = points[0].load()
-    except (ImportError, AttributeError) as error:
-        said = in_brief(str(error))
-        raise UsageError(f"{place} cannot be loaded ({said}); correct that package.") from error
+    kind, place = load_plugin("source", name)
     if not (isinstance(kind, type) and issubclass(kind, DatasetBuilder)):
         raise UsageError(f"{place} is no subclass of occgen_hub.builder.DatasetBuilder.")
     if missing := sorted(kind.__abstractmethods__):

@@ -5,10 +5,7 @@ from __future__ import annotations
 import threading
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occgen_hub.episode import Episode
-from occgen_hub.errors import OccGenError, UsageError, in_brief
+from occgen_hub.errors import OccGenError
+from occgen_hub.plugins import open_plugin
 from occgen_hub.taxonomy import load_taxonomy
 
 
@@ -49,36 +47,11 @@ class Segmenter(ABC):
         """
 
 
-Opener = Callable[[Path | None, str | None], Segmenter]
-"""An entry point: opens a segmenter from --segmenter-weights and --device. Raises UsageError if it
-cannot."""
-
-
-def segmenter_names() -> list[str]:
-    """The names of the installed segmenters."""
-    return sorted({point.name for point in _points()})
-
-
 def load_segmenter(name: str, weights: Path | None = None, device: str | None = None) -> Segmenter:
     """Open the segmenter of that name. Raises UsageError if there is none, or it is not one."""
-    for point in _points():
-        if point.name == name:
-            place = f"--segmenter {name}: the entry point {point.value}"
-            try:
-                opener: Opener = point.load()
-                segmenter = opener(weights, device)
-            except (ImportError, AttributeError, TypeError) as error:
-                said = in_brief(str(error))
-                raise UsageError(f"{place} cannot be opened ({said}); correct it.") from error
-            if not isinstance(segmenter, Segmenter):
-                raise UsageError(f"{place} opens no occgen_hub.segmenters.Segmenter; correct it.")
-            load_taxonomy(segmenter.taxonomy)
-            return segmenter
-    known = ", ".join(segmenter_names()) or "none"
-    raise UsageError(
-        f"--segmenter {name}: no such segmenter; installed are {known}. See "
-        "docs/adding_a_source.md for how to add one."
-    )
+    segmenter: Segmenter = open_plugin("segmenter", name, Segmenter, weights, device)
+    load_taxonomy(segmenter.taxonomy)
+    return segmenter
 
 
 def with_labels(episode: Episode, segmenter: Segmenter | None) -> Episode:
@@ -117,9 +90,3 @@ def with_labels(episode: Episode, segmenter: Segmenter | None) -> Episode:
         )
 
     return replace(episode, read_labels=labels, taxonomy=taxonomy.name, beside=beside)
-
-
-@cache
-def _points() -> tuple[EntryPoint, ...]:
-    """The entry points of segmenters. Cached, as those of engines are."""
-    return tuple(entry_points(group="occgen_hub.segmenters"))

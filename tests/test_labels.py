@@ -20,7 +20,7 @@ from PIL import Image
 from scipy import sparse
 
 import occgen_hub
-from occgen_hub import OccupancyDataset, segmenters
+from occgen_hub import OccupancyDataset, plugins
 from occgen_hub.builder import load_builder
 from occgen_hub.config import Config
 from occgen_hub.episode import check_episode
@@ -470,12 +470,16 @@ class FloorBelow(Segmenter):
 @pytest.fixture
 def installed(monkeypatch):
     """As if a package had installed it."""
-    points = (
-        EntryPoint("mine", "test_labels:FloorBelow", "occgen_hub.segmenters"),
-        EntryPoint("none", "test_labels:made_up", "occgen_hub.segmenters"),
-        EntryPoint("wrong", "builtins:max", "occgen_hub.segmenters"),
+    objects = {
+        "mine": "test_labels:FloorBelow",
+        "none": "test_labels:made_up",
+        "wrong": "builtins:max",
+    }
+    points = {name: EntryPoint(name, value, "any") for name, value in objects.items()}
+    others = plugins._points
+    monkeypatch.setattr(
+        plugins, "_points", lambda kind: points if kind == "segmenter" else others(kind)
     )
-    monkeypatch.setattr(segmenters, "_points", lambda: points)
 
 
 def test_a_segmenter_fills_in(tmp_path, sample_tree, installed):

@@ -16,8 +16,9 @@ import pytest
 from made_up import depth_of, episode_of, path, room
 
 import occgen_hub
-from occgen_hub import builder as builder_module
+from occgen_hub import plugins
 from occgen_hub.builder import DatasetBuilder, EpisodeRef, load_builder
+from occgen_hub.engines import load_engine
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.source_check import check_source
 
@@ -47,8 +48,8 @@ def test_the_template_is_a_package_of_its_own(tmp_path: Path) -> None:
 
 def test_what_is_installed_wrongly_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def given(value: str) -> None:
-        points = [EntryPoint("mine", value, "occgen_hub.builders")]
-        monkeypatch.setattr(builder_module, "entry_points", lambda group: points)
+        points = {"mine": EntryPoint("mine", value, "occgen_hub.builders")}
+        monkeypatch.setattr(plugins, "_points", lambda kind: points)
 
     for value, message in (
         ("nowhere:Builder", "cannot be loaded .*nowhere"),
@@ -59,6 +60,15 @@ def test_what_is_installed_wrongly_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         given(value)
         with pytest.raises(UsageError, match=message):
             load_builder("mine", Path())
+    for value, message in (
+        ("nowhere:open_engine", "--engine mine: .* cannot be loaded .*nowhere"),
+        ("pathlib:Path", "cannot be opened"),
+        ("builtins:max", "cannot be opened"),
+        ("builtins:print", "does not return an instance of occgen_hub.engines.Engine"),
+    ):
+        given(value)
+        with pytest.raises(UsageError, match=message):
+            load_engine("mine")
 
 
 class Mine(DatasetBuilder):

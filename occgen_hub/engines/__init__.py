@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Literal
 
 from occgen_hub.config import Config
 from occgen_hub.episode import Episode
 from occgen_hub.errors import OccGenError, UsageError
+from occgen_hub.plugins import open_plugin, plugin_names
 from occgen_hub.views import Views
 
 AUTO = "auto"
@@ -90,11 +89,6 @@ def without_fetching(missing: MissingWeights = "raise") -> Iterator[None]:
         _MISSING.reset(token)
 
 
-Opener = Callable[[Path | None, str | None], Engine]
-"""An entry point: opens an engine from --weights and --device. Raises UsageError if they do not
-fit."""
-
-
 @dataclass(frozen=True)
 class Auto(Engine):
     """Sensor depth for episodes that have it, else a network.
@@ -145,7 +139,7 @@ class Auto(Engine):
 
 def engine_names() -> list[str]:
     """The names of the installed engines, and `auto`."""
-    return [AUTO, *sorted({point.name for point in _points()})]
+    return [AUTO, *plugin_names("engine")]
 
 
 def load_engine(name: str, weights: Path | None = None, device: str | None = None) -> Engine:
@@ -154,12 +148,8 @@ def load_engine(name: str, weights: Path | None = None, device: str | None = Non
     weights: a file or folder; None for local or published ones; device: None takes a GPU if there
     is one. Raises UsageError if the engine, its weights or the device does not exist.
     """
-    for point in _points():
-        if point.name == name:
-            opener: Opener = point.load()
-            return opener(weights, device)
-    known = ", ".join(engine_names())
-    raise UsageError(f"--engine {name}: no such engine; installed are {known}.")
+    engine: Engine = open_plugin("engine", name, Engine, weights, device)
+    return engine
 
 
 def network_engine(
@@ -198,9 +188,3 @@ def check_license(engine: Engine) -> None:
         f"{weights['license']}, which does not allow it; choose --engine da3, or leave the option "
         "out."
     )
-
-
-@cache
-def _points() -> tuple[EntryPoint, ...]:
-    """The entry points of engines. Cached: it reads the metadata of all installed packages."""
-    return tuple(entry_points(group="occgen_hub.engines"))
