@@ -785,3 +785,22 @@ def test_what_is_for_trajectories_refuses_an_export(made, command):
     assert done.returncode == 2
     (said,) = done.stderr.splitlines()
     assert said == f"Error: {made}: is an export; give the dataset that it was made from."
+
+
+def test_rerun_imports_an_export_with_its_depth(made, tmp_path):
+    experimental = pytest.importorskip("rerun.experimental")
+    recording = tmp_path / "export.rrd"
+    rerun = Path(sys.executable).with_name("rerun")
+    done = subprocess.run(
+        [rerun, made, "--save", recording, "--bind", "127.0.0.1", "--port", "0"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Failed" not in done.stdout + done.stderr
+    reader = experimental.RrdReader(recording)
+    store = reader.store(store=reader.recordings()[0])
+    entities = {chunk.entity_path for chunk in store.stream()}
+    assert {"/observation.images.rgb", "/observation.images.depth", "/action"} <= entities

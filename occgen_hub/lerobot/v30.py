@@ -182,6 +182,9 @@ def write(
             dataset.finalize()
             _sort_statistics(dataset)
             shutil.rmtree(out / "images", ignore_errors=True)  # LeRobot may leave it behind.
+            for feature in dataset.meta.depth_keys:
+                for video in sorted((out / "videos" / feature).rglob("*.mp4")):
+                    _set_level(video, temporary / "leveled.mp4")
             _reset_modes(out)
 
 
@@ -242,6 +245,27 @@ def _sort_statistics(dataset: Any) -> None:
     stats = dataset.meta.stats or {}
     dataset.meta.stats = {name: dict(sorted(stats[name].items())) for name in sorted(stats)}
     write_stats(dataset.meta.stats, dataset.root)
+
+
+def _set_level(video: Path, temporary: Path) -> None:
+    """Declare level 6.2 in the headers of an HEVC video. The frames stay as they are.
+
+    x265 declares level 8.5 for lossless videos, which promises nothing. rerun and other readers
+    refuse it.
+    """
+    import av
+    from av.bitstream import BitStreamFilterContext
+
+    with av.open(video) as source, av.open(temporary, "w") as target:
+        stream = source.streams.video[0]
+        copied = target.add_stream_from_template(stream, opaque=True)
+        change = BitStreamFilterContext("hevc_metadata=level=6.2", stream, copied)
+        for packet in source.demux(stream):
+            # The last packet is empty: it tells the filter to flush.
+            for changed in change.filter(packet if packet.dts is not None else None):
+                changed.stream = copied
+                target.mux(changed)
+    temporary.replace(video)
 
 
 def _reset_modes(out: Path) -> None:
