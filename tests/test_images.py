@@ -79,13 +79,13 @@ def test_truncated_image_of_skipped_frame_is_not_copied(mine, tmp_path, kind, im
     assert not trajectories(tmp_path / "out")
 
 
-def test_without_media_nothing_is_copied_and_nothing_amiss(mine, tmp_path):
+def test_damaged_image_does_not_stop_a_build_without_media(mine, tmp_path):
     cut(folder(mine) / f"{RGB}/1.jpg")
     assert build(mine, tmp_path / "out", interval=3, media="none").status == "built"
 
 
 @pytest.mark.parametrize(("file", "kind"), [("rgb", "jpg"), ("depth", "png")])
-def test_validate_finds_a_cut_image_whichever_frame_it_is_of(source, tmp_path, file, kind):
+def test_validate_finds_truncated_images_of_any_frame(source, tmp_path, file, kind):
     build(source, tmp_path / "out")
     (path,) = trajectories(tmp_path / "out")
     for frame in (1, 2):
@@ -97,7 +97,9 @@ def test_validate_finds_a_cut_image_whichever_frame_it_is_of(source, tmp_path, f
 
 
 @pytest.mark.parametrize("interval", [1, 3])
-def test_every_image_is_decoded_and_colour_once(source, tmp_path, interval, monkeypatch):
+def test_build_decodes_every_image_and_colour_images_only_once(
+    source, tmp_path, interval, monkeypatch
+):
     """In fusion, which looks at depth several times, or by the writer where it was skipped."""
     seen: list[tuple[str, int]] = []
     own = ImageSequence.__call__
@@ -183,7 +185,7 @@ def in_millimetres(tree: Path) -> None:
 
 @pytest.mark.parametrize("kind", [Metres, MetresAlone, FarMetres])
 @pytest.mark.parametrize("media", ["copy", "link"])
-def test_depth_is_stored_in_the_schemas_unit(mine, tmp_path, kind, media):
+def test_depth_is_stored_in_the_unit_of_the_schema(mine, tmp_path, kind, media):
     in_millimetres(mine)
     built = build(mine, tmp_path / "out", kind=kind, media=media)
     (there,) = trajectories(tmp_path / "out")
@@ -205,7 +207,7 @@ def test_depth_is_stored_in_the_schemas_unit(mine, tmp_path, kind, media):
     assert validate(tmp_path / "out").valid
 
 
-def test_depth_images_in_the_schemas_unit_are_copied_as_they_are(mine, tmp_path):
+def test_depth_images_in_the_unit_of_the_schema_are_copied_unchanged(mine, tmp_path):
     build(mine, tmp_path / "out")
     (there,) = trajectories(tmp_path / "out")
     for frame in range(4):
@@ -213,7 +215,7 @@ def test_depth_images_in_the_schemas_unit_are_copied_as_they_are(mine, tmp_path)
         assert (there / name).read_bytes() == (folder(mine) / name).read_bytes()
 
 
-def test_without_media_no_depth_is_stored(mine, tmp_path):
+def test_build_without_media_stores_no_depth_images(mine, tmp_path):
     in_millimetres(mine)
     build(mine, tmp_path / "out", kind=MetresAlone, media="none")
     assert not list((tmp_path / "out").rglob("*.png"))

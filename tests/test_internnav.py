@@ -85,7 +85,7 @@ def notes(episode: Episode) -> dict[str, str]:
 # Both layouts
 
 
-def test_both_layouts_read_equally(alone: Path, together: Path) -> None:
+def test_both_layouts_give_equal_episodes(alone: Path, together: Path) -> None:
     one, other = read(alone), read(together)
     assert one.length == other.length == FRAMES
     assert (one.fps, one.image_size, one.tasks) == (other.fps, other.image_size, other.tasks)
@@ -111,7 +111,7 @@ def test_depth_is_in_metres(alone: Path) -> None:
     np.testing.assert_array_equal(read_depth(10), units / 10_000)
 
 
-def test_frames_are_ordered_by_their_number(alone: Path) -> None:
+def test_frames_are_sorted_by_number(alone: Path) -> None:
     paths = [item.path.name for item in read(alone).media if item.file == "rgb"]
     assert paths == [f"{n}.jpg" for n in range(FRAMES)]
 
@@ -131,21 +131,23 @@ def without_image_index(root: Path) -> None:
     path.write_text("".join(json.dumps({"episode_index": r["episode_index"]}) + "\n" for r in rows))
 
 
-def test_without_image_index_the_lengths_tell(scenes: Path, together: Path) -> None:
+def test_images_are_assigned_by_episode_length_without_image_index(
+    scenes: Path, together: Path
+) -> None:
     without_image_index(scenes)
     for number in range(2):
         one, other = read(scenes, number), read(together, number)
         assert [i.path.name for i in one.media] == [i.path.name for i in other.media]
 
 
-def test_an_image_missing_in_a_scene_is_named(scenes: Path) -> None:
+def test_error_names_a_missing_image_of_a_scene(scenes: Path) -> None:
     (scenes / "sample_zed/house_000" / RGB / f"{FRAMES}.jpg").unlink()
     read(scenes, 0)
     with pytest.raises(SourceError, match=rf"rgb/{FRAMES}\.jpg: is missing"):
         read(scenes, 1)
 
 
-def test_an_image_range_that_is_none(scenes: Path) -> None:
+def test_invalid_image_index_is_refused(scenes: Path) -> None:
     path = scenes / "sample_zed/house_000/meta/episodes_stats.jsonl"
     for value in ({"min": 5, "max": 2}, {"min": 0}, [0, 1], "all", {"min": 0, "max": 1e300}):
         path.write_text(json.dumps({"episode_index": 0, "image_index": value}) + "\n")
@@ -153,7 +155,7 @@ def test_an_image_range_that_is_none(scenes: Path) -> None:
             read(scenes)
 
 
-def test_scenes_are_built_and_valid(together: Path, tmp_path: Path) -> None:
+def test_dataset_built_from_scenes_is_valid(together: Path, tmp_path: Path) -> None:
     summary = build(together, tmp_path / "out")
     assert not summary.failures
     assert validate(tmp_path / "out").findings == ()
@@ -167,7 +169,7 @@ def test_scenes_are_built_and_valid(together: Path, tmp_path: Path) -> None:
 # Names
 
 
-def test_ids_are_the_same_from_the_group_on(source: Path) -> None:
+def test_ids_do_not_depend_on_the_input_folder(source: Path) -> None:
     tree = source.rename(source.with_name("sample_zed")) / "sample_zed"
     assert ids(tree.parent.parent) == [TRAJECTORY]
     assert ids(tree.parent) == [TRAJECTORY]
@@ -176,13 +178,13 @@ def test_ids_are_the_same_from_the_group_on(source: Path) -> None:
     assert ids(tree / "house_000/trajectory_0") == [TRAJECTORY]
 
 
-def test_ids_of_scenes_are_the_same_from_the_group_on(scenes: Path) -> None:
+def test_ids_of_scenes_do_not_depend_on_the_input_folder(scenes: Path) -> None:
     expected = [f"sample_zed/house_000/episode_{n:06d}" for n in range(2)]
     for root in (scenes.parent, scenes, scenes / "sample_zed", scenes / "sample_zed/house_000"):
         assert ids(root) == expected
 
 
-def test_names_beside_the_trajectories_do_not_matter(source: Path) -> None:
+def test_hidden_folders_and_other_files_are_ignored(source: Path) -> None:
     shutil.copytree(source / TRAJECTORY, source / "sample_zed/house_000/trajectory_10")
     shutil.copytree(source / TRAJECTORY, source / "sample_zed/house_000/.hidden")
     (source / "sample_zed/README.md").write_text("x")
@@ -192,7 +194,7 @@ def test_names_beside_the_trajectories_do_not_matter(source: Path) -> None:
 # What is wrong in the real files
 
 
-def test_what_is_wrong_in_the_real_files_is_said_once(tmp_path: Path) -> None:
+def test_each_fault_of_the_real_files_gives_one_note(tmp_path: Path) -> None:
     make_sample(tmp_path / "faulty", trajectories=1, frames=3, seed=5, faults=True)
     make_sample(tmp_path / "right", trajectories=1, frames=3, seed=5)
     faulty, right = read(tmp_path / "faulty"), read(tmp_path / "right")
@@ -225,7 +227,7 @@ def test_what_is_wrong_in_the_real_files_is_said_once(tmp_path: Path) -> None:
     np.testing.assert_allclose(table["timestamp"].to_numpy(), [0, 0.1, 0.2], atol=1e-6)
 
 
-def test_instructions_are_taken_out_of_their_json(source: Path) -> None:
+def test_instructions_are_extracted_from_json(source: Path) -> None:
     tasks = [
         {"sum_instruction": "Go to the door.", "sum_indexes": [4, FRAMES - 1]},
         {"sub_instruction": "Go.", "revised_sub_instruction": "Please go.", "sub_indexes": [0, 3]},
@@ -246,7 +248,7 @@ def test_instructions_are_taken_out_of_their_json(source: Path) -> None:
     assert episode.task_index.tolist() == [1] * 4 + [0] * (FRAMES - 4)
 
 
-def test_task_index_counts_among_all_tasks_of_a_scene(scenes: Path) -> None:
+def test_task_index_refers_to_all_tasks_of_the_scene(scenes: Path) -> None:
     folder = scenes / "sample_zed/house_000"
     rows = [json.loads(line) for line in (folder / "meta/tasks.jsonl").read_text().splitlines()]
     own = json.loads((folder / "meta/episodes.jsonl").read_text().splitlines()[1])["tasks"]
@@ -261,7 +263,7 @@ def test_task_index_counts_among_all_tasks_of_a_scene(scenes: Path) -> None:
 # Only a video
 
 
-def test_only_a_video(source: Path, alone: Path, tmp_path: Path) -> None:
+def test_source_with_only_a_video_is_read(source: Path, alone: Path, tmp_path: Path) -> None:
     """With its images gone, intrinsics are those of its frames: 480 x 272 for 480 x 270."""
     shutil.rmtree(source / TRAJECTORY / RGB)
     shutil.rmtree(source / TRAJECTORY / DEPTH)
@@ -279,7 +281,7 @@ def test_only_a_video(source: Path, alone: Path, tmp_path: Path) -> None:
         load_engine("rgbd").reconstruct(episode, load_config(), tmp_path)
 
 
-def test_a_smaller_video_scales_both_axes(source: Path, alone: Path) -> None:
+def test_intrinsics_are_scaled_to_a_smaller_video(source: Path, alone: Path) -> None:
     shutil.rmtree(source / TRAJECTORY / RGB)
     shutil.rmtree(source / TRAJECTORY / DEPTH)
     frames = [np.full((90, 240, 3), 20 * t, np.uint8) for t in range(FRAMES)]
@@ -290,14 +292,14 @@ def test_a_smaller_video_scales_both_axes(source: Path, alone: Path) -> None:
     np.testing.assert_allclose(episode.intrinsics, np.diag([0.5, 1 / 3, 1]) @ whole.intrinsics)
 
 
-def test_a_video_of_other_frames_is_refused(source: Path) -> None:
+def test_video_with_another_frame_count_is_refused(source: Path) -> None:
     shutil.rmtree(source / TRAJECTORY / RGB)
     write_video(source / TRAJECTORY / VIDEO, [np.zeros((90, 160, 3), np.uint8)] * 3, 10)
     with pytest.raises(SourceError, match=rf"has 3 frames, the parquet {FRAMES}"):
         read(source)
 
 
-def test_a_video_with_depth_images_is_built(source: Path, tmp_path: Path) -> None:
+def test_source_with_a_video_and_depth_images_is_built(source: Path, tmp_path: Path) -> None:
     """The frames are brought to the depth images' size, to which the intrinsics belong."""
     shutil.rmtree(source / TRAJECTORY / RGB)
     assert not build(source, tmp_path / "out").failures
@@ -312,7 +314,7 @@ def test_a_video_with_depth_images_is_built(source: Path, tmp_path: Path) -> Non
 # What goes through
 
 
-def test_further_columns_are_passed_through_and_declared(source: Path, tmp_path: Path) -> None:
+def test_additional_columns_are_passed_through_and_declared(source: Path, tmp_path: Path) -> None:
     path = source / TRAJECTORY / PARQUET
     speed = np.arange(FRAMES * 3, dtype=np.float64).reshape(FRAMES, 3)
     words = [f"word {n}" for n in range(FRAMES)]
@@ -337,7 +339,7 @@ def test_further_columns_are_passed_through_and_declared(source: Path, tmp_path:
 
 
 @pytest.mark.parametrize("media", ["copy", "link", "none"])
-def test_media(media: str, alone: Path, tmp_path: Path) -> None:
+def test_media_option_copies_links_or_omits_files(media: str, alone: Path, tmp_path: Path) -> None:
     assert not build(alone, tmp_path / "out", media=media).failures
     assert validate(tmp_path / "out").findings == ()
     place, origin = tmp_path / "out" / TRAJECTORY, alone / TRAJECTORY

@@ -31,7 +31,7 @@ def poses_at(places: np.ndarray) -> np.ndarray:
     return poses
 
 
-def test_a_camera_that_stands_has_few_keyframes():
+def test_camera_at_rest_has_few_keyframes():
     still = np.concatenate([np.zeros(25), np.linspace(0, 0.6, 20), np.full(45, 0.6)])
     poses = poses_at(still)
     found = keyframes(lambda t: seen(poses[t]), len(poses))
@@ -43,7 +43,7 @@ def test_a_camera_that_stands_has_few_keyframes():
     assert len(found) - moving <= 6
 
 
-def test_a_cut_is_a_keyframe():
+def test_first_frame_after_a_cut_is_a_keyframe():
     poses = poses_at(np.repeat([0.0, 0.9], 10))
     assert 10 in keyframes(lambda t: seen(poses[t]), len(poses))
 

@@ -50,7 +50,7 @@ def lerobot(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_a_lerobot_dataset_is_for_the_source_lerobot(source: str, lerobot: Path) -> None:
+def test_other_sources_refer_lerobot_datasets_to_source_lerobot(source: str, lerobot: Path) -> None:
     said = refusal(source, lerobot)
     version = json.loads((lerobot / "meta/info.json").read_text())["codebase_version"]
     assert f"a LeRobot {version} dataset" in said
@@ -59,27 +59,27 @@ def test_a_lerobot_dataset_is_for_the_source_lerobot(source: str, lerobot: Path)
         assert "pick_and_place: is a LeRobot" in refusal(source, lerobot.parent)
 
 
-def test_the_videos_of_a_lerobot_dataset_can_still_be_named(lerobot: Path) -> None:
+def test_source_video_accepts_the_videos_folder_of_a_lerobot_dataset(lerobot: Path) -> None:
     assert len(list_episodes(load_builder("video", lerobot / "videos"))) == 1
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_a_dataset_that_was_built_is_no_source(source: str, dataset: Path) -> None:
+def test_built_dataset_is_refused_as_source(source: str, dataset: Path) -> None:
     assert "is a dataset that occgen-hub built" in refusal(source, dataset)
 
 
 @pytest.mark.parametrize("source", ["internnav", "video"])
-def test_a_part_of_a_built_dataset_is_no_source(source: str, dataset: Path) -> None:
+def test_part_of_a_built_dataset_is_refused_as_source(source: str, dataset: Path) -> None:
     assert "is a dataset that occgen-hub built" in refusal(source, next(dataset.glob("sample*")))
 
 
-def test_a_folder_of_depth_is_for_the_source_capture(tmp_path: Path) -> None:
+def test_source_video_refers_depth_folders_to_source_capture(tmp_path: Path) -> None:
     grey(tmp_path / "depth/0.png", 16)
     said = refusal("video", tmp_path / "depth")
     assert "16-bit grey ones are depth, which --source capture reads together with colour" in said
 
 
-def test_depth_among_images_names_the_source_capture(tmp_path: Path) -> None:
+def test_source_video_refers_depth_among_images_to_source_capture(tmp_path: Path) -> None:
     grey(tmp_path / "0.png", 8)
     grey(tmp_path / "1.png", 16)
     builder = load_builder("video", tmp_path)
@@ -88,14 +88,16 @@ def test_depth_among_images_names_the_source_capture(tmp_path: Path) -> None:
         builder.read(ref)
 
 
-def test_a_capture_is_for_the_source_capture(tmp_path: Path) -> None:
+def test_source_internnav_refers_captures_to_source_capture(tmp_path: Path) -> None:
     for name in ("rgb.txt", "depth.txt", "groundtruth.txt"):
         (tmp_path / name).write_text("# empty\n")
     said = refusal("internnav", tmp_path)
     assert "it is a TUM RGB-D recording: use --source capture" in said
 
 
-def test_capture_names_the_source_of_what_is_no_capture(sample_tree: Path, tmp_path: Path) -> None:
+def test_source_capture_refers_other_inputs_to_their_source(
+    sample_tree: Path, tmp_path: Path
+) -> None:
     said = refusal("capture", sample_tree)
     assert "it is a tree of InternData-N1: use --source internnav" in said
     grey(tmp_path / "walk/0.jpg", 8)

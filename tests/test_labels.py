@@ -73,7 +73,7 @@ def rewritten(path: Path, content: bytes) -> None:
 # Taxonomies
 
 
-def test_classes_leave_the_numbers_of_states_free():
+def test_class_numbers_do_not_overlap_state_numbers():
     assert taxonomy_names() == ["mpcat40", "nyu40", "occscannet11", "sample"]
     for name in taxonomy_names():
         taxonomy = load_taxonomy(name)
@@ -102,7 +102,7 @@ def test_label_images_are_checked_against_their_taxonomy():
 # What is read
 
 
-def test_noise_of_depth_does_not_alter_labels(tmp_path, labelled_tree):
+def test_depth_noise_does_not_change_labels(tmp_path, labelled_tree):
     make_sample(tmp_path / "clean", trajectories=1, frames=6, seed=1, people=1, labels=True)
     images = sorted(labelled_tree.glob(f"*/*/*/{IMAGES}/*.png"))
     assert len(images) == 6
@@ -112,7 +112,7 @@ def test_noise_of_depth_does_not_alter_labels(tmp_path, labelled_tree):
     assert PERSON in np.concatenate([np.asarray(Image.open(path)) for path in images])
 
 
-def test_sample_says_where_there_are_no_labels(tmp_path):
+def test_sample_refuses_labels_for_a_layout_without_them(tmp_path):
     with pytest.raises(UsageError, match="vln-ce has none"):
         make_sample(tmp_path / "ce", layout="vln-ce", labels=True)
 
@@ -129,7 +129,7 @@ def test_sample_says_where_there_are_no_labels(tmp_path):
         (lambda f: rewritten(f / "2.png", b"no image"), "2.png: is not a JPEG or PNG"),
     ],
 )
-def test_wrong_label_images_are_named(tmp_path, labelled_tree, spoil, words):
+def test_error_names_an_invalid_label_image(tmp_path, labelled_tree, spoil, words):
     tree = copied(labelled_tree, tmp_path / "tree")
     spoil(next(tree.glob(f"*/*/*/{IMAGES}")))
     builder = load_builder("internnav", tree)
@@ -162,7 +162,7 @@ def test_labels_of_other_sources_are_checked():
 # Votes
 
 
-def test_votes_count_as_much_as_their_depth():
+def test_votes_are_weighted_like_their_depth():
     """Two frames far from a wall say 1, one near says 2; a pixel without a class says nothing."""
     wall = [made_up.plane((0, 0, 3.0), (0, 0, -1))]
     poses = np.tile(np.eye(4), (3, 1, 1))
@@ -194,7 +194,7 @@ def test_votes_count_as_much_as_their_depth():
     assert fuse(views, Config()).classes is None
 
 
-def test_cameras_beside_one_another_vote_too():
+def test_joined_views_keep_the_labels_of_each_camera():
     """One camera has labels of its own size, the other has none."""
     depths = [np.full((48, 64), 2.0)] * 2
     first = made_up.views_of(depths, np.tile(np.eye(4), (2, 1, 1)))
@@ -206,7 +206,7 @@ def test_cameras_beside_one_another_vote_too():
     assert joined_views([first, first]).read_labels is None
 
 
-def test_a_closed_surface_has_the_classes_of_the_nearest_points():
+def test_added_surface_points_take_the_class_of_the_nearest_point():
     points = np.array([[0, 0, 0], [1, 0, 0]], np.float32)
     others = np.array([[0.4, 0, 0], [0.6, 0, 0]], np.float32)
     classes = np.array([4, 5], np.uint8)
@@ -234,7 +234,7 @@ def test_votes_do_not_depend_on_threads(labelled_tree):
 # Cells
 
 
-def test_commonest_class_of_cells():
+def test_cells_get_their_most_common_class():
     rng = np.random.default_rng(0)
     cells, classes = rng.integers(0, 50, 400), rng.choice([1, 2, 3, UNLABELLED], 400)
     classes[cells == 7] = UNLABELLED
@@ -257,7 +257,7 @@ def test_commonest_class_of_cells():
         assert wide[place] == expected
 
 
-def test_classes_of_visible_cells_are_those_of_the_mesh(labelled_tree, labelled):
+def test_classes_of_visible_cells_match_the_mesh(labelled_tree, labelled):
     """With Kinect noise; the short version of `scripts/accuracy --labels`."""
     (path,) = trajectories(labelled)
     trajectory = Trajectory.open(path)
@@ -286,7 +286,7 @@ def test_classes_of_visible_cells_are_those_of_the_mesh(labelled_tree, labelled)
     assert (stored != 0).nnz == sparse.load_npz(trajectory.file("visible")).nnz
 
 
-def test_wrong_classes_are_found(tmp_path, labelled):
+def test_validate_finds_wrong_classes(tmp_path, labelled):
     dataset = copied(labelled, tmp_path / "out")
     (path,) = trajectories(dataset)
     file = Trajectory.open(path).file("labels")
@@ -305,7 +305,7 @@ def test_wrong_classes_are_found(tmp_path, labelled):
 # Trainers
 
 
-def test_datasets_give_classes(labelled):
+def test_datasets_return_labels(labelled):
     keys = ("labels", "occupancy", "mask")
     dataset = OccupancyDataset(labelled, keys=keys)
     assert dataset.taxonomy == "sample"
@@ -343,7 +343,7 @@ def test_datasets_give_classes(labelled):
     assert len(np.unique(augmented)) > 4
 
 
-def test_scene_has_classes_too(labelled):
+def test_scene_target_has_labels_of_hidden_cells(labelled):
     """Hidden cells have the class that the scene's cells have in all_occ.npz."""
     trajectory = Trajectory.open(trajectories(labelled)[0])
     arrays = np.load(trajectory.file("scene_occupancy"))
@@ -365,7 +365,7 @@ def test_scene_has_classes_too(labelled):
     np.testing.assert_array_equal(wide["labels"], joined_classes(labels, 4))
 
 
-def test_a_scene_without_labels_beside_one_with_some(tmp_path, labelled, dataset, monkeypatch):
+def test_labelled_and_unlabelled_scenes_can_be_mixed(tmp_path, labelled, dataset, monkeypatch):
     """What no label says is 254 there; without the labelled scene, everything is 1 again."""
     root = copied(labelled, tmp_path / "out")
     other = trajectories(dataset)[0]
@@ -394,7 +394,7 @@ def test_a_scene_without_labels_beside_one_with_some(tmp_path, labelled, dataset
 # What is told and exported
 
 
-def test_card_names_the_classes(labelled):
+def test_card_lists_the_classes(labelled):
     card = (labelled / "README.md").read_text()
     assert "taxonomy `sample`: `labels`" in card
     assert f"{PERSON} person" in card
@@ -429,7 +429,7 @@ def test_exports_have_classes(tmp_path, labelled):
     assert {2, 3, 17} <= set(np.unique(semantics)) <= {*range(12), 17}
 
 
-def test_lerobots_dataset_has_labels(tmp_path, labelled):
+def test_lerobot_export_has_labels(tmp_path, labelled):
     from occgen_hub import LeRobotOccupancyDataset
 
     export(labelled, tmp_path / "lerobot")
@@ -444,7 +444,7 @@ def test_lerobots_dataset_has_labels(tmp_path, labelled):
     np.testing.assert_array_equal(found[1], expected[3]["labels"])
 
 
-def test_an_episode_gives_labels(labelled):
+def test_loaded_episode_has_labels(labelled):
     episode = occgen_hub.load_episode(trajectories(labelled)[0])
     item = OccupancyDataset(labelled, keys=("labels",))[1]
     np.testing.assert_array_equal(episode.frame(1).labels, item["labels"])
@@ -482,7 +482,7 @@ def installed(monkeypatch):
     )
 
 
-def test_a_segmenter_fills_in(tmp_path, sample_tree, installed):
+def test_segmenter_provides_missing_labels(tmp_path, sample_tree, installed):
     options = {"limit": 1, "media": "none", "segmenter": "mine"}
     summary = occgen_hub.build("internnav", sample_tree, tmp_path / "out", **options)
     assert not summary.failures
@@ -505,7 +505,7 @@ def test_a_segmenter_fills_in(tmp_path, sample_tree, installed):
     assert (trajectory.taxonomy, "segmenter" in trajectory.record) == (None, False)
 
 
-def test_labels_of_the_source_come_first(labelled_tree, sample_tree):
+def test_source_labels_take_precedence_over_the_segmenter(labelled_tree, sample_tree):
     def read(tree):
         builder = load_builder("internnav", tree)
         return builder.read(next(builder.episodes()))
@@ -518,7 +518,7 @@ def test_labels_of_the_source_come_first(labelled_tree, sample_tree):
         with_labels(read(sample_tree), FloorBelow(below=99)).read_labels(0)
 
 
-def test_segmenters_that_are_none_are_named(tmp_path, sample_tree, installed):
+def test_unusable_segmenters_are_refused(tmp_path, sample_tree, installed):
     for name, words in (("other", "installed are mine, none, wrong"), ("none", "cannot be opened")):
         with pytest.raises(UsageError, match=words):
             load_segmenter(name)

@@ -82,7 +82,7 @@ def imported(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(ROOT).as_posix())
-def test_a_module_imports_only_what_stands_below(path):
+def test_module_imports_only_lower_layers(path):
     part = path.relative_to(ROOT / "occgen_hub").parts[0].removesuffix(".py")
     assert part in GROUND_TO_ROOF, f"{part} has no place in the plan: see docs/design.md"
     height = GROUND_TO_ROOF.index(part)
@@ -90,6 +90,6 @@ def test_a_module_imports_only_what_stands_below(path):
     assert not above
 
 
-def test_the_library_does_not_know_its_builders():
+def test_library_does_not_import_builders():
     for path in MODULES:
         assert not {"builders", "schemas"} & imported(path) - {"schemas"}, path

@@ -39,7 +39,7 @@ def test_systematic_errors_stay_small_with_a_metric_prior():
     assert closed <= 0.0015 < held <= 0.0035 < plain
 
 
-def test_a_small_difference_of_scale_is_held_and_a_large_one_followed():
+def test_metric_scale_damps_small_differences_and_keeps_large_ones():
     assert metric_scale(1.0) == 1.0
     assert abs(np.log(metric_scale(1.02))) < METRIC_ERROR / 2
     assert metric_scale(1 / 1.02) == pytest.approx(1 / metric_scale(1.02))
@@ -84,7 +84,7 @@ def off(found: list[Sim3], true: list[Sim3]) -> float:
     )
 
 
-def test_a_pose_graph_closes_a_loop_and_leaves_out_false_ones():
+def test_pose_graph_closes_a_loop_and_rejects_false_ones():
     true, start, edges = chain(40, 0)
     good = Edge(0, 39, true[0].inverse() @ true[39], (0.005, 0.01, 0.02), closure=True)
     wrong = Edge(3, 30, Sim3.identity(), (0.005, 0.01, 0.02), closure=True)
@@ -96,7 +96,7 @@ def test_a_pose_graph_closes_a_loop_and_leaves_out_false_ones():
         np.testing.assert_array_equal(a.translation, b.translation)
 
 
-def test_hundreds_of_windows_are_solved():
+def test_pose_graph_solves_hundreds_of_windows():
     true, start, edges = chain(300, 1)
     good = Edge(0, 299, true[0].inverse() @ true[299], (0.005, 0.01, 0.02), closure=True)
     found, kept = optimise(start, [*edges, good])
@@ -204,7 +204,7 @@ def test_revisited_place_closes_the_loop(rooms, tmp_path):
         assert apart() < 0.5 * before
 
 
-def test_like_rooms_are_no_loop(rooms, tmp_path):
+def test_similar_rooms_do_not_close_a_loop(rooms, tmp_path):
     """The network takes the room at the turn for the first one, view by view: 20 of 20 times."""
     poses, _, _ = rooms
     for seed in range(20):

@@ -108,7 +108,7 @@ def scenes(tmp_path_factory):
     return place
 
 
-def test_the_loader_reads_of_the_export_what_it_reads_of_the_source(scenes, tmp_path):
+def test_loader_reads_equal_items_from_export_and_source(scenes, tmp_path):
     assert export_navdp(scenes / "out", tmp_path / "navdp") == []
     source = list(items_of_scenes(scenes / "tree", by_number))
     assert sum(len(found["rgb"]) for found in source) > 10
@@ -117,7 +117,7 @@ def test_the_loader_reads_of_the_export_what_it_reads_of_the_source(scenes, tmp_
     assert {path.suffix for path in chunk.iterdir()} == {".parquet"}
 
 
-def test_the_form_before_has_a_folder_an_episode(dataset, sample_tree, tmp_path):
+def test_trajectories_layout_has_one_folder_per_episode(dataset, sample_tree, tmp_path):
     source = Path(shutil.copytree(sample_tree, tmp_path / "source"))
     shutil.rmtree(source / "ground_truth")
     command = ["export", dataset, tmp_path / "navdp", "--to", "navdp"]
@@ -129,7 +129,7 @@ def test_the_form_before_has_a_folder_an_episode(dataset, sample_tree, tmp_path)
     same(items_of_scenes(tmp_path / "scenes"), items_of_trajectories(source))
 
 
-def test_what_was_exported_can_be_built(scenes, tmp_path):
+def test_export_can_be_built_again(scenes, tmp_path):
     export_navdp(scenes / "out", tmp_path / "navdp")
     again = library.build("internnav", tmp_path / "navdp", tmp_path / "again", config=COARSE)
     assert not again.failures
@@ -139,7 +139,7 @@ def test_what_was_exported_can_be_built(scenes, tmp_path):
             assert file.read_bytes() == (other / file.relative_to(path)).read_bytes()
 
 
-def test_what_the_loader_cannot_read_is_left_out_and_said(scenes, tmp_path):
+def test_trajectories_without_depth_are_left_out_with_a_remark(scenes, tmp_path):
     out = Path(shutil.copytree(scenes / "out", tmp_path / "out"))
     shutil.rmtree(next(out.rglob("observation.images.depth")))
     (remark,) = export_navdp(out, tmp_path / "navdp")
@@ -154,7 +154,7 @@ def test_what_the_loader_cannot_read_is_left_out_and_said(scenes, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_an_export_replaces_its_own_and_nothing_else(scenes, tmp_path):
+def test_overwrite_replaces_only_earlier_exports(scenes, tmp_path):
     out = tmp_path / "navdp"
     (out / "mine").mkdir(parents=True)
     (out / "mine/notes.txt").write_text("mine")

@@ -80,7 +80,7 @@ def test_full_size_networks_match_reference_vectors(name, kept):
             assert error <= 1e-5, (key, error)
 
 
-def test_the_kept_part_of_the_reference_vectors_is_theirs():
+def test_stored_part_matches_the_reference_vectors():
     if not PARITY.is_dir():
         pytest.skip("../shared/parity is not there")
     kept, whole = np.load(KEPT), np.load(PARITY / "pi3x.all.npz")
@@ -117,7 +117,7 @@ def test_pi3_is_permutation_equivariant(tiny, images, order):
         assert error < 1e-5, key
 
 
-def test_scenes_of_a_batch_do_not_see_each_other(tiny, images):
+def test_scenes_of_a_batch_are_independent(tiny, images):
     other = images.flip(0) * 0.5
     for network in tiny.values():
         both = network(torch.stack((images, other)))
@@ -125,7 +125,7 @@ def test_scenes_of_a_batch_do_not_see_each_other(tiny, images):
             torch.testing.assert_close(both[key][1:], values, atol=2e-5, rtol=1e-4)
 
 
-def test_points_are_local_points_moved_by_the_cameras(tiny, images):
+def test_points_are_local_points_transformed_by_the_poses(tiny, images):
     for network in tiny.values():
         found = outputs(network, images)
         R, t = found["camera_poses"][:, :3, :3], found["camera_poses"][:, :3, 3]
@@ -143,7 +143,7 @@ def test_rays_point_at_local_points(tiny, images):
     np.testing.assert_allclose(found["rays"], found["local_points"] / length, atol=1e-5)
 
 
-def test_each_condition_is_taken_in(tiny, images):
+def test_each_condition_changes_the_output(tiny, images):
     n, _, h, w = images.shape
     plain = outputs(tiny["pi3x"], images)
     K = np.tile([[70.0, 0, w / 2], [0, 70, h / 2], [0, 0, 1]], (n, 1, 1))
@@ -158,7 +158,7 @@ def test_each_condition_is_taken_in(tiny, images):
     )
 
 
-def test_known_poses_count_relative_to_the_first_and_to_the_scene(tiny, images):
+def test_known_poses_are_used_up_to_origin_and_scale(tiny, images):
     """Neither where the world's origin is nor, without depth, its unit makes a difference."""
     n = len(images)
     generator = np.random.default_rng(0)
@@ -171,7 +171,7 @@ def test_known_poses_count_relative_to_the_first_and_to_the_scene(tiny, images):
     np.testing.assert_allclose(first["points"], second["points"], rtol=1e-3, atol=1e-4)
 
 
-def test_cameras_that_stand_still_are_not_blown_up():
+def test_poses_of_a_camera_at_rest_are_not_rescaled():
     poses = torch.eye(4).repeat(1, 3, 1, 1)
     poses[0, 1, 0, 3] = 0.01
     assert torch.equal(relative_poses(poses, None), poses)
@@ -189,13 +189,13 @@ def test_image_sizes_must_be_multiples_of_the_patch(tiny):
 
 
 @pytest.mark.parametrize("name", ["pi3", "pi3x"])
-def test_nothing_is_kept_for_gradients(tiny, images, name):
+def test_networks_track_no_gradients(tiny, images, name):
     assert not tiny[name].training
     assert not any(p.requires_grad for p in tiny[name].parameters())
     assert all(values.is_inference() for values in tiny[name](images[None]).values())
 
 
-def test_under_autocast_heads_and_cameras_stay_exact(tiny, images):
+def test_autocast_keeps_heads_and_cameras_in_float32(tiny, images):
     """The trunk in bfloat16, as on a GPU, where the heads have to ask for float32."""
     with torch.autocast("cpu", torch.bfloat16):
         coarse = {name: network(images[None]) for name, network in tiny.items()}
@@ -230,7 +230,7 @@ class Activations(TorchDispatchMode):
         return out
 
 
-def test_in_bfloat16_no_block_makes_float32_of_its_heads():
+def test_bfloat16_blocks_do_not_convert_attention_heads_to_float32():
     """Of queries and keys float32 would be twice as large as they are, and so it was once."""
     block = Block(64, 4, qk_norm=True)
     rotary = Rotary.of_patches(20, 30, 5, 16, torch.device("cpu"))
@@ -263,19 +263,19 @@ def test_in_bfloat16_no_block_makes_float32_of_its_heads():
         ({"depth": 3}, "depth"),
     ],
 )
-def test_sizes_that_no_network_can_have_are_refused(sizes, says):
+def test_invalid_sizes_are_refused(sizes, says):
     with pytest.raises(ValidationError, match=says):
         Sizes.model_validate(sizes)
 
 
-def test_poses_are_put_in_after_blocks_that_there_are():
+def test_pose_blocks_must_exist():
     sizes = {"decoder_depth": 4}
     assert Checkpoint.model_validate({"network": "pi3", "sizes": sizes})
     with pytest.raises(ValidationError, match="pose_blocks"):
         Checkpoint.model_validate({"network": "pi3x", "sizes": sizes})
 
 
-def test_a_file_is_mapped_not_copied(tmp_path):
+def test_weights_file_is_memory_mapped_not_copied(tmp_path):
     """Memory of our own grows by less than a tenth of the file."""
     sizes = TINY.model_copy(update={"width": 1024, "heads": 16, "decoder_depth": 4})
     folder = save(tmp_path / "large", "pi3", random_weights("pi3", sizes), sizes)
@@ -298,7 +298,7 @@ def test_a_file_is_mapped_not_copied(tmp_path):
     assert int(result.stdout) < size / 10
 
 
-def test_a_path_a_folder_and_the_tensors_give_the_same(tmp_path, images):
+def test_file_folder_and_tensors_load_the_same_network(tmp_path, images):
     tensors = random_weights("pi3")
     folder = save(tmp_path / "tiny", "pi3", tensors)
     found = [
@@ -314,7 +314,7 @@ def test_a_path_a_folder_and_the_tensors_give_the_same(tmp_path, images):
             np.testing.assert_array_equal(values, other[key])
 
 
-def test_half_precision_weights_are_widened(tmp_path, images):
+def test_half_precision_weights_become_float32(tmp_path, images):
     half = {k: v.half() for k, v in random_weights("pi3").items()}
     network = load_network("pi3", save(tmp_path / "half", "pi3", half))
     assert all(p.dtype == torch.float32 for p in network.parameters())
@@ -392,7 +392,7 @@ def test_unsuitable_tensors_raise_an_error():
 
 
 @pytest.mark.long
-def test_compiled_it_computes_the_same_for_any_number_of_views():
+def test_compiled_network_gives_equal_results_for_any_number_of_views():
     tensors = random_weights("pi3x")
     plain, compiled = (load_network("pi3x", tensors, sizes=TINY) for _ in range(2))
     compiled.compile_blocks()

@@ -69,14 +69,14 @@ def stored(array: np.ndarray) -> bytes:
     ],
     ids=str,
 )
-def test_what_numpy_writes_is_read(array, tmp_path):
+def test_arrays_written_by_numpy_are_read(array, tmp_path):
     array = np.asarray(array)
     found = npz_array(npz(tmp_path / "a.npz", stored(array)), "data")
     assert (found.shape, found.dtype) == (array.shape, array.dtype)
     np.testing.assert_array_equal(found.load(), array)
 
 
-def test_no_byte_of_a_header_raises_anything_else(tmp_path):
+def test_changed_header_bytes_raise_only_dataset_errors(tmp_path):
     whole = stored(np.arange(6, dtype=np.float32).reshape(2, 3))
     refused: list[str] = []
     with warnings.catch_warnings():
@@ -115,7 +115,7 @@ def test_no_byte_of_a_header_raises_anything_else(tmp_path):
         "__import__('os').abort()",
     ],
 )
-def test_a_header_that_is_none_is_refused(header, tmp_path):
+def test_malformed_header_is_refused(header, tmp_path):
     content = b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header.encode() + bytes(64)
     with pytest.raises(DatasetError):
         npz_array(npz(tmp_path / "a.npz", content), "data").load()
@@ -123,7 +123,9 @@ def test_a_header_that_is_none_is_refused(header, tmp_path):
 
 @pytest.mark.parametrize(("place", "value"), [(11, b"'"), (18, b"\\"), (20, b","), (128, b"\0")])
 @pytest.mark.parametrize("file", ["visible", "observed", "scene_occupancy"])
-def test_every_command_says_it_in_a_sentence(built, tmp_path, file, place, value):
+def test_commands_raise_only_occgen_errors_for_a_damaged_header(
+    built, tmp_path, file, place, value
+):
     out = Path(shutil.copytree(built / "out", tmp_path / "out"))
     (path,) = trajectories(out)
     name = "indices" if file == "visible" else "data"

@@ -104,13 +104,13 @@ def installed(wheel, tmp_path_factory) -> Path:
     return place
 
 
-def test_the_wheel_holds_every_file_of_the_checkout_and_no_other(checkout, wheel):
+def test_wheel_has_exactly_the_files_of_the_checkout(checkout, wheel):
     assert files_in(wheel) == files_of(checkout)
     assert "occgen_hub/media/video.py" in files_in(wheel)
     assert "occgen_hub/schemas/trajectory.yaml" in files_in(wheel)
 
 
-def test_a_new_package_is_found_without_being_listed(tmp_path):
+def test_new_packages_are_included_without_being_listed(tmp_path):
     checkout = copy_of_the_checkout(tmp_path / "occgen-hub")
     for folder in ("occgen_hub/new/inner", "builders/new", "occgen_hub/visual/new"):
         (checkout / folder).mkdir(parents=True)
@@ -123,7 +123,7 @@ def test_a_new_package_is_found_without_being_listed(tmp_path):
     assert {f"occgen_hub/{name.removeprefix('occgen_hub/')}" for name in added} <= held
 
 
-def test_weights_that_lie_in_the_checkout_stay_out(tmp_path):
+def test_wheel_excludes_weights_in_the_checkout(tmp_path):
     checkout = copy_of_the_checkout(tmp_path / "occgen-hub")
     (checkout / "ckpt/pi3/model.safetensors").write_bytes(b"licensed otherwise")
     assert not [n for n in files_in(wheel_of(checkout, tmp_path / "dist")) if "safetensors" in n]

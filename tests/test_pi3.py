@@ -70,14 +70,16 @@ def random_gauge(seed):
         ((504, 504), (504, 504)),
     ],
 )
-def test_network_sizes_are_those_of_the_seed(size, expected):
+def test_network_sizes_of_common_image_sizes(size, expected):
     assert network_size(size, 255_000, 14) == expected
 
 
 @given(
     st.integers(1, 8000), st.integers(1, 8000), st.integers(1000, 600_000), st.sampled_from([7, 14])
 )
-def test_network_sizes_are_whole_patches_with_the_aspect_ratio(width, height, most, patch):
+def test_network_sizes_are_multiples_of_the_patch_and_keep_the_aspect_ratio(
+    width, height, most, patch
+):
     w, h = network_size((width, height), most, patch)
     assert w % patch == h % patch == 0
     assert 0 < w * h <= most
@@ -151,7 +153,7 @@ def assembled(folder, poses, local, size, overlap, gauge=random_gauge):
 
 
 @pytest.mark.parametrize(("size", "overlap"), [(40, 8), (12, 4), (8, 4), (13, 1), (6, 3)])
-def test_windows_of_any_gauge_give_one_scene(size, overlap, tmp_path):
+def test_windows_of_any_scale_and_pose_are_joined_into_one_scene(size, overlap, tmp_path):
     poses, local, K = geometry()
     assembly, _ = assembled(tmp_path, poses, local, size, overlap)
     found = assembly.world_from_camera
@@ -171,7 +173,7 @@ def test_windows_of_any_gauge_give_one_scene(size, overlap, tmp_path):
         assert distance.max() < 0.02
 
 
-def test_a_view_is_stored_once_and_only_shared_ones_are_kept(tmp_path):
+def test_each_view_is_stored_once(tmp_path):
     poses, local, _ = geometry(views=23)
     assembly, _ = assembled(tmp_path, poses, local, 8, 3)
     assert (tmp_path / "depth.raw").stat().st_size == 23 * 16 * 12 * 4
@@ -195,20 +197,20 @@ def two_windows(folder, poses, first, second, kept=True):
     return assembly
 
 
-def test_a_poor_seam_is_measured(tmp_path):
+def test_poor_overlap_has_a_large_residual(tmp_path):
     poses, local, _ = geometry(views=16)
     noise = np.random.default_rng(0).lognormal(0, 0.5, local.shape[:3])[..., None]
     assert two_windows(tmp_path, poses, local, local * noise).residuals[0] > 0.1
 
 
-def test_windows_that_nothing_scales_are_counted(tmp_path):
+def test_windows_without_a_known_scale_are_counted(tmp_path):
     poses, local, _ = geometry(views=16)
     still = np.repeat(poses[:1], 16, axis=0)
     assert two_windows(tmp_path, still, local, local, kept=False).unscaled == 1
     assert two_windows(tmp_path, poses, local, local).unscaled == 0
 
 
-def test_window_sizes_are_round_and_grow_with_smaller_frames():
+def test_window_sizes_are_from_a_fixed_set_and_grow_with_smaller_frames():
     sizes = [window_size(size, 14, "cpu", MEMORY) for size in ((672, 378), (308, 224), (112, 98))]
     assert sizes == sorted(sizes)
     assert set(sizes) <= {4, 6, 8, 12, 16, 24, 32}
@@ -315,7 +317,7 @@ def fit_notes(scene):
     return [note for note in scene.notes if note.code not in ("frames disagree", "poses")]
 
 
-def test_cameras_and_scale_come_out_in_the_sources_world(checkpoint, episode):
+def test_cameras_and_scale_are_aligned_to_the_source(checkpoint, episode):
     found = engine_views(checkpoint, episode)
     scene = reconstructed(checkpoint, episode)
     np.testing.assert_allclose(found.world_from_camera[0], np.eye(4), atol=1e-6)
@@ -326,14 +328,14 @@ def test_cameras_and_scale_come_out_in_the_sources_world(checkpoint, episode):
     assert not fit_notes(scene)
 
 
-def test_intrinsics_are_those_of_the_original_image(checkpoint, episode):
+def test_intrinsics_refer_to_the_original_image(checkpoint, episode):
     found = reconstructed(checkpoint, episode)
     assert found.intrinsics.shape == (episode.length, 3, 3)
     focal = found.intrinsics[:, [0, 1], [0, 1]] / episode.intrinsics[:, [0, 1], [0, 1]]
     assert np.abs(np.median(focal, axis=0) - 1).max() < 0.15
 
 
-def test_the_cloud_is_the_room(checkpoint, episode, tmp_path):
+def test_point_cloud_matches_the_room(checkpoint, episode, tmp_path):
     """As far as the tiny network can tell depth; what is tested is that all stands in one place."""
     scene = reconstructed(checkpoint, episode)
     truth = reconstruct(episode, load_engine("rgbd"), SMALL, tmp_path)
@@ -347,7 +349,7 @@ def test_the_cloud_is_the_room(checkpoint, episode, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"window": 4}, {"window": 5, "overlap": 1}, {"window": 12}])
-def test_windows_through_the_network_give_the_same_cameras(loner, episode, options):
+def test_window_options_do_not_change_the_cameras(loner, episode, options):
     config = SMALL.model_copy(update=options)
     scene = reconstructed(loner, episode, config)
     np.testing.assert_allclose(scene.world_from_camera, episode.world_from_camera, atol=5e-3)
@@ -355,7 +357,7 @@ def test_windows_through_the_network_give_the_same_cameras(loner, episode, optio
 
 
 @pytest.mark.parametrize("interval", [2, 5])
-def test_skipped_frames_get_cameras_in_between(loner, episode, interval):
+def test_skipped_frames_get_interpolated_cameras(loner, episode, interval):
     config = SMALL.model_copy(update={"interval": interval})
     found, scene = engine_views(loner, episode, config), reconstructed(loner, episode, config)
     assert found.frames.tolist() == list(range(0, episode.length, interval))
@@ -368,7 +370,7 @@ def test_skipped_frames_get_cameras_in_between(loner, episode, interval):
     assert np.linalg.norm(off, axis=1).max() < 0.2 * path
 
 
-def test_a_camera_that_stands_still_keeps_the_networks_scale(checkpoint, episode):
+def test_camera_at_rest_keeps_the_scale_of_the_network(checkpoint, episode):
     still = dataclasses.replace(
         episode, world_from_camera=np.repeat(episode.world_from_camera[:1], episode.length, axis=0)
     )
@@ -379,7 +381,7 @@ def test_a_camera_that_stands_still_keeps_the_networks_scale(checkpoint, episode
     assert "assumed to be 1" in note.text
 
 
-def test_one_frame_is_enough_to_build(checkpoint, episode):
+def test_single_frame_is_reconstructed(checkpoint, episode):
     one = dataclasses.replace(
         episode, length=1, world_from_camera=episode.world_from_camera[:1],
         intrinsics=episode.intrinsics[:1], task_index=episode.task_index[:1], columns={},
@@ -389,13 +391,13 @@ def test_one_frame_is_enough_to_build(checkpoint, episode):
     np.testing.assert_allclose(scene.world_from_camera, one.world_from_camera, atol=1e-6)
 
 
-def test_a_poor_fit_is_reported(episode, tmp_path):
+def test_poor_alignment_gives_a_note(episode, tmp_path):
     folder = save(tmp_path / "random", "pi3", random_weights("pi3"))
     scene = reconstructed(folder, episode)
     assert any(note.code == "alignment" for note in scene.notes)
 
 
-def test_without_poses_the_first_camera_is_the_world(checkpoint, episode):
+def test_first_camera_is_the_origin_without_source_poses(checkpoint, episode):
     bare = dataclasses.replace(episode, world_from_camera=None, intrinsics=None, read_depth=None)
     scene = reconstructed(checkpoint, bare)
     np.testing.assert_allclose(scene.world_from_camera[0], np.eye(4), atol=1e-6)
@@ -413,7 +415,7 @@ def test_scene_beyond_the_limits_of_fusion_is_refused(checkpoint, episode):
 # A long video, from a network that knows it by heart
 
 
-def test_300_frames_in_windows_keep_their_path(episode, tmp_path):
+def test_path_of_300_frames_in_windows_is_accurate(episode, tmp_path):
     """A walk around a room, seen 24 frames at a time: within 0.5 % of the path, everywhere."""
     count, size = 300, (112, 84)
     rng = np.random.default_rng(0)
@@ -446,14 +448,14 @@ def test_300_frames_in_windows_keep_their_path(episode, tmp_path):
     np.testing.assert_allclose(views.windows.scales, 1, atol=0.02)
 
 
-def test_points_that_are_not_sure_are_dropped(checkpoint, episode):
+def test_points_of_low_confidence_are_dropped(checkpoint, episode):
     sure = SMALL.model_copy(update={"confidence": 0.999})
     few = reconstructed(checkpoint, episode, sure)
     many = reconstructed(checkpoint, episode)
     assert len(few.cloud) < 0.5 * len(many.cloud)
 
 
-def test_mesh_fills_gaps(checkpoint, episode):
+def test_mesh_option_changes_the_cloud(checkpoint, episode):
     plain = reconstructed(checkpoint, episode)
     meshed = reconstructed(checkpoint, episode, SMALL.model_copy(update={"mesh": True}))
     assert len(meshed.cloud) > 0
@@ -485,7 +487,7 @@ def test_a_condition_that_the_source_lacks_is_refused(metric, episode, condition
         reconstructed(metric, bare, config, "pi3x")
 
 
-def test_pi3_takes_no_conditions(checkpoint, episode):
+def test_engines_without_conditions_refuse_them(checkpoint, episode):
     config = SMALL.model_copy(update={"condition": ("depth",)})
     with pytest.raises(UsageError, match="pi3 accepts no conditions; choose --engine pi3x"):
         reconstructed(checkpoint, episode, config)
@@ -498,7 +500,7 @@ def test_pi3_takes_no_conditions(checkpoint, episode):
 # Which engine
 
 
-def test_auto_takes_depth_where_there_is_some(tree, checkpoint):
+def test_auto_engine_uses_rgbd_for_episodes_with_depth(tree, checkpoint):
     builder = load_builder("internnav", tree)
     refs = list_episodes(builder)
     engine = choose_engine(builder, refs)
@@ -508,7 +510,7 @@ def test_auto_takes_depth_where_there_is_some(tree, checkpoint):
     assert engine.for_episode("a/b/c", has_depth=True).name == "rgbd"
 
 
-def test_auto_knows_a_network_by_its_weights(checkpoint, metric, tmp_path):
+def test_auto_engine_identifies_the_network_by_its_weights(checkpoint, metric, tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     builder = load_builder("video", tmp_path)
     for weights, name in ((checkpoint, "pi3"), (metric, "pi3x")):
@@ -516,13 +518,13 @@ def test_auto_knows_a_network_by_its_weights(checkpoint, metric, tmp_path):
         assert engine.for_episode("a/b/c", has_depth=False).name == name
 
 
-def test_missing_device_is_named(checkpoint):
+def test_error_names_an_unusable_device(checkpoint):
     for device in ("cuda:99", "nonsense"):
         with pytest.raises(UsageError, match=f"--device {device}: cannot be used"):
             load_engine("pi3", checkpoint, device)
 
 
-def test_rgbd_takes_no_weights(checkpoint):
+def test_rgbd_refuses_weights(checkpoint):
     with pytest.raises(UsageError, match="rgbd uses no weights"):
         load_engine("rgbd", checkpoint)
 
@@ -563,7 +565,7 @@ def build_video(source, checkpoint, out, *more):
     return result
 
 
-def test_a_video_becomes_a_dataset_that_validates(tree, checkpoint, tmp_path):
+def test_dataset_built_from_a_video_is_valid(tree, checkpoint, tmp_path):
     video = next(path for path in tree.rglob("*.mp4") if "trajectory" in path.parent.name)
     out = tmp_path / "out"
     build_video(video, checkpoint, out)
@@ -579,7 +581,7 @@ def test_a_video_becomes_a_dataset_that_validates(tree, checkpoint, tmp_path):
     assert "1 already there" in again.stdout
 
 
-def test_other_weights_build_again(tree, checkpoint, loner, tmp_path):
+def test_other_weights_trigger_a_rebuild(tree, checkpoint, loner, tmp_path):
     video = next(path for path in tree.rglob("*.mp4") if "trajectory" in path.parent.name)
     build_video(video, checkpoint, tmp_path / "out")
     again = build_video(video, loner, tmp_path / "out")
@@ -587,7 +589,7 @@ def test_other_weights_build_again(tree, checkpoint, loner, tmp_path):
     assert "another weights" in again.stderr
 
 
-def test_the_real_video_becomes_a_dataset_that_validates(checkpoint, tmp_path):
+def test_dataset_built_from_the_real_video_is_valid(checkpoint, tmp_path):
     if not REAL.is_dir():
         pytest.skip("../shared/data/internnav is not there")
     video = next(REAL.rglob("observation.video.trajectory/*.mp4"))
@@ -597,7 +599,7 @@ def test_the_real_video_becomes_a_dataset_that_validates(checkpoint, tmp_path):
     assert report.frames == 52
 
 
-def test_the_files_say_how_a_recording_was_aligned(tree, checkpoint, tmp_path):
+def test_dataset_files_record_the_alignment(tree, checkpoint, tmp_path):
     builder = load_builder("internnav", tree)
     settings = Settings(SMALL, load_engine("pi3", checkpoint, "cpu"))
     summary = build_dataset(Job(builder, list_episodes(builder), tmp_path / "out", settings))
@@ -612,7 +614,7 @@ def test_the_files_say_how_a_recording_was_aligned(tree, checkpoint, tmp_path):
     assert validate(tmp_path / "out").valid
 
 
-def test_two_workers_give_the_bytes_of_one(sample_tree, checkpoint, tmp_path):
+def test_two_workers_give_the_same_bytes_as_one(sample_tree, checkpoint, tmp_path):
     builder = load_builder("internnav", sample_tree)
     settings = Settings(SMALL, load_engine("pi3", checkpoint, "cpu"))
     contents = []
@@ -644,7 +646,7 @@ def test_depth_outside_the_range_is_not_fused(checkpoint, episode):
     assert eyes.query(near.cloud.points)[0].max() < 1.5 * 2
 
 
-def test_weights_that_find_no_cameras_are_named(episode, tmp_path):
+def test_weights_that_produce_no_cameras_are_refused(episode, tmp_path):
     weights = random_weights("pi3")
     weights["camera_head.fc_rot.weight"] *= float("nan")
     folder = save(tmp_path / "nan", "pi3", weights)

@@ -58,7 +58,7 @@ def trajectory(dataset) -> Trajectory:
 # visualize
 
 
-def test_seed_files_match_the_dataset(trajectory, tmp_path):
+def test_sequence_files_match_the_dataset(trajectory, tmp_path):
     count = write_sequences(trajectory, tmp_path / "out", history_len=2, history_step=1)
     poses, grid, cloud = trajectory.world_from_camera(), trajectory.grid, trajectory.cloud()
     assert count == 6 * len(poses)
@@ -98,7 +98,7 @@ def test_seed_files_match_the_dataset(trajectory, tmp_path):
             np.testing.assert_array_equal(points, array[:, :3])
 
 
-def test_without_history_the_cells_are_the_frames_own(trajectory, tmp_path):
+def test_sequences_without_history_have_only_the_cells_of_the_frame(trajectory, tmp_path):
     write_sequences(trajectory, tmp_path / "out", only=["occ_only_cam_npy"], history_len=0)
     for t, columns in enumerate(trajectory.visible_frames()):
         alone = np.load(tmp_path / "out" / "occ_only_cam_npy" / f"{t:06d}.npy")
@@ -114,7 +114,7 @@ def test_visualize_overwrites_nothing(trajectory, tmp_path):
     assert (place / "thesis.tex").read_text() == "precious"
 
 
-def test_visualize_prints_its_size_and_asks_above_a_limit(trajectory, tmp_path, monkeypatch):
+def test_visualize_prints_the_output_size_and_asks_above_a_limit(trajectory, tmp_path, monkeypatch):
     only = ["merge_npy_sequence_world", "occ_only_cam_npy", "merge_ply_sequence_cam"]
     write_sequences(trajectory, tmp_path / "out", only=only, history_len=1)
     written = sum(p.stat().st_size for p in (tmp_path / "out").rglob("*.*"))
@@ -134,7 +134,7 @@ def test_visualize_prints_its_size_and_asks_above_a_limit(trajectory, tmp_path, 
     assert (tmp_path / "b").is_dir()
 
 
-def test_pictures_of_an_episode_match_its_trajectory(sample_tree, dataset, tmp_path):
+def test_visualize_from_the_source_matches_the_built_trajectory(sample_tree, dataset, tmp_path):
     path = trajectories(dataset)[0]
     name = path.relative_to(dataset).as_posix()
     only = ("--only", "occ_only_cam_npy")
@@ -197,7 +197,7 @@ def test_viewpoint_file_round_trip(tmp_path):
 # render
 
 
-def test_cells_are_drawn_where_their_rays_end(trajectory):
+def test_ego_view_draws_cells_where_rays_hit_them(trajectory):
     """Against a traversal of the grid, pixel by pixel."""
     from occgen_hub.visual.ego import EgoView
 
@@ -212,7 +212,7 @@ def test_cells_are_drawn_where_their_rays_end(trajectory):
     view.close()
 
 
-def test_which_points_a_frames_cells_hold(trajectory):
+def test_frame_cells_hold_the_points_inside_them(trajectory):
     frame = next(frames(trajectory))
     cells, grid = frame.cells, trajectory.grid
     centres, half = cells.in_world(), grid.voxel_size / 2
@@ -243,7 +243,7 @@ def test_cells_of_a_past_frame_are_computed_once(trajectory, monkeypatch):
     assert len(asked) == len(trajectory.world_from_camera())
 
 
-def test_large_cells_have_edges():
+def test_large_cells_are_drawn_with_edges():
     from occgen_hub.visual.cubes import CLEAR, framed
 
     faces = cube_faces(np.array([[0, 0, 0.5], [0, 0, 8.0]]), 0.02, np.zeros(3))
@@ -281,7 +281,7 @@ def test_world_view_fills_gaps_of_rotated_cells(trajectory):
     assert gained > 0
 
 
-def test_the_world_view_has_the_camera_where_it_is(trajectory):
+def test_world_view_draws_the_camera_at_its_position(trajectory):
     """The image on the frustum lies where its middle projects, and moves with the frames."""
     from occgen_hub.visual.world import WorldView
 
@@ -302,7 +302,7 @@ def test_the_world_view_has_the_camera_where_it_is(trajectory):
     view.close()
 
 
-def test_the_world_view_has_no_stripes(trajectory):
+def test_world_view_has_no_stripes(trajectory):
     """No pixel between drawn cells shows the cloud as it is, nor does the cloud cover a cell."""
     from occgen_hub.visual.world import WorldView
 
@@ -339,7 +339,7 @@ def test_the_world_view_has_no_stripes(trajectory):
     view.close()
 
 
-def test_the_scale_bar_is_as_long_as_it_says(trajectory):
+def test_scale_bar_has_the_stated_length(trajectory):
     """Between two places that far apart, at the distance of what the view looks at."""
     from occgen_hub.visual.world import WorldView
 
@@ -355,7 +355,7 @@ def test_the_scale_bar_is_as_long_as_it_says(trajectory):
     assert abs(max(map(max, rows)) - expected) <= 3
 
 
-def test_the_scene_from_above_has_a_scale_bar(trajectory):
+def test_preview_from_above_has_a_scale_bar(trajectory):
     """As long as the camera's triangle says, whose base is a metre."""
     from scipy.spatial.distance import pdist
 
@@ -375,7 +375,7 @@ def runs_of(line: np.ndarray, color: tuple[int, int, int]) -> list[int]:
 
 
 @pytest.mark.parametrize("view", ["ego", "world", "panels"])
-def test_every_view_has_a_bar_in_metres(view, trajectory):
+def test_every_view_has_a_colour_bar_in_metres(view, trajectory):
     """Its colours are there, in their order, and metres below."""
     from occgen_hub.visual.render import Shot, pictures
 
@@ -394,11 +394,11 @@ def test_every_view_has_a_bar_in_metres(view, trajectory):
     assert (below > 200).all(axis=2).sum() > 10
 
 
-def test_round_lengths():
+def test_scale_bar_lengths_are_round():
     assert [round_length(x) for x in (0.37, 1.0, 4.99, 5.0, 23.0)] == [0.2, 1.0, 2.0, 5.0, 20.0]
 
 
-def test_a_video_is_one_that_browsers_play(trajectory, tmp_path):
+def test_rendered_video_plays_in_browsers(trajectory, tmp_path):
     place = tmp_path / "room.mp4"
     said = run("render", trajectory.path, place, "--size", "480x180", "--fps", "5")
     assert said.returncode == 0, said.stderr
@@ -423,7 +423,7 @@ def test_a_video_is_one_that_browsers_play(trajectory, tmp_path):
     assert np.abs(shown[0].astype(int) - shown[-1]).mean() > 1
 
 
-def test_render_errors(trajectory, dataset, tmp_path):
+def test_render_refuses_wrong_arguments(trajectory, dataset, tmp_path):
     for arguments, words in (
         ((trajectory.path, tmp_path / "a.gif"), "ends in .mp4"),
         ((trajectory.path, tmp_path / "a.png", "--frame", "999"), "numbered from 0"),
@@ -457,7 +457,7 @@ def test_missing_extra_error_names_the_remedy(command, trajectory, tmp_path):
 # view
 
 
-def test_a_recording_holds_the_trajectory_over_time(trajectory, tmp_path):
+def test_rerun_recording_has_the_trajectory_over_time(trajectory, tmp_path):
     experimental = pytest.importorskip("rerun.experimental")
     said = run("view", trajectory.path, "--save", tmp_path / "room.rrd")
     assert said.returncode == 0, said.stderr
@@ -524,7 +524,7 @@ def test_view_without_a_screen_is_an_error(trajectory, tmp_path):
     assert "no screen" in said.stderr
 
 
-def test_the_viewpoint_found_in_the_window_is_the_one_rendered(trajectory):
+def test_viewpoint_set_in_the_window_is_read_back(trajectory):
     from occgen_hub.visual.viewpoint_picker import look_from, viewpoint_of, window
 
     plotter = window(trajectory, off_screen=True)
@@ -560,7 +560,7 @@ def page(dataset, tmp_path_factory) -> Path:
     return out / "page.html"
 
 
-def test_the_report_needs_nothing_else(page):
+def test_report_refers_to_no_other_files(page):
     text = page.read_text("utf-8")
     assert "http://" not in text
     assert "https://" not in text
@@ -571,7 +571,7 @@ def test_the_report_needs_nothing_else(page):
     assert page.stat().st_size < 600_000
 
 
-def test_the_table_of_the_report_has_no_empty_column(page):
+def test_report_table_has_no_empty_column(page):
     table = re.search(r'<table id="trajectories">.*?</table>', page.read_text("utf-8"), re.S)
     assert table is not None
     heads = re.findall(r"<th .*?<button>(.*?)</button>", table[0])
@@ -641,11 +641,11 @@ def test_the_report_works_in_a_browser(page):
         chrome.quit()
 
 
-def test_a_caption_has_the_first_and_the_last_frame():
+def test_frame_title_has_the_first_and_the_last_frame():
     assert [frame_title(n, 8) for n in (0, 7)] == ["frame 0 (0 to 7)", "frame 7 (0 to 7)"]
 
 
-def test_inspect_and_report_say_the_same_number_of_cells(dataset, tmp_path, monkeypatch):
+def test_inspect_and_report_give_the_same_number_of_cells(dataset, tmp_path, monkeypatch):
     """Also where the mean is nearer to the number above it."""
     page = tmp_path / "page.html"
     write_report(dataset, page)

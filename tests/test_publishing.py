@@ -86,7 +86,7 @@ def content(root, *without):
     }
 
 
-def test_the_hub_has_what_a_plain_build_makes_and_nothing_stays(hub, tree, plain, tmp_path):
+def test_pushed_dataset_equals_a_plain_build_and_keeps_no_local_copy(hub, tree, plain, tmp_path):
     summary = build(tree, tmp_path / "out", keep="none")
     assert (summary.built, len(summary.failures)) == (5, 1)
     there = fetched(hub, tmp_path / "there")
@@ -112,7 +112,7 @@ def test_the_hub_has_what_a_plain_build_makes_and_nothing_stays(hub, tree, plain
     assert not trajectories(tmp_path / "other")
 
 
-def test_kept_scenes_are_a_dataset_here_as_well(hub, tree, plain, tmp_path):
+def test_kept_scenes_are_a_valid_local_dataset(hub, tree, plain, tmp_path):
     build(tree, tmp_path / "out", scenes=["house_000"])
     out = tmp_path / "out"
     assert content(out).keys() == {
@@ -128,7 +128,7 @@ def test_kept_scenes_are_a_dataset_here_as_well(hub, tree, plain, tmp_path):
         build(tree, out, layout="packed")
 
 
-def test_machines_that_push_at_once_lose_nothing_of_each_other(hub, tree, tmp_path, monkeypatch):
+def test_concurrent_pushes_do_not_lose_scenes(hub, tree, tmp_path, monkeypatch):
     """Their scenes are in one part of the index: each commit is made on top of the last."""
     names = [f"room_{n}" for n in range(4000) if bucket(f"zed/room_{n}") == "07"][:4]
     for name in names:
@@ -163,7 +163,7 @@ def test_machines_that_push_at_once_lose_nothing_of_each_other(hub, tree, tmp_pa
     assert validate(there).findings == ()
 
 
-def test_packed_scenes_are_a_few_files_that_hold_all_for_training(hub, tree, plain, tmp_path):
+def test_packed_layout_has_few_files_with_all_training_data(hub, tree, plain, tmp_path):
     from datasets import load_dataset
 
     build(tree, tmp_path / "out", keep="none", layout="packed", scenes=["house_00[01]"])
@@ -188,7 +188,7 @@ def test_packed_scenes_are_a_few_files_that_hold_all_for_training(hub, tree, pla
     assert "has another SHA-256" in str(validate(there).findings[0])
 
 
-def test_a_hub_that_is_away_for_a_moment_is_waited_for(hub, tree, tmp_path):
+def test_push_is_retried_when_the_hub_is_briefly_unavailable(hub, tree, tmp_path):
     hub.faults.append(Fault("POST .*/commit/main", status=503, times=2))
     told = []
     publisher = HubPublisher(REPO, keep="none", every=0, tell=told.append)
@@ -202,7 +202,7 @@ def test_a_hub_that_is_away_for_a_moment_is_waited_for(hub, tree, tmp_path):
     assert len(read_entries(fetched(hub, tmp_path / "there"))) == 2
 
 
-def test_too_many_files_are_said_and_refused(hub, tree, tmp_path, monkeypatch):
+def test_push_of_too_many_files_is_refused(hub, tree, tmp_path, monkeypatch):
     monkeypatch.setattr("occgen_hub.publishing.MAX_FILES", 20)
     from occgen_hub.hub import HubError
 
@@ -211,7 +211,7 @@ def test_too_many_files_are_said_and_refused(hub, tree, tmp_path, monkeypatch):
     assert len(trajectories(Path(tmp_path / "out"))) == 2
 
 
-def test_a_limit_that_cuts_scenes_is_refused(hub, tree, tmp_path):
+def test_push_with_a_limit_that_splits_a_scene_is_refused(hub, tree, tmp_path):
     with pytest.raises(UsageError, match="would push a part of a scene"):
         build(tree, tmp_path / "out", limit=1)
     assert not hub.asked

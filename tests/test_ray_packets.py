@@ -78,7 +78,7 @@ def test_packets_equal_single_rays(config, K, size, fill):
     assert np.array_equal(by_packets(grid, K, size, occupied), one_by_one(grid, K, size, occupied))
 
 
-def test_the_number_of_threads_does_not_change_a_bit():
+def test_thread_count_does_not_change_the_result():
     grid = Grid.of(Config(voxel_size=0.05))
     occupied = np.random.default_rng(4).random(grid.shape) < 0.01
     K, size = intrinsics(60, 61, 40, 30), (80, 60)
@@ -105,13 +105,13 @@ def test_repeated_camera_uses_packets_with_equal_results():
         assert np.array_equal(frame.observed, frames[0].observed)
 
 
-def test_cameras_that_change_are_followed_ray_by_ray():
+def test_changing_cameras_use_no_packets():
     grid = Grid.of(Config(voxel_size=0.1))
     for focal_length in range(20, 40):
         assert packets_if_repeated(grid, intrinsics(focal_length, 30, 16, 16), (32, 32)) is None
 
 
-def test_the_camera_of_an_episode_has_its_packets_before_the_first_frame():
+def test_prepare_builds_packets_for_the_most_common_camera():
     grid, size = Grid.of(Config(voxel_size=0.1)), (32, 32)
     most, other = intrinsics(30, 31, 16, 16), intrinsics(20, 21, 16, 16)
     ray_packets.prepare(grid, np.stack([other, *[most] * 5, other]), size)
@@ -122,7 +122,7 @@ def test_the_camera_of_an_episode_has_its_packets_before_the_first_frame():
     ray_packets.prepare(grid, np.zeros((0, 3, 3)), size)
 
 
-def test_lists_too_long_to_keep_are_not_made(monkeypatch):
+def test_packets_above_the_cell_limit_are_not_built(monkeypatch):
     monkeypatch.setattr(ray_packets, "_MAX_CELLS", 1000)
     grid = Grid.of(Config(voxel_size=0.1))
     K, size = intrinsics(30, 30, 16, 16), (64, 32)

@@ -63,7 +63,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_recordings_in_the_place_of_a_trajectory_are_left_as_they_are(mine, tmp_path, overwrite):
+def test_build_does_not_replace_recordings(mine, tmp_path, overwrite):
     """As where --output names another tree of recordings by mistake."""
     recordings = Path(shutil.copytree(mine, tmp_path / "recordings"))
     before = content(recordings)
@@ -73,7 +73,7 @@ def test_recordings_in_the_place_of_a_trajectory_are_left_as_they_are(mine, tmp_
     assert content(recordings) == before
 
 
-def test_the_command_says_so_and_builds_it_once_they_are_moved_away(mine, tmp_path):
+def test_command_refuses_recordings_in_the_output_until_they_are_moved(mine, tmp_path):
     recordings = Path(shutil.copytree(mine, tmp_path / "recordings"))
     theirs = place(mine, recordings)
     command = ["build", "--input", str(mine), "--output", str(recordings), "--set",
@@ -92,7 +92,7 @@ def test_the_command_says_so_and_builds_it_once_they_are_moved_away(mine, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["a file", "a link to a folder", "a link to nothing"])
-def test_whatever_else_is_there_is_left_as_well(source, tmp_path, kind):
+def test_build_does_not_replace_files_or_links(source, tmp_path, kind):
     out = tmp_path / "out"
     there = place(source, out)
     there.parent.mkdir(parents=True)
@@ -108,7 +108,7 @@ def test_whatever_else_is_there_is_left_as_well(source, tmp_path, kind):
     assert (tmp_path / "theirs/notes").read_text() == "mine"
 
 
-def test_what_comes_while_it_is_built_is_left_as_well(source, tmp_path):
+def test_build_does_not_replace_a_folder_created_meanwhile(source, tmp_path):
     out = tmp_path / "out"
     builder = load_builder("internnav", source)
     (ref,) = builder.episodes()
@@ -170,7 +170,7 @@ def another_file_moved_there(path: Path) -> None:
     "change", [other_bytes, another_size, other_bytes_at_the_same_time, another_file_moved_there]
 )
 @pytest.mark.parametrize("which", ["the same file", "another file"])
-def test_a_change_is_noticed_though_a_file_is_of_the_future(mine, tmp_path, change, which):
+def test_source_change_is_noticed_despite_a_future_timestamp(mine, tmp_path, change, which):
     images = sorted((place(mine, mine) / RGB).iterdir())
     touch(images[0], FUTURE)
     out = tmp_path / "out"
@@ -184,7 +184,7 @@ def test_a_change_is_noticed_though_a_file_is_of_the_future(mine, tmp_path, chan
     assert build(mine, out).status == "present"
 
 
-def test_another_version_of_the_builder_builds_again(mine, tmp_path, monkeypatch):
+def test_new_builder_version_triggers_a_rebuild(mine, tmp_path, monkeypatch):
     out = tmp_path / "out"
     assert build(mine, out).status == "built"
     kind = type(load_builder("internnav", mine))
@@ -198,7 +198,7 @@ def test_another_version_of_the_builder_builds_again(mine, tmp_path, monkeypatch
     assert build(mine, out).status == "present"
 
 
-def test_a_record_without_a_version_stands_for_the_first(mine, tmp_path, monkeypatch):
+def test_record_without_a_builder_version_means_the_first_version(mine, tmp_path, monkeypatch):
     """As they were before builders had one."""
     out = tmp_path / "out"
     build(mine, out)
@@ -212,7 +212,7 @@ def test_a_record_without_a_version_stands_for_the_first(mine, tmp_path, monkeyp
     assert build(mine, out).status == "built"
 
 
-def test_unchanged_files_of_the_future_are_not_read_again(mine, tmp_path, monkeypatch):
+def test_unchanged_files_with_future_timestamps_are_not_read_again(mine, tmp_path, monkeypatch):
     builder = load_builder("internnav", mine)
     (ref,) = builder.episodes()
     for path in builder.sources(ref):
@@ -232,7 +232,7 @@ def test_unchanged_files_of_the_future_are_not_read_again(mine, tmp_path, monkey
         assert read == [1]
 
 
-def test_the_stamp_tells_files_apart_and_not_where_they_are(tmp_path):
+def test_source_stamp_depends_on_the_files_not_on_their_location(tmp_path):
     home = tmp_path / "top/home"
     (home / "inner").mkdir(parents=True)
     paths = [home / "a", home / "inner/b"]
@@ -248,7 +248,7 @@ def test_the_stamp_tells_files_apart_and_not_where_they_are(tmp_path):
     assert abs(first / 10**9 - time.time()) < 60
 
 
-def test_a_time_beyond_what_a_file_system_has_is_no_error(mine, tmp_path):
+def test_extreme_modification_time_is_accepted(mine, tmp_path):
     touch(sorted((place(mine, mine) / RGB).iterdir())[0], 9_000_000_000)
     assert build(mine, tmp_path / "out").status == "built"
     assert build(mine, tmp_path / "out").status == "present"

@@ -231,7 +231,7 @@ def check_clean(stderr: str) -> None:
 # The same bytes
 
 
-def test_two_workers_give_the_bytes_of_one_and_survive_a_failure(
+def test_two_workers_give_the_same_bytes_and_continue_after_a_failure(
     mine: Path, expected: Tree, tmp_path: Path, command: Command
 ) -> None:
     out, broken = tmp_path / "out", "sample_zed/house_000/trajectory_2"
@@ -279,7 +279,7 @@ def test_source_path_does_not_change_the_bytes(
 
 
 @pytest.mark.long
-def test_threads_and_unset_memory_do_not_change_the_video(
+def test_threads_and_uninitialized_memory_do_not_change_the_video(
     without_video: Path, tmp_path: Path
 ) -> None:
     process = start_build(
@@ -524,7 +524,9 @@ def test_changed_setting_rebuilds_everything(source: Path, out: Path, expected: 
     assert tree(out) == expected
 
 
-def test_settings_from_a_file_are_the_same(source: Path, out: Path, tmp_path: Path) -> None:
+def test_settings_from_a_file_equal_those_from_options(
+    source: Path, out: Path, tmp_path: Path
+) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("voxel_size: 0.1\n")
     chosen = Settings(config=load_config(config))
@@ -661,7 +663,9 @@ def test_a_source_that_changes_while_it_is_read_fails(mine: Path, tmp_path: Path
 # What the command does and says
 
 
-def test_limit(source: Path, tmp_path: Path, expected: Tree, command: Command) -> None:
+def test_limit_builds_only_the_first_episodes(
+    source: Path, tmp_path: Path, expected: Tree, command: Command
+) -> None:
     code, said, _ = command(source, tmp_path / "out", "--limit", "2")
     assert code == 0
     assert "2 built, 0 already there, 0 failed of 2 episodes; 5 frames" in said
@@ -694,7 +698,9 @@ def test_dry_run_writes_nothing(mine: Path, out: Path, command: Command) -> None
     assert "3 of 3 episodes would be built" in command(mine, out, "--dry-run", "--overwrite")[1]
 
 
-def test_one_build_at_a_time(source: Path, out: Path, expected: Tree, command: Command) -> None:
+def test_second_build_of_the_same_output_is_refused(
+    source: Path, out: Path, expected: Tree, command: Command
+) -> None:
     assert unfinished(out) == []
     with (out / ".logs/lock").open("r+") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
@@ -774,7 +780,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("video", [True, False], ids=["video copied", "video made"])
-def test_full_disk(
+def test_full_disk_is_reported_and_leaves_nothing_incomplete(
     source: Path, without_video: Path, disk: Callable[[str], Path], command: Command, video: bool
 ) -> None:
     """Full at each stage of writing: the error is reported, and nothing incomplete is left."""
@@ -796,7 +802,7 @@ def test_full_disk(
     assert not (place / "out/failures.jsonl").exists()
 
 
-def test_read_only_folder(
+def test_read_only_output_is_reported(
     source: Path, undisturbed: Path, expected: Tree, disk: Callable[[str], Path], command: Command
 ) -> None:
     out = disk("size=64m") / "out"

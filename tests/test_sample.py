@@ -124,14 +124,14 @@ def unnumbered(folder: Path) -> Iterator[str]:
         yield f"{stem[0]}/*{Path(name).suffix}" if Path(name).stem.isdigit() else name
 
 
-def test_layout_is_the_real_ones(sample: list[Path]) -> None:
+def test_layout_matches_the_real_trajectory(sample: list[Path]) -> None:
     if not REAL.exists():
         pytest.skip(f"no real trajectory at {REAL}")
     for folder in sample:
         assert set(unnumbered(folder)) == set(unnumbered(REAL))
 
 
-def test_columns_and_images_are_the_real_ones(sample: list[Path], faulty: Path) -> None:
+def test_columns_and_images_match_the_real_trajectory(sample: list[Path], faulty: Path) -> None:
     if not REAL.exists():
         pytest.skip(f"no real trajectory at {REAL}")
     parquet = "data/chunk-000/episode_000000.parquet"
@@ -188,7 +188,7 @@ def test_trajectories_differ(sample: list[Path]) -> None:
     assert np.linalg.norm(first - second) > 0.3
 
 
-def test_tasks_are_json_in_json(sample: list[Path]) -> None:
+def test_tasks_are_json_strings_inside_json(sample: list[Path]) -> None:
     tasks = [json.loads(t["task"]) for t in lines(sample[0] / "meta/tasks.jsonl")]
     assert set(tasks[0]) == {"sum_instruction", "sum_indexes"}
     assert tasks[0]["sum_indexes"] == [0, FRAMES - 1]
@@ -200,7 +200,7 @@ def test_tasks_are_json_in_json(sample: list[Path]) -> None:
     assert [json.loads(t) for t in episode["tasks"]] == tasks
 
 
-def test_poses_are_rigid_and_mounted(sample: list[Path]) -> None:
+def test_poses_are_rigid_with_a_fixed_mount(sample: list[Path]) -> None:
     for folder in sample:
         action, mount = column(folder, "action"), column(folder, MATRICES[1])
         for R in np.concatenate([action, mount])[:, :3, :3]:
@@ -216,7 +216,7 @@ def test_poses_are_rigid_and_mounted(sample: list[Path]) -> None:
         assert steps.max() < 0.09
 
 
-def test_depth_is_the_exported_meshs(
+def test_depth_matches_the_exported_mesh(
     sample: list[Path], truth: tuple[np.ndarray, np.ndarray]
 ) -> None:
     """Retraced in world coordinates from nothing but the files."""
@@ -247,7 +247,7 @@ def test_depth_is_the_exported_meshs(
     assert max(worst) < 2e-4
 
 
-def test_nothing_is_near_the_camera(
+def test_camera_keeps_its_distance_from_surfaces(
     sample: list[Path], truth: tuple[np.ndarray, np.ndarray]
 ) -> None:
     scene = tracer(*truth)
@@ -293,7 +293,7 @@ def test_cloud_lies_on_the_mesh(sample: list[Path], truth: tuple[np.ndarray, np.
     assert (colours == (0, 0, 128)).all(axis=1).any()
 
 
-def test_same_seed_same_bytes_however_many_and_whatever_process(
+def test_same_seed_gives_the_same_bytes_in_another_process(
     sample: list[Path], tree: Path, tmp_path: Path
 ) -> None:
     code = (
@@ -308,7 +308,7 @@ def test_same_seed_same_bytes_however_many_and_whatever_process(
     assert files(tmp_path / "again" / sample[0].relative_to(tree)) == files(sample[0])
 
 
-def test_another_seed_is_another_house(sample: list[Path], tmp_path: Path) -> None:
+def test_another_seed_gives_another_house(sample: list[Path], tmp_path: Path) -> None:
     done: list[tuple[int, int]] = []
     (other,) = make_sample(
         tmp_path / "other", trajectories=1, frames=2, seed=1,
@@ -320,7 +320,7 @@ def test_another_seed_is_another_house(sample: list[Path], tmp_path: Path) -> No
     assert all(a[name] != b[name] for name in images)
 
 
-def test_scenes_layout(scenes: Path) -> None:
+def test_scenes_layout_has_all_episodes_in_one_folder(scenes: Path) -> None:
     assert {p.name for p in scenes.parent.iterdir()} == {"house_000"}
     names = {p.name for p in (scenes / "data/chunk-000").iterdir()}
     assert names == {"episode_000000.parquet", "episode_000001.parquet"}
@@ -339,7 +339,7 @@ def test_scenes_layout(scenes: Path) -> None:
         assert video(mp4)[2] == 2
 
 
-def test_faults_are_the_real_ones(faulty: Path) -> None:
+def test_faults_match_those_of_the_real_files(faulty: Path) -> None:
     info = info_of(faulty)
     (episode,) = lines(faulty / "meta/episodes.jsonl")
     (stats,) = lines(faulty / "meta/episodes_stats.jsonl")
@@ -353,7 +353,7 @@ def test_faults_are_the_real_ones(faulty: Path) -> None:
     assert video(mp4) == (480, 272, 2, 10)
 
 
-def test_nothing_half_done_is_left(tmp_path: Path) -> None:
+def test_interrupted_sample_leaves_no_files(tmp_path: Path) -> None:
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
@@ -375,7 +375,7 @@ def test_existing_output_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "wrong", [{"trajectories": 0}, {"frames": 0}, {"seed": -1}, {"layout": "flat"}]
 )
-def test_refuses_wrong_arguments(tmp_path: Path, wrong: dict[str, Any]) -> None:
+def test_wrong_arguments_are_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
         make_sample(tmp_path / "out", **wrong)
     assert not (tmp_path / "out").exists()

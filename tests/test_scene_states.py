@@ -87,7 +87,7 @@ def test_free_cells_are_those_that_frames_observed(dataset):
 
 
 @pytest.mark.parametrize("shape", [(20, 13, 17), (9, 5, 30)])
-def test_the_order_of_frames_makes_no_difference(shape):
+def test_order_of_frames_does_not_change_the_states(shape):
     rng = np.random.default_rng(0)
     grid = Grid((-0.5, -0.3, -0.1), 0.05, shape)
     frames = []
@@ -136,7 +136,7 @@ def looked_up(trajectory: Trajectory, grid: Grid, pose: np.ndarray) -> np.ndarra
 
 
 @pytest.mark.parametrize("upright", [False, True])
-def test_items_hold_what_the_frame_saw_and_the_scene_where_it_saw_nothing(dataset, upright):
+def test_scene_target_keeps_visible_cells_and_fills_hidden_ones(dataset, upright):
     visible = OccupancyDataset(dataset, keys=KEYS, upright=upright)
     scene = OccupancyDataset(dataset, keys=KEYS, upright=upright, target="scene")
     number = 5
@@ -165,7 +165,7 @@ def test_items_hold_what_the_frame_saw_and_the_scene_where_it_saw_nothing(datase
         assert torch.equal(item["pose"], item["grid_pose"])
 
 
-def test_coarse_sparse_and_streamed_items_are_the_same(dataset):
+def test_coarse_sparse_and_streamed_items_agree(dataset):
     options = {"keys": KEYS, "target": "scene", "upright": True}
     fine = OccupancyDataset(dataset, **options)
     coarse = OccupancyDataset(dataset, voxel_stride=4, **options)
@@ -187,7 +187,7 @@ def test_coarse_sparse_and_streamed_items_are_the_same(dataset):
             assert same.mean() > 0.999  # What the frame saw is moved before it is joined.
 
 
-def test_histories_are_what_frames_saw(dataset):
+def test_scene_target_history_has_only_visible_cells(dataset):
     options = {"keys": ("occupancy", "history", "grid_pose"), "history_len": 1, "history_step": 1}
     for upright in (False, True):
         visible = OccupancyDataset(dataset, upright=upright, **options)
@@ -200,7 +200,7 @@ def test_histories_are_what_frames_saw(dataset):
         assert (grown & aligned["history"][0]).sum() > 0.5 * aligned["history"][0].sum()
 
 
-def test_augmentations_of_upright_grids(dataset):
+def test_upright_grids_accept_mirror_and_refuse_rotate_yaw(dataset):
     options = {"keys": KEYS, "target": "scene", "upright": True, "voxel_stride": 4}
     plain = OccupancyDataset(dataset, **options)[1]
     mirrored = OccupancyDataset(dataset, augment=[Mirror(1.0)], **options)[1]
@@ -209,14 +209,14 @@ def test_augmentations_of_upright_grids(dataset):
         OccupancyDataset(dataset, augment=[RotateYaw()], **options)
 
 
-def test_upright_axes_when_the_camera_looks_down_or_up():
+def test_upright_pose_of_a_camera_that_looks_down_or_up():
     down = np.diag([1.0, -1.0, -1.0, 1.0])  # Looks along -z; the top of its image is along +y.
     np.testing.assert_allclose(upright_pose(down)[:3, 2], [0, 1, 0])
     up = np.eye(4)  # Looks along +z; the bottom of its image is along +y, ahead.
     np.testing.assert_allclose(upright_pose(up)[:3, 2], [0, 1, 0])
 
 
-def test_the_parquet_files_hold_the_states_and_are_kept_up_to_date(dataset, tmp_path):
+def test_states_files_have_the_states_and_are_updated(dataset, tmp_path):
     root = shutil.copytree(dataset, tmp_path / "out")
     (path,) = states_files(root)
     table = pq.read_table(path)
@@ -244,7 +244,7 @@ def test_the_parquet_files_hold_the_states_and_are_kept_up_to_date(dataset, tmp_
     assert [f.file for f in validate(root).findings] == [str(path)]
 
 
-def test_wrong_free_cells_are_found(dataset, tmp_path):
+def test_validate_finds_wrong_free_cells(dataset, tmp_path):
     root = shutil.copytree(dataset, tmp_path / "out")
     path = trajectories(root)[0] / "data/chunk-000/all_occ.npz"
     arrays = dict(np.load(path))
@@ -255,7 +255,7 @@ def test_wrong_free_cells_are_found(dataset, tmp_path):
     assert any("free cells do not match" in problem for problem in problems)
 
 
-def test_items_with_processes(dataset):
+def test_loader_processes_give_the_same_items(dataset):
     options = {"keys": ("labels",), "target": "scene", "voxel_stride": 4}
     frames = OccupancyDataset(dataset, **options)
     loader = DataLoader(OccupancyDataset(dataset, **options), batch_size=3, num_workers=2)

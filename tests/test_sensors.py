@@ -66,7 +66,7 @@ def draws(model: sensors.Model, view: View, count: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("depth", [0.8, 1.5, 3.0, 5.0])
-def test_kinect_spreads_by_depth(depth: float) -> None:
+def test_kinect_noise_grows_with_depth(depth: float) -> None:
     measured = draws(sensors.kinect, wall(depth), 4)
     # The steps of disparity spread a depth evenly over a step.
     step = depth**2 / sensors.DISPARITIES
@@ -77,7 +77,7 @@ def test_kinect_spreads_by_depth(depth: float) -> None:
     assert np.allclose(steps, np.rint(steps), atol=1e-6)
 
 
-def test_kinect_range_and_grazing_angles() -> None:
+def test_kinect_has_no_depth_below_its_range_and_at_grazing_angles() -> None:
     assert (draws(sensors.kinect, wall(0.39), 1) == 0).all()
     view = floor()
     measured = draws(sensors.kinect, view, 1)[0]
@@ -90,14 +90,14 @@ def test_kinect_range_and_grazing_angles() -> None:
     assert (measured[ground & middle & (angle < np.radians(82))] > 0).all()
 
 
-def test_kinect_is_noisier_at_a_slant() -> None:
+def test_kinect_noise_grows_with_the_incidence_angle() -> None:
     # The same depth, seen square and at 75 degrees.
     angle = np.radians([0.0, 30.0, 59.0, 61.0, 75.0])
     sigma = sensors.kinect_sigma(np.full(5, 2.0), angle)
     assert sigma[0] == sigma[1] == sigma[2] < sigma[3] < sigma[4]
 
 
-def test_kinect_has_a_shadow_left_of_near_things() -> None:
+def test_kinect_has_a_shadow_left_of_near_objects() -> None:
     view = box()
     measured = draws(sensors.kinect, view, 8)
     holes = (measured == 0).all(axis=0)
@@ -112,14 +112,14 @@ def test_kinect_has_a_shadow_left_of_near_things() -> None:
 
 
 @pytest.mark.parametrize("depth", [1.0, 2.0, 4.0])
-def test_stereo_spreads_by_the_square_of_depth(depth: float) -> None:
+def test_stereo_noise_grows_with_the_square_of_depth(depth: float) -> None:
     measured = draws(sensors.stereo, wall(depth), 40)
     focal = K[0, 0] * 848 / SHAPE[1]
     sigma = depth**2 * 0.08 / (focal * 0.05)
     assert measured.std() == pytest.approx(sigma, rel=0.1)
 
 
-def test_stereo_noise_hangs_together_over_the_window_and_is_new_in_each_frame() -> None:
+def test_stereo_noise_is_correlated_in_space_and_independent_in_time() -> None:
     view = wall(2.0)
     error = draws(sensors.stereo, view, 40) - 2.0
     error /= error.std()
@@ -140,7 +140,7 @@ def test_stereo_fattens_foreground() -> None:
     assert (near[0], near[-1]) == (60 - sensors.FATTENING, 99 + sensors.FATTENING)
 
 
-def test_network_error_is_smooth_and_its_scale_is_the_frames_own() -> None:
+def test_network_error_is_smooth_with_a_scale_per_frame() -> None:
     ratio = np.log(draws(sensors.network, wall(2.0), 60) / 2.0)
     assert np.abs(np.diff(ratio, axis=2)).max() < 0.005
     assert np.abs(np.diff(ratio, axis=1)).max() < 0.005
@@ -153,7 +153,7 @@ def test_network_error_is_smooth_and_its_scale_is_the_frames_own() -> None:
     assert 0.004 < ratio.mean(axis=(1, 2)).std() < 0.025
 
 
-def test_network_blurs_edges_into_ramps_and_leaves_planes() -> None:
+def test_network_blurs_edges_and_keeps_planes() -> None:
     row = np.median(draws(sensors.network, box(), 9), axis=0)[60]
     ramp = (row > 1.04) & (row < 2.9)
     assert 1 <= ramp[50:70].sum() <= 3
@@ -163,7 +163,7 @@ def test_network_blurs_edges_into_ramps_and_leaves_planes() -> None:
     assert np.abs(ratio.mean(axis=0)).max() < 0.03
 
 
-def test_flying_pixels_lie_between_the_sides() -> None:
+def test_flying_pixels_lie_between_foreground_and_background() -> None:
     view = box()
     measured = draws(sensors.flying, view, 20)
     changed = measured != view.depth
@@ -201,7 +201,7 @@ def test_speckle_is_small_and_rare() -> None:
     assert single > 0
 
 
-def test_the_order_of_noise_does_not_matter_and_the_seed_does() -> None:
+def test_noise_depends_on_the_seed_not_on_the_order_of_models() -> None:
     depth = box().depth.astype(np.float32)
     depth[:5] = np.inf
     a = sensors.corrupt(depth, K, ["speckle", "kinect"], [1, 2])
@@ -228,7 +228,7 @@ def test_pose_noise_has_the_stated_spread() -> None:
     assert np.allclose(noisy[:, :3, :3] @ noisy[:, :3, :3].transpose(0, 2, 1), np.eye(3))
 
 
-def test_pose_drift_starts_at_nothing_is_smooth_and_peaks_at_its_size() -> None:
+def test_pose_drift_starts_at_zero_and_peaks_at_the_stated_size() -> None:
     poses = np.repeat(np.eye(4)[None], 40, axis=0)
     for seed in range(5):
         drifted = with_drift(poses, (0.02, 0.3), np.random.default_rng(seed))
@@ -301,7 +301,7 @@ def test_default_recording_is_unchanged(clean: Path) -> None:
     assert np.abs(units - then).max() <= 1
 
 
-def test_truth_without_people(clean: Path) -> None:
+def test_ground_truth_without_people_has_empty_meshes(clean: Path) -> None:
     data = truth(clean)
     kinds = {name: (a.shape, a.dtype.name) for name, a in data.items()}
     assert kinds == {
@@ -316,7 +316,7 @@ def test_truth_without_people(clean: Path) -> None:
     assert (data["intrinsics"] == table["observation.camera_intrinsic"].to_pylist()[0]).all()
 
 
-def test_truth_has_the_names_of_the_episodes(tmp_path: Path) -> None:
+def test_ground_truth_files_are_named_by_episode(tmp_path: Path) -> None:
     for layout in ("trajectories", "scenes"):
         out = tmp_path / layout
         make_sample(out, trajectories=2, frames=1, layout=layout)  # type: ignore[arg-type]
@@ -385,7 +385,7 @@ def test_people_match_the_depth_images(clean: Path, crowd: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_people_walk_over_free_floor_in_sight_and_some_stop(seed: int) -> None:
+def test_people_walk_on_free_floor_in_view_and_one_stops(seed: int) -> None:
     scene = build_scene(seed, 0)
     renderer = Renderer(scene)
     episode = plan_episode(renderer, CAMERAS[0], 0, 24, [seed, 0, 2, 0])
@@ -419,7 +419,7 @@ def test_people_walk_over_free_floor_in_sight_and_some_stop(seed: int) -> None:
     assert seen >= 5
 
 
-def test_legs_swing_and_the_mesh_is_closed() -> None:
+def test_figure_swings_its_legs_and_has_a_closed_mesh() -> None:
     figure = Figure(np.random.default_rng(0))
     xy = np.zeros(2)
     standing, _ = figure.posed(xy, 0.0, 1.0, 0.0)
@@ -451,19 +451,19 @@ def test_legs_swing_and_the_mesh_is_closed() -> None:
         {"people": -1},
     ],
 )
-def test_refuses_wrong_arguments(tmp_path: Path, wrong: dict[str, Any]) -> None:
+def test_wrong_arguments_are_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
         make_sample(tmp_path / "out", frames=1, trajectories=1, **wrong)
     assert not (tmp_path / "out").exists()
 
 
-def test_too_many_people_is_an_error(tmp_path: Path) -> None:
+def test_too_many_people_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="people is 60"):
         make_sample(tmp_path / "out", frames=2, trajectories=1, people=60)
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
-def test_command_line(tmp_path: Path) -> None:
+def test_sample_command_passes_its_options_to_make_sample(tmp_path: Path) -> None:
     def call(*arguments: str) -> Any:
         return CliRunner().invoke(cli, ["sample", *arguments])
 

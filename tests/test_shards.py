@@ -124,14 +124,14 @@ def stamps(root: Path) -> dict[str, tuple[int, int]]:
 # Read
 
 
-def test_streamed_it_says_what_the_npz_files_say(built, own_cache):
+def test_streamed_rows_match_the_npz_files(built, own_cache):
     found, wanted = rows(built, own_cache), list(expected(built))
     assert len(found) == sum(1 for _ in wanted) == 36
     for row, want in zip(found, wanted, strict=True):
         assert row == want
 
 
-def test_loaded_it_has_the_columns_that_were_promised(built, own_cache):
+def test_loaded_table_has_the_documented_columns(built, own_cache):
     from datasets import Array2D, List, Value, load_dataset
 
     loaded = load_dataset(str(built), "occupancy", split="train", cache_dir=str(own_cache))
@@ -152,7 +152,7 @@ def test_loaded_it_has_the_columns_that_were_promised(built, own_cache):
     assert (pose.shape, pose.dtype) == ((4, 4), np.float32)
 
 
-def test_without_anything_of_ours(built):
+def test_shards_are_read_without_datasets_or_occgen_hub(built):
     """In a process that imports neither `datasets` nor occgen_hub."""
     code = (
         "import sys, pyarrow.parquet as pq, numpy as np; t = pq.read_table(sys.argv[1]);"
@@ -164,7 +164,7 @@ def test_without_anything_of_ours(built):
     subprocess.run([sys.executable, "-c", code, *map(str, shards(built))], check=True)
 
 
-def test_a_build_imports_neither_datasets_nor_the_hub(source, tmp_path):
+def test_build_does_not_import_datasets_huggingface_hub_or_torch(source, tmp_path):
     code = (
         "import sys; from occgen_hub import cli; sys.argv = ['occgen-hub', *sys.argv[1:]]\n"
         "try: cli.main()\n"
@@ -181,13 +181,13 @@ def test_a_build_imports_neither_datasets_nor_the_hub(source, tmp_path):
     assert (tmp_path / "out/occupancy").is_dir()
 
 
-def test_at_most_half_the_bytes_of_the_npz_at_the_usual_grid(dataset):
+def test_shards_are_less_than_half_the_size_of_the_npz_files(dataset):
     """Of a sample of four frames, whose first row group has little to share."""
     npz = sum(path.stat().st_size for path in dataset.rglob("*_sequence.npz"))
     assert sum(path.stat().st_size for path in shards(dataset)) < 0.5 * npz
 
 
-def test_a_row_group_is_a_few_frames(built):
+def test_row_group_has_a_few_frames_of_one_episode(built):
     assert group_rows((200, 125, 200)) == 8
     assert group_rows((1000, 1000, 1000)) == 1
     assert group_rows((40, 25, 40)) == 32
@@ -202,7 +202,7 @@ def test_a_row_group_is_a_few_frames(built):
 # However it came about
 
 
-def test_many_shards_hold_the_same_rows(mine, own_cache):
+def test_splitting_into_more_shards_keeps_the_rows(mine, own_cache):
     size = max(npz_bytes(path) for path in trajectories(mine))
     assert write_shards(mine, shard_bytes=size) == 2  # That of the other scene is right.
     assert [p.name[-12:] for p in shards(mine)].count("-001.parquet") == 1
@@ -219,7 +219,7 @@ def npz_bytes(path: Path) -> int:
     return sum((path / name).stat().st_size for name in (VISIBLE, OBSERVED))
 
 
-def test_the_number_of_workers_does_not_show(mine, tmp_path):
+def test_number_of_workers_does_not_change_the_files(mine, tmp_path):
     other = Path(shutil.copytree(mine, tmp_path / "other"))
     size = npz_bytes(trajectories(mine)[0]) // 3
     write_shards(mine, 1, shard_bytes=size)
@@ -228,7 +228,7 @@ def test_the_number_of_workers_does_not_show(mine, tmp_path):
     assert content(mine) == content(other)
 
 
-def test_in_steps_it_ends_with_the_bytes_of_one_build(source, built, tmp_path):
+def test_builds_in_steps_end_with_the_bytes_of_one_build(source, built, tmp_path):
     out = tmp_path / "out"
     for limit in (1, 2, None):
         build(source, out, limit)
@@ -239,7 +239,7 @@ def test_in_steps_it_ends_with_the_bytes_of_one_build(source, built, tmp_path):
     assert (content(out), stamps(out)) == (content(built), before)
 
 
-def test_only_the_shards_that_change_are_written(source, mine):
+def test_only_changed_shards_are_written(source, mine):
     before, bytes_before = stamps(mine), content(mine)
     first, second, other = trajectories(mine)
     kept = shutil.move(second, mine.parent / "kept")
@@ -253,7 +253,7 @@ def test_only_the_shards_that_change_are_written(source, mine):
     assert write_shards(mine) == 0
 
 
-def test_a_scene_that_is_somewhere_else_keeps_its_row_and_its_shard(mine, own_cache):
+def test_missing_scene_keeps_its_index_rows_and_its_shard(mine, own_cache):
     """As in a folder into which only a part of a dataset was fetched."""
     everything, before = list(read_entries(mine)), stamps(mine)
     shutil.rmtree(mine / "sample_zed/house_000")
@@ -275,7 +275,7 @@ def test_a_scene_that_is_somewhere_else_keeps_its_row_and_its_shard(mine, own_ca
     assert (validate(mine).findings, validate(mine).warnings) == ((), ())
 
 
-def test_scenes_that_are_built_apart_make_the_same_files(source, built, tmp_path):
+def test_scenes_built_separately_give_the_same_files(source, built, tmp_path):
     """Each on another machine: together they are what one build makes."""
     joined = tmp_path / "joined"
     for n, scene in enumerate(("house_000", "house_001")):
@@ -299,7 +299,7 @@ def test_shards_of_an_earlier_version_are_replaced(mine, built):
     assert content(mine) == content(built)
 
 
-def test_other_content_is_written_anew(source, mine, tmp_path):
+def test_changed_settings_rewrite_the_shards(source, mine, tmp_path):
     other = Settings(Config(voxel_size=0.2), media="none")
     builder = load_builder("internnav", source)
     for settings in (other, COARSE):
@@ -309,7 +309,7 @@ def test_other_content_is_written_anew(source, mine, tmp_path):
         assert content(mine) == content(fresh)
 
 
-def test_left_out_and_taken_in_again(source, mine, built):
+def test_shards_can_be_left_out_and_added_again(source, mine, built):
     build(source, mine, parquet_occupancy=False)
     assert not (mine / "occupancy").exists()
     assert [row.shards for row in read_entries(mine).values()] == [()] * 3
@@ -319,7 +319,7 @@ def test_left_out_and_taken_in_again(source, mine, built):
     assert content(mine) == content(built)
 
 
-def test_a_damaged_shard_is_written_anew(source, mine, built):
+def test_damaged_shard_is_rewritten(source, mine, built):
     shard = shards(mine)[0]
     shard.write_bytes(shard.read_bytes()[:-100])
     half = shard.with_name(f".{shard.name}.partial")
@@ -330,7 +330,7 @@ def test_a_damaged_shard_is_written_anew(source, mine, built):
 
 
 @pytest.mark.parametrize("change", [write_shards, remove_shards])
-def test_a_table_that_is_not_ours_is_neither_replaced_nor_removed(mine, change):
+def test_foreign_parquet_file_is_neither_replaced_nor_removed(mine, change):
     """Others call the parts of a dataset so as well."""
     theirs = shards(mine)[0].with_name("theirs.parquet")
     pq.write_table(pa.table({"mine": [1, 2]}), theirs)
@@ -342,7 +342,7 @@ def test_a_table_that_is_not_ours_is_neither_replaced_nor_removed(mine, change):
     change(mine)
 
 
-def test_with_failures_the_others_are_there(source, tmp_path, own_cache):
+def test_shards_have_the_episodes_that_did_not_fail(source, tmp_path, own_cache):
     broken = Path(shutil.copytree(source, tmp_path / "broken"))
     (broken / "sample_zed/house_000/trajectory_1/data/chunk-000/episode_000000.parquet").unlink()
     builder = load_builder("internnav", broken)
@@ -354,7 +354,7 @@ def test_with_failures_the_others_are_there(source, tmp_path, own_cache):
     assert validate(tmp_path / "out").findings == ()
 
 
-def test_killed_at_any_moment_nothing_half_bears_a_final_name(mine, built):
+def test_killed_write_leaves_only_complete_shards(mine, built):
     code = (
         "import sys; from pathlib import Path; from occgen_hub.shards import write_shards;"
         "print('ready', flush=True); root = Path(sys.argv[1])\n"
@@ -377,7 +377,7 @@ def test_killed_at_any_moment_nothing_half_bears_a_final_name(mine, built):
     assert content(mine) == content(built)
 
 
-def test_a_full_disk_is_said_and_leaves_what_was_there(mine):
+def test_full_disk_is_reported_and_keeps_existing_files(mine):
     """A limit on the size of files, which the system keeps as it keeps a full disk."""
     shards(mine)[0].write_bytes(shards(mine)[0].read_bytes()[:-100])  # It has to be written anew.
     before = content(mine)
@@ -448,7 +448,7 @@ def bit_flipped(values: list[bytes]) -> None:
         (lambda p: (p.unlink(), p.mkdir()), "is a folder"),
     ],
 )  # fmt: skip
-def test_validate_says_what_is_wrong_with_a_shard(mine, harm, words):
+def test_validate_reports_faults_of_a_shard(mine, harm, words):
     shard = next(path for path in shards(mine) if "house_000" in path.name)
     harm(shard)
     (finding,) = validate(mine).findings
@@ -458,7 +458,7 @@ def test_validate_says_what_is_wrong_with_a_shard(mine, harm, words):
     assert "run the build again" in finding.remedy or "finalize" in finding.remedy
 
 
-def test_shards_of_another_trajectory_are_noticed(source, mine, tmp_path):
+def test_validate_reports_a_shard_of_another_dataset(source, mine, tmp_path):
     other = tmp_path / "other"
     builder = load_builder("internnav", source)
     coarser = Settings(Config(voxel_size=0.1, interval=3), media="none")
@@ -493,7 +493,7 @@ def test_shards_of_another_trajectory_are_noticed(source, mine, tmp_path):
         ),
     ],
 )
-def test_validate_says_what_is_wrong_with_the_index(mine, built, harm, words):
+def test_validate_reports_faults_of_the_index(mine, built, harm, words):
     entry = read_entries(mine)["sample_zed/house_000/trajectory_0"]
     harm(mine / "index" / f"{bucket(entry.scene)}.parquet")
     assert any(words in str(finding) for finding in validate(mine).findings)
@@ -501,7 +501,7 @@ def test_validate_says_what_is_wrong_with_the_index(mine, built, harm, words):
     assert content(mine) == content(built)
 
 
-def test_a_damaged_trajectory_is_said_once(mine):
+def test_validate_reports_a_damaged_trajectory_once(mine):
     path = Trajectory.open(trajectories(mine)[1]).file("visible")
     path.write_bytes(path.read_bytes()[:2000])
     findings = validate(mine).findings

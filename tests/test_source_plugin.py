@@ -25,7 +25,7 @@ from occgen_hub.source_check import check_source
 EXAMPLE = Path(__file__).parent.parent / "examples/source_plugin"
 
 
-def test_the_template_is_a_package_of_its_own(tmp_path: Path) -> None:
+def test_template_can_be_installed_and_passes_its_tests(tmp_path: Path) -> None:
     """Installed into a folder, it is found by its entry point, and its own tests pass."""
     package = Path(shutil.copytree(EXAMPLE, tmp_path / "package"))
     target = tmp_path / "installed"
@@ -46,7 +46,7 @@ def test_the_template_is_a_package_of_its_own(tmp_path: Path) -> None:
 # What is wrong with a source is said early
 
 
-def test_what_is_installed_wrongly_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_entry_points_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def given(value: str) -> None:
         points = {"mine": EntryPoint("mine", value, "occgen_hub.builders")}
         monkeypatch.setattr(plugins, "_points", lambda kind: points)
@@ -101,7 +101,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_right_source_passes(root: Path) -> None:
+def test_check_source_accepts_a_correct_source(root: Path) -> None:
     (episode,) = check_source(Mine(root))
     assert episode.length == 6
     assert occgen_hub.check_source is check_source
@@ -126,7 +126,9 @@ def test_a_right_source_passes(root: Path) -> None:
         ({"changes": {"world_from_camera": np.linalg.inv(path(6))}}, "camera_from_world"),
     ],
 )
-def test_a_wrong_source_fails_early(attributes: dict[str, Any], message: str, root: Path) -> None:
+def test_check_source_refuses_a_wrong_source(
+    attributes: dict[str, Any], message: str, root: Path
+) -> None:
     wrong = type("Mine", (Mine,), attributes)
     wrong.__module__, wrong.__qualname__ = "pytest_wrong", "Mine"
     sys.modules["pytest_wrong"] = type(sys)("pytest_wrong")

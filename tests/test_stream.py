@@ -44,7 +44,7 @@ def every(root: Path) -> list[tuple[str, int]]:
     return [named(item) for item in OccupancyDataset(root, keys=NAMES)]
 
 
-def test_items_are_those_of_the_dataset(rows):
+def test_stream_items_equal_dataset_items(rows):
     options = {"keys": KEYS, "history_len": 2, "history_step": 1, "voxel_stride": 4}
     options |= {"history_keys": ("occupancy", "image", "mask"), "image_size": (64, 48)}
     frames = OccupancyDataset(rows, **options)
@@ -80,7 +80,7 @@ def test_four_workers_of_two_ranks_see_every_frame_once(rows):
         assert (epochs[0] != epochs[1]) == options.get("shuffle", True)
 
 
-def test_no_row_group_is_read_by_two_workers_also_of_one_file(dataset, tmp_path):
+def test_ranks_share_the_row_groups_of_one_file_without_overlap(dataset, tmp_path):
     root = tmp_path / "one"
     for n, path in enumerate(trajectories(dataset)):
         shutil.copytree(path, root / "group" / "scene" / f"run_{n}")
@@ -93,7 +93,7 @@ def test_no_row_group_is_read_by_two_workers_also_of_one_file(dataset, tmp_path)
     assert sum(map(len, seen)) == len(set.union(*seen)) == 2
 
 
-def test_workers_that_live_on_see_the_next_epoch(rows):
+def test_persistent_workers_use_the_next_epoch(rows):
     stream = OccupancyStream(rows, keys=NAMES)
     loader = DataLoader(stream, batch_size=None, num_workers=2, persistent_workers=True)
     first = [named(item) for item in loader]
@@ -103,7 +103,7 @@ def test_workers_that_live_on_see_the_next_epoch(rows):
     assert sorted(first) == sorted(second)
 
 
-def test_even_ranks_have_as_many_frames(rows):
+def test_even_option_gives_each_rank_the_same_number_of_frames(rows):
     counts = []
     for rank in range(3):
         stream = OccupancyStream(rows, keys=NAMES, rank=rank, world_size=3, even=True)
@@ -112,7 +112,7 @@ def test_even_ranks_have_as_many_frames(rows):
     assert 0 < sum(counts) <= len(every(rows))
 
 
-def test_stopped_at_ten_places_it_goes_on_as_if_undisturbed(rows):
+def test_stream_resumes_from_its_state(rows):
     options = {"keys": (*NAMES, "image"), "shuffle_buffer": 12, "image_size": (32, 24), "seed": 4}
     options["augment"] = (occgen_hub.ColorJitter(),)
     whole = list(OccupancyStream(rows, **options))
@@ -136,7 +136,7 @@ def test_stopped_at_ten_places_it_goes_on_as_if_undisturbed(rows):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stateful_loader_goes_on_where_it_stopped(rows, workers):
+def test_stateful_loader_resumes_from_its_state(rows, workers):
     loaders = pytest.importorskip("torchdata.stateful_dataloader")
 
     def loader():
@@ -176,7 +176,7 @@ print("left", flush=True)
 """
 
 
-def test_a_process_that_leaves_the_loop_early_ends(rows):
+def test_process_ends_after_leaving_the_loop_early(rows):
     for how in range(3):
         code = [sys.executable, "-c", LEFT_EARLY, str(rows), str(how)]
         done = subprocess.run(code, capture_output=True, text=True, timeout=120, check=False)
@@ -199,7 +199,7 @@ print("same", len(pairs))
 """
 
 
-def test_a_stream_from_the_hub_outlives_cut_connections(rows, tmp_path):
+def test_stream_from_the_hub_survives_broken_connections(rows, tmp_path):
     hub = Hub()
     try:
         repository = Repository(private=False)
@@ -225,7 +225,7 @@ def test_a_stream_from_the_hub_outlives_cut_connections(rows, tmp_path):
         hub.close()
 
 
-def test_wrong_arguments(rows):
+def test_wrong_arguments_are_refused(rows):
     for options, problem in (
         ({"rank": 1}, "rank and world_size: give both"),
         ({"rank": 2, "world_size": 2}, "rank is 2 of 2"),

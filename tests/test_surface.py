@@ -209,7 +209,7 @@ def test_cloud_without_area_is_unchanged(points):
     ],
     ids=["ten", "twenty", "a millimetre", "nearly a line", "an outlier at 1 km", "each twice"],
 )
-def test_an_odd_cloud_is_closed_near_its_points_and_in_silence(points, capfd):
+def test_unusual_cloud_is_closed_near_its_points_without_output(points, capfd):
     cloud = grey(points)
     new = added(cloud, poisson_surface(cloud, np.array([[0.0, 0.0, 5.0]]), VOXEL))
     assert np.isfinite(new).all()

@@ -35,7 +35,7 @@ def pooled(dense: np.ndarray, stride: int) -> np.ndarray:
 
 @pytest.mark.parametrize("shape", [(200, 125, 200), (7, 5, 9), (8, 3, 16), (1, 1, 1), (5, 6, 13)])
 @pytest.mark.parametrize("stride", [1, 2, 4])
-def test_a_coarse_cell_has_what_any_of_its_cells_has(shape, stride):
+def test_coarse_cell_is_set_if_any_of_its_cells_is_set(shape, stride):
     dense = np.random.default_rng(0).random(shape) < 0.05
     cells = np.flatnonzero(dense).astype(np.int32)
     expected = pooled(dense, stride)
@@ -44,7 +44,7 @@ def test_a_coarse_cell_has_what_any_of_its_cells_has(shape, stride):
 
 
 @pytest.mark.parametrize("stride", [2, 4])
-def test_items_of_a_coarse_grid(dataset, stride):
+def test_coarse_items_match_the_fine_grid(dataset, stride):
     fine = OccupancyDataset(dataset, keys=GRID)
     dense = OccupancyDataset(dataset, keys=GRID, voxel_stride=stride)
     thin = OccupancyDataset(dataset, keys=GRID, voxel_stride=stride, dense=False)
@@ -62,7 +62,7 @@ def test_items_of_a_coarse_grid(dataset, stride):
             np.testing.assert_array_equal(of["labels"], labels)
 
 
-def test_images_of_one_size_make_batches_and_have_their_intrinsics(dataset):
+def test_resized_images_can_be_batched_and_have_scaled_intrinsics(dataset):
     keys = ("image", "depth", "intrinsics", "pose")
     stored = OccupancyDataset(dataset, keys=keys)
     sizes = {tuple(stored[n]["image"].shape) for n in range(len(stored))}
@@ -81,7 +81,7 @@ def test_images_of_one_size_make_batches_and_have_their_intrinsics(dataset):
         torch.testing.assert_close(after["intrinsics"], before["intrinsics"] * scale)
 
 
-def test_past_images_masks_and_labels(dataset):
+def test_history_has_past_images_masks_and_labels(dataset):
     keys = ("mask", "labels", "image", "history", "pose")
     options = {"keys": keys, "history_len": 2, "history_step": 1, "image_size": (64, 48)}
     options |= {"history_keys": ("occupancy", "mask", "labels", "image"), "voxel_stride": 4}
@@ -113,7 +113,7 @@ def scenes(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_frames_are_chosen_by_episode_scene_split_and_quality(scenes, tmp_path):
+def test_frames_are_selected_by_episode_scene_split_and_quality(scenes, tmp_path):
     keys = ("episode",)
     whole = OccupancyDataset(scenes, keys=keys)
     parts = [OccupancyDataset(scenes, keys=keys, split=s).episodes for s in ("train", "validation")]
@@ -143,7 +143,7 @@ def test_frames_are_chosen_by_episode_scene_split_and_quality(scenes, tmp_path):
             OccupancyDataset(scenes, keys=keys, **options)
 
 
-def test_a_transform_is_done_last(dataset):
+def test_transform_is_applied_last(dataset):
     def transform(item):
         return item["labels"].shape, item["image"].shape
 
@@ -193,7 +193,7 @@ def mirrored(shape):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_mirrored_frame_is_the_frame_of_the_mirrored_world(seed):
+def test_mirrored_frame_matches_a_frame_of_the_mirrored_world(seed):
     rng = np.random.default_rng(seed)
     pose = made_up.camera(rng.uniform(-0.5, 0.5, 3), (0.5, 0.3, 3.0))
     K = made_up.intrinsics()
@@ -209,7 +209,7 @@ def test_a_mirrored_frame_is_the_frame_of_the_mirrored_world(seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_turned_frame_is_the_frame_of_the_turned_camera(seed):
+def test_rotated_frame_matches_a_frame_of_the_rotated_camera(seed):
     """Cells move by up to half a cell: each has one of the same state beside it."""
     rng = np.random.default_rng(seed)
     pose = made_up.camera(rng.uniform(-0.5, 0.5, 3), (0.5, 0.3, 3.0))
@@ -257,7 +257,7 @@ def test_sparse_items_are_augmented_like_dense_ones(dataset):
         assert not torch.equal(plain["image"], full["image"])
 
 
-def test_colours_change_alike_in_past_images(dataset):
+def test_color_jitter_changes_current_and_past_images(dataset):
     options = {"keys": ("image", "history"), "history_len": 1, "history_step": 1}
     options |= {"history_keys": ("image",), "image_size": (32, 24)}
     plain = OccupancyDataset(dataset, **options)[1]
@@ -267,6 +267,6 @@ def test_colours_change_alike_in_past_images(dataset):
     assert not torch.equal(item["history_image"], plain["history_image"])
 
 
-def test_a_grid_that_is_not_symmetric_is_not_mirrored():
+def test_mirror_refuses_an_asymmetric_grid():
     with pytest.raises(UsageError, match="leave Mirror out"):
         Mirror().check(Grid((-1.0, -1.0, 0.0), 0.1, (30, 20, 20)))

@@ -167,7 +167,7 @@ def assert_fails(path: Path, problem: str, named: Path | None = None) -> None:
         ("a.flv", "flv"),
     ],
 )
-def test_a_video_is_an_episode(name: str, codec: str, tmp_path: Path) -> None:
+def test_video_is_read_as_one_episode(name: str, codec: str, tmp_path: Path) -> None:
     fps = 25 if name in ("a.mpg", "a.h264", "a.hevc") else 10  # What a bare stream is taken for.
     path = record(tmp_path / name, [quadrants()] * 12, codec, fps=fps)
 
@@ -190,7 +190,7 @@ def test_a_video_is_an_episode(name: str, codec: str, tmp_path: Path) -> None:
     assert [item.path for item in episode.media] == ([path] if name in ("a.mp4", "a.m4v") else [])
 
 
-def test_frames_come_in_their_order(tmp_path: Path) -> None:
+def test_frames_can_be_read_in_any_order(tmp_path: Path) -> None:
     episode = read(record(tmp_path / "a.mp4", numbered(30)))
     assert [number(frame) for frame in all_frames(episode)] == list(range(30))
     assert [number(episode.read_rgb(t)) for t in (7, 3, 29, 12, 13)] == [7, 3, 29, 12, 13]
@@ -215,7 +215,7 @@ def test_frames_can_be_read_from_several_threads(step: int, tmp_path: Path) -> N
         (0, 1, 1, 0): lambda image: image.swapaxes(0, 1),
     }.items(),
 )
-def test_a_turned_video_is_upright(
+def test_rotated_video_is_read_upright(
     matrix: tuple[int, int, int, int], back: Callable[[np.ndarray], np.ndarray], tmp_path: Path
 ) -> None:
     stored = np.ascontiguousarray(back(quadrants(64, 96)))
@@ -235,7 +235,7 @@ def test_a_turned_video_is_upright(
 @pytest.mark.parametrize(
     ("codec", "pix_fmt"), [("libvpx-vp9", "yuv420p"), ("ffv1", "yuv444p"), ("ffv1", "gray")]
 )
-def test_odd_sizes(codec: str, pix_fmt: str, tmp_path: Path) -> None:
+def test_odd_frame_sizes_are_kept(codec: str, pix_fmt: str, tmp_path: Path) -> None:
     episode = read(record(tmp_path / "odd.mkv", [quadrants(481, 271)] * 2, codec, pix_fmt))
     assert episode.image_size == (481, 271)
     frame = episode.read_rgb(1)
@@ -259,7 +259,9 @@ def test_odd_sizes(codec: str, pix_fmt: str, tmp_path: Path) -> None:
         ("prores_ks", "yuv422p10le", {}),
     ],
 )
-def test_pixel_formats(codec: str, pix_fmt: str, tags: dict[str, Any], tmp_path: Path) -> None:
+def test_pixel_formats_are_converted_to_rgb(
+    codec: str, pix_fmt: str, tags: dict[str, Any], tmp_path: Path
+) -> None:
     options = {"x264-params": "interlaced=1"} if tags.pop("interlaced", False) else {}
     path = record(tmp_path / "a.mkv", [quadrants()] * 2, codec, pix_fmt, options=options, **tags)
     episode = read(path)
@@ -276,7 +278,7 @@ def test_pixel_formats(codec: str, pix_fmt: str, tags: dict[str, Any], tmp_path:
 
 
 @pytest.mark.parametrize(("matrix", "full"), [(1, False), (1, True), (6, True), (9, False)])
-def test_colours_follow_the_tags(matrix: int, full: bool, tmp_path: Path) -> None:
+def test_colours_follow_the_colour_tags(matrix: int, full: bool, tmp_path: Path) -> None:
     path = tmp_path / "tagged.mkv"
     made = av.VideoFrame.from_ndarray(quadrants()).reformat(
         format="yuv444p", src_colorspace=5, dst_colorspace=matrix, dst_color_range=1 + full
@@ -290,7 +292,7 @@ def test_colours_follow_the_tags(matrix: int, full: bool, tmp_path: Path) -> Non
     assert_upright(read(path).read_rgb(0), tolerance=3)
 
 
-def test_pixels_that_are_not_square_are_made_so(tmp_path: Path) -> None:
+def test_non_square_pixels_are_made_square(tmp_path: Path) -> None:
     wide = record(tmp_path / "wide.mp4", [quadrants()] * 2, sample_aspect_ratio=Fraction(4, 3))
     episode = read(wide)
     assert episode.image_size == (128, 64) == video_facts(wide).size
@@ -308,7 +310,7 @@ def test_pixels_that_are_not_square_are_made_so(tmp_path: Path) -> None:
         assert read(path).image_size == (96, 64)
 
 
-def test_a_variable_rate_counts_each_frame_once_at_the_average(tmp_path: Path) -> None:
+def test_variable_rate_video_keeps_each_frame_at_the_average_fps(tmp_path: Path) -> None:
     times = [0, 20, 90, 130, 180, 400, 430, 450, 500, 900]
     path = record(tmp_path / "vfr.mp4", numbered(10), times=times)
     episode = read(path)
@@ -321,19 +323,19 @@ def test_a_variable_rate_counts_each_frame_once_at_the_average(tmp_path: Path) -
 
 @pytest.mark.parametrize("fps", [Fraction(30000, 1001), 24, 120, 240, Fraction(1, 2)])
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
-def test_constant_rates(name: str, fps: Fraction, tmp_path: Path) -> None:
+def test_constant_frame_rates_are_read_exactly(name: str, fps: Fraction, tmp_path: Path) -> None:
     episode = read(record(tmp_path / name, numbered(20), fps=fps))
     assert episode.fps == pytest.approx(float(fps), rel=1e-7)
     assert not episode.notes
 
 
-def test_a_single_frame(tmp_path: Path) -> None:
+def test_video_of_a_single_frame_is_read(tmp_path: Path) -> None:
     episode = read(record(tmp_path / "one.mp4", [quadrants()]))
     assert (episode.length, episode.fps) == (1, 10)
     assert_upright(episode.read_rgb(0))
 
 
-def test_the_header_does_not_matter(tmp_path: Path) -> None:
+def test_wrong_frame_count_in_the_header_is_ignored(tmp_path: Path) -> None:
     path = record(tmp_path / "a.avi", numbered(10), "mpeg4")
     content = bytearray(path.read_bytes())
     for box, offset in ((b"avih", 24), (b"strh", 40)):  # Frames, by the file's and the stream's.
@@ -362,7 +364,7 @@ def test_frames_hidden_by_an_edit_list_are_skipped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.mts", "a.avi"])
-def test_a_cut_end_leaves_the_frames_before_it(name: str, tmp_path: Path) -> None:
+def test_truncated_video_keeps_the_frames_before_the_end(name: str, tmp_path: Path) -> None:
     codec = "mpeg4" if name == "a.avi" else "libx264"
     noise = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
     frames = [np.ascontiguousarray(np.roll(noise, 5 * t, 1)) for t in range(40)]
@@ -378,7 +380,7 @@ def test_a_cut_end_leaves_the_frames_before_it(name: str, tmp_path: Path) -> Non
         assert "states 40 frames" in notes(episode)["frame count"]
 
 
-def test_recording_that_starts_between_keyframes(tmp_path: Path) -> None:
+def test_video_that_starts_between_keyframes_begins_at_the_next_keyframe(tmp_path: Path) -> None:
     path = record(tmp_path / "whole.mp4", numbered(30), options={"g": "10", "bf": "0"})
     with av.open(str(path)) as source, av.open(str(tmp_path / "late.mts"), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
@@ -421,7 +423,9 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_damaged_video_fails_alone_with_one_sentence(name: str, tmp_path: Path) -> None:
+def test_damaged_video_fails_with_one_sentence_and_other_videos_are_read(
+    name: str, tmp_path: Path
+) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
     bad = record(tmp_path / "in" / "bad.mp4", [np.roll(noise, t, 1) for t in range(20)])
     record(tmp_path / "in" / "good.mp4", [quadrants()] * 2)
@@ -441,7 +445,7 @@ def test_damaged_video_fails_alone_with_one_sentence(name: str, tmp_path: Path) 
     assert builder.read(second).length == 2
 
 
-def test_file_with_sound_only(tmp_path: Path) -> None:
+def test_file_with_only_sound_is_refused(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=44100)
         for _ in range(20):
@@ -452,7 +456,7 @@ def test_file_with_sound_only(tmp_path: Path) -> None:
     assert_fails(tmp_path / "sound.mp4", "has no video stream")
 
 
-def test_a_video_without_frames(tmp_path: Path) -> None:
+def test_video_without_frames_is_refused(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "none.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=10)
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
@@ -460,7 +464,7 @@ def test_a_video_without_frames(tmp_path: Path) -> None:
     assert_fails(tmp_path / "none.mp4", "")
 
 
-def test_a_size_that_changes_midway_is_refused(tmp_path: Path) -> None:
+def test_video_that_changes_size_is_refused(tmp_path: Path) -> None:
     small = record(tmp_path / "1.mpg", numbered(5), "mpeg2video", fps=25)
     large = record(tmp_path / "2.mpg", numbered(5, 128, 96), "mpeg2video", fps=25)
     both = tmp_path / "both.mpg"
@@ -469,11 +473,11 @@ def test_a_size_that_changes_midway_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(8, 200), (200, 8)])
-def test_frames_too_small_for_a_video(size: tuple[int, int], tmp_path: Path) -> None:
+def test_very_small_frames_are_refused(size: tuple[int, int], tmp_path: Path) -> None:
     assert_fails(record(tmp_path / "a.mkv", numbered(2, *size), "ffv1"), "8")
 
 
-def test_a_long_video_is_read_as_a_stream(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_a_long_video(tmp_path: Path) -> None:
     path = record(
         tmp_path / "long.mp4", numbered(30, 320, 240) * 67, options={"preset": "veryfast"}
     )
@@ -493,7 +497,7 @@ def test_a_long_video_is_read_as_a_stream(tmp_path: Path) -> None:
     assert most - before < 40e6
 
 
-def test_the_real_video(real_tree: Path) -> None:
+def test_real_video_is_read(real_tree: Path) -> None:
     (path,) = real_tree.rglob("observation.video.trajectory/*.mp4")
     episode = read(path)
     assert (episode.length, episode.fps, episode.image_size) == (52, 10, (480, 272))
@@ -570,7 +574,7 @@ def test_images_are_turned_upright(kind: str, orientation: int, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1"])
-def test_modes_of_images(mode: str, tmp_path: Path) -> None:
+def test_image_modes_are_converted_to_rgb(mode: str, tmp_path: Path) -> None:
     image = Image.fromarray(quadrants()).convert(mode)
     image.save(tmp_path / ("0.jpg" if mode == "CMYK" else "0.png"))
     episode = read(tmp_path)
@@ -597,7 +601,7 @@ def test_transparent_pixels_become_black(tmp_path: Path) -> None:
     assert episode.read_rgb(1).shape == (64, 96, 3)
 
 
-def test_bad_images_are_named(tmp_path: Path) -> None:
+def test_error_names_an_invalid_image(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "in", ["1.jpg", "2.jpg", "3.jpg"])
     bad = folder / "2.jpg"
     whole = bad.read_bytes()
@@ -636,7 +640,7 @@ def test_unreadable_exif_data_are_ignored(exif: bytes, tmp_path: Path) -> None:
 # Finding and naming
 
 
-def test_a_folder_of_all_sorts(tmp_path: Path) -> None:
+def test_videos_and_image_folders_are_found_recursively(tmp_path: Path) -> None:
     for name in ("clip.mp4", "sub/clip.mkv", "sub/deeper/a.b.mp4", ".hidden/x.mp4", "._clip.mp4"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
@@ -649,7 +653,7 @@ def test_a_folder_of_all_sorts(tmp_path: Path) -> None:
     assert ids(tmp_path / "sub" / "..") == ids(tmp_path)
 
 
-def test_names_are_distinct(tmp_path: Path) -> None:
+def test_episode_names_are_unique(tmp_path: Path) -> None:
     for name in ("a.mp4", "a.mov", "b.mp4", "c.mp4", "C.mp4", "d/e.mp4", "d_e.mp4", "x_mov.mp4",
                  "x.mov", "x.mp4"):  # fmt: skip
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -688,7 +692,7 @@ def test_odd_names_become_safe_ones(name: str, expected: str, tmp_path: Path) ->
     assert ids(tmp_path / name) == [expected]
 
 
-def test_file_name_that_is_not_utf8(tmp_path: Path) -> None:
+def test_video_with_a_name_that_is_not_utf8_is_read(tmp_path: Path) -> None:
     path = record(tmp_path / "plain.mp4", numbered(3))
     path = path.rename(tmp_path / os.fsdecode(b"a\xff.mp4"))
     assert [number(frame) for frame in video_frames(path)] == [0, 1, 2]
@@ -704,7 +708,7 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     assert ids(tmp_path / "in") == ["a_x", "c"]
 
 
-def test_the_source_is_installed(tmp_path: Path) -> None:
+def test_source_video_can_be_loaded_by_name(tmp_path: Path) -> None:
     path = record(tmp_path / "a.mp4", numbered(2))
     (ref,) = list_episodes(load_builder("video", path))
     assert ref.id == "custom_videos/a/trajectory_0"
@@ -793,7 +797,7 @@ MADE_ANEW: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("name", MADE_ANEW)
-def test_other_videos_are_re_encoded(name: str, tmp_path: Path) -> None:
+def test_unsuitable_videos_are_re_encoded(name: str, tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     MADE_ANEW[name](path)
     episode = read(path)
@@ -813,7 +817,7 @@ def test_other_videos_are_re_encoded(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["jpg", "png"])
-def test_a_video_is_made_of_images(kind: str, tmp_path: Path) -> None:
+def test_video_is_encoded_from_images(kind: str, tmp_path: Path) -> None:
     folder = pictures(tmp_path / "in", [f"{n}.{kind}" for n in range(8, 12)])
     video = write(read(folder), tmp_path / "out" / "a")
     assert [number(frame) for frame in video_frames(video)] == [0, 1, 2, 3]
@@ -885,7 +889,7 @@ def lerobot_v3(root: Path, held: list[tuple[int, int]], *, tables: bool = True) 
         ([(0, 0)], False, None),
     ],
 )
-def test_episodes_that_lerobot_joined_are_not_one(
+def test_lerobot_video_of_several_episodes_is_refused(
     held: list[tuple[int, int]], tables: bool, said: str | None, tmp_path: Path
 ) -> None:
     path = lerobot_v3(tmp_path / "set", held, tables=tables)
@@ -895,13 +899,13 @@ def test_episodes_that_lerobot_joined_are_not_one(
         assert_fails(path, said)
 
 
-def test_programs_in_typescript_are_no_videos(tmp_path: Path) -> None:
+def test_typescript_files_are_not_videos(tmp_path: Path) -> None:
     record(tmp_path / "a.ts", numbered(3))
     (tmp_path / "index.ts").write_text("export const x = 1;\n" * 40)
     assert ids(tmp_path) == ["a"]
 
 
-def test_gif_beside_images_is_a_preview(tmp_path: Path) -> None:
+def test_gif_is_read_unless_it_lies_beside_images(tmp_path: Path) -> None:
     gif = tmp_path / "in" / "walk.gif"
     gif.parent.mkdir()
     frames = [Image.fromarray(image) for image in numbered(5)]
@@ -927,7 +931,7 @@ def with_unknown_data(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_data_that_pyav_does_not_know_are_no_damage(tmp_path: Path) -> None:
+def test_side_data_unknown_to_pyav_is_ignored(tmp_path: Path) -> None:
     path = record(tmp_path / "a.h264", [quadrants()] * 4)
     with_unknown_data(path)
     with av.open(str(path)) as container:
@@ -940,7 +944,7 @@ def test_data_that_pyav_does_not_know_are_no_damage(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("matrix", [(0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0), (1, 0, 0, 1)])
-def test_a_quarter_turn_is_known_by_its_angle_as_well(
+def test_rotation_angle_and_display_matrix_agree(
     matrix: tuple[int, int, int, int], tmp_path: Path
 ) -> None:
     path = record(tmp_path / "a.mp4", [quadrants()])
@@ -976,7 +980,7 @@ def srgb(light: float) -> float:
 @pytest.mark.parametrize(
     ("nits", "light"), [(0, 0), (20, 20 / 203), (100, 100 / 203), (203, 0.8), (1000, 1)]
 )
-def test_light_keeps_its_place_and_highlights_are_compressed(nits: float, light: float) -> None:
+def test_tone_mapping_keeps_midtones_and_compresses_highlights(nits: float, light: float) -> None:
     expected = srgb(light) if light > 0.01 else 0
     signal = np.full((2, 2, 3), round(65535 * pq_signal(nits)), np.uint16)
     assert np.abs(to_sdr(signal, "PQ", wide=True).astype(float) - expected).max() <= 2
@@ -986,7 +990,7 @@ def test_light_keeps_its_place_and_highlights_are_compressed(nits: float, light:
     assert np.abs(to_sdr(signal, "HLG", wide=True).astype(float) - expected).max() <= 2
 
 
-def test_brighter_light_is_never_darker() -> None:
+def test_tone_mapping_is_monotonic() -> None:
     signal = np.repeat(np.arange(65536, dtype=np.uint16)[None, :, None], 3, axis=2)
     for kind in ("PQ", "HLG"):
         grey = to_sdr(signal, kind, wide=True)[0].astype(int)
@@ -995,7 +999,7 @@ def test_brighter_light_is_never_darker() -> None:
         assert (grey[0].max(), grey[-1].min()) == (0, 255)
 
 
-def test_colours_keep_their_hue() -> None:
+def test_tone_mapping_keeps_the_hue() -> None:
     """A red of BT.709, of 100 nits, seen through BT.2020."""
     to_2020 = np.array(
         [[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]]

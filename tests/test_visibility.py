@@ -110,7 +110,7 @@ def test_kernel_equals_brute_force(lower, shape, voxel_size, K, size, fill, seed
 
 
 @pytest.mark.parametrize("fill", [0.0, 0.0005, 0.01])
-def test_kernel_equals_brute_force_on_the_seeds_grid(fill):
+def test_kernel_equals_brute_force_on_the_default_grid(fill):
     grid = Grid.of(Config())
     assert grid.shape == (200, 125, 200)
     assert grid.camera_in_cells.tolist() == [100.0, 75.0, 25.0]
@@ -121,7 +121,7 @@ def test_kernel_equals_brute_force_on_the_seeds_grid(fill):
     )
 
 
-def test_square_pixels_meet_many_corners_of_the_seeds_grid():
+def test_kernel_equals_brute_force_for_rays_through_corners():
     """fx = fy and the camera on the lattice: ties in every diagonal, all settled x, y, z."""
     grid = Grid.of(Config())
     K = intrinsics(12.0, 12.0, 8.0, 6.0)
@@ -147,7 +147,7 @@ def test_nothing_behind_a_wall_is_observed():
     assert not seen[:, :, 13:].any()
 
 
-def test_the_number_of_threads_does_not_change_a_bit():
+def test_thread_count_does_not_change_the_result():
     rng = np.random.default_rng(5)
     points = rng.uniform(-2, 3, (4000, 3)).astype(np.float32)
     grid = Grid.of(Config(voxel_size=0.05))

@@ -65,7 +65,7 @@ def as_vln_n1(tree, out):
         (folder / f"meta/{name}.jsonl").write_text("")
 
 
-def test_the_cells_are_those_of_the_same_frames_in_the_other_layout(tree, built, tmp_path):
+def test_cells_equal_those_of_the_same_frames_in_vln_n1_layout(tree, built, tmp_path):
     as_vln_n1(tree, tmp_path / "n1")
     assert not occgen_hub.build("internnav", tmp_path / "n1", tmp_path / "out").failures
     ours = occgen_hub.load_episode(built / SCENE / f"episode_000000.{CAMERA}")
@@ -78,7 +78,7 @@ def test_the_cells_are_those_of_the_same_frames_in_the_other_layout(tree, built,
     assert np.array_equal(ours.depth(2), other.depth(2))
 
 
-def test_it_is_valid_and_passes_actions_and_instructions_on(tree, built):
+def test_dataset_is_valid_and_keeps_actions_and_instructions(tree, built):
     assert not validate(built).findings
     folder = built / SCENE / f"episode_000000.{CAMERA}"
     table = pq.read_table(folder / "data/chunk-000/episode_000000.parquet")
@@ -92,7 +92,7 @@ def test_it_is_valid_and_passes_actions_and_instructions_on(tree, built):
 
 
 @pytest.mark.parametrize("hfov", [60, 95])
-def test_a_wrong_field_of_view_is_told(tree, hfov, tmp_path):
+def test_wrong_field_of_view_is_reported(tree, hfov, tmp_path):
     config = occgen_hub.Config(hfov=hfov)
     summary = occgen_hub.build("internnav", tree, tmp_path / "out", config=config)
     said = [failure.reason for failure in summary.failures]

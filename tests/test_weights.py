@@ -105,7 +105,7 @@ print(found.record()["license"])
 """
 
 
-def test_weights_are_fetched_into_the_cache_and_found_there(hub, tmp_path):
+def test_weights_are_downloaded_into_the_cache_and_found_there(hub, tmp_path):
     served, environment = hub
     result = python(FETCH, environment, tmp_path)
     assert result.returncode == 0, result.stderr
@@ -195,7 +195,7 @@ def test_check_reads_weights_in_the_working_folder(tmp_path):
     assert "Licence: cc0-1.0" in result.stdout
 
 
-def test_check_fetches_nothing(hub, tmp_path):
+def test_check_downloads_nothing(hub, tmp_path):
     served, environment = hub
     result = occgen_hub("weights", "check", "pi3", environment=environment, cwd=tmp_path)
     assert result.returncode == 2
