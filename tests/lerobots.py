@@ -1,7 +1,7 @@
-"""A recording as LeRobot datasets, for tests: v2.1 by hand, v3.0 by the library itself.
+"""Write a recording as a LeRobot dataset, for tests: v2.1 by hand, v3.0 with the library lerobot.
 
-There are two cameras. "front" is the recording's own; "back" runs through its frames backwards, so
-that both have seen the same room. The action has 26 numbers.
+There are two cameras. "front" has the frames of the recording; "back" has the same frames in
+reverse order, so both see the same room. The action has 26 numbers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TASKS = ("walk to the door", "walk back")
 
 
 def order(episode: Episode, camera: str, frames: Sequence[int]) -> list[int]:
-    """The frames of the recording that a camera saw in these moments."""
+    """The recording's frames that a camera shows at the given frames of the dataset."""
     last = episode.length - 1
     return [frame if camera == "front" else last - frame for frame in frames]
 
@@ -50,7 +50,7 @@ def xyz_rpy(poses: np.ndarray) -> np.ndarray:
 
 
 def write_grey(path: Path, images: Sequence[np.ndarray]) -> None:
-    """A lossless video of 16-bit grey."""
+    """Write a lossless 16-bit grey video."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as out:
         stream = out.add_stream("ffv1", FPS)
@@ -62,10 +62,11 @@ def write_grey(path: Path, images: Sequence[np.ndarray]) -> None:
 
 
 def write_v21(episode: Episode, root: Path, parts: Sequence[Sequence[int]]) -> None:
-    """Front: gray16 video of 10,000 a metre, (4,) intrinsics, 4x4 poses of OpenGL cameras.
+    """Write a v2.1 dataset. parts: the frames of each episode.
 
-    Back: an Array2D column of metres, 3x3 intrinsics with negative focal lengths, and poses as x,
-    y, z, roll, pitch, yaw of camera_from_world. Paths have a template of their own.
+    Front: depth as gray16 video with 10,000 units per metre, (4,) intrinsics, 4x4 poses with
+    OpenGL axes. Back: depth as an Array2D column in metres, 3x3 intrinsics with negative focal
+    lengths, camera_from_world poses as x, y, z, roll, pitch, yaw. Uses custom path templates.
     """
     fx, fy, cx, cy = opencv(episode)
     half_turn = np.diag([-1.0, -1, 1, 1])
@@ -157,10 +158,10 @@ cameras:
 
 
 def write_v30(episode: Episode, root: Path, parts: Sequence[Sequence[int]]) -> None:
-    """Written by lerobot: all episodes in one file for each camera.
+    """Write a v3.0 dataset with lerobot: one file per camera with all episodes.
 
-    Front: LeRobot's own depth video, intrinsics (9,), poses (16,) of a body that carries the
-    camera. Back: TIFF images of depth in millimetres, poses x, y, z, quaternion x, y, z, w.
+    Front: depth as LeRobot depth video, (9,) intrinsics, (16,) poses of the body that carries the
+    camera. Back: depth as TIFF images in millimetres, poses as x, y, z, quaternion x, y, z, w.
     """
     from lerobot.configs.video import DepthEncoderConfig
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -192,7 +193,7 @@ def write_v30(episode: Episode, root: Path, parts: Sequence[Sequence[int]]) -> N
 
 
 def add_episodes(dataset: Any, episode: Episode, parts: Sequence[Sequence[int]]) -> None:
-    """Add the frames of each part to a LeRobotDataset of `write_v30`, an episode each."""
+    """Add each part to a LeRobotDataset of `write_v30` as one episode."""
     mount = np.linalg.inv(MOUNT)
     fx, fy, cx, cy = opencv(episode)
     K = np.array([fx, 0, cx, 0, fy, cy, 0, 0, 1], np.float32)
@@ -223,7 +224,7 @@ MOUNT = np.array([[0, 0, 1, 0.1], [-1, 0, 0, 0], [0, -1, 0, 0.4], [0, 0, 0, 1.0]
 
 
 def v30(episode: Episode) -> str:
-    """The mapping of `write_v30`."""
+    """The camera mapping of `write_v30`."""
     return f"""
 cameras:
   - rgb: observation.images.front

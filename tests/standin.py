@@ -1,9 +1,8 @@
-"""Weights for tiny networks that know one recording by heart.
+"""Weights for tiny networks that are fitted to one recording.
 
-All layers are random but the last ones, which are solved by least squares so that the network
-finds, in the frames that it is made for, their true depth roughly and their true cameras exactly,
-in a world of its own. So the whole way from images to a dataset runs, and what should come out of
-it is known.
+All layers are random except the last ones, which are fitted by least squares. For the frames of
+the recording, the network then predicts approximate depth and exact poses in a world of its own.
+So tests can run the whole pipeline from images to a dataset with a known result.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ NETWORKS = {"pi3": Pi3, "pi3x": Pi3X}
 
 
 def random_weights(name: str, sizes: Sizes = TINY, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Every tensor of a network, drawn by its name, of an ordinary size."""
+    """Every tensor of a network, with random values of usual magnitude, seeded by its name."""
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in NETWORKS[name](sizes).state_dict().items()}
     tensors = {}
@@ -55,7 +54,7 @@ def random_weights(name: str, sizes: Sizes = TINY, seed: int = 0) -> dict[str, t
 
 
 def _smooth_positions(sizes: Sizes, noise: torch.Tensor) -> torch.Tensor:
-    """Position embeddings from which a linear layer can tell row and column."""
+    """Position embeddings from which a linear layer can compute row and column."""
     axis = torch.linspace(-1, 1, sizes.position_grid)
     row, column = torch.meshgrid(axis, axis, indexing="ij")
     one = torch.ones_like(row)
@@ -72,10 +71,10 @@ def memorise(
     alone: bool = False,
     sizes: Sizes = TINY,
 ) -> dict[str, torch.Tensor]:
-    """Weights of a pi3 that finds `poses` in these images, and `local` as nearly as it can.
+    """Weights of a pi3 that predicts `poses` exactly and `local` approximately for these images.
 
-    images: (N, H, W, 3) uint8; local: (N, H, W, 3) points, z over 0; poses: (N, 4, 4). For the
-    same images, all at once, or, with `alone`, any of them: then views do not see each other.
+    images: (N, H, W, 3) uint8; local: (N, H, W, 3) points, z over 0; poses: (N, 4, 4). The network
+    needs all images in one window; with `alone`, views are independent and any subset works.
     """
     weights = random_weights("pi3", sizes)
     weights["conf_head.proj.bias"] += 3.0
@@ -106,7 +105,7 @@ def memorise(
 
 
 def _solved(given: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias of the linear layer that comes nearest."""
+    """Weight and bias of the linear layer, by least squares."""
     ones = torch.ones(len(given), 1)
     solution = torch.linalg.lstsq(
         torch.cat((given, ones), dim=1).double(), wanted.double(), driver="gelsd"
@@ -117,9 +116,9 @@ def _solved(given: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, to
 def memory_of(
     episode: Episode, gauge: Sim3, config: Config, *, alone: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Weights of a pi3 that knows the images of an episode with depth, in a world of its own.
+    """Weights of a pi3 that is fitted to an episode with depth, in a world of its own.
 
-    gauge: network world from the episode's.
+    gauge: network world from episode world.
     """
     size = network_size(episode.image_size, config.max_pixels, 14)
     frames = range(episode.length)
@@ -135,7 +134,7 @@ def memory_of(
 
 
 def save(folder: Path, name: str, weights: dict[str, torch.Tensor], sizes: Sizes = TINY) -> Path:
-    """A checkpoint: model.safetensors and config.json in a folder, which is given back."""
+    """Write a checkpoint, model.safetensors and config.json, to a folder and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors")
     config = {"network": name, "license": "cc0-1.0", "sizes": sizes.model_dump(mode="json")}

@@ -1,4 +1,4 @@
-"""The images that a build copies: each one whole, and of the format that it is called by."""
+"""Images in a built dataset: complete, and in the format of their file name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DEPTH = "videos/chunk-000/observation.images.depth"
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A source of one trajectory of four frames. Not to be changed by tests."""
+    """A source with one trajectory of four frames. Tests must not change it."""
     out = tmp_path_factory.mktemp("images") / "rooms"
     make_sample(out, trajectories=1, frames=4)
     return out
@@ -39,12 +39,12 @@ def source(tmp_path_factory):
 
 @pytest.fixture
 def mine(source, tmp_path):
-    """A copy that a test may change."""
+    """A copy of the source that a test may change."""
     return Path(shutil.copytree(source, tmp_path / "mine"))
 
 
 class Unchecked(InternNavBuilder):
-    """A source as others write it, which does not say how its files are checked."""
+    """A source, like those of other authors, whose media have no `check`."""
 
     def read(self, ref) -> Episode:
         episode = super().read(ref)
@@ -64,7 +64,7 @@ def folder(tree: Path) -> Path:
 
 
 def cut(path: Path) -> None:
-    """The header says what it said; the end of the pixels is missing."""
+    """Cut off the end of an image file. The header stays valid."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
 
 
@@ -100,7 +100,7 @@ def test_validate_finds_truncated_images_of_any_frame(source, tmp_path, file, ki
 def test_build_decodes_every_image_and_colour_images_only_once(
     source, tmp_path, interval, monkeypatch
 ):
-    """In fusion, which looks at depth several times, or by the writer where it was skipped."""
+    """By fusion, which reads depth several times, or by the writer for skipped frames."""
     seen: list[tuple[str, int]] = []
     own = ImageSequence.__call__
 
@@ -138,11 +138,11 @@ def test_png_named_jpg_is_stored_as_jpeg(mine, tmp_path, kind, media):
     assert Trajectory.open(there).rgb(0) is not None
 
 
-# Depth of other units
+# Depth in other units
 
 
 class Metres(InternNavBuilder):
-    """Depth as another source may have it: images in millimetres, of which it gives metres."""
+    """A source whose depth images are in millimetres; it returns metres."""
 
     name = "metres"
     far = False
@@ -162,7 +162,7 @@ class Metres(InternNavBuilder):
 
 
 class MetresAlone(Metres):
-    """As that, without image files of depth."""
+    """The same without depth image files."""
 
     name = "metres-alone"
 
@@ -172,7 +172,7 @@ class MetresAlone(Metres):
 
 
 class FarMetres(MetresAlone):
-    """As that, with something 70 m away in frame 1."""
+    """The same with a depth of 70 m in frame 1."""
 
     name = "far-metres"
     far = True
@@ -223,7 +223,7 @@ def test_build_without_media_stores_no_depth_images(mine, tmp_path):
 
 
 def test_readers_take_the_unit_of_depth_from_the_schema(mine, tmp_path, monkeypatch):
-    """A dataset of a schema with millimetres: what is stored, read, and given to networks."""
+    """With a schema in millimetres: the writer, the reader and the training dataset."""
     import occgen_hub.training
 
     millimetres = load_schema("trajectory").model_copy(update={"depth_units_per_metre": 1000})

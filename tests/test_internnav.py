@@ -1,4 +1,4 @@
-"""The internnav source: both layouts, and what is wrong in the real files."""
+"""The internnav source: both layouts, and the faults of the real files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FRAMES = 11
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder a trajectory."""
+    """The older layout: one folder per trajectory."""
     out = tmp_path_factory.mktemp("alone") / "tree"
     make_sample(out, trajectories=1, frames=FRAMES, seed=5)
     return out
@@ -44,7 +44,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The newer layout: two episodes in a scene's folder."""
+    """The newer layout: one folder per scene, with two episodes."""
     out = tmp_path_factory.mktemp("together") / "tree"
     make_sample(out, trajectories=2, frames=FRAMES, seed=5, layout="scenes")
     return out
@@ -191,7 +191,7 @@ def test_hidden_folders_and_other_files_are_ignored(source: Path) -> None:
     assert ids(source) == [TRAJECTORY, "sample_zed/house_000/trajectory_10"]
 
 
-# What is wrong in the real files
+# Faults of the real files
 
 
 def test_each_fault_of_the_real_files_gives_one_note(tmp_path: Path) -> None:
@@ -260,11 +260,11 @@ def test_task_index_refers_to_all_tasks_of_the_scene(scenes: Path) -> None:
     assert set(read(scenes, 1).task_index.tolist()) == {len(own) - 1}
 
 
-# Only a video
+# Sources with a video instead of images
 
 
 def test_source_with_only_a_video_is_read(source: Path, alone: Path, tmp_path: Path) -> None:
-    """With its images gone, intrinsics are those of its frames: 480 x 272 for 480 x 270."""
+    """Without images, the intrinsics are scaled to the video: from 480 x 270 to 480 x 272."""
     shutil.rmtree(source / TRAJECTORY / RGB)
     shutil.rmtree(source / TRAJECTORY / DEPTH)
     episode, whole = read(source), read(alone)
@@ -300,7 +300,7 @@ def test_video_with_another_frame_count_is_refused(source: Path) -> None:
 
 
 def test_source_with_a_video_and_depth_images_is_built(source: Path, tmp_path: Path) -> None:
-    """The frames are brought to the depth images' size, to which the intrinsics belong."""
+    """The video frames are resized to the depth images, to which the intrinsics belong."""
     shutil.rmtree(source / TRAJECTORY / RGB)
     assert not build(source, tmp_path / "out").failures
     assert validate(tmp_path / "out").findings == ()
@@ -311,7 +311,7 @@ def test_source_with_a_video_and_depth_images_is_built(source: Path, tmp_path: P
     np.testing.assert_array_equal(built.intrinsics(), read(source).intrinsics)
 
 
-# What goes through
+# What is passed through
 
 
 def test_additional_columns_are_passed_through_and_declared(source: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Keyframes: fewer where a camera hardly moves, and the poses of the frames between them."""
+"""Keyframes: fewer where the camera hardly moves; the poses of the frames between them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PICTURE = np.clip(128 + 40 * PICTURE / PICTURE.std(), 0, 255)
 
 
 def seen(pose: np.ndarray) -> np.ndarray:
-    """What a camera sees of a picture on a wall at z = 2: 300 pixels of it a metre."""
+    """The image that a camera sees of a picture on the wall z = 2, with 300 pixels per metre."""
     v, u = np.indices(SIZE[::-1]) + 0.5
     ray = np.stack(((u - K[0, 2]) / K[0, 0], (v - K[1, 2]) / K[1, 1], np.ones_like(u)), -1)
     ray = ray @ pose[:3, :3].T
@@ -50,7 +50,7 @@ def test_first_frame_after_a_cut_is_a_keyframe():
 
 def test_poses_between_keyframes_are_refined():
     poses = poses_at(np.linspace(0, 0.05, 9))
-    poses[1:8, 1, 3] += 0.008  # A bounce that no interpolation knows.
+    poses[1:8, 1, 3] += 0.008  # A bounce that interpolation cannot predict.
     start = poses.copy()
     start[1:8, 1, 3] = 0
     depth = np.full(SIZE[::-1], DEPTH, np.float32)
@@ -59,7 +59,7 @@ def test_poses_between_keyframes_are_refined():
         np.repeat(K[None], 9, axis=0), SIZE,
     )  # fmt: skip
     before = np.linalg.norm(start[1:8, :3, 3] - poses[1:8, :3, 3], axis=1)
-    # On a plane, a small turn looks much as a small shift does.
+    # On a plane, a small rotation looks much like a small shift.
     v, u = np.indices(SIZE[::-1])[:, ::12, ::12].reshape(2, -1) + 0.5
     ray = np.stack(((u - K[0, 2]) / K[0, 0], (v - K[1, 2]) / K[1, 1], np.ones_like(u)), -1) * DEPTH
     apart = [

@@ -1,4 +1,4 @@
-"""What one source cannot read, another can: errors name it."""
+"""If a source cannot read an input, the error names the source that can."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SOURCES = ("internnav", "video", "capture")
 
 
 def refusal(source: str, root: Path) -> str:
-    """What is said of giving a folder to a source."""
+    """The error message of a source for a folder."""
     with pytest.raises(UsageError) as error:
         list_episodes(load_builder(source, root))
     return str(error.value)
@@ -32,7 +32,7 @@ def grey(path: Path, bits: int) -> None:
 
 @pytest.fixture(params=["v2.1", "v3.0"])
 def lerobot(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A LeRobot dataset of one camera, as far as its folders tell."""
+    """The folders and files of a LeRobot dataset with one camera, without valid tables."""
     new = request.param == "v3.0"
     place = tmp_path / "robots/pick_and_place"
     data = "data/chunk-000/file-000.parquet" if new else "data/chunk-000/episode_000000.parquet"
@@ -55,7 +55,7 @@ def test_other_sources_refer_lerobot_datasets_to_source_lerobot(source: str, ler
     version = json.loads((lerobot / "meta/info.json").read_text())["codebase_version"]
     assert f"a LeRobot {version} dataset" in said
     assert "use --source lerobot" in said
-    if source != "capture":  # Also where it lies deeper.
+    if source != "capture":  # Also for the parent folder.
         assert "pick_and_place: is a LeRobot" in refusal(source, lerobot.parent)
 
 

@@ -1,4 +1,4 @@
-"""Semantic labels: label images, votes, classes of cells, and what trainers get of them."""
+"""Semantic labels: label images, votes, classes of cells, and labels in training items."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PERSON = load_taxonomy("sample").id_of("person")
 
 @pytest.fixture(scope="module")
 def labelled_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trajectory with labels, Kinect noise and a person. Not to be changed."""
+    """A trajectory with labels, Kinect noise and a person. Tests must not change it."""
     out = tmp_path_factory.mktemp("labelled_tree") / "tree"
     make_sample(out, trajectories=1, frames=6, seed=1, noise=["kinect"], people=1, labels=True)
     return out
@@ -52,20 +52,20 @@ def labelled_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def labelled(labelled_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The dataset built from it. Not to be changed."""
+    """The dataset built from `labelled_tree`. Tests must not change it."""
     out = tmp_path_factory.mktemp("labelled") / "out"
     assert not occgen_hub.build("internnav", labelled_tree, out).failures
     return out
 
 
 def copied(tree: Path, out: Path) -> Path:
-    """A copy of a tree, whose files are links to it."""
+    """A copy of a tree whose files are hard links to the original."""
     shutil.copytree(tree, out, copy_function=lambda a, b: Path(b).hardlink_to(a))
     return out
 
 
 def rewritten(path: Path, content: bytes) -> None:
-    """Another file in its place, which leaves what it was linked to alone."""
+    """Replace a file without changing the original that it is linked to."""
     path.unlink()
     path.write_bytes(content)
 
@@ -99,7 +99,7 @@ def test_label_images_are_checked_against_their_taxonomy():
         load_taxonomy("ade20k")
 
 
-# What is read
+# Label images of sources
 
 
 def test_depth_noise_does_not_change_labels(tmp_path, labelled_tree):
@@ -163,7 +163,7 @@ def test_labels_of_other_sources_are_checked():
 
 
 def test_votes_are_weighted_like_their_depth():
-    """Two frames far from a wall say 1, one near says 2; a pixel without a class says nothing."""
+    """Two far frames vote for class 1, one near frame for 2; unlabelled pixels do not vote."""
     wall = [made_up.plane((0, 0, 3.0), (0, 0, -1))]
     poses = np.tile(np.eye(4), (3, 1, 1))
     poses[:, 0, 3], poses[2, 2, 3] = (-0.05, 0.05, 0.0), 2.0
@@ -176,7 +176,7 @@ def test_votes_are_weighted_like_their_depth():
     def classes(*noise):
         config = Config(noise=noise, refine_poses=False)
         found = fuse(replace(views, read_labels=lambda t: images[t]), config)
-        near = np.abs(found.cloud.points[:, :2]).max(axis=1) < 0.3  # What all three see.
+        near = np.abs(found.cloud.points[:, :2]).max(axis=1) < 0.3  # All three frames see it.
         return found.cloud.points[:, 0], found.classes, near
 
     x, found, near = classes(0.0, 0.0, 0.01)
@@ -184,9 +184,9 @@ def test_votes_are_weighted_like_their_depth():
     assert (found[near] == 2).all()
     assert (found[x > 1.2] == 1).all()
     assert (found[x == x.min()] == UNLABELLED).all()  # Only the first frame sees it.
-    _, found, near = classes(0.01, 0.0, 0.0)  # All weigh the same, and two are more than one.
+    _, found, near = classes(0.01, 0.0, 0.0)  # Equal weights: two votes beat one.
     assert (found[near] == 1).mean() > 0.95
-    images = images.repeat(2, axis=1).repeat(3, axis=2)  # Of other sizes than the depth.
+    images = images.repeat(2, axis=1).repeat(3, axis=2)  # Another size than the depth.
     _, larger, _ = classes(0.01, 0.0, 0.0)
     np.testing.assert_array_equal(larger, found)
     images[:] = 0
@@ -195,7 +195,7 @@ def test_votes_are_weighted_like_their_depth():
 
 
 def test_joined_views_keep_the_labels_of_each_camera():
-    """One camera has labels of its own size, the other has none."""
+    """One camera has labels, in an image size of its own; the other has none."""
     depths = [np.full((48, 64), 2.0)] * 2
     first = made_up.views_of(depths, np.tile(np.eye(4), (2, 1, 1)))
     small = replace(first, read_labels=lambda t: np.full((24, 32), 3 + t, np.uint8))
@@ -258,7 +258,7 @@ def test_cells_get_their_most_common_class():
 
 
 def test_classes_of_visible_cells_match_the_mesh(labelled_tree, labelled):
-    """With Kinect noise; the short version of `scripts/accuracy --labels`."""
+    """With Kinect noise. A short version of `scripts/accuracy --labels`."""
     (path,) = trajectories(labelled)
     trajectory = Trajectory.open(path)
     assert (trajectory.taxonomy, validate(labelled).findings) == ("sample", ())
@@ -281,7 +281,7 @@ def test_classes_of_visible_cells_match_the_mesh(labelled_tree, labelled):
     )
     assert len(moving) > 200
     assert (moving == PERSON).mean() > 0.95
-    # scipy reads the classes as a matrix beside that of the visible cells.
+    # scipy reads the classes as a matrix like that of the visible cells.
     stored = sparse.load_npz(trajectory.file("labels"))
     assert (stored != 0).nnz == sparse.load_npz(trajectory.file("visible")).nnz
 
@@ -302,7 +302,7 @@ def test_validate_finds_wrong_classes(tmp_path, labelled):
     assert any("labels differs from the trajectory" in problem for problem in problems)
 
 
-# Trainers
+# Training items
 
 
 def test_datasets_return_labels(labelled):
@@ -344,7 +344,7 @@ def test_datasets_return_labels(labelled):
 
 
 def test_scene_target_has_labels_of_hidden_cells(labelled):
-    """Hidden cells have the class that the scene's cells have in all_occ.npz."""
+    """Hidden cells have the classes of the scene cells in all_occ.npz."""
     trajectory = Trajectory.open(trajectories(labelled)[0])
     arrays = np.load(trajectory.file("scene_occupancy"))
     cells = np.floor(arrays["data"].astype(float) / 0.02).astype(int)
@@ -366,7 +366,7 @@ def test_scene_target_has_labels_of_hidden_cells(labelled):
 
 
 def test_labelled_and_unlabelled_scenes_can_be_mixed(tmp_path, labelled, dataset, monkeypatch):
-    """What no label says is 254 there; without the labelled scene, everything is 1 again."""
+    """Unlabelled cells are 254 in a mixed dataset, and 1 if no selected scene has labels."""
     root = copied(labelled, tmp_path / "out")
     other = trajectories(dataset)[0]
     shutil.copytree(other, root / "plain" / "house" / "run")
@@ -378,7 +378,7 @@ def test_labelled_and_unlabelled_scenes_can_be_mixed(tmp_path, labelled, dataset
     alone = OccupancyDataset(root, keys=("labels",), scenes=["plain/house"], target="scene")
     assert set(np.unique(alone[0]["labels"])) == {0, 1, 255}
     assert not validate(root).findings
-    # `datasets` wants all files of a table to have the same columns.
+    # `datasets` requires the same columns in all files of a table.
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     for folder, table, there in (
         (labelled, "occupancy", True),
@@ -391,7 +391,7 @@ def test_labelled_and_unlabelled_scenes_can_be_mixed(tmp_path, labelled, dataset
         assert ("labels" in rows.column_names) == there
 
 
-# What is told and exported
+# Card and exports
 
 
 def test_card_lists_the_classes(labelled):
@@ -401,7 +401,7 @@ def test_card_lists_the_classes(labelled):
 
 
 def test_exports_have_classes(tmp_path, labelled):
-    """Each cell of 8 cm has the commonest class of its 64 cells, as one of OccScanNet's."""
+    """Each cell of 8 cm has the most common class of its 64 cells, mapped to OccScanNet."""
     remarks = export(labelled, tmp_path / "scannet", to="occscannet")
     assert any("taxonomy sample became" in remark for remark in remarks)
     assert not any("one class" in remark for remark in remarks)
@@ -454,7 +454,7 @@ def test_loaded_episode_has_labels(labelled):
 
 
 class FloorBelow(Segmenter):
-    """The lower part of each image is floor, the rest wall; or another id below."""
+    """Labels the upper half of each image as wall and the lower half as floor, or as `below`."""
 
     name, taxonomy = "mine", "nyu40"
 
@@ -469,7 +469,7 @@ class FloorBelow(Segmenter):
 
 @pytest.fixture
 def installed(monkeypatch):
-    """As if a package had installed it."""
+    """Registers segmenters as if a package had installed them."""
     objects = {
         "mine": "test_labels:FloorBelow",
         "none": "test_labels:made_up",
@@ -489,7 +489,7 @@ def test_segmenter_provides_missing_labels(tmp_path, sample_tree, installed):
     trajectory = Trajectory.open(trajectories(tmp_path / "out")[0])
     assert trajectory.taxonomy == "nyu40"
     assert trajectory.record["segmenter"] == {"name": "mine"}
-    # The robot looks ahead: in its grid, what is far below it is the floor.
+    # The robot looks ahead: the lowest cells of its grid are the floor.
     visible, classes = next(trajectory.visible_frames()), next(trajectory.label_frames())
     rows = np.unravel_index(visible, trajectory.grid.shape)[1]
     assert set(np.unique(classes)) == {1, 2}

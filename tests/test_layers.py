@@ -1,4 +1,4 @@
-"""The arrows between modules go one way: each imports only what stands below it."""
+"""Layers of the package: each module imports only modules of lower layers."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ MODULES = sorted(p for p in (ROOT / "occgen_hub").rglob("*.py") if p.name != "__
 
 
 def imported(path: Path) -> set[str]:
-    """The parts of occgen_hub that a module imports anywhere in it."""
+    """The parts of occgen_hub that a module imports, also inside functions."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         found = []

@@ -1,4 +1,4 @@
-"""The source `lerobot`: datasets of several episodes and cameras give the scene they are of."""
+"""The source `lerobot`: datasets with several episodes and cameras give the recorded scene."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from occgen_hub.loading import Trajectory
 from occgen_hub.source_check import check_source
 
 SMALL = library.Config(pc_range=(-0.4, -0.4, 0.4, 0.4, 0.4, 1.2))
-"""The usual cells, but few of them in sight, which is fast."""
+"""The usual cell size in a small range, for speed."""
 
 FRAMES = 10
 PARTS = (range(3), range(FRAMES))
-"""Of two episodes: some frames, and all of them."""
+"""The frames of two episodes: the first three, and all."""
 
 
 @pytest.fixture(scope="module")
 def episode(tmp_path_factory: pytest.TempPathFactory) -> Episode:
-    """A made-up recording in which the camera walks and turns."""
+    """A synthetic recording in which the camera walks and turns."""
     from occgen_hub.sample import make_sample
 
     out = tmp_path_factory.mktemp("recorded") / "tree"
@@ -61,7 +61,7 @@ def cells(episode: Episode, tmp_path_factory: pytest.TempPathFactory) -> np.ndar
 
 
 def scene_cells(builder: DatasetBuilder, out: Path, cameras: int = 2) -> list[np.ndarray]:
-    """(n, 3) cell numbers of the scene of each of the last episode's last cameras."""
+    """(n, 3) scene cells as built from each of the last cameras of the last episode."""
     refs = list_episodes(builder)
     found = []
     for ref in [ref for ref in refs if ref.index == refs[-1].index][-cameras:]:
@@ -73,7 +73,7 @@ def scene_cells(builder: DatasetBuilder, out: Path, cameras: int = 2) -> list[np
 
 @pytest.fixture(scope="module")
 def v21(episode: Episode, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A v2.1 dataset. Not to be changed by tests."""
+    """A v2.1 dataset. Tests must not change it."""
     root = tmp_path_factory.mktemp("v21") / "robot"
     lerobots.write_v21(episode, root, PARTS)
     (root.parent / "cameras.yaml").write_text(lerobots.V21)
@@ -82,7 +82,7 @@ def v21(episode: Episode, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def v30(episode: Episode, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A v3.0 dataset, written by lerobot. Not to be changed by tests."""
+    """A v3.0 dataset, written by lerobot. Tests must not change it."""
     root = tmp_path_factory.mktemp("v30") / "robot"
     lerobots.write_v30(episode, root, PARTS)
     (root.parent / "cameras.yaml").write_text(lerobots.v30(episode))
@@ -91,12 +91,12 @@ def v30(episode: Episode, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["v21", "v30"])
 def robot(request: pytest.FixtureRequest) -> Path:
-    """One of the datasets, with its mapping beside it."""
+    """One of the datasets, with its mapping file in the parent folder."""
     return request.getfixturevalue(request.param)
 
 
 def builder_of(root: Path, **changed: object) -> DatasetBuilder:
-    """With the mapping beside it, changed for the front camera."""
+    """A builder with the dataset's mapping, with changes for the front camera."""
     front, *others = read_cameras(root.parent / "cameras.yaml")
     return load_builder("lerobot", root, [front.model_copy(update=changed), *others])
 
@@ -115,7 +115,7 @@ def test_both_versions_give_the_scene_of_the_internnav_tree(
     out = tmp_path / "out"
     joined = robot.parent.name.startswith("v30")
     *back, front = scene_cells(builder_of(robot), out, cameras=1 if joined else 2)
-    assert all(np.array_equal(own, front) for own in back)  # One scene, whichever camera it is of.
+    assert all(np.array_equal(own, front) for own in back)  # All cameras give the same scene.
     assert share_beside(front, cells) >= 0.98
     assert share_beside(cells, front) >= 0.98
 
@@ -157,11 +157,11 @@ def test_check_source_accepts_a_lerobot_dataset(v21: Path) -> None:
     assert "negative focal length" not in {note.code for note in second.notes}
 
 
-# What is wrong with a mapping is named
+# Errors in a mapping
 
 
 def judged(episode: Episode) -> list[str]:
-    """The notes on its conventions; raises OccGenError where they are wrong."""
+    """The notes of the convention check; raises OccGenError for wrong conventions."""
     config = library.Config()
     views = load_engine("rgbd").reconstruct(episode, config, Path("unused"))
     return [note.text for note in check_conventions(views, episode.id, config, fps=episode.fps)]
@@ -319,7 +319,7 @@ def test_camera_without_a_mapping_gives_only_images(v21: Path) -> None:
 
 
 def test_camera_without_depth_is_reconstructed_by_a_network(v21: Path, tmp_path: Path) -> None:
-    """A stand-in that knows the camera's images gives back its path and its scale."""
+    """A network that is fitted to the images of the camera gives its path and its scale."""
     known = read(v21)
     config = SMALL.model_copy(update={"max_pixels": 40_000, "refine_poses": False})
     gauge = Sim3(0.6, np.eye(3), np.array([3.0, -2.0, 1.0]))
@@ -347,7 +347,7 @@ def test_invalid_path_template_is_refused(v21: Path, tmp_path: Path) -> None:
 
 
 def command(*arguments: str | Path) -> Result:
-    """The command line, in this process."""
+    """Run the command line in this process."""
     return CliRunner().invoke(cli, [str(a) for a in arguments], standalone_mode=False)
 
 

@@ -1,4 +1,4 @@
-"""Links in a dataset: what they lead to outside of it is no part of it, and is never read."""
+"""Links in a dataset: targets outside the dataset do not belong to it and are never read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SECRET = b"a secret that stays here"
 
 @pytest.fixture
 def folder(dataset, tmp_path):
-    """A dataset that may be changed."""
+    """A dataset that a test may change."""
     return Path(shutil.copytree(dataset, tmp_path / "out"))
 
 
@@ -39,7 +39,7 @@ def secret(tmp_path):
 
 @pytest.fixture
 def opened_files(monkeypatch):
-    """The paths that this process opens, as they are when links are followed."""
+    """The resolved paths of all files that this process opens."""
     seen: list[str] = []
     watching = [True]
 
@@ -53,7 +53,7 @@ def opened_files(monkeypatch):
 
 
 def as_snapshot(folder: Path, cache: Path) -> Path:
-    """A dataset as the Hub's client keeps it: files of content, and links to them."""
+    """Copy a dataset in the layout of the Hub cache: blobs, and a snapshot of links to them."""
     repository = cache / "datasets--org--rooms"
     blobs, snapshot = repository / "blobs", repository / "snapshots" / ("c" * 40)
     blobs.mkdir(parents=True)
@@ -122,7 +122,7 @@ def test_only_links_to_blobs_of_the_same_repository_are_followed(tmp_path):
     (home / "other").symlink_to("../../../datasets--org--other/blobs/0123")
     (home / "refs").symlink_to("../../../secret")
     assert [path.name for path in files_under(home)] == ["good"]
-    # A folder of snapshots that somebody keeps is not the Hub's cache.
+    # A folder with other names than those of the Hub cache is not treated as one.
     (tmp_path / "mine/blobs").mkdir(parents=True)
     (tmp_path / "mine/blobs/0123").write_text("content")
     (tmp_path / "mine/snapshots/cafe").mkdir(parents=True)
@@ -134,7 +134,7 @@ def test_only_links_to_blobs_of_the_same_repository_are_followed(tmp_path):
 
 
 def plants(folder: Path) -> dict[str, Path]:
-    """Places in a dataset where a link may be planted, by name."""
+    """Paths in a dataset that tests replace by a link, by name."""
     path = trajectories(folder)[0]
     trajectory = Trajectory.open(path)
     return {
@@ -183,7 +183,7 @@ def test_link_out_of_a_dataset_is_reported_and_never_read_or_pushed(
 
 @pytest.mark.parametrize("inside", ["meta", "videos", "occupancy"])
 def test_validate_reports_a_folder_that_is_a_link_out(folder, tmp_path, opened_files, inside):
-    """Though what it leads to is the very same."""
+    """Even though the link leads to the same content."""
     home = folder if inside == "occupancy" else trajectories(folder)[0]
     shutil.move(home / inside, tmp_path / "moved")
     (home / inside).symlink_to(tmp_path / "moved")

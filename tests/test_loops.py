@@ -1,4 +1,4 @@
-"""Loops of long videos: joins with systematic errors, the pose graph, true and false candidates."""
+"""Loop closure of long videos: systematic errors, the pose graph, true and false candidates."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ import bench_joins
 
 
 def test_systematic_errors_stay_small_with_a_metric_prior():
-    """Bent all the same way, which adds up: at most 0.35 % of the path, 0.15 % with the loop."""
+    """All windows have the same bend, so errors add up.
+
+    At most 0.35 % of the path with the prior, 0.15 % with loop closure as well.
+    """
     ways = ((96, 8, False, False), (96, 48, True, False), (96, 48, True, True))
     plain, held, closed = (
         bench_joins.error(
@@ -49,7 +52,7 @@ def test_metric_scale_damps_small_differences_and_keeps_large_ones():
 
 
 def chain(count: int, seed: int) -> tuple[list[Sim3], list[Sim3], list[Edge]]:
-    """True worlds along a circle, the same as put together from joins that err, and the joins."""
+    """True window poses along a circle, the poses chained from noisy joins, and the joins."""
     rng = np.random.default_rng(seed)
     angle = np.linspace(0, 2 * np.pi, count, endpoint=False)
     true = [
@@ -105,7 +108,7 @@ def test_pose_graph_solves_hundreds_of_windows():
     assert np.linalg.norm(start[299].translation - true[299].translation) > 0.5
 
 
-# Two like rooms
+# Two similar rooms
 
 
 def test_candidates_look_alike_and_are_far_apart():
@@ -123,7 +126,7 @@ FRAMES, SIZE = 160, (24, 14)
 
 @pytest.fixture(scope="module")
 def rooms(tmp_path_factory):
-    """Poses and points of a walk there and back through a made-up house."""
+    """Poses and points of a walk through a synthetic house and back."""
     out = tmp_path_factory.mktemp("rooms") / "tree"
     make_sample(out, trajectories=1, frames=FRAMES // 2, seed=5)
     builder = load_builder("internnav", out)
@@ -144,7 +147,7 @@ def window_of(poses, local) -> Window:
 
 
 def bent_windows(folder, rooms, seed) -> Assembly:
-    """The walk in windows that are a little off, each in a world of its own."""
+    """The walk in windows with small errors, each in a world of its own."""
     poses, local, image_size = rooms
     rng = np.random.default_rng(seed)
     assembly, before = Assembly(FrameStore(folder, SIZE), image_size, metric=True), 0
@@ -165,8 +168,10 @@ def bent_windows(folder, rooms, seed) -> Assembly:
 
 
 def closed(assembly: Assembly, rooms, first: int, second: int, claimed: Sim3) -> tuple[int, int]:
-    """Loops that are found where one pair looks alike; claimed: where the network sees the second
-    end, as the place of the world that it takes it for."""
+    """Close loops where the frames `first` and `second` look alike; returns (tried, closed).
+
+    claimed: the similarity that the network's prediction applies to the poses of the second end.
+    """
     poses, local, _ = rooms
     count = len(poses)
     descriptors = np.random.default_rng(0).normal(size=(count, 64)).astype(np.float32)
@@ -205,10 +210,10 @@ def test_revisited_place_closes_the_loop(rooms, tmp_path):
 
 
 def test_similar_rooms_do_not_close_a_loop(rooms, tmp_path):
-    """The network takes the room at the turn for the first one, view by view: 20 of 20 times."""
+    """The network mistakes the room at the turn for the first room; all 20 loops are rejected."""
     poses, _, _ = rooms
     for seed in range(20):
-        if seed % 5 == 0:  # None of them moves a window.
+        if seed % 5 == 0:  # The windows are reused, since rejected loops do not move them.
             assembly = bent_windows(tmp_path / str(seed), rooms, seed)
         first, second = 10 + seed, FRAMES // 2 - 10 + seed
         target, source = (

@@ -1,4 +1,4 @@
-"""The export for InternNav's NavDP loader, read by that loader's reading code, written anew."""
+"""The export for the NavDP loader of InternNav, read by a reimplementation of that loader."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COARSE = Config(voxel_size=0.25)
 
 
 def names(folder, key=None):
-    """As os.listdir, in an order."""
+    """Sorted names of the entries of a folder."""
     return sorted((path.name for path in folder.iterdir()), key=key)
 
 
@@ -39,7 +39,7 @@ def by_number(name):
 
 
 def items_of_scenes(root, key=None):
-    """What the loader reads of each episode since March 2026. key: None to sort names as text."""
+    """The items of the loader since March 2026. key: how names are sorted; None sorts as text."""
     for group in names(root):
         for scene in names(root / group):
             folder = root / group / scene
@@ -56,7 +56,7 @@ def items_of_scenes(root, key=None):
 
 
 def items_of_trajectories(root):
-    """What it read before that."""
+    """The items of the loader before March 2026."""
     for group in names(root):
         for scene in names(root / group):
             for name in names(root / group / scene):
@@ -71,7 +71,7 @@ def items_of_trajectories(root):
 
 
 def item(table, rgb, depth, cloud):
-    """The arrays of an episode, before the loader draws a part of it and resizes it."""
+    """The arrays of an episode, before the loader samples a part of it and resizes images."""
     frames = pd.read_parquet(table)
     columns = ("observation.camera_intrinsic", "observation.camera_extrinsic")
     K, base = (np.vstack(np.array(frames[name].tolist()[0])) for name in columns)
@@ -100,7 +100,7 @@ def same(found, expected):
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    """A source of a scene of two episodes, of more than ten images; and what is built of it."""
+    """A source with one scene, two episodes and more than ten images; and the built dataset."""
     place = tmp_path_factory.mktemp("navdp")
     make_sample(place / "tree", trajectories=2, frames=7, seed=7, layout="vln-n1-scenes")
     shutil.rmtree(place / "tree/ground_truth")
@@ -124,7 +124,7 @@ def test_trajectories_layout_has_one_folder_per_episode(dataset, sample_tree, tm
     ran = CliRunner().invoke(cli.cli, [*map(str, command), "--navdp-layout", "trajectories"])
     assert ran.exit_code == 0, ran.output
     same(items_of_trajectories(tmp_path / "navdp"), items_of_trajectories(source))
-    # In the form of today, the same: the clouds differ in the paths alone.
+    # The current layout has the same items; only the paths of the clouds differ.
     export_navdp(dataset, tmp_path / "scenes")
     same(items_of_scenes(tmp_path / "scenes"), items_of_trajectories(source))
 

@@ -1,4 +1,4 @@
-"""The networks, against what the published ones compute, and the weights that they are given."""
+"""The networks compared with the published ones, and loading of weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from occgen_hub.engines.weights import Checkpoint, WeightsError, load_network, p
 
 PARITY = ROOT.parent / "shared" / "parity"
 KEPT = Path(__file__).parent / "data" / "parity.npz"
-"""pi3x.all.npz, for where the whole is not there: of its maps every seventh row and column."""
+"""Every seventh row and column of the maps in pi3x.all.npz, used where the full file is missing."""
 
 INPUTS = {"in_depths": "depths", "in_intrinsics": "intrinsics", "in_poses": "poses"}
 
@@ -36,13 +36,13 @@ def shapes_of(name, sizes):
 
 
 def outputs(network, images, **known):
-    """The network's maps for (N, 3, H, W) images, without the batch."""
+    """The outputs of a network for (N, 3, H, W) images, without the batch axis."""
     known = {k: torch.as_tensor(np.asarray(v)).float()[None] for k, v in known.items()}
     found = network(torch.as_tensor(np.asarray(images))[None], **known)
     return {k: v[0].numpy() if v.ndim > 1 else v.numpy() for k, v in found.items()}
 
 
-# What the published networks compute
+# Comparison with the published networks
 
 
 @pytest.mark.slow
@@ -53,10 +53,10 @@ def outputs(network, images, **known):
         pytest.param("pi3x", False, marks=pytest.mark.long),
         ("pi3x", True),
     ],
-    ids=["pi3", "pi3x", "pi3x, the kept vector"],
+    ids=["pi3", "pi3x", "pi3x, stored part"],
 )
 def test_full_size_networks_match_reference_vectors(name, kept):
-    """Each output of each reference vector, in float32; and the layout, strictly."""
+    """All outputs in float32, and the names and shapes of all tensors."""
     vectors = [(np.load(path), 1) for path in sorted(PARITY.glob(f"{name}.*.npz"))]
     if not vectors and not kept:
         pytest.skip("../shared/parity is not there; a part of pi3x's vectors is kept and tested")
@@ -73,7 +73,7 @@ def test_full_size_networks_match_reference_vectors(name, kept):
         known = {INPUTS[k]: reference[k] for k in INPUTS if k in reference}
         found = outputs(network, reference["imgs"], **known)
         wanted = {k for k in reference if k != "imgs" and k not in INPUTS}
-        assert wanted | {"descriptors"} == set(found)  # Ours: by which loops are found.
+        assert wanted | {"descriptors"} == set(found)  # Ours alone, for loop closure.
         for key in wanted:
             ours = found[key][:, ::step, ::step] if found[key].ndim == 4 else found[key]
             error = np.linalg.norm(ours - reference[key]) / np.linalg.norm(reference[key])
@@ -91,12 +91,12 @@ def test_stored_part_matches_the_reference_vectors():
     assert KEPT.stat().st_size < 1e6
 
 
-# What follows from how they are made
+# Properties of the networks
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    """Both networks, tiny and random."""
+    """Both networks, with tiny sizes and random weights."""
     weights = {name: random_weights(name) for name in NETWORKS}
     return {name: load_network(name, tensors, sizes=TINY) for name, tensors in weights.items()}
 
@@ -159,7 +159,7 @@ def test_each_condition_changes_the_output(tiny, images):
 
 
 def test_known_poses_are_used_up_to_origin_and_scale(tiny, images):
-    """Neither where the world's origin is nor, without depth, its unit makes a difference."""
+    """The origin of the world does not matter; without depth, neither does its unit."""
     n = len(images)
     generator = np.random.default_rng(0)
     poses = np.tile(np.eye(4), (n, 1, 1))
@@ -196,7 +196,7 @@ def test_networks_track_no_gradients(tiny, images, name):
 
 
 def test_autocast_keeps_heads_and_cameras_in_float32(tiny, images):
-    """The trunk in bfloat16, as on a GPU, where the heads have to ask for float32."""
+    """The trunk runs in bfloat16, as on a GPU; the heads request float32 themselves."""
     with torch.autocast("cpu", torch.bfloat16):
         coarse = {name: network(images[None]) for name, network in tiny.items()}
     for name, network in tiny.items():
@@ -207,8 +207,8 @@ def test_autocast_keeps_heads_and_cameras_in_float32(tiny, images):
 
 
 class Activations(TorchDispatchMode):
-    """While it lasts: bytes of tensors that are made and not yet let go, at most, and what made
-    float32 heads, as (B, heads, tokens, head width).
+    """Records the peak of bytes in live tensors, and the functions that return float32 tensors of
+    attention heads: (B, heads, tokens, head width).
     """
 
     def __init__(self):
@@ -231,7 +231,7 @@ class Activations(TorchDispatchMode):
 
 
 def test_bfloat16_blocks_do_not_convert_attention_heads_to_float32():
-    """Of queries and keys float32 would be twice as large as they are, and so it was once."""
+    """Queries and keys in float32 would take twice the memory."""
     block = Block(64, 4, qk_norm=True)
     rotary = Rotary.of_patches(20, 30, 5, 16, torch.device("cpu"))
     tokens = torch.randn(2, 605, 64, generator=torch.Generator().manual_seed(0))
@@ -240,7 +240,7 @@ def test_bfloat16_blocks_do_not_convert_attention_heads_to_float32():
             expected = block(tokens, rotary)
         with torch.autocast("cpu", torch.bfloat16), Activations() as coarse:
             found = block(tokens, rotary)
-    assert found.dtype == torch.float32  # What blocks add up stays exact.
+    assert found.dtype == torch.float32  # The residual stream stays in float32.
     assert (found - expected).norm() / expected.norm() < 0.01
     assert exact.wide
     assert not coarse.wide
@@ -276,7 +276,7 @@ def test_pose_blocks_must_exist():
 
 
 def test_weights_file_is_memory_mapped_not_copied(tmp_path):
-    """Memory of our own grows by less than a tenth of the file."""
+    """Anonymous memory grows by less than a tenth of the file size."""
     sizes = TINY.model_copy(update={"width": 1024, "heads": 16, "decoder_depth": 4})
     folder = save(tmp_path / "large", "pi3", random_weights("pi3", sizes), sizes)
     size = (folder / "model.safetensors").stat().st_size
@@ -322,7 +322,7 @@ def test_half_precision_weights_become_float32(tmp_path, images):
 
 
 def broken(folder: Path, how: str) -> Path:
-    """A checkpoint that is no good."""
+    """Write an invalid checkpoint."""
     tensors = random_weights("pi3")
     file = folder / "model.safetensors"
     if how == "missing":

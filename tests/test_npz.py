@@ -1,4 +1,4 @@
-"""Headers of npz files: whatever byte of one is changed, what is said is one sentence."""
+"""Headers of npz files: a change of any byte gives an array or an error of one sentence."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from occgen_hub.loading import Trajectory, npz_array, trajectories
 from occgen_hub.sample import make_sample
 
 VALUES = b"\0\n '(),-.09:<>AUVOc[\\]{}\x7f\xff"
-"""What a byte is changed to: each kind of letter that a header or Python makes something of."""
+"""Replacement bytes: each kind of character that has a meaning in a header or in Python."""
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A source of one trajectory and what is built of it. Not to be changed by tests."""
+    """A source with one trajectory and the built dataset. Tests must not change it."""
     place = tmp_path_factory.mktemp("npz")
     make_sample(place / "rooms", trajectories=1, frames=2)
     builder = load_builder("internnav", place / "rooms")
@@ -36,7 +36,7 @@ def built(tmp_path_factory):
 
 
 def with_header(path: Path, name: str, change) -> None:
-    """Write an npz again, the first bytes of an array in it changed."""
+    """Rewrite an npz file with a change in the content of one array."""
     with zipfile.ZipFile(path) as archive:
         members = {info.filename: archive.read(info) for info in archive.infolist()}
     members[f"{name}.npy"] = change(members[f"{name}.npy"])
@@ -80,7 +80,7 @@ def test_changed_header_bytes_raise_only_dataset_errors(tmp_path):
     whole = stored(np.arange(6, dtype=np.float32).reshape(2, 3))
     refused: list[str] = []
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # They would stand on the terminal.
+        warnings.simplefilter("error")  # Users would see them on the terminal.
         for place in range(128):
             for value in VALUES:
                 content = bytearray(whole)

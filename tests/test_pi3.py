@@ -1,4 +1,4 @@
-"""The engines pi3 and pi3x: frames, windows, alignment, and the way from a video to a dataset."""
+"""The engines pi3 and pi3x: frames, windows, alignment, and builds from a video."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from occgen_hub.validation import validate
 
 SMALL = Config(max_pixels=40_000, voxel_size=0.05, window=32, refine_poses=False)
 SCALE = 1.7
-"""Metres in a unit of the stand-in network's world."""
+"""Metres per unit of the stand-in network's world."""
 
 GAUGE = Sim3(1 / SCALE, Rotation.from_euler("xyz", [1, 2, 3]).as_matrix(), np.array([3.0, -2, 1]))
 
@@ -121,7 +121,7 @@ def test_windows_cover_every_frame_and_overlap(count, size, overlap):
 
 
 def geometry(views=40, height=12, width=16):
-    """Views of a wavy wall along a bent path: exact local points, and the camera."""
+    """Poses, exact local points and intrinsics of views of a wavy wall along a curved path."""
     K = np.array([[14.0, 0, 8], [0, 14, 6], [0, 0, 1]])
     u, v = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
     along = np.linspace(0, 6, views)
@@ -134,7 +134,7 @@ def geometry(views=40, height=12, width=16):
 
 
 def assembled(folder, poses, local, size, overlap, gauge=random_gauge):
-    """Windows, each in a gauge of its own, joined; and the store of their depth."""
+    """Join windows that each have a world of their own; returns the assembly and its store."""
     windows = plan(len(poses), size, overlap)
     store = FrameStore(folder, (16, 12))
     assembly = Assembly(store, (16, 12))
@@ -183,7 +183,7 @@ def test_each_view_is_stored_once(tmp_path):
 
 
 def two_windows(folder, poses, first, second, kept=True):
-    """Two windows of ten views that share four, which see other points there."""
+    """Two windows of ten views with four views in common; their points there may differ."""
     assembly, before = Assembly(FrameStore(folder, (16, 12)), (16, 12)), 0
     for window, points in zip(plan(16, 10, 4), (first, second), strict=True):
         part = slice(window.start, window.stop)
@@ -217,7 +217,7 @@ def test_window_sizes_are_from_a_fixed_set_and_grow_with_smaller_frames():
 
 
 def test_gpu_memory_is_divided_among_processes(monkeypatch):
-    """However few of the cores it has; processes that share one share its memory."""
+    """A process with few cores still gets all memory of a GPU that it does not share."""
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda _: 0)
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda _: 0)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (75 << 30, 80 << 30))
@@ -249,7 +249,7 @@ print(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [100, pytest.param(300, marks=pytest.mark.long)])
 def test_memory_does_not_grow_with_the_video(checkpoint, tmp_path, more):
-    """The same eight pictures again and again, so that the scene does not grow either."""
+    """The video repeats eight pictures, so the scene does not grow either."""
     blocks = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
     picture = blocks.repeat(20, 0).repeat(20, 1)
     peaks = []
@@ -257,21 +257,21 @@ def test_memory_does_not_grow_with_the_video(checkpoint, tmp_path, more):
         video = tmp_path / f"{frames}.mp4"
         write_video(video, (np.roll(picture, t % 8, 1) for t in range(frames)), 10)
         command = [sys.executable, "-c", PEAK, str(video), str(checkpoint)]
-        # What is let go goes back at once: else holes in the heap, by chance, make tens of MB.
+        # Return freed memory at once. Otherwise heap fragmentation can add tens of MB.
         env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
         result = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
         peaks.append(int(result.stdout))
-    # Each frame more, kept as points, would take over half a megabyte: 40 or 150 MB in all.
-    # Verifying a loop, of which the short one has none, takes what two windows take: 18 MB.
+    # If points were kept, each frame would add over half a megabyte: 40 or 150 MB in all.
+    # Only the long video has loops; verifying one takes as much as two windows: 18 MB.
     assert peaks[1] - peaks[0] < 30_000
 
 
-# From a recording whose cameras the stand-in network knows
+# Reconstruction with a network that is fitted to the recording
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """A sample without depth images."""
+    """A sample source with one trajectory."""
     out = tmp_path_factory.mktemp("rgb") / "tree"
     make_sample(out, trajectories=1, frames=12, seed=3)
     return out
@@ -290,7 +290,7 @@ def checkpoint(episode, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loner(episode, tmp_path_factory):
-    """A checkpoint whose views do not see each other."""
+    """A checkpoint in which views are independent of each other."""
     return save(
         tmp_path_factory.mktemp("ckpt") / "alone",
         "pi3",
@@ -299,21 +299,21 @@ def loner(episode, tmp_path_factory):
 
 
 def engine_views(checkpoint, episode, config=SMALL, name="pi3"):
-    """What the engine itself returns: views in a world of its own. Their depth is not read."""
+    """The views that the engine returns, in a world of their own. Their depth is not read."""
     with TemporaryDirectory() as scratch:
         engine = load_engine(name, checkpoint, "cpu")
         return engine.reconstruct(episode, config, Path(scratch))
 
 
 def reconstructed(checkpoint, episode, config=SMALL, name="pi3"):
-    """The scene of an episode, in the source's world."""
+    """The reconstructed scene of an episode, in the world of the source."""
     with TemporaryDirectory() as scratch:
         engine = load_engine(name, checkpoint, "cpu")
         return reconstruct(episode, engine, config, Path(scratch))
 
 
 def fit_notes(scene):
-    """The notes, but those of frames that disagree: the tiny network's depth is rough."""
+    """The notes without those of frames that disagree, since the depth is approximate."""
     return [note for note in scene.notes if note.code not in ("frames disagree", "poses")]
 
 
@@ -336,7 +336,7 @@ def test_intrinsics_refer_to_the_original_image(checkpoint, episode):
 
 
 def test_point_cloud_matches_the_room(checkpoint, episode, tmp_path):
-    """As far as the tiny network can tell depth; what is tested is that all stands in one place."""
+    """Within the precision of the tiny network: tests scale and position of the points."""
     scene = reconstructed(checkpoint, episode)
     truth = reconstruct(episode, load_engine("rgbd"), SMALL, tmp_path)
     known = cKDTree(truth.cloud.points)
@@ -412,11 +412,11 @@ def test_scene_beyond_the_limits_of_fusion_is_refused(checkpoint, episode):
         reconstructed(checkpoint, dataclasses.replace(episode, world_from_camera=far))
 
 
-# A long video, from a network that knows it by heart
+# A long video, with a network that is fitted to it
 
 
 def test_path_of_300_frames_in_windows_is_accurate(episode, tmp_path):
-    """A walk around a room, seen 24 frames at a time: within 0.5 % of the path, everywhere."""
+    """A walk around a room in windows of 24 frames: errors stay below 0.5 % of the path."""
     count, size = 300, (112, 84)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (count, 12, 16, 3), np.uint8).repeat(7, 1).repeat(7, 2)
@@ -462,7 +462,7 @@ def test_mesh_option_changes_the_cloud(checkpoint, episode):
     assert not np.array_equal(meshed.cloud.points, plain.cloud.points)
 
 
-# What pi3x is told
+# Conditions of pi3x
 
 
 @pytest.fixture(scope="module")
@@ -497,7 +497,7 @@ def test_engines_without_conditions_refuse_them(checkpoint, episode):
         Auto().check(config)
 
 
-# Which engine
+# Choice of the engine
 
 
 def test_auto_engine_uses_rgbd_for_episodes_with_depth(tree, checkpoint):
@@ -529,7 +529,7 @@ def test_rgbd_refuses_weights(checkpoint):
         load_engine("rgbd", checkpoint)
 
 
-# Through the command line
+# The command line
 
 
 def occgen_hub(*arguments, cwd=None, **environment):
@@ -629,7 +629,7 @@ def test_two_workers_give_the_same_bytes_as_one(sample_tree, checkpoint, tmp_pat
     assert contents[0] == contents[1]
 
 
-# What is not as it should be
+# Poor results and wrong inputs
 
 
 def test_result_without_points_gives_a_note(checkpoint, episode):

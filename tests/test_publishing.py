@@ -1,4 +1,4 @@
-"""Scenes that are pushed while they are built: what the Hub has of them, and what stays here."""
+"""Scenes that are pushed while they are built: the files on the Hub and the local files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ REPO = "org/rooms"
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """Three scenes of two trajectories, of which the third has no poses. Not to be changed."""
+    """Three scenes with two trajectories each; one in the third scene is broken.
+
+    Tests must not change it.
+    """
     root = tmp_path_factory.mktemp("publishing") / "tree"
     make_sample(root, trajectories=2, frames=2, seed=7)
     scene = root / "sample_zed/house_000"
@@ -39,7 +42,7 @@ def tree(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(tree, tmp_path_factory):
-    """What a build without a push makes of it."""
+    """The dataset from a build of `tree` without a push."""
     out = tmp_path_factory.mktemp("plain") / "out"
     summary = library.build("internnav", tree, out, config=COARSE)
     assert (summary.built, len(summary.failures)) == (5, 1)
@@ -48,7 +51,7 @@ def plain(tree, tmp_path_factory):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A Hub for this process, whose client does not wait before it tries again."""
+    """A local Hub for this process. The client retries without waiting."""
     served = Hub()
     files = f"{served.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", served.url)
@@ -68,7 +71,7 @@ def build(tree, out, **options):
 
 
 def fetched(hub, folder):
-    """All that the Hub has, in a folder."""
+    """Copy all files of the Hub repository into a folder."""
     for path, content in hub.repositories[REPO].files().items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)
@@ -76,7 +79,7 @@ def fetched(hub, folder):
 
 
 def content(root, *without):
-    """The files of a dataset but for those, and for what the Hub makes."""
+    """The files of a dataset, except for `without` and those of the Hub and of the run."""
     without = {".gitattributes", "report.json", "failures.jsonl", *without}
     return {
         name: path.read_bytes()
@@ -90,7 +93,7 @@ def test_pushed_dataset_equals_a_plain_build_and_keeps_no_local_copy(hub, tree, 
     summary = build(tree, tmp_path / "out", keep="none")
     assert (summary.built, len(summary.failures)) == (5, 1)
     there = fetched(hub, tmp_path / "there")
-    # The picture may be of another trajectory, of the first batch.
+    # The picture may show another trajectory: one of the first batch.
     assert content(there, "preview.png") == content(plain, "preview.png")
     assert (there / "preview.png").exists()
     assert validate(there).findings == ()
@@ -104,7 +107,7 @@ def test_pushed_dataset_equals_a_plain_build_and_keeps_no_local_copy(hub, tree, 
     }  # fmt: skip
     assert hub.repositories[REPO].tags == {"v2.1": hub.repositories[REPO].find("main")}
 
-    # On another machine, scenes that are whole are not built again.
+    # On another machine, complete scenes are not built again.
     commits = len(hub.repositories[REPO].commits)
     again = build(tree, tmp_path / "other", keep="none")
     assert (again.built, again.present, len(again.failures)) == (1, 4, 1)
@@ -129,7 +132,7 @@ def test_kept_scenes_are_a_valid_local_dataset(hub, tree, plain, tmp_path):
 
 
 def test_concurrent_pushes_do_not_lose_scenes(hub, tree, tmp_path, monkeypatch):
-    """Their scenes are in one part of the index: each commit is made on top of the last."""
+    """Their scenes share one part of the index, so each commit must build on the last."""
     names = [f"room_{n}" for n in range(4000) if bucket(f"zed/room_{n}") == "07"][:4]
     for name in names:
         shutil.copytree(tree / "sample_zed/house_000", tmp_path / "tree/zed" / name)

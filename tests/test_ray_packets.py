@@ -1,4 +1,4 @@
-"""Rays followed 64 at a time against single rays and against rational arithmetic."""
+"""Rays followed 64 at a time, compared with single rays and with rational arithmetic."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _no_camera_is_known():
 def by_packets(
     grid: Grid, K: np.ndarray, size: tuple[int, int], occupied: np.ndarray
 ) -> np.ndarray:
-    """(cells,) uint8: the state after all rays were followed."""
+    """(cells,) uint8: the state after all rays are followed."""
     state = occupied.astype(np.uint8).ravel() * OCCUPIED
     made = RayPackets.of(grid, K, size)
     assert made is not None
@@ -64,11 +64,11 @@ def test_packets_equal_brute_force(lower, shape, voxel_size, K, size, fill, seed
 @pytest.mark.parametrize(
     ("config", "K", "size"),
     [
-        # The camera on a corner of the lattice and square pixels: ties in every diagonal.
+        # The camera on a grid corner and square pixels: ties on every diagonal.
         (Config(), intrinsics(120, 120, 64, 48), (128, 96)),
-        # Wide, as the real trajectory's camera, and a size that 8 does not divide.
+        # A wide camera, as in the real trajectory, and a size that is no multiple of 8.
         (Config(), intrinsics(58.3, 61.7, 79.5, 44.25), (157, 91)),
-        # The camera outside the grid, whose rays enter it at many distances.
+        # The camera outside the grid: rays enter the grid at many distances.
         (Config(pc_range=(-1, -1, 0.5, 2, 1, 3)), intrinsics(71, 73, 60, 50), (121, 99)),
     ],
 )
@@ -117,7 +117,7 @@ def test_prepare_builds_packets_for_the_most_common_camera():
     ray_packets.prepare(grid, np.stack([other, *[most] * 5, other]), size)
     assert packets_if_repeated(grid, most, size) is not None
     assert packets_if_repeated(grid, other, size) is None
-    ray_packets.prepare(grid, np.stack([other] * 4), size)  # Too few to be worth it.
+    ray_packets.prepare(grid, np.stack([other] * 4), size)  # Too few frames for packets to pay.
     assert packets_if_repeated(grid, other, size) is None
     ray_packets.prepare(grid, np.zeros((0, 3, 3)), size)
 

@@ -1,4 +1,4 @@
-"""The real InternData-N1 trajectory, through the command line, where it is there."""
+"""The real InternData-N1 trajectory, built with the command line, if the files are present."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_scene_cells_lie_on_the_ground_truth(built):
 
 
 def test_build_takes_less_than_a_minute(built):
-    """A loose bound against an accident; scripts/bench measures."""
+    """A loose bound that catches large regressions; scripts/bench measures the time."""
     seconds = float(re.search(r"52 frames in ([\d.]+) s", built[1].stdout).group(1))
     assert seconds < 60
 

@@ -1,4 +1,4 @@
-"""When a build replaces what is there: only what a build wrote, and whenever its source changed."""
+"""Rebuilds: they replace only files that a build wrote, and do so when the source changed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RECORD = "meta/occgen.json"
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A source of one trajectory. Not to be changed by tests."""
+    """A source with one trajectory. Tests must not change it."""
     out = tmp_path_factory.mktemp("rebuild") / "rooms"
     make_sample(out, trajectories=1, frames=2)
     return out
@@ -34,19 +34,19 @@ def source(tmp_path_factory):
 
 @pytest.fixture
 def mine(source, tmp_path):
-    """A copy that a test may change."""
+    """A copy of the source that a test may change."""
     return Path(shutil.copytree(source, tmp_path / "mine"))
 
 
 def build(source: Path, out: Path, **settings):
-    """Build the one trajectory of a source; what became of it."""
+    """Build the one trajectory of a source and return its result."""
     builder = load_builder("internnav", source)
     (ref,) = builder.episodes()
     return build_episode(builder, ref, out, Settings(config=Config(voxel_size=0.1), **settings))
 
 
 def place(source: Path, out: Path) -> Path:
-    """Where its trajectory goes."""
+    """The output folder of the trajectory of a source."""
     (ref,) = load_builder("internnav", source).episodes()
     return out / ref.id
 
@@ -64,7 +64,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_build_does_not_replace_recordings(mine, tmp_path, overwrite):
-    """As where --output names another tree of recordings by mistake."""
+    """As if --output names another tree of recordings by mistake."""
     recordings = Path(shutil.copytree(mine, tmp_path / "recordings"))
     before = content(recordings)
     with pytest.raises(OccGenError, match=r"did not build.*choose another --output") as e:
@@ -133,7 +133,7 @@ def test_an_empty_folder_and_a_damaged_trajectory_are_replaced(source, tmp_path)
 # When it is replaced
 
 FUTURE = 4_102_444_800
-"""The first second of the year 2100, as a camera whose clock is wrong has it."""
+"""The first second of the year 2100, as from a camera with a wrong clock."""
 
 
 def touch(path: Path, seconds: float) -> None:
@@ -141,7 +141,7 @@ def touch(path: Path, seconds: float) -> None:
 
 
 def other_bytes(path: Path) -> None:
-    """Another JPEG of the same size: one byte of its header differs."""
+    """Change one byte of a JPEG header; the size stays the same."""
     data = bytearray(path.read_bytes())
     data[15] ^= 1
     path.write_bytes(data)
@@ -158,7 +158,7 @@ def other_bytes_at_the_same_time(path: Path) -> None:
 
 
 def another_file_moved_there(path: Path) -> None:
-    """With the size and times of the old one."""
+    """Replace the file by another with the same size and times."""
     stat, new = path.stat(), path.with_name("new")
     shutil.copy(path, new)
     other_bytes(new)
@@ -199,7 +199,7 @@ def test_new_builder_version_triggers_a_rebuild(mine, tmp_path, monkeypatch):
 
 
 def test_record_without_a_builder_version_means_the_first_version(mine, tmp_path, monkeypatch):
-    """As they were before builders had one."""
+    """Records were written so before builders had a version."""
     out = tmp_path / "out"
     build(mine, out)
     mark = place(mine, out) / RECORD

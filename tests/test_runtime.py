@@ -1,4 +1,4 @@
-"""Builds that are stopped at any moment and resumed give the same bytes."""
+"""Builds that are stopped at any moment and run again give the same bytes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ FIRST, SECOND, THIRD = (
 Command = Callable[..., tuple[int, str, str]]
 
 
-# What is built and what it is compared with
+# Sources, expected results and helpers
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +66,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def without_video(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first trajectory without its mp4, which is then made from the images."""
+    """The first trajectory without its mp4; the build encodes one from the images."""
     out = tmp_path_factory.mktemp("without_video") / "tree"
     shutil.copytree(source / FIRST, out / FIRST)
     shutil.rmtree(out / FIRST / VIDEO)
@@ -105,10 +105,10 @@ def out(undisturbed: Path, tmp_path: Path) -> Path:
 def command(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Command]:
-    """`occgen-hub build` in this process: its exit code, output and errors."""
+    """Runs `occgen-hub build` in this process; returns exit code, output and errors."""
     before = {number: signal.getsignal(number) for number in cli.STOPS}
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    monkeypatch.setattr(cli, "end_at_once", sys.exit)  # The process is that of the tests.
+    monkeypatch.setattr(cli, "end_at_once", sys.exit)  # The test process must not end.
 
     def call(source: Path, out: Path, *options: str) -> tuple[int, str, str]:
         arguments = ["build", "--input", str(source), "--output", str(out), "--set", COARSE]
@@ -141,7 +141,7 @@ def counts(summary: Summary) -> tuple[int, int, int]:
 
 
 def marks(folder: Path) -> dict[str, tuple[int, int]]:
-    """What changes when a file below a folder is written anew: its inode and its time."""
+    """Inode and modification time of each file, which change when it is written again."""
     stats = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
     return {
         path.relative_to(folder).as_posix(): (stat.st_ino, stat.st_mtime_ns)
@@ -166,7 +166,7 @@ def rebuilt(before: dict[str, tuple[int, int]], out: Path) -> set[str]:
 def start_build(
     source: Path, out: Path, *options: str, workers: int = 1, **env: str
 ) -> subprocess.Popen[str]:
-    """`occgen-hub build` in a process group of its own."""
+    """Start `occgen-hub build` in its own process group."""
     places = ["--input", source, "--output", out]
     return start("build", *places, "--set", COARSE, "--workers", str(workers), *options, **env)
 
@@ -213,7 +213,7 @@ def finished(out: Path) -> list[Path]:
 
 
 def check_resumed(source: Path, out: Path, expected: Tree, workers: int = 1) -> None:
-    """Start an interrupted build again: it does what is missing and nothing else."""
+    """Run an interrupted build again: it builds only the missing episodes."""
     done = finished(out)
     before = {folder: marks(folder) for folder in done}
     summary = build(source, out, workers=workers)
@@ -223,7 +223,7 @@ def check_resumed(source: Path, out: Path, expected: Tree, workers: int = 1) -> 
 
 
 def check_clean(stderr: str) -> None:
-    """Check that there is no traceback or other output of Python itself."""
+    """Check that there is no traceback or warning of Python."""
     for word in ("Traceback", "Exception", "Error", "Warning", "File "):
         assert word not in stderr, stderr
 
@@ -292,7 +292,7 @@ def test_threads_and_uninitialized_memory_do_not_change_the_video(
 
 
 def test_equal_frames_give_an_equal_video(source: Path, tmp_path: Path) -> None:
-    """Pictures, and of this size: those on which x264 goes by what was in memory before."""
+    """For frames of this size, x264 can read uninitialized memory."""
     code = (
         "import sys; from pathlib import Path; from occgen_hub.media import read_rgb, write_video;"
         "paths = [Path(sys.argv[1], f'{t % 4}.jpg') for t in range(12)];"
@@ -313,7 +313,7 @@ def test_equal_frames_give_an_equal_video(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("workers", "moment"),
     [(1, finished), pytest.param(2, begun, marks=pytest.mark.slow)],
-    ids=["one process, first trajectory there", "two, first one begun"],
+    ids=["one process, first trajectory finished", "two processes, first one started"],
 )
 def test_resume_after_kill(
     source: Path, expected: Tree, tmp_path: Path, workers: int, moment: Callable[[Path], Any]
@@ -332,7 +332,7 @@ def test_resume_after_kill(
 def test_resume_after_kills_at_many_moments(
     source: Path, expected: Tree, tmp_path: Path, workers: int
 ) -> None:
-    """Each kill comes a little later after the first write; some kill the parent process only."""
+    """Each kill is a little later after the first write; some kill only the parent process."""
     rng = random.Random(workers)
     for number in range(9 - 3 * workers):
         out = tmp_path / f"out_{number}"
@@ -352,7 +352,7 @@ def test_resume_after_kills_at_many_moments(
 def test_leftovers_of_interrupted_renames_are_repaired(
     source: Path, expected: Tree, tmp_path: Path
 ) -> None:
-    """States between two renames, created by the test."""
+    """The test creates the states between two renames."""
     out = tmp_path / "out"
     build(source, out)
     (out / FIRST).rename((out / FIRST).with_name(".trajectory_0.old"))
@@ -421,7 +421,7 @@ def test_episode_that_kills_its_process_twice_fails(
 
 
 def check_stopped(process: subprocess.Popen[str], number: signal.Signals) -> None:
-    """Signal the whole process group, as a terminal does. All of it ends with one sentence."""
+    """Signal the whole process group, as a terminal does; it ends with one sentence."""
     family = descendants(process)
     os.killpg(process.pid, number)
     done = finish(process)
@@ -466,7 +466,7 @@ def test_interruption_while_workers_start(source: Path, tmp_path: Path) -> None:
 def test_resume_after_interruptions_at_many_moments(
     source: Path, tmp_path: Path, workers: int, number: signal.Signals
 ) -> None:
-    """At moments from when the output folder exists: import, computation and writing."""
+    """Interrupts during import, computation and writing, once the output folder exists."""
     rng = random.Random(workers)
     for step in range(4):
         out = tmp_path / f"out_{step}"
@@ -481,7 +481,7 @@ def test_resume_after_interruptions_at_many_moments(
 def test_interruption_swallowed_by_a_library_stops_the_build(
     source: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when compiled code imports pandas: the build continues for a moment."""
+    """As when compiled code imports pandas, which loses the interrupt."""
 
     def swallowing(*_: Any) -> Built:
         try:
@@ -546,7 +546,7 @@ def test_changed_media_option_rebuilds_except_for_links(source: Path, out: Path)
 
 
 def density(folder: Path) -> None:
-    """Another JPEG of the same size and time: only one byte of its header differs."""
+    """Change one byte of a JPEG header; size and time stay the same."""
     path = folder / RGB / "1.jpg"
     stat, data = path.stat(), bytearray(path.read_bytes())
     data[15] ^= 1
@@ -602,7 +602,7 @@ def test_touched_source_is_not_rebuilt(mine: Path, out: Path) -> None:
 def test_unchanged_sources_are_read_once(
     mine: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A later run recognises them by their times, for whatever reason these differ."""
+    """Later runs recognise them by their modification times."""
     read: list[Path] = []
     monkeypatch.setattr(
         InternNavBuilder,
@@ -613,7 +613,7 @@ def test_unchanged_sources_are_read_once(
     )
     for _ in range(2):
         build(mine, out)
-        assert len(read) == 3  # A copied tree's times are new.
+        assert len(read) == 3  # The copied tree has new times.
     (mine / FIRST / TABLE).touch()
     for _ in range(2):
         build(mine, out)
@@ -627,7 +627,7 @@ def test_unchanged_sources_are_read_once(
 def test_a_source_changed_before_its_dataset_was_copied_is_noticed(
     mine: Path, tmp_path: Path
 ) -> None:
-    """The copy is younger than the change."""
+    """Even though the copy is newer than the change."""
     build(mine, tmp_path / "out")
     density(mine / THIRD)
     copy = tmp_path / "copy"
@@ -660,7 +660,7 @@ def test_a_source_that_changes_while_it_is_read_fails(mine: Path, tmp_path: Path
     assert counts(build(mine, out)) == (1, 2, 0)
 
 
-# What the command does and says
+# The command and its messages
 
 
 def test_limit_builds_only_the_first_episodes(
@@ -743,7 +743,7 @@ def test_unfinished_builds_are_reported(out: Path) -> None:
     record = out / ".logs/shard-0.jsonl"
     record.write_bytes(record.read_bytes().rpartition(b"\n")[0])
     assert unfinished(out) == ["the last build did not finish (1 of 1 shards); run it again"]
-    shutil.rmtree(out / ".logs")  # As of a dataset that came from elsewhere.
+    shutil.rmtree(out / ".logs")  # As in a dataset from another machine.
     assert unfinished(out) == [f"1 episode failed; see {out / 'failures.jsonl'}"]
 
 
@@ -763,7 +763,7 @@ def test_unlistable_folder_is_an_error(out: Path) -> None:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """A file system with given options, such as its size. Skips if none can be mounted."""
+    """A file system with mount options such as its size. Skips if none can be mounted."""
     place = tmp_path / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
@@ -779,11 +779,11 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("video", [True, False], ids=["video copied", "video made"])
+@pytest.mark.parametrize("video", [True, False], ids=["video copied", "video encoded"])
 def test_full_disk_is_reported_and_leaves_nothing_incomplete(
     source: Path, without_video: Path, disk: Callable[[str], Path], command: Command, video: bool
 ) -> None:
-    """Full at each stage of writing: the error is reported, and nothing incomplete is left."""
+    """The disk gets full at each stage of writing."""
     root = source if video else without_video
     place = disk("size=20k")
     for size in ("20k", "80k", "200k", "500k", "900k", "1300k", "1700k"):
@@ -793,7 +793,7 @@ def test_full_disk_is_reported_and_leaves_nothing_incomplete(
             break
         assert code == 1, size
         assert "No space left on device" in errors, size
-        assert not re.search(rf"{root}\S*: cannot be", errors), size  # What is full is the output.
+        assert not re.search(rf"{root}\S*: cannot be", errors), size  # It blames no input file.
         assert "unexpected" not in errors + said
         assert "Traceback" not in errors
         assert set(tree(out)) <= {"failures.jsonl"}

@@ -1,4 +1,4 @@
-"""The synthetic recording: laid out like the real one, true to its mesh, and the same each time."""
+"""The synthetic recording: its layout, its agreement with the mesh, and reproducible bytes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read_ply(path: Path) -> tuple[list[str], np.ndarray, bytes]:
-    """The header's lines, the vertices as double xyz and uchar rgb, and what follows them."""
+    """The header lines, the vertices as double xyz and uchar rgb, and the remaining bytes."""
     header, rest = path.read_bytes().split(b"end_header\n", 1)
     lines = header.decode().splitlines()
     count = int(next(line for line in lines if "element vertex" in line).split()[-1])
@@ -101,7 +101,7 @@ def info_of(folder: Path) -> dict[str, Any]:
 
 
 def video(path: Path) -> tuple[int, int, int, float]:
-    """Width, height, frames and frames a second."""
+    """Width, height, number of frames and frames per second."""
     with av.open(str(path)) as file:
         stream = file.streams.video[0]
         rate = stream.average_rate
@@ -110,7 +110,7 @@ def video(path: Path) -> tuple[int, int, int, float]:
 
 
 def files(folder: Path) -> dict[str, str]:
-    """The digest of each file under a folder, by its path in it."""
+    """SHA-256 of each file in a folder, by relative path."""
     return {
         p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
         for p in sorted(folder.rglob("*"))
@@ -208,7 +208,7 @@ def test_poses_are_rigid_with_a_fixed_mount(sample: list[Path]) -> None:
             assert np.linalg.det(R) > 0
         assert (mount == mount[0]).all()
         assert 0.4 <= mount[0, 2, 3] <= 1.2
-        # Undoing the mount leaves a body that stands upright, on the same floor in each frame.
+        # Without the mount, the body is upright and at the same height in each frame.
         body = action @ np.linalg.inv(mount)
         assert np.allclose(body[:, :3, 2], (0, 0, 1), atol=1e-6)
         assert np.ptp(body[:, 2, 3]) < 1e-5
@@ -219,7 +219,7 @@ def test_poses_are_rigid_with_a_fixed_mount(sample: list[Path]) -> None:
 def test_depth_matches_the_exported_mesh(
     sample: list[Path], truth: tuple[np.ndarray, np.ndarray]
 ) -> None:
-    """Retraced in world coordinates from nothing but the files."""
+    """Traced again in world coordinates, using only the files."""
     vertices, triangles = truth
     worst = []
     for folder in sample:
@@ -241,7 +241,7 @@ def test_depth_matches_the_exported_mesh(
         assert (units[~far] > 0).mean() > 0.999
         error = np.abs(units / 10_000 - depth)[~far]
         worst.append(np.quantile(error, 0.999))
-        # The odd pixel is on the very edge of something, and the two differ as to which side.
+        # A few pixels lie exactly on an edge, where the two tracers may choose different sides.
         assert (error < 1e-3).mean() > 0.9995
         assert np.median(error) < 1e-4
     assert max(worst) < 2e-4
@@ -264,7 +264,7 @@ def test_pictures_have_texture_and_are_upright(sample: list[Path]) -> None:
         blocks = grey[: grey.shape[0] // 16 * 16, : grey.shape[1] // 16 * 16]
         blocks = blocks.reshape(grey.shape[0] // 16, 16, grey.shape[1] // 16, 16)
         assert (blocks.std(axis=(1, 3)) > 2).mean() > 0.7
-        # The floor comes nearer towards the bottom of the image.
+        # The floor is nearer at the bottom of the image.
         with Image.open(folder / DEPTH / "0.png") as image:
             rows = np.median(np.asarray(image), axis=1)
         assert rows[-1] < rows[len(rows) // 2]
@@ -280,7 +280,7 @@ def test_cloud_lies_on_the_mesh(sample: list[Path], truth: tuple[np.ndarray, np.
     scene = tracer(vertices - points.mean(axis=0), triangles)
     query = o3d.core.Tensor((points - points.mean(axis=0)).astype(np.float32))
     distance = scene.compute_distance(query).numpy()
-    # Open3D's own distance is some millimetres off beside long thin triangles, though they meet.
+    # Distances from Open3D are off by some millimetres near long thin triangles.
     assert np.quantile(distance, 0.99) < 1e-4
     assert distance.max() < 6e-3
     floor = action[0, 2, 3] - mount[0, 2, 3]
@@ -300,7 +300,7 @@ def test_same_seed_gives_the_same_bytes_in_another_process(
         "import sys; from pathlib import Path; from occgen_hub.sample import make_sample; "
         f"make_sample(Path(sys.argv[1]), trajectories=1, frames={FRAMES})"
     )
-    # Filling fresh memory with junk shows whatever reads it unset, as an encoder may.
+    # Filling new memory with other values reveals reads of uninitialized memory.
     subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "again")],
         cwd=REPO, check=True, env={**os.environ, "MALLOC_PERTURB_": "91"},

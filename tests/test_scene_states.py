@@ -1,4 +1,4 @@
-"""The scene's three states: against the mesh, in files, and cut out by the datasets."""
+"""The three states of a scene: compared with the mesh, in files, and in training items."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KEYS = ("occupancy", "mask", "labels", "visible", "pose", "grid_pose")
 
 
 def triangles(tree: Path) -> np.ndarray:
-    """(F, 3, 3) of the sample's mesh, world metres."""
+    """(F, 3, 3) triangles of the sample's mesh in world metres."""
     import open3d
 
     mesh = open3d.io.read_triangle_mesh(str(tree / "ground_truth/mesh.ply"))
@@ -54,7 +54,7 @@ def test_free_and_occupied_cells_agree_with_the_mesh(sample_tree, dataset):
 
 
 def seen_free(cells: np.ndarray, size: float, grid: Grid, pose: np.ndarray, free: np.ndarray):
-    """(n,) whether the centres of (n, 3) cells of the world lie in cells that a frame saw free."""
+    """(n,) bool: whether the centres of (n, 3) world cells lie in cells that a frame saw free."""
     inside = ((cells + 0.5) * size - pose[:3, 3]) @ pose[:3, :3]
     place = np.floor((inside - np.asarray(grid.lower)) / size).astype(int)
     found = ((place >= 0) & (place < grid.shape)).all(axis=1)
@@ -63,7 +63,7 @@ def seen_free(cells: np.ndarray, size: float, grid: Grid, pose: np.ndarray, free
 
 
 def numbered(cells: np.ndarray) -> np.ndarray:
-    """(n,) a number for each of (n, 3) cells."""
+    """(n,) unique numbers for (n, 3) cells."""
     return ((cells + 5000) * [1 << 30, 1 << 15, 1]).sum(axis=1)
 
 
@@ -123,7 +123,7 @@ def test_order_of_frames_does_not_change_the_states(shape):
 
 
 def looked_up(trajectory: Trajectory, grid: Grid, pose: np.ndarray) -> np.ndarray:
-    """The labels of a grid's cells by a dictionary of the scene's cells: every 37th, else 254."""
+    """Labels of every 37th cell of a grid, looked up in the scene's cells; 254 elsewhere."""
     states = trajectory.states()
     known = {tuple(cell): 0 for cell in states.cells(FREE).tolist()}
     known |= {tuple(cell): 1 for cell in states.cells(OCCUPIED).tolist()}
@@ -184,7 +184,7 @@ def test_coarse_sparse_and_streamed_items_agree(dataset):
             parts = whole.reshape(coarse.grid.shape[0], 4, -1, 4, coarse.grid.shape[2], 4)
             occupied = (parts == 1).any(axis=(1, 3, 5))
             same = (item["labels"].numpy() == 1) == occupied
-            assert same.mean() > 0.999  # What the frame saw is moved before it is joined.
+            assert same.mean() > 0.999  # Visible cells are moved before they are pooled.
 
 
 def test_scene_target_history_has_only_visible_cells(dataset):
@@ -194,7 +194,7 @@ def test_scene_target_history_has_only_visible_cells(dataset):
         scene = OccupancyDataset(dataset, upright=upright, target="scene", **options)
         assert torch.equal(scene[2]["history"], visible[2]["history"])
         assert torch.equal(visible[2]["history"][0], visible[1]["occupancy"])
-        # In the grid of the current camera the same walls fall on the same cells, nearly all.
+        # In the grid of the current camera, the same walls are in nearly the same cells.
         aligned = OccupancyDataset(dataset, upright=upright, align_history=True, **options)[2]
         grown = torch.nn.functional.max_pool3d(aligned["occupancy"][None].float(), 3, 1, 1)[0] > 0
         assert (grown & aligned["history"][0]).sum() > 0.5 * aligned["history"][0].sum()

@@ -1,4 +1,4 @@
-"""The sample's errors: noise of depth and poses, people, and the truth of every frame."""
+"""Errors in the sample: noise of depth and poses, people, and the ground truth of each frame."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ HARD: dict[str, Any] = {
 
 
 def wall(depth: float) -> View:
-    """A wall square to the camera."""
+    """A wall perpendicular to the optical axis."""
     return View(np.full(SHAPE, depth), K)
 
 
@@ -68,7 +68,7 @@ def draws(model: sensors.Model, view: View, count: int) -> np.ndarray:
 @pytest.mark.parametrize("depth", [0.8, 1.5, 3.0, 5.0])
 def test_kinect_noise_grows_with_depth(depth: float) -> None:
     measured = draws(sensors.kinect, wall(depth), 4)
-    # The steps of disparity spread a depth evenly over a step.
+    # Quantized disparity spreads depth evenly over one step.
     step = depth**2 / sensors.DISPARITIES
     sigma = 0.0012 + 0.0019 * (depth - 0.4) ** 2
     assert measured.std() == pytest.approx(np.hypot(sigma, step / np.sqrt(12)), rel=0.12)
@@ -91,7 +91,7 @@ def test_kinect_has_no_depth_below_its_range_and_at_grazing_angles() -> None:
 
 
 def test_kinect_noise_grows_with_the_incidence_angle() -> None:
-    # The same depth, seen square and at 75 degrees.
+    # The same depth at angles from 0 to 75 degrees.
     angle = np.radians([0.0, 30.0, 59.0, 61.0, 75.0])
     sigma = sensors.kinect_sigma(np.full(5, 2.0), angle)
     assert sigma[0] == sigma[1] == sigma[2] < sigma[3] < sigma[4]
@@ -102,7 +102,7 @@ def test_kinect_has_a_shadow_left_of_near_objects() -> None:
     measured = draws(sensors.kinect, view, 8)
     holes = (measured == 0).all(axis=0)
     rows = holes[45:75]
-    # The focal length times the projector's distance, times the difference of 1 / depth.
+    # Focal length times baseline of the projector, times the difference of 1 / depth.
     width = K[0, 0] * sensors.PROJECTOR * (1 / 1 - 1 / 3)
     assert rows[:, :60].sum(axis=1).mean() == pytest.approx(width, abs=1.5)
     assert rows[:, 59 - int(width) + 2 : 60].all()
@@ -129,7 +129,7 @@ def test_stereo_noise_is_correlated_in_space_and_independent_in_time() -> None:
 
     assert correlation(1) > 0.8
     assert 0.4 < correlation(3) < 0.85
-    assert 0.1 < correlation(10) < 0.45  # The coarser component alone.
+    assert 0.1 < correlation(10) < 0.45  # Only the coarser component.
     assert abs(correlation(60)) < 0.1
     assert abs((error[1:] * error[:-1]).mean()) < 0.1
 
@@ -144,10 +144,10 @@ def test_network_error_is_smooth_with_a_scale_per_frame() -> None:
     ratio = np.log(draws(sensors.network, wall(2.0), 60) / 2.0)
     assert np.abs(np.diff(ratio, axis=2)).max() < 0.005
     assert np.abs(np.diff(ratio, axis=1)).max() < 0.005
-    # The scale and, at a corner, which is a node, the factor.
+    # The scale and, at the corner, which is a node of the factor map, the factor.
     assert ratio[:, 0, 0].std() == pytest.approx(np.hypot(0.01, 0.01), rel=0.3)
     assert ratio.std() == pytest.approx(np.hypot(0.01, 0.008), rel=0.2)
-    # Pixels far from each other are wrong in ways of their own, but for the scale.
+    # Apart from the scale, errors of distant pixels are independent.
     far = np.corrcoef(ratio[:, 0, 0], ratio[:, -1, -1])[0, 1]
     assert far < 0.8
     assert 0.004 < ratio.mean(axis=(1, 2)).std() < 0.025
@@ -175,11 +175,11 @@ def test_flying_pixels_lie_between_foreground_and_background() -> None:
     edge = np.zeros(SHAPE, bool)
     edge[45:75, 59:61] = True
     assert changed[:, edge].mean() == pytest.approx(0.5, abs=0.05)
-    # They are anywhere between.
+    # They are spread over the whole range between.
     assert np.histogram(measured[changed], 4, (1, 3))[0].min() > 0.15 * changed.sum()
     for plane in (wall(2.0), floor()):
         kept = draws(sensors.flying, plane, 1)[0]
-        near = plane.depth < 8  # Where the floor's end is an edge.
+        near = plane.depth < 8  # The far end of the floor is an edge.
         assert (kept == plane.depth)[near].all()
 
 
@@ -195,7 +195,7 @@ def test_speckle_is_small_and_rare() -> None:
         labels, _ = ndimage.label(frame)
         sizes = [max(s.stop - s.start for s in where) for where in ndimage.find_objects(labels)]
         single += sizes.count(1)
-        # Two may touch.
+        # Two speckles may touch.
         assert np.quantile(sizes, 0.9) <= 5
         assert sizes.count(1) < len(sizes)
     assert single > 0
@@ -223,7 +223,7 @@ def test_pose_noise_has_the_stated_spread() -> None:
     poses = np.repeat(np.eye(4)[None], 4000, axis=0)
     noisy = with_noise(poses, (0.004, 0.15), np.random.default_rng(0))
     assert np.allclose(noisy[:, :3, 3].std(axis=0), 0.004, rtol=0.05)
-    turn = np.degrees(noisy[:, [2, 0, 1], [1, 2, 0]])  # Small angles about x, y and z.
+    turn = np.degrees(noisy[:, [2, 0, 1], [1, 2, 0]])  # Small rotations about x, y and z.
     assert np.allclose(turn.std(axis=0), 0.15, rtol=0.05)
     assert np.allclose(noisy[:, :3, :3] @ noisy[:, :3, :3].transpose(0, 2, 1), np.eye(3))
 
@@ -241,7 +241,7 @@ def test_pose_drift_starts_at_zero_and_peaks_at_the_stated_size() -> None:
     assert np.allclose(with_drift(poses[:1], (0.02, 0.3), np.random.default_rng(0)), np.eye(4))
 
 
-# The tree
+# The sample tree
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +260,7 @@ def hard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def crowd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """People, and nothing else that is hard."""
+    """People, but no noise."""
     out = tmp_path_factory.mktemp("crowd") / "tree"
     make_sample(out, trajectories=1, frames=4, people=2)
     return out
@@ -290,7 +290,7 @@ def depth_of(tree: Path, frame: int) -> np.ndarray:
 
 
 def test_default_recording_is_unchanged(clean: Path) -> None:
-    """Figures of a recording made before there were options."""
+    """Depth values of a recording made before the noise options existed."""
     with Image.open(clean / FIRST / DEPTH / "2.png") as image:
         units = np.asarray(image).astype(int)[20::60, 30::80]
     then = [
@@ -334,7 +334,7 @@ def test_noise_affects_depth_and_poses_only(
     a, b, c = files(clean), files(hard), files(crowd)
     assert a.keys() == b.keys() == c.keys()
     assert b["ground_truth/mesh.ply"] == a["ground_truth/mesh.ply"]
-    # Noise leaves colour as it is, and the truth.
+    # Noise changes neither colour nor ground truth.
     assert {n for n in b if b[n] != c[n]} == {
         *(n for n in b if DEPTH in n or "video.depth" in n),
         f"{FIRST}/data/chunk-000/episode_000000.parquet",
@@ -397,7 +397,7 @@ def test_people_walk_on_free_floor_in_view_and_one_stops(seed: int) -> None:
     assert steps[0].sum() > 0.8
     assert max(s.max() for s in steps) < 0.2
     assert steps[1][:5].sum() > 0.05
-    # Whoever stands does so without moving.
+    # A person who stops does not move at all.
     assert (vertices[-4:, half:] == vertices[-1, half:]).all()
     assert (vertices[-4:, :half] != vertices[-1, :half]).any()
     for t in range(24):
@@ -427,7 +427,7 @@ def test_figure_swings_its_legs_and_has_a_closed_mesh() -> None:
     assert max(wide) > 0.75 > min(wide) > np.ptp(standing[:, 0])
     vertices, normals = figure.posed(xy, 0.7, 0.4, 1.0)
     assert np.allclose(np.linalg.norm(normals, axis=1), 1)
-    # Closed, and outside is outside: the volume is positive.
+    # Faces point outward: the volume is positive.
     a, b, c = (vertices[figure.faces[:, k]] for k in range(3))
     volume = np.einsum("ij,ij->i", a, np.cross(b, c)).sum() / 6
     assert 0.03 < volume < 0.12

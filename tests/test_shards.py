@@ -1,5 +1,5 @@
-"""Occupancy as Parquet: what `datasets` reads is what the npz files hold, byte for byte the same
-however it came about.
+"""Occupancy as Parquet: `datasets` reads the content of the npz files, and the bytes of the files
+do not depend on how they were built.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ OBSERVED = "videos/chunk-000/observation.occ.mask/mask_sequence.npz"
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three trajectories in two scenes, 36 frames. Not to be changed by tests."""
+    """Three trajectories in two scenes, 36 frames. Tests must not change it."""
     out = tmp_path_factory.mktemp("source") / "tree"
     make_sample(out, trajectories=3, frames=12)
     return out
@@ -50,19 +50,19 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def built(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Not to be changed by tests."""
+    """The dataset built from `source`. Tests must not change it."""
     return build(source, tmp_path_factory.mktemp("built") / "out")
 
 
 @pytest.fixture
 def mine(built: Path, tmp_path: Path) -> Path:
-    """A copy that a test may change."""
+    """A copy of the dataset that a test may change."""
     return Path(shutil.copytree(built, tmp_path / "mine"))
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """`datasets` keeps nothing of one test for another."""
+    """A cache of `datasets` for each test."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -86,7 +86,7 @@ def rows(root: Path, own_cache: Path) -> list[dict[str, Any]]:
 
 
 def expected(root: Path) -> Iterator[dict[str, Any]]:
-    """Each frame, as scipy and numpy read it from the trajectories."""
+    """The rows of all frames, read from the trajectories with scipy and numpy."""
     for path in sorted(root.glob("*/*/trajectory_*")):
         visible, mask = sparse.load_npz(path / VISIBLE), np.load(path / OBSERVED)
         moving = sparse.csr_matrix(visible.shape, dtype=np.uint8)
@@ -110,7 +110,7 @@ def expected(root: Path) -> Iterator[dict[str, Any]]:
 
 
 def content(root: Path) -> dict[str, str]:
-    """Everything of a dataset, hidden files too, but what the last run says of itself."""
+    """SHA-256 of all files of a dataset, hidden ones too, except those of the last run."""
     files = {p.relative_to(root).as_posix(): p for p in root.rglob("*") if p.is_file()}
     run = {name for name in files if name.split("/")[0] in (".logs", "report.json")}
     return {name: sha256(path) for name, path in files.items() if name not in run}
@@ -121,9 +121,7 @@ def stamps(root: Path) -> dict[str, tuple[int, int]]:
     return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in found}
 
 
-# Read
-
-
+# Reading
 def test_streamed_rows_match_the_npz_files(built, own_cache):
     found, wanted = rows(built, own_cache), list(expected(built))
     assert len(found) == sum(1 for _ in wanted) == 36
@@ -182,7 +180,7 @@ def test_build_does_not_import_datasets_huggingface_hub_or_torch(source, tmp_pat
 
 
 def test_shards_are_less_than_half_the_size_of_the_npz_files(dataset):
-    """Of a sample of four frames, whose first row group has little to share."""
+    """Even for short samples, which compress less well."""
     npz = sum(path.stat().st_size for path in dataset.rglob("*_sequence.npz"))
     assert sum(path.stat().st_size for path in shards(dataset)) < 0.5 * npz
 
@@ -199,16 +197,16 @@ def test_row_group_has_a_few_frames_of_one_episode(built):
             assert table["frame_index"] == [*range(file.metadata.row_group(n).num_rows)]
 
 
-# However it came about
+# Builds that give the same files
 
 
 def test_splitting_into_more_shards_keeps_the_rows(mine, own_cache):
     size = max(npz_bytes(path) for path in trajectories(mine))
-    assert write_shards(mine, shard_bytes=size) == 2  # That of the other scene is right.
+    assert write_shards(mine, shard_bytes=size) == 2  # The shard of the other scene stays.
     assert [p.name[-12:] for p in shards(mine)].count("-001.parquet") == 1
     assert rows(mine, own_cache) == list(expected(mine))
     assert validate(mine).findings == ()
-    # A trajectory that is too long for a shard goes into several.
+    # A trajectory that is too long for one shard is split.
     assert write_shards(mine, shard_bytes=size // 2) > 3
     assert rows(mine, own_cache) == list(expected(mine))
     assert validate(mine).findings == ()
@@ -246,7 +244,7 @@ def test_only_changed_shards_are_written(source, mine):
     assert write_shards(mine) == 1
     assert list(read_entries(mine)) == [p.relative_to(mine).as_posix() for p in (first, other)]
     changed = {name for name, stamp in stamps(mine).items() if stamp != before[name]}
-    assert len(changed) == 2  # The shard of its scene, and the part of the index.
+    assert len(changed) == 2  # The shard of the scene and the part of the index.
     shutil.move(kept, second)
     assert write_shards(mine) == 1
     assert content(mine) == bytes_before
@@ -254,7 +252,7 @@ def test_only_changed_shards_are_written(source, mine):
 
 
 def test_missing_scene_keeps_its_index_rows_and_its_shard(mine, own_cache):
-    """As in a folder into which only a part of a dataset was fetched."""
+    """As in a folder with only a part of a dataset."""
     everything, before = list(read_entries(mine)), stamps(mine)
     shutil.rmtree(mine / "sample_zed/house_000")
     assert write_shards(mine) == 0
@@ -276,7 +274,7 @@ def test_missing_scene_keeps_its_index_rows_and_its_shard(mine, own_cache):
 
 
 def test_scenes_built_separately_give_the_same_files(source, built, tmp_path):
-    """Each on another machine: together they are what one build makes."""
+    """As on several machines: together they equal one build."""
     joined = tmp_path / "joined"
     for n, scene in enumerate(("house_000", "house_001")):
         part = tmp_path / str(n)
@@ -331,7 +329,7 @@ def test_damaged_shard_is_rewritten(source, mine, built):
 
 @pytest.mark.parametrize("change", [write_shards, remove_shards])
 def test_foreign_parquet_file_is_neither_replaced_nor_removed(mine, change):
-    """Others call the parts of a dataset so as well."""
+    """Other tools also use such names for parts of a dataset."""
     theirs = shards(mine)[0].with_name("theirs.parquet")
     pq.write_table(pa.table({"mine": [1, 2]}), theirs)
     content = theirs.read_bytes()
@@ -378,8 +376,8 @@ def test_killed_write_leaves_only_complete_shards(mine, built):
 
 
 def test_full_disk_is_reported_and_keeps_existing_files(mine):
-    """A limit on the size of files, which the system keeps as it keeps a full disk."""
-    shards(mine)[0].write_bytes(shards(mine)[0].read_bytes()[:-100])  # It has to be written anew.
+    """A limit on the file size raises the same kind of error as a full disk."""
+    shards(mine)[0].write_bytes(shards(mine)[0].read_bytes()[:-100])  # It has to be rewritten.
     before = content(mine)
     code = (
         "import resource, signal, sys; from pathlib import Path;"
@@ -397,9 +395,7 @@ def test_full_disk_is_reported_and_keeps_existing_files(mine):
     assert content(mine) == before
 
 
-# Checked
-
-
+# Validation
 def rewritten(change: Callable[[pa.Table], pa.Table]) -> Callable[[Path], None]:
     def harm(shard: Path) -> None:
         table = change(pq.read_table(shard))

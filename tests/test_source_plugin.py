@@ -1,4 +1,4 @@
-"""The template for a source, as a package of its own, and what is said of wrong ones."""
+"""The source template as an installed package, and errors for wrong sources."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples/source_plugin"
 
 
 def test_template_can_be_installed_and_passes_its_tests(tmp_path: Path) -> None:
-    """Installed into a folder, it is found by its entry point, and its own tests pass."""
+    """Its entry point is found, and its own tests pass."""
     package = Path(shutil.copytree(EXAMPLE, tmp_path / "package"))
     target = tmp_path / "installed"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index",
@@ -43,7 +43,7 @@ def test_template_can_be_installed_and_passes_its_tests(tmp_path: Path) -> None:
     assert "3 passed" in done.stdout
 
 
-# What is wrong with a source is said early
+# Errors of sources
 
 
 def test_wrong_entry_points_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +72,7 @@ def test_wrong_entry_points_are_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 class Mine(DatasetBuilder):
-    """A source of one made-up episode, which a test may change."""
+    """A source with one synthetic episode, which tests modify by class attributes."""
 
     name = "mine"
     changes: dict[str, Any] = {}  # noqa: RUF012
@@ -132,6 +132,6 @@ def test_check_source_refuses_a_wrong_source(
     wrong = type("Mine", (Mine,), attributes)
     wrong.__module__, wrong.__qualname__ = "pytest_wrong", "Mine"
     sys.modules["pytest_wrong"] = type(sys)("pytest_wrong")
-    sys.modules["pytest_wrong"].Mine = wrong  # Where pickle looks for it.
+    sys.modules["pytest_wrong"].Mine = wrong  # So that it can be pickled.
     with pytest.raises(OccGenError, match=message):
         check_source(wrong(root))

@@ -1,4 +1,4 @@
-"""The stream of frames: who reads what, in which order, and going on where it stopped."""
+"""The stream of frames: how workers share it, its order, and resuming from a state."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NAMES = ("episode", "frame_index")
 
 @pytest.fixture(scope="module")
 def rows(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset of 20 trajectories in 10 scenes, with images in its shards. Not to be changed."""
+    """20 trajectories in 10 scenes, with images in the shards. Tests must not change it."""
     root = tmp_path_factory.mktemp("rows")
     for n, path in enumerate(trajectories(dataset) * 10):
         place = root / "group" / f"scene_{n // 2:02d}" / f"run_{n % 2}"
@@ -130,7 +130,7 @@ def test_stream_resumes_from_its_state(rows):
         assert all(
             torch.equal(a["image"], b["image"]) for a, b in zip(rest, whole[place:], strict=True)
         )
-        assert len(list(second)) == len(whole)  # The next epoch is whole.
+        assert len(list(second)) == len(whole)  # The next epoch is complete.
     with pytest.raises(UsageError, match="seed is 5 here and 4 in the state"):
         OccupancyStream(rows, keys=NAMES, seed=5).load_state_dict(state)
 

@@ -1,4 +1,4 @@
-"""Datasets as PyTorch reads them, and the public names of the package."""
+"""PyTorch datasets, and the public names of the package."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SHAPE = (200, 125, 200)
 
 @pytest.fixture(scope="module")
 def many(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset of ten trajectories in several shards. Not to be changed by tests."""
+    """A dataset of ten trajectories in several shards. Tests must not change it."""
     root = tmp_path_factory.mktemp("many")
     for n, path in enumerate(trajectories(dataset) * 5):
         shutil.copytree(path, root / "group" / f"scene_{n:02d}" / "run", copy_function=os.link)
@@ -58,7 +58,7 @@ def many(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def truth(many: Path) -> list[dict]:
-    """All frames of `many`, in order, by scipy, numpy and pyarrow alone."""
+    """All frames of `many`, in order, read with only scipy, numpy and pyarrow."""
     frames = []
     for folder in sorted(many.glob("*/*/*/meta"), key=lambda p: p.parent.as_posix()):
         videos = folder.parent / "videos/chunk-000"
@@ -156,7 +156,7 @@ def test_changing_an_item_does_not_change_the_dataset(many):
 def test_loader_processes_give_the_same_items(many, method):
     frames = OccupancyDataset(many, dense=False, keys=KEYS, history_len=2, history_step=1)
     order = np.random.default_rng(0).permutation(len(frames)).tolist()
-    alone = [collate([frames[n]]) for n in order]  # Alone, since images are of different sizes.
+    alone = [collate([frames[n]]) for n in order]  # One by one, since image sizes differ.
     loader = DataLoader(
         frames, sampler=order, num_workers=4, collate_fn=collate, multiprocessing_context=method
     )
@@ -209,9 +209,7 @@ def test_collate_adds_the_item_number_to_sparse_rows(many):
     assert batch["task"] == [item["task"] for item in items]
 
 
-# The past
-
-
+# History
 @pytest.mark.parametrize(("length", "step"), [(1, 1), (3, 1), (2, 2), (10, 2), (0, 1)])
 def test_history_starts_with_the_episode(many, truth, length, step):
     keys = ("history", "frame_index")
@@ -239,7 +237,7 @@ def test_history_starts_with_the_episode(many, truth, length, step):
 
 
 def test_aligned_history_is_moved_into_the_current_grid(many, truth):
-    """Each cell's centre by itself, through the world."""
+    """Compared with moving the centre of each cell through the world."""
     dense, thin = (
         OccupancyDataset(
             many, history_len=3, history_step=1, align_history=True, keys=("history",), dense=dense
@@ -294,7 +292,7 @@ def test_images_come_from_the_video_if_there_are_no_image_files(many, truth, tmp
 
 
 def test_missing_image_file_is_an_error(many, truth, tmp_path):
-    """The video would do, but it is not what the other frames are taken from."""
+    """The video is not used, since the other frames come from image files."""
     root = copied(many, tmp_path / "gap")
     trajectory = Trajectory.open(root / truth[0]["episode"])
     trajectory.file("rgb", 0).unlink()
@@ -331,7 +329,7 @@ def test_any_frame_of_a_video_can_be_read(tmp_path, options):
     assert video(5).shape == (48, 64, 3)
 
 
-# What is wrong is said
+# Errors
 
 
 def test_error_for_missing_shards_names_the_remedy(dataset, tmp_path):
@@ -454,7 +452,7 @@ def test_invalid_index_is_refused(many, tmp_path, change, problem):
 
 
 def changed(many: Path, out: Path, change, group: int = 8) -> Path:
-    """A copy of `many` whose first shard's columns went through `change`."""
+    """A copy of `many` with `change` applied to the table of its first shard."""
     root = copied(many, out)
     path = first_shard(root)
     table = change(pq.read_table(path))
@@ -464,7 +462,7 @@ def changed(many: Path, out: Path, change, group: int = 8) -> Path:
 
 
 def put(name: str, edit):
-    """A change of one column: `edit` is given its values as a list, and returns them."""
+    """A change of one column: `edit` maps the list of its values to a new list."""
 
     def change(table: pa.Table) -> pa.Table:
         at = table.schema.get_field_index(name)
@@ -520,7 +518,7 @@ def test_row_groups_of_another_size_are_read(many, truth, tmp_path):
 
 
 def test_error_names_a_damaged_shard(many, tmp_path):
-    """Bytes changed at random, or cut off: read as before, or refused; never anything else."""
+    """With random or missing bytes, a shard is either read or raises a DatasetError."""
     shard = first_shard(many)
     content = shard.read_bytes()
     rng = np.random.default_rng(3)
@@ -572,7 +570,7 @@ def test_memory_does_not_grow(many):
 
 
 def test_reading_one_item_reads_few_bytes(many):
-    """Of all the shards' bytes, an item needs one row group."""
+    """An item needs one row group, less than half of all bytes."""
     process = psutil.Process()
     frames = OccupancyDataset(many, keys=("occupancy", "mask"))
     before = process.io_counters().read_chars
@@ -582,15 +580,15 @@ def test_reading_one_item_reads_few_bytes(many):
 
 
 def test_large_dataset_opens_quickly(tmp_path):
-    """20,000 episodes, by their index alone: the shards are empty files."""
+    """20,000 episodes with an index and empty shard files."""
     make_up(tmp_path, 20_000)
     found = opening(tmp_path)
     assert (found["episodes"], found["frames"]) == (20_000, 76 * 20_000)
-    assert found["core_seconds"] < 2  # Others may have the cores.
+    assert found["core_seconds"] < 2  # CPU time, since other processes may use the cores.
     assert found["bytes_more"] < 300e6
 
 
-# The package's names
+# Public names
 
 
 def test_importing_the_package_imports_no_heavy_modules():
@@ -609,7 +607,7 @@ def test_importing_the_package_imports_no_heavy_modules():
 
 def test_public_names_exist_and_have_docstrings():
     for name in occgen_hub.__all__:
-        for _ in range(2):  # A module of that name would come the second time.
+        for _ in range(2):  # After the first access, a module could replace the name.
             assert callable(getattr(occgen_hub, name))
         assert getattr(occgen_hub, name).__doc__
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

@@ -1,4 +1,4 @@
-"""Coarser grids, labels, sizes of images, selections and augmentations of items."""
+"""Options of training items: coarser grids, labels, image sizes, selection and augmentation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GRID = ("occupancy", "mask", "labels")
 
 
 def pooled(dense: np.ndarray, stride: int) -> np.ndarray:
-    """Blocks of cells joined by numpy alone."""
+    """Blocks of cells, pooled with numpy."""
     whole = [-(-n // stride) * stride for n in dense.shape]
     padded = np.zeros(whole, bool)
     padded[tuple(slice(n) for n in dense.shape)] = dense
@@ -73,7 +73,7 @@ def test_resized_images_can_be_batched_and_have_scaled_intrinsics(dataset):
     for n in range(len(frames)):
         before, after = stored[n], frames[n]
         height, width = before["depth"].shape
-        # A pixel of the small depth is seen along the ray of the stored pixel that it was.
+        # Each pixel of the small depth image has the value of the stored pixel on its ray.
         for v, u in ((10, 20), (60, 140)):
             row, column = int((v + 0.5) * height / 90), int((u + 0.5) * width / 160)
             assert after["depth"][v, u] == before["depth"][row, column]
@@ -98,14 +98,17 @@ def test_history_has_past_images_masks_and_labels(dataset):
     for h in range(2):
         past_from_current = np.linalg.inv(item["history_pose"][h].double().numpy())
         expected = resampled(frames[1 - h]["mask"].numpy(), frames.grid, past_from_current)
-        # A centre on the border of two cells may fall into either.
+        # A centre on the border of two cells may be in either.
         assert (aligned["history_mask"][h].numpy() == expected).mean() > 0.9999
         assert not torch.equal(aligned["history_mask"][h], item["history_mask"][h])
 
 
 @pytest.fixture(scope="module")
 def scenes(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four scenes of a trajectory; one is in the split "validation". Not to be changed."""
+    """Four scenes with one trajectory each, one of them in the split "validation".
+
+    Tests must not change it.
+    """
     root = tmp_path_factory.mktemp("scenes")
     for n in range(15, 19):  # Of these, scene_17 is in the split "validation".
         shutil.copytree(trajectories(dataset)[n % 2], root / "group" / f"scene_{n:02d}" / "run")
@@ -154,7 +157,7 @@ def test_transform_is_applied_last(dataset):
     assert frames[0] == (frames.grid.shape, (3, 24, 32))
 
 
-# Augmenting what is observed, and observing what is augmented
+# Augmented observations, compared with observations of an augmented scene or camera
 
 
 SMALL = Grid((-2.0, -1.5, 0.0), 0.1, (40, 30, 40))
@@ -162,7 +165,7 @@ SIZE = made_up.SIZE
 
 
 def observed(shapes, pose, K) -> dict[str, torch.Tensor]:
-    """The occupied and the free cells that a made-up camera sees, by the depth of each centre."""
+    """An item of a synthetic camera: cells are occupied or free by the depth of their centre."""
     depth = made_up.depth_of(shapes, pose)
     x, y, z = np.moveaxis(SMALL.centres(np.arange(SMALL.cells)).astype(float), 1, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -210,7 +213,7 @@ def test_mirrored_frame_matches_a_frame_of_the_mirrored_world(seed):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_rotated_frame_matches_a_frame_of_the_rotated_camera(seed):
-    """Cells move by up to half a cell: each has one of the same state beside it."""
+    """Cells move by up to half a cell, so occupied cells are compared with their neighbours."""
     rng = np.random.default_rng(seed)
     pose = made_up.camera(rng.uniform(-0.5, 0.5, 3), (0.5, 0.3, 3.0))
     K = made_up.intrinsics()

@@ -1,4 +1,4 @@
-"""RGB video as a source: files of all sorts, folders of images, and what is written of them."""
+"""RGB video as a source: video files, folders of images, and the files written from them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ RGB = "videos/chunk-000/observation.images.rgb"
 
 
 def quadrants(width: int = 96, height: int = 64) -> np.ndarray:
-    """Red, green, blue and white, in reading order."""
+    """An image of red, green, blue and white quarters, in reading order."""
     image = np.empty((height, width, 3), np.uint8)
     image[: height // 2, : width // 2], image[: height // 2, width // 2 :] = RED, GREEN
     image[height // 2 :, : width // 2], image[height // 2 :, width // 2 :] = BLUE, WHITE
@@ -53,7 +53,7 @@ def quadrants(width: int = 96, height: int = 64) -> np.ndarray:
 
 
 def corners(image: np.ndarray) -> list[tuple[int, ...]]:
-    """The colours in the middles of the four quarters, in reading order."""
+    """The colours at the centres of the four quarters, in reading order."""
     height, width = image.shape[:2]
     return [
         tuple(image[y, x].tolist())
@@ -86,7 +86,7 @@ def record(
     options: dict[str, str] | None = None,
     **context: Any,
 ) -> Path:
-    """A video; `times` are milliseconds, where frames do not come at a constant rate."""
+    """Write a video. times: of the frames in milliseconds, for a variable rate."""
     path.parent.mkdir(parents=True, exist_ok=True)
     faststart = {"movflags": "faststart"} if path.suffix == ".mp4" else {}
     with av.open(str(path), "w", options=faststart) as container:
@@ -134,7 +134,7 @@ def all_frames(episode: Episode) -> list[np.ndarray]:
 
 
 def assert_fails(path: Path, problem: str, named: Path | None = None) -> None:
-    """Reading fails in one sentence that names the file."""
+    """Check that reading fails with one sentence that names the file."""
     with pytest.raises(SourceError) as caught:
         all_frames(read(path))
     text = str(caught.value)
@@ -168,7 +168,7 @@ def assert_fails(path: Path, problem: str, named: Path | None = None) -> None:
     ],
 )
 def test_video_is_read_as_one_episode(name: str, codec: str, tmp_path: Path) -> None:
-    fps = 25 if name in ("a.mpg", "a.h264", "a.hevc") else 10  # What a bare stream is taken for.
+    fps = 25 if name in ("a.mpg", "a.h264", "a.hevc") else 10  # The default of bare streams.
     path = record(tmp_path / name, [quadrants()] * 12, codec, fps=fps)
 
     episode = read(path)
@@ -186,7 +186,7 @@ def test_video_is_read_as_one_episode(name: str, codec: str, tmp_path: Path) -> 
     assert {frame.shape for frame in frames} == {(64, 96, 3)}
     for frame in frames:
         assert_upright(frame)
-    # Only what is already an mp4 of H.264 is taken as it is.
+    # Only an mp4 with H.264 is used unchanged.
     assert [item.path for item in episode.media] == ([path] if name in ("a.mp4", "a.m4v") else [])
 
 
@@ -305,7 +305,7 @@ def test_non_square_pixels_are_made_square(tmp_path: Path) -> None:
     for ratio in (
         Fraction(136, 135),
         Fraction(1, 50),
-    ):  # As good as square, and not to be believed.
+    ):  # Nearly square, and implausible: both are treated as square.
         path = record(tmp_path / "a.mp4", [quadrants()] * 2, sample_aspect_ratio=ratio)
         assert read(path).image_size == (96, 64)
 
@@ -338,7 +338,7 @@ def test_video_of_a_single_frame_is_read(tmp_path: Path) -> None:
 def test_wrong_frame_count_in_the_header_is_ignored(tmp_path: Path) -> None:
     path = record(tmp_path / "a.avi", numbered(10), "mpeg4")
     content = bytearray(path.read_bytes())
-    for box, offset in ((b"avih", 24), (b"strh", 40)):  # Frames, by the file's and the stream's.
+    for box, offset in ((b"avih", 24), (b"strh", 40)):  # Frame counts of file and stream.
         place = content.index(box) + 8 + offset - (0 if box == b"avih" else 8)
         content[place : place + 4] = struct.pack("<I", 4000)
     path.write_bytes(content)
@@ -351,7 +351,7 @@ def test_frames_hidden_by_an_edit_list_are_skipped(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     place = content.index(b"elst") + 16
     (step,) = struct.unpack(">I", content[content.index(b"stts") + 16 :][:4])
-    content[place : place + 4] = struct.pack(">i", 5 * step)  # Begin with frame 5.
+    content[place : place + 4] = struct.pack(">i", 5 * step)  # Start with frame 5.
     path.write_bytes(content)
 
     episode = read(path)
@@ -416,7 +416,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "without its first part": (
         lambda p: p.write_bytes(p.read_bytes()[3000:]), "is not a video that can be read",
     ),
-    "a link to nowhere": (lambda p: (p.unlink(), p.symlink_to("nowhere")), "is missing"),
+    "a broken link": (lambda p: (p.unlink(), p.symlink_to("nowhere")), "is missing"),
     "a pipe": (lambda p: (p.unlink(), os.mkfifo(p)), "is not a regular file"),
     "damaged in the middle": (damaged, "is damaged at frame"),
 }  # fmt: skip
@@ -490,7 +490,7 @@ def test_memory_does_not_grow_with_a_long_video(tmp_path: Path) -> None:
         if t % 100 == 0:
             most = max(most, process.memory_info().rss - frame.nbytes)
     assert t == 2009
-    for t in range(0, episode.length, 60):  # What is passed over is not kept either.
+    for t in range(0, episode.length, 60):  # Skipped frames are not kept either.
         seen.append(number(episode.read_rgb(t)))
         most = max(most, process.memory_info().rss)
     assert set(seen) == {0}
@@ -511,7 +511,7 @@ def test_real_video_is_read(real_tree: Path) -> None:
 
 
 def pictures(folder: Path, names: list[str], **options: Any) -> Path:
-    """Numbered grey images, the first the darkest."""
+    """Write numbered grey images; the first is the darkest."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, image in zip(names, numbered(len(names)), strict=True):
         Image.fromarray(image).save(folder / name, **options)
@@ -543,7 +543,7 @@ def test_images_are_frames_in_natural_order(names: list[str], tmp_path: Path) ->
     assert [item.frame for item in episode.media] == (list(range(len(names))) if jpegs else [])
 
 
-# How a camera that is held so stores what it sees, by the orientation that it writes.
+# How a camera transforms an upright image before storing it, for each EXIF orientation.
 STORED = {
     1: None,
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -742,11 +742,11 @@ def test_input_without_videos_is_a_usage_error(tmp_path: Path) -> None:
     check_paths(tmp_path / "clip.mp4", tmp_path / "clip")
 
 
-# What is written
+# Written files
 
 
 def write(episode: Episode, folder: Path, media: Media = "copy") -> Path:
-    """What is written of an episode besides what an engine finds; returns its video."""
+    """Write the media of an episode and return the path of the video."""
     schema, grid = load_schema("trajectory"), Grid.of(Config(voxel_size=0.5))
     TrajectoryWriter(folder, schema, episode, grid).write_media(media)
     video = folder / REFERENCE
@@ -838,11 +838,11 @@ def test_equal_videos_have_equal_fingerprints(tmp_path: Path) -> None:
     assert read(tmp_path / "y" / "a.mp4").fingerprint != one.fingerprint
 
 
-# What is none, or more than one
+# Inputs that are not one video
 
 
 def depth(folder: Path, names: list[str]) -> Path:
-    """16-bit grey images, as depth is stored."""
+    """Write 16-bit grey images, the format of depth."""
     folder.mkdir(parents=True, exist_ok=True)
     for n, name in enumerate(names):
         Image.fromarray(np.full((64, 96), 10_000 + n, np.uint16)).save(folder / name)
@@ -866,7 +866,7 @@ def test_depth_images_among_colour_images_are_named(tmp_path: Path) -> None:
 
 
 def lerobot_v3(root: Path, held: list[tuple[int, int]], *, tables: bool = True) -> Path:
-    """A dataset of LeRobot v3.0 with a video of some frames in file 0; held: of each episode."""
+    """A LeRobot v3.0 dataset with one video file; held: (chunk, file) of each episode."""
     key, episodes = "observation.images.front", root / "meta/episodes/chunk-000"
     episodes.mkdir(parents=True)
     info = {"codebase_version": "v3.0", "total_episodes": len(held)}
@@ -919,13 +919,13 @@ def test_gif_is_read_unless_it_lies_beside_images(tmp_path: Path) -> None:
 
 
 LCEVC = bytes([0, 0, 0, 1, 6, 4, 8, 0xB4, 0, 0x50, 1, 2, 3, 4, 5, 0x80])
-"""Data of an enhancement beside a frame, which PyAV has no name for, as for a second view."""
+"""LCEVC enhancement data of a frame, a kind of side data that PyAV does not know."""
 
 
 def with_unknown_data(path: Path) -> None:
-    """Put them before each picture of a bare stream."""
+    """Insert `LCEVC` before each picture of a bare stream."""
     content = path.read_bytes()
-    for kind in (b"\x65", b"\x41", b"\x01"):  # A key frame's, and others'.
+    for kind in (b"\x65", b"\x41", b"\x01"):  # Key frames and others.
         for start in (b"\0\0\0\1", b"\0\0\1"):
             content = content.replace(start + kind, LCEVC + start + kind)
     path.write_bytes(content)
@@ -961,13 +961,13 @@ BT2020 = {"color_primaries": 9, "colorspace": 9, "color_range": 1}
 
 
 def pq_signal(nits: float) -> float:
-    """0 to 1: the signal of SMPTE ST 2084 for so much light."""
+    """0 to 1: the signal of SMPTE ST 2084 (PQ) for a luminance in nits."""
     light = (nits / 10_000) ** 0.1593017578125
     return ((0.8359375 + 18.8515625 * light) / (1 + 18.6875 * light)) ** 78.84375
 
 
 def hlg_signal(light: float) -> float:
-    """0 to 1: the signal of ARIB STD-B67 for so much of the brightest light of a scene."""
+    """0 to 1: the signal of ARIB STD-B67 (HLG) for scene light from 0 to 1."""
     if light <= 1 / 12:
         return float(np.sqrt(3 * light))
     return 0.17883277 * float(np.log(12 * light - 0.28466892)) + 0.55991073
@@ -984,7 +984,7 @@ def test_tone_mapping_keeps_midtones_and_compresses_highlights(nits: float, ligh
     expected = srgb(light) if light > 0.01 else 0
     signal = np.full((2, 2, 3), round(65535 * pq_signal(nits)), np.uint16)
     assert np.abs(to_sdr(signal, "PQ", wide=True).astype(float) - expected).max() <= 2
-    # HLG's screen of 1000 nits shows grey of E as 1000 E^1.2.
+    # An HLG screen of 1000 nits shows scene light E as 1000 E^1.2 nits.
     scene = (nits / 1000) ** (1 / 1.2)
     signal = np.full((2, 2, 3), round(65535 * hlg_signal(scene)), np.uint16)
     assert np.abs(to_sdr(signal, "HLG", wide=True).astype(float) - expected).max() <= 2
@@ -1000,7 +1000,7 @@ def test_tone_mapping_is_monotonic() -> None:
 
 
 def test_tone_mapping_keeps_the_hue() -> None:
-    """A red of BT.709, of 100 nits, seen through BT.2020."""
+    """A BT.709 red of 100 nits, encoded in BT.2020."""
     to_2020 = np.array(
         [[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]]
     )
@@ -1028,7 +1028,7 @@ def test_hdr_video_is_tone_mapped_with_a_note(
     found = [float(frame.mean()) for frame in all_frames(episode)]
     expected = [srgb(float(compressed(np.float32([n / 203]))[0])) for n in (50, 203, 600)]
     assert np.abs(np.subtract(found, expected)).max() <= 5
-    assert found[1] - found[0] > 60  # As the signals stand, they are less apart, and flat.
+    assert found[1] - found[0] > 60  # Without tone mapping, they differ less.
     made = write(episode, tmp_path / "out")
     assert survey_video(made).hdr is None
 

@@ -1,4 +1,4 @@
-"""VLN-CE: its sample, built, beside the same frames in the layout of VLN-N1."""
+"""VLN-CE: the built sample compared with the same frames in the layout of VLN-N1."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def built(tree):
 
 
 def as_vln_n1(tree, out):
-    """The frames of one camera as VLN-N1 has them: 10,000 units a metre, OpenGL axes."""
+    """Write the frames of one camera in VLN-N1 layout: 10,000 units per metre, OpenGL axes."""
     scene, folder = tree / SCENE, out / SCENE / "trajectory_0"
     (folder / "data/chunk-000").mkdir(parents=True)
     (folder / "meta").mkdir()

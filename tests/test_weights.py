@@ -1,4 +1,4 @@
-"""Where weights are found, and how they are fetched: from a Hub on the loopback address."""
+"""Finding and downloading weights, from a Hub on the loopback address."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ REVISION = published("pi3").revision
 
 
 class Hub(BaseHTTPRequestHandler):
-    """One file of one repository, as the Hub serves it; what is asked is kept in `asked`."""
+    """Serves one file of one repository like the Hub; `asked` has the requests."""
 
     content = b""
     asked: list[str]
@@ -57,12 +57,12 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, *_):
-        """Nothing on the terminal."""
+        """Print nothing."""
 
 
 @pytest.fixture
 def hub(tmp_path):
-    """A running Hub whose file is a tiny checkpoint, and the environment to reach it."""
+    """A running Hub that serves a tiny checkpoint, and the environment to reach it."""
     folder = save(tmp_path / "served", "pi3", random_weights("pi3"))
     served = type(
         "Served", (Hub,), {"content": (folder / "model.safetensors").read_bytes(), "asked": []}
@@ -158,7 +158,7 @@ def test_library_messages_are_shortened_between_words():
 
 
 def test_long_hub_message_is_shortened_between_words(tmp_path):
-    """It names an address, which alone is longer than what there is room for."""
+    """The message has an address that is longer than the limit."""
     environment = {
         "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
