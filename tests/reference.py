@@ -12,7 +12,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and standard deviation of ImageNet."""
 
 
-def stand_in(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+def random_tensors(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """Tensors of the given names and shapes, filled with random numbers seeded by the name."""
     return {name: torch.from_numpy(_tensor(name, shape)) for name, shape in shapes.items()}
 

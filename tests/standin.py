@@ -63,22 +63,22 @@ def _smooth_positions(sizes: Sizes, noise: torch.Tensor) -> torch.Tensor:
     return torch.cat((noise[:, :1], smooth[None]), dim=1)
 
 
-def memorise(
+def fit_weights(
     images: np.ndarray,
     local: np.ndarray,
     poses: np.ndarray,
     *,
-    alone: bool = False,
+    independent_views: bool = False,
     sizes: Sizes = TINY,
 ) -> dict[str, torch.Tensor]:
     """Weights of a pi3 that predicts `poses` exactly and `local` approximately for these images.
 
     images: (N, H, W, 3) uint8; local: (N, H, W, 3) points, z over 0; poses: (N, 4, 4). The network
-    needs all images in one window; with `alone`, views are independent and any subset works.
+    needs all images in one window; with `independent_views`, any subset works.
     """
     weights = random_weights("pi3", sizes)
     weights["conf_head.proj.bias"] += 3.0
-    if alone:
+    if independent_views:
         for part in ("ls1", "ls2"):
             weights[f"decoder.1.{part}.gamma"] *= 0
     network = load_network("pi3", weights, sizes=sizes)
@@ -100,11 +100,11 @@ def memorise(
         ("camera_head.fc_t", torch.cat(cameras), pose[:, :3, 3]),
         ("camera_head.fc_rot", torch.cat(cameras), pose[:, :3, :3].flatten(1)),
     ):
-        weights[f"{name}.weight"], weights[f"{name}.bias"] = _solved(given, wanted)
+        weights[f"{name}.weight"], weights[f"{name}.bias"] = _least_squares(given, wanted)
     return weights
 
 
-def _solved(given: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _least_squares(given: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and bias of the linear layer, by least squares."""
     ones = torch.ones(len(given), 1)
     solution = torch.linalg.lstsq(
@@ -113,8 +113,8 @@ def _solved(given: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, to
     return solution[:-1].T.contiguous(), solution[-1].contiguous()
 
 
-def memory_of(
-    episode: Episode, gauge: Sim3, config: Config, *, alone: bool = False
+def weights_fitted_to(
+    episode: Episode, gauge: Sim3, config: Config, *, independent_views: bool = False
 ) -> dict[str, torch.Tensor]:
     """Weights of a pi3 that is fitted to an episode with depth, in a world of its own.
 
@@ -130,7 +130,9 @@ def memory_of(
     x = (u[None, None] - K[0, 2]) / K[0, 0] * depth
     y = (v[None, :, None] - K[1, 2]) / K[1, 1] * depth
     local = np.stack((x, y, depth), axis=-1) * gauge.scale
-    return memorise(images, local, gauge.poses(episode.world_from_camera), alone=alone)
+    return fit_weights(
+        images, local, gauge.poses(episode.world_from_camera), independent_views=independent_views
+    )
 
 
 def save(folder: Path, name: str, weights: dict[str, torch.Tensor], sizes: Sizes = TINY) -> Path:

@@ -35,7 +35,7 @@ FRAMES = 11
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trajectory_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The older layout: one folder per trajectory."""
     out = tmp_path_factory.mktemp("alone") / "tree"
     make_sample(out, trajectories=1, frames=FRAMES, seed=5)
@@ -43,7 +43,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scene_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The newer layout: one folder per scene, with two episodes."""
     out = tmp_path_factory.mktemp("together") / "tree"
     make_sample(out, trajectories=2, frames=FRAMES, seed=5, layout="scenes")
@@ -51,13 +51,13 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def source(alone: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(alone, tmp_path / "tree"))
+def source(trajectory_tree: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trajectory_tree, tmp_path / "tree"))
 
 
 @pytest.fixture
-def scenes(together: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(together, tmp_path / "scenes"))
+def scenes(scene_tree: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(scene_tree, tmp_path / "scenes"))
 
 
 def read(root: Path, number: int = 0) -> Episode:
@@ -85,8 +85,8 @@ def notes(episode: Episode) -> dict[str, str]:
 # Both layouts
 
 
-def test_both_layouts_give_equal_episodes(alone: Path, together: Path) -> None:
-    one, other = read(alone), read(together)
+def test_both_layouts_give_equal_episodes(trajectory_tree: Path, scene_tree: Path) -> None:
+    one, other = read(trajectory_tree), read(scene_tree)
     assert one.length == other.length == FRAMES
     assert (one.fps, one.image_size, one.tasks) == (other.fps, other.image_size, other.tasks)
     for name in ("world_from_camera", "intrinsics", "task_index"):
@@ -98,26 +98,26 @@ def test_both_layouts_give_equal_episodes(alone: Path, together: Path) -> None:
         np.testing.assert_array_equal(one.read_depth(t), other.read_depth(t))
 
 
-def test_poses_are_in_opencv_axes(alone: Path) -> None:
-    action = np.array(pq.read_table(alone / TRAJECTORY / PARQUET)["action"].to_pylist())
-    poses = read(alone).world_from_camera
+def test_poses_are_in_opencv_axes(trajectory_tree: Path) -> None:
+    action = np.array(pq.read_table(trajectory_tree / TRAJECTORY / PARQUET)["action"].to_pylist())
+    poses = read(trajectory_tree).world_from_camera
     np.testing.assert_allclose(poses, action @ np.diag([1.0, -1, -1, 1]), atol=1e-7)
 
 
-def test_depth_is_in_metres(alone: Path) -> None:
-    read_depth = read(alone).read_depth
+def test_depth_is_in_metres(trajectory_tree: Path) -> None:
+    read_depth = read(trajectory_tree).read_depth
     assert read_depth is not None
-    units = np.asarray(Image.open(alone / TRAJECTORY / DEPTH / "10.png"))
+    units = np.asarray(Image.open(trajectory_tree / TRAJECTORY / DEPTH / "10.png"))
     np.testing.assert_array_equal(read_depth(10), units / 10_000)
 
 
-def test_frames_are_sorted_by_number(alone: Path) -> None:
-    paths = [item.path.name for item in read(alone).media if item.file == "rgb"]
+def test_frames_are_sorted_by_number(trajectory_tree: Path) -> None:
+    paths = [item.path.name for item in read(trajectory_tree).media if item.file == "rgb"]
     assert paths == [f"{n}.jpg" for n in range(FRAMES)]
 
 
-def test_episodes_of_a_scene_have_their_own_frames(together: Path) -> None:
-    second = read(together, 1)
+def test_episodes_of_a_scene_have_their_own_frames(scene_tree: Path) -> None:
+    second = read(scene_tree, 1)
     names = [int(item.path.stem) for item in second.media if item.file == "depth"]
     assert names == list(range(FRAMES, FRAMES + second.length))
     assert [item.frame for item in second.media if item.file == "depth"] == list(
@@ -132,11 +132,11 @@ def without_image_index(root: Path) -> None:
 
 
 def test_images_are_assigned_by_episode_length_without_image_index(
-    scenes: Path, together: Path
+    scenes: Path, scene_tree: Path
 ) -> None:
     without_image_index(scenes)
     for number in range(2):
-        one, other = read(scenes, number), read(together, number)
+        one, other = read(scenes, number), read(scene_tree, number)
         assert [i.path.name for i in one.media] == [i.path.name for i in other.media]
 
 
@@ -155,14 +155,14 @@ def test_invalid_image_index_is_refused(scenes: Path) -> None:
             read(scenes)
 
 
-def test_dataset_built_from_scenes_is_valid(together: Path, tmp_path: Path) -> None:
-    summary = build(together, tmp_path / "out")
+def test_dataset_built_from_scenes_is_valid(scene_tree: Path, tmp_path: Path) -> None:
+    summary = build(scene_tree, tmp_path / "out")
     assert not summary.failures
     assert validate(tmp_path / "out").findings == ()
     for number in range(2):
         place = tmp_path / "out/sample_zed/house_000" / f"episode_{number:06d}"
         assert (place / "data/chunk-000/path.ply").read_bytes() == (
-            together / "sample_zed/house_000/meta/pointcloud.ply"
+            scene_tree / "sample_zed/house_000/meta/pointcloud.ply"
         ).read_bytes()
 
 
@@ -263,11 +263,13 @@ def test_task_index_refers_to_all_tasks_of_the_scene(scenes: Path) -> None:
 # Sources with a video instead of images
 
 
-def test_source_with_only_a_video_is_read(source: Path, alone: Path, tmp_path: Path) -> None:
+def test_source_with_only_a_video_is_read(
+    source: Path, trajectory_tree: Path, tmp_path: Path
+) -> None:
     """Without images, the intrinsics are scaled to the video: from 480 x 270 to 480 x 272."""
     shutil.rmtree(source / TRAJECTORY / RGB)
     shutil.rmtree(source / TRAJECTORY / DEPTH)
-    episode, whole = read(source), read(alone)
+    episode, whole = read(source), read(trajectory_tree)
     assert "intrinsics are scaled to it" in notes(episode)["video only"]
     assert (episode.image_size, whole.image_size) == ((480, 272), (480, 270))
     assert episode.intrinsics is not None
@@ -281,12 +283,12 @@ def test_source_with_only_a_video_is_read(source: Path, alone: Path, tmp_path: P
         load_engine("rgbd").reconstruct(episode, load_config(), tmp_path)
 
 
-def test_intrinsics_are_scaled_to_a_smaller_video(source: Path, alone: Path) -> None:
+def test_intrinsics_are_scaled_to_a_smaller_video(source: Path, trajectory_tree: Path) -> None:
     shutil.rmtree(source / TRAJECTORY / RGB)
     shutil.rmtree(source / TRAJECTORY / DEPTH)
     frames = [np.full((90, 240, 3), 20 * t, np.uint8) for t in range(FRAMES)]
     write_video(source / TRAJECTORY / VIDEO, frames, 10)
-    episode, whole = read(source), read(alone)
+    episode, whole = read(source), read(trajectory_tree)
     assert episode.intrinsics is not None
     assert whole.intrinsics is not None
     np.testing.assert_allclose(episode.intrinsics, np.diag([0.5, 1 / 3, 1]) @ whole.intrinsics)
@@ -339,10 +341,12 @@ def test_additional_columns_are_passed_through_and_declared(source: Path, tmp_pa
 
 
 @pytest.mark.parametrize("media", ["copy", "link", "none"])
-def test_media_option_copies_links_or_omits_files(media: str, alone: Path, tmp_path: Path) -> None:
-    assert not build(alone, tmp_path / "out", media=media).failures
+def test_media_option_copies_links_or_omits_files(
+    media: str, trajectory_tree: Path, tmp_path: Path
+) -> None:
+    assert not build(trajectory_tree, tmp_path / "out", media=media).failures
     assert validate(tmp_path / "out").findings == ()
-    place, origin = tmp_path / "out" / TRAJECTORY, alone / TRAJECTORY
+    place, origin = tmp_path / "out" / TRAJECTORY, trajectory_tree / TRAJECTORY
     pairs = {
         f"{RGB}/10.jpg": f"{RGB}/10.jpg",
         f"{DEPTH}/10.png": f"{DEPTH}/10.png",

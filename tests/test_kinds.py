@@ -24,7 +24,7 @@ def refusal(source: str, root: Path) -> str:
     return str(error.value)
 
 
-def grey(path: Path, bits: int) -> None:
+def write_grey_image(path: Path, bits: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = np.uint16 if bits == 16 else np.uint8
     Image.fromarray(np.full((32, 48), 200, kind)).save(path)
@@ -74,14 +74,14 @@ def test_part_of_a_built_dataset_is_refused_as_source(source: str, dataset: Path
 
 
 def test_source_video_refers_depth_folders_to_source_capture(tmp_path: Path) -> None:
-    grey(tmp_path / "depth/0.png", 16)
+    write_grey_image(tmp_path / "depth/0.png", 16)
     said = refusal("video", tmp_path / "depth")
     assert "16-bit grey ones are depth, which --source capture reads together with colour" in said
 
 
 def test_source_video_refers_depth_among_images_to_source_capture(tmp_path: Path) -> None:
-    grey(tmp_path / "0.png", 8)
-    grey(tmp_path / "1.png", 16)
+    write_grey_image(tmp_path / "0.png", 8)
+    write_grey_image(tmp_path / "1.png", 16)
     builder = load_builder("video", tmp_path)
     (ref,) = list_episodes(builder)
     with pytest.raises(OccGenError, match=r"is a 16-bit grey image.* use --source capture"):
@@ -100,5 +100,5 @@ def test_source_capture_refers_other_inputs_to_their_source(
 ) -> None:
     said = refusal("capture", sample_tree)
     assert "it is a tree of InternData-N1: use --source internnav" in said
-    grey(tmp_path / "walk/0.jpg", 8)
+    write_grey_image(tmp_path / "walk/0.jpg", 8)
     assert "it is a folder of videos or images: use --source video" in refusal("capture", tmp_path)

@@ -58,13 +58,13 @@ def labelled(labelled_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
-def copied(tree: Path, out: Path) -> Path:
+def linked_copy(tree: Path, out: Path) -> Path:
     """A copy of a tree whose files are hard links to the original."""
     shutil.copytree(tree, out, copy_function=lambda a, b: Path(b).hardlink_to(a))
     return out
 
 
-def rewritten(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Replace a file without changing the original that it is linked to."""
     path.unlink()
     path.write_bytes(content)
@@ -121,16 +121,16 @@ def test_sample_refuses_labels_for_a_layout_without_them(tmp_path):
     ("spoil", "words"),
     [
         (lambda f: (f / "taxonomy.txt").unlink(), "taxonomy.txt: is missing"),
-        (lambda f: rewritten(f / "taxonomy.txt", b"ade20k\n"), "names an unknown taxonomy"),
+        (lambda f: replace_file(f / "taxonomy.txt", b"ade20k\n"), "names an unknown taxonomy"),
         (lambda f: (f / "2.png").unlink(), "2.png: is missing"),
         (lambda f: save(f / "2.png", np.full((270, 480), 77, np.uint8)), "2.png: has the id 77"),
         (lambda f: save(f / "2.png", np.ones((90, 160), np.uint8)), "2.png: is 160 x 90 pixels"),
         (lambda f: save(f / "2.png", np.ones((270, 480, 3), np.uint8)), "2.png: is not a label"),
-        (lambda f: rewritten(f / "2.png", b"no image"), "2.png: is not a JPEG or PNG"),
+        (lambda f: replace_file(f / "2.png", b"no image"), "2.png: is not a JPEG or PNG"),
     ],
 )
 def test_error_names_an_invalid_label_image(tmp_path, labelled_tree, spoil, words):
-    tree = copied(labelled_tree, tmp_path / "tree")
+    tree = linked_copy(labelled_tree, tmp_path / "tree")
     spoil(next(tree.glob(f"*/*/*/{IMAGES}")))
     builder = load_builder("internnav", tree)
     with pytest.raises(OccGenError, match=words):
@@ -287,7 +287,7 @@ def test_classes_of_visible_cells_match_the_mesh(labelled_tree, labelled):
 
 
 def test_validate_finds_wrong_classes(tmp_path, labelled):
-    dataset = copied(labelled, tmp_path / "out")
+    dataset = linked_copy(labelled, tmp_path / "out")
     (path,) = trajectories(dataset)
     file = Trajectory.open(path).file("labels")
     stored = sparse.load_npz(file)
@@ -367,7 +367,7 @@ def test_scene_target_has_labels_of_hidden_cells(labelled):
 
 def test_labelled_and_unlabelled_scenes_can_be_mixed(tmp_path, labelled, dataset, monkeypatch):
     """Unlabelled cells are 254 in a mixed dataset, and 1 if no selected scene has labels."""
-    root = copied(labelled, tmp_path / "out")
+    root = linked_copy(labelled, tmp_path / "out")
     other = trajectories(dataset)[0]
     shutil.copytree(other, root / "plain" / "house" / "run")
     occgen_hub.finalize(root)
@@ -468,7 +468,7 @@ class FloorBelow(Segmenter):
 
 
 @pytest.fixture
-def installed(monkeypatch):
+def installed_segmenters(monkeypatch):
     """Registers segmenters as if a package had installed them."""
     objects = {
         "mine": "test_labels:FloorBelow",
@@ -482,7 +482,7 @@ def installed(monkeypatch):
     )
 
 
-def test_segmenter_provides_missing_labels(tmp_path, sample_tree, installed):
+def test_segmenter_provides_missing_labels(tmp_path, sample_tree, installed_segmenters):
     options = {"limit": 1, "media": "none", "segmenter": "mine"}
     summary = occgen_hub.build("internnav", sample_tree, tmp_path / "out", **options)
     assert not summary.failures
@@ -518,7 +518,7 @@ def test_source_labels_take_precedence_over_the_segmenter(labelled_tree, sample_
         with_labels(read(sample_tree), FloorBelow(below=99)).read_labels(0)
 
 
-def test_unusable_segmenters_are_refused(tmp_path, sample_tree, installed):
+def test_unusable_segmenters_are_refused(tmp_path, sample_tree, installed_segmenters):
     for name, words in (("other", "installed are mine, none, wrong"), ("none", "cannot be opened")):
         with pytest.raises(UsageError, match=words):
             load_segmenter(name)

@@ -15,7 +15,7 @@ import yaml
 from click.testing import CliRunner, Result
 from hub_server import READER, Hub, Repository
 from made_up import share_beside
-from standin import memory_of, save
+from standin import save, weights_fitted_to
 
 import occgen_hub as library
 from occgen_hub.builder import DatasetBuilder, load_builder
@@ -76,7 +76,7 @@ def v21(episode: Episode, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A v2.1 dataset. Tests must not change it."""
     root = tmp_path_factory.mktemp("v21") / "robot"
     lerobots.write_v21(episode, root, PARTS)
-    (root.parent / "cameras.yaml").write_text(lerobots.V21)
+    (root.parent / "cameras.yaml").write_text(lerobots.V21_MAPPING)
     return root
 
 
@@ -85,12 +85,12 @@ def v30(episode: Episode, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A v3.0 dataset, written by lerobot. Tests must not change it."""
     root = tmp_path_factory.mktemp("v30") / "robot"
     lerobots.write_v30(episode, root, PARTS)
-    (root.parent / "cameras.yaml").write_text(lerobots.v30(episode))
+    (root.parent / "cameras.yaml").write_text(lerobots.v30_mapping(episode))
     return root
 
 
 @pytest.fixture(params=["v21", "v30"])
-def robot(request: pytest.FixtureRequest) -> Path:
+def lerobot_dataset(request: pytest.FixtureRequest) -> Path:
     """One of the datasets, with its mapping file in the parent folder."""
     return request.getfixturevalue(request.param)
 
@@ -109,12 +109,12 @@ def read(root: Path, camera: str = "front", **changed: object) -> Episode:
 
 
 def test_both_versions_give_the_scene_of_the_internnav_tree(
-    robot: Path, episode: Episode, cells: np.ndarray, tmp_path: Path
+    lerobot_dataset: Path, episode: Episode, cells: np.ndarray, tmp_path: Path
 ) -> None:
     """Several episodes in a file, two cameras, an action of 26 numbers."""
     out = tmp_path / "out"
-    joined = robot.parent.name.startswith("v30")
-    *back, front = scene_cells(builder_of(robot), out, cameras=1 if joined else 2)
+    joined = lerobot_dataset.parent.name.startswith("v30")
+    *back, front = scene_cells(builder_of(lerobot_dataset), out, cameras=1 if joined else 2)
     assert all(np.array_equal(own, front) for own in back)  # All cameras give the same scene.
     assert share_beside(front, cells) >= 0.98
     assert share_beside(cells, front) >= 0.98
@@ -136,10 +136,10 @@ def test_both_versions_give_the_scene_of_the_internnav_tree(
         assert np.allclose(other.world_from_camera(), episode.world_from_camera[::-1], atol=1e-5)
 
 
-def test_each_episode_has_its_own_frames(robot: Path, episode: Episode) -> None:
+def test_each_episode_has_its_own_frames(lerobot_dataset: Path, episode: Episode) -> None:
     for camera in ("front", "back"):
-        found = read(robot, camera)
-        shown = lerobots.order(episode, camera, range(FRAMES))
+        found = read(lerobot_dataset, camera)
+        shown = lerobots.recorded_frames(episode, camera, range(FRAMES))
         for frame in (FRAMES - 1, 4, 0):  # Also backwards.
             image, metres = episode.read_rgb(shown[frame]), episode.read_depth(shown[frame])
             assert np.abs(found.read_rgb(frame).astype(int) - image).mean() < 6
@@ -160,7 +160,7 @@ def test_check_source_accepts_a_lerobot_dataset(v21: Path) -> None:
 # Errors in a mapping
 
 
-def judged(episode: Episode) -> list[str]:
+def convention_notes(episode: Episode) -> list[str]:
     """The notes of the convention check; raises OccGenError for wrong conventions."""
     config = library.Config()
     views = load_engine("rgbd").reconstruct(episode, config, Path("unused"))
@@ -180,15 +180,15 @@ def test_convention_check_names_a_wrong_mapping(
     wrong: dict[str, object], message: str, v21: Path
 ) -> None:
     with pytest.raises(OccGenError, match=message):
-        judged(read(v21, **wrong))
+        convention_notes(read(v21, **wrong))
 
 
 def test_convention_check_names_swapped_focal_lengths(v21: Path, episode: Episode) -> None:
-    fx, fy, cx, cy = lerobots.opencv(episode)
-    assert judged(read(v21)) == []
+    fx, fy, cx, cy = lerobots.opencv_intrinsics(episode)
+    assert convention_notes(read(v21)) == []
     swapped = {"info": None, "intrinsics": (fy, fx, cx, cy)}
     with pytest.raises(OccGenError, match="as if the focal lengths were swapped"):
-        judged(read(v21, **swapped))
+        convention_notes(read(v21, **swapped))
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_static_camera_gives_a_note(v21: Path, episode: Episode, tmp_path: Path)
                              pa.array(still, table.schema.field(name).type))  # fmt: skip
     pq.write_table(table, place)
     camera = CameraMapping(
-        rgb=lerobots.BACK, depth=name, intrinsics=lerobots.opencv(episode),
+        rgb=lerobots.BACK, depth=name, intrinsics=lerobots.opencv_intrinsics(episode),
         body_from_camera=episode.world_from_camera[-1].ravel().tolist(),
     )  # fmt: skip
     builder = load_builder("lerobot", root, [camera])
@@ -323,7 +323,7 @@ def test_camera_without_depth_is_reconstructed_by_a_network(v21: Path, tmp_path:
     known = read(v21)
     config = SMALL.model_copy(update={"max_pixels": 40_000, "refine_poses": False})
     gauge = Sim3(0.6, np.eye(3), np.array([3.0, -2.0, 1.0]))
-    weights = save(tmp_path / "weights", "pi3", memory_of(known, gauge, config))
+    weights = save(tmp_path / "weights", "pi3", weights_fitted_to(known, gauge, config))
     builder = builder_of(v21, depth=None)
     *_, ref = (ref for ref in list_episodes(builder) if ref.id.endswith("front"))
     assert not builder.has_depth(ref)

@@ -133,7 +133,7 @@ def test_only_links_to_blobs_of_the_same_repository_are_followed(tmp_path):
 # Datasets
 
 
-def plants(folder: Path) -> dict[str, Path]:
+def places_for_links(folder: Path) -> dict[str, Path]:
     """Paths in a dataset that tests replace by a link, by name."""
     path = trajectories(folder)[0]
     trajectory = Trajectory.open(path)
@@ -153,15 +153,15 @@ def plants(folder: Path) -> dict[str, Path]:
     }
 
 
-NAMES = ("beside", "card", "picture", "extra", "failures", "info", "record", "cloud", "visible",
+PLACES = ("beside", "card", "picture", "extra", "failures", "info", "record", "cloud", "visible",
          "image", "video", "shard")  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PLACES)
 def test_link_out_of_a_dataset_is_reported_and_never_read_or_pushed(
     folder, secret, opened_files, tmp_path, name
 ):
-    place = plants(folder)[name]
+    place = places_for_links(folder)[name]
     place.unlink(missing_ok=True)
     place.symlink_to(secret)
     report = validate(folder)

@@ -51,7 +51,7 @@ def test_metric_scale_damps_small_differences_and_keeps_large_ones():
     assert (np.diff(scales) > 0).all()
 
 
-def chain(count: int, seed: int) -> tuple[list[Sim3], list[Sim3], list[Edge]]:
+def noisy_chain(count: int, seed: int) -> tuple[list[Sim3], list[Sim3], list[Edge]]:
     """True window poses along a circle, the poses chained from noisy joins, and the joins."""
     rng = np.random.default_rng(seed)
     angle = np.linspace(0, 2 * np.pi, count, endpoint=False)
@@ -76,7 +76,7 @@ def chain(count: int, seed: int) -> tuple[list[Sim3], list[Sim3], list[Edge]]:
     return true, found, edges
 
 
-def off(found: list[Sim3], true: list[Sim3]) -> float:
+def mean_error(found: list[Sim3], true: list[Sim3]) -> float:
     return float(
         np.mean(
             [
@@ -88,19 +88,19 @@ def off(found: list[Sim3], true: list[Sim3]) -> float:
 
 
 def test_pose_graph_closes_a_loop_and_rejects_false_ones():
-    true, start, edges = chain(40, 0)
+    true, start, edges = noisy_chain(40, 0)
     good = Edge(0, 39, true[0].inverse() @ true[39], (0.005, 0.01, 0.02), closure=True)
     wrong = Edge(3, 30, Sim3.identity(), (0.005, 0.01, 0.02), closure=True)
     found, kept = optimise(start, [*edges, good, wrong])
     assert kept == [True] * 40 + [False]
-    assert off(found, true) < 0.4 * off(start, true)
+    assert mean_error(found, true) < 0.4 * mean_error(start, true)
     again, _ = optimise(start, [*edges, good, wrong])
     for a, b in zip(found, again, strict=True):
         np.testing.assert_array_equal(a.translation, b.translation)
 
 
 def test_pose_graph_solves_hundreds_of_windows():
-    true, start, edges = chain(300, 1)
+    true, start, edges = noisy_chain(300, 1)
     good = Edge(0, 299, true[0].inverse() @ true[299], (0.005, 0.01, 0.02), closure=True)
     found, kept = optimise(start, [*edges, good])
     assert kept[-1]
@@ -125,7 +125,7 @@ FRAMES, SIZE = 160, (24, 14)
 
 
 @pytest.fixture(scope="module")
-def rooms(tmp_path_factory):
+def walk(tmp_path_factory):
     """Poses and points of a walk through a synthetic house and back."""
     out = tmp_path_factory.mktemp("rooms") / "tree"
     make_sample(out, trajectories=1, frames=FRAMES // 2, seed=5)
@@ -146,9 +146,9 @@ def window_of(poses, local) -> Window:
     return Window(poses, local, kept, kept.astype(np.float32), colors)
 
 
-def bent_windows(folder, rooms, seed) -> Assembly:
+def bent_windows(folder, walk, seed) -> Assembly:
     """The walk in windows with small errors, each in a world of its own."""
-    poses, local, image_size = rooms
+    poses, local, image_size = walk
     rng = np.random.default_rng(seed)
     assembly, before = Assembly(FrameStore(folder, SIZE), image_size, metric=True), 0
     windows = plan(len(poses), 24, 12)
@@ -167,12 +167,14 @@ def bent_windows(folder, rooms, seed) -> Assembly:
     return assembly
 
 
-def closed(assembly: Assembly, rooms, first: int, second: int, claimed: Sim3) -> tuple[int, int]:
+def close_loops_at(
+    assembly: Assembly, walk, first: int, second: int, claimed: Sim3
+) -> tuple[int, int]:
     """Close loops where the frames `first` and `second` look alike; returns (tried, closed).
 
     claimed: the similarity that the network's prediction applies to the poses of the second end.
     """
-    poses, local, _ = rooms
+    poses, local, _ = walk
     count = len(poses)
     descriptors = np.random.default_rng(0).normal(size=(count, 64)).astype(np.float32)
     descriptors = np.repeat(descriptors[::16], 16, axis=0) + 0.5 * descriptors
@@ -192,29 +194,29 @@ def closed(assembly: Assembly, rooms, first: int, second: int, claimed: Sim3) ->
     return close_loops(assembly, descriptors, predict, stored)
 
 
-def test_revisited_place_closes_the_loop(rooms, tmp_path):
-    true = rooms[0][:, :3, 3]
+def test_revisited_place_closes_the_loop(walk, tmp_path):
+    true = walk[0][:, :3, 3]
     for seed in range(2):
-        assembly = bent_windows(tmp_path / str(seed), rooms, seed)
+        assembly = bent_windows(tmp_path / str(seed), walk, seed)
 
         def apart(found=assembly):
             places = found.world_from_camera[:, :3, 3]
             return np.linalg.norm(places[4] - places[-5])
 
         before = apart()
-        tried, loops = closed(assembly, rooms, 4, FRAMES - 5, Sim3.identity())
+        tried, loops = close_loops_at(assembly, walk, 4, FRAMES - 5, Sim3.identity())
         assert tried >= 1
         assert loops >= 1
         assert np.linalg.norm(true[4] - true[-5]) < 1e-9
         assert apart() < 0.5 * before
 
 
-def test_similar_rooms_do_not_close_a_loop(rooms, tmp_path):
+def test_similar_rooms_do_not_close_a_loop(walk, tmp_path):
     """The network mistakes the room at the turn for the first room; all 20 loops are rejected."""
-    poses, _, _ = rooms
+    poses, _, _ = walk
     for seed in range(20):
         if seed % 5 == 0:  # The windows are reused, since rejected loops do not move them.
-            assembly = bent_windows(tmp_path / str(seed), rooms, seed)
+            assembly = bent_windows(tmp_path / str(seed), walk, seed)
         first, second = 10 + seed, FRAMES // 2 - 10 + seed
         target, source = (
             poses[views_around(first, FRAMES, 20)[10]],
@@ -224,7 +226,7 @@ def test_similar_rooms_do_not_close_a_loop(rooms, tmp_path):
         claimed = Sim3(1.0, R, target[:3, 3] - R @ source[:3, 3])
         assert np.linalg.norm(target[:3, 3] - source[:3, 3]) > 1.5
         before = [node.translation.copy() for node in assembly.nodes]
-        tried, loops = closed(assembly, rooms, first, second, claimed)
+        tried, loops = close_loops_at(assembly, walk, first, second, claimed)
         assert tried >= 1
         assert loops == 0
         for node, old in zip(assembly.nodes, before, strict=True):
@@ -232,7 +234,7 @@ def test_similar_rooms_do_not_close_a_loop(rooms, tmp_path):
 
 
 def test_loop_beyond_the_expected_drift_is_rejected():
-    _, start, edges = chain(10, 0)
+    _, start, edges = noisy_chain(10, 0)
     place = start[9].translation
     assert plausible(start, edges, 0, 9, Sim3(1.0, np.eye(3), np.array([0.1, 0, 0])), place)
     assert not plausible(start, edges, 0, 9, Sim3(1.0, np.eye(3), np.array([4.0, 0, 0])), place)

@@ -25,13 +25,13 @@ from occgen_hub.sample import make_sample
 COARSE = Config(voxel_size=0.25)
 
 
-def names(folder, key=None):
+def sorted_names(folder, key=None):
     """Sorted names of the entries of a folder."""
     return sorted((path.name for path in folder.iterdir()), key=key)
 
 
-def listed(folder, key=None):
-    return [folder / name for name in names(folder, key)]
+def sorted_paths(folder, key=None):
+    return [folder / name for name in sorted_names(folder, key)]
 
 
 def by_number(name):
@@ -40,15 +40,15 @@ def by_number(name):
 
 def items_of_scenes(root, key=None):
     """The items of the loader since March 2026. key: how names are sorted; None sorts as text."""
-    for group in names(root):
-        for scene in names(root / group):
+    for group in sorted_names(root):
+        for scene in sorted_names(root / group):
             folder = root / group / scene
-            chunk = names(folder / "data")[0]
+            chunk = sorted_names(folder / "data")[0]
             text = (folder / "meta/episodes_stats.jsonl").read_text()
             images = folder / "videos" / chunk
-            rgb = listed(images / "observation.images.rgb", key)
-            depth = listed(images / "observation.images.depth", key)
-            tables = listed(folder / "data" / chunk)
+            rgb = sorted_paths(images / "observation.images.rgb", key)
+            depth = sorted_paths(images / "observation.images.depth", key)
+            tables = sorted_paths(folder / "data" / chunk)
             for number, line in enumerate(text.splitlines()):
                 index = json.loads(line)["image_index"]
                 own = slice(index["min"], index["max"] + 1)
@@ -57,13 +57,13 @@ def items_of_scenes(root, key=None):
 
 def items_of_trajectories(root):
     """The items of the loader before March 2026."""
-    for group in names(root):
-        for scene in names(root / group):
-            for name in names(root / group / scene):
+    for group in sorted_names(root):
+        for scene in sorted_names(root / group):
+            for name in sorted_names(root / group / scene):
                 folder = root / group / scene / name
                 images = folder / "videos/chunk-000"
-                count = len(names(images / "observation.images.rgb"))
-                assert len(names(images / "observation.images.depth")) == count
+                count = len(sorted_names(images / "observation.images.rgb"))
+                assert len(sorted_names(images / "observation.images.depth")) == count
                 rgb = [images / f"observation.images.rgb/{i}.jpg" for i in range(count)]
                 depth = [images / f"observation.images.depth/{i}.png" for i in range(count)]
                 data = folder / "data/chunk-000"
@@ -88,7 +88,7 @@ def item(table, rgb, depth, cloud):
     }
 
 
-def same(found, expected):
+def assert_same_items(found, expected):
     found, expected = list(found), list(expected)
     assert len(found) == len(expected) > 0
     for one, other in zip(found, expected, strict=True):
@@ -112,7 +112,7 @@ def test_loader_reads_equal_items_from_export_and_source(scenes, tmp_path):
     assert export_navdp(scenes / "out", tmp_path / "navdp") == []
     source = list(items_of_scenes(scenes / "tree", by_number))
     assert sum(len(found["rgb"]) for found in source) > 10
-    same(items_of_scenes(tmp_path / "navdp"), source)
+    assert_same_items(items_of_scenes(tmp_path / "navdp"), source)
     (chunk,) = (tmp_path / "navdp").glob("*/*/data/*")
     assert {path.suffix for path in chunk.iterdir()} == {".parquet"}
 
@@ -123,10 +123,10 @@ def test_trajectories_layout_has_one_folder_per_episode(dataset, sample_tree, tm
     command = ["export", dataset, tmp_path / "navdp", "--to", "navdp"]
     ran = CliRunner().invoke(cli.cli, [*map(str, command), "--navdp-layout", "trajectories"])
     assert ran.exit_code == 0, ran.output
-    same(items_of_trajectories(tmp_path / "navdp"), items_of_trajectories(source))
+    assert_same_items(items_of_trajectories(tmp_path / "navdp"), items_of_trajectories(source))
     # The current layout has the same items; only the paths of the clouds differ.
     export_navdp(dataset, tmp_path / "scenes")
-    same(items_of_scenes(tmp_path / "scenes"), items_of_trajectories(source))
+    assert_same_items(items_of_scenes(tmp_path / "scenes"), items_of_trajectories(source))
 
 
 def test_export_can_be_built_again(scenes, tmp_path):

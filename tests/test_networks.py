@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 from pydantic import ValidationError
-from reference import stand_in
+from reference import random_tensors
 from standin import TINY, random_weights, save
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,7 +24,7 @@ from occgen_hub.engines.pi3.sizes import Sizes
 from occgen_hub.engines.weights import Checkpoint, WeightsError, load_network, published
 
 PARITY = ROOT.parent / "shared" / "parity"
-KEPT = Path(__file__).parent / "data" / "parity.npz"
+STORED_PART = Path(__file__).parent / "data" / "parity.npz"
 """Every seventh row and column of the maps in pi3x.all.npz, used where the full file is missing."""
 
 INPUTS = {"in_depths": "depths", "in_intrinsics": "intrinsics", "in_poses": "poses"}
@@ -61,14 +61,14 @@ def test_full_size_networks_match_reference_vectors(name, kept):
     if not vectors and not kept:
         pytest.skip("../shared/parity is not there; a part of pi3x's vectors is kept and tested")
     if kept:
-        vectors = [(np.load(KEPT), 7)]
+        vectors = [(np.load(STORED_PART), 7)]
     sizes = published(name).sizes
     shapes = shapes_of(name, sizes)
     layout = PARITY / f"{name}.layout.json"
     if layout.is_file():
         expected = json.loads(layout.read_text())
         assert shapes == {k: tuple(v) for k, v in expected.items()}
-    network = load_network(name, stand_in(shapes))
+    network = load_network(name, random_tensors(shapes))
     for reference, step in vectors:
         known = {INPUTS[k]: reference[k] for k in INPUTS if k in reference}
         found = outputs(network, reference["imgs"], **known)
@@ -83,12 +83,12 @@ def test_full_size_networks_match_reference_vectors(name, kept):
 def test_stored_part_matches_the_reference_vectors():
     if not PARITY.is_dir():
         pytest.skip("../shared/parity is not there")
-    kept, whole = np.load(KEPT), np.load(PARITY / "pi3x.all.npz")
+    kept, whole = np.load(STORED_PART), np.load(PARITY / "pi3x.all.npz")
     for key, values in whole.items():
         assert np.array_equal(
             kept[key], values if values.shape == kept[key].shape else values[:, ::7, ::7]
         )
-    assert KEPT.stat().st_size < 1e6
+    assert STORED_PART.stat().st_size < 1e6
 
 
 # Properties of the networks
@@ -321,7 +321,7 @@ def test_half_precision_weights_become_float32(tmp_path, images):
     assert np.isfinite(outputs(network, images)["points"]).all()
 
 
-def broken(folder: Path, how: str) -> Path:
+def write_broken_checkpoint(folder: Path, how: str) -> Path:
     """Write an invalid checkpoint."""
     tensors = random_weights("pi3")
     file = folder / "model.safetensors"
@@ -376,7 +376,7 @@ def broken(folder: Path, how: str) -> Path:
     ],
 )
 def test_unsuitable_weights_files_raise_one_sentence(tmp_path, how, says):
-    folder = broken(tmp_path / "weights", how)
+    folder = write_broken_checkpoint(tmp_path / "weights", how)
     with pytest.raises(WeightsError, match=says) as error:
         load_network("pi3", folder)
     assert str(tmp_path) in str(error.value)

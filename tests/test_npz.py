@@ -35,7 +35,7 @@ def built(tmp_path_factory):
     return place
 
 
-def with_header(path: Path, name: str, change) -> None:
+def change_header(path: Path, name: str, change) -> None:
     """Rewrite an npz file with a change in the content of one array."""
     with zipfile.ZipFile(path) as archive:
         members = {info.filename: archive.read(info) for info in archive.infolist()}
@@ -45,13 +45,13 @@ def with_header(path: Path, name: str, change) -> None:
             archive.writestr(member, content)
 
 
-def npz(path: Path, content: bytes) -> Path:
+def write_npz(path: Path, content: bytes) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("data.npy", content)
     return path
 
 
-def stored(array: np.ndarray) -> bytes:
+def npy_bytes(array: np.ndarray) -> bytes:
     content = io.BytesIO()
     np.save(content, array, allow_pickle=False)
     return content.getvalue()
@@ -71,13 +71,13 @@ def stored(array: np.ndarray) -> bytes:
 )
 def test_arrays_written_by_numpy_are_read(array, tmp_path):
     array = np.asarray(array)
-    found = npz_array(npz(tmp_path / "a.npz", stored(array)), "data")
+    found = npz_array(write_npz(tmp_path / "a.npz", npy_bytes(array)), "data")
     assert (found.shape, found.dtype) == (array.shape, array.dtype)
     np.testing.assert_array_equal(found.load(), array)
 
 
 def test_changed_header_bytes_raise_only_dataset_errors(tmp_path):
-    whole = stored(np.arange(6, dtype=np.float32).reshape(2, 3))
+    whole = npy_bytes(np.arange(6, dtype=np.float32).reshape(2, 3))
     refused: list[str] = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # Users would see them on the terminal.
@@ -86,7 +86,7 @@ def test_changed_header_bytes_raise_only_dataset_errors(tmp_path):
                 content = bytearray(whole)
                 content[place] = value
                 try:
-                    npz_array(npz(tmp_path / "a.npz", bytes(content)), "data").load()
+                    npz_array(write_npz(tmp_path / "a.npz", bytes(content)), "data").load()
                 except DatasetError as error:
                     refused.append(str(error))
     assert len(refused) > 1000
@@ -118,7 +118,7 @@ def test_changed_header_bytes_raise_only_dataset_errors(tmp_path):
 def test_malformed_header_is_refused(header, tmp_path):
     content = b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header.encode() + bytes(64)
     with pytest.raises(DatasetError):
-        npz_array(npz(tmp_path / "a.npz", content), "data").load()
+        npz_array(write_npz(tmp_path / "a.npz", content), "data").load()
 
 
 @pytest.mark.parametrize(("place", "value"), [(11, b"'"), (18, b"\\"), (20, b","), (128, b"\0")])
@@ -130,7 +130,7 @@ def test_commands_raise_only_occgen_errors_for_a_damaged_header(
     (path,) = trajectories(out)
     name = "indices" if file == "visible" else "data"
     damaged = Trajectory.open(path).file(file)
-    with_header(damaged, name, lambda content: content[:place] + value + content[place + 1 :])
+    change_header(damaged, name, lambda content: content[:place] + value + content[place + 1 :])
     commands = (
         ["validate", out],
         ["inspect", out],

@@ -24,7 +24,7 @@ FOLDERS = {
 """Folders of the checkout, and their paths in the wheel."""
 
 FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
-NOT_OURS = shutil.ignore_patterns("__pycache__", "*.safetensors")
+UNTRACKED = shutil.ignore_patterns("__pycache__", "*.safetensors")
 """Files in a checkout that git does not track."""
 
 pytestmark = pytest.mark.slow
@@ -32,11 +32,13 @@ pytestmark = pytest.mark.slow
 
 def pip(*arguments: str | Path) -> None:
     command = [sys.executable, "-m", "pip", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=clean())
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=clean_environment()
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def clean(**more: str) -> dict[str, str]:
+def clean_environment(**more: str) -> dict[str, str]:
     """The environment without variables that make Python find the checkout."""
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     return {**kept, "PIP_NO_INPUT": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", **more}
@@ -50,7 +52,7 @@ def copy_of_the_checkout(place: Path) -> Path:
     for name in FILES:
         shutil.copy(ROOT / name, place)
     for name in FOLDERS:
-        shutil.copytree(ROOT / name, place / name, ignore=NOT_OURS)
+        shutil.copytree(ROOT / name, place / name, ignore=UNTRACKED)
     return place
 
 
@@ -58,7 +60,7 @@ def wheel_of(checkout: Path, out: Path) -> Path:
     """Build a wheel from a source distribution, as `python -m build` does."""
     out.mkdir()
     code = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", code, out], cwd=checkout, env=clean(),
+    done = subprocess.run([sys.executable, "-c", code, out], cwd=checkout, env=clean_environment(),
                           capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
     (sdist,) = out.glob("*.tar.gz")
@@ -137,8 +139,8 @@ def test_the_installed_package_works_from_an_empty_folder(installed, tmp_path, p
 
     def run(*arguments: str) -> str:
         done = subprocess.run([installed / "bin" / arguments[0], *arguments[1:]], cwd=tmp_path,
-                              env=clean(TQDM_DISABLE="1"), capture_output=True, text=True,
-                              timeout=600, check=False)  # fmt: skip
+                              env=clean_environment(TQDM_DISABLE="1"), capture_output=True,
+                              text=True, timeout=600, check=False)  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

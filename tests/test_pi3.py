@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
-from standin import TINY, memorise, memory_of, random_weights, save
+from standin import TINY, fit_weights, random_weights, save, weights_fitted_to
 
 from occgen_hub.builder import load_builder
 from occgen_hub.config import Config
@@ -120,7 +120,7 @@ def test_windows_cover_every_frame_and_overlap(count, size, overlap):
         assert earlier.stop - later.start >= overlap
 
 
-def geometry(views=40, height=12, width=16):
+def wavy_wall(views=40, height=12, width=16):
     """Poses, exact local points and intrinsics of views of a wavy wall along a curved path."""
     K = np.array([[14.0, 0, 8], [0, 14, 6], [0, 0, 1]])
     u, v = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
@@ -133,7 +133,7 @@ def geometry(views=40, height=12, width=16):
     return poses, rays * depth[..., None], K
 
 
-def assembled(folder, poses, local, size, overlap, gauge=random_gauge):
+def assemble(folder, poses, local, size, overlap, gauge=random_gauge):
     """Join windows that each have a world of their own; returns the assembly and its store."""
     windows = plan(len(poses), size, overlap)
     store = FrameStore(folder, (16, 12))
@@ -154,8 +154,8 @@ def assembled(folder, poses, local, size, overlap, gauge=random_gauge):
 
 @pytest.mark.parametrize(("size", "overlap"), [(40, 8), (12, 4), (8, 4), (13, 1), (6, 3)])
 def test_windows_of_any_scale_and_pose_are_joined_into_one_scene(size, overlap, tmp_path):
-    poses, local, K = geometry()
-    assembly, _ = assembled(tmp_path, poses, local, size, overlap)
+    poses, local, K = wavy_wall()
+    assembly, _ = assemble(tmp_path, poses, local, size, overlap)
     found = assembly.world_from_camera
     unit = np.linalg.norm(found[5, :3, 3] - found[0, :3, 3]) / np.linalg.norm(
         poses[5, :3, 3] - poses[0, :3, 3]
@@ -174,8 +174,8 @@ def test_windows_of_any_scale_and_pose_are_joined_into_one_scene(size, overlap, 
 
 
 def test_each_view_is_stored_once(tmp_path):
-    poses, local, _ = geometry(views=23)
-    assembly, _ = assembled(tmp_path, poses, local, 8, 3)
+    poses, local, _ = wavy_wall(views=23)
+    assembly, _ = assemble(tmp_path, poses, local, 8, 3)
     assert (tmp_path / "depth.raw").stat().st_size == 23 * 16 * 12 * 4
     assert len(assembly.world_from_camera) == len(assembly.intrinsics) == 23
     assert len(assembly.residuals) == len(plan(23, 8, 3)) - 1
@@ -198,13 +198,13 @@ def two_windows(folder, poses, first, second, kept=True):
 
 
 def test_poor_overlap_has_a_large_residual(tmp_path):
-    poses, local, _ = geometry(views=16)
+    poses, local, _ = wavy_wall(views=16)
     noise = np.random.default_rng(0).lognormal(0, 0.5, local.shape[:3])[..., None]
     assert two_windows(tmp_path, poses, local, local * noise).residuals[0] > 0.1
 
 
 def test_windows_without_a_known_scale_are_counted(tmp_path):
-    poses, local, _ = geometry(views=16)
+    poses, local, _ = wavy_wall(views=16)
     still = np.repeat(poses[:1], 16, axis=0)
     assert two_windows(tmp_path, still, local, local, kept=False).unscaled == 1
     assert two_windows(tmp_path, poses, local, local).unscaled == 0
@@ -227,7 +227,7 @@ def test_gpu_memory_is_divided_among_processes(monkeypatch):
     assert alone == 128 > window_size((672, 378), 14, "cuda:0", MEMORY) >= 8
 
 
-PEAK = """
+PEAK_MEMORY = """
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -256,7 +256,7 @@ def test_memory_does_not_grow_with_the_video(checkpoint, tmp_path, more):
     for frames in (24, more):
         video = tmp_path / f"{frames}.mp4"
         write_video(video, (np.roll(picture, t % 8, 1) for t in range(frames)), 10)
-        command = [sys.executable, "-c", PEAK, str(video), str(checkpoint)]
+        command = [sys.executable, "-c", PEAK_MEMORY, str(video), str(checkpoint)]
         # Return freed memory at once. Otherwise heap fragmentation can add tens of MB.
         env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
         result = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
@@ -285,16 +285,18 @@ def episode(tree):
 
 @pytest.fixture(scope="module")
 def checkpoint(episode, tmp_path_factory):
-    return save(tmp_path_factory.mktemp("ckpt") / "pi3", "pi3", memory_of(episode, GAUGE, SMALL))
+    return save(
+        tmp_path_factory.mktemp("ckpt") / "pi3", "pi3", weights_fitted_to(episode, GAUGE, SMALL)
+    )
 
 
 @pytest.fixture(scope="module")
-def loner(episode, tmp_path_factory):
+def independent_checkpoint(episode, tmp_path_factory):
     """A checkpoint in which views are independent of each other."""
     return save(
         tmp_path_factory.mktemp("ckpt") / "alone",
         "pi3",
-        memory_of(episode, GAUGE, SMALL, alone=True),
+        weights_fitted_to(episode, GAUGE, SMALL, independent_views=True),
     )
 
 
@@ -305,7 +307,7 @@ def engine_views(checkpoint, episode, config=SMALL, name="pi3"):
         return engine.reconstruct(episode, config, Path(scratch))
 
 
-def reconstructed(checkpoint, episode, config=SMALL, name="pi3"):
+def reconstructed_scene(checkpoint, episode, config=SMALL, name="pi3"):
     """The reconstructed scene of an episode, in the world of the source."""
     with TemporaryDirectory() as scratch:
         engine = load_engine(name, checkpoint, "cpu")
@@ -319,7 +321,7 @@ def fit_notes(scene):
 
 def test_cameras_and_scale_are_aligned_to_the_source(checkpoint, episode):
     found = engine_views(checkpoint, episode)
-    scene = reconstructed(checkpoint, episode)
+    scene = reconstructed_scene(checkpoint, episode)
     np.testing.assert_allclose(found.world_from_camera[0], np.eye(4), atol=1e-6)
     assert scene.scale == pytest.approx(SCALE, rel=1e-4)
     np.testing.assert_allclose(scene.world_from_camera, episode.world_from_camera, atol=1e-3)
@@ -329,7 +331,7 @@ def test_cameras_and_scale_are_aligned_to_the_source(checkpoint, episode):
 
 
 def test_intrinsics_refer_to_the_original_image(checkpoint, episode):
-    found = reconstructed(checkpoint, episode)
+    found = reconstructed_scene(checkpoint, episode)
     assert found.intrinsics.shape == (episode.length, 3, 3)
     focal = found.intrinsics[:, [0, 1], [0, 1]] / episode.intrinsics[:, [0, 1], [0, 1]]
     assert np.abs(np.median(focal, axis=0) - 1).max() < 0.15
@@ -337,7 +339,7 @@ def test_intrinsics_refer_to_the_original_image(checkpoint, episode):
 
 def test_point_cloud_matches_the_room(checkpoint, episode, tmp_path):
     """Within the precision of the tiny network: tests scale and position of the points."""
-    scene = reconstructed(checkpoint, episode)
+    scene = reconstructed_scene(checkpoint, episode)
     truth = reconstruct(episode, load_engine("rgbd"), SMALL, tmp_path)
     known = cKDTree(truth.cloud.points)
     distance, _ = known.query(scene.cloud.points)
@@ -349,17 +351,20 @@ def test_point_cloud_matches_the_room(checkpoint, episode, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"window": 4}, {"window": 5, "overlap": 1}, {"window": 12}])
-def test_window_options_do_not_change_the_cameras(loner, episode, options):
+def test_window_options_do_not_change_the_cameras(independent_checkpoint, episode, options):
     config = SMALL.model_copy(update=options)
-    scene = reconstructed(loner, episode, config)
+    scene = reconstructed_scene(independent_checkpoint, episode, config)
     np.testing.assert_allclose(scene.world_from_camera, episode.world_from_camera, atol=5e-3)
     assert scene.scale == pytest.approx(SCALE, rel=5e-3)
 
 
 @pytest.mark.parametrize("interval", [2, 5])
-def test_skipped_frames_get_interpolated_cameras(loner, episode, interval):
+def test_skipped_frames_get_interpolated_cameras(independent_checkpoint, episode, interval):
     config = SMALL.model_copy(update={"interval": interval})
-    found, scene = engine_views(loner, episode, config), reconstructed(loner, episode, config)
+    found, scene = (
+        engine_views(independent_checkpoint, episode, config),
+        reconstructed_scene(independent_checkpoint, episode, config),
+    )
     assert found.frames.tolist() == list(range(0, episode.length, interval))
     assert len(scene.world_from_camera) == len(scene.intrinsics) == episode.length
     np.testing.assert_allclose(
@@ -374,7 +379,7 @@ def test_camera_at_rest_keeps_the_scale_of_the_network(checkpoint, episode):
     still = dataclasses.replace(
         episode, world_from_camera=np.repeat(episode.world_from_camera[:1], episode.length, axis=0)
     )
-    scene = reconstructed(checkpoint, still)
+    scene = reconstructed_scene(checkpoint, still)
     assert scene.scale == 1.0
     (note,) = fit_notes(scene)
     assert note.code == "alignment"
@@ -386,20 +391,20 @@ def test_single_frame_is_reconstructed(checkpoint, episode):
         episode, length=1, world_from_camera=episode.world_from_camera[:1],
         intrinsics=episode.intrinsics[:1], task_index=episode.task_index[:1], columns={},
     )  # fmt: skip
-    scene = reconstructed(checkpoint, one)
+    scene = reconstructed_scene(checkpoint, one)
     assert scene.scale == 1.0
     np.testing.assert_allclose(scene.world_from_camera, one.world_from_camera, atol=1e-6)
 
 
 def test_poor_alignment_gives_a_note(episode, tmp_path):
     folder = save(tmp_path / "random", "pi3", random_weights("pi3"))
-    scene = reconstructed(folder, episode)
+    scene = reconstructed_scene(folder, episode)
     assert any(note.code == "alignment" for note in scene.notes)
 
 
 def test_first_camera_is_the_origin_without_source_poses(checkpoint, episode):
     bare = dataclasses.replace(episode, world_from_camera=None, intrinsics=None, read_depth=None)
-    scene = reconstructed(checkpoint, bare)
+    scene = reconstructed_scene(checkpoint, bare)
     np.testing.assert_allclose(scene.world_from_camera[0], np.eye(4), atol=1e-6)
     assert scene.scale == 1.0
     assert scene.alignment is None
@@ -409,7 +414,7 @@ def test_scene_beyond_the_limits_of_fusion_is_refused(checkpoint, episode):
     far = episode.world_from_camera.copy()
     far[:, :3, 3] += 1e9
     with pytest.raises(OccGenError, match=r"m from the world's origin, beyond the .* m that"):
-        reconstructed(checkpoint, dataclasses.replace(episode, world_from_camera=far))
+        reconstructed_scene(checkpoint, dataclasses.replace(episode, world_from_camera=far))
 
 
 # A long video, with a network that is fitted to it
@@ -430,7 +435,7 @@ def test_path_of_300_frames_in_windows_is_accurate(episode, tmp_path):
     depth = np.full((count, *size[::-1]), 2.5) + 0.3 * np.sin(angle)[:, None, None]
     local = unproject(depth, np.repeat(K[None], count, axis=0)) * GAUGE.scale
     wide = TINY.model_copy(update={"camera_width": 512})
-    known = memorise(images, local, GAUGE.poses(poses), alone=True, sizes=wide)
+    known = fit_weights(images, local, GAUGE.poses(poses), independent_views=True, sizes=wide)
     long = dataclasses.replace(
         episode, length=count, image_size=size, world_from_camera=None, intrinsics=None,
         read_rgb=lambda t: images[t], read_depth=None, columns={}, media=(),
@@ -450,14 +455,14 @@ def test_path_of_300_frames_in_windows_is_accurate(episode, tmp_path):
 
 def test_points_of_low_confidence_are_dropped(checkpoint, episode):
     sure = SMALL.model_copy(update={"confidence": 0.999})
-    few = reconstructed(checkpoint, episode, sure)
-    many = reconstructed(checkpoint, episode)
+    few = reconstructed_scene(checkpoint, episode, sure)
+    many = reconstructed_scene(checkpoint, episode)
     assert len(few.cloud) < 0.5 * len(many.cloud)
 
 
 def test_mesh_option_changes_the_cloud(checkpoint, episode):
-    plain = reconstructed(checkpoint, episode)
-    meshed = reconstructed(checkpoint, episode, SMALL.model_copy(update={"mesh": True}))
+    plain = reconstructed_scene(checkpoint, episode)
+    meshed = reconstructed_scene(checkpoint, episode, SMALL.model_copy(update={"mesh": True}))
     assert len(meshed.cloud) > 0
     assert not np.array_equal(meshed.cloud.points, plain.cloud.points)
 
@@ -466,31 +471,33 @@ def test_mesh_option_changes_the_cloud(checkpoint, episode):
 
 
 @pytest.fixture(scope="module")
-def metric(tmp_path_factory):
+def pi3x_checkpoint(tmp_path_factory):
     return save(tmp_path_factory.mktemp("ckpt") / "pi3x", "pi3x", random_weights("pi3x"))
 
 
 @pytest.mark.parametrize("condition", [("depth",), ("intrinsics",), ("poses",)])
-def test_conditions_reach_the_network(metric, episode, condition):
-    plain = reconstructed(metric, episode, name="pi3x")
-    told = reconstructed(metric, episode, SMALL.model_copy(update={"condition": condition}), "pi3x")
+def test_conditions_reach_the_network(pi3x_checkpoint, episode, condition):
+    plain = reconstructed_scene(pi3x_checkpoint, episode, name="pi3x")
+    told = reconstructed_scene(
+        pi3x_checkpoint, episode, SMALL.model_copy(update={"condition": condition}), "pi3x"
+    )
     assert not np.allclose(plain.world_from_camera, told.world_from_camera, atol=1e-4)
 
 
 @pytest.mark.parametrize("condition", ["depth", "intrinsics", "poses"])
-def test_a_condition_that_the_source_lacks_is_refused(metric, episode, condition):
+def test_a_condition_that_the_source_lacks_is_refused(pi3x_checkpoint, episode, condition):
     bare = dataclasses.replace(episode, world_from_camera=None, intrinsics=None, read_depth=None)
     config = SMALL.model_copy(update={"condition": (condition,)})
     with pytest.raises(
         OccGenError, match=f"--condition {condition}: the source has no {condition}"
     ):
-        reconstructed(metric, bare, config, "pi3x")
+        reconstructed_scene(pi3x_checkpoint, bare, config, "pi3x")
 
 
 def test_engines_without_conditions_refuse_them(checkpoint, episode):
     config = SMALL.model_copy(update={"condition": ("depth",)})
     with pytest.raises(UsageError, match="pi3 accepts no conditions; choose --engine pi3x"):
-        reconstructed(checkpoint, episode, config)
+        reconstructed_scene(checkpoint, episode, config)
     with pytest.raises(UsageError, match="rgbd accepts no conditions"):
         load_engine("rgbd").check(config)
     with pytest.raises(UsageError, match="auto accepts no conditions"):
@@ -510,10 +517,10 @@ def test_auto_engine_uses_rgbd_for_episodes_with_depth(tree, checkpoint):
     assert engine.for_episode("a/b/c", has_depth=True).name == "rgbd"
 
 
-def test_auto_engine_identifies_the_network_by_its_weights(checkpoint, metric, tmp_path):
+def test_auto_engine_identifies_the_network_by_its_weights(checkpoint, pi3x_checkpoint, tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     builder = load_builder("video", tmp_path)
-    for weights, name in ((checkpoint, "pi3"), (metric, "pi3x")):
+    for weights, name in ((checkpoint, "pi3"), (pi3x_checkpoint, "pi3x")):
         engine = choose_engine(builder, list_episodes(builder), weights=weights, device="cpu")
         assert engine.for_episode("a/b/c", has_depth=False).name == name
 
@@ -581,10 +588,10 @@ def test_dataset_built_from_a_video_is_valid(tree, checkpoint, tmp_path):
     assert "1 already there" in again.stdout
 
 
-def test_other_weights_trigger_a_rebuild(tree, checkpoint, loner, tmp_path):
+def test_other_weights_trigger_a_rebuild(tree, checkpoint, independent_checkpoint, tmp_path):
     video = next(path for path in tree.rglob("*.mp4") if "trajectory" in path.parent.name)
     build_video(video, checkpoint, tmp_path / "out")
-    again = build_video(video, loner, tmp_path / "out")
+    again = build_video(video, independent_checkpoint, tmp_path / "out")
     assert "1 built" in again.stdout
     assert "another weights" in again.stderr
 
@@ -633,14 +640,18 @@ def test_two_workers_give_the_same_bytes_as_one(sample_tree, checkpoint, tmp_pat
 
 
 def test_result_without_points_gives_a_note(checkpoint, episode):
-    found = reconstructed(checkpoint, episode, SMALL.model_copy(update={"confidence": 0.99999}))
+    found = reconstructed_scene(
+        checkpoint, episode, SMALL.model_copy(update={"confidence": 0.99999})
+    )
     assert len(found.cloud) == 0
     assert any("ALL that is in view counts as free" in note.text for note in found.notes)
 
 
 def test_depth_outside_the_range_is_not_fused(checkpoint, episode):
-    near = reconstructed(checkpoint, episode, SMALL.model_copy(update={"depth_range": (0.1, 1.5)}))
-    whole = reconstructed(checkpoint, episode)
+    near = reconstructed_scene(
+        checkpoint, episode, SMALL.model_copy(update={"depth_range": (0.1, 1.5)})
+    )
+    whole = reconstructed_scene(checkpoint, episode)
     assert 0 < len(near.cloud) < 0.8 * len(whole.cloud)
     eyes = cKDTree(near.world_from_camera[:, :3, 3])
     assert eyes.query(near.cloud.points)[0].max() < 1.5 * 2
@@ -651,10 +662,10 @@ def test_weights_that_produce_no_cameras_are_refused(episode, tmp_path):
     weights["camera_head.fc_rot.weight"] *= float("nan")
     folder = save(tmp_path / "nan", "pi3", weights)
     with pytest.raises(OccGenError, match="found no cameras"):
-        reconstructed(folder, episode)
+        reconstructed_scene(folder, episode)
 
 
 def test_pi3_without_poses_notes_its_arbitrary_unit(checkpoint, episode):
     bare = dataclasses.replace(episode, world_from_camera=None, intrinsics=None, read_depth=None)
-    found = reconstructed(checkpoint, bare)
+    found = reconstructed_scene(checkpoint, bare)
     assert "no metres" in [note.code for note in found.notes]

@@ -41,7 +41,7 @@ def tree(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def plain(tree, tmp_path_factory):
+def plain_build(tree, tmp_path_factory):
     """The dataset from a build of `tree` without a push."""
     out = tmp_path_factory.mktemp("plain") / "out"
     summary = library.build("internnav", tree, out, config=COARSE)
@@ -70,7 +70,7 @@ def build(tree, out, **options):
     return library.build("internnav", tree, out, **options)
 
 
-def fetched(hub, folder):
+def download_all(hub, folder):
     """Copy all files of the Hub repository into a folder."""
     for path, content in hub.repositories[REPO].files().items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def fetched(hub, folder):
     return folder
 
 
-def content(root, *without):
+def dataset_files(root, *without):
     """The files of a dataset, except for `without` and those of the Hub and of the run."""
     without = {".gitattributes", "report.json", "failures.jsonl", *without}
     return {
@@ -89,15 +89,17 @@ def content(root, *without):
     }
 
 
-def test_pushed_dataset_equals_a_plain_build_and_keeps_no_local_copy(hub, tree, plain, tmp_path):
+def test_pushed_dataset_equals_a_plain_build_and_keeps_no_local_copy(
+    hub, tree, plain_build, tmp_path
+):
     summary = build(tree, tmp_path / "out", keep="none")
     assert (summary.built, len(summary.failures)) == (5, 1)
-    there = fetched(hub, tmp_path / "there")
+    there = download_all(hub, tmp_path / "there")
     # The picture may show another trajectory: one of the first batch.
-    assert content(there, "preview.png") == content(plain, "preview.png")
+    assert dataset_files(there, "preview.png") == dataset_files(plain_build, "preview.png")
     assert (there / "preview.png").exists()
     assert validate(there).findings == ()
-    rows, own = read_entries(there), read_entries(plain)
+    rows, own = read_entries(there), read_entries(plain_build)
     states = {row.scene: row.scene_state for row in rows.values()}
     for name, row in rows.items():
         assert row.shard_sha256 == own[name].shard_sha256
@@ -115,16 +117,16 @@ def test_pushed_dataset_equals_a_plain_build_and_keeps_no_local_copy(hub, tree, 
     assert not trajectories(tmp_path / "other")
 
 
-def test_kept_scenes_are_a_valid_local_dataset(hub, tree, plain, tmp_path):
+def test_kept_scenes_are_a_valid_local_dataset(hub, tree, plain_build, tmp_path):
     build(tree, tmp_path / "out", scenes=["house_000"])
     out = tmp_path / "out"
-    assert content(out).keys() == {
-        name for name in content(plain) if "house_00" not in name or "house_000" in name
+    assert dataset_files(out).keys() == {
+        name for name in dataset_files(plain_build) if "house_00" not in name or "house_000" in name
     }
     assert validate(out).findings == ()
     changed = build(tree, out, scenes=["house_000"], config=Config(voxel_size=0.5))
     assert changed.built == 2
-    there = fetched(hub, tmp_path / "there")
+    there = download_all(hub, tmp_path / "there")
     assert validate(there).findings == ()
     assert {row.voxel_size for row in read_entries(there).values()} == {0.5}
     with pytest.raises(UsageError, match="give --layout trajectories, or another --push-to"):
@@ -160,24 +162,24 @@ def test_concurrent_pushes_do_not_lose_scenes(hub, tree, tmp_path, monkeypatch):
     for thread in threads:
         thread.join()
     assert not errors
-    there = fetched(hub, tmp_path / "there")
+    there = download_all(hub, tmp_path / "there")
     assert {row.scene for row in read_entries(there).values()} == {f"zed/{n}" for n in names}
     assert len(list((there / "index").iterdir())) == 1
     assert validate(there).findings == ()
 
 
-def test_packed_layout_has_few_files_with_all_training_data(hub, tree, plain, tmp_path):
+def test_packed_layout_has_few_files_with_all_training_data(hub, tree, plain_build, tmp_path):
     from datasets import load_dataset
 
     build(tree, tmp_path / "out", keep="none", layout="packed", scenes=["house_00[01]"])
-    there = fetched(hub, tmp_path / "there")
+    there = download_all(hub, tmp_path / "there")
     (there / ".gitattributes").unlink()
     names = {path.relative_to(there).parts[0] for path in files_under(there)}
     assert names == {"README.md", "preview.png", "index", "occupancy", "scene_states"}
     report = validate(there)
     assert (report.findings, report.trajectories, report.frames) == ((), 4, 8)
     keys = ("occupancy", "mask", "pose", "image", "depth", "task", "episode")
-    packed, own = OccupancyDataset(there, keys=keys), OccupancyDataset(plain, keys=keys)
+    packed, own = OccupancyDataset(there, keys=keys), OccupancyDataset(plain_build, keys=keys)
     assert len(packed) == 8
     for n in range(len(packed)):
         for key in keys:
@@ -202,7 +204,7 @@ def test_push_is_retried_when_the_hub_is_briefly_unavailable(hub, tree, tmp_path
                    whole_scenes=True)  # fmt: skip
     assert not build_dataset(job, publisher=publisher).failures
     assert "Trying again in" in told[0]
-    assert len(read_entries(fetched(hub, tmp_path / "there"))) == 2
+    assert len(read_entries(download_all(hub, tmp_path / "there"))) == 2
 
 
 def test_push_of_too_many_files_is_refused(hub, tree, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from occgen_hub.occupancy.visibility import OBSERVED, OCCUPIED, first_occupied, 
 
 
 @pytest.fixture(autouse=True)
-def _no_camera_is_known():
+def _clear_camera_cache():
     ray_packets._camera.cache_clear()
 
 
@@ -33,7 +33,7 @@ def by_packets(
     return state
 
 
-def one_by_one(
+def by_single_rays(
     grid: Grid, K: np.ndarray, size: tuple[int, int], occupied: np.ndarray
 ) -> np.ndarray:
     state = occupied.astype(np.uint8).ravel() * OCCUPIED
@@ -75,7 +75,9 @@ def test_packets_equal_brute_force(lower, shape, voxel_size, K, size, fill, seed
 def test_packets_equal_single_rays(config, K, size, fill):
     grid = Grid.of(config)
     occupied = np.random.default_rng(3).random(grid.shape) < fill
-    assert np.array_equal(by_packets(grid, K, size, occupied), one_by_one(grid, K, size, occupied))
+    assert np.array_equal(
+        by_packets(grid, K, size, occupied), by_single_rays(grid, K, size, occupied)
+    )
 
 
 def test_thread_count_does_not_change_the_result():

@@ -33,7 +33,7 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture
-def mine(source, tmp_path):
+def source_copy(source, tmp_path):
     """A copy of the source that a test may change."""
     return Path(shutil.copytree(source, tmp_path / "mine"))
 
@@ -45,7 +45,7 @@ def build(source: Path, out: Path, **settings):
     return build_episode(builder, ref, out, Settings(config=Config(voxel_size=0.1), **settings))
 
 
-def place(source: Path, out: Path) -> Path:
+def output_folder(source: Path, out: Path) -> Path:
     """The output folder of the trajectory of a source."""
     (ref,) = load_builder("internnav", source).episodes()
     return out / ref.id
@@ -63,20 +63,20 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_build_does_not_replace_recordings(mine, tmp_path, overwrite):
+def test_build_does_not_replace_recordings(source_copy, tmp_path, overwrite):
     """As if --output names another tree of recordings by mistake."""
-    recordings = Path(shutil.copytree(mine, tmp_path / "recordings"))
+    recordings = Path(shutil.copytree(source_copy, tmp_path / "recordings"))
     before = content(recordings)
     with pytest.raises(OccGenError, match=r"did not build.*choose another --output") as e:
-        build(mine, recordings, overwrite=overwrite)
-    assert str(place(mine, recordings)) in str(e.value)
+        build(source_copy, recordings, overwrite=overwrite)
+    assert str(output_folder(source_copy, recordings)) in str(e.value)
     assert content(recordings) == before
 
 
-def test_command_refuses_recordings_in_the_output_until_they_are_moved(mine, tmp_path):
-    recordings = Path(shutil.copytree(mine, tmp_path / "recordings"))
-    theirs = place(mine, recordings)
-    command = ["build", "--input", str(mine), "--output", str(recordings), "--set",
+def test_command_refuses_recordings_in_the_output_until_they_are_moved(source_copy, tmp_path):
+    recordings = Path(shutil.copytree(source_copy, tmp_path / "recordings"))
+    theirs = output_folder(source_copy, recordings)
+    command = ["build", "--input", str(source_copy), "--output", str(recordings), "--set",
                "voxel_size=0.1"]  # fmt: skip
     before = content(recordings)
     for option in ("--dry-run", "--overwrite", "--limit=1"):
@@ -94,7 +94,7 @@ def test_command_refuses_recordings_in_the_output_until_they_are_moved(mine, tmp
 @pytest.mark.parametrize("kind", ["a file", "a link to a folder", "a link to nothing"])
 def test_build_does_not_replace_files_or_links(source, tmp_path, kind):
     out = tmp_path / "out"
-    there = place(source, out)
+    there = output_folder(source, out)
     there.parent.mkdir(parents=True)
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs/notes").write_text("mine")
@@ -122,7 +122,7 @@ def test_build_does_not_replace_a_folder_created_meanwhile(source, tmp_path):
 
 def test_an_empty_folder_and_a_damaged_trajectory_are_replaced(source, tmp_path):
     out = tmp_path / "out"
-    there = place(source, out)
+    there = output_folder(source, out)
     there.mkdir(parents=True)
     assert build(source, out).status == "built"
     (there / RECORD).write_text("{}")
@@ -136,99 +136,103 @@ FUTURE = 4_102_444_800
 """The first second of the year 2100, as from a camera with a wrong clock."""
 
 
-def touch(path: Path, seconds: float) -> None:
+def set_times(path: Path, seconds: float) -> None:
     os.utime(path, (seconds, seconds))
 
 
-def other_bytes(path: Path) -> None:
+def change_byte(path: Path) -> None:
     """Change one byte of a JPEG header; the size stays the same."""
     data = bytearray(path.read_bytes())
     data[15] ^= 1
     path.write_bytes(data)
 
 
-def another_size(path: Path) -> None:
+def append_byte(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"\0")
 
 
-def other_bytes_at_the_same_time(path: Path) -> None:
+def change_byte_and_keep_times(path: Path) -> None:
     stat = path.stat()
-    other_bytes(path)
+    change_byte(path)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def another_file_moved_there(path: Path) -> None:
+def replace_file_and_keep_times(path: Path) -> None:
     """Replace the file by another with the same size and times."""
     stat, new = path.stat(), path.with_name("new")
     shutil.copy(path, new)
-    other_bytes(new)
+    change_byte(new)
     os.utime(new, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     new.replace(path)
 
 
 @pytest.mark.parametrize(
-    "change", [other_bytes, another_size, other_bytes_at_the_same_time, another_file_moved_there]
+    "change", [change_byte, append_byte, change_byte_and_keep_times, replace_file_and_keep_times]
 )
 @pytest.mark.parametrize("which", ["the same file", "another file"])
-def test_source_change_is_noticed_despite_a_future_timestamp(mine, tmp_path, change, which):
-    images = sorted((place(mine, mine) / RGB).iterdir())
-    touch(images[0], FUTURE)
+def test_source_change_is_noticed_despite_a_future_timestamp(source_copy, tmp_path, change, which):
+    images = sorted((output_folder(source_copy, source_copy) / RGB).iterdir())
+    set_times(images[0], FUTURE)
     out = tmp_path / "out"
-    assert build(mine, out).status == "built"
-    assert build(mine, out).status == "present"
+    assert build(source_copy, out).status == "built"
+    assert build(source_copy, out).status == "present"
     changed = images[0] if which == "the same file" else images[1]
     change(changed)
     if changed == images[0]:
-        touch(changed, FUTURE)
-    assert build(mine, out).status == "built"
-    assert build(mine, out).status == "present"
+        set_times(changed, FUTURE)
+    assert build(source_copy, out).status == "built"
+    assert build(source_copy, out).status == "present"
 
 
-def test_new_builder_version_triggers_a_rebuild(mine, tmp_path, monkeypatch):
+def test_new_builder_version_triggers_a_rebuild(source_copy, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    assert build(mine, out).status == "built"
-    kind = type(load_builder("internnav", mine))
+    assert build(source_copy, out).status == "built"
+    kind = type(load_builder("internnav", source_copy))
     monkeypatch.setattr(kind, "version", "99")
-    again = build(mine, out)
+    again = build(source_copy, out)
     assert again.status == "built"
     (reason,) = [note.text for note in again.notes if note.code == "built again"]
     assert f"builder_version {DatasetBuilder.version}, now 99" in reason
-    record = json.loads((place(mine, out) / RECORD).read_text())
+    record = json.loads((output_folder(source_copy, out) / RECORD).read_text())
     assert record["source"]["builder_version"] == "99"
-    assert build(mine, out).status == "present"
+    assert build(source_copy, out).status == "present"
 
 
-def test_record_without_a_builder_version_means_the_first_version(mine, tmp_path, monkeypatch):
+def test_record_without_a_builder_version_means_the_first_version(
+    source_copy, tmp_path, monkeypatch
+):
     """Records were written so before builders had a version."""
     out = tmp_path / "out"
-    build(mine, out)
-    mark = place(mine, out) / RECORD
+    build(source_copy, out)
+    mark = output_folder(source_copy, out) / RECORD
     record = json.loads(mark.read_text())
     del record["source"]["builder_version"]
     mark.write_text(json.dumps(record))
-    assert build(mine, out).status == "present"
+    assert build(source_copy, out).status == "present"
     assert validate(out).valid
-    monkeypatch.setattr(type(load_builder("internnav", mine)), "version", "2")
-    assert build(mine, out).status == "built"
+    monkeypatch.setattr(type(load_builder("internnav", source_copy)), "version", "2")
+    assert build(source_copy, out).status == "built"
 
 
-def test_unchanged_files_with_future_timestamps_are_not_read_again(mine, tmp_path, monkeypatch):
-    builder = load_builder("internnav", mine)
+def test_unchanged_files_with_future_timestamps_are_not_read_again(
+    source_copy, tmp_path, monkeypatch
+):
+    builder = load_builder("internnav", source_copy)
     (ref,) = builder.episodes()
     for path in builder.sources(ref):
-        touch(path, FUTURE)
+        set_times(path, FUTURE)
     out = tmp_path / "out"
-    assert build(mine, out).status == "built"
+    assert build(source_copy, out).status == "built"
     read = []
     own = type(builder).fingerprint
     monkeypatch.setattr(
         type(builder), "fingerprint", lambda self, paths: read.append(1) or own(self, paths)
     )
-    assert build(mine, out).status == "present"
+    assert build(source_copy, out).status == "present"
     assert not read
-    touch(builder.sources(ref)[-1], FUTURE + 1)
+    set_times(builder.sources(ref)[-1], FUTURE + 1)
     for _ in range(2):
-        assert build(mine, out).status == "present"
+        assert build(source_copy, out).status == "present"
         assert read == [1]
 
 
@@ -248,7 +252,7 @@ def test_source_stamp_depends_on_the_files_not_on_their_location(tmp_path):
     assert abs(first / 10**9 - time.time()) < 60
 
 
-def test_extreme_modification_time_is_accepted(mine, tmp_path):
-    touch(sorted((place(mine, mine) / RGB).iterdir())[0], 9_000_000_000)
-    assert build(mine, tmp_path / "out").status == "built"
-    assert build(mine, tmp_path / "out").status == "present"
+def test_extreme_modification_time_is_accepted(source_copy, tmp_path):
+    set_times(sorted((output_folder(source_copy, source_copy) / RGB).iterdir())[0], 9_000_000_000)
+    assert build(source_copy, tmp_path / "out").status == "built"
+    assert build(source_copy, tmp_path / "out").status == "present"

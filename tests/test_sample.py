@@ -118,7 +118,7 @@ def files(folder: Path) -> dict[str, str]:
     }
 
 
-def unnumbered(folder: Path) -> Iterator[str]:
+def names_without_numbers(folder: Path) -> Iterator[str]:
     for name in files(folder):
         stem = name.rsplit("/", 1)
         yield f"{stem[0]}/*{Path(name).suffix}" if Path(name).stem.isdigit() else name
@@ -128,7 +128,7 @@ def test_layout_matches_the_real_trajectory(sample: list[Path]) -> None:
     if not REAL.exists():
         pytest.skip(f"no real trajectory at {REAL}")
     for folder in sample:
-        assert set(unnumbered(folder)) == set(unnumbered(REAL))
+        assert set(names_without_numbers(folder)) == set(names_without_numbers(REAL))
 
 
 def test_columns_and_images_match_the_real_trajectory(sample: list[Path], faulty: Path) -> None:

@@ -62,7 +62,7 @@ def seen_free(cells: np.ndarray, size: float, grid: Grid, pose: np.ndarray, free
     return found
 
 
-def numbered(cells: np.ndarray) -> np.ndarray:
+def cell_numbers(cells: np.ndarray) -> np.ndarray:
     """(n,) unique numbers for (n, 3) cells."""
     return ((cells + 5000) * [1 << 30, 1 << 15, 1]).sum(axis=1)
 
@@ -79,11 +79,13 @@ def test_free_cells_are_those_that_frames_observed(dataset):
     for pose, visible, observed in rows:
         observed[visible] = False
         expected |= seen_free(cells, states.voxel_size, trajectory.grid, pose, observed)
-    expected &= ~np.isin(numbered(cells), numbered(occupied))
+    expected &= ~np.isin(cell_numbers(cells), cell_numbers(occupied))
     assert expected.sum() > 10_000
-    np.testing.assert_array_equal(np.isin(numbered(cells), numbered(free)), expected)
+    np.testing.assert_array_equal(np.isin(cell_numbers(cells), cell_numbers(free)), expected)
     centres = np.floor(trajectory.scene_cells() / states.voxel_size).astype(int)
-    np.testing.assert_array_equal(np.unique(numbered(centres)), np.unique(numbered(occupied)))
+    np.testing.assert_array_equal(
+        np.unique(cell_numbers(centres)), np.unique(cell_numbers(occupied))
+    )
 
 
 @pytest.mark.parametrize("shape", [(20, 13, 17), (9, 5, 30)])
@@ -105,9 +107,9 @@ def test_order_of_frames_does_not_change_the_states(shape):
         found.append(free.states(points))
     assert found[0].equals(found[1])
     # Each frame alone, cell by cell.
-    free, occupied = (numbered(found[0].cells(state)) for state in (FREE, OCCUPIED))
+    free, occupied = (cell_numbers(found[0].cells(state)) for state in (FREE, OCCUPIED))
     np.testing.assert_array_equal(
-        np.unique(occupied), np.unique(numbered(np.floor(points / 0.05).astype(int)))
+        np.unique(occupied), np.unique(cell_numbers(np.floor(points / 0.05).astype(int)))
     )
     expected = []
     for frame, pose in frames:
@@ -117,12 +119,12 @@ def test_order_of_frames_does_not_change_the_states(shape):
         reach = np.arange(-35, 36)
         cells = np.stack(np.meshgrid(reach, reach, reach, indexing="ij"), -1).reshape(-1, 3)
         cells += np.floor(pose[:3, 3] / 0.05).astype(int)
-        expected.append(numbered(cells[seen_free(cells, 0.05, grid, pose, seen)]))
+        expected.append(cell_numbers(cells[seen_free(cells, 0.05, grid, pose, seen)]))
     expected = np.setdiff1d(np.concatenate(expected), occupied)
     np.testing.assert_array_equal(np.sort(free), expected)
 
 
-def looked_up(trajectory: Trajectory, grid: Grid, pose: np.ndarray) -> np.ndarray:
+def looked_up_labels(trajectory: Trajectory, grid: Grid, pose: np.ndarray) -> np.ndarray:
     """Labels of every 37th cell of a grid, looked up in the scene's cells; 254 elsewhere."""
     states = trajectory.states()
     known = {tuple(cell): 0 for cell in states.cells(FREE).tolist()}
@@ -147,7 +149,7 @@ def test_scene_target_keeps_visible_cells_and_fills_hidden_ones(dataset, upright
     np.testing.assert_array_equal(item["visible"], mask)
     np.testing.assert_array_equal(seen["visible"], mask)
     np.testing.assert_array_equal(labels[mask], seen["labels"].numpy()[mask])
-    expected = looked_up(trajectory, scene.grid, item["grid_pose"].double().numpy())
+    expected = looked_up_labels(trajectory, scene.grid, item["grid_pose"].double().numpy())
     asked = (expected != 254) & ~mask & (seen["labels"].numpy() == UNKNOWN)
     # Poses of single precision and centres on a border differ in a few cells.
     assert (labels[asked] == expected[asked]).mean() > 0.999

@@ -31,7 +31,7 @@ K = np.array([[200.0, 0, 80], [0, 200.0, 60], [0, 0, 1]])
 OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
 RGB, DEPTH = "videos/chunk-000/observation.images.rgb", "videos/chunk-000/observation.images.depth"
 FIRST = "sample_zed/house_000/trajectory_0"
-HARD: dict[str, Any] = {
+NOISY: dict[str, Any] = {
     "noise": ["kinect", "flying", "speckle"],
     "pose_noise": (0.004, 0.15),
     "pose_drift": (0.02, 0.3),
@@ -58,7 +58,7 @@ def box(near: float = 1.0, far: float = 3.0) -> View:
     return View(depth, K)
 
 
-def draws(model: sensors.Model, view: View, count: int) -> np.ndarray:
+def measure(model: sensors.Model, view: View, count: int) -> np.ndarray:
     return np.stack([model(view, view.depth, np.random.default_rng(i)) for i in range(count)])
 
 
@@ -67,7 +67,7 @@ def draws(model: sensors.Model, view: View, count: int) -> np.ndarray:
 
 @pytest.mark.parametrize("depth", [0.8, 1.5, 3.0, 5.0])
 def test_kinect_noise_grows_with_depth(depth: float) -> None:
-    measured = draws(sensors.kinect, wall(depth), 4)
+    measured = measure(sensors.kinect, wall(depth), 4)
     # Quantized disparity spreads depth evenly over one step.
     step = depth**2 / sensors.DISPARITIES
     sigma = 0.0012 + 0.0019 * (depth - 0.4) ** 2
@@ -78,9 +78,9 @@ def test_kinect_noise_grows_with_depth(depth: float) -> None:
 
 
 def test_kinect_has_no_depth_below_its_range_and_at_grazing_angles() -> None:
-    assert (draws(sensors.kinect, wall(0.39), 1) == 0).all()
+    assert (measure(sensors.kinect, wall(0.39), 1) == 0).all()
     view = floor()
-    measured = draws(sensors.kinect, view, 1)[0]
+    measured = measure(sensors.kinect, view, 1)[0]
     ground = view.depth > 0
     angle = np.arctan2(view.depth, 0.4)  # At the middle column.
     middle = np.zeros(SHAPE, bool)
@@ -99,7 +99,7 @@ def test_kinect_noise_grows_with_the_incidence_angle() -> None:
 
 def test_kinect_has_a_shadow_left_of_near_objects() -> None:
     view = box()
-    measured = draws(sensors.kinect, view, 8)
+    measured = measure(sensors.kinect, view, 8)
     holes = (measured == 0).all(axis=0)
     rows = holes[45:75]
     # Focal length times baseline of the projector, times the difference of 1 / depth.
@@ -113,7 +113,7 @@ def test_kinect_has_a_shadow_left_of_near_objects() -> None:
 
 @pytest.mark.parametrize("depth", [1.0, 2.0, 4.0])
 def test_stereo_noise_grows_with_the_square_of_depth(depth: float) -> None:
-    measured = draws(sensors.stereo, wall(depth), 40)
+    measured = measure(sensors.stereo, wall(depth), 40)
     focal = K[0, 0] * 848 / SHAPE[1]
     sigma = depth**2 * 0.08 / (focal * 0.05)
     assert measured.std() == pytest.approx(sigma, rel=0.1)
@@ -121,7 +121,7 @@ def test_stereo_noise_grows_with_the_square_of_depth(depth: float) -> None:
 
 def test_stereo_noise_is_correlated_in_space_and_independent_in_time() -> None:
     view = wall(2.0)
-    error = draws(sensors.stereo, view, 40) - 2.0
+    error = measure(sensors.stereo, view, 40) - 2.0
     error /= error.std()
 
     def correlation(lag: int) -> float:
@@ -135,13 +135,13 @@ def test_stereo_noise_is_correlated_in_space_and_independent_in_time() -> None:
 
 
 def test_stereo_fattens_foreground() -> None:
-    row = np.median(draws(sensors.stereo, box(), 9), axis=0)[60]
+    row = np.median(measure(sensors.stereo, box(), 9), axis=0)[60]
     near = np.flatnonzero(row < 2)
     assert (near[0], near[-1]) == (60 - sensors.FATTENING, 99 + sensors.FATTENING)
 
 
 def test_network_error_is_smooth_with_a_scale_per_frame() -> None:
-    ratio = np.log(draws(sensors.network, wall(2.0), 60) / 2.0)
+    ratio = np.log(measure(sensors.network, wall(2.0), 60) / 2.0)
     assert np.abs(np.diff(ratio, axis=2)).max() < 0.005
     assert np.abs(np.diff(ratio, axis=1)).max() < 0.005
     # The scale and, at the corner, which is a node of the factor map, the factor.
@@ -154,18 +154,18 @@ def test_network_error_is_smooth_with_a_scale_per_frame() -> None:
 
 
 def test_network_blurs_edges_and_keeps_planes() -> None:
-    row = np.median(draws(sensors.network, box(), 9), axis=0)[60]
+    row = np.median(measure(sensors.network, box(), 9), axis=0)[60]
     ramp = (row > 1.04) & (row < 2.9)
     assert 1 <= ramp[50:70].sum() <= 3
     assert (np.diff(row[55:64]) < 0.05).all()
     view = floor()
-    ratio = np.log(draws(sensors.network, view, 30)[:, 75:] / view.depth[75:])
+    ratio = np.log(measure(sensors.network, view, 30)[:, 75:] / view.depth[75:])
     assert np.abs(ratio.mean(axis=0)).max() < 0.03
 
 
 def test_flying_pixels_lie_between_foreground_and_background() -> None:
     view = box()
-    measured = draws(sensors.flying, view, 20)
+    measured = measure(sensors.flying, view, 20)
     changed = measured != view.depth
     assert ((measured[changed] > 1) & (measured[changed] < 3)).all()
     square = np.ones((5, 5))
@@ -178,14 +178,14 @@ def test_flying_pixels_lie_between_foreground_and_background() -> None:
     # They are spread over the whole range between.
     assert np.histogram(measured[changed], 4, (1, 3))[0].min() > 0.15 * changed.sum()
     for plane in (wall(2.0), floor()):
-        kept = draws(sensors.flying, plane, 1)[0]
+        kept = measure(sensors.flying, plane, 1)[0]
         near = plane.depth < 8  # The far end of the floor is an edge.
         assert (kept == plane.depth)[near].all()
 
 
 def test_speckle_is_small_and_rare() -> None:
     view = View(np.full((240, 320), 7.0), K)
-    measured = draws(sensors.speckle, view, 20)
+    measured = measure(sensors.speckle, view, 20)
     wrong = measured != 7.0
     assert 0.002 < wrong.mean() < 0.003
     assert (measured[wrong] == 0).any()
@@ -252,14 +252,14 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def hard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def noisy_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("hard") / "tree"
-    make_sample(out, trajectories=1, frames=4, **HARD)
+    make_sample(out, trajectories=1, frames=4, **NOISY)
     return out
 
 
 @pytest.fixture(scope="module")
-def crowd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def with_people(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """People, but no noise."""
     out = tmp_path_factory.mktemp("crowd") / "tree"
     make_sample(out, trajectories=1, frames=4, people=2)
@@ -279,7 +279,7 @@ def truth(tree: Path, name: str = FIRST) -> dict[str, np.ndarray]:
         return dict(data)
 
 
-def stated(folder: Path) -> np.ndarray:
+def stored_poses(folder: Path) -> np.ndarray:
     table = pq.read_table(folder / "data/chunk-000/episode_000000.parquet")
     return np.array(table["action"].to_pylist()) @ OPENCV
 
@@ -311,7 +311,7 @@ def test_ground_truth_without_people_has_empty_meshes(clean: Path) -> None:
         "people_faces": ((0, 3), "int32"),
         "people_labels": ((0,), "int32"),
     }
-    assert np.allclose(data["world_from_camera"], stated(clean / FIRST), atol=1e-5)
+    assert np.allclose(data["world_from_camera"], stored_poses(clean / FIRST), atol=1e-5)
     table = pq.read_table(clean / FIRST / "data/chunk-000/episode_000000.parquet")
     assert (data["intrinsics"] == table["observation.camera_intrinsic"].to_pylist()[0]).all()
 
@@ -329,9 +329,9 @@ def test_ground_truth_files_are_named_by_episode(tmp_path: Path) -> None:
 
 
 def test_noise_affects_depth_and_poses_only(
-    clean: Path, hard: Path, crowd: Path, tmp_path: Path
+    clean: Path, noisy_tree: Path, with_people: Path, tmp_path: Path
 ) -> None:
-    a, b, c = files(clean), files(hard), files(crowd)
+    a, b, c = files(clean), files(noisy_tree), files(with_people)
     assert a.keys() == b.keys() == c.keys()
     assert b["ground_truth/mesh.ply"] == a["ground_truth/mesh.ply"]
     # Noise changes neither colour nor ground truth.
@@ -341,25 +341,25 @@ def test_noise_affects_depth_and_poses_only(
         f"{FIRST}/data/chunk-000/path.ply",
         f"{FIRST}/meta/episodes_stats.jsonl",
     }
-    assert (truth(hard)["world_from_camera"] == truth(clean)["world_from_camera"]).all()
-    off = stated(hard / FIRST) - truth(hard)["world_from_camera"]
+    assert (truth(noisy_tree)["world_from_camera"] == truth(clean)["world_from_camera"]).all()
+    off = stored_poses(noisy_tree / FIRST) - truth(noisy_tree)["world_from_camera"]
     assert 0.001 < np.abs(off[:, :3, 3]).max() < 0.045
     assert 1e-3 < np.abs(off[:, :3, :3]).max() < 0.03
     make_sample(
-        tmp_path / "again", trajectories=1, frames=4, **{**HARD, "noise": HARD["noise"][::-1]}
+        tmp_path / "again", trajectories=1, frames=4, **{**NOISY, "noise": NOISY["noise"][::-1]}
     )
     assert files(tmp_path / "again") == b
 
 
-def test_people_match_the_depth_images(clean: Path, crowd: Path) -> None:
-    data = truth(crowd)
+def test_people_match_the_depth_images(clean: Path, with_people: Path) -> None:
+    data = truth(with_people)
     assert data["people_vertices"].shape[1] > 2000
     assert data["people_faces"].max() == data["people_vertices"].shape[1] - 1
     assert set(data["people_labels"]) == {0, 1}
     assert len(data["people_labels"]) == len(data["people_faces"])
     seen = []
     for t, pose in enumerate(data["world_from_camera"]):
-        depth, empty = depth_of(crowd, t), depth_of(clean, t)
+        depth, empty = depth_of(with_people, t), depth_of(clean, t)
         changed = depth != empty
         seen.append(changed.mean())
         v, u = np.nonzero(changed)
@@ -376,7 +376,7 @@ def test_people_match_the_depth_images(clean: Path, crowd: Path) -> None:
         near = empty[changed]
         assert ((depth[changed] < near) | (near == 0)).all()
         with (
-            Image.open(crowd / FIRST / RGB / f"{t}.jpg") as a,
+            Image.open(with_people / FIRST / RGB / f"{t}.jpg") as a,
             Image.open(clean / FIRST / RGB / f"{t}.jpg") as b,
         ):
             difference = np.abs(np.asarray(a).astype(int) - np.asarray(b)).sum(axis=2)

@@ -75,7 +75,7 @@ def test_downsampled_sphere_is_filled():
 
 
 @pytest.fixture(scope="module")
-def pierced() -> tuple[Cloud, Cloud]:
+def room_with_openings() -> tuple[Cloud, Cloud]:
     """A room with a doorway of 1 x 2 m, a window and a hole of three voxels in the wall x = 0.
 
     Returns the cloud before and after filling.
@@ -90,8 +90,8 @@ def pierced() -> tuple[Cloud, Cloud]:
     return cloud, poisson_surface(cloud, np.array([[1.5, 2.0, 1.2], [2.0, 3.0, 1.2]]), VOXEL)
 
 
-def test_a_hole_of_a_few_voxels_is_closed(pierced):
-    cloud, closed = pierced
+def test_a_hole_of_a_few_voxels_is_closed(room_with_openings):
+    cloud, closed = room_with_openings
     centre = [[0.0, 3.4, 1.5]]
     assert cKDTree(cloud.points).query(centre)[0] > VOXEL
     assert cKDTree(closed.points).query(centre)[0] < VOXEL / 2
@@ -99,8 +99,8 @@ def test_a_hole_of_a_few_voxels_is_closed(pierced):
     assert np.abs(closed.points[len(cloud) :][near, 0]).max() < VOXEL / 4
 
 
-def test_a_doorway_and_a_window_stay_open(pierced):
-    new = added(*pierced)
+def test_a_doorway_and_a_window_stay_open(room_with_openings):
+    new = added(*room_with_openings)
     y, z = new[:, 1], new[:, 2]
     margin = VOXEL
     doorway = (np.abs(y - 1) < 0.5 - margin) & (z < 2 - margin) & (z > margin)
@@ -109,9 +109,9 @@ def test_a_doorway_and_a_window_stay_open(pierced):
     assert not (window & (np.abs(new[:, 0]) < 0.5)).any()
 
 
-def test_nothing_is_added_off_the_walls(pierced):
+def test_nothing_is_added_off_the_walls(room_with_openings):
     """The watertight surface also closes outside the room; that part is not used."""
-    new = added(*pierced)
+    new = added(*room_with_openings)
     size = np.array([3.0, 4.0, 2.4])
     assert (np.minimum(np.abs(new), np.abs(new - size)).min(axis=1) < VOXEL / 2).all()
     assert ((new > -VOXEL / 2) & (new < size + VOXEL / 2)).all()
@@ -235,8 +235,8 @@ def test_centroids_are_those_of_equal_parts(n):
     assert len(np.unique(whole, axis=0)) == n * n
 
 
-def test_density_cut_removes_sparse_parts(pierced):
-    cloud, closed = pierced
+def test_density_cut_removes_sparse_parts(room_with_openings):
+    cloud, closed = room_with_openings
     cameras = np.array([[1.5, 2.0, 1.2], [2.0, 3.0, 1.2]])
     cut = poisson_surface(cloud, cameras, VOXEL, 0.3)
     assert len(added(cloud, cut)) < len(added(cloud, closed))

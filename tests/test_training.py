@@ -78,7 +78,7 @@ def truth(many: Path) -> list[dict]:
     return frames
 
 
-def copied(root: Path, out: Path) -> Path:
+def linked_copy(root: Path, out: Path) -> Path:
     return shutil.copytree(root, out, copy_function=os.link)
 
 
@@ -282,7 +282,7 @@ def test_images_and_depth_match_the_trajectory(many, truth):
 
 
 def test_images_come_from_the_video_if_there_are_no_image_files(many, truth, tmp_path):
-    root = copied(many, tmp_path / "video")
+    root = linked_copy(many, tmp_path / "video")
     for folder in [*root.rglob("observation.images.rgb")]:
         shutil.rmtree(folder)
     frames = OccupancyDataset(root, keys=("image",))
@@ -293,7 +293,7 @@ def test_images_come_from_the_video_if_there_are_no_image_files(many, truth, tmp
 
 def test_missing_image_file_is_an_error(many, truth, tmp_path):
     """The video is not used, since the other frames come from image files."""
-    root = copied(many, tmp_path / "gap")
+    root = linked_copy(many, tmp_path / "gap")
     trajectory = Trajectory.open(root / truth[0]["episode"])
     trajectory.file("rgb", 0).unlink()
     frames = OccupancyDataset(root, keys=("image",))
@@ -333,7 +333,7 @@ def test_any_frame_of_a_video_can_be_read(tmp_path, options):
 
 
 def test_error_for_missing_shards_names_the_remedy(dataset, tmp_path):
-    root = copied(dataset, tmp_path / "npz")
+    root = linked_copy(dataset, tmp_path / "npz")
     shutil.rmtree(root / "occupancy")
     with pytest.raises(UsageError, match=r"files of no episode are here.* run occgen-hub finalize"):
         OccupancyDataset(root)
@@ -384,7 +384,7 @@ def test_unreachable_hub_gives_an_error_of_one_line(tmp_path):
 
 
 def test_keys_of_missing_media_are_refused(many, tmp_path):
-    root = copied(many, tmp_path / "bare")
+    root = linked_copy(many, tmp_path / "bare")
     for name in ("rgb", "depth"):
         for folder in [*root.rglob(f"observation.images.{name}")]:
             shutil.rmtree(folder)
@@ -402,7 +402,7 @@ def first_shard(root: Path) -> Path:
 
 
 def test_partial_dataset_has_only_the_episodes_that_are_present(many, truth, tmp_path):
-    root = copied(many, tmp_path / "partly")
+    root = linked_copy(many, tmp_path / "partly")
     first_shard(root).unlink()
     episodes = OccupancyDataset(root, keys=CAMERA).episodes
     assert episodes == OccupancyDataset(many).episodes[1:]
@@ -451,9 +451,9 @@ def test_invalid_index_is_refused(many, tmp_path, change, problem):
     assert f"{tmp_path / 'index'}" in str(raised.value)
 
 
-def changed(many: Path, out: Path, change, group: int = 8) -> Path:
+def copy_with_changed_shard(many: Path, out: Path, change, group: int = 8) -> Path:
     """A copy of `many` with `change` applied to the table of its first shard."""
-    root = copied(many, out)
+    root = linked_copy(many, out)
     path = first_shard(root)
     table = change(pq.read_table(path))
     path.unlink()  # It is a link to the original.
@@ -461,7 +461,7 @@ def changed(many: Path, out: Path, change, group: int = 8) -> Path:
     return root
 
 
-def put(name: str, edit):
+def in_column(name: str, edit):
     """A change of one column: `edit` maps the list of its values to a new list."""
 
     def change(table: pa.Table) -> pa.Table:
@@ -474,33 +474,42 @@ def put(name: str, edit):
     return change
 
 
-def first(value):
+def in_first_row(value):
     return lambda values: [value(values[0]), *values[1:]]
 
 
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (put("occupied", first(lambda v: [*v[:-1], 5_000_000])), "out of order or outside"),
-        (put("occupied", first(lambda v: [-1, *v])), "out of order or outside"),
-        (put("occupied", first(lambda v: v[::-1])), "out of order or outside"),
-        (put("occupied", first(lambda v: None)), "not whole"),
-        (put("observed", first(lambda v: v[:-1])), "not of the grid's 5000000 cells"),
-        (put("observed", first(lambda v: None)), "not whole"),
-        (put("frame_index", first(lambda v: 7)), "not of frames 0 to 3 of group/scene_00/run"),
-        (put("frame_index", first(lambda v: None)), "not of frames"),
-        (put("episode", first(lambda v: "a/b/c")), "not of frames"),
-        (put("episode", lambda v: ["../../x" for _ in v]), "not of frames"),
-        (put("camera_extrinsic", first(lambda v: [[float("nan")] * 4] * 4)), "not finite"),
-        (put("camera_extrinsic", first(lambda v: [[2.0] * 4] * 4)), "not rigid"),
+        (
+            in_column("occupied", in_first_row(lambda v: [*v[:-1], 5_000_000])),
+            "out of order or outside",
+        ),
+        (in_column("occupied", in_first_row(lambda v: [-1, *v])), "out of order or outside"),
+        (in_column("occupied", in_first_row(lambda v: v[::-1])), "out of order or outside"),
+        (in_column("occupied", in_first_row(lambda v: None)), "not whole"),
+        (in_column("observed", in_first_row(lambda v: v[:-1])), "not of the grid's 5000000 cells"),
+        (in_column("observed", in_first_row(lambda v: None)), "not whole"),
+        (
+            in_column("frame_index", in_first_row(lambda v: 7)),
+            "not of frames 0 to 3 of group/scene_00/run",
+        ),
+        (in_column("frame_index", in_first_row(lambda v: None)), "not of frames"),
+        (in_column("episode", in_first_row(lambda v: "a/b/c")), "not of frames"),
+        (in_column("episode", lambda v: ["../../x" for _ in v]), "not of frames"),
+        (
+            in_column("camera_extrinsic", in_first_row(lambda v: [[float("nan")] * 4] * 4)),
+            "not finite",
+        ),
+        (in_column("camera_extrinsic", in_first_row(lambda v: [[2.0] * 4] * 4)), "not rigid"),
         (lambda table: table.drop_columns(["observed"]), "no column observed of binary"),
         (lambda table: table.append_column("shape", table["shape"]), "two columns with the"),
         (lambda table: table.slice(0, 0), "not of frames 0 to 3"),
         (lambda table: table.slice(0, 3), "not of frames 0 to 3"),
     ],
-)  # fmt: skip
+)
 def test_invalid_shard_is_refused(many, tmp_path, change, problem):
-    root = changed(many, tmp_path / "changed", change)
+    root = copy_with_changed_shard(many, tmp_path / "changed", change)
     with pytest.raises(DatasetError, match=problem) as raised:
         OccupancyDataset(root, keys=("occupancy", "mask", "pose"))[0]
     assert str(first_shard(root)) in str(raised.value)
@@ -508,7 +517,7 @@ def test_invalid_shard_is_refused(many, tmp_path, change, problem):
 
 
 def test_row_groups_of_another_size_are_read(many, truth, tmp_path):
-    root = changed(many, tmp_path / "large", lambda table: table, group=3)
+    root = copy_with_changed_shard(many, tmp_path / "large", lambda table: table, group=3)
     first_row, *others = read_entries(root).values()
     write_index(root, [replace(first_row, group_rows=3), *others])
     frames = OccupancyDataset(root, dense=False, keys=("occupancy", "mask"))
@@ -544,7 +553,7 @@ def test_error_names_a_damaged_shard(many, tmp_path):
 
 
 def test_missing_task_is_an_error(many, truth, tmp_path):
-    root = copied(many, tmp_path / "tasks")
+    root = linked_copy(many, tmp_path / "tasks")
     path = root / truth[0]["episode"] / "meta/tasks.jsonl"
     path.unlink()
     path.write_text("")
@@ -635,7 +644,7 @@ def test_loaded_episode_matches_the_files(many, truth):
         occgen_hub.load_episode(many)
 
 
-WRONG = (
+WRONG_ARGUMENTS = (
     {"media": "all"},
     {"workers": 0},
     {"limit": 0},
@@ -655,7 +664,7 @@ def test_a_dataset_is_built_and_read_from_python(sample_tree, tmp_path):
     frames = occgen_hub.OccupancyDataset(str(out), keys=CAMERA)
     assert frames[0]["occupancy"].shape == config.grid_shape == (40, 25, 40)
     assert frames.grid.lower == config.pc_range[:3]
-    for wrong in WRONG:
+    for wrong in WRONG_ARGUMENTS:
         with pytest.raises(UsageError):
             occgen_hub.build("internnav", sample_tree, tmp_path / "other", **wrong)
     assert not (tmp_path / "other").exists()

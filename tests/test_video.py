@@ -67,16 +67,16 @@ def assert_upright(image: np.ndarray, tolerance: int = 10) -> None:
     assert np.abs(np.subtract(corners(image), expected)).max() <= tolerance, corners(image)
 
 
-def numbered(count: int, width: int = 96, height: int = 64) -> list[np.ndarray]:
+def numbered_frames(count: int, width: int = 96, height: int = 64) -> list[np.ndarray]:
     """Grey frames that get lighter: frame t has the value 8 t + 8, up to 30 frames."""
     return [np.full((height, width, 3), 8 * (t % 30) + 8, np.uint8) for t in range(count)]
 
 
-def number(frame: np.ndarray) -> int:
+def frame_number(frame: np.ndarray) -> int:
     return round((float(frame.mean()) - 8) / 8)
 
 
-def record(
+def write_recording(
     path: Path,
     frames: list[np.ndarray],
     codec: str = "libx264",
@@ -106,7 +106,7 @@ def record(
     return path
 
 
-def turn(path: Path, matrix: tuple[int, int, int, int]) -> None:
+def set_display_matrix(path: Path, matrix: tuple[int, int, int, int]) -> None:
     """Write (a, b, c, d) into the display matrix of an mp4, as phones do."""
     content = bytearray(path.read_bytes())
     place = content.index(b"tkhd") + 44
@@ -169,7 +169,7 @@ def assert_fails(path: Path, problem: str, named: Path | None = None) -> None:
 )
 def test_video_is_read_as_one_episode(name: str, codec: str, tmp_path: Path) -> None:
     fps = 25 if name in ("a.mpg", "a.h264", "a.hevc") else 10  # The default of bare streams.
-    path = record(tmp_path / name, [quadrants()] * 12, codec, fps=fps)
+    path = write_recording(tmp_path / name, [quadrants()] * 12, codec, fps=fps)
 
     episode = read(path)
 
@@ -191,17 +191,17 @@ def test_video_is_read_as_one_episode(name: str, codec: str, tmp_path: Path) -> 
 
 
 def test_frames_can_be_read_in_any_order(tmp_path: Path) -> None:
-    episode = read(record(tmp_path / "a.mp4", numbered(30)))
-    assert [number(frame) for frame in all_frames(episode)] == list(range(30))
-    assert [number(episode.read_rgb(t)) for t in (7, 3, 29, 12, 13)] == [7, 3, 29, 12, 13]
+    episode = read(write_recording(tmp_path / "a.mp4", numbered_frames(30)))
+    assert [frame_number(frame) for frame in all_frames(episode)] == list(range(30))
+    assert [frame_number(episode.read_rgb(t)) for t in (7, 3, 29, 12, 13)] == [7, 3, 29, 12, 13]
 
 
 @pytest.mark.parametrize("step", [1, 4])
 def test_frames_can_be_read_from_several_threads(step: int, tmp_path: Path) -> None:
-    episode = read(record(tmp_path / "a.mp4", numbered(30)))
+    episode = read(write_recording(tmp_path / "a.mp4", numbered_frames(30)))
     asked = range(0, 30, step)
     with ThreadPoolExecutor(12) as pool:
-        assert [number(frame) for frame in pool.map(episode.read_rgb, asked)] == list(asked)
+        assert [frame_number(frame) for frame in pool.map(episode.read_rgb, asked)] == list(asked)
 
 
 @pytest.mark.parametrize(
@@ -219,8 +219,8 @@ def test_rotated_video_is_read_upright(
     matrix: tuple[int, int, int, int], back: Callable[[np.ndarray], np.ndarray], tmp_path: Path
 ) -> None:
     stored = np.ascontiguousarray(back(quadrants(64, 96)))
-    path = record(tmp_path / "phone.mp4", [stored] * 3)
-    turn(path, matrix)
+    path = write_recording(tmp_path / "phone.mp4", [stored] * 3)
+    set_display_matrix(path, matrix)
 
     episode = read(path)
 
@@ -236,7 +236,7 @@ def test_rotated_video_is_read_upright(
     ("codec", "pix_fmt"), [("libvpx-vp9", "yuv420p"), ("ffv1", "yuv444p"), ("ffv1", "gray")]
 )
 def test_odd_frame_sizes_are_kept(codec: str, pix_fmt: str, tmp_path: Path) -> None:
-    episode = read(record(tmp_path / "odd.mkv", [quadrants(481, 271)] * 2, codec, pix_fmt))
+    episode = read(write_recording(tmp_path / "odd.mkv", [quadrants(481, 271)] * 2, codec, pix_fmt))
     assert episode.image_size == (481, 271)
     frame = episode.read_rgb(1)
     assert frame.shape == (271, 481, 3)
@@ -263,7 +263,9 @@ def test_pixel_formats_are_converted_to_rgb(
     codec: str, pix_fmt: str, tags: dict[str, Any], tmp_path: Path
 ) -> None:
     options = {"x264-params": "interlaced=1"} if tags.pop("interlaced", False) else {}
-    path = record(tmp_path / "a.mkv", [quadrants()] * 2, codec, pix_fmt, options=options, **tags)
+    path = write_recording(
+        tmp_path / "a.mkv", [quadrants()] * 2, codec, pix_fmt, options=options, **tags
+    )
     episode = read(path)
     assert not episode.media
     frame = episode.read_rgb(0)
@@ -293,50 +295,52 @@ def test_colours_follow_the_colour_tags(matrix: int, full: bool, tmp_path: Path)
 
 
 def test_non_square_pixels_are_made_square(tmp_path: Path) -> None:
-    wide = record(tmp_path / "wide.mp4", [quadrants()] * 2, sample_aspect_ratio=Fraction(4, 3))
+    wide = write_recording(
+        tmp_path / "wide.mp4", [quadrants()] * 2, sample_aspect_ratio=Fraction(4, 3)
+    )
     episode = read(wide)
     assert episode.image_size == (128, 64) == video_facts(wide).size
     assert not episode.media
     assert_upright(episode.read_rgb(1))
 
-    turn(wide, (0, 1, -1, 0))
+    set_display_matrix(wide, (0, 1, -1, 0))
     assert read(wide).image_size == (64, 128)
 
     for ratio in (
         Fraction(136, 135),
         Fraction(1, 50),
     ):  # Nearly square, and implausible: both are treated as square.
-        path = record(tmp_path / "a.mp4", [quadrants()] * 2, sample_aspect_ratio=ratio)
+        path = write_recording(tmp_path / "a.mp4", [quadrants()] * 2, sample_aspect_ratio=ratio)
         assert read(path).image_size == (96, 64)
 
 
 def test_variable_rate_video_keeps_each_frame_at_the_average_fps(tmp_path: Path) -> None:
     times = [0, 20, 90, 130, 180, 400, 430, 450, 500, 900]
-    path = record(tmp_path / "vfr.mp4", numbered(10), times=times)
+    path = write_recording(tmp_path / "vfr.mp4", numbered_frames(10), times=times)
     episode = read(path)
     assert episode.length == 10
     assert episode.fps == pytest.approx(10, abs=0.7)
     assert not episode.media
     assert "20 to 400 ms" in notes(episode)["variable rate"]
-    assert [number(frame) for frame in all_frames(episode)] == list(range(10))
+    assert [frame_number(frame) for frame in all_frames(episode)] == list(range(10))
 
 
 @pytest.mark.parametrize("fps", [Fraction(30000, 1001), 24, 120, 240, Fraction(1, 2)])
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
 def test_constant_frame_rates_are_read_exactly(name: str, fps: Fraction, tmp_path: Path) -> None:
-    episode = read(record(tmp_path / name, numbered(20), fps=fps))
+    episode = read(write_recording(tmp_path / name, numbered_frames(20), fps=fps))
     assert episode.fps == pytest.approx(float(fps), rel=1e-7)
     assert not episode.notes
 
 
 def test_video_of_a_single_frame_is_read(tmp_path: Path) -> None:
-    episode = read(record(tmp_path / "one.mp4", [quadrants()]))
+    episode = read(write_recording(tmp_path / "one.mp4", [quadrants()]))
     assert (episode.length, episode.fps) == (1, 10)
     assert_upright(episode.read_rgb(0))
 
 
 def test_wrong_frame_count_in_the_header_is_ignored(tmp_path: Path) -> None:
-    path = record(tmp_path / "a.avi", numbered(10), "mpeg4")
+    path = write_recording(tmp_path / "a.avi", numbered_frames(10), "mpeg4")
     content = bytearray(path.read_bytes())
     for box, offset in ((b"avih", 24), (b"strh", 40)):  # Frame counts of file and stream.
         place = content.index(box) + 8 + offset - (0 if box == b"avih" else 8)
@@ -347,7 +351,7 @@ def test_wrong_frame_count_in_the_header_is_ignored(tmp_path: Path) -> None:
 
 
 def test_frames_hidden_by_an_edit_list_are_skipped(tmp_path: Path) -> None:
-    path = record(tmp_path / "trimmed.mp4", numbered(20), options={"bf": "0"})
+    path = write_recording(tmp_path / "trimmed.mp4", numbered_frames(20), options={"bf": "0"})
     content = bytearray(path.read_bytes())
     place = content.index(b"elst") + 16
     (step,) = struct.unpack(">I", content[content.index(b"stts") + 16 :][:4])
@@ -358,7 +362,7 @@ def test_frames_hidden_by_an_edit_list_are_skipped(tmp_path: Path) -> None:
 
     assert video_facts(path).frames == 20
     assert episode.length == 15
-    assert [number(frame) for frame in all_frames(episode)] == list(range(5, 20))
+    assert [frame_number(frame) for frame in all_frames(episode)] == list(range(5, 20))
     assert "states 20 frames, but 15 can be decoded" in notes(episode)["frame count"]
     assert not episode.media
 
@@ -368,7 +372,7 @@ def test_truncated_video_keeps_the_frames_before_the_end(name: str, tmp_path: Pa
     codec = "mpeg4" if name == "a.avi" else "libx264"
     noise = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
     frames = [np.ascontiguousarray(np.roll(noise, 5 * t, 1)) for t in range(40)]
-    path = record(tmp_path / name, frames, codec)
+    path = write_recording(tmp_path / name, frames, codec)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) * 6 // 10])
 
@@ -381,7 +385,9 @@ def test_truncated_video_keeps_the_frames_before_the_end(name: str, tmp_path: Pa
 
 
 def test_video_that_starts_between_keyframes_begins_at_the_next_keyframe(tmp_path: Path) -> None:
-    path = record(tmp_path / "whole.mp4", numbered(30), options={"g": "10", "bf": "0"})
+    path = write_recording(
+        tmp_path / "whole.mp4", numbered_frames(30), options={"g": "10", "bf": "0"}
+    )
     with av.open(str(path)) as source, av.open(str(tmp_path / "late.mts"), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
         for n, packet in enumerate(source.demux(source.streams.video[0])):
@@ -390,17 +396,17 @@ def test_video_that_starts_between_keyframes_begins_at_the_next_keyframe(tmp_pat
                 target.mux(packet)
     episode = read(tmp_path / "late.mts")
     assert episode.length == 20
-    assert [number(frame) for frame in all_frames(episode)] == list(range(10, 30))
+    assert [frame_number(frame) for frame in all_frames(episode)] == list(range(10, 30))
 
 
-def damaged(path: Path) -> None:
+def damage_middle(path: Path) -> None:
     content = bytearray(path.read_bytes())
     for n in range(len(content) // 2, len(content) // 2 + 300):
         content[n] ^= 0x5A
     path.write_bytes(content)
 
 
-BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda p: p.write_bytes(b""), "is not a video that can be read"),
     "garbage": (lambda p: p.write_bytes(os.urandom(5000)), "is not a video that can be read"),
     "text": (lambda p: p.write_text("hello\n" * 99), "is not a video that can be read"),
@@ -418,18 +424,18 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a broken link": (lambda p: (p.unlink(), p.symlink_to("nowhere")), "is missing"),
     "a pipe": (lambda p: (p.unlink(), os.mkfifo(p)), "is not a regular file"),
-    "damaged in the middle": (damaged, "is damaged at frame"),
+    "damaged in the middle": (damage_middle, "is damaged at frame"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", DAMAGED)
 def test_damaged_video_fails_with_one_sentence_and_other_videos_are_read(
     name: str, tmp_path: Path
 ) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
-    bad = record(tmp_path / "in" / "bad.mp4", [np.roll(noise, t, 1) for t in range(20)])
-    record(tmp_path / "in" / "good.mp4", [quadrants()] * 2)
-    change, problem = BAD[name]
+    bad = write_recording(tmp_path / "in" / "bad.mp4", [np.roll(noise, t, 1) for t in range(20)])
+    write_recording(tmp_path / "in" / "good.mp4", [quadrants()] * 2)
+    change, problem = DAMAGED[name]
     change(bad)
 
     builder = VideoBuilder(tmp_path / "in")
@@ -465,8 +471,8 @@ def test_video_without_frames_is_refused(tmp_path: Path) -> None:
 
 
 def test_video_that_changes_size_is_refused(tmp_path: Path) -> None:
-    small = record(tmp_path / "1.mpg", numbered(5), "mpeg2video", fps=25)
-    large = record(tmp_path / "2.mpg", numbered(5, 128, 96), "mpeg2video", fps=25)
+    small = write_recording(tmp_path / "1.mpg", numbered_frames(5), "mpeg2video", fps=25)
+    large = write_recording(tmp_path / "2.mpg", numbered_frames(5, 128, 96), "mpeg2video", fps=25)
     both = tmp_path / "both.mpg"
     both.write_bytes(small.read_bytes() + large.read_bytes())
     assert_fails(both, "changes from 96 x 64 to 128 x 96 pixels at frame")
@@ -474,12 +480,12 @@ def test_video_that_changes_size_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [(8, 200), (200, 8)])
 def test_very_small_frames_are_refused(size: tuple[int, int], tmp_path: Path) -> None:
-    assert_fails(record(tmp_path / "a.mkv", numbered(2, *size), "ffv1"), "8")
+    assert_fails(write_recording(tmp_path / "a.mkv", numbered_frames(2, *size), "ffv1"), "8")
 
 
 def test_memory_does_not_grow_with_a_long_video(tmp_path: Path) -> None:
-    path = record(
-        tmp_path / "long.mp4", numbered(30, 320, 240) * 67, options={"preset": "veryfast"}
+    path = write_recording(
+        tmp_path / "long.mp4", numbered_frames(30, 320, 240) * 67, options={"preset": "veryfast"}
     )
     process = psutil.Process()
     episode = read(path)
@@ -491,7 +497,7 @@ def test_memory_does_not_grow_with_a_long_video(tmp_path: Path) -> None:
             most = max(most, process.memory_info().rss - frame.nbytes)
     assert t == 2009
     for t in range(0, episode.length, 60):  # Skipped frames are not kept either.
-        seen.append(number(episode.read_rgb(t)))
+        seen.append(frame_number(episode.read_rgb(t)))
         most = max(most, process.memory_info().rss)
     assert set(seen) == {0}
     assert most - before < 40e6
@@ -510,10 +516,10 @@ def test_real_video_is_read(real_tree: Path) -> None:
 # Folders of images
 
 
-def pictures(folder: Path, names: list[str], **options: Any) -> Path:
+def write_images(folder: Path, names: list[str], **options: Any) -> Path:
     """Write numbered grey images; the first is the darkest."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, image in zip(names, numbered(len(names)), strict=True):
+    for name, image in zip(names, numbered_frames(len(names)), strict=True):
         Image.fromarray(image).save(folder / name, **options)
     return folder
 
@@ -529,14 +535,14 @@ def pictures(folder: Path, names: list[str], **options: Any) -> Path:
     ],
 )
 def test_images_are_frames_in_natural_order(names: list[str], tmp_path: Path) -> None:
-    folder = pictures(tmp_path / "walk", names, quality=98)
+    folder = write_images(tmp_path / "walk", names, quality=98)
     (folder / "notes.txt").write_text("x")
     (folder / ".9.jpg").write_text("hidden")
     (folder / "11.jpg.d").mkdir()
     episode = read(folder)
     assert episode.id == "custom_videos/walk/trajectory_0"
     assert (episode.length, episode.fps) == (len(names), 30)
-    assert [number(frame) for frame in all_frames(episode)] == list(range(len(names)))
+    assert [frame_number(frame) for frame in all_frames(episode)] == list(range(len(names)))
     assert "30 fps is assumed" in notes(episode)["fps"]
     jpegs = all(name.lower().endswith(("jpg", "jpeg")) for name in names)
     assert [item.path.name for item in episode.media] == (names if jpegs else [])
@@ -544,7 +550,7 @@ def test_images_are_frames_in_natural_order(names: list[str], tmp_path: Path) ->
 
 
 # How a camera transforms an upright image before storing it, for each EXIF orientation.
-STORED = {
+EXIF_TRANSPOSES = {
     1: None,
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -556,10 +562,10 @@ STORED = {
 }
 
 
-@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("orientation", EXIF_TRANSPOSES)
 @pytest.mark.parametrize("kind", ["jpg", "png"])
 def test_images_are_turned_upright(kind: str, orientation: int, tmp_path: Path) -> None:
-    upright, way, exif = Image.fromarray(quadrants()), STORED[orientation], Image.Exif()
+    upright, way, exif = Image.fromarray(quadrants()), EXIF_TRANSPOSES[orientation], Image.Exif()
     exif[0x0112] = orientation
     stored = upright if way is None else upright.transpose(way)
     stored.save(tmp_path / f"0.{kind}", exif=exif, quality=95)
@@ -602,7 +608,7 @@ def test_transparent_pixels_become_black(tmp_path: Path) -> None:
 
 
 def test_error_names_an_invalid_image(tmp_path: Path) -> None:
-    folder = pictures(tmp_path / "in", ["1.jpg", "2.jpg", "3.jpg"])
+    folder = write_images(tmp_path / "in", ["1.jpg", "2.jpg", "3.jpg"])
     bad = folder / "2.jpg"
     whole = bad.read_bytes()
 
@@ -644,8 +650,8 @@ def test_videos_and_image_folders_are_found_recursively(tmp_path: Path) -> None:
     for name in ("clip.mp4", "sub/clip.mkv", "sub/deeper/a.b.mp4", ".hidden/x.mp4", "._clip.mp4"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    pictures(tmp_path / "walk", ["0.jpg"])
-    pictures(tmp_path / "sub", ["cover.jpg"])
+    write_images(tmp_path / "walk", ["0.jpg"])
+    write_images(tmp_path / "sub", ["cover.jpg"])
     (tmp_path / "readme.txt").write_text("x")
     assert ids(tmp_path) == ["clip", "sub_clip", "sub_deeper_a.b", "walk"]
     assert ids(tmp_path / "clip.mp4") == ["clip"]
@@ -693,9 +699,9 @@ def test_odd_names_become_safe_ones(name: str, expected: str, tmp_path: Path) ->
 
 
 def test_video_with_a_name_that_is_not_utf8_is_read(tmp_path: Path) -> None:
-    path = record(tmp_path / "plain.mp4", numbered(3))
+    path = write_recording(tmp_path / "plain.mp4", numbered_frames(3))
     path = path.rename(tmp_path / os.fsdecode(b"a\xff.mp4"))
-    assert [number(frame) for frame in video_frames(path)] == [0, 1, 2]
+    assert [frame_number(frame) for frame in video_frames(path)] == [0, 1, 2]
     assert survey_video(path).reference
 
 
@@ -709,7 +715,7 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
 
 
 def test_source_video_can_be_loaded_by_name(tmp_path: Path) -> None:
-    path = record(tmp_path / "a.mp4", numbered(2))
+    path = write_recording(tmp_path / "a.mp4", numbered_frames(2))
     (ref,) = list_episodes(load_builder("video", path))
     assert ref.id == "custom_videos/a/trajectory_0"
 
@@ -756,7 +762,7 @@ def write(episode: Episode, folder: Path, media: Media = "copy") -> Path:
 
 @pytest.mark.parametrize("media", ["copy", "link", "none"])
 def test_suitable_video_is_copied(media: Media, tmp_path: Path) -> None:
-    path = record(tmp_path / "a.mp4", [quadrants()] * 6)
+    path = write_recording(tmp_path / "a.mp4", [quadrants()] * 6)
     video = write(read(path), tmp_path / "out" / "a", media)
     assert video.exists() == (media != "none")
     if media != "none":
@@ -764,13 +770,15 @@ def test_suitable_video_is_copied(media: Media, tmp_path: Path) -> None:
         assert video.samefile(path) == (media == "link")
 
 
-def turned(path: Path) -> None:
-    record(path, [np.ascontiguousarray(np.rot90(quadrants()))] * 6, fps=Fraction(30000, 1001))
-    turn(path, (0, 1, -1, 0))
+def write_rotated(path: Path) -> None:
+    write_recording(
+        path, [np.ascontiguousarray(np.rot90(quadrants()))] * 6, fps=Fraction(30000, 1001)
+    )
+    set_display_matrix(path, (0, 1, -1, 0))
 
 
-def with_a_cover(path: Path) -> None:
-    record(path, [quadrants()] * 6)
+def write_with_cover(path: Path) -> None:
+    write_recording(path, [quadrants()] * 6)
     with av.open(str(path)) as source, av.open(str(path.with_name("b.mp4")), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
         cover = target.add_stream("mjpeg", rate=10)
@@ -784,22 +792,28 @@ def with_a_cover(path: Path) -> None:
     path.with_name("b.mp4").replace(path)
 
 
-MADE_ANEW: dict[str, Callable[[Path], object]] = {
-    "turned": turned,
-    "odd size": lambda p: record(p, [quadrants(97, 65)] * 6, "libvpx-vp9"),
-    "4:4:4": lambda p: record(p, [quadrants()] * 6, pix_fmt="yuv444p"),
-    "variable rate": lambda p: record(p, [quadrants()] * 6, times=[0, 20, 90, 130, 400, 700]),
-    "begins late": lambda p: record(p, [quadrants()] * 6, times=[500 + 100 * t for t in range(6)]),
-    "HEVC": lambda p: record(p, [quadrants()] * 6, "libx265"),
-    "wide pixels": lambda p: record(p, [quadrants()] * 6, sample_aspect_ratio=Fraction(4, 3)),
-    "cover": with_a_cover,
+RE_ENCODED: dict[str, Callable[[Path], object]] = {
+    "turned": write_rotated,
+    "odd size": lambda p: write_recording(p, [quadrants(97, 65)] * 6, "libvpx-vp9"),
+    "4:4:4": lambda p: write_recording(p, [quadrants()] * 6, pix_fmt="yuv444p"),
+    "variable rate": lambda p: write_recording(
+        p, [quadrants()] * 6, times=[0, 20, 90, 130, 400, 700]
+    ),
+    "begins late": lambda p: write_recording(
+        p, [quadrants()] * 6, times=[500 + 100 * t for t in range(6)]
+    ),
+    "HEVC": lambda p: write_recording(p, [quadrants()] * 6, "libx265"),
+    "wide pixels": lambda p: write_recording(
+        p, [quadrants()] * 6, sample_aspect_ratio=Fraction(4, 3)
+    ),
+    "cover": write_with_cover,
 }
 
 
-@pytest.mark.parametrize("name", MADE_ANEW)
+@pytest.mark.parametrize("name", RE_ENCODED)
 def test_unsuitable_videos_are_re_encoded(name: str, tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
-    MADE_ANEW[name](path)
+    RE_ENCODED[name](path)
     episode = read(path)
     assert episode.length == 6
     assert not episode.media
@@ -818,9 +832,9 @@ def test_unsuitable_videos_are_re_encoded(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["jpg", "png"])
 def test_video_is_encoded_from_images(kind: str, tmp_path: Path) -> None:
-    folder = pictures(tmp_path / "in", [f"{n}.{kind}" for n in range(8, 12)])
+    folder = write_images(tmp_path / "in", [f"{n}.{kind}" for n in range(8, 12)])
     video = write(read(folder), tmp_path / "out" / "a")
-    assert [number(frame) for frame in video_frames(video)] == [0, 1, 2, 3]
+    assert [frame_number(frame) for frame in video_frames(video)] == [0, 1, 2, 3]
     assert survey_video(video).fps == 30
     copies = sorted((tmp_path / "out" / "a" / RGB).glob("*"))
     assert [p.name for p in copies] == (
@@ -841,7 +855,7 @@ def test_equal_videos_have_equal_fingerprints(tmp_path: Path) -> None:
 # Inputs that are not one video
 
 
-def depth(folder: Path, names: list[str]) -> Path:
+def write_depth_images(folder: Path, names: list[str]) -> Path:
     """Write 16-bit grey images, the format of depth."""
     folder.mkdir(parents=True, exist_ok=True)
     for n, name in enumerate(names):
@@ -850,22 +864,22 @@ def depth(folder: Path, names: list[str]) -> Path:
 
 
 def test_folder_of_depth_images_is_not_a_video(tmp_path: Path) -> None:
-    pictures(tmp_path / "rgb", ["0.png", "1.png"])
-    depth(tmp_path / "depth", ["0.png", "1.png"])
+    write_images(tmp_path / "rgb", ["0.png", "1.png"])
+    write_depth_images(tmp_path / "depth", ["0.png", "1.png"])
     assert ids(tmp_path) == ["rgb"]
     with pytest.raises(UsageError, match="16-bit grey ones are depth"):
         list(VideoBuilder(tmp_path / "depth").episodes())
 
 
 def test_depth_images_among_colour_images_are_named(tmp_path: Path) -> None:
-    folder = pictures(tmp_path / "in", ["frame_0.png", "frame_1.png"])
-    depth(folder, ["zdepth_0.png"])
+    folder = write_images(tmp_path / "in", ["frame_0.png", "frame_1.png"])
+    write_depth_images(folder, ["zdepth_0.png"])
     assert_fails(
         folder, "is a 16-bit grey image, which is the format of depth", folder / "zdepth_0.png"
     )
 
 
-def lerobot_v3(root: Path, held: list[tuple[int, int]], *, tables: bool = True) -> Path:
+def write_lerobot_v3(root: Path, held: list[tuple[int, int]], *, tables: bool = True) -> Path:
     """A LeRobot v3.0 dataset with one video file; held: (chunk, file) of each episode."""
     key, episodes = "observation.images.front", root / "meta/episodes/chunk-000"
     episodes.mkdir(parents=True)
@@ -877,7 +891,7 @@ def lerobot_v3(root: Path, held: list[tuple[int, int]], *, tables: bool = True) 
             f"videos/{key}/file_index": [file for _, file in held],
         }
         pq.write_table(pa.table(columns), episodes / "file-000.parquet")
-    return record(root / "videos" / key / "chunk-000/file-000.mp4", numbered(6))
+    return write_recording(root / "videos" / key / "chunk-000/file-000.mp4", numbered_frames(6))
 
 
 @pytest.mark.parametrize(
@@ -892,7 +906,7 @@ def lerobot_v3(root: Path, held: list[tuple[int, int]], *, tables: bool = True) 
 def test_lerobot_video_of_several_episodes_is_refused(
     held: list[tuple[int, int]], tables: bool, said: str | None, tmp_path: Path
 ) -> None:
-    path = lerobot_v3(tmp_path / "set", held, tables=tables)
+    path = write_lerobot_v3(tmp_path / "set", held, tables=tables)
     if said is None:
         assert read(path).length == 6
     else:
@@ -900,7 +914,7 @@ def test_lerobot_video_of_several_episodes_is_refused(
 
 
 def test_typescript_files_are_not_videos(tmp_path: Path) -> None:
-    record(tmp_path / "a.ts", numbered(3))
+    write_recording(tmp_path / "a.ts", numbered_frames(3))
     (tmp_path / "index.ts").write_text("export const x = 1;\n" * 40)
     assert ids(tmp_path) == ["a"]
 
@@ -908,13 +922,13 @@ def test_typescript_files_are_not_videos(tmp_path: Path) -> None:
 def test_gif_is_read_unless_it_lies_beside_images(tmp_path: Path) -> None:
     gif = tmp_path / "in" / "walk.gif"
     gif.parent.mkdir()
-    frames = [Image.fromarray(image) for image in numbered(5)]
+    frames = [Image.fromarray(image) for image in numbered_frames(5)]
     frames[0].save(gif, save_all=True, append_images=frames[1:], duration=100)
     episode = read(gif)
     assert (episode.length, episode.fps, episode.media) == (5, 10, ())
-    assert [number(frame) for frame in all_frames(episode)] == list(range(5))
+    assert [frame_number(frame) for frame in all_frames(episode)] == list(range(5))
     assert ids(tmp_path) == ["in_walk"]
-    pictures(tmp_path / "in", ["0.jpg", "1.jpg"])
+    write_images(tmp_path / "in", ["0.jpg", "1.jpg"])
     assert ids(tmp_path) == ["in"]
 
 
@@ -922,7 +936,7 @@ LCEVC = bytes([0, 0, 0, 1, 6, 4, 8, 0xB4, 0, 0x50, 1, 2, 3, 4, 5, 0x80])
 """LCEVC enhancement data of a frame, a kind of side data that PyAV does not know."""
 
 
-def with_unknown_data(path: Path) -> None:
+def insert_unknown_data(path: Path) -> None:
     """Insert `LCEVC` before each picture of a bare stream."""
     content = path.read_bytes()
     for kind in (b"\x65", b"\x41", b"\x01"):  # Key frames and others.
@@ -932,8 +946,8 @@ def with_unknown_data(path: Path) -> None:
 
 
 def test_side_data_unknown_to_pyav_is_ignored(tmp_path: Path) -> None:
-    path = record(tmp_path / "a.h264", [quadrants()] * 4)
-    with_unknown_data(path)
+    path = write_recording(tmp_path / "a.h264", [quadrants()] * 4)
+    insert_unknown_data(path)
     with av.open(str(path)) as container:
         frame = next(container.decode(video=0))
         with pytest.raises(ValueError, match="is not a valid Type"):
@@ -947,8 +961,8 @@ def test_side_data_unknown_to_pyav_is_ignored(tmp_path: Path) -> None:
 def test_rotation_angle_and_display_matrix_agree(
     matrix: tuple[int, int, int, int], tmp_path: Path
 ) -> None:
-    path = record(tmp_path / "a.mp4", [quadrants()])
-    turn(path, matrix)
+    path = write_recording(tmp_path / "a.mp4", [quadrants()])
+    set_display_matrix(path, matrix)
     with av.open(str(path)) as container:
         frame = next(container.decode(video=0))
         by_angle = video._QUARTERS.get(frame.rotation % 360, (False, False, False))
@@ -1018,7 +1032,7 @@ def test_hdr_video_is_tone_mapped_with_a_note(
     name: str, number_: int, signal: list[float], tmp_path: Path
 ) -> None:
     frames = [np.full((64, 96, 3), round(255 * value), np.uint8) for value in signal]
-    path = record(tmp_path / "a.mp4", frames, "libx265", "yuv420p10le", color_trc=number_,
+    path = write_recording(tmp_path / "a.mp4", frames, "libx265", "yuv420p10le", color_trc=number_,
                   **BT2020)  # fmt: skip
     episode = read(path)
     assert notes(episode)["hdr"] == (
@@ -1034,7 +1048,7 @@ def test_hdr_video_is_tone_mapped_with_a_note(
 
 
 def test_sdr_video_is_not_tone_mapped(tmp_path: Path) -> None:
-    path = record(tmp_path / "a.mp4", [quadrants()], color_trc=1, color_primaries=1)
+    path = write_recording(tmp_path / "a.mp4", [quadrants()], color_trc=1, color_primaries=1)
     episode = read(path)
     assert "hdr" not in notes(episode)
     assert [item.path for item in episode.media] == [path]

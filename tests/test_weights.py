@@ -79,7 +79,7 @@ def hub(tmp_path):
     server.server_close()
 
 
-def python(program, environment, cwd):
+def run_python(program, environment, cwd):
     return subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False,
         cwd=cwd, env={**os.environ, **environment},
@@ -94,7 +94,7 @@ def occgen_hub(*arguments, environment, cwd):
     )  # fmt: skip
 
 
-FETCH = """
+DOWNLOAD_SCRIPT = """
 from occgen_hub.engines import weights
 assert weights.local_weights("pi3") is None
 found = weights.download_weights("pi3")
@@ -107,7 +107,7 @@ print(found.record()["license"])
 
 def test_weights_are_downloaded_into_the_cache_and_found_there(hub, tmp_path):
     served, environment = hub
-    result = python(FETCH, environment, tmp_path)
+    result = run_python(DOWNLOAD_SCRIPT, environment, tmp_path)
     assert result.returncode == 0, result.stderr
     path, digest, license = result.stdout.split()
     assert Path(path).read_bytes() == served.content
@@ -169,7 +169,7 @@ def test_long_hub_message_is_shortened_between_words(tmp_path):
         "try: download_weights('pi3')\n"
         "except Exception as error: print(error.__cause__)"
     )
-    whole = python(program, environment, tmp_path).stdout
+    whole = run_python(program, environment, tmp_path).stdout
     assert reason in whole or f"{reason.removesuffix(' ...')} " in whole
 
 
@@ -204,10 +204,10 @@ def test_check_downloads_nothing(hub, tmp_path):
 
 def test_manual_weights_have_priority_over_the_cache(hub, tmp_path):
     _, environment = hub
-    assert python(FETCH, environment, tmp_path).returncode == 0
+    assert run_python(DOWNLOAD_SCRIPT, environment, tmp_path).returncode == 0
     save(tmp_path / "ckpt" / "pi3", "pi3", random_weights("pi3", seed=1))
     program = "from occgen_hub.engines import weights; print(weights.local_weights('pi3'))"
-    result = python(program, environment, tmp_path)
+    result = run_python(program, environment, tmp_path)
     assert result.stdout.strip() == "ckpt/pi3/model.safetensors"
 
 
