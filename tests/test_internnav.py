@@ -199,19 +199,19 @@ def test_each_fault_of_the_real_files_gives_one_note(tmp_path: Path) -> None:
     make_sample(tmp_path / "right", trajectories=1, frames=3, seed=5)
     faulty, right = read(tmp_path / "faulty"), read(tmp_path / "right")
 
-    said = notes(faulty)
-    assert said["frame count"] == (
+    texts = notes(faulty)
+    assert texts["frame count"] == (
         "info.json says 6 frames and episodes.jsonl says length 6, the parquet has 3 frames: "
         "these are used"
     )
-    assert said["declared columns"] == (
+    assert texts["declared columns"] == (
         "info.json declares timestamp, frame_index, episode_index, task_index, which the parquet "
         "lacks: computed instead"
     )
-    assert said["fps"] == "info.json says 30 fps, the video has 10, which is used"
-    assert "480 x 272, the images 480 x 270: the images count" in said["video size"]
-    assert "JSON inside strings" in said["task json"]
-    assert len(said) == 5
+    assert texts["fps"] == "info.json says 30 fps, the video has 10, which is used"
+    assert "480 x 272, the images 480 x 270: the images count" in texts["video size"]
+    assert "JSON inside strings" in texts["task json"]
+    assert len(texts) == 5
 
     assert (faulty.length, faulty.fps, faulty.image_size) == (3, 10.0, (480, 270))
     assert faulty.tasks == right.tasks

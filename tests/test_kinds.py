@@ -51,10 +51,10 @@ def lerobot(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_other_sources_refer_lerobot_datasets_to_source_lerobot(source: str, lerobot: Path) -> None:
-    said = refusal(source, lerobot)
+    message = refusal(source, lerobot)
     version = json.loads((lerobot / "meta/info.json").read_text())["codebase_version"]
-    assert f"a LeRobot {version} dataset" in said
-    assert "use --source lerobot" in said
+    assert f"a LeRobot {version} dataset" in message
+    assert "use --source lerobot" in message
     if source != "capture":  # Also for the parent folder.
         assert "pick_and_place: is a LeRobot" in refusal(source, lerobot.parent)
 
@@ -75,8 +75,10 @@ def test_part_of_a_built_dataset_is_refused_as_source(source: str, dataset: Path
 
 def test_source_video_refers_depth_folders_to_source_capture(tmp_path: Path) -> None:
     write_grey_image(tmp_path / "depth/0.png", 16)
-    said = refusal("video", tmp_path / "depth")
-    assert "16-bit grey ones are depth, which --source capture reads together with colour" in said
+    message = refusal("video", tmp_path / "depth")
+    assert (
+        "16-bit grey ones are depth, which --source capture reads together with colour" in message
+    )
 
 
 def test_source_video_refers_depth_among_images_to_source_capture(tmp_path: Path) -> None:
@@ -91,14 +93,14 @@ def test_source_video_refers_depth_among_images_to_source_capture(tmp_path: Path
 def test_source_internnav_refers_captures_to_source_capture(tmp_path: Path) -> None:
     for name in ("rgb.txt", "depth.txt", "groundtruth.txt"):
         (tmp_path / name).write_text("# empty\n")
-    said = refusal("internnav", tmp_path)
-    assert "it is a TUM RGB-D recording: use --source capture" in said
+    message = refusal("internnav", tmp_path)
+    assert "it is a TUM RGB-D recording: use --source capture" in message
 
 
 def test_source_capture_refers_other_inputs_to_their_source(
     sample_tree: Path, tmp_path: Path
 ) -> None:
-    said = refusal("capture", sample_tree)
-    assert "it is a tree of InternData-N1: use --source internnav" in said
+    message = refusal("capture", sample_tree)
+    assert "it is a tree of InternData-N1: use --source internnav" in message
     write_grey_image(tmp_path / "walk/0.jpg", 8)
     assert "it is a folder of videos or images: use --source video" in refusal("capture", tmp_path)

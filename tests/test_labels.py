@@ -360,7 +360,7 @@ def test_scene_target_has_labels_of_hidden_cells(labelled):
     centres = np.asarray(dataset.grid.lower) + (hidden + 0.5) * dataset.grid.voxel_size
     world = np.floor((centres @ pose[:3, :3].T + pose[:3, 3]) / 0.02).astype(int)
     expected = [known.get(cell, 0) for cell in map(tuple, world.tolist())]
-    assert (labels[tuple(hidden.T)] == expected).mean() > 0.999  # But for rounding.
+    assert (labels[tuple(hidden.T)] == expected).mean() > 0.999  # Except for rounding.
     wide = OccupancyDataset(labelled, keys=("labels",), target="scene", voxel_stride=4)[2]
     np.testing.assert_array_equal(wide["labels"], joined_classes(labels, 4))
 

@@ -369,9 +369,9 @@ def test_cameras_command_lists_features_and_writes_a_mapping(v21: Path, tmp_path
 
 def test_cameras_command_explains_a_folder_without_a_dataset(tmp_path: Path) -> None:
     (tmp_path / "color").mkdir()
-    said = str(command("cameras", tmp_path, "--output", tmp_path / "cameras.yaml").exception)
-    assert "is not a LeRobot dataset: it has no meta/info.json; " in said
-    assert "give the folder with meta, data and videos" in said
+    message = str(command("cameras", tmp_path, "--output", tmp_path / "cameras.yaml").exception)
+    assert "is not a LeRobot dataset: it has no meta/info.json; " in message
+    assert "give the folder with meta, data and videos" in message
 
 
 def test_options_select_cameras_and_override_the_mapping_file(v21: Path, tmp_path: Path) -> None:

@@ -150,8 +150,8 @@ def test_each_condition_changes_the_output(tiny, images):
     poses = np.tile(np.eye(4), (n, 1, 1))
     poses[:, 0, 3] = np.arange(n)
     for known in ({"depths": np.full((n, h, w), 2.0)}, {"intrinsics": K}, {"poses": poses}):
-        told = outputs(tiny["pi3x"], images, **known)
-        assert not np.allclose(plain["points"], told["points"], rtol=1e-3)
+        conditioned = outputs(tiny["pi3x"], images, **known)
+        assert not np.allclose(plain["points"], conditioned["points"], rtol=1e-3)
     one = outputs(tiny["pi3x"], images[:1])
     np.testing.assert_array_equal(
         one["points"], outputs(tiny["pi3x"], images[:1], poses=poses[:1])["points"]
@@ -251,7 +251,7 @@ def test_bfloat16_blocks_do_not_convert_attention_heads_to_float32():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "says"),
+    ("sizes", "message"),
     [
         ({"width": 64, "heads": 3}, "multiple of 8"),
         ({"width": 40, "heads": 4}, "multiple of 8"),
@@ -263,8 +263,8 @@ def test_bfloat16_blocks_do_not_convert_attention_heads_to_float32():
         ({"depth": 3}, "depth"),
     ],
 )
-def test_invalid_sizes_are_refused(sizes, says):
-    with pytest.raises(ValidationError, match=says):
+def test_invalid_sizes_are_refused(sizes, message):
+    with pytest.raises(ValidationError, match=message):
         Sizes.model_validate(sizes)
 
 
@@ -356,7 +356,7 @@ def write_broken_checkpoint(folder: Path, how: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("how", "says"),
+    ("how", "message"),
     [
         ("missing", r"missing tensors: camera_head\.\S+(, camera_head\.\S+){4} and 15 more"),
         ("extra", r"unexpected tensors: teacher\.weight"),
@@ -375,9 +375,9 @@ def write_broken_checkpoint(folder: Path, how: str) -> Path:
         ("other", "has weights of pi3x"),
     ],
 )
-def test_unsuitable_weights_files_raise_one_sentence(tmp_path, how, says):
+def test_unsuitable_weights_files_raise_one_sentence(tmp_path, how, message):
     folder = write_broken_checkpoint(tmp_path / "weights", how)
-    with pytest.raises(WeightsError, match=says) as error:
+    with pytest.raises(WeightsError, match=message) as error:
         load_network("pi3", folder)
     assert str(tmp_path) in str(error.value)
     assert len(str(error.value)) < 900

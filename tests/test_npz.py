@@ -90,8 +90,8 @@ def test_changed_header_bytes_raise_only_dataset_errors(tmp_path):
                 except DatasetError as error:
                     refused.append(str(error))
     assert len(refused) > 1000
-    assert all(said.startswith(f"{tmp_path / 'a.npz'}: array data") for said in refused)
-    assert not [said for said in refused if "\n" in said]
+    assert all(text.startswith(f"{tmp_path / 'a.npz'}: array data") for text in refused)
+    assert not [text for text in refused if "\n" in text]
 
 
 @pytest.mark.parametrize(

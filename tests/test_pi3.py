@@ -478,10 +478,10 @@ def pi3x_checkpoint(tmp_path_factory):
 @pytest.mark.parametrize("condition", [("depth",), ("intrinsics",), ("poses",)])
 def test_conditions_reach_the_network(pi3x_checkpoint, episode, condition):
     plain = reconstructed_scene(pi3x_checkpoint, episode, name="pi3x")
-    told = reconstructed_scene(
+    conditioned = reconstructed_scene(
         pi3x_checkpoint, episode, SMALL.model_copy(update={"condition": condition}), "pi3x"
     )
-    assert not np.allclose(plain.world_from_camera, told.world_from_camera, atol=1e-4)
+    assert not np.allclose(plain.world_from_camera, conditioned.world_from_camera, atol=1e-4)
 
 
 @pytest.mark.parametrize("condition", ["depth", "intrinsics", "poses"])

@@ -129,8 +129,8 @@ def test_visualize_prints_the_output_size_and_asks_above_a_limit(trajectory, tmp
     monkeypatch.setattr("occgen_hub.cli.picture._can_answer", lambda: True)
     assert CliRunner().invoke(cli, command, input="n\n").exit_code == 1
     assert not (tmp_path / "b").exists()
-    said = CliRunner().invoke(cli, [*command, "--yes"], catch_exceptions=False)
-    assert re.search(r"About \d+ MB in 1 folder\.", said.stderr)
+    result = CliRunner().invoke(cli, [*command, "--yes"], catch_exceptions=False)
+    assert re.search(r"About \d+ MB in 1 folder\.", result.stderr)
     assert (tmp_path / "b").is_dir()
 
 
@@ -139,8 +139,8 @@ def test_visualize_from_the_source_matches_the_built_trajectory(sample_tree, dat
     name = path.relative_to(dataset).as_posix()
     only = ("--only", "occ_only_cam_npy")
     assert run("visualize", path, tmp_path / "a", *only).returncode == 0
-    said = run("visualize", "--input", sample_tree, name, tmp_path / "b", *only)
-    assert said.returncode == 0, said.stderr
+    result = run("visualize", "--input", sample_tree, name, tmp_path / "b", *only)
+    assert result.returncode == 0, result.stderr
     made = sorted((tmp_path / "a").rglob("*.npy"))
     assert made
     for file in made:
@@ -400,9 +400,9 @@ def test_scale_bar_lengths_are_round():
 
 def test_rendered_video_plays_in_browsers(trajectory, tmp_path):
     place = tmp_path / "room.mp4"
-    said = run("render", trajectory.path, place, "--size", "480x180", "--fps", "5")
-    assert said.returncode == 0, said.stderr
-    assert said.stderr == ""
+    result = run("render", trajectory.path, place, "--size", "480x180", "--fps", "5")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
     with av.open(str(place)) as container:
         stream = container.streams.video[0]
         assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
@@ -430,10 +430,10 @@ def test_render_refuses_wrong_arguments(trajectory, dataset, tmp_path):
         ((trajectory.path, tmp_path / "a.mp4", "--size", "481x180"), "even numbers"),
         ((dataset, tmp_path / "a.mp4"), "has 2 trajectories"),
     ):
-        said = run("render", *arguments)
-        assert said.returncode == 2, said.stderr
-        assert words in said.stderr
-        assert "Traceback" not in said.stderr
+        result = run("render", *arguments)
+        assert result.returncode == 2, result.stderr
+        assert words in result.stderr
+        assert "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -446,12 +446,12 @@ def test_missing_extra_error_names_the_remedy(command, trajectory, tmp_path):
         "main()"
     )
     more = [str(tmp_path / "a.mp4")] if command == "render" else ["--save", str(tmp_path / "a.rrd")]
-    said = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code.format(more)], capture_output=True, text=True, check=False
     )
-    assert said.returncode == 2
-    assert "pip install -e '.[visual]'" in said.stderr
-    assert len(said.stderr.splitlines()) == 1
+    assert result.returncode == 2
+    assert "pip install -e '.[visual]'" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 # view
@@ -459,8 +459,8 @@ def test_missing_extra_error_names_the_remedy(command, trajectory, tmp_path):
 
 def test_rerun_recording_has_the_trajectory_over_time(trajectory, tmp_path):
     experimental = pytest.importorskip("rerun.experimental")
-    said = run("view", trajectory.path, "--save", tmp_path / "room.rrd")
-    assert said.returncode == 0, said.stderr
+    result = run("view", trajectory.path, "--save", tmp_path / "room.rrd")
+    assert result.returncode == 0, result.stderr
     store = experimental.RrdReader(tmp_path / "room.rrd").store()
     columns = {c.entity_path for c in store.schema().component_columns()}
     assert {
@@ -516,12 +516,12 @@ def test_the_viewer_is_served_until_ctrl_c(trajectory):
 
 
 def test_view_without_a_screen_is_an_error(trajectory, tmp_path):
-    said = run("view", trajectory.path)
-    assert said.returncode == 2
-    assert "--web" in said.stderr
-    said = run("view", trajectory.path, "--choose-camera", tmp_path / "camera.json")
-    assert said.returncode == 2
-    assert "no screen" in said.stderr
+    result = run("view", trajectory.path)
+    assert result.returncode == 2
+    assert "--web" in result.stderr
+    result = run("view", trajectory.path, "--choose-camera", tmp_path / "camera.json")
+    assert result.returncode == 2
+    assert "no screen" in result.stderr
 
 
 def test_viewpoint_set_in_the_window_is_read_back(trajectory):
@@ -555,8 +555,8 @@ def page(dataset, tmp_path_factory) -> Path:
     broken = second.with_name("trajectory_9")
     shutil.copytree(second, broken)
     next(broken.rglob("occ_sequence.npz")).write_bytes(b"no")
-    said = run("report", root, "--output", out / "page.html")
-    assert said.returncode == 0, said.stderr
+    result = run("report", root, "--output", out / "page.html")
+    assert result.returncode == 0, result.stderr
     return out / "page.html"
 
 
@@ -654,10 +654,10 @@ def test_inspect_and_report_give_the_same_number_of_cells(dataset, tmp_path, mon
     ]
     assert len(lines) == 2
     for line, path in zip(lines, trajectories(dataset), strict=True):
-        said = re.search(r"([\d,]+) visible occupied cells per frame", line)
-        assert f">{said[1]}<" in page.read_text()
+        count = re.search(r"([\d,]+) visible occupied cells per frame", line)
+        assert f">{count[1]}<" in page.read_text()
         ends = Trajectory.open(path).row_ends("visible")
-        assert said[1] == f"{ends[-1] / (len(ends) - 1):,.0f}"
+        assert count[1] == f"{ends[-1] / (len(ends) - 1):,.0f}"
     ends = np.array([0, 3, 6, 8])
     monkeypatch.setattr(Trajectory, "row_ends", lambda self, key: ends)
     monkeypatch.setattr("occgen_hub.visual.inspection._frames", lambda trajectory: 3)

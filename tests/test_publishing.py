@@ -195,15 +195,15 @@ def test_packed_layout_has_few_files_with_all_training_data(hub, tree, plain_bui
 
 def test_push_is_retried_when_the_hub_is_briefly_unavailable(hub, tree, tmp_path):
     hub.faults.append(Fault("POST .*/commit/main", status=503, times=2))
-    told = []
-    publisher = HubPublisher(REPO, keep="none", every=0, tell=told.append)
+    messages = []
+    publisher = HubPublisher(REPO, keep="none", every=0, tell=messages.append)
     from occgen_hub.job import open_job
     from occgen_hub.runtime.build import build_dataset
 
     job = open_job("internnav", tree, tmp_path / "out", config=COARSE, scenes=["house_000"],
                    whole_scenes=True)  # fmt: skip
     assert not build_dataset(job, publisher=publisher).failures
-    assert "Trying again in" in told[0]
+    assert "Trying again in" in messages[0]
     assert len(read_entries(download_all(hub, tmp_path / "there"))) == 2
 
 

@@ -116,9 +116,9 @@ def command(
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
             cli.main()
-        said = capsys.readouterr()
+        output = capsys.readouterr()
         assert isinstance(end.value.code, int)
-        return end.value.code, said.out, said.err
+        return end.value.code, output.out, output.err
 
     yield call
     for number, handler in before.items():
@@ -259,9 +259,9 @@ def test_two_workers_give_the_same_bytes_and_continue_after_a_failure(
     assert found == expected
 
     shutil.rmtree(source_copy / broken)
-    code, said, _ = command(source_copy, out)
+    code, output, _ = command(source_copy, out)
     assert code == 0
-    assert "0 built, 3 already there, 0 failed" in said
+    assert "0 built, 3 already there, 0 failed" in output
     assert tree(out) == expected
 
 
@@ -293,7 +293,7 @@ def test_threads_and_uninitialized_memory_do_not_change_the_video(
 
 
 def test_equal_frames_give_an_equal_video(source: Path, tmp_path: Path) -> None:
-    """For frames of this size, x264 can read uninitialized memory."""
+    """With pictures of this size, x264 can depend on uninitialized memory."""
     code = (
         "import sys; from pathlib import Path; from occgen_hub.media import read_rgb, write_video;"
         "paths = [Path(sys.argv[1], f'{t % 4}.jpg') for t in range(12)];"
@@ -504,9 +504,9 @@ def test_interruption_swallowed_by_a_library_stops_the_build(
 
 def test_second_run_does_nothing(source: Path, out: Path, expected: Tree, command: Command) -> None:
     before = file_marks(out)
-    code, said, errors = command(source, out)
+    code, output, errors = command(source, out)
     assert (code, errors) == (0, "")
-    assert "0 built, 3 already there, 0 failed of 3 episodes; 0 frames" in said
+    assert "0 built, 3 already there, 0 failed of 3 episodes; 0 frames" in output
     assert (file_marks(out), tree(out)) == (before, expected)
 
 
@@ -667,9 +667,9 @@ def test_a_source_that_changes_while_it_is_read_fails(source_copy: Path, tmp_pat
 def test_limit_builds_only_the_first_episodes(
     source: Path, tmp_path: Path, expected: Tree, command: Command
 ) -> None:
-    code, said, _ = command(source, tmp_path / "out", "--limit", "2")
+    code, output, _ = command(source, tmp_path / "out", "--limit", "2")
     assert code == 0
-    assert "2 built, 0 already there, 0 failed of 2 episodes; 5 frames" in said
+    assert "2 built, 0 already there, 0 failed of 2 episodes; 5 frames" in output
     built = {k: v for k, v in expected.items() if k.startswith("sample_zed/house_000")}
     found = tree(tmp_path / "out")
     assert {k: v for k, v in found.items() if k.startswith("sample_zed/house")} == built
@@ -679,10 +679,10 @@ def test_limit_builds_only_the_first_episodes(
 
 
 def test_dry_run_writes_nothing(source_copy: Path, out: Path, command: Command) -> None:
-    code, said, _ = command(source_copy, out.with_name("other"), "--dry-run")
+    code, output, _ = command(source_copy, out.with_name("other"), "--dry-run")
     assert (code, out.with_name("other").exists()) == (0, False)
-    assert "3 of 3 episodes would be built" in said
-    assert f"{FIRST}  to build: is not there\n" in said
+    assert "3 of 3 episodes would be built" in output
+    assert f"{FIRST}  to build: is not there\n" in output
 
     change_pose(source_copy / FIRST)
     shutil.rmtree(source_copy / SECOND / "data")
@@ -690,11 +690,11 @@ def test_dry_run_writes_nothing(source_copy: Path, out: Path, command: Command) 
     half = (out / FIRST).with_name(".trajectory_0.partial")
     half.mkdir()
     before = [(path, path.stat().st_ctime_ns) for path in sorted(out.rglob("*"))]
-    code, said, _ = command(source_copy, out, "--dry-run")
+    code, output, _ = command(source_copy, out, "--dry-run")
     assert code == 0
-    assert f"{FIRST}  to build: was built from a source that has changed\n" in said
-    assert f"\n{SECOND}  would fail: " in said
-    assert f"{THIRD}  present\n2 of 3 episodes would be built" in said
+    assert f"{FIRST}  to build: was built from a source that has changed\n" in output
+    assert f"\n{SECOND}  would fail: " in output
+    assert f"{THIRD}  present\n2 of 3 episodes would be built" in output
     assert [(path, path.stat().st_ctime_ns) for path in sorted(out.rglob("*"))] == before
     assert (
         "3 of 3 episodes would be built" in command(source_copy, out, "--dry-run", "--overwrite")[1]
@@ -793,13 +793,13 @@ def test_full_disk_is_reported_and_leaves_nothing_incomplete(
     place = disk("size=20k")
     for size in ("20k", "80k", "200k", "500k", "900k", "1300k", "1700k"):
         out = disk(f"size={size}") / "out"
-        code, said, errors = command(root, out, "--limit", "1")
+        code, output, errors = command(root, out, "--limit", "1")
         if code == 0:
             break
         assert code == 1, size
         assert "No space left on device" in errors, size
         assert not re.search(rf"{root}\S*: cannot be", errors), size  # It blames no input file.
-        assert "unexpected" not in errors + said
+        assert "unexpected" not in errors + output
         assert "Traceback" not in errors
         assert set(tree(out)) <= {"failures.jsonl"}
     disk("size=64m")

@@ -153,8 +153,8 @@ def test_columns_and_images_match_the_real_trajectory(sample: list[Path], faulty
             assert (a.mode, a.size, a.format) == (b.mode, b.size, b.format)
     header, _, _ = read_ply(sample[0] / "data/chunk-000/path.ply")
     real_header, _, _ = read_ply(REAL / "data/chunk-000/path.ply")
-    told = [line for line in real_header if "comment" not in line and "element" not in line]
-    assert [line for line in header if "element" not in line] == told
+    expected = [line for line in real_header if "comment" not in line and "element" not in line]
+    assert [line for line in header if "element" not in line] == expected
     assert np.allclose(column(sample[0], MATRICES[0]), column(REAL, MATRICES[0])[0])
     turn, real_turn = (column(f, MATRICES[1])[0, :3, :3] for f in (sample[0], REAL))
     assert np.allclose(turn, real_turn, atol=1e-6)

@@ -180,7 +180,7 @@ def test_build_does_not_import_datasets_huggingface_hub_or_torch(source, tmp_pat
 
 
 def test_shards_are_less_than_half_the_size_of_the_npz_files(dataset):
-    """Even for short samples, which compress less well."""
+    """Measured with a few frames per trajectory, which compress less well than many."""
     npz = sum(path.stat().st_size for path in dataset.rglob("*_sequence.npz"))
     assert sum(path.stat().st_size for path in shards(dataset)) < 0.5 * npz
 

@@ -172,13 +172,13 @@ def test_equal_input_gives_equal_bytes_on_any_number_of_threads(pytestconfig):
     for _ in range(2):
         closed = poisson_surface(cloud, np.zeros((2, 3)), VOXEL)
         digests.add(hashlib.sha256(closed.points.tobytes() + closed.colors.tobytes()).hexdigest())
-    told = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", DIGEST],
         cwd=pytestconfig.rootpath,
         env={**os.environ, "OMP_NUM_THREADS": "5" if os.cpu_count() != 5 else "1"},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    digests.add(told.stdout.strip())
+    digests.add(result.stdout.strip())
     assert len(closed) > len(cloud)
     assert len(digests) == 1
 
@@ -192,7 +192,7 @@ def test_equal_input_gives_equal_bytes_on_any_number_of_threads(pytestconfig):
         np.linspace(0, 1, 500)[:, None] * [1.0, 2.0, 3.0] + [10.0, 0.0, 0.0],
         np.repeat([[0.0, 0.0, 0.0], [1.0, 2.0, 0.5]], 20, axis=0),
     ],
-    ids=["empty", "nine", "identical", "line", "two places"],
+    ids=["empty", "nine points", "identical points", "a line", "two distinct points"],
 )
 def test_cloud_without_area_is_unchanged(points):
     cloud = grey(points)
@@ -210,7 +210,14 @@ def test_cloud_without_area_is_unchanged(points):
         np.concatenate([plate(0.5, 0.5), [[1000.0, 0.0, 0.0]]]),
         np.concatenate([plate(0.5, 0.5)] * 2),
     ],
-    ids=["ten", "twenty", "a millimetre", "nearly a line", "an outlier at 1 km", "each twice"],
+    ids=[
+        "ten points",
+        "twenty points",
+        "one millimetre wide",
+        "nearly a line",
+        "an outlier at 1 km",
+        "duplicate points",
+    ],
 )
 def test_unusual_cloud_is_closed_near_its_points_without_output(points, capfd):
     cloud = grey(points)

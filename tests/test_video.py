@@ -895,7 +895,7 @@ def write_lerobot_v3(root: Path, held: list[tuple[int, int]], *, tables: bool = 
 
 
 @pytest.mark.parametrize(
-    ("held", "tables", "said"),
+    ("held", "tables", "problem"),
     [
         ([(0, 0), (0, 0), (0, 0)], True, "has 3 episodes of a LeRobot dataset"),
         ([(0, 0), (0, 1), (1, 0)], True, None),
@@ -904,13 +904,13 @@ def write_lerobot_v3(root: Path, held: list[tuple[int, int]], *, tables: bool = 
     ],
 )
 def test_lerobot_video_of_several_episodes_is_refused(
-    held: list[tuple[int, int]], tables: bool, said: str | None, tmp_path: Path
+    held: list[tuple[int, int]], tables: bool, problem: str | None, tmp_path: Path
 ) -> None:
     path = write_lerobot_v3(tmp_path / "set", held, tables=tables)
-    if said is None:
+    if problem is None:
         assert read(path).length == 6
     else:
-        assert_fails(path, said)
+        assert_fails(path, problem)
 
 
 def test_typescript_files_are_not_videos(tmp_path: Path) -> None:

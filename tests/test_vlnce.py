@@ -95,6 +95,6 @@ def test_dataset_is_valid_and_keeps_actions_and_instructions(tree, built):
 def test_wrong_field_of_view_is_reported(tree, hfov, tmp_path):
     config = occgen_hub.Config(hfov=hfov)
     summary = occgen_hub.build("internnav", tree, tmp_path / "out", config=config)
-    said = [failure.reason for failure in summary.failures]
-    assert len(said) + summary.notes["field of view"] == 2
-    assert all("give their field of view, perhaps --hfov" in reason for reason in said)
+    reasons = [failure.reason for failure in summary.failures]
+    assert len(reasons) + summary.notes["field of view"] == 2
+    assert all("give their field of view, perhaps --hfov" in reason for reason in reasons)

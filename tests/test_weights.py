@@ -118,7 +118,7 @@ def test_weights_are_downloaded_into_the_cache_and_found_there(hub, tmp_path):
 
 
 def test_pull_prints_the_licence_and_checks_the_file(hub, tmp_path):
-    """What is served is no pi3 of the published size, which is told and nothing else."""
+    """The served file has smaller tensors than the published pi3, so the check fails."""
     _, environment = hub
     result = occgen_hub("weights", "pull", "pi3", environment=environment, cwd=tmp_path)
     assert "Licence of these weights: CC BY-NC 4.0, which allows no comm" in result.stderr
@@ -147,11 +147,11 @@ def test_error_for_missing_weights_names_the_licence(name):
 
 def test_library_messages_are_shortened_between_words():
     words = "the connection was refused by a machine that nobody knows " * 5
-    said = in_brief(words, 100)
-    assert len(said) <= 104
-    assert said.endswith(" ...")
-    assert words.startswith(said.removesuffix(" ..."))
-    assert words[len(said) - 4] == " "
+    short = in_brief(words, 100)
+    assert len(short) <= 104
+    assert short.endswith(" ...")
+    assert words.startswith(short.removesuffix(" ..."))
+    assert words[len(short) - 4] == " "
     assert in_brief("short.\nand more") == "short"
     assert in_brief("") == ""
     assert in_brief("x" * 300, 100) == "x" * 100 + " ..."
