@@ -309,7 +309,7 @@ def test_static_camera_gives_a_note(v21: Path, episode: Episode, tmp_path: Path)
     assert "static camera" in {note.code for note in built.notes}
 
 
-def test_camera_without_a_mapping_gives_only_images(v21: Path) -> None:
+def test_mapping_of_only_rgb_gives_only_images(v21: Path) -> None:
     builder = load_builder("lerobot", v21, [CameraMapping(rgb=lerobots.FRONT)])
     (first, _) = list_episodes(builder)
     assert not builder.has_depth(first)
