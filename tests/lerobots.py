@@ -1,7 +1,7 @@
-"""A recording as LeRobot datasets, for tests: v2.1 by hand, v3.0 by the library itself.
+"""Write a recording as a LeRobot dataset, for tests: v2.1 by hand, v3.0 with the library lerobot.
 
-There are two cameras. "front" is the recording's own; "back" runs through its frames backwards, so
-that both have seen the same room. The action has 26 numbers.
+There are two cameras. "front" has the frames of the recording; "back" has the same frames in
+reverse order, so both see the same room. The action has 26 numbers.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ FPS = 10
 TASKS = ("walk to the door", "walk back")
 
 
-def order(episode: Episode, camera: str, frames: Sequence[int]) -> list[int]:
-    """The frames of the recording that a camera saw in these moments."""
+def recorded_frames(episode: Episode, camera: str, frames: Sequence[int]) -> list[int]:
+    """The recording's frames that a camera shows at the given frames of the dataset."""
     last = episode.length - 1
     return [frame if camera == "front" else last - frame for frame in frames]
 
@@ -38,7 +38,7 @@ def actions(frames: Sequence[int]) -> np.ndarray:
     return (np.asarray(frames)[:, None] + np.arange(26) / 100).astype(np.float32)
 
 
-def opencv(episode: Episode) -> list[float]:
+def opencv_intrinsics(episode: Episode) -> list[float]:
     K = episode.intrinsics[0]
     return [float(v) for v in (K[0, 0], K[1, 1], K[0, 2] - 0.5, K[1, 2] - 0.5)]
 
@@ -49,8 +49,8 @@ def xyz_rpy(poses: np.ndarray) -> np.ndarray:
     return np.concatenate([poses[:, :3, 3], angles], axis=1)
 
 
-def write_grey(path: Path, images: Sequence[np.ndarray]) -> None:
-    """A lossless video of 16-bit grey."""
+def write_gray16(path: Path, images: Sequence[np.ndarray]) -> None:
+    """Write a lossless 16-bit grey video."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as out:
         stream = out.add_stream("ffv1", FPS)
@@ -62,16 +62,17 @@ def write_grey(path: Path, images: Sequence[np.ndarray]) -> None:
 
 
 def write_v21(episode: Episode, root: Path, parts: Sequence[Sequence[int]]) -> None:
-    """Front: gray16 video of 10,000 a metre, (4,) intrinsics, 4x4 poses of OpenGL cameras.
+    """Write a v2.1 dataset. parts: the frames of each episode.
 
-    Back: an Array2D column of metres, 3x3 intrinsics with negative focal lengths, and poses as x,
-    y, z, roll, pitch, yaw of camera_from_world. Paths have a template of their own.
+    Front: depth as gray16 video with 10,000 units per metre, (4,) intrinsics, 4x4 poses with
+    OpenGL axes. Back: depth as an Array2D column in metres, 3x3 intrinsics with negative focal
+    lengths, camera_from_world poses as x, y, z, roll, pitch, yaw. Uses custom path templates.
     """
-    fx, fy, cx, cy = opencv(episode)
+    fx, fy, cx, cy = opencv_intrinsics(episode)
     half_turn = np.diag([-1.0, -1, 1, 1])
     episodes, index = [], 0
     for number, frames in enumerate(parts):
-        seen = {name: order(episode, name, frames) for name in ("front", "back")}
+        seen = {name: recorded_frames(episode, name, frames) for name in ("front", "back")}
         stem = f"task-0000/episode_{number:08d}"
         for name, shown in seen.items():
             place = root / f"videos/task-0000/observation.images.{name}/episode_{number:08d}.mp4"
@@ -79,7 +80,7 @@ def write_v21(episode: Episode, root: Path, parts: Sequence[Sequence[int]]) -> N
             write_video(place, [episode.read_rgb(t) for t in shown], FPS)
         units = [np.rint(episode.read_depth(t) * 10_000).astype(np.uint16) for t in seen["front"]]
         place = root / f"videos/task-0000/observation.depth.front/episode_{number:08d}.mkv"
-        write_grey(place, units)
+        write_gray16(place, units)
         poses = {name: episode.world_from_camera[shown] for name, shown in seen.items()}
         turned = np.linalg.inv(poses["back"] @ half_turn)
         depth = np.stack([episode.read_depth(t) for t in seen["back"]]).astype(np.float32)
@@ -99,7 +100,7 @@ def write_v21(episode: Episode, root: Path, parts: Sequence[Sequence[int]]) -> N
             "task_index": np.arange(count) * 2 // count,
         }  # fmt: skip
         (root / "data" / stem).parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table({k: pa.array(v.tolist(), kind(v)) for k, v in table.items()}),
+        pq.write_table(pa.table({k: pa.array(v.tolist(), arrow_type(v)) for k, v in table.items()}),
                        root / f"data/{stem}.parquet")  # fmt: skip
         episodes.append({"episode_index": number, "tasks": [*TASKS], "length": count})
         index += count
@@ -116,7 +117,7 @@ def write_v21(episode: Episode, root: Path, parts: Sequence[Sequence[int]]) -> N
     write_meta(root, features, episodes)
 
 
-def kind(values: np.ndarray) -> pa.DataType:
+def arrow_type(values: np.ndarray) -> pa.DataType:
     arrow = pa.from_numpy_dtype(values.dtype)
     for _ in values.shape[1:]:
         arrow = pa.list_(arrow)
@@ -139,7 +140,7 @@ def write_meta(root: Path, features: dict[str, Any], episodes: list[dict[str, An
     (root / "meta/tasks.jsonl").write_text("\n".join(tasks))
 
 
-V21 = """
+V21_MAPPING = """
 cameras:
   - rgb: observation.images.front
     depth: observation.depth.front
@@ -157,10 +158,10 @@ cameras:
 
 
 def write_v30(episode: Episode, root: Path, parts: Sequence[Sequence[int]]) -> None:
-    """Written by lerobot: all episodes in one file for each camera.
+    """Write a v3.0 dataset with lerobot: one file per camera with all episodes.
 
-    Front: LeRobot's own depth video, intrinsics (9,), poses (16,) of a body that carries the
-    camera. Back: TIFF images of depth in millimetres, poses x, y, z, quaternion x, y, z, w.
+    Front: depth as LeRobot depth video, (9,) intrinsics, (16,) poses of the body that carries the
+    camera. Back: depth as TIFF images in millimetres, poses as x, y, z, quaternion x, y, z, w.
     """
     from lerobot.configs.video import DepthEncoderConfig
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -192,13 +193,15 @@ def write_v30(episode: Episode, root: Path, parts: Sequence[Sequence[int]]) -> N
 
 
 def add_episodes(dataset: Any, episode: Episode, parts: Sequence[Sequence[int]]) -> None:
-    """Add the frames of each part to a LeRobotDataset of `write_v30`, an episode each."""
+    """Add each part to a LeRobotDataset of `write_v30` as one episode."""
     mount = np.linalg.inv(MOUNT)
-    fx, fy, cx, cy = opencv(episode)
+    fx, fy, cx, cy = opencv_intrinsics(episode)
     K = np.array([fx, 0, cx, 0, fy, cy, 0, 0, 1], np.float32)
     for frames in parts:
         for place, frame in enumerate(frames):
-            (front,), (back,) = (order(episode, name, [frame]) for name in ("front", "back"))
+            (front,), (back,) = (
+                recorded_frames(episode, name, [frame]) for name in ("front", "back")
+            )
             pose = episode.world_from_camera[back]
             quaternion = Rotation.from_matrix(pose[:3, :3]).as_quat()
             millimetres = np.rint(episode.read_depth(back) * 1000).astype(np.uint16)
@@ -222,8 +225,8 @@ MOUNT = np.array([[0, 0, 1, 0.1], [-1, 0, 0, 0], [0, -1, 0, 0.4], [0, 0, 0, 1.0]
 """body_from_camera of the front camera in `write_v30`."""
 
 
-def v30(episode: Episode) -> str:
-    """The mapping of `write_v30`."""
+def v30_mapping(episode: Episode) -> str:
+    """The camera mapping of `write_v30`."""
     return f"""
 cameras:
   - rgb: observation.images.front
@@ -233,7 +236,7 @@ cameras:
     body_from_camera: {MOUNT.tolist()}
   - rgb: observation.images.back
     depth: observation.depth.back
-    intrinsics: {opencv(episode)}
+    intrinsics: {opencv_intrinsics(episode)}
     pose: observation.camera_ext.back
     pose_layout: xyz_quaternion_xyzw
 """

@@ -1,6 +1,6 @@
-"""Small made-up scenes: the exact depth of planes, boxes and spheres, seen from known cameras.
+"""Small synthetic scenes: exact depth of planes, boxes and spheres, seen from known cameras.
 
-The world's axes are a camera's: x right, y down, z forward, metres.
+The world has the axes of an OpenCV camera: x right, y down, z forward, in metres.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from occgen_hub.views import Views
 
 Array = NDArray[np.float64]
 Shape = Callable[[Array, Array], Array]
-"""From (3,) origin and (h, w, 3) directions to (h, w) lengths of the rays, infinite for none."""
+"""Maps (3,) origin and (h, w, 3) directions to (h, w) ray lengths, infinite where a ray misses."""
 
 SIZE = (80, 60)
 
 
 def intrinsics(size: tuple[int, int] = SIZE) -> Array:
-    """(3, 3) of the one camera there is, which sees 59 degrees across."""
+    """(3, 3) intrinsics of the camera; its horizontal field of view is 59 degrees."""
     width, height = size
     focal = 0.875 * width
     return np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
 
 
 def plane(point: Sequence[float], normal: Sequence[float]) -> Shape:
-    """The endless plane through a point."""
+    """An infinite plane through a point."""
 
     def cast(origin: Array, directions: Array) -> Array:
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -68,7 +68,7 @@ def ball(centre: Sequence[float], radius: float) -> Shape:
 
 
 def room(half: float = 2.5, back: float = 5.0) -> list[Shape]:
-    """The floor, the ceiling and four walls of a room, a box and a ball in it."""
+    """A room with floor, ceiling and four walls; a box and a ball are in it."""
     return [
         plane((0, 1.2, 0), (0, 1, 0)),
         plane((0, -1.3, 0), (0, 1, 0)),
@@ -82,7 +82,7 @@ def room(half: float = 2.5, back: float = 5.0) -> list[Shape]:
 
 
 def camera(position: Sequence[float], target: Sequence[float]) -> Array:
-    """(4, 4) world_from_camera of a camera that looks at a place, upright."""
+    """(4, 4) world_from_camera of an upright camera that looks at a target."""
     forward = np.array(target, float) - position
     forward /= np.linalg.norm(forward)
     right = np.cross([0.0, 1.0, 0.0], forward)
@@ -94,13 +94,13 @@ def camera(position: Sequence[float], target: Sequence[float]) -> Array:
 
 
 def path(frames: int, target: Sequence[float] = (0.0, 0.2, 3.0), width: float = 0.8) -> Array:
-    """(frames, 4, 4): cameras side by side and at different heights that look at one place."""
+    """(frames, 4, 4) poses: cameras side by side, at different heights, that look at a target."""
     across = np.linspace(-width / 2, width / 2, frames)
     return np.stack([camera((x, 0.15 * np.sin(7 * x), 0.1 * x), target) for x in across])
 
 
 def depth_of(shapes: Sequence[Shape], pose: Array, size: tuple[int, int] = SIZE) -> Array:
-    """(h, w) metres along the optical axis, 0 where nothing is."""
+    """(h, w) depth in metres along the optical axis, 0 where the ray hits nothing."""
     K = intrinsics(size)
     u, v = np.meshgrid(np.arange(size[0]) + 0.5, np.arange(size[1]) + 0.5)
     rays = np.stack([(u - K[0, 2]) / K[0, 0], (v - K[1, 2]) / K[1, 1], np.ones_like(u)], axis=-1)
@@ -115,7 +115,7 @@ def views_of(
     frames: Sequence[int] | None = None,
     edges: str = "sensor",
 ) -> Views:
-    """The views of that camera. depths: of all frames; frames: those that have depth."""
+    """Views of the camera. depths: one per frame; frames: the frames whose depth is used."""
     stored = [np.asarray(depth, np.float32) for depth in depths]
     height, width = stored[0].shape
     return Views(
@@ -132,7 +132,7 @@ def views_of(
 
 
 def episode_of(depths: Sequence[Array], poses: Array, name: str = "made/up/episode") -> Episode:
-    """An episode with that depth and those poses, of that camera."""
+    """An episode of the camera with the given depth and poses."""
     height, width = np.shape(depths[0])
     return Episode(
         id=name,
@@ -153,7 +153,7 @@ def episode_of(depths: Sequence[Array], poses: Array, name: str = "made/up/episo
 
 
 def share_beside(cells: np.ndarray, others: np.ndarray) -> float:
-    """How many of the cells are, or are beside, one of the others."""
+    """The share of the cells that equal or touch one of the other cells."""
     lower = np.minimum(cells.min(axis=0), others.min(axis=0)) - 1
     shape = np.maximum(cells.max(axis=0), others.max(axis=0)) - lower + 2
     grid = np.zeros(shape, bool)

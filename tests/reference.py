@@ -1,4 +1,4 @@
-"""The stand-in checkpoints of full size that the reference vectors were computed with."""
+"""Full-size random checkpoints, with which the reference vectors were computed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""ImageNet's."""
+"""Mean and standard deviation of ImageNet."""
 
 
-def stand_in(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """Tensors of these names and shapes, each from a stream of random numbers keyed by its name."""
+def random_tensors(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Tensors of the given names and shapes, filled with random numbers seeded by the name."""
     return {name: torch.from_numpy(_tensor(name, shape)) for name, shape in shapes.items()}
 
 

@@ -1,9 +1,8 @@
-"""Weights for tiny networks that know one recording by heart.
+"""Weights for tiny networks that are fitted to one recording.
 
-All layers are random but the last ones, which are solved by least squares so that the network
-finds, in the frames that it is made for, their true depth roughly and their true cameras exactly,
-in a world of its own. So the whole way from images to a dataset runs, and what should come out of
-it is known.
+All layers are random except the last ones, which are fitted by least squares. For the frames of
+the recording, the network then predicts approximate depth and exact poses in a world of its own.
+So tests can run the whole pipeline from images to a dataset with a known result.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ NETWORKS = {"pi3": Pi3, "pi3x": Pi3X}
 
 
 def random_weights(name: str, sizes: Sizes = TINY, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Every tensor of a network, drawn by its name, of an ordinary size."""
+    """Every tensor of a network, with random values of usual magnitude, seeded by its name."""
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in NETWORKS[name](sizes).state_dict().items()}
     tensors = {}
@@ -55,7 +54,7 @@ def random_weights(name: str, sizes: Sizes = TINY, seed: int = 0) -> dict[str, t
 
 
 def _smooth_positions(sizes: Sizes, noise: torch.Tensor) -> torch.Tensor:
-    """Position embeddings from which a linear layer can tell row and column."""
+    """Position embeddings from which a linear layer can compute row and column."""
     axis = torch.linspace(-1, 1, sizes.position_grid)
     row, column = torch.meshgrid(axis, axis, indexing="ij")
     one = torch.ones_like(row)
@@ -64,22 +63,22 @@ def _smooth_positions(sizes: Sizes, noise: torch.Tensor) -> torch.Tensor:
     return torch.cat((noise[:, :1], smooth[None]), dim=1)
 
 
-def memorise(
+def fit_weights(
     images: np.ndarray,
     local: np.ndarray,
     poses: np.ndarray,
     *,
-    alone: bool = False,
+    independent_views: bool = False,
     sizes: Sizes = TINY,
 ) -> dict[str, torch.Tensor]:
-    """Weights of a pi3 that finds `poses` in these images, and `local` as nearly as it can.
+    """Weights of a pi3 that predicts `poses` exactly and `local` approximately for these images.
 
-    images: (N, H, W, 3) uint8; local: (N, H, W, 3) points, z over 0; poses: (N, 4, 4). For the
-    same images, all at once, or, with `alone`, any of them: then views do not see each other.
+    images: (N, H, W, 3) uint8; local: (N, H, W, 3) points, z over 0; poses: (N, 4, 4). The network
+    needs all images in one window; with `independent_views`, any subset works.
     """
     weights = random_weights("pi3", sizes)
     weights["conf_head.proj.bias"] += 3.0
-    if alone:
+    if independent_views:
         for part in ("ls1", "ls2"):
             weights[f"decoder.1.{part}.gamma"] *= 0
     network = load_network("pi3", weights, sizes=sizes)
@@ -101,12 +100,12 @@ def memorise(
         ("camera_head.fc_t", torch.cat(cameras), pose[:, :3, 3]),
         ("camera_head.fc_rot", torch.cat(cameras), pose[:, :3, :3].flatten(1)),
     ):
-        weights[f"{name}.weight"], weights[f"{name}.bias"] = _solved(given, wanted)
+        weights[f"{name}.weight"], weights[f"{name}.bias"] = _least_squares(given, wanted)
     return weights
 
 
-def _solved(given: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias of the linear layer that comes nearest."""
+def _least_squares(given: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of the linear layer, by least squares."""
     ones = torch.ones(len(given), 1)
     solution = torch.linalg.lstsq(
         torch.cat((given, ones), dim=1).double(), wanted.double(), driver="gelsd"
@@ -114,12 +113,12 @@ def _solved(given: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, to
     return solution[:-1].T.contiguous(), solution[-1].contiguous()
 
 
-def memory_of(
-    episode: Episode, gauge: Sim3, config: Config, *, alone: bool = False
+def weights_fitted_to(
+    episode: Episode, gauge: Sim3, config: Config, *, independent_views: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Weights of a pi3 that knows the images of an episode with depth, in a world of its own.
+    """Weights of a pi3 that is fitted to an episode with depth, in a world of its own.
 
-    gauge: network world from the episode's.
+    gauge: network world from episode world.
     """
     size = network_size(episode.image_size, config.max_pixels, 14)
     frames = range(episode.length)
@@ -131,11 +130,13 @@ def memory_of(
     x = (u[None, None] - K[0, 2]) / K[0, 0] * depth
     y = (v[None, :, None] - K[1, 2]) / K[1, 1] * depth
     local = np.stack((x, y, depth), axis=-1) * gauge.scale
-    return memorise(images, local, gauge.poses(episode.world_from_camera), alone=alone)
+    return fit_weights(
+        images, local, gauge.poses(episode.world_from_camera), independent_views=independent_views
+    )
 
 
 def save(folder: Path, name: str, weights: dict[str, torch.Tensor], sizes: Sizes = TINY) -> Path:
-    """A checkpoint: model.safetensors and config.json in a folder, which is given back."""
+    """Write a checkpoint, model.safetensors and config.json, to a folder and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors")
     config = {"network": name, "license": "cc0-1.0", "sizes": sizes.model_dump(mode="json")}

@@ -1,4 +1,4 @@
-"""The internnav source: both layouts, and what is wrong in the real files."""
+"""The internnav source: both layouts, and the faults of the real files."""
 
 from __future__ import annotations
 
@@ -35,29 +35,29 @@ FRAMES = 11
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder a trajectory."""
+def trajectory_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The older layout: one folder per trajectory."""
     out = tmp_path_factory.mktemp("alone") / "tree"
     make_sample(out, trajectories=1, frames=FRAMES, seed=5)
     return out
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The newer layout: two episodes in a scene's folder."""
+def scene_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The newer layout: one folder per scene, with two episodes."""
     out = tmp_path_factory.mktemp("together") / "tree"
     make_sample(out, trajectories=2, frames=FRAMES, seed=5, layout="scenes")
     return out
 
 
 @pytest.fixture
-def source(alone: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(alone, tmp_path / "tree"))
+def source(trajectory_tree: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trajectory_tree, tmp_path / "tree"))
 
 
 @pytest.fixture
-def scenes(together: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(together, tmp_path / "scenes"))
+def scenes(scene_tree: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(scene_tree, tmp_path / "scenes"))
 
 
 def read(root: Path, number: int = 0) -> Episode:
@@ -85,8 +85,8 @@ def notes(episode: Episode) -> dict[str, str]:
 # Both layouts
 
 
-def test_both_layouts_read_equally(alone: Path, together: Path) -> None:
-    one, other = read(alone), read(together)
+def test_both_layouts_give_equal_episodes(trajectory_tree: Path, scene_tree: Path) -> None:
+    one, other = read(trajectory_tree), read(scene_tree)
     assert one.length == other.length == FRAMES
     assert (one.fps, one.image_size, one.tasks) == (other.fps, other.image_size, other.tasks)
     for name in ("world_from_camera", "intrinsics", "task_index"):
@@ -98,26 +98,26 @@ def test_both_layouts_read_equally(alone: Path, together: Path) -> None:
         np.testing.assert_array_equal(one.read_depth(t), other.read_depth(t))
 
 
-def test_poses_are_in_opencv_axes(alone: Path) -> None:
-    action = np.array(pq.read_table(alone / TRAJECTORY / PARQUET)["action"].to_pylist())
-    poses = read(alone).world_from_camera
+def test_poses_are_in_opencv_axes(trajectory_tree: Path) -> None:
+    action = np.array(pq.read_table(trajectory_tree / TRAJECTORY / PARQUET)["action"].to_pylist())
+    poses = read(trajectory_tree).world_from_camera
     np.testing.assert_allclose(poses, action @ np.diag([1.0, -1, -1, 1]), atol=1e-7)
 
 
-def test_depth_is_in_metres(alone: Path) -> None:
-    read_depth = read(alone).read_depth
+def test_depth_is_in_metres(trajectory_tree: Path) -> None:
+    read_depth = read(trajectory_tree).read_depth
     assert read_depth is not None
-    units = np.asarray(Image.open(alone / TRAJECTORY / DEPTH / "10.png"))
+    units = np.asarray(Image.open(trajectory_tree / TRAJECTORY / DEPTH / "10.png"))
     np.testing.assert_array_equal(read_depth(10), units / 10_000)
 
 
-def test_frames_are_ordered_by_their_number(alone: Path) -> None:
-    paths = [item.path.name for item in read(alone).media if item.file == "rgb"]
+def test_frames_are_sorted_by_number(trajectory_tree: Path) -> None:
+    paths = [item.path.name for item in read(trajectory_tree).media if item.file == "rgb"]
     assert paths == [f"{n}.jpg" for n in range(FRAMES)]
 
 
-def test_episodes_of_a_scene_have_their_own_frames(together: Path) -> None:
-    second = read(together, 1)
+def test_episodes_of_a_scene_have_their_own_frames(scene_tree: Path) -> None:
+    second = read(scene_tree, 1)
     names = [int(item.path.stem) for item in second.media if item.file == "depth"]
     assert names == list(range(FRAMES, FRAMES + second.length))
     assert [item.frame for item in second.media if item.file == "depth"] == list(
@@ -131,21 +131,23 @@ def without_image_index(root: Path) -> None:
     path.write_text("".join(json.dumps({"episode_index": r["episode_index"]}) + "\n" for r in rows))
 
 
-def test_without_image_index_the_lengths_tell(scenes: Path, together: Path) -> None:
+def test_images_are_assigned_by_episode_length_without_image_index(
+    scenes: Path, scene_tree: Path
+) -> None:
     without_image_index(scenes)
     for number in range(2):
-        one, other = read(scenes, number), read(together, number)
+        one, other = read(scenes, number), read(scene_tree, number)
         assert [i.path.name for i in one.media] == [i.path.name for i in other.media]
 
 
-def test_an_image_missing_in_a_scene_is_named(scenes: Path) -> None:
+def test_error_names_a_missing_image_of_a_scene(scenes: Path) -> None:
     (scenes / "sample_zed/house_000" / RGB / f"{FRAMES}.jpg").unlink()
     read(scenes, 0)
     with pytest.raises(SourceError, match=rf"rgb/{FRAMES}\.jpg: is missing"):
         read(scenes, 1)
 
 
-def test_an_image_range_that_is_none(scenes: Path) -> None:
+def test_invalid_image_index_is_refused(scenes: Path) -> None:
     path = scenes / "sample_zed/house_000/meta/episodes_stats.jsonl"
     for value in ({"min": 5, "max": 2}, {"min": 0}, [0, 1], "all", {"min": 0, "max": 1e300}):
         path.write_text(json.dumps({"episode_index": 0, "image_index": value}) + "\n")
@@ -153,21 +155,21 @@ def test_an_image_range_that_is_none(scenes: Path) -> None:
             read(scenes)
 
 
-def test_scenes_are_built_and_valid(together: Path, tmp_path: Path) -> None:
-    summary = build(together, tmp_path / "out")
+def test_dataset_built_from_scenes_is_valid(scene_tree: Path, tmp_path: Path) -> None:
+    summary = build(scene_tree, tmp_path / "out")
     assert not summary.failures
     assert validate(tmp_path / "out").findings == ()
     for number in range(2):
         place = tmp_path / "out/sample_zed/house_000" / f"episode_{number:06d}"
         assert (place / "data/chunk-000/path.ply").read_bytes() == (
-            together / "sample_zed/house_000/meta/pointcloud.ply"
+            scene_tree / "sample_zed/house_000/meta/pointcloud.ply"
         ).read_bytes()
 
 
 # Names
 
 
-def test_ids_are_the_same_from_the_group_on(source: Path) -> None:
+def test_ids_do_not_depend_on_the_input_folder(source: Path) -> None:
     tree = source.rename(source.with_name("sample_zed")) / "sample_zed"
     assert ids(tree.parent.parent) == [TRAJECTORY]
     assert ids(tree.parent) == [TRAJECTORY]
@@ -176,40 +178,40 @@ def test_ids_are_the_same_from_the_group_on(source: Path) -> None:
     assert ids(tree / "house_000/trajectory_0") == [TRAJECTORY]
 
 
-def test_ids_of_scenes_are_the_same_from_the_group_on(scenes: Path) -> None:
+def test_ids_of_scenes_do_not_depend_on_the_input_folder(scenes: Path) -> None:
     expected = [f"sample_zed/house_000/episode_{n:06d}" for n in range(2)]
     for root in (scenes.parent, scenes, scenes / "sample_zed", scenes / "sample_zed/house_000"):
         assert ids(root) == expected
 
 
-def test_names_beside_the_trajectories_do_not_matter(source: Path) -> None:
+def test_hidden_folders_and_other_files_are_ignored(source: Path) -> None:
     shutil.copytree(source / TRAJECTORY, source / "sample_zed/house_000/trajectory_10")
     shutil.copytree(source / TRAJECTORY, source / "sample_zed/house_000/.hidden")
     (source / "sample_zed/README.md").write_text("x")
     assert ids(source) == [TRAJECTORY, "sample_zed/house_000/trajectory_10"]
 
 
-# What is wrong in the real files
+# Faults of the real files
 
 
-def test_what_is_wrong_in_the_real_files_is_said_once(tmp_path: Path) -> None:
+def test_each_fault_of_the_real_files_gives_one_note(tmp_path: Path) -> None:
     make_sample(tmp_path / "faulty", trajectories=1, frames=3, seed=5, faults=True)
     make_sample(tmp_path / "right", trajectories=1, frames=3, seed=5)
     faulty, right = read(tmp_path / "faulty"), read(tmp_path / "right")
 
-    said = notes(faulty)
-    assert said["frame count"] == (
+    texts = notes(faulty)
+    assert texts["frame count"] == (
         "info.json says 6 frames and episodes.jsonl says length 6, the parquet has 3 frames: "
         "these are used"
     )
-    assert said["declared columns"] == (
+    assert texts["declared columns"] == (
         "info.json declares timestamp, frame_index, episode_index, task_index, which the parquet "
         "lacks: computed instead"
     )
-    assert said["fps"] == "info.json says 30 fps, the video has 10, which is used"
-    assert "480 x 272, the images 480 x 270: the images count" in said["video size"]
-    assert "JSON inside strings" in said["task json"]
-    assert len(said) == 5
+    assert texts["fps"] == "info.json says 30 fps, the video has 10, which is used"
+    assert "480 x 272, the images 480 x 270: the images count" in texts["video size"]
+    assert "JSON inside strings" in texts["task json"]
+    assert len(texts) == 5
 
     assert (faulty.length, faulty.fps, faulty.image_size) == (3, 10.0, (480, 270))
     assert faulty.tasks == right.tasks
@@ -225,7 +227,7 @@ def test_what_is_wrong_in_the_real_files_is_said_once(tmp_path: Path) -> None:
     np.testing.assert_allclose(table["timestamp"].to_numpy(), [0, 0.1, 0.2], atol=1e-6)
 
 
-def test_instructions_are_taken_out_of_their_json(source: Path) -> None:
+def test_instructions_are_extracted_from_json(source: Path) -> None:
     tasks = [
         {"sum_instruction": "Go to the door.", "sum_indexes": [4, FRAMES - 1]},
         {"sub_instruction": "Go.", "revised_sub_instruction": "Please go.", "sub_indexes": [0, 3]},
@@ -246,7 +248,7 @@ def test_instructions_are_taken_out_of_their_json(source: Path) -> None:
     assert episode.task_index.tolist() == [1] * 4 + [0] * (FRAMES - 4)
 
 
-def test_task_index_counts_among_all_tasks_of_a_scene(scenes: Path) -> None:
+def test_task_index_refers_to_all_tasks_of_the_scene(scenes: Path) -> None:
     folder = scenes / "sample_zed/house_000"
     rows = [json.loads(line) for line in (folder / "meta/tasks.jsonl").read_text().splitlines()]
     own = json.loads((folder / "meta/episodes.jsonl").read_text().splitlines()[1])["tasks"]
@@ -258,14 +260,16 @@ def test_task_index_counts_among_all_tasks_of_a_scene(scenes: Path) -> None:
     assert set(read(scenes, 1).task_index.tolist()) == {len(own) - 1}
 
 
-# Only a video
+# Sources with a video instead of images
 
 
-def test_only_a_video(source: Path, alone: Path, tmp_path: Path) -> None:
-    """With its images gone, intrinsics are those of its frames: 480 x 272 for 480 x 270."""
+def test_source_with_only_a_video_is_read(
+    source: Path, trajectory_tree: Path, tmp_path: Path
+) -> None:
+    """Without images, the intrinsics are scaled to the video: from 480 x 270 to 480 x 272."""
     shutil.rmtree(source / TRAJECTORY / RGB)
     shutil.rmtree(source / TRAJECTORY / DEPTH)
-    episode, whole = read(source), read(alone)
+    episode, whole = read(source), read(trajectory_tree)
     assert "intrinsics are scaled to it" in notes(episode)["video only"]
     assert (episode.image_size, whole.image_size) == ((480, 272), (480, 270))
     assert episode.intrinsics is not None
@@ -279,26 +283,26 @@ def test_only_a_video(source: Path, alone: Path, tmp_path: Path) -> None:
         load_engine("rgbd").reconstruct(episode, load_config(), tmp_path)
 
 
-def test_a_smaller_video_scales_both_axes(source: Path, alone: Path) -> None:
+def test_intrinsics_are_scaled_to_a_smaller_video(source: Path, trajectory_tree: Path) -> None:
     shutil.rmtree(source / TRAJECTORY / RGB)
     shutil.rmtree(source / TRAJECTORY / DEPTH)
     frames = [np.full((90, 240, 3), 20 * t, np.uint8) for t in range(FRAMES)]
     write_video(source / TRAJECTORY / VIDEO, frames, 10)
-    episode, whole = read(source), read(alone)
+    episode, whole = read(source), read(trajectory_tree)
     assert episode.intrinsics is not None
     assert whole.intrinsics is not None
     np.testing.assert_allclose(episode.intrinsics, np.diag([0.5, 1 / 3, 1]) @ whole.intrinsics)
 
 
-def test_a_video_of_other_frames_is_refused(source: Path) -> None:
+def test_video_with_another_frame_count_is_refused(source: Path) -> None:
     shutil.rmtree(source / TRAJECTORY / RGB)
     write_video(source / TRAJECTORY / VIDEO, [np.zeros((90, 160, 3), np.uint8)] * 3, 10)
     with pytest.raises(SourceError, match=rf"has 3 frames, the parquet {FRAMES}"):
         read(source)
 
 
-def test_a_video_with_depth_images_is_built(source: Path, tmp_path: Path) -> None:
-    """The frames are brought to the depth images' size, to which the intrinsics belong."""
+def test_source_with_a_video_and_depth_images_is_built(source: Path, tmp_path: Path) -> None:
+    """The video frames are resized to the depth images, to which the intrinsics belong."""
     shutil.rmtree(source / TRAJECTORY / RGB)
     assert not build(source, tmp_path / "out").failures
     assert validate(tmp_path / "out").findings == ()
@@ -309,10 +313,10 @@ def test_a_video_with_depth_images_is_built(source: Path, tmp_path: Path) -> Non
     np.testing.assert_array_equal(built.intrinsics(), read(source).intrinsics)
 
 
-# What goes through
+# What is passed through
 
 
-def test_further_columns_are_passed_through_and_declared(source: Path, tmp_path: Path) -> None:
+def test_additional_columns_are_passed_through_and_declared(source: Path, tmp_path: Path) -> None:
     path = source / TRAJECTORY / PARQUET
     speed = np.arange(FRAMES * 3, dtype=np.float64).reshape(FRAMES, 3)
     words = [f"word {n}" for n in range(FRAMES)]
@@ -337,10 +341,12 @@ def test_further_columns_are_passed_through_and_declared(source: Path, tmp_path:
 
 
 @pytest.mark.parametrize("media", ["copy", "link", "none"])
-def test_media(media: str, alone: Path, tmp_path: Path) -> None:
-    assert not build(alone, tmp_path / "out", media=media).failures
+def test_media_option_copies_links_or_omits_files(
+    media: str, trajectory_tree: Path, tmp_path: Path
+) -> None:
+    assert not build(trajectory_tree, tmp_path / "out", media=media).failures
     assert validate(tmp_path / "out").findings == ()
-    place, origin = tmp_path / "out" / TRAJECTORY, alone / TRAJECTORY
+    place, origin = tmp_path / "out" / TRAJECTORY, trajectory_tree / TRAJECTORY
     pairs = {
         f"{RGB}/10.jpg": f"{RGB}/10.jpg",
         f"{DEPTH}/10.png": f"{DEPTH}/10.png",

@@ -1,4 +1,4 @@
-"""Keyframes: fewer where a camera hardly moves, and the poses of the frames between them."""
+"""Keyframes: fewer where the camera hardly moves; the poses of the frames between them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ PICTURE = gaussian_filter(np.random.default_rng(0).normal(size=(600, 900)), 4)
 PICTURE = np.clip(128 + 40 * PICTURE / PICTURE.std(), 0, 255)
 
 
-def seen(pose: np.ndarray) -> np.ndarray:
-    """What a camera sees of a picture on a wall at z = 2: 300 pixels of it a metre."""
+def render(pose: np.ndarray) -> np.ndarray:
+    """The image that a camera sees of a picture on the wall z = 2, with 300 pixels per metre."""
     v, u = np.indices(SIZE[::-1]) + 0.5
     ray = np.stack(((u - K[0, 2]) / K[0, 0], (v - K[1, 2]) / K[1, 1], np.ones_like(u)), -1)
     ray = ray @ pose[:3, :3].T
@@ -31,10 +31,10 @@ def poses_at(places: np.ndarray) -> np.ndarray:
     return poses
 
 
-def test_a_camera_that_stands_has_few_keyframes():
+def test_camera_at_rest_has_few_keyframes():
     still = np.concatenate([np.zeros(25), np.linspace(0, 0.6, 20), np.full(45, 0.6)])
     poses = poses_at(still)
-    found = keyframes(lambda t: seen(poses[t]), len(poses))
+    found = keyframes(lambda t: render(poses[t]), len(poses))
     assert found[0] == 0
     assert found[-1] == 89
     assert np.diff(found).max() <= MAX_GAP
@@ -43,23 +43,23 @@ def test_a_camera_that_stands_has_few_keyframes():
     assert len(found) - moving <= 6
 
 
-def test_a_cut_is_a_keyframe():
+def test_first_frame_after_a_cut_is_a_keyframe():
     poses = poses_at(np.repeat([0.0, 0.9], 10))
-    assert 10 in keyframes(lambda t: seen(poses[t]), len(poses))
+    assert 10 in keyframes(lambda t: render(poses[t]), len(poses))
 
 
 def test_poses_between_keyframes_are_refined():
     poses = poses_at(np.linspace(0, 0.05, 9))
-    poses[1:8, 1, 3] += 0.008  # A bounce that no interpolation knows.
+    poses[1:8, 1, 3] += 0.008  # A bounce that interpolation cannot predict.
     start = poses.copy()
     start[1:8, 1, 3] = 0
     depth = np.full(SIZE[::-1], DEPTH, np.float32)
     found = refine_skipped(
-        lambda t: seen(poses[t]), lambda _: depth, np.array([0, 8]), start,
+        lambda t: render(poses[t]), lambda _: depth, np.array([0, 8]), start,
         np.repeat(K[None], 9, axis=0), SIZE,
     )  # fmt: skip
     before = np.linalg.norm(start[1:8, :3, 3] - poses[1:8, :3, 3], axis=1)
-    # On a plane, a small turn looks much as a small shift does.
+    # On a plane, a small rotation looks much like a small shift.
     v, u = np.indices(SIZE[::-1])[:, ::12, ::12].reshape(2, -1) + 0.5
     ray = np.stack(((u - K[0, 2]) / K[0, 0], (v - K[1, 2]) / K[1, 1], np.ones_like(u)), -1) * DEPTH
     apart = [

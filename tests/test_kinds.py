@@ -1,4 +1,4 @@
-"""What one source cannot read, another can: errors name it."""
+"""If a source cannot read an input, the error names the source that can."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ SOURCES = ("internnav", "video", "capture")
 
 
 def refusal(source: str, root: Path) -> str:
-    """What is said of giving a folder to a source."""
+    """The error message of a source for a folder."""
     with pytest.raises(UsageError) as error:
         list_episodes(load_builder(source, root))
     return str(error.value)
 
 
-def grey(path: Path, bits: int) -> None:
+def write_grey_image(path: Path, bits: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = np.uint16 if bits == 16 else np.uint8
     Image.fromarray(np.full((32, 48), 200, kind)).save(path)
@@ -32,7 +32,7 @@ def grey(path: Path, bits: int) -> None:
 
 @pytest.fixture(params=["v2.1", "v3.0"])
 def lerobot(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A LeRobot dataset of one camera, as far as its folders tell."""
+    """The folders and files of a LeRobot dataset with one camera, without valid tables."""
     new = request.param == "v3.0"
     place = tmp_path / "robots/pick_and_place"
     data = "data/chunk-000/file-000.parquet" if new else "data/chunk-000/episode_000000.parquet"
@@ -50,53 +50,57 @@ def lerobot(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_a_lerobot_dataset_is_for_the_source_lerobot(source: str, lerobot: Path) -> None:
-    said = refusal(source, lerobot)
+def test_other_sources_refer_lerobot_datasets_to_source_lerobot(source: str, lerobot: Path) -> None:
+    message = refusal(source, lerobot)
     version = json.loads((lerobot / "meta/info.json").read_text())["codebase_version"]
-    assert f"a LeRobot {version} dataset" in said
-    assert "use --source lerobot" in said
-    if source != "capture":  # Also where it lies deeper.
+    assert f"a LeRobot {version} dataset" in message
+    assert "use --source lerobot" in message
+    if source != "capture":  # Also for the parent folder.
         assert "pick_and_place: is a LeRobot" in refusal(source, lerobot.parent)
 
 
-def test_the_videos_of_a_lerobot_dataset_can_still_be_named(lerobot: Path) -> None:
+def test_source_video_accepts_the_videos_folder_of_a_lerobot_dataset(lerobot: Path) -> None:
     assert len(list_episodes(load_builder("video", lerobot / "videos"))) == 1
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_a_dataset_that_was_built_is_no_source(source: str, dataset: Path) -> None:
+def test_built_dataset_is_refused_as_source(source: str, dataset: Path) -> None:
     assert "is a dataset that occgen-hub built" in refusal(source, dataset)
 
 
 @pytest.mark.parametrize("source", ["internnav", "video"])
-def test_a_part_of_a_built_dataset_is_no_source(source: str, dataset: Path) -> None:
+def test_part_of_a_built_dataset_is_refused_as_source(source: str, dataset: Path) -> None:
     assert "is a dataset that occgen-hub built" in refusal(source, next(dataset.glob("sample*")))
 
 
-def test_a_folder_of_depth_is_for_the_source_capture(tmp_path: Path) -> None:
-    grey(tmp_path / "depth/0.png", 16)
-    said = refusal("video", tmp_path / "depth")
-    assert "16-bit grey ones are depth, which --source capture reads together with colour" in said
+def test_source_video_refers_depth_folders_to_source_capture(tmp_path: Path) -> None:
+    write_grey_image(tmp_path / "depth/0.png", 16)
+    message = refusal("video", tmp_path / "depth")
+    assert (
+        "16-bit grey ones are depth, which --source capture reads together with colour" in message
+    )
 
 
-def test_depth_among_images_names_the_source_capture(tmp_path: Path) -> None:
-    grey(tmp_path / "0.png", 8)
-    grey(tmp_path / "1.png", 16)
+def test_source_video_refers_depth_among_images_to_source_capture(tmp_path: Path) -> None:
+    write_grey_image(tmp_path / "0.png", 8)
+    write_grey_image(tmp_path / "1.png", 16)
     builder = load_builder("video", tmp_path)
     (ref,) = list_episodes(builder)
     with pytest.raises(OccGenError, match=r"is a 16-bit grey image.* use --source capture"):
         builder.read(ref)
 
 
-def test_a_capture_is_for_the_source_capture(tmp_path: Path) -> None:
+def test_source_internnav_refers_captures_to_source_capture(tmp_path: Path) -> None:
     for name in ("rgb.txt", "depth.txt", "groundtruth.txt"):
         (tmp_path / name).write_text("# empty\n")
-    said = refusal("internnav", tmp_path)
-    assert "it is a TUM RGB-D recording: use --source capture" in said
+    message = refusal("internnav", tmp_path)
+    assert "it is a TUM RGB-D recording: use --source capture" in message
 
 
-def test_capture_names_the_source_of_what_is_no_capture(sample_tree: Path, tmp_path: Path) -> None:
-    said = refusal("capture", sample_tree)
-    assert "it is a tree of InternData-N1: use --source internnav" in said
-    grey(tmp_path / "walk/0.jpg", 8)
+def test_source_capture_refers_other_inputs_to_their_source(
+    sample_tree: Path, tmp_path: Path
+) -> None:
+    message = refusal("capture", sample_tree)
+    assert "it is a tree of InternData-N1: use --source internnav" in message
+    write_grey_image(tmp_path / "walk/0.jpg", 8)
     assert "it is a folder of videos or images: use --source video" in refusal("capture", tmp_path)

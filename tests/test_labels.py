@@ -1,4 +1,4 @@
-"""Semantic labels: label images, votes, classes of cells, and what trainers get of them."""
+"""Semantic labels: label images, votes, classes of cells, and labels in training items."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PERSON = load_taxonomy("sample").id_of("person")
 
 @pytest.fixture(scope="module")
 def labelled_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trajectory with labels, Kinect noise and a person. Not to be changed."""
+    """A trajectory with labels, Kinect noise and a person. Tests must not change it."""
     out = tmp_path_factory.mktemp("labelled_tree") / "tree"
     make_sample(out, trajectories=1, frames=6, seed=1, noise=["kinect"], people=1, labels=True)
     return out
@@ -52,20 +52,20 @@ def labelled_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def labelled(labelled_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The dataset built from it. Not to be changed."""
+    """The dataset built from `labelled_tree`. Tests must not change it."""
     out = tmp_path_factory.mktemp("labelled") / "out"
     assert not occgen_hub.build("internnav", labelled_tree, out).failures
     return out
 
 
-def copied(tree: Path, out: Path) -> Path:
-    """A copy of a tree, whose files are links to it."""
+def linked_copy(tree: Path, out: Path) -> Path:
+    """A copy of a tree whose files are hard links to the original."""
     shutil.copytree(tree, out, copy_function=lambda a, b: Path(b).hardlink_to(a))
     return out
 
 
-def rewritten(path: Path, content: bytes) -> None:
-    """Another file in its place, which leaves what it was linked to alone."""
+def replace_file(path: Path, content: bytes) -> None:
+    """Replace a file without changing the original that it is linked to."""
     path.unlink()
     path.write_bytes(content)
 
@@ -73,7 +73,7 @@ def rewritten(path: Path, content: bytes) -> None:
 # Taxonomies
 
 
-def test_classes_leave_the_numbers_of_states_free():
+def test_class_numbers_do_not_overlap_state_numbers():
     assert taxonomy_names() == ["mpcat40", "nyu40", "occscannet11", "sample"]
     for name in taxonomy_names():
         taxonomy = load_taxonomy(name)
@@ -99,10 +99,10 @@ def test_label_images_are_checked_against_their_taxonomy():
         load_taxonomy("ade20k")
 
 
-# What is read
+# Label images of sources
 
 
-def test_noise_of_depth_does_not_alter_labels(tmp_path, labelled_tree):
+def test_depth_noise_does_not_change_labels(tmp_path, labelled_tree):
     make_sample(tmp_path / "clean", trajectories=1, frames=6, seed=1, people=1, labels=True)
     images = sorted(labelled_tree.glob(f"*/*/*/{IMAGES}/*.png"))
     assert len(images) == 6
@@ -112,7 +112,7 @@ def test_noise_of_depth_does_not_alter_labels(tmp_path, labelled_tree):
     assert PERSON in np.concatenate([np.asarray(Image.open(path)) for path in images])
 
 
-def test_sample_says_where_there_are_no_labels(tmp_path):
+def test_sample_refuses_labels_for_a_layout_without_them(tmp_path):
     with pytest.raises(UsageError, match="vln-ce has none"):
         make_sample(tmp_path / "ce", layout="vln-ce", labels=True)
 
@@ -121,16 +121,16 @@ def test_sample_says_where_there_are_no_labels(tmp_path):
     ("spoil", "words"),
     [
         (lambda f: (f / "taxonomy.txt").unlink(), "taxonomy.txt: is missing"),
-        (lambda f: rewritten(f / "taxonomy.txt", b"ade20k\n"), "names an unknown taxonomy"),
+        (lambda f: replace_file(f / "taxonomy.txt", b"ade20k\n"), "names an unknown taxonomy"),
         (lambda f: (f / "2.png").unlink(), "2.png: is missing"),
         (lambda f: save(f / "2.png", np.full((270, 480), 77, np.uint8)), "2.png: has the id 77"),
         (lambda f: save(f / "2.png", np.ones((90, 160), np.uint8)), "2.png: is 160 x 90 pixels"),
         (lambda f: save(f / "2.png", np.ones((270, 480, 3), np.uint8)), "2.png: is not a label"),
-        (lambda f: rewritten(f / "2.png", b"no image"), "2.png: is not a JPEG or PNG"),
+        (lambda f: replace_file(f / "2.png", b"no image"), "2.png: is not a JPEG or PNG"),
     ],
 )
-def test_wrong_label_images_are_named(tmp_path, labelled_tree, spoil, words):
-    tree = copied(labelled_tree, tmp_path / "tree")
+def test_error_names_an_invalid_label_image(tmp_path, labelled_tree, spoil, words):
+    tree = linked_copy(labelled_tree, tmp_path / "tree")
     spoil(next(tree.glob(f"*/*/*/{IMAGES}")))
     builder = load_builder("internnav", tree)
     with pytest.raises(OccGenError, match=words):
@@ -162,8 +162,8 @@ def test_labels_of_other_sources_are_checked():
 # Votes
 
 
-def test_votes_count_as_much_as_their_depth():
-    """Two frames far from a wall say 1, one near says 2; a pixel without a class says nothing."""
+def test_votes_are_weighted_like_their_depth():
+    """Two far frames vote for class 1, one near frame for 2; unlabelled pixels do not vote."""
     wall = [made_up.plane((0, 0, 3.0), (0, 0, -1))]
     poses = np.tile(np.eye(4), (3, 1, 1))
     poses[:, 0, 3], poses[2, 2, 3] = (-0.05, 0.05, 0.0), 2.0
@@ -176,7 +176,7 @@ def test_votes_count_as_much_as_their_depth():
     def classes(*noise):
         config = Config(noise=noise, refine_poses=False)
         found = fuse(replace(views, read_labels=lambda t: images[t]), config)
-        near = np.abs(found.cloud.points[:, :2]).max(axis=1) < 0.3  # What all three see.
+        near = np.abs(found.cloud.points[:, :2]).max(axis=1) < 0.3  # All three frames see it.
         return found.cloud.points[:, 0], found.classes, near
 
     x, found, near = classes(0.0, 0.0, 0.01)
@@ -184,9 +184,9 @@ def test_votes_count_as_much_as_their_depth():
     assert (found[near] == 2).all()
     assert (found[x > 1.2] == 1).all()
     assert (found[x == x.min()] == UNLABELLED).all()  # Only the first frame sees it.
-    _, found, near = classes(0.01, 0.0, 0.0)  # All weigh the same, and two are more than one.
+    _, found, near = classes(0.01, 0.0, 0.0)  # Equal weights: two votes beat one.
     assert (found[near] == 1).mean() > 0.95
-    images = images.repeat(2, axis=1).repeat(3, axis=2)  # Of other sizes than the depth.
+    images = images.repeat(2, axis=1).repeat(3, axis=2)  # Another size than the depth.
     _, larger, _ = classes(0.01, 0.0, 0.0)
     np.testing.assert_array_equal(larger, found)
     images[:] = 0
@@ -194,8 +194,8 @@ def test_votes_count_as_much_as_their_depth():
     assert fuse(views, Config()).classes is None
 
 
-def test_cameras_beside_one_another_vote_too():
-    """One camera has labels of its own size, the other has none."""
+def test_joined_views_keep_the_labels_of_each_camera():
+    """One camera has labels, in an image size of its own; the other has none."""
     depths = [np.full((48, 64), 2.0)] * 2
     first = made_up.views_of(depths, np.tile(np.eye(4), (2, 1, 1)))
     small = replace(first, read_labels=lambda t: np.full((24, 32), 3 + t, np.uint8))
@@ -206,7 +206,7 @@ def test_cameras_beside_one_another_vote_too():
     assert joined_views([first, first]).read_labels is None
 
 
-def test_a_closed_surface_has_the_classes_of_the_nearest_points():
+def test_added_surface_points_take_the_class_of_the_nearest_point():
     points = np.array([[0, 0, 0], [1, 0, 0]], np.float32)
     others = np.array([[0.4, 0, 0], [0.6, 0, 0]], np.float32)
     classes = np.array([4, 5], np.uint8)
@@ -234,7 +234,7 @@ def test_votes_do_not_depend_on_threads(labelled_tree):
 # Cells
 
 
-def test_commonest_class_of_cells():
+def test_cells_get_their_most_common_class():
     rng = np.random.default_rng(0)
     cells, classes = rng.integers(0, 50, 400), rng.choice([1, 2, 3, UNLABELLED], 400)
     classes[cells == 7] = UNLABELLED
@@ -257,8 +257,8 @@ def test_commonest_class_of_cells():
         assert wide[place] == expected
 
 
-def test_classes_of_visible_cells_are_those_of_the_mesh(labelled_tree, labelled):
-    """With Kinect noise; the short version of `scripts/accuracy --labels`."""
+def test_classes_of_visible_cells_match_the_mesh(labelled_tree, labelled):
+    """With Kinect noise. A short version of `scripts/accuracy --labels`."""
     (path,) = trajectories(labelled)
     trajectory = Trajectory.open(path)
     assert (trajectory.taxonomy, validate(labelled).findings) == ("sample", ())
@@ -281,13 +281,13 @@ def test_classes_of_visible_cells_are_those_of_the_mesh(labelled_tree, labelled)
     )
     assert len(moving) > 200
     assert (moving == PERSON).mean() > 0.95
-    # scipy reads the classes as a matrix beside that of the visible cells.
+    # scipy reads the classes as a matrix like that of the visible cells.
     stored = sparse.load_npz(trajectory.file("labels"))
     assert (stored != 0).nnz == sparse.load_npz(trajectory.file("visible")).nnz
 
 
-def test_wrong_classes_are_found(tmp_path, labelled):
-    dataset = copied(labelled, tmp_path / "out")
+def test_validate_finds_wrong_classes(tmp_path, labelled):
+    dataset = linked_copy(labelled, tmp_path / "out")
     (path,) = trajectories(dataset)
     file = Trajectory.open(path).file("labels")
     stored = sparse.load_npz(file)
@@ -302,10 +302,10 @@ def test_wrong_classes_are_found(tmp_path, labelled):
     assert any("labels differs from the trajectory" in problem for problem in problems)
 
 
-# Trainers
+# Training items
 
 
-def test_datasets_give_classes(labelled):
+def test_datasets_return_labels(labelled):
     keys = ("labels", "occupancy", "mask")
     dataset = OccupancyDataset(labelled, keys=keys)
     assert dataset.taxonomy == "sample"
@@ -343,8 +343,8 @@ def test_datasets_give_classes(labelled):
     assert len(np.unique(augmented)) > 4
 
 
-def test_scene_has_classes_too(labelled):
-    """Hidden cells have the class that the scene's cells have in all_occ.npz."""
+def test_scene_target_has_labels_of_hidden_cells(labelled):
+    """Hidden cells have the classes of the scene cells in all_occ.npz."""
     trajectory = Trajectory.open(trajectories(labelled)[0])
     arrays = np.load(trajectory.file("scene_occupancy"))
     cells = np.floor(arrays["data"].astype(float) / 0.02).astype(int)
@@ -360,14 +360,14 @@ def test_scene_has_classes_too(labelled):
     centres = np.asarray(dataset.grid.lower) + (hidden + 0.5) * dataset.grid.voxel_size
     world = np.floor((centres @ pose[:3, :3].T + pose[:3, 3]) / 0.02).astype(int)
     expected = [known.get(cell, 0) for cell in map(tuple, world.tolist())]
-    assert (labels[tuple(hidden.T)] == expected).mean() > 0.999  # But for rounding.
+    assert (labels[tuple(hidden.T)] == expected).mean() > 0.999  # Except for rounding.
     wide = OccupancyDataset(labelled, keys=("labels",), target="scene", voxel_stride=4)[2]
     np.testing.assert_array_equal(wide["labels"], joined_classes(labels, 4))
 
 
-def test_a_scene_without_labels_beside_one_with_some(tmp_path, labelled, dataset, monkeypatch):
-    """What no label says is 254 there; without the labelled scene, everything is 1 again."""
-    root = copied(labelled, tmp_path / "out")
+def test_labelled_and_unlabelled_scenes_can_be_mixed(tmp_path, labelled, dataset, monkeypatch):
+    """Unlabelled cells are 254 in a mixed dataset, and 1 if no selected scene has labels."""
+    root = linked_copy(labelled, tmp_path / "out")
     other = trajectories(dataset)[0]
     shutil.copytree(other, root / "plain" / "house" / "run")
     occgen_hub.finalize(root)
@@ -378,7 +378,7 @@ def test_a_scene_without_labels_beside_one_with_some(tmp_path, labelled, dataset
     alone = OccupancyDataset(root, keys=("labels",), scenes=["plain/house"], target="scene")
     assert set(np.unique(alone[0]["labels"])) == {0, 1, 255}
     assert not validate(root).findings
-    # `datasets` wants all files of a table to have the same columns.
+    # `datasets` requires the same columns in all files of a table.
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     for folder, table, there in (
         (labelled, "occupancy", True),
@@ -391,17 +391,17 @@ def test_a_scene_without_labels_beside_one_with_some(tmp_path, labelled, dataset
         assert ("labels" in rows.column_names) == there
 
 
-# What is told and exported
+# Card and exports
 
 
-def test_card_names_the_classes(labelled):
+def test_card_lists_the_classes(labelled):
     card = (labelled / "README.md").read_text()
     assert "taxonomy `sample`: `labels`" in card
     assert f"{PERSON} person" in card
 
 
 def test_exports_have_classes(tmp_path, labelled):
-    """Each cell of 8 cm has the commonest class of its 64 cells, as one of OccScanNet's."""
+    """Each cell of 8 cm has the most common class of its 64 cells, mapped to OccScanNet."""
     remarks = export(labelled, tmp_path / "scannet", to="occscannet")
     assert any("taxonomy sample became" in remark for remark in remarks)
     assert not any("one class" in remark for remark in remarks)
@@ -429,7 +429,7 @@ def test_exports_have_classes(tmp_path, labelled):
     assert {2, 3, 17} <= set(np.unique(semantics)) <= {*range(12), 17}
 
 
-def test_lerobots_dataset_has_labels(tmp_path, labelled):
+def test_lerobot_export_has_labels(tmp_path, labelled):
     from occgen_hub import LeRobotOccupancyDataset
 
     export(labelled, tmp_path / "lerobot")
@@ -444,7 +444,7 @@ def test_lerobots_dataset_has_labels(tmp_path, labelled):
     np.testing.assert_array_equal(found[1], expected[3]["labels"])
 
 
-def test_an_episode_gives_labels(labelled):
+def test_loaded_episode_has_labels(labelled):
     episode = occgen_hub.load_episode(trajectories(labelled)[0])
     item = OccupancyDataset(labelled, keys=("labels",))[1]
     np.testing.assert_array_equal(episode.frame(1).labels, item["labels"])
@@ -454,7 +454,7 @@ def test_an_episode_gives_labels(labelled):
 
 
 class FloorBelow(Segmenter):
-    """The lower part of each image is floor, the rest wall; or another id below."""
+    """Labels the upper half of each image as wall and the lower half as floor, or as `below`."""
 
     name, taxonomy = "mine", "nyu40"
 
@@ -468,8 +468,8 @@ class FloorBelow(Segmenter):
 
 
 @pytest.fixture
-def installed(monkeypatch):
-    """As if a package had installed it."""
+def installed_segmenters(monkeypatch):
+    """Registers segmenters as if a package had installed them."""
     objects = {
         "mine": "test_labels:FloorBelow",
         "none": "test_labels:made_up",
@@ -482,14 +482,14 @@ def installed(monkeypatch):
     )
 
 
-def test_a_segmenter_fills_in(tmp_path, sample_tree, installed):
+def test_segmenter_provides_missing_labels(tmp_path, sample_tree, installed_segmenters):
     options = {"limit": 1, "media": "none", "segmenter": "mine"}
     summary = occgen_hub.build("internnav", sample_tree, tmp_path / "out", **options)
     assert not summary.failures
     trajectory = Trajectory.open(trajectories(tmp_path / "out")[0])
     assert trajectory.taxonomy == "nyu40"
     assert trajectory.record["segmenter"] == {"name": "mine"}
-    # The robot looks ahead: in its grid, what is far below it is the floor.
+    # The robot looks ahead: the lowest cells of its grid are the floor.
     visible, classes = next(trajectory.visible_frames()), next(trajectory.label_frames())
     rows = np.unravel_index(visible, trajectory.grid.shape)[1]
     assert set(np.unique(classes)) == {1, 2}
@@ -505,7 +505,7 @@ def test_a_segmenter_fills_in(tmp_path, sample_tree, installed):
     assert (trajectory.taxonomy, "segmenter" in trajectory.record) == (None, False)
 
 
-def test_labels_of_the_source_come_first(labelled_tree, sample_tree):
+def test_source_labels_take_precedence_over_the_segmenter(labelled_tree, sample_tree):
     def read(tree):
         builder = load_builder("internnav", tree)
         return builder.read(next(builder.episodes()))
@@ -518,7 +518,7 @@ def test_labels_of_the_source_come_first(labelled_tree, sample_tree):
         with_labels(read(sample_tree), FloorBelow(below=99)).read_labels(0)
 
 
-def test_segmenters_that_are_none_are_named(tmp_path, sample_tree, installed):
+def test_unusable_segmenters_are_refused(tmp_path, sample_tree, installed_segmenters):
     for name, words in (("other", "installed are mine, none, wrong"), ("none", "cannot be opened")):
         with pytest.raises(UsageError, match=words):
             load_segmenter(name)

@@ -1,4 +1,4 @@
-"""The arrows between modules go one way: each imports only what stands below it."""
+"""Layers of the package: each module imports only modules of lower layers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-GROUND_TO_ROOF = [
+LAYERS = [
     "errors",
     "stopping",
     "jit",
@@ -66,8 +66,8 @@ GROUND_TO_ROOF = [
 MODULES = sorted(p for p in (ROOT / "occgen_hub").rglob("*.py") if p.name != "__init__.py")
 
 
-def imported(path: Path) -> set[str]:
-    """The parts of occgen_hub that a module imports anywhere in it."""
+def imported_parts(path: Path) -> set[str]:
+    """The parts of occgen_hub that a module imports, also inside functions."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         found = []
@@ -82,14 +82,14 @@ def imported(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(ROOT).as_posix())
-def test_a_module_imports_only_what_stands_below(path):
+def test_module_imports_only_lower_layers(path):
     part = path.relative_to(ROOT / "occgen_hub").parts[0].removesuffix(".py")
-    assert part in GROUND_TO_ROOF, f"{part} has no place in the plan: see docs/design.md"
-    height = GROUND_TO_ROOF.index(part)
-    above = {name for name in imported(path) if GROUND_TO_ROOF.index(name) > height}
+    assert part in LAYERS, f"{part} has no place in the plan: see docs/design.md"
+    height = LAYERS.index(part)
+    above = {name for name in imported_parts(path) if LAYERS.index(name) > height}
     assert not above
 
 
-def test_the_library_does_not_know_its_builders():
+def test_library_does_not_import_builders():
     for path in MODULES:
-        assert not {"builders", "schemas"} & imported(path) - {"schemas"}, path
+        assert not {"builders", "schemas"} & imported_parts(path) - {"schemas"}, path

@@ -1,4 +1,4 @@
-"""The source `lerobot`: datasets of several episodes and cameras give the scene they are of."""
+"""The source `lerobot`: datasets with several episodes and cameras give the recorded scene."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import yaml
 from click.testing import CliRunner, Result
 from hub_server import READER, Hub, Repository
 from made_up import share_beside
-from standin import memory_of, save
+from standin import save, weights_fitted_to
 
 import occgen_hub as library
 from occgen_hub.builder import DatasetBuilder, load_builder
@@ -33,16 +33,16 @@ from occgen_hub.loading import Trajectory
 from occgen_hub.source_check import check_source
 
 SMALL = library.Config(pc_range=(-0.4, -0.4, 0.4, 0.4, 0.4, 1.2))
-"""The usual cells, but few of them in sight, which is fast."""
+"""The usual cell size in a small range, for speed."""
 
 FRAMES = 10
 PARTS = (range(3), range(FRAMES))
-"""Of two episodes: some frames, and all of them."""
+"""The frames of two episodes: the first three, and all."""
 
 
 @pytest.fixture(scope="module")
 def episode(tmp_path_factory: pytest.TempPathFactory) -> Episode:
-    """A made-up recording in which the camera walks and turns."""
+    """A synthetic recording in which the camera walks and turns."""
     from occgen_hub.sample import make_sample
 
     out = tmp_path_factory.mktemp("recorded") / "tree"
@@ -61,7 +61,7 @@ def cells(episode: Episode, tmp_path_factory: pytest.TempPathFactory) -> np.ndar
 
 
 def scene_cells(builder: DatasetBuilder, out: Path, cameras: int = 2) -> list[np.ndarray]:
-    """(n, 3) cell numbers of the scene of each of the last episode's last cameras."""
+    """(n, 3) scene cells as built from each of the last cameras of the last episode."""
     refs = list_episodes(builder)
     found = []
     for ref in [ref for ref in refs if ref.index == refs[-1].index][-cameras:]:
@@ -73,30 +73,30 @@ def scene_cells(builder: DatasetBuilder, out: Path, cameras: int = 2) -> list[np
 
 @pytest.fixture(scope="module")
 def v21(episode: Episode, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A v2.1 dataset. Not to be changed by tests."""
+    """A v2.1 dataset. Tests must not change it."""
     root = tmp_path_factory.mktemp("v21") / "robot"
     lerobots.write_v21(episode, root, PARTS)
-    (root.parent / "cameras.yaml").write_text(lerobots.V21)
+    (root.parent / "cameras.yaml").write_text(lerobots.V21_MAPPING)
     return root
 
 
 @pytest.fixture(scope="module")
 def v30(episode: Episode, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A v3.0 dataset, written by lerobot. Not to be changed by tests."""
+    """A v3.0 dataset, written by lerobot. Tests must not change it."""
     root = tmp_path_factory.mktemp("v30") / "robot"
     lerobots.write_v30(episode, root, PARTS)
-    (root.parent / "cameras.yaml").write_text(lerobots.v30(episode))
+    (root.parent / "cameras.yaml").write_text(lerobots.v30_mapping(episode))
     return root
 
 
 @pytest.fixture(params=["v21", "v30"])
-def robot(request: pytest.FixtureRequest) -> Path:
-    """One of the datasets, with its mapping beside it."""
+def lerobot_dataset(request: pytest.FixtureRequest) -> Path:
+    """One of the datasets, with its mapping file in the parent folder."""
     return request.getfixturevalue(request.param)
 
 
 def builder_of(root: Path, **changed: object) -> DatasetBuilder:
-    """With the mapping beside it, changed for the front camera."""
+    """A builder with the dataset's mapping, with changes for the front camera."""
     front, *others = read_cameras(root.parent / "cameras.yaml")
     return load_builder("lerobot", root, [front.model_copy(update=changed), *others])
 
@@ -108,14 +108,14 @@ def read(root: Path, camera: str = "front", **changed: object) -> Episode:
     return check_episode(builder.read(ref))
 
 
-def test_both_versions_give_the_scene_of_the_tree(
-    robot: Path, episode: Episode, cells: np.ndarray, tmp_path: Path
+def test_both_versions_give_the_scene_of_the_internnav_tree(
+    lerobot_dataset: Path, episode: Episode, cells: np.ndarray, tmp_path: Path
 ) -> None:
     """Several episodes in a file, two cameras, an action of 26 numbers."""
     out = tmp_path / "out"
-    joined = robot.parent.name.startswith("v30")
-    *back, front = scene_cells(builder_of(robot), out, cameras=1 if joined else 2)
-    assert all(np.array_equal(own, front) for own in back)  # One scene, whichever camera it is of.
+    joined = lerobot_dataset.parent.name.startswith("v30")
+    *back, front = scene_cells(builder_of(lerobot_dataset), out, cameras=1 if joined else 2)
+    assert all(np.array_equal(own, front) for own in back)  # All cameras give the same scene.
     assert share_beside(front, cells) >= 0.98
     assert share_beside(cells, front) >= 0.98
 
@@ -136,10 +136,10 @@ def test_both_versions_give_the_scene_of_the_tree(
         assert np.allclose(other.world_from_camera(), episode.world_from_camera[::-1], atol=1e-5)
 
 
-def test_frames_are_those_of_their_episode(robot: Path, episode: Episode) -> None:
+def test_each_episode_has_its_own_frames(lerobot_dataset: Path, episode: Episode) -> None:
     for camera in ("front", "back"):
-        found = read(robot, camera)
-        shown = lerobots.order(episode, camera, range(FRAMES))
+        found = read(lerobot_dataset, camera)
+        shown = lerobots.recorded_frames(episode, camera, range(FRAMES))
         for frame in (FRAMES - 1, 4, 0):  # Also backwards.
             image, metres = episode.read_rgb(shown[frame]), episode.read_depth(shown[frame])
             assert np.abs(found.read_rgb(frame).astype(int) - image).mean() < 6
@@ -148,7 +148,7 @@ def test_frames_are_those_of_their_episode(robot: Path, episode: Episode) -> Non
         assert np.allclose(found.world_from_camera, episode.world_from_camera[shown], atol=1e-5)
 
 
-def test_a_source_is_as_a_build_wants_it(v21: Path) -> None:
+def test_check_source_accepts_a_lerobot_dataset(v21: Path) -> None:
     first, second = check_source(builder_of(v21), episodes=2)
     assert first.id == "lerobot/robot/episode_000000.back"
     assert (first.length, len(first.beside)) == (3, 1)
@@ -157,11 +157,11 @@ def test_a_source_is_as_a_build_wants_it(v21: Path) -> None:
     assert "negative focal length" not in {note.code for note in second.notes}
 
 
-# What is wrong with a mapping is named
+# Errors in a mapping
 
 
-def judged(episode: Episode) -> list[str]:
-    """The notes on its conventions; raises OccGenError where they are wrong."""
+def convention_notes(episode: Episode) -> list[str]:
+    """The notes of the convention check; raises OccGenError for wrong conventions."""
     config = library.Config()
     views = load_engine("rgbd").reconstruct(episode, config, Path("unused"))
     return [note.text for note in check_conventions(views, episode.id, config, fps=episode.fps)]
@@ -176,17 +176,19 @@ def judged(episode: Episode) -> list[str]:
         ({"time_offset": 0.2}, r"the poses were 2 frames \(0\.2 s\) too late"),
     ],
 )
-def test_a_wrong_mapping_is_named(wrong: dict[str, object], message: str, v21: Path) -> None:
+def test_convention_check_names_a_wrong_mapping(
+    wrong: dict[str, object], message: str, v21: Path
+) -> None:
     with pytest.raises(OccGenError, match=message):
-        judged(read(v21, **wrong))
+        convention_notes(read(v21, **wrong))
 
 
-def test_swapped_focal_lengths_are_named(v21: Path, episode: Episode) -> None:
-    fx, fy, cx, cy = lerobots.opencv(episode)
-    assert judged(read(v21)) == []
+def test_convention_check_names_swapped_focal_lengths(v21: Path, episode: Episode) -> None:
+    fx, fy, cx, cy = lerobots.opencv_intrinsics(episode)
+    assert convention_notes(read(v21)) == []
     swapped = {"info": None, "intrinsics": (fy, fx, cx, cy)}
     with pytest.raises(OccGenError, match="as if the focal lengths were swapped"):
-        judged(read(v21, **swapped))
+        convention_notes(read(v21, **swapped))
 
 
 @pytest.mark.parametrize(
@@ -200,14 +202,14 @@ def test_swapped_focal_lengths_are_named(v21: Path, episode: Episode) -> None:
         ({"info": None}, "but no intrinsics"),
     ],
 )
-def test_a_mapping_that_does_not_fit_is_refused(
+def test_mapping_that_does_not_match_the_dataset_is_refused(
     front: dict[str, object], message: str, v21: Path
 ) -> None:
     with pytest.raises((UsageError, SourceError), match=message):
         read(v21, **front)
 
 
-def test_matrices_written_column_after_column_are_named(v21: Path, tmp_path: Path) -> None:
+def test_column_major_matrices_are_refused(v21: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(v21.parent, tmp_path / "copy")) / "robot"
     place = root / "data/task-0000/episode_00000001.parquet"
     table = pq.read_table(place)
@@ -231,13 +233,13 @@ def test_matrices_written_column_after_column_are_named(v21: Path, tmp_path: Pat
         ("cameras: [", "is not YAML"),
     ],
 )
-def test_a_wrong_mapping_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
+def test_invalid_mapping_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "cameras.yaml").write_text(text)
     with pytest.raises(UsageError, match=message):
         read_cameras(tmp_path / "cameras.yaml")
 
 
-def test_layouts_of_poses() -> None:
+def test_all_pose_layouts_are_read() -> None:
     pose = np.eye(4)
     pose[:3, :3] = [[0, -1, 0], [1, 0, 0], [0, 0, 1]]
     pose[:3, 3] = (1, 2, 3)
@@ -256,7 +258,7 @@ def test_layouts_of_poses() -> None:
 # Parts of datasets
 
 
-def test_codes_of_depth_are_those_of_lerobot() -> None:
+def test_depth_codes_are_decoded_as_lerobot_does() -> None:
     from lerobot.datasets.depth_utils import dequantize_depth
 
     codes = np.arange(4096, dtype=np.uint16).reshape(64, 64)
@@ -288,7 +290,7 @@ def test_frames_without_a_pose_are_left_out_for_all_cameras(v21: Path, tmp_path:
     assert np.isfinite(found.columns["observation.extrinsic.back"].values).all()
 
 
-def test_a_camera_that_stands_still_is_told(v21: Path, episode: Episode, tmp_path: Path) -> None:
+def test_static_camera_gives_a_note(v21: Path, episode: Episode, tmp_path: Path) -> None:
     root = Path(shutil.copytree(v21.parent, tmp_path / "copy")) / "robot"
     place = root / "data/task-0000/episode_00000001.parquet"
     table = pq.read_table(place)
@@ -298,7 +300,7 @@ def test_a_camera_that_stands_still_is_told(v21: Path, episode: Episode, tmp_pat
                              pa.array(still, table.schema.field(name).type))  # fmt: skip
     pq.write_table(table, place)
     camera = CameraMapping(
-        rgb=lerobots.BACK, depth=name, intrinsics=lerobots.opencv(episode),
+        rgb=lerobots.BACK, depth=name, intrinsics=lerobots.opencv_intrinsics(episode),
         body_from_camera=episode.world_from_camera[-1].ravel().tolist(),
     )  # fmt: skip
     builder = load_builder("lerobot", root, [camera])
@@ -307,7 +309,7 @@ def test_a_camera_that_stands_still_is_told(v21: Path, episode: Episode, tmp_pat
     assert "static camera" in {note.code for note in built.notes}
 
 
-def test_without_a_mapping_there_are_images_alone(v21: Path) -> None:
+def test_mapping_of_only_rgb_gives_only_images(v21: Path) -> None:
     builder = load_builder("lerobot", v21, [CameraMapping(rgb=lerobots.FRONT)])
     (first, _) = list_episodes(builder)
     assert not builder.has_depth(first)
@@ -316,12 +318,12 @@ def test_without_a_mapping_there_are_images_alone(v21: Path) -> None:
     assert found.read_depth is found.world_from_camera is found.intrinsics is None
 
 
-def test_a_camera_without_depth_goes_through_a_network(v21: Path, tmp_path: Path) -> None:
-    """A stand-in that knows the camera's images gives back its path and its scale."""
+def test_camera_without_depth_is_reconstructed_by_a_network(v21: Path, tmp_path: Path) -> None:
+    """A network that is fitted to the images of the camera gives its path and its scale."""
     known = read(v21)
     config = SMALL.model_copy(update={"max_pixels": 40_000, "refine_poses": False})
     gauge = Sim3(0.6, np.eye(3), np.array([3.0, -2.0, 1.0]))
-    weights = save(tmp_path / "weights", "pi3", memory_of(known, gauge, config))
+    weights = save(tmp_path / "weights", "pi3", weights_fitted_to(known, gauge, config))
     builder = builder_of(v21, depth=None)
     *_, ref = (ref for ref in list_episodes(builder) if ref.id.endswith("front"))
     assert not builder.has_depth(ref)
@@ -332,7 +334,7 @@ def test_a_camera_without_depth_goes_through_a_network(v21: Path, tmp_path: Path
     assert sum(len(cells) for cells in built.visible_frames()) > 100
 
 
-def test_a_template_that_leads_out_is_refused(v21: Path, tmp_path: Path) -> None:
+def test_invalid_path_template_is_refused(v21: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(v21, tmp_path / "robot"))
     info = json.loads((root / "meta/info.json").read_text())
     for template in ("../{episode_index}", "/{episode_index}", "{task}/{episode_index:06d}", ""):
@@ -345,11 +347,11 @@ def test_a_template_that_leads_out_is_refused(v21: Path, tmp_path: Path) -> None
 
 
 def command(*arguments: str | Path) -> Result:
-    """The command line, in this process."""
+    """Run the command line in this process."""
     return CliRunner().invoke(cli, [str(a) for a in arguments], standalone_mode=False)
 
 
-def test_cameras_says_what_is_there_and_writes_a_mapping(v21: Path, tmp_path: Path) -> None:
+def test_cameras_command_lists_features_and_writes_a_mapping(v21: Path, tmp_path: Path) -> None:
     out = tmp_path / "found.yaml"
     done = command("cameras", v21, "--output", out)
     assert done.exception is None, done.output
@@ -365,14 +367,14 @@ def test_cameras_says_what_is_there_and_writes_a_mapping(v21: Path, tmp_path: Pa
     assert "already exists" in str(command("cameras", v21, "--output", out).exception)
 
 
-def test_cameras_of_another_folder_names_the_cause_and_the_remedy(tmp_path: Path) -> None:
+def test_cameras_command_explains_a_folder_without_a_dataset(tmp_path: Path) -> None:
     (tmp_path / "color").mkdir()
-    said = str(command("cameras", tmp_path, "--output", tmp_path / "cameras.yaml").exception)
-    assert "is not a LeRobot dataset: it has no meta/info.json; " in said
-    assert "give the folder with meta, data and videos" in said
+    message = str(command("cameras", tmp_path, "--output", tmp_path / "cameras.yaml").exception)
+    assert "is not a LeRobot dataset: it has no meta/info.json; " in message
+    assert "give the folder with meta, data and videos" in message
 
 
-def test_options_choose_cameras_and_go_before_the_file(v21: Path, tmp_path: Path) -> None:
+def test_options_select_cameras_and_override_the_mapping_file(v21: Path, tmp_path: Path) -> None:
     usual = ("build", "--source", "lerobot", "--input", v21, "--output", tmp_path / "out")
     several = command(*usual)
     assert "has 2 cameras (" in str(several.exception)
@@ -387,7 +389,7 @@ def test_options_choose_cameras_and_go_before_the_file(v21: Path, tmp_path: Path
     assert "as if depth were 0.1 times as large" in wrong.output
 
 
-def test_other_sources_name_this_one(v21: Path) -> None:
+def test_other_sources_refer_to_source_lerobot(v21: Path) -> None:
     for source in ("capture", "internnav", "video"):
         with pytest.raises(UsageError, match=r"a LeRobot v2\.1 dataset.*use --source lerobot"):
             list_episodes(load_builder(source, v21))
@@ -395,7 +397,7 @@ def test_other_sources_name_this_one(v21: Path) -> None:
         list_episodes(load_builder("lerobot", v21 / "data"))
 
 
-def test_a_dataset_on_the_hub_is_named_with_its_commit(
+def test_record_of_a_hub_dataset_has_its_commit(
     v30: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub, repository = Hub(), Repository(private=False)

@@ -1,4 +1,4 @@
-"""Links in a dataset: what they lead to outside of it is no part of it, and is never read."""
+"""Links in a dataset: targets outside the dataset do not belong to it and are never read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SECRET = b"a secret that stays here"
 
 @pytest.fixture
 def folder(dataset, tmp_path):
-    """A dataset that may be changed."""
+    """A dataset that a test may change."""
     return Path(shutil.copytree(dataset, tmp_path / "out"))
 
 
@@ -39,7 +39,7 @@ def secret(tmp_path):
 
 @pytest.fixture
 def opened_files(monkeypatch):
-    """The paths that this process opens, as they are when links are followed."""
+    """The resolved paths of all files that this process opens."""
     seen: list[str] = []
     watching = [True]
 
@@ -53,7 +53,7 @@ def opened_files(monkeypatch):
 
 
 def as_snapshot(folder: Path, cache: Path) -> Path:
-    """A dataset as the Hub's client keeps it: files of content, and links to them."""
+    """Copy a dataset in the layout of the Hub cache: blobs, and a snapshot of links to them."""
     repository = cache / "datasets--org--rooms"
     blobs, snapshot = repository / "blobs", repository / "snapshots" / ("c" * 40)
     blobs.mkdir(parents=True)
@@ -70,7 +70,7 @@ def as_snapshot(folder: Path, cache: Path) -> Path:
 # The rule
 
 
-def test_a_link_may_lead_to_another_place_in_the_folder(tmp_path):
+def test_links_inside_the_folder_are_allowed(tmp_path):
     home = tmp_path / "home"
     (home / "inner").mkdir(parents=True)
     (home / "file").write_text("content")
@@ -83,7 +83,7 @@ def test_a_link_may_lead_to_another_place_in_the_folder(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["../secret", "ABSOLUTE", "up/secret", "chain", "/nowhere"])
-def test_a_link_out_of_the_folder_is_found(tmp_path, target):
+def test_links_out_of_the_folder_are_found(tmp_path, target):
     home = tmp_path / "home"
     home.mkdir()
     (tmp_path / "secret").write_text("content")
@@ -96,7 +96,7 @@ def test_a_link_out_of_the_folder_is_found(tmp_path, target):
     assert not list(files_under(home))
 
 
-def test_a_folder_that_is_reached_by_a_link_is_its_own_home(tmp_path):
+def test_folder_may_itself_be_a_link(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "real/file").write_text("content")
     (tmp_path / "real/link").symlink_to("file")
@@ -105,14 +105,14 @@ def test_a_folder_that_is_reached_by_a_link_is_its_own_home(tmp_path):
     assert not leads_out(tmp_path / "named/link", tmp_path / "named")
 
 
-def test_a_link_in_a_circle_leads_nowhere_and_raises_nothing(tmp_path):
+def test_circular_links_are_ignored(tmp_path):
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     assert not list(files_under(tmp_path))
     assert not leads_out(tmp_path / "a", tmp_path)
 
 
-def test_only_the_blobs_of_the_same_repository_are_followed(tmp_path):
+def test_only_links_to_blobs_of_the_same_repository_are_followed(tmp_path):
     for name in ("datasets--org--rooms", "datasets--org--other"):
         (tmp_path / name / "blobs").mkdir(parents=True)
         (tmp_path / name / "blobs/0123").write_text("content")
@@ -122,7 +122,7 @@ def test_only_the_blobs_of_the_same_repository_are_followed(tmp_path):
     (home / "other").symlink_to("../../../datasets--org--other/blobs/0123")
     (home / "refs").symlink_to("../../../secret")
     assert [path.name for path in files_under(home)] == ["good"]
-    # A folder of snapshots that somebody keeps is not the Hub's cache.
+    # A folder with other names than those of the Hub cache is not treated as one.
     (tmp_path / "mine/blobs").mkdir(parents=True)
     (tmp_path / "mine/blobs/0123").write_text("content")
     (tmp_path / "mine/snapshots/cafe").mkdir(parents=True)
@@ -133,8 +133,8 @@ def test_only_the_blobs_of_the_same_repository_are_followed(tmp_path):
 # Datasets
 
 
-def plants(folder: Path) -> dict[str, Path]:
-    """Places in a dataset where a link may be planted, by name."""
+def places_for_links(folder: Path) -> dict[str, Path]:
+    """Paths in a dataset that tests replace by a link, by name."""
     path = trajectories(folder)[0]
     trajectory = Trajectory.open(path)
     return {
@@ -153,15 +153,15 @@ def plants(folder: Path) -> dict[str, Path]:
     }
 
 
-NAMES = ("beside", "card", "picture", "extra", "failures", "info", "record", "cloud", "visible",
+PLACES = ("beside", "card", "picture", "extra", "failures", "info", "record", "cloud", "visible",
          "image", "video", "shard")  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_link_out_is_a_finding_and_is_neither_read_nor_sent(
+@pytest.mark.parametrize("name", PLACES)
+def test_link_out_of_a_dataset_is_reported_and_never_read_or_pushed(
     folder, secret, opened_files, tmp_path, name
 ):
-    place = plants(folder)[name]
+    place = places_for_links(folder)[name]
     place.unlink(missing_ok=True)
     place.symlink_to(secret)
     report = validate(folder)
@@ -182,8 +182,8 @@ def test_a_link_out_is_a_finding_and_is_neither_read_nor_sent(
 
 
 @pytest.mark.parametrize("inside", ["meta", "videos", "occupancy"])
-def test_a_folder_that_is_a_link_out_is_a_finding(folder, tmp_path, opened_files, inside):
-    """Though what it leads to is the very same."""
+def test_validate_reports_a_folder_that_is_a_link_out(folder, tmp_path, opened_files, inside):
+    """Even though the link leads to the same content."""
     home = folder if inside == "occupancy" else trajectories(folder)[0]
     shutil.move(home / inside, tmp_path / "moved")
     (home / inside).symlink_to(tmp_path / "moved")
@@ -193,7 +193,7 @@ def test_a_folder_that_is_a_link_out_is_a_finding(folder, tmp_path, opened_files
     assert not [path for path in opened_files if path.startswith(str(tmp_path / "moved"))]
 
 
-def test_a_link_out_of_an_export_is_a_finding(dataset, secret, opened_files, tmp_path):
+def test_validate_reports_a_link_out_of_an_export(dataset, secret, opened_files, tmp_path):
     export(dataset, tmp_path / "export")
     (tmp_path / "export/meta/info.json").unlink()
     (tmp_path / "export/meta/info.json").symlink_to(secret)
@@ -214,7 +214,7 @@ def test_a_link_to_another_trajectory_is_not_followed(folder, opened_files):
         Trajectory.open(one).cloud()
 
 
-def test_a_snapshot_of_the_hubs_cache_is_valid(dataset, tmp_path):
+def test_snapshot_of_the_hub_cache_is_valid(dataset, tmp_path):
     snapshot = as_snapshot(dataset, tmp_path / "cache")
     report = validate(snapshot)
     assert not report.findings

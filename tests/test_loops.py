@@ -1,4 +1,4 @@
-"""Loops of long videos: joins with systematic errors, the pose graph, true and false candidates."""
+"""Loop closure of long videos: systematic errors, the pose graph, true and false candidates."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ import bench_joins
 
 
 def test_systematic_errors_stay_small_with_a_metric_prior():
-    """Bent all the same way, which adds up: at most 0.35 % of the path, 0.15 % with the loop."""
+    """All windows have the same bend, so errors add up.
+
+    At most 0.35 % of the path with the prior, 0.15 % with loop closure as well.
+    """
     ways = ((96, 8, False, False), (96, 48, True, False), (96, 48, True, True))
     plain, held, closed = (
         bench_joins.error(
@@ -39,7 +42,7 @@ def test_systematic_errors_stay_small_with_a_metric_prior():
     assert closed <= 0.0015 < held <= 0.0035 < plain
 
 
-def test_a_small_difference_of_scale_is_held_and_a_large_one_followed():
+def test_metric_scale_damps_small_differences_and_keeps_large_ones():
     assert metric_scale(1.0) == 1.0
     assert abs(np.log(metric_scale(1.02))) < METRIC_ERROR / 2
     assert metric_scale(1 / 1.02) == pytest.approx(1 / metric_scale(1.02))
@@ -48,8 +51,8 @@ def test_a_small_difference_of_scale_is_held_and_a_large_one_followed():
     assert (np.diff(scales) > 0).all()
 
 
-def chain(count: int, seed: int) -> tuple[list[Sim3], list[Sim3], list[Edge]]:
-    """True worlds along a circle, the same as put together from joins that err, and the joins."""
+def noisy_chain(count: int, seed: int) -> tuple[list[Sim3], list[Sim3], list[Edge]]:
+    """True window poses along a circle, the poses chained from noisy joins, and the joins."""
     rng = np.random.default_rng(seed)
     angle = np.linspace(0, 2 * np.pi, count, endpoint=False)
     true = [
@@ -73,7 +76,7 @@ def chain(count: int, seed: int) -> tuple[list[Sim3], list[Sim3], list[Edge]]:
     return true, found, edges
 
 
-def off(found: list[Sim3], true: list[Sim3]) -> float:
+def mean_error(found: list[Sim3], true: list[Sim3]) -> float:
     return float(
         np.mean(
             [
@@ -84,20 +87,20 @@ def off(found: list[Sim3], true: list[Sim3]) -> float:
     )
 
 
-def test_a_pose_graph_closes_a_loop_and_leaves_out_false_ones():
-    true, start, edges = chain(40, 0)
+def test_pose_graph_closes_a_loop_and_rejects_false_ones():
+    true, start, edges = noisy_chain(40, 0)
     good = Edge(0, 39, true[0].inverse() @ true[39], (0.005, 0.01, 0.02), closure=True)
     wrong = Edge(3, 30, Sim3.identity(), (0.005, 0.01, 0.02), closure=True)
     found, kept = optimise(start, [*edges, good, wrong])
     assert kept == [True] * 40 + [False]
-    assert off(found, true) < 0.4 * off(start, true)
+    assert mean_error(found, true) < 0.4 * mean_error(start, true)
     again, _ = optimise(start, [*edges, good, wrong])
     for a, b in zip(found, again, strict=True):
         np.testing.assert_array_equal(a.translation, b.translation)
 
 
-def test_hundreds_of_windows_are_solved():
-    true, start, edges = chain(300, 1)
+def test_pose_graph_solves_hundreds_of_windows():
+    true, start, edges = noisy_chain(300, 1)
     good = Edge(0, 299, true[0].inverse() @ true[299], (0.005, 0.01, 0.02), closure=True)
     found, kept = optimise(start, [*edges, good])
     assert kept[-1]
@@ -105,7 +108,7 @@ def test_hundreds_of_windows_are_solved():
     assert np.linalg.norm(start[299].translation - true[299].translation) > 0.5
 
 
-# Two like rooms
+# Two similar rooms
 
 
 def test_candidates_look_alike_and_are_far_apart():
@@ -122,8 +125,8 @@ FRAMES, SIZE = 160, (24, 14)
 
 
 @pytest.fixture(scope="module")
-def rooms(tmp_path_factory):
-    """Poses and points of a walk there and back through a made-up house."""
+def walk(tmp_path_factory):
+    """Poses and points of a walk through a synthetic house and back."""
     out = tmp_path_factory.mktemp("rooms") / "tree"
     make_sample(out, trajectories=1, frames=FRAMES // 2, seed=5)
     builder = load_builder("internnav", out)
@@ -143,9 +146,9 @@ def window_of(poses, local) -> Window:
     return Window(poses, local, kept, kept.astype(np.float32), colors)
 
 
-def bent_windows(folder, rooms, seed) -> Assembly:
-    """The walk in windows that are a little off, each in a world of its own."""
-    poses, local, image_size = rooms
+def bent_windows(folder, walk, seed) -> Assembly:
+    """The walk in windows with small errors, each in a world of its own."""
+    poses, local, image_size = walk
     rng = np.random.default_rng(seed)
     assembly, before = Assembly(FrameStore(folder, SIZE), image_size, metric=True), 0
     windows = plan(len(poses), 24, 12)
@@ -164,10 +167,14 @@ def bent_windows(folder, rooms, seed) -> Assembly:
     return assembly
 
 
-def closed(assembly: Assembly, rooms, first: int, second: int, claimed: Sim3) -> tuple[int, int]:
-    """Loops that are found where one pair looks alike; claimed: where the network sees the second
-    end, as the place of the world that it takes it for."""
-    poses, local, _ = rooms
+def close_loops_at(
+    assembly: Assembly, walk, first: int, second: int, claimed: Sim3
+) -> tuple[int, int]:
+    """Close loops where the frames `first` and `second` look alike; returns (tried, closed).
+
+    claimed: the similarity that the network's prediction applies to the poses of the second end.
+    """
+    poses, local, _ = walk
     count = len(poses)
     descriptors = np.random.default_rng(0).normal(size=(count, 64)).astype(np.float32)
     descriptors = np.repeat(descriptors[::16], 16, axis=0) + 0.5 * descriptors
@@ -187,29 +194,29 @@ def closed(assembly: Assembly, rooms, first: int, second: int, claimed: Sim3) ->
     return close_loops(assembly, descriptors, predict, stored)
 
 
-def test_revisited_place_closes_the_loop(rooms, tmp_path):
-    true = rooms[0][:, :3, 3]
+def test_revisited_place_closes_the_loop(walk, tmp_path):
+    true = walk[0][:, :3, 3]
     for seed in range(2):
-        assembly = bent_windows(tmp_path / str(seed), rooms, seed)
+        assembly = bent_windows(tmp_path / str(seed), walk, seed)
 
         def apart(found=assembly):
             places = found.world_from_camera[:, :3, 3]
             return np.linalg.norm(places[4] - places[-5])
 
         before = apart()
-        tried, loops = closed(assembly, rooms, 4, FRAMES - 5, Sim3.identity())
+        tried, loops = close_loops_at(assembly, walk, 4, FRAMES - 5, Sim3.identity())
         assert tried >= 1
         assert loops >= 1
         assert np.linalg.norm(true[4] - true[-5]) < 1e-9
         assert apart() < 0.5 * before
 
 
-def test_like_rooms_are_no_loop(rooms, tmp_path):
-    """The network takes the room at the turn for the first one, view by view: 20 of 20 times."""
-    poses, _, _ = rooms
+def test_similar_rooms_do_not_close_a_loop(walk, tmp_path):
+    """The network mistakes the room at the turn for the first room; all 20 loops are rejected."""
+    poses, _, _ = walk
     for seed in range(20):
-        if seed % 5 == 0:  # None of them moves a window.
-            assembly = bent_windows(tmp_path / str(seed), rooms, seed)
+        if seed % 5 == 0:  # The windows are reused, since rejected loops do not move them.
+            assembly = bent_windows(tmp_path / str(seed), walk, seed)
         first, second = 10 + seed, FRAMES // 2 - 10 + seed
         target, source = (
             poses[views_around(first, FRAMES, 20)[10]],
@@ -219,7 +226,7 @@ def test_like_rooms_are_no_loop(rooms, tmp_path):
         claimed = Sim3(1.0, R, target[:3, 3] - R @ source[:3, 3])
         assert np.linalg.norm(target[:3, 3] - source[:3, 3]) > 1.5
         before = [node.translation.copy() for node in assembly.nodes]
-        tried, loops = closed(assembly, rooms, first, second, claimed)
+        tried, loops = close_loops_at(assembly, walk, first, second, claimed)
         assert tried >= 1
         assert loops == 0
         for node, old in zip(assembly.nodes, before, strict=True):
@@ -227,7 +234,7 @@ def test_like_rooms_are_no_loop(rooms, tmp_path):
 
 
 def test_loop_beyond_the_expected_drift_is_rejected():
-    _, start, edges = chain(10, 0)
+    _, start, edges = noisy_chain(10, 0)
     place = start[9].translation
     assert plausible(start, edges, 0, 9, Sim3(1.0, np.eye(3), np.array([0.1, 0, 0])), place)
     assert not plausible(start, edges, 0, 9, Sim3(1.0, np.eye(3), np.array([4.0, 0, 0])), place)

@@ -1,4 +1,4 @@
-"""The export for InternNav's NavDP loader, read by that loader's reading code, written anew."""
+"""The export for the NavDP loader of InternNav, read by a reimplementation of that loader."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from occgen_hub.sample import make_sample
 COARSE = Config(voxel_size=0.25)
 
 
-def names(folder, key=None):
-    """As os.listdir, in an order."""
+def sorted_names(folder, key=None):
+    """Sorted names of the entries of a folder."""
     return sorted((path.name for path in folder.iterdir()), key=key)
 
 
-def listed(folder, key=None):
-    return [folder / name for name in names(folder, key)]
+def sorted_paths(folder, key=None):
+    return [folder / name for name in sorted_names(folder, key)]
 
 
 def by_number(name):
@@ -39,16 +39,16 @@ def by_number(name):
 
 
 def items_of_scenes(root, key=None):
-    """What the loader reads of each episode since March 2026. key: None to sort names as text."""
-    for group in names(root):
-        for scene in names(root / group):
+    """The items of the loader since March 2026. key: how names are sorted; None sorts as text."""
+    for group in sorted_names(root):
+        for scene in sorted_names(root / group):
             folder = root / group / scene
-            chunk = names(folder / "data")[0]
+            chunk = sorted_names(folder / "data")[0]
             text = (folder / "meta/episodes_stats.jsonl").read_text()
             images = folder / "videos" / chunk
-            rgb = listed(images / "observation.images.rgb", key)
-            depth = listed(images / "observation.images.depth", key)
-            tables = listed(folder / "data" / chunk)
+            rgb = sorted_paths(images / "observation.images.rgb", key)
+            depth = sorted_paths(images / "observation.images.depth", key)
+            tables = sorted_paths(folder / "data" / chunk)
             for number, line in enumerate(text.splitlines()):
                 index = json.loads(line)["image_index"]
                 own = slice(index["min"], index["max"] + 1)
@@ -56,14 +56,14 @@ def items_of_scenes(root, key=None):
 
 
 def items_of_trajectories(root):
-    """What it read before that."""
-    for group in names(root):
-        for scene in names(root / group):
-            for name in names(root / group / scene):
+    """The items of the loader before March 2026."""
+    for group in sorted_names(root):
+        for scene in sorted_names(root / group):
+            for name in sorted_names(root / group / scene):
                 folder = root / group / scene / name
                 images = folder / "videos/chunk-000"
-                count = len(names(images / "observation.images.rgb"))
-                assert len(names(images / "observation.images.depth")) == count
+                count = len(sorted_names(images / "observation.images.rgb"))
+                assert len(sorted_names(images / "observation.images.depth")) == count
                 rgb = [images / f"observation.images.rgb/{i}.jpg" for i in range(count)]
                 depth = [images / f"observation.images.depth/{i}.png" for i in range(count)]
                 data = folder / "data/chunk-000"
@@ -71,7 +71,7 @@ def items_of_trajectories(root):
 
 
 def item(table, rgb, depth, cloud):
-    """The arrays of an episode, before the loader draws a part of it and resizes it."""
+    """The arrays of an episode, before the loader samples a part of it and resizes images."""
     frames = pd.read_parquet(table)
     columns = ("observation.camera_intrinsic", "observation.camera_extrinsic")
     K, base = (np.vstack(np.array(frames[name].tolist()[0])) for name in columns)
@@ -88,7 +88,7 @@ def item(table, rgb, depth, cloud):
     }
 
 
-def same(found, expected):
+def assert_same_items(found, expected):
     found, expected = list(found), list(expected)
     assert len(found) == len(expected) > 0
     for one, other in zip(found, expected, strict=True):
@@ -100,7 +100,7 @@ def same(found, expected):
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    """A source of a scene of two episodes, of more than ten images; and what is built of it."""
+    """A source with one scene, two episodes and more than ten images; and the built dataset."""
     place = tmp_path_factory.mktemp("navdp")
     make_sample(place / "tree", trajectories=2, frames=7, seed=7, layout="vln-n1-scenes")
     shutil.rmtree(place / "tree/ground_truth")
@@ -108,28 +108,28 @@ def scenes(tmp_path_factory):
     return place
 
 
-def test_the_loader_reads_of_the_export_what_it_reads_of_the_source(scenes, tmp_path):
+def test_loader_reads_equal_items_from_export_and_source(scenes, tmp_path):
     assert export_navdp(scenes / "out", tmp_path / "navdp") == []
     source = list(items_of_scenes(scenes / "tree", by_number))
     assert sum(len(found["rgb"]) for found in source) > 10
-    same(items_of_scenes(tmp_path / "navdp"), source)
+    assert_same_items(items_of_scenes(tmp_path / "navdp"), source)
     (chunk,) = (tmp_path / "navdp").glob("*/*/data/*")
     assert {path.suffix for path in chunk.iterdir()} == {".parquet"}
 
 
-def test_the_form_before_has_a_folder_an_episode(dataset, sample_tree, tmp_path):
+def test_trajectories_layout_has_one_folder_per_episode(dataset, sample_tree, tmp_path):
     source = Path(shutil.copytree(sample_tree, tmp_path / "source"))
     shutil.rmtree(source / "ground_truth")
     command = ["export", dataset, tmp_path / "navdp", "--to", "navdp"]
     ran = CliRunner().invoke(cli.cli, [*map(str, command), "--navdp-layout", "trajectories"])
     assert ran.exit_code == 0, ran.output
-    same(items_of_trajectories(tmp_path / "navdp"), items_of_trajectories(source))
-    # In the form of today, the same: the clouds differ in the paths alone.
+    assert_same_items(items_of_trajectories(tmp_path / "navdp"), items_of_trajectories(source))
+    # The current layout has the same items; only the paths of the clouds differ.
     export_navdp(dataset, tmp_path / "scenes")
-    same(items_of_scenes(tmp_path / "scenes"), items_of_trajectories(source))
+    assert_same_items(items_of_scenes(tmp_path / "scenes"), items_of_trajectories(source))
 
 
-def test_what_was_exported_can_be_built(scenes, tmp_path):
+def test_export_can_be_built_again(scenes, tmp_path):
     export_navdp(scenes / "out", tmp_path / "navdp")
     again = library.build("internnav", tmp_path / "navdp", tmp_path / "again", config=COARSE)
     assert not again.failures
@@ -139,7 +139,7 @@ def test_what_was_exported_can_be_built(scenes, tmp_path):
             assert file.read_bytes() == (other / file.relative_to(path)).read_bytes()
 
 
-def test_what_the_loader_cannot_read_is_left_out_and_said(scenes, tmp_path):
+def test_trajectories_without_depth_are_left_out_with_a_remark(scenes, tmp_path):
     out = Path(shutil.copytree(scenes / "out", tmp_path / "out"))
     shutil.rmtree(next(out.rglob("observation.images.depth")))
     (remark,) = export_navdp(out, tmp_path / "navdp")
@@ -154,7 +154,7 @@ def test_what_the_loader_cannot_read_is_left_out_and_said(scenes, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_an_export_replaces_its_own_and_nothing_else(scenes, tmp_path):
+def test_overwrite_replaces_only_earlier_exports(scenes, tmp_path):
     out = tmp_path / "navdp"
     (out / "mine").mkdir(parents=True)
     (out / "mine/notes.txt").write_text("mine")

@@ -1,4 +1,4 @@
-"""The networks, against what the published ones compute, and the weights that they are given."""
+"""The networks compared with the published ones, and loading of weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 from pydantic import ValidationError
-from reference import stand_in
+from reference import random_tensors
 from standin import TINY, random_weights, save
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,8 +24,8 @@ from occgen_hub.engines.pi3.sizes import Sizes
 from occgen_hub.engines.weights import Checkpoint, WeightsError, load_network, published
 
 PARITY = ROOT.parent / "shared" / "parity"
-KEPT = Path(__file__).parent / "data" / "parity.npz"
-"""pi3x.all.npz, for where the whole is not there: of its maps every seventh row and column."""
+STORED_PART = Path(__file__).parent / "data" / "parity.npz"
+"""Every seventh row and column of the maps in pi3x.all.npz, used where the full file is missing."""
 
 INPUTS = {"in_depths": "depths", "in_intrinsics": "intrinsics", "in_poses": "poses"}
 
@@ -36,13 +36,13 @@ def shapes_of(name, sizes):
 
 
 def outputs(network, images, **known):
-    """The network's maps for (N, 3, H, W) images, without the batch."""
+    """The outputs of a network for (N, 3, H, W) images, without the batch axis."""
     known = {k: torch.as_tensor(np.asarray(v)).float()[None] for k, v in known.items()}
     found = network(torch.as_tensor(np.asarray(images))[None], **known)
     return {k: v[0].numpy() if v.ndim > 1 else v.numpy() for k, v in found.items()}
 
 
-# What the published networks compute
+# Comparison with the published networks
 
 
 @pytest.mark.slow
@@ -53,50 +53,50 @@ def outputs(network, images, **known):
         pytest.param("pi3x", False, marks=pytest.mark.long),
         ("pi3x", True),
     ],
-    ids=["pi3", "pi3x", "pi3x, the kept vector"],
+    ids=["pi3", "pi3x", "pi3x, stored part"],
 )
 def test_full_size_networks_match_reference_vectors(name, kept):
-    """Each output of each reference vector, in float32; and the layout, strictly."""
+    """All outputs in float32, and the names and shapes of all tensors."""
     vectors = [(np.load(path), 1) for path in sorted(PARITY.glob(f"{name}.*.npz"))]
     if not vectors and not kept:
         pytest.skip("../shared/parity is not there; a part of pi3x's vectors is kept and tested")
     if kept:
-        vectors = [(np.load(KEPT), 7)]
+        vectors = [(np.load(STORED_PART), 7)]
     sizes = published(name).sizes
     shapes = shapes_of(name, sizes)
     layout = PARITY / f"{name}.layout.json"
     if layout.is_file():
         expected = json.loads(layout.read_text())
         assert shapes == {k: tuple(v) for k, v in expected.items()}
-    network = load_network(name, stand_in(shapes))
+    network = load_network(name, random_tensors(shapes))
     for reference, step in vectors:
         known = {INPUTS[k]: reference[k] for k in INPUTS if k in reference}
         found = outputs(network, reference["imgs"], **known)
         wanted = {k for k in reference if k != "imgs" and k not in INPUTS}
-        assert wanted | {"descriptors"} == set(found)  # Ours: by which loops are found.
+        assert wanted | {"descriptors"} == set(found)  # Ours alone, for loop closure.
         for key in wanted:
             ours = found[key][:, ::step, ::step] if found[key].ndim == 4 else found[key]
             error = np.linalg.norm(ours - reference[key]) / np.linalg.norm(reference[key])
             assert error <= 1e-5, (key, error)
 
 
-def test_the_kept_part_of_the_reference_vectors_is_theirs():
+def test_stored_part_matches_the_reference_vectors():
     if not PARITY.is_dir():
         pytest.skip("../shared/parity is not there")
-    kept, whole = np.load(KEPT), np.load(PARITY / "pi3x.all.npz")
+    kept, whole = np.load(STORED_PART), np.load(PARITY / "pi3x.all.npz")
     for key, values in whole.items():
         assert np.array_equal(
             kept[key], values if values.shape == kept[key].shape else values[:, ::7, ::7]
         )
-    assert KEPT.stat().st_size < 1e6
+    assert STORED_PART.stat().st_size < 1e6
 
 
-# What follows from how they are made
+# Properties of the networks
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    """Both networks, tiny and random."""
+    """Both networks, with tiny sizes and random weights."""
     weights = {name: random_weights(name) for name in NETWORKS}
     return {name: load_network(name, tensors, sizes=TINY) for name, tensors in weights.items()}
 
@@ -117,7 +117,7 @@ def test_pi3_is_permutation_equivariant(tiny, images, order):
         assert error < 1e-5, key
 
 
-def test_scenes_of_a_batch_do_not_see_each_other(tiny, images):
+def test_scenes_of_a_batch_are_independent(tiny, images):
     other = images.flip(0) * 0.5
     for network in tiny.values():
         both = network(torch.stack((images, other)))
@@ -125,7 +125,7 @@ def test_scenes_of_a_batch_do_not_see_each_other(tiny, images):
             torch.testing.assert_close(both[key][1:], values, atol=2e-5, rtol=1e-4)
 
 
-def test_points_are_local_points_moved_by_the_cameras(tiny, images):
+def test_points_are_local_points_transformed_by_the_poses(tiny, images):
     for network in tiny.values():
         found = outputs(network, images)
         R, t = found["camera_poses"][:, :3, :3], found["camera_poses"][:, :3, 3]
@@ -143,23 +143,23 @@ def test_rays_point_at_local_points(tiny, images):
     np.testing.assert_allclose(found["rays"], found["local_points"] / length, atol=1e-5)
 
 
-def test_each_condition_is_taken_in(tiny, images):
+def test_each_condition_changes_the_output(tiny, images):
     n, _, h, w = images.shape
     plain = outputs(tiny["pi3x"], images)
     K = np.tile([[70.0, 0, w / 2], [0, 70, h / 2], [0, 0, 1]], (n, 1, 1))
     poses = np.tile(np.eye(4), (n, 1, 1))
     poses[:, 0, 3] = np.arange(n)
     for known in ({"depths": np.full((n, h, w), 2.0)}, {"intrinsics": K}, {"poses": poses}):
-        told = outputs(tiny["pi3x"], images, **known)
-        assert not np.allclose(plain["points"], told["points"], rtol=1e-3)
+        conditioned = outputs(tiny["pi3x"], images, **known)
+        assert not np.allclose(plain["points"], conditioned["points"], rtol=1e-3)
     one = outputs(tiny["pi3x"], images[:1])
     np.testing.assert_array_equal(
         one["points"], outputs(tiny["pi3x"], images[:1], poses=poses[:1])["points"]
     )
 
 
-def test_known_poses_count_relative_to_the_first_and_to_the_scene(tiny, images):
-    """Neither where the world's origin is nor, without depth, its unit makes a difference."""
+def test_known_poses_are_used_up_to_origin_and_scale(tiny, images):
+    """The origin of the world does not matter; without depth, neither does its unit."""
     n = len(images)
     generator = np.random.default_rng(0)
     poses = np.tile(np.eye(4), (n, 1, 1))
@@ -171,7 +171,7 @@ def test_known_poses_count_relative_to_the_first_and_to_the_scene(tiny, images):
     np.testing.assert_allclose(first["points"], second["points"], rtol=1e-3, atol=1e-4)
 
 
-def test_cameras_that_stand_still_are_not_blown_up():
+def test_poses_of_a_camera_at_rest_are_not_rescaled():
     poses = torch.eye(4).repeat(1, 3, 1, 1)
     poses[0, 1, 0, 3] = 0.01
     assert torch.equal(relative_poses(poses, None), poses)
@@ -189,14 +189,14 @@ def test_image_sizes_must_be_multiples_of_the_patch(tiny):
 
 
 @pytest.mark.parametrize("name", ["pi3", "pi3x"])
-def test_nothing_is_kept_for_gradients(tiny, images, name):
+def test_networks_track_no_gradients(tiny, images, name):
     assert not tiny[name].training
     assert not any(p.requires_grad for p in tiny[name].parameters())
     assert all(values.is_inference() for values in tiny[name](images[None]).values())
 
 
-def test_under_autocast_heads_and_cameras_stay_exact(tiny, images):
-    """The trunk in bfloat16, as on a GPU, where the heads have to ask for float32."""
+def test_autocast_keeps_heads_and_cameras_in_float32(tiny, images):
+    """The trunk runs in bfloat16, as on a GPU; the heads request float32 themselves."""
     with torch.autocast("cpu", torch.bfloat16):
         coarse = {name: network(images[None]) for name, network in tiny.items()}
     for name, network in tiny.items():
@@ -207,8 +207,8 @@ def test_under_autocast_heads_and_cameras_stay_exact(tiny, images):
 
 
 class Activations(TorchDispatchMode):
-    """While it lasts: bytes of tensors that are made and not yet let go, at most, and what made
-    float32 heads, as (B, heads, tokens, head width).
+    """Records the peak of bytes in live tensors, and the functions that return float32 tensors of
+    attention heads: (B, heads, tokens, head width).
     """
 
     def __init__(self):
@@ -230,8 +230,8 @@ class Activations(TorchDispatchMode):
         return out
 
 
-def test_in_bfloat16_no_block_makes_float32_of_its_heads():
-    """Of queries and keys float32 would be twice as large as they are, and so it was once."""
+def test_bfloat16_blocks_do_not_convert_attention_heads_to_float32():
+    """Queries and keys in float32 would take twice the memory."""
     block = Block(64, 4, qk_norm=True)
     rotary = Rotary.of_patches(20, 30, 5, 16, torch.device("cpu"))
     tokens = torch.randn(2, 605, 64, generator=torch.Generator().manual_seed(0))
@@ -240,7 +240,7 @@ def test_in_bfloat16_no_block_makes_float32_of_its_heads():
             expected = block(tokens, rotary)
         with torch.autocast("cpu", torch.bfloat16), Activations() as coarse:
             found = block(tokens, rotary)
-    assert found.dtype == torch.float32  # What blocks add up stays exact.
+    assert found.dtype == torch.float32  # The residual stream stays in float32.
     assert (found - expected).norm() / expected.norm() < 0.01
     assert exact.wide
     assert not coarse.wide
@@ -251,7 +251,7 @@ def test_in_bfloat16_no_block_makes_float32_of_its_heads():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "says"),
+    ("sizes", "message"),
     [
         ({"width": 64, "heads": 3}, "multiple of 8"),
         ({"width": 40, "heads": 4}, "multiple of 8"),
@@ -263,20 +263,20 @@ def test_in_bfloat16_no_block_makes_float32_of_its_heads():
         ({"depth": 3}, "depth"),
     ],
 )
-def test_sizes_that_no_network_can_have_are_refused(sizes, says):
-    with pytest.raises(ValidationError, match=says):
+def test_invalid_sizes_are_refused(sizes, message):
+    with pytest.raises(ValidationError, match=message):
         Sizes.model_validate(sizes)
 
 
-def test_poses_are_put_in_after_blocks_that_there_are():
+def test_pose_blocks_must_exist():
     sizes = {"decoder_depth": 4}
     assert Checkpoint.model_validate({"network": "pi3", "sizes": sizes})
     with pytest.raises(ValidationError, match="pose_blocks"):
         Checkpoint.model_validate({"network": "pi3x", "sizes": sizes})
 
 
-def test_a_file_is_mapped_not_copied(tmp_path):
-    """Memory of our own grows by less than a tenth of the file."""
+def test_weights_file_is_memory_mapped_not_copied(tmp_path):
+    """Anonymous memory grows by less than a tenth of the file size."""
     sizes = TINY.model_copy(update={"width": 1024, "heads": 16, "decoder_depth": 4})
     folder = save(tmp_path / "large", "pi3", random_weights("pi3", sizes), sizes)
     size = (folder / "model.safetensors").stat().st_size
@@ -298,7 +298,7 @@ def test_a_file_is_mapped_not_copied(tmp_path):
     assert int(result.stdout) < size / 10
 
 
-def test_a_path_a_folder_and_the_tensors_give_the_same(tmp_path, images):
+def test_file_folder_and_tensors_load_the_same_network(tmp_path, images):
     tensors = random_weights("pi3")
     folder = save(tmp_path / "tiny", "pi3", tensors)
     found = [
@@ -314,15 +314,15 @@ def test_a_path_a_folder_and_the_tensors_give_the_same(tmp_path, images):
             np.testing.assert_array_equal(values, other[key])
 
 
-def test_half_precision_weights_are_widened(tmp_path, images):
+def test_half_precision_weights_become_float32(tmp_path, images):
     half = {k: v.half() for k, v in random_weights("pi3").items()}
     network = load_network("pi3", save(tmp_path / "half", "pi3", half))
     assert all(p.dtype == torch.float32 for p in network.parameters())
     assert np.isfinite(outputs(network, images)["points"]).all()
 
 
-def broken(folder: Path, how: str) -> Path:
-    """A checkpoint that is no good."""
+def write_broken_checkpoint(folder: Path, how: str) -> Path:
+    """Write an invalid checkpoint."""
     tensors = random_weights("pi3")
     file = folder / "model.safetensors"
     if how == "missing":
@@ -356,7 +356,7 @@ def broken(folder: Path, how: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("how", "says"),
+    ("how", "message"),
     [
         ("missing", r"missing tensors: camera_head\.\S+(, camera_head\.\S+){4} and 15 more"),
         ("extra", r"unexpected tensors: teacher\.weight"),
@@ -375,9 +375,9 @@ def broken(folder: Path, how: str) -> Path:
         ("other", "has weights of pi3x"),
     ],
 )
-def test_unsuitable_weights_files_raise_one_sentence(tmp_path, how, says):
-    folder = broken(tmp_path / "weights", how)
-    with pytest.raises(WeightsError, match=says) as error:
+def test_unsuitable_weights_files_raise_one_sentence(tmp_path, how, message):
+    folder = write_broken_checkpoint(tmp_path / "weights", how)
+    with pytest.raises(WeightsError, match=message) as error:
         load_network("pi3", folder)
     assert str(tmp_path) in str(error.value)
     assert len(str(error.value)) < 900
@@ -392,7 +392,7 @@ def test_unsuitable_tensors_raise_an_error():
 
 
 @pytest.mark.long
-def test_compiled_it_computes_the_same_for_any_number_of_views():
+def test_compiled_network_gives_equal_results_for_any_number_of_views():
     tensors = random_weights("pi3x")
     plain, compiled = (load_network("pi3x", tensors, sizes=TINY) for _ in range(2))
     compiled.compile_blocks()

@@ -1,4 +1,4 @@
-"""Headers of npz files: whatever byte of one is changed, what is said is one sentence."""
+"""Headers of npz files: a change of any byte gives an array or an error of one sentence."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from occgen_hub.loading import Trajectory, npz_array, trajectories
 from occgen_hub.sample import make_sample
 
 VALUES = b"\0\n '(),-.09:<>AUVOc[\\]{}\x7f\xff"
-"""What a byte is changed to: each kind of letter that a header or Python makes something of."""
+"""Replacement bytes: each kind of character that has a meaning in a header or in Python."""
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A source of one trajectory and what is built of it. Not to be changed by tests."""
+    """A source with one trajectory and the built dataset. Tests must not change it."""
     place = tmp_path_factory.mktemp("npz")
     make_sample(place / "rooms", trajectories=1, frames=2)
     builder = load_builder("internnav", place / "rooms")
@@ -35,8 +35,8 @@ def built(tmp_path_factory):
     return place
 
 
-def with_header(path: Path, name: str, change) -> None:
-    """Write an npz again, the first bytes of an array in it changed."""
+def change_header(path: Path, name: str, change) -> None:
+    """Rewrite an npz file with a change in the content of one array."""
     with zipfile.ZipFile(path) as archive:
         members = {info.filename: archive.read(info) for info in archive.infolist()}
     members[f"{name}.npy"] = change(members[f"{name}.npy"])
@@ -45,13 +45,13 @@ def with_header(path: Path, name: str, change) -> None:
             archive.writestr(member, content)
 
 
-def npz(path: Path, content: bytes) -> Path:
+def write_npz(path: Path, content: bytes) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("data.npy", content)
     return path
 
 
-def stored(array: np.ndarray) -> bytes:
+def npy_bytes(array: np.ndarray) -> bytes:
     content = io.BytesIO()
     np.save(content, array, allow_pickle=False)
     return content.getvalue()
@@ -69,29 +69,29 @@ def stored(array: np.ndarray) -> bytes:
     ],
     ids=str,
 )
-def test_what_numpy_writes_is_read(array, tmp_path):
+def test_arrays_written_by_numpy_are_read(array, tmp_path):
     array = np.asarray(array)
-    found = npz_array(npz(tmp_path / "a.npz", stored(array)), "data")
+    found = npz_array(write_npz(tmp_path / "a.npz", npy_bytes(array)), "data")
     assert (found.shape, found.dtype) == (array.shape, array.dtype)
     np.testing.assert_array_equal(found.load(), array)
 
 
-def test_no_byte_of_a_header_raises_anything_else(tmp_path):
-    whole = stored(np.arange(6, dtype=np.float32).reshape(2, 3))
+def test_changed_header_bytes_raise_only_dataset_errors(tmp_path):
+    whole = npy_bytes(np.arange(6, dtype=np.float32).reshape(2, 3))
     refused: list[str] = []
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # They would stand on the terminal.
+        warnings.simplefilter("error")  # Users would see them on the terminal.
         for place in range(128):
             for value in VALUES:
                 content = bytearray(whole)
                 content[place] = value
                 try:
-                    npz_array(npz(tmp_path / "a.npz", bytes(content)), "data").load()
+                    npz_array(write_npz(tmp_path / "a.npz", bytes(content)), "data").load()
                 except DatasetError as error:
                     refused.append(str(error))
     assert len(refused) > 1000
-    assert all(said.startswith(f"{tmp_path / 'a.npz'}: array data") for said in refused)
-    assert not [said for said in refused if "\n" in said]
+    assert all(text.startswith(f"{tmp_path / 'a.npz'}: array data") for text in refused)
+    assert not [text for text in refused if "\n" in text]
 
 
 @pytest.mark.parametrize(
@@ -115,20 +115,22 @@ def test_no_byte_of_a_header_raises_anything_else(tmp_path):
         "__import__('os').abort()",
     ],
 )
-def test_a_header_that_is_none_is_refused(header, tmp_path):
+def test_malformed_header_is_refused(header, tmp_path):
     content = b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header.encode() + bytes(64)
     with pytest.raises(DatasetError):
-        npz_array(npz(tmp_path / "a.npz", content), "data").load()
+        npz_array(write_npz(tmp_path / "a.npz", content), "data").load()
 
 
 @pytest.mark.parametrize(("place", "value"), [(11, b"'"), (18, b"\\"), (20, b","), (128, b"\0")])
 @pytest.mark.parametrize("file", ["visible", "observed", "scene_occupancy"])
-def test_every_command_says_it_in_a_sentence(built, tmp_path, file, place, value):
+def test_commands_raise_only_occgen_errors_for_a_damaged_header(
+    built, tmp_path, file, place, value
+):
     out = Path(shutil.copytree(built / "out", tmp_path / "out"))
     (path,) = trajectories(out)
     name = "indices" if file == "visible" else "data"
     damaged = Trajectory.open(path).file(file)
-    with_header(damaged, name, lambda content: content[:place] + value + content[place + 1 :])
+    change_header(damaged, name, lambda content: content[:place] + value + content[place + 1 :])
     commands = (
         ["validate", out],
         ["inspect", out],

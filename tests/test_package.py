@@ -1,4 +1,4 @@
-"""The wheel: everything that runs is in it, and it runs where there is no checkout."""
+"""The wheel: it is complete, and the installed package runs without the checkout."""
 
 from __future__ import annotations
 
@@ -21,42 +21,46 @@ FOLDERS = {
     "ckpt": "occgen_hub/ckpt",
     "schemas": "occgen_hub/schemas",
 }
-"""Folders of the checkout, and where they are in the wheel."""
+"""Folders of the checkout, and their paths in the wheel."""
 
 FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
-NOT_OURS = shutil.ignore_patterns("__pycache__", "*.safetensors")
-"""What a checkout has and git does not."""
+UNTRACKED = shutil.ignore_patterns("__pycache__", "*.safetensors")
+"""Files in a checkout that git does not track."""
 
 pytestmark = pytest.mark.slow
 
 
 def pip(*arguments: str | Path) -> None:
     command = [sys.executable, "-m", "pip", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=clean())
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=clean_environment()
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def clean(**more: str) -> dict[str, str]:
-    """The environment without what would lead Python to the checkout."""
+def clean_environment(**more: str) -> dict[str, str]:
+    """The environment without variables that make Python find the checkout."""
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     return {**kept, "PIP_NO_INPUT": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", **more}
 
 
 def copy_of_the_checkout(place: Path) -> Path:
-    """What is packaged, so that building leaves nothing in the checkout and finds nothing stale."""
+    """Copy the files that are packaged, so that building neither writes to nor reads stale files
+    from the checkout.
+    """
     place.mkdir()
     for name in FILES:
         shutil.copy(ROOT / name, place)
     for name in FOLDERS:
-        shutil.copytree(ROOT / name, place / name, ignore=NOT_OURS)
+        shutil.copytree(ROOT / name, place / name, ignore=UNTRACKED)
     return place
 
 
 def wheel_of(checkout: Path, out: Path) -> Path:
-    """Made by way of the source distribution, as `python -m build` does it."""
+    """Build a wheel from a source distribution, as `python -m build` does."""
     out.mkdir()
     code = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", code, out], cwd=checkout, env=clean(),
+    done = subprocess.run([sys.executable, "-c", code, out], cwd=checkout, env=clean_environment(),
                           capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
     (sdist,) = out.glob("*.tar.gz")
@@ -66,7 +70,7 @@ def wheel_of(checkout: Path, out: Path) -> Path:
 
 
 def files_of(checkout: Path) -> set[str]:
-    """The files of a checkout by their names in a wheel."""
+    """The names in a wheel of the files of a checkout."""
     return {
         f"{inside}/{path.relative_to(checkout / folder).as_posix()}"
         for folder, inside in FOLDERS.items()
@@ -76,7 +80,7 @@ def files_of(checkout: Path) -> set[str]:
 
 
 def files_in(wheel: Path) -> set[str]:
-    """The files in a wheel, without those that say what it is."""
+    """The files in a wheel, without its metadata."""
     with zipfile.ZipFile(wheel) as archive:
         return {name for name in archive.namelist() if ".dist-info/" not in name}
 
@@ -93,24 +97,24 @@ def wheel(checkout, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory) -> Path:
-    """A new environment with the wheel and the pinned packages, and no way to the checkout."""
+    """A new environment with the wheel and the pinned packages, without the checkout."""
     place = tmp_path_factory.mktemp("installed") / "venv"
     venv.create(place, symlinks=True)
     pip("--python", place / "bin/python", "install", "--no-deps", "--no-index", wheel)
     (packages,) = place.glob("lib/python*/site-packages")
-    # Only now, or pip would find the checkout installed already. Python does not look for .pth
-    # files in a folder that a .pth file names, so the editable install is not followed.
+    # Added after the installation; otherwise pip finds the checkout installed already. Python
+    # ignores .pth files in a folder that a .pth file names, so the editable install is not used.
     (packages / "pins.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return place
 
 
-def test_the_wheel_holds_every_file_of_the_checkout_and_no_other(checkout, wheel):
+def test_wheel_has_exactly_the_files_of_the_checkout(checkout, wheel):
     assert files_in(wheel) == files_of(checkout)
     assert "occgen_hub/media/video.py" in files_in(wheel)
     assert "occgen_hub/schemas/trajectory.yaml" in files_in(wheel)
 
 
-def test_a_new_package_is_found_without_being_listed(tmp_path):
+def test_new_packages_are_included_without_being_listed(tmp_path):
     checkout = copy_of_the_checkout(tmp_path / "occgen-hub")
     for folder in ("occgen_hub/new/inner", "builders/new", "occgen_hub/visual/new"):
         (checkout / folder).mkdir(parents=True)
@@ -123,7 +127,7 @@ def test_a_new_package_is_found_without_being_listed(tmp_path):
     assert {f"occgen_hub/{name.removeprefix('occgen_hub/')}" for name in added} <= held
 
 
-def test_weights_that_lie_in_the_checkout_stay_out(tmp_path):
+def test_wheel_excludes_weights_in_the_checkout(tmp_path):
     checkout = copy_of_the_checkout(tmp_path / "occgen-hub")
     (checkout / "ckpt/pi3/model.safetensors").write_bytes(b"licensed otherwise")
     assert not [n for n in files_in(wheel_of(checkout, tmp_path / "dist")) if "safetensors" in n]
@@ -131,12 +135,12 @@ def test_weights_that_lie_in_the_checkout_stay_out(tmp_path):
 
 @pytest.mark.parametrize("pictures", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_the_installed_package_works_from_an_empty_folder(installed, tmp_path, pictures):
-    """Its kernels are compiled anew, which takes a minute, and longer for pictures."""
+    """Compiles the kernels again, which takes a minute, and longer for pictures."""
 
     def run(*arguments: str) -> str:
         done = subprocess.run([installed / "bin" / arguments[0], *arguments[1:]], cwd=tmp_path,
-                              env=clean(TQDM_DISABLE="1"), capture_output=True, text=True,
-                              timeout=600, check=False)  # fmt: skip
+                              env=clean_environment(TQDM_DISABLE="1"), capture_output=True,
+                              text=True, timeout=600, check=False)  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -163,7 +167,7 @@ def test_the_installed_package_works_from_an_empty_folder(installed, tmp_path, p
 
 
 def stated_version() -> str:
-    """The one place that says it."""
+    """The version in pyproject.toml."""
     lines = (ROOT / "pyproject.toml").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith("version = "))
     return line.split('"')[1]

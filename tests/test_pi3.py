@@ -1,4 +1,4 @@
-"""The engines pi3 and pi3x: frames, windows, alignment, and the way from a video to a dataset."""
+"""The engines pi3 and pi3x: frames, windows, alignment, and builds from a video."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
-from standin import TINY, memorise, memory_of, random_weights, save
+from standin import TINY, fit_weights, random_weights, save, weights_fitted_to
 
 from occgen_hub.builder import load_builder
 from occgen_hub.config import Config
@@ -46,7 +46,7 @@ from occgen_hub.validation import validate
 
 SMALL = Config(max_pixels=40_000, voxel_size=0.05, window=32, refine_poses=False)
 SCALE = 1.7
-"""Metres in a unit of the stand-in network's world."""
+"""Metres per unit of the stand-in network's world."""
 
 GAUGE = Sim3(1 / SCALE, Rotation.from_euler("xyz", [1, 2, 3]).as_matrix(), np.array([3.0, -2, 1]))
 
@@ -70,14 +70,16 @@ def random_gauge(seed):
         ((504, 504), (504, 504)),
     ],
 )
-def test_network_sizes_are_those_of_the_seed(size, expected):
+def test_network_sizes_of_common_image_sizes(size, expected):
     assert network_size(size, 255_000, 14) == expected
 
 
 @given(
     st.integers(1, 8000), st.integers(1, 8000), st.integers(1000, 600_000), st.sampled_from([7, 14])
 )
-def test_network_sizes_are_whole_patches_with_the_aspect_ratio(width, height, most, patch):
+def test_network_sizes_are_multiples_of_the_patch_and_keep_the_aspect_ratio(
+    width, height, most, patch
+):
     w, h = network_size((width, height), most, patch)
     assert w % patch == h % patch == 0
     assert 0 < w * h <= most
@@ -118,8 +120,8 @@ def test_windows_cover_every_frame_and_overlap(count, size, overlap):
         assert earlier.stop - later.start >= overlap
 
 
-def geometry(views=40, height=12, width=16):
-    """Views of a wavy wall along a bent path: exact local points, and the camera."""
+def wavy_wall(views=40, height=12, width=16):
+    """Poses, exact local points and intrinsics of views of a wavy wall along a curved path."""
     K = np.array([[14.0, 0, 8], [0, 14, 6], [0, 0, 1]])
     u, v = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
     along = np.linspace(0, 6, views)
@@ -131,8 +133,8 @@ def geometry(views=40, height=12, width=16):
     return poses, rays * depth[..., None], K
 
 
-def assembled(folder, poses, local, size, overlap, gauge=random_gauge):
-    """Windows, each in a gauge of its own, joined; and the store of their depth."""
+def assemble(folder, poses, local, size, overlap, gauge=random_gauge):
+    """Join windows that each have a world of their own; returns the assembly and its store."""
     windows = plan(len(poses), size, overlap)
     store = FrameStore(folder, (16, 12))
     assembly = Assembly(store, (16, 12))
@@ -151,9 +153,9 @@ def assembled(folder, poses, local, size, overlap, gauge=random_gauge):
 
 
 @pytest.mark.parametrize(("size", "overlap"), [(40, 8), (12, 4), (8, 4), (13, 1), (6, 3)])
-def test_windows_of_any_gauge_give_one_scene(size, overlap, tmp_path):
-    poses, local, K = geometry()
-    assembly, _ = assembled(tmp_path, poses, local, size, overlap)
+def test_windows_of_any_scale_and_pose_are_joined_into_one_scene(size, overlap, tmp_path):
+    poses, local, K = wavy_wall()
+    assembly, _ = assemble(tmp_path, poses, local, size, overlap)
     found = assembly.world_from_camera
     unit = np.linalg.norm(found[5, :3, 3] - found[0, :3, 3]) / np.linalg.norm(
         poses[5, :3, 3] - poses[0, :3, 3]
@@ -171,9 +173,9 @@ def test_windows_of_any_gauge_give_one_scene(size, overlap, tmp_path):
         assert distance.max() < 0.02
 
 
-def test_a_view_is_stored_once_and_only_shared_ones_are_kept(tmp_path):
-    poses, local, _ = geometry(views=23)
-    assembly, _ = assembled(tmp_path, poses, local, 8, 3)
+def test_each_view_is_stored_once(tmp_path):
+    poses, local, _ = wavy_wall(views=23)
+    assembly, _ = assemble(tmp_path, poses, local, 8, 3)
     assert (tmp_path / "depth.raw").stat().st_size == 23 * 16 * 12 * 4
     assert len(assembly.world_from_camera) == len(assembly.intrinsics) == 23
     assert len(assembly.residuals) == len(plan(23, 8, 3)) - 1
@@ -181,7 +183,7 @@ def test_a_view_is_stored_once_and_only_shared_ones_are_kept(tmp_path):
 
 
 def two_windows(folder, poses, first, second, kept=True):
-    """Two windows of ten views that share four, which see other points there."""
+    """Two windows of ten views with four views in common; their points there may differ."""
     assembly, before = Assembly(FrameStore(folder, (16, 12)), (16, 12)), 0
     for window, points in zip(plan(16, 10, 4), (first, second), strict=True):
         part = slice(window.start, window.stop)
@@ -195,27 +197,27 @@ def two_windows(folder, poses, first, second, kept=True):
     return assembly
 
 
-def test_a_poor_seam_is_measured(tmp_path):
-    poses, local, _ = geometry(views=16)
+def test_poor_overlap_has_a_large_residual(tmp_path):
+    poses, local, _ = wavy_wall(views=16)
     noise = np.random.default_rng(0).lognormal(0, 0.5, local.shape[:3])[..., None]
     assert two_windows(tmp_path, poses, local, local * noise).residuals[0] > 0.1
 
 
-def test_windows_that_nothing_scales_are_counted(tmp_path):
-    poses, local, _ = geometry(views=16)
+def test_windows_without_a_known_scale_are_counted(tmp_path):
+    poses, local, _ = wavy_wall(views=16)
     still = np.repeat(poses[:1], 16, axis=0)
     assert two_windows(tmp_path, still, local, local, kept=False).unscaled == 1
     assert two_windows(tmp_path, poses, local, local).unscaled == 0
 
 
-def test_window_sizes_are_round_and_grow_with_smaller_frames():
+def test_window_sizes_are_from_a_fixed_set_and_grow_with_smaller_frames():
     sizes = [window_size(size, 14, "cpu", MEMORY) for size in ((672, 378), (308, 224), (112, 98))]
     assert sizes == sorted(sizes)
     assert set(sizes) <= {4, 6, 8, 12, 16, 24, 32}
 
 
 def test_gpu_memory_is_divided_among_processes(monkeypatch):
-    """However few of the cores it has; processes that share one share its memory."""
+    """A process with few cores still gets all memory of a GPU that it does not share."""
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda _: 0)
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda _: 0)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (75 << 30, 80 << 30))
@@ -225,7 +227,7 @@ def test_gpu_memory_is_divided_among_processes(monkeypatch):
     assert alone == 128 > window_size((672, 378), 14, "cuda:0", MEMORY) >= 8
 
 
-PEAK = """
+PEAK_MEMORY = """
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -247,29 +249,29 @@ print(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [100, pytest.param(300, marks=pytest.mark.long)])
 def test_memory_does_not_grow_with_the_video(checkpoint, tmp_path, more):
-    """The same eight pictures again and again, so that the scene does not grow either."""
+    """The video repeats eight pictures, so the scene does not grow either."""
     blocks = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
     picture = blocks.repeat(20, 0).repeat(20, 1)
     peaks = []
     for frames in (24, more):
         video = tmp_path / f"{frames}.mp4"
         write_video(video, (np.roll(picture, t % 8, 1) for t in range(frames)), 10)
-        command = [sys.executable, "-c", PEAK, str(video), str(checkpoint)]
-        # What is let go goes back at once: else holes in the heap, by chance, make tens of MB.
+        command = [sys.executable, "-c", PEAK_MEMORY, str(video), str(checkpoint)]
+        # Return freed memory at once. Otherwise heap fragmentation can add tens of MB.
         env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
         result = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
         peaks.append(int(result.stdout))
-    # Each frame more, kept as points, would take over half a megabyte: 40 or 150 MB in all.
-    # Verifying a loop, of which the short one has none, takes what two windows take: 18 MB.
+    # If points were kept, each frame would add over half a megabyte: 40 or 150 MB in all.
+    # Only the long video has loops; verifying one takes as much as two windows: 18 MB.
     assert peaks[1] - peaks[0] < 30_000
 
 
-# From a recording whose cameras the stand-in network knows
+# Reconstruction with a network that is fitted to the recording
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """A sample without depth images."""
+    """A sample source with one trajectory."""
     out = tmp_path_factory.mktemp("rgb") / "tree"
     make_sample(out, trajectories=1, frames=12, seed=3)
     return out
@@ -283,41 +285,43 @@ def episode(tree):
 
 @pytest.fixture(scope="module")
 def checkpoint(episode, tmp_path_factory):
-    return save(tmp_path_factory.mktemp("ckpt") / "pi3", "pi3", memory_of(episode, GAUGE, SMALL))
+    return save(
+        tmp_path_factory.mktemp("ckpt") / "pi3", "pi3", weights_fitted_to(episode, GAUGE, SMALL)
+    )
 
 
 @pytest.fixture(scope="module")
-def loner(episode, tmp_path_factory):
-    """A checkpoint whose views do not see each other."""
+def independent_checkpoint(episode, tmp_path_factory):
+    """A checkpoint in which views are independent of each other."""
     return save(
         tmp_path_factory.mktemp("ckpt") / "alone",
         "pi3",
-        memory_of(episode, GAUGE, SMALL, alone=True),
+        weights_fitted_to(episode, GAUGE, SMALL, independent_views=True),
     )
 
 
 def engine_views(checkpoint, episode, config=SMALL, name="pi3"):
-    """What the engine itself returns: views in a world of its own. Their depth is not read."""
+    """The views that the engine returns, in a world of their own. Their depth is not read."""
     with TemporaryDirectory() as scratch:
         engine = load_engine(name, checkpoint, "cpu")
         return engine.reconstruct(episode, config, Path(scratch))
 
 
-def reconstructed(checkpoint, episode, config=SMALL, name="pi3"):
-    """The scene of an episode, in the source's world."""
+def reconstructed_scene(checkpoint, episode, config=SMALL, name="pi3"):
+    """The reconstructed scene of an episode, in the world of the source."""
     with TemporaryDirectory() as scratch:
         engine = load_engine(name, checkpoint, "cpu")
         return reconstruct(episode, engine, config, Path(scratch))
 
 
 def fit_notes(scene):
-    """The notes, but those of frames that disagree: the tiny network's depth is rough."""
+    """The notes without those of frames that disagree, since the depth is approximate."""
     return [note for note in scene.notes if note.code not in ("frames disagree", "poses")]
 
 
-def test_cameras_and_scale_come_out_in_the_sources_world(checkpoint, episode):
+def test_cameras_and_scale_are_aligned_to_the_source(checkpoint, episode):
     found = engine_views(checkpoint, episode)
-    scene = reconstructed(checkpoint, episode)
+    scene = reconstructed_scene(checkpoint, episode)
     np.testing.assert_allclose(found.world_from_camera[0], np.eye(4), atol=1e-6)
     assert scene.scale == pytest.approx(SCALE, rel=1e-4)
     np.testing.assert_allclose(scene.world_from_camera, episode.world_from_camera, atol=1e-3)
@@ -326,16 +330,16 @@ def test_cameras_and_scale_come_out_in_the_sources_world(checkpoint, episode):
     assert not fit_notes(scene)
 
 
-def test_intrinsics_are_those_of_the_original_image(checkpoint, episode):
-    found = reconstructed(checkpoint, episode)
+def test_intrinsics_refer_to_the_original_image(checkpoint, episode):
+    found = reconstructed_scene(checkpoint, episode)
     assert found.intrinsics.shape == (episode.length, 3, 3)
     focal = found.intrinsics[:, [0, 1], [0, 1]] / episode.intrinsics[:, [0, 1], [0, 1]]
     assert np.abs(np.median(focal, axis=0) - 1).max() < 0.15
 
 
-def test_the_cloud_is_the_room(checkpoint, episode, tmp_path):
-    """As far as the tiny network can tell depth; what is tested is that all stands in one place."""
-    scene = reconstructed(checkpoint, episode)
+def test_point_cloud_matches_the_room(checkpoint, episode, tmp_path):
+    """Within the precision of the tiny network: tests scale and position of the points."""
+    scene = reconstructed_scene(checkpoint, episode)
     truth = reconstruct(episode, load_engine("rgbd"), SMALL, tmp_path)
     known = cKDTree(truth.cloud.points)
     distance, _ = known.query(scene.cloud.points)
@@ -347,17 +351,20 @@ def test_the_cloud_is_the_room(checkpoint, episode, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"window": 4}, {"window": 5, "overlap": 1}, {"window": 12}])
-def test_windows_through_the_network_give_the_same_cameras(loner, episode, options):
+def test_window_options_do_not_change_the_cameras(independent_checkpoint, episode, options):
     config = SMALL.model_copy(update=options)
-    scene = reconstructed(loner, episode, config)
+    scene = reconstructed_scene(independent_checkpoint, episode, config)
     np.testing.assert_allclose(scene.world_from_camera, episode.world_from_camera, atol=5e-3)
     assert scene.scale == pytest.approx(SCALE, rel=5e-3)
 
 
 @pytest.mark.parametrize("interval", [2, 5])
-def test_skipped_frames_get_cameras_in_between(loner, episode, interval):
+def test_skipped_frames_get_interpolated_cameras(independent_checkpoint, episode, interval):
     config = SMALL.model_copy(update={"interval": interval})
-    found, scene = engine_views(loner, episode, config), reconstructed(loner, episode, config)
+    found, scene = (
+        engine_views(independent_checkpoint, episode, config),
+        reconstructed_scene(independent_checkpoint, episode, config),
+    )
     assert found.frames.tolist() == list(range(0, episode.length, interval))
     assert len(scene.world_from_camera) == len(scene.intrinsics) == episode.length
     np.testing.assert_allclose(
@@ -368,36 +375,36 @@ def test_skipped_frames_get_cameras_in_between(loner, episode, interval):
     assert np.linalg.norm(off, axis=1).max() < 0.2 * path
 
 
-def test_a_camera_that_stands_still_keeps_the_networks_scale(checkpoint, episode):
+def test_camera_at_rest_keeps_the_scale_of_the_network(checkpoint, episode):
     still = dataclasses.replace(
         episode, world_from_camera=np.repeat(episode.world_from_camera[:1], episode.length, axis=0)
     )
-    scene = reconstructed(checkpoint, still)
+    scene = reconstructed_scene(checkpoint, still)
     assert scene.scale == 1.0
     (note,) = fit_notes(scene)
     assert note.code == "alignment"
     assert "assumed to be 1" in note.text
 
 
-def test_one_frame_is_enough_to_build(checkpoint, episode):
+def test_single_frame_is_reconstructed(checkpoint, episode):
     one = dataclasses.replace(
         episode, length=1, world_from_camera=episode.world_from_camera[:1],
         intrinsics=episode.intrinsics[:1], task_index=episode.task_index[:1], columns={},
     )  # fmt: skip
-    scene = reconstructed(checkpoint, one)
+    scene = reconstructed_scene(checkpoint, one)
     assert scene.scale == 1.0
     np.testing.assert_allclose(scene.world_from_camera, one.world_from_camera, atol=1e-6)
 
 
-def test_a_poor_fit_is_reported(episode, tmp_path):
+def test_poor_alignment_gives_a_note(episode, tmp_path):
     folder = save(tmp_path / "random", "pi3", random_weights("pi3"))
-    scene = reconstructed(folder, episode)
+    scene = reconstructed_scene(folder, episode)
     assert any(note.code == "alignment" for note in scene.notes)
 
 
-def test_without_poses_the_first_camera_is_the_world(checkpoint, episode):
+def test_first_camera_is_the_origin_without_source_poses(checkpoint, episode):
     bare = dataclasses.replace(episode, world_from_camera=None, intrinsics=None, read_depth=None)
-    scene = reconstructed(checkpoint, bare)
+    scene = reconstructed_scene(checkpoint, bare)
     np.testing.assert_allclose(scene.world_from_camera[0], np.eye(4), atol=1e-6)
     assert scene.scale == 1.0
     assert scene.alignment is None
@@ -407,14 +414,14 @@ def test_scene_beyond_the_limits_of_fusion_is_refused(checkpoint, episode):
     far = episode.world_from_camera.copy()
     far[:, :3, 3] += 1e9
     with pytest.raises(OccGenError, match=r"m from the world's origin, beyond the .* m that"):
-        reconstructed(checkpoint, dataclasses.replace(episode, world_from_camera=far))
+        reconstructed_scene(checkpoint, dataclasses.replace(episode, world_from_camera=far))
 
 
-# A long video, from a network that knows it by heart
+# A long video, with a network that is fitted to it
 
 
-def test_300_frames_in_windows_keep_their_path(episode, tmp_path):
-    """A walk around a room, seen 24 frames at a time: within 0.5 % of the path, everywhere."""
+def test_path_of_300_frames_in_windows_is_accurate(episode, tmp_path):
+    """A walk around a room in windows of 24 frames: errors stay below 0.5 % of the path."""
     count, size = 300, (112, 84)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (count, 12, 16, 3), np.uint8).repeat(7, 1).repeat(7, 2)
@@ -428,7 +435,7 @@ def test_300_frames_in_windows_keep_their_path(episode, tmp_path):
     depth = np.full((count, *size[::-1]), 2.5) + 0.3 * np.sin(angle)[:, None, None]
     local = unproject(depth, np.repeat(K[None], count, axis=0)) * GAUGE.scale
     wide = TINY.model_copy(update={"camera_width": 512})
-    known = memorise(images, local, GAUGE.poses(poses), alone=True, sizes=wide)
+    known = fit_weights(images, local, GAUGE.poses(poses), independent_views=True, sizes=wide)
     long = dataclasses.replace(
         episode, length=count, image_size=size, world_from_camera=None, intrinsics=None,
         read_rgb=lambda t: images[t], read_depth=None, columns={}, media=(),
@@ -446,59 +453,61 @@ def test_300_frames_in_windows_keep_their_path(episode, tmp_path):
     np.testing.assert_allclose(views.windows.scales, 1, atol=0.02)
 
 
-def test_points_that_are_not_sure_are_dropped(checkpoint, episode):
+def test_points_of_low_confidence_are_dropped(checkpoint, episode):
     sure = SMALL.model_copy(update={"confidence": 0.999})
-    few = reconstructed(checkpoint, episode, sure)
-    many = reconstructed(checkpoint, episode)
+    few = reconstructed_scene(checkpoint, episode, sure)
+    many = reconstructed_scene(checkpoint, episode)
     assert len(few.cloud) < 0.5 * len(many.cloud)
 
 
-def test_mesh_fills_gaps(checkpoint, episode):
-    plain = reconstructed(checkpoint, episode)
-    meshed = reconstructed(checkpoint, episode, SMALL.model_copy(update={"mesh": True}))
+def test_mesh_option_changes_the_cloud(checkpoint, episode):
+    plain = reconstructed_scene(checkpoint, episode)
+    meshed = reconstructed_scene(checkpoint, episode, SMALL.model_copy(update={"mesh": True}))
     assert len(meshed.cloud) > 0
     assert not np.array_equal(meshed.cloud.points, plain.cloud.points)
 
 
-# What pi3x is told
+# Conditions of pi3x
 
 
 @pytest.fixture(scope="module")
-def metric(tmp_path_factory):
+def pi3x_checkpoint(tmp_path_factory):
     return save(tmp_path_factory.mktemp("ckpt") / "pi3x", "pi3x", random_weights("pi3x"))
 
 
 @pytest.mark.parametrize("condition", [("depth",), ("intrinsics",), ("poses",)])
-def test_conditions_reach_the_network(metric, episode, condition):
-    plain = reconstructed(metric, episode, name="pi3x")
-    told = reconstructed(metric, episode, SMALL.model_copy(update={"condition": condition}), "pi3x")
-    assert not np.allclose(plain.world_from_camera, told.world_from_camera, atol=1e-4)
+def test_conditions_reach_the_network(pi3x_checkpoint, episode, condition):
+    plain = reconstructed_scene(pi3x_checkpoint, episode, name="pi3x")
+    conditioned = reconstructed_scene(
+        pi3x_checkpoint, episode, SMALL.model_copy(update={"condition": condition}), "pi3x"
+    )
+    assert not np.allclose(plain.world_from_camera, conditioned.world_from_camera, atol=1e-4)
 
 
 @pytest.mark.parametrize("condition", ["depth", "intrinsics", "poses"])
-def test_a_condition_that_the_source_lacks_is_refused(metric, episode, condition):
+def test_a_condition_that_the_source_lacks_is_refused(pi3x_checkpoint, episode, condition):
     bare = dataclasses.replace(episode, world_from_camera=None, intrinsics=None, read_depth=None)
     config = SMALL.model_copy(update={"condition": (condition,)})
     with pytest.raises(
         OccGenError, match=f"--condition {condition}: the source has no {condition}"
     ):
-        reconstructed(metric, bare, config, "pi3x")
+        reconstructed_scene(pi3x_checkpoint, bare, config, "pi3x")
 
 
-def test_pi3_takes_no_conditions(checkpoint, episode):
+def test_engines_without_conditions_refuse_them(checkpoint, episode):
     config = SMALL.model_copy(update={"condition": ("depth",)})
     with pytest.raises(UsageError, match="pi3 accepts no conditions; choose --engine pi3x"):
-        reconstructed(checkpoint, episode, config)
+        reconstructed_scene(checkpoint, episode, config)
     with pytest.raises(UsageError, match="rgbd accepts no conditions"):
         load_engine("rgbd").check(config)
     with pytest.raises(UsageError, match="auto accepts no conditions"):
         Auto().check(config)
 
 
-# Which engine
+# Choice of the engine
 
 
-def test_auto_takes_depth_where_there_is_some(tree, checkpoint):
+def test_auto_engine_uses_rgbd_for_episodes_with_depth(tree, checkpoint):
     builder = load_builder("internnav", tree)
     refs = list_episodes(builder)
     engine = choose_engine(builder, refs)
@@ -508,26 +517,26 @@ def test_auto_takes_depth_where_there_is_some(tree, checkpoint):
     assert engine.for_episode("a/b/c", has_depth=True).name == "rgbd"
 
 
-def test_auto_knows_a_network_by_its_weights(checkpoint, metric, tmp_path):
+def test_auto_engine_identifies_the_network_by_its_weights(checkpoint, pi3x_checkpoint, tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     builder = load_builder("video", tmp_path)
-    for weights, name in ((checkpoint, "pi3"), (metric, "pi3x")):
+    for weights, name in ((checkpoint, "pi3"), (pi3x_checkpoint, "pi3x")):
         engine = choose_engine(builder, list_episodes(builder), weights=weights, device="cpu")
         assert engine.for_episode("a/b/c", has_depth=False).name == name
 
 
-def test_missing_device_is_named(checkpoint):
+def test_error_names_an_unusable_device(checkpoint):
     for device in ("cuda:99", "nonsense"):
         with pytest.raises(UsageError, match=f"--device {device}: cannot be used"):
             load_engine("pi3", checkpoint, device)
 
 
-def test_rgbd_takes_no_weights(checkpoint):
+def test_rgbd_refuses_weights(checkpoint):
     with pytest.raises(UsageError, match="rgbd uses no weights"):
         load_engine("rgbd", checkpoint)
 
 
-# Through the command line
+# The command line
 
 
 def occgen_hub(*arguments, cwd=None, **environment):
@@ -563,7 +572,7 @@ def build_video(source, checkpoint, out, *more):
     return result
 
 
-def test_a_video_becomes_a_dataset_that_validates(tree, checkpoint, tmp_path):
+def test_dataset_built_from_a_video_is_valid(tree, checkpoint, tmp_path):
     video = next(path for path in tree.rglob("*.mp4") if "trajectory" in path.parent.name)
     out = tmp_path / "out"
     build_video(video, checkpoint, out)
@@ -579,15 +588,15 @@ def test_a_video_becomes_a_dataset_that_validates(tree, checkpoint, tmp_path):
     assert "1 already there" in again.stdout
 
 
-def test_other_weights_build_again(tree, checkpoint, loner, tmp_path):
+def test_other_weights_trigger_a_rebuild(tree, checkpoint, independent_checkpoint, tmp_path):
     video = next(path for path in tree.rglob("*.mp4") if "trajectory" in path.parent.name)
     build_video(video, checkpoint, tmp_path / "out")
-    again = build_video(video, loner, tmp_path / "out")
+    again = build_video(video, independent_checkpoint, tmp_path / "out")
     assert "1 built" in again.stdout
     assert "another weights" in again.stderr
 
 
-def test_the_real_video_becomes_a_dataset_that_validates(checkpoint, tmp_path):
+def test_dataset_built_from_the_real_video_is_valid(checkpoint, tmp_path):
     if not REAL.is_dir():
         pytest.skip("../shared/data/internnav is not there")
     video = next(REAL.rglob("observation.video.trajectory/*.mp4"))
@@ -597,7 +606,7 @@ def test_the_real_video_becomes_a_dataset_that_validates(checkpoint, tmp_path):
     assert report.frames == 52
 
 
-def test_the_files_say_how_a_recording_was_aligned(tree, checkpoint, tmp_path):
+def test_dataset_files_record_the_alignment(tree, checkpoint, tmp_path):
     builder = load_builder("internnav", tree)
     settings = Settings(SMALL, load_engine("pi3", checkpoint, "cpu"))
     summary = build_dataset(Job(builder, list_episodes(builder), tmp_path / "out", settings))
@@ -612,7 +621,7 @@ def test_the_files_say_how_a_recording_was_aligned(tree, checkpoint, tmp_path):
     assert validate(tmp_path / "out").valid
 
 
-def test_two_workers_give_the_bytes_of_one(sample_tree, checkpoint, tmp_path):
+def test_two_workers_give_the_same_bytes_as_one(sample_tree, checkpoint, tmp_path):
     builder = load_builder("internnav", sample_tree)
     settings = Settings(SMALL, load_engine("pi3", checkpoint, "cpu"))
     contents = []
@@ -627,32 +636,36 @@ def test_two_workers_give_the_bytes_of_one(sample_tree, checkpoint, tmp_path):
     assert contents[0] == contents[1]
 
 
-# What is not as it should be
+# Poor results and wrong inputs
 
 
 def test_result_without_points_gives_a_note(checkpoint, episode):
-    found = reconstructed(checkpoint, episode, SMALL.model_copy(update={"confidence": 0.99999}))
+    found = reconstructed_scene(
+        checkpoint, episode, SMALL.model_copy(update={"confidence": 0.99999})
+    )
     assert len(found.cloud) == 0
     assert any("ALL that is in view counts as free" in note.text for note in found.notes)
 
 
 def test_depth_outside_the_range_is_not_fused(checkpoint, episode):
-    near = reconstructed(checkpoint, episode, SMALL.model_copy(update={"depth_range": (0.1, 1.5)}))
-    whole = reconstructed(checkpoint, episode)
+    near = reconstructed_scene(
+        checkpoint, episode, SMALL.model_copy(update={"depth_range": (0.1, 1.5)})
+    )
+    whole = reconstructed_scene(checkpoint, episode)
     assert 0 < len(near.cloud) < 0.8 * len(whole.cloud)
     eyes = cKDTree(near.world_from_camera[:, :3, 3])
     assert eyes.query(near.cloud.points)[0].max() < 1.5 * 2
 
 
-def test_weights_that_find_no_cameras_are_named(episode, tmp_path):
+def test_weights_that_produce_no_cameras_are_refused(episode, tmp_path):
     weights = random_weights("pi3")
     weights["camera_head.fc_rot.weight"] *= float("nan")
     folder = save(tmp_path / "nan", "pi3", weights)
     with pytest.raises(OccGenError, match="found no cameras"):
-        reconstructed(folder, episode)
+        reconstructed_scene(folder, episode)
 
 
 def test_pi3_without_poses_notes_its_arbitrary_unit(checkpoint, episode):
     bare = dataclasses.replace(episode, world_from_camera=None, intrinsics=None, read_depth=None)
-    found = reconstructed(checkpoint, bare)
+    found = reconstructed_scene(checkpoint, bare)
     assert "no metres" in [note.code for note in found.notes]

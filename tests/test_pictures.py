@@ -1,4 +1,4 @@
-"""Pictures, videos, recordings and reports: drawn headless, read back, and looked into."""
+"""Pictures, videos, recordings and reports: drawn without a display, read back and checked."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def trajectory(dataset) -> Trajectory:
 # visualize
 
 
-def test_seed_files_match_the_dataset(trajectory, tmp_path):
+def test_sequence_files_match_the_dataset(trajectory, tmp_path):
     count = write_sequences(trajectory, tmp_path / "out", history_len=2, history_step=1)
     poses, grid, cloud = trajectory.world_from_camera(), trajectory.grid, trajectory.cloud()
     assert count == 6 * len(poses)
@@ -78,7 +78,7 @@ def test_seed_files_match_the_dataset(trajectory, tmp_path):
         world = np.load(out / "merge_npy_sequence_world" / f"{t:06d}.npy")
         assert (camera.shape[1], world.shape[1]) == (4, 7)
         np.testing.assert_array_equal(world[: len(cloud), :3], cloud.points)
-        shades = cloud.colors / np.float32(255)  # As Open3D has them, which viewers show.
+        shades = cloud.colors / np.float32(255)  # As in Open3D.
         np.testing.assert_array_equal(world[: len(cloud), 3:6], shades)
         assert world[:, 3:6].min() >= 0
         assert 0.5 < world[:, 3:6].max() <= 1
@@ -87,18 +87,18 @@ def test_seed_files_match_the_dataset(trajectory, tmp_path):
         back = seen[:, :3] @ pose[:3, :3].T + pose[:3, 3]
         np.testing.assert_allclose(back, scene[:, :3], atol=1e-4)
         np.testing.assert_allclose(world[world[:, 6] == 1][-1, :3], pose[:3, 3], atol=1e-5)
-        # In the world nothing leaves: every cell of every frame that counts has its own.
+        # The world has no grid limits: it has every cell of all frames in the history.
         for past in range(max(0, t - 2), t + 1):
             centres = grid.centres(cells[past]) @ poses[past][:3, :3].T + poses[past][:3, 3]
             has = {tuple(c) for c in np.floor(world[world[:, 6] == 2][:, :3] / 0.02).astype(int)}
             want = {tuple(c) for c in np.floor(centres.astype(np.float32) / 0.02).astype(int)}
-            assert len(want - has) <= 0.001 * len(want)  # Rounding, at the cells' own edges.
+            assert len(want - has) <= 0.001 * len(want)  # Rounding at the edges of cells.
         for name, array in (("merge_ply_sequence_cam", camera), ("occ_only_cam_ply", alone)):
             points = read_ply(out / name / f"{t:06d}.ply").points
             np.testing.assert_array_equal(points, array[:, :3])
 
 
-def test_without_history_the_cells_are_the_frames_own(trajectory, tmp_path):
+def test_sequences_without_history_have_only_the_cells_of_the_frame(trajectory, tmp_path):
     write_sequences(trajectory, tmp_path / "out", only=["occ_only_cam_npy"], history_len=0)
     for t, columns in enumerate(trajectory.visible_frames()):
         alone = np.load(tmp_path / "out" / "occ_only_cam_npy" / f"{t:06d}.npy")
@@ -114,7 +114,7 @@ def test_visualize_overwrites_nothing(trajectory, tmp_path):
     assert (place / "thesis.tex").read_text() == "precious"
 
 
-def test_visualize_prints_its_size_and_asks_above_a_limit(trajectory, tmp_path, monkeypatch):
+def test_visualize_prints_the_output_size_and_asks_above_a_limit(trajectory, tmp_path, monkeypatch):
     only = ["merge_npy_sequence_world", "occ_only_cam_npy", "merge_ply_sequence_cam"]
     write_sequences(trajectory, tmp_path / "out", only=only, history_len=1)
     written = sum(p.stat().st_size for p in (tmp_path / "out").rglob("*.*"))
@@ -129,18 +129,18 @@ def test_visualize_prints_its_size_and_asks_above_a_limit(trajectory, tmp_path, 
     monkeypatch.setattr("occgen_hub.cli.picture._can_answer", lambda: True)
     assert CliRunner().invoke(cli, command, input="n\n").exit_code == 1
     assert not (tmp_path / "b").exists()
-    said = CliRunner().invoke(cli, [*command, "--yes"], catch_exceptions=False)
-    assert re.search(r"About \d+ MB in 1 folder\.", said.stderr)
+    result = CliRunner().invoke(cli, [*command, "--yes"], catch_exceptions=False)
+    assert re.search(r"About \d+ MB in 1 folder\.", result.stderr)
     assert (tmp_path / "b").is_dir()
 
 
-def test_pictures_of_an_episode_match_its_trajectory(sample_tree, dataset, tmp_path):
+def test_visualize_from_the_source_matches_the_built_trajectory(sample_tree, dataset, tmp_path):
     path = trajectories(dataset)[0]
     name = path.relative_to(dataset).as_posix()
     only = ("--only", "occ_only_cam_npy")
     assert run("visualize", path, tmp_path / "a", *only).returncode == 0
-    said = run("visualize", "--input", sample_tree, name, tmp_path / "b", *only)
-    assert said.returncode == 0, said.stderr
+    result = run("visualize", "--input", sample_tree, name, tmp_path / "b", *only)
+    assert result.returncode == 0, result.stderr
     made = sorted((tmp_path / "a").rglob("*.npy"))
     assert made
     for file in made:
@@ -181,7 +181,7 @@ def test_the_automatic_viewpoint_frames_the_scene(trajectory):
     pixels = local[:, :2] / local[:, 2:] * K[0, 0] + K[:2, 2]
     assert (local[:, 2] > 0).all()
     assert ((pixels > 0) & (pixels < SIZE)).all()
-    assert view.position[2] > poses[:, 2, 3].max()  # From above: the sample's z is up.
+    assert view.position[2] > poses[:, 2, 3].max()  # From above, since z points up.
 
 
 def test_viewpoint_file_round_trip(tmp_path):
@@ -197,8 +197,8 @@ def test_viewpoint_file_round_trip(tmp_path):
 # render
 
 
-def test_cells_are_drawn_where_their_rays_end(trajectory):
-    """Against a traversal of the grid, pixel by pixel."""
+def test_ego_view_draws_cells_where_rays_hit_them(trajectory):
+    """Compared with a traversal of the grid for each pixel."""
     from occgen_hub.visual.ego import EgoView
 
     view = EgoView(trajectory, trajectory.image_size)
@@ -212,7 +212,7 @@ def test_cells_are_drawn_where_their_rays_end(trajectory):
     view.close()
 
 
-def test_which_points_a_frames_cells_hold(trajectory):
+def test_frame_cells_hold_the_points_inside_them(trajectory):
     frame = next(frames(trajectory))
     cells, grid = frame.cells, trajectory.grid
     centres, half = cells.in_world(), grid.voxel_size / 2
@@ -238,12 +238,12 @@ def test_cells_of_a_past_frame_are_computed_once(trajectory, monkeypatch):
         FrameCells, "hold", lambda self, points: (asked.append(1), hold(self, points))[1]
     )
     drawn = _Occupied(cloud, size, size)
-    for frame in frames(trajectory, 2, 2):  # Every other frame is not among the next one's past.
+    for frame in frames(trajectory, 2, 2):  # The history has only every other frame.
         drawn.of(frame)
     assert len(asked) == len(trajectory.world_from_camera())
 
 
-def test_large_cells_have_edges():
+def test_large_cells_are_drawn_with_edges():
     from occgen_hub.visual.cubes import CLEAR, framed
 
     faces = cube_faces(np.array([[0, 0, 0.5], [0, 0, 8.0]]), 0.02, np.zeros(3))
@@ -255,7 +255,7 @@ def test_large_cells_have_edges():
     assert (shades[: len(faces)][near] < 180).all()
     assert (shades[: len(faces)][far] == 200).all()
     assert (shades[-1] == 200).all()
-    # The face that is added covers the middle of the dark one, and comes before it.
+    # The added face covers the middle of the dark one and lies in front of it.
     dark, bright = both.corners[np.flatnonzero(near)[0]], both.corners[-1]
     inner, outer = (c[:, :2] / c[:, 2:] * 1000 for c in (bright, dark))
     assert 1 < (np.ptp(outer, axis=0) - np.ptp(inner, axis=0)).min() < 4
@@ -263,7 +263,7 @@ def test_large_cells_have_edges():
 
 
 def test_world_view_fills_gaps_of_rotated_cells(trajectory):
-    """Every cell of the cloud is drawn in which a point lies that the frame's cells hold."""
+    """A cell of the cloud is drawn if one of its points lies in a cell of the frame."""
     from occgen_hub.visual.world import _Occupied
 
     cloud, size = trajectory.cloud(), trajectory.grid.voxel_size
@@ -281,8 +281,8 @@ def test_world_view_fills_gaps_of_rotated_cells(trajectory):
     assert gained > 0
 
 
-def test_the_world_view_has_the_camera_where_it_is(trajectory):
-    """The image on the frustum lies where its middle projects, and moves with the frames."""
+def test_world_view_draws_the_camera_at_its_position(trajectory):
+    """The image on the frustum is drawn around its projected centre and moves with the frames."""
     from occgen_hub.visual.world import WorldView
 
     view = WorldView(trajectory, (640, 360))
@@ -302,14 +302,14 @@ def test_the_world_view_has_the_camera_where_it_is(trajectory):
     view.close()
 
 
-def test_the_world_view_has_no_stripes(trajectory):
-    """No pixel between drawn cells shows the cloud as it is, nor does the cloud cover a cell."""
+def test_world_view_has_no_stripes(trajectory):
+    """No pixel between drawn cells shows the plain cloud, and the cloud covers no cell."""
     from occgen_hub.visual.world import WorldView
 
     view = WorldView(trajectory, (480, 270))
     frame = list(frames(trajectory, 2, 1))[-1]
     view(frame, None)
-    for name in ("behind", "ahead"):  # Only the cells are wanted.
+    for name in ("behind", "ahead"):  # Draw only the cells.
         view._stage.put_lines(name, np.zeros((0, 3)), (0, 0, 0), 0.1)
     view._stage.put_segments("frustum", np.zeros((1, 2, 3)), (0, 0, 0), 1e-6)
     tint, cells = view._put_occupancy(frame), view._stage.picture()
@@ -317,7 +317,7 @@ def test_the_world_view_has_no_stripes(trajectory):
     drawn = cells.zbuffer < view._limit
     assert drawn.sum() > 4000
     assert drawn[ahead & np.isfinite(cells.depth())].all()
-    # Of the faces that are seen, those of cells that lie between two occupied ones are tinted.
+    # Visible faces of cells that lie between two occupied cells are tinted.
     size = trajectory.grid.voxel_size
     numbers, _ = view._occupied.of(frame)
     shown = view._heights.below_ceiling(cell_centres(numbers, size))
@@ -335,12 +335,12 @@ def test_the_world_view_has_no_stripes(trajectory):
     wanted = seen[between[view._gaps.owner[seen]]]
     assert len(wanted) > 100
     assert (tint[wanted, 3] > 0).all()
-    assert (tint[:, 3] == 0).any()  # What no frame saw is not tinted.
+    assert (tint[:, 3] == 0).any()  # Cells that no frame saw are not tinted.
     view.close()
 
 
-def test_the_scale_bar_is_as_long_as_it_says(trajectory):
-    """Between two places that far apart, at the distance of what the view looks at."""
+def test_scale_bar_has_the_stated_length(trajectory):
+    """The stated length, projected at the distance of the target, gives the length in pixels."""
     from occgen_hub.visual.world import WorldView
 
     view = WorldView(trajectory, (640, 360))
@@ -355,8 +355,8 @@ def test_the_scale_bar_is_as_long_as_it_says(trajectory):
     assert abs(max(map(max, rows)) - expected) <= 3
 
 
-def test_the_scene_from_above_has_a_scale_bar(trajectory):
-    """As long as the camera's triangle says, whose base is a metre."""
+def test_preview_from_above_has_a_scale_bar(trajectory):
+    """Its length agrees with the camera's triangle, which has a base of one metre."""
     from scipy.spatial.distance import pdist
 
     canvas = np.asarray(preview(trajectory))[360 + 22 : 720 - 36, 640:]
@@ -364,19 +364,19 @@ def test_the_scene_from_above_has_a_scale_bar(trajectory):
     metre = pdist(np.argwhere((canvas[:-30] == INK).all(axis=2))).max()
     assert abs(bar / (round_length(BAR * TEXT / metre) * metre) - 1) < 0.07
     for color in AXES.values():
-        assert (canvas == color).all(axis=2).any() == (color != AXES["z"])  # The sample's up.
+        assert (canvas == color).all(axis=2).any() == (color != AXES["z"])  # z points up.
 
 
 def runs_of(line: np.ndarray, color: tuple[int, int, int]) -> list[int]:
-    """How long the runs of a colour on a line of pixels are; 0 where there is none."""
+    """Lengths of the runs of a colour on a line of pixels; always includes 0."""
     same = np.concatenate([[0], (line == color).all(axis=1), [0]]).astype(int)
     steps = np.diff(same)
     return [0, *(np.flatnonzero(steps == -1) - np.flatnonzero(steps == 1)).tolist()]
 
 
 @pytest.mark.parametrize("view", ["ego", "world", "panels"])
-def test_every_view_has_a_bar_in_metres(view, trajectory):
-    """Its colours are there, in their order, and metres below."""
+def test_every_view_has_a_colour_bar_in_metres(view, trajectory):
+    """The colours are in their order, with lengths in metres below."""
     from occgen_hub.visual.render import Shot, pictures
 
     stops = ramp(np.linspace(0.2, 0.9, 12), OCCUPANCY if view == "world" else RAMP).astype(int)
@@ -394,21 +394,21 @@ def test_every_view_has_a_bar_in_metres(view, trajectory):
     assert (below > 200).all(axis=2).sum() > 10
 
 
-def test_round_lengths():
+def test_scale_bar_lengths_are_round():
     assert [round_length(x) for x in (0.37, 1.0, 4.99, 5.0, 23.0)] == [0.2, 1.0, 2.0, 5.0, 20.0]
 
 
-def test_a_video_is_one_that_browsers_play(trajectory, tmp_path):
+def test_rendered_video_plays_in_browsers(trajectory, tmp_path):
     place = tmp_path / "room.mp4"
-    said = run("render", trajectory.path, place, "--size", "480x180", "--fps", "5")
-    assert said.returncode == 0, said.stderr
-    assert said.stderr == ""
+    result = run("render", trajectory.path, place, "--size", "480x180", "--fps", "5")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
     with av.open(str(place)) as container:
         stream = container.streams.video[0]
         assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
         assert (stream.width, stream.height, float(stream.average_rate)) == (480, 180, 5.0)
     content = place.read_bytes()
-    assert content.index(b"moov") < content.index(b"mdat")  # It plays as it arrives.
+    assert content.index(b"moov") < content.index(b"mdat")  # It plays while it downloads.
     shown = list(video_frames(place))
     assert len(shown) == len(trajectory.world_from_camera())
     for number, picture in enumerate(shown):
@@ -423,17 +423,17 @@ def test_a_video_is_one_that_browsers_play(trajectory, tmp_path):
     assert np.abs(shown[0].astype(int) - shown[-1]).mean() > 1
 
 
-def test_render_errors(trajectory, dataset, tmp_path):
+def test_render_refuses_wrong_arguments(trajectory, dataset, tmp_path):
     for arguments, words in (
         ((trajectory.path, tmp_path / "a.gif"), "ends in .mp4"),
         ((trajectory.path, tmp_path / "a.png", "--frame", "999"), "numbered from 0"),
         ((trajectory.path, tmp_path / "a.mp4", "--size", "481x180"), "even numbers"),
         ((dataset, tmp_path / "a.mp4"), "has 2 trajectories"),
     ):
-        said = run("render", *arguments)
-        assert said.returncode == 2, said.stderr
-        assert words in said.stderr
-        assert "Traceback" not in said.stderr
+        result = run("render", *arguments)
+        assert result.returncode == 2, result.stderr
+        assert words in result.stderr
+        assert "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -446,21 +446,21 @@ def test_missing_extra_error_names_the_remedy(command, trajectory, tmp_path):
         "main()"
     )
     more = [str(tmp_path / "a.mp4")] if command == "render" else ["--save", str(tmp_path / "a.rrd")]
-    said = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code.format(more)], capture_output=True, text=True, check=False
     )
-    assert said.returncode == 2
-    assert "pip install -e '.[visual]'" in said.stderr
-    assert len(said.stderr.splitlines()) == 1
+    assert result.returncode == 2
+    assert "pip install -e '.[visual]'" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 # view
 
 
-def test_a_recording_holds_the_trajectory_over_time(trajectory, tmp_path):
+def test_rerun_recording_has_the_trajectory_over_time(trajectory, tmp_path):
     experimental = pytest.importorskip("rerun.experimental")
-    said = run("view", trajectory.path, "--save", tmp_path / "room.rrd")
-    assert said.returncode == 0, said.stderr
+    result = run("view", trajectory.path, "--save", tmp_path / "room.rrd")
+    assert result.returncode == 0, result.stderr
     store = experimental.RrdReader(tmp_path / "room.rrd").store()
     columns = {c.entity_path for c in store.schema().component_columns()}
     assert {
@@ -475,7 +475,7 @@ def test_a_recording_holds_the_trajectory_over_time(trajectory, tmp_path):
             moves = batch.column(names["translation"]).to_pylist()
             for frame, place in zip(batch.column("frame").to_pylist(), moves, strict=True):
                 found[frame] = np.array(place[0])
-        if chunk.entity_path == "/world/camera/observed":  # A surface that one can look through.
+        if chunk.entity_path == "/world/camera/observed":  # A transparent surface.
             batch = chunk.to_record_batch()
             (color,) = (n for n in batch.schema.names if n.endswith("albedo_factor"))
             assert {row[0] & 255 for row in batch.column(color).to_pylist()} == {FREE_ALPHA}
@@ -516,15 +516,15 @@ def test_the_viewer_is_served_until_ctrl_c(trajectory):
 
 
 def test_view_without_a_screen_is_an_error(trajectory, tmp_path):
-    said = run("view", trajectory.path)
-    assert said.returncode == 2
-    assert "--web" in said.stderr
-    said = run("view", trajectory.path, "--choose-camera", tmp_path / "camera.json")
-    assert said.returncode == 2
-    assert "no screen" in said.stderr
+    result = run("view", trajectory.path)
+    assert result.returncode == 2
+    assert "--web" in result.stderr
+    result = run("view", trajectory.path, "--choose-camera", tmp_path / "camera.json")
+    assert result.returncode == 2
+    assert "no screen" in result.stderr
 
 
-def test_the_viewpoint_found_in_the_window_is_the_one_rendered(trajectory):
+def test_viewpoint_set_in_the_window_is_read_back(trajectory):
     from occgen_hub.visual.viewpoint_picker import look_from, viewpoint_of, window
 
     plotter = window(trajectory, off_screen=True)
@@ -545,7 +545,7 @@ HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.
 
 @pytest.fixture(scope="module")
 def page(dataset, tmp_path_factory) -> Path:
-    """A report of a dataset whose words are hostile, one of whose trajectories is broken."""
+    """A report of a dataset with HTML in its texts and one broken trajectory."""
     out = tmp_path_factory.mktemp("report")
     root = shutil.copytree(dataset, out / "set")
     first, second = trajectories(root)
@@ -555,12 +555,12 @@ def page(dataset, tmp_path_factory) -> Path:
     broken = second.with_name("trajectory_9")
     shutil.copytree(second, broken)
     next(broken.rglob("occ_sequence.npz")).write_bytes(b"no")
-    said = run("report", root, "--output", out / "page.html")
-    assert said.returncode == 0, said.stderr
+    result = run("report", root, "--output", out / "page.html")
+    assert result.returncode == 0, result.stderr
     return out / "page.html"
 
 
-def test_the_report_needs_nothing_else(page):
+def test_report_refers_to_no_other_files(page):
     text = page.read_text("utf-8")
     assert "http://" not in text
     assert "https://" not in text
@@ -571,7 +571,7 @@ def test_the_report_needs_nothing_else(page):
     assert page.stat().st_size < 600_000
 
 
-def test_the_table_of_the_report_has_no_empty_column(page):
+def test_report_table_has_no_empty_column(page):
     table = re.search(r'<table id="trajectories">.*?</table>', page.read_text("utf-8"), re.S)
     assert table is not None
     heads = re.findall(r"<th .*?<button>(.*?)</button>", table[0])
@@ -623,13 +623,13 @@ def test_the_report_works_in_a_browser(page):
         assert known == sorted(known)
         assert len(set(known)) == 2
         assert [float(value) for value in falling if value] == known[::-1]
-        assert (rising[-1], falling[-1]) == ("", "")  # The broken one comes last both ways.
+        assert (rising[-1], falling[-1]) == ("", "")  # The broken one is last in both orders.
         assert HOSTILE in chrome.find_element(By.ID, "failures").text
         chrome.find_element(By.ID, "search").send_keys("trajectory_9")
         shown = chrome.find_elements(By.CSS_SELECTOR, "#trajectories tbody tr:not([hidden])")
         assert len(shown) == 1
-        assert "OccGen" in chrome.title  # Nothing of the data was run.
-        for width in (1440, 390):  # A laptop's screen and a phone's.
+        assert "OccGen" in chrome.title  # No script from the data was executed.
+        for width in (1440, 390):  # The screens of a laptop and a phone.
             screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
             chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
             assert chrome.execute_script(
@@ -641,12 +641,12 @@ def test_the_report_works_in_a_browser(page):
         chrome.quit()
 
 
-def test_a_caption_has_the_first_and_the_last_frame():
+def test_frame_title_has_the_first_and_the_last_frame():
     assert [frame_title(n, 8) for n in (0, 7)] == ["frame 0 (0 to 7)", "frame 7 (0 to 7)"]
 
 
-def test_inspect_and_report_say_the_same_number_of_cells(dataset, tmp_path, monkeypatch):
-    """Also where the mean is nearer to the number above it."""
+def test_inspect_and_report_give_the_same_number_of_cells(dataset, tmp_path, monkeypatch):
+    """Also where the mean has to be rounded up."""
     page = tmp_path / "page.html"
     write_report(dataset, page)
     lines = [
@@ -654,10 +654,10 @@ def test_inspect_and_report_say_the_same_number_of_cells(dataset, tmp_path, monk
     ]
     assert len(lines) == 2
     for line, path in zip(lines, trajectories(dataset), strict=True):
-        said = re.search(r"([\d,]+) visible occupied cells per frame", line)
-        assert f">{said[1]}<" in page.read_text()
+        count = re.search(r"([\d,]+) visible occupied cells per frame", line)
+        assert f">{count[1]}<" in page.read_text()
         ends = Trajectory.open(path).row_ends("visible")
-        assert said[1] == f"{ends[-1] / (len(ends) - 1):,.0f}"
+        assert count[1] == f"{ends[-1] / (len(ends) - 1):,.0f}"
     ends = np.array([0, 3, 6, 8])
     monkeypatch.setattr(Trajectory, "row_ends", lambda self, key: ends)
     monkeypatch.setattr("occgen_hub.visual.inspection._frames", lambda trajectory: 3)

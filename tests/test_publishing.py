@@ -1,4 +1,4 @@
-"""Scenes that are pushed while they are built: what the Hub has of them, and what stays here."""
+"""Scenes that are pushed while they are built: the files on the Hub and the local files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ REPO = "org/rooms"
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """Three scenes of two trajectories, of which the third has no poses. Not to be changed."""
+    """Three scenes with two trajectories each; one in the third scene is broken.
+
+    Tests must not change it.
+    """
     root = tmp_path_factory.mktemp("publishing") / "tree"
     make_sample(root, trajectories=2, frames=2, seed=7)
     scene = root / "sample_zed/house_000"
@@ -38,8 +41,8 @@ def tree(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def plain(tree, tmp_path_factory):
-    """What a build without a push makes of it."""
+def plain_build(tree, tmp_path_factory):
+    """The dataset from a build of `tree` without a push."""
     out = tmp_path_factory.mktemp("plain") / "out"
     summary = library.build("internnav", tree, out, config=COARSE)
     assert (summary.built, len(summary.failures)) == (5, 1)
@@ -48,7 +51,7 @@ def plain(tree, tmp_path_factory):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A Hub for this process, whose client does not wait before it tries again."""
+    """A local Hub for this process. The client retries without waiting."""
     served = Hub()
     files = f"{served.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", served.url)
@@ -67,16 +70,16 @@ def build(tree, out, **options):
     return library.build("internnav", tree, out, **options)
 
 
-def fetched(hub, folder):
-    """All that the Hub has, in a folder."""
+def download_all(hub, folder):
+    """Copy all files of the Hub repository into a folder."""
     for path, content in hub.repositories[REPO].files().items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)
     return folder
 
 
-def content(root, *without):
-    """The files of a dataset but for those, and for what the Hub makes."""
+def dataset_files(root, *without):
+    """The files of a dataset, except for `without` and those of the Hub and of the run."""
     without = {".gitattributes", "report.json", "failures.jsonl", *without}
     return {
         name: path.read_bytes()
@@ -86,15 +89,17 @@ def content(root, *without):
     }
 
 
-def test_the_hub_has_what_a_plain_build_makes_and_nothing_stays(hub, tree, plain, tmp_path):
+def test_pushed_dataset_equals_a_plain_build_and_keeps_no_local_copy(
+    hub, tree, plain_build, tmp_path
+):
     summary = build(tree, tmp_path / "out", keep="none")
     assert (summary.built, len(summary.failures)) == (5, 1)
-    there = fetched(hub, tmp_path / "there")
-    # The picture may be of another trajectory, of the first batch.
-    assert content(there, "preview.png") == content(plain, "preview.png")
+    there = download_all(hub, tmp_path / "there")
+    # The picture may show another trajectory: one of the first batch.
+    assert dataset_files(there, "preview.png") == dataset_files(plain_build, "preview.png")
     assert (there / "preview.png").exists()
     assert validate(there).findings == ()
-    rows, own = read_entries(there), read_entries(plain)
+    rows, own = read_entries(there), read_entries(plain_build)
     states = {row.scene: row.scene_state for row in rows.values()}
     for name, row in rows.items():
         assert row.shard_sha256 == own[name].shard_sha256
@@ -104,7 +109,7 @@ def test_the_hub_has_what_a_plain_build_makes_and_nothing_stays(hub, tree, plain
     }  # fmt: skip
     assert hub.repositories[REPO].tags == {"v2.1": hub.repositories[REPO].find("main")}
 
-    # On another machine, scenes that are whole are not built again.
+    # On another machine, complete scenes are not built again.
     commits = len(hub.repositories[REPO].commits)
     again = build(tree, tmp_path / "other", keep="none")
     assert (again.built, again.present, len(again.failures)) == (1, 4, 1)
@@ -112,24 +117,24 @@ def test_the_hub_has_what_a_plain_build_makes_and_nothing_stays(hub, tree, plain
     assert not trajectories(tmp_path / "other")
 
 
-def test_kept_scenes_are_a_dataset_here_as_well(hub, tree, plain, tmp_path):
+def test_kept_scenes_are_a_valid_local_dataset(hub, tree, plain_build, tmp_path):
     build(tree, tmp_path / "out", scenes=["house_000"])
     out = tmp_path / "out"
-    assert content(out).keys() == {
-        name for name in content(plain) if "house_00" not in name or "house_000" in name
+    assert dataset_files(out).keys() == {
+        name for name in dataset_files(plain_build) if "house_00" not in name or "house_000" in name
     }
     assert validate(out).findings == ()
     changed = build(tree, out, scenes=["house_000"], config=Config(voxel_size=0.5))
     assert changed.built == 2
-    there = fetched(hub, tmp_path / "there")
+    there = download_all(hub, tmp_path / "there")
     assert validate(there).findings == ()
     assert {row.voxel_size for row in read_entries(there).values()} == {0.5}
     with pytest.raises(UsageError, match="give --layout trajectories, or another --push-to"):
         build(tree, out, layout="packed")
 
 
-def test_machines_that_push_at_once_lose_nothing_of_each_other(hub, tree, tmp_path, monkeypatch):
-    """Their scenes are in one part of the index: each commit is made on top of the last."""
+def test_concurrent_pushes_do_not_lose_scenes(hub, tree, tmp_path, monkeypatch):
+    """Their scenes share one part of the index, so each commit must build on the last."""
     names = [f"room_{n}" for n in range(4000) if bucket(f"zed/room_{n}") == "07"][:4]
     for name in names:
         shutil.copytree(tree / "sample_zed/house_000", tmp_path / "tree/zed" / name)
@@ -157,24 +162,24 @@ def test_machines_that_push_at_once_lose_nothing_of_each_other(hub, tree, tmp_pa
     for thread in threads:
         thread.join()
     assert not errors
-    there = fetched(hub, tmp_path / "there")
+    there = download_all(hub, tmp_path / "there")
     assert {row.scene for row in read_entries(there).values()} == {f"zed/{n}" for n in names}
     assert len(list((there / "index").iterdir())) == 1
     assert validate(there).findings == ()
 
 
-def test_packed_scenes_are_a_few_files_that_hold_all_for_training(hub, tree, plain, tmp_path):
+def test_packed_layout_has_few_files_with_all_training_data(hub, tree, plain_build, tmp_path):
     from datasets import load_dataset
 
     build(tree, tmp_path / "out", keep="none", layout="packed", scenes=["house_00[01]"])
-    there = fetched(hub, tmp_path / "there")
+    there = download_all(hub, tmp_path / "there")
     (there / ".gitattributes").unlink()
     names = {path.relative_to(there).parts[0] for path in files_under(there)}
     assert names == {"README.md", "preview.png", "index", "occupancy", "scene_states"}
     report = validate(there)
     assert (report.findings, report.trajectories, report.frames) == ((), 4, 8)
     keys = ("occupancy", "mask", "pose", "image", "depth", "task", "episode")
-    packed, own = OccupancyDataset(there, keys=keys), OccupancyDataset(plain, keys=keys)
+    packed, own = OccupancyDataset(there, keys=keys), OccupancyDataset(plain_build, keys=keys)
     assert len(packed) == 8
     for n in range(len(packed)):
         for key in keys:
@@ -188,21 +193,21 @@ def test_packed_scenes_are_a_few_files_that_hold_all_for_training(hub, tree, pla
     assert "has another SHA-256" in str(validate(there).findings[0])
 
 
-def test_a_hub_that_is_away_for_a_moment_is_waited_for(hub, tree, tmp_path):
+def test_push_is_retried_when_the_hub_is_briefly_unavailable(hub, tree, tmp_path):
     hub.faults.append(Fault("POST .*/commit/main", status=503, times=2))
-    told = []
-    publisher = HubPublisher(REPO, keep="none", every=0, tell=told.append)
+    messages = []
+    publisher = HubPublisher(REPO, keep="none", every=0, tell=messages.append)
     from occgen_hub.job import open_job
     from occgen_hub.runtime.build import build_dataset
 
     job = open_job("internnav", tree, tmp_path / "out", config=COARSE, scenes=["house_000"],
                    whole_scenes=True)  # fmt: skip
     assert not build_dataset(job, publisher=publisher).failures
-    assert "Trying again in" in told[0]
-    assert len(read_entries(fetched(hub, tmp_path / "there"))) == 2
+    assert "Trying again in" in messages[0]
+    assert len(read_entries(download_all(hub, tmp_path / "there"))) == 2
 
 
-def test_too_many_files_are_said_and_refused(hub, tree, tmp_path, monkeypatch):
+def test_push_of_too_many_files_is_refused(hub, tree, tmp_path, monkeypatch):
     monkeypatch.setattr("occgen_hub.publishing.MAX_FILES", 20)
     from occgen_hub.hub import HubError
 
@@ -211,7 +216,7 @@ def test_too_many_files_are_said_and_refused(hub, tree, tmp_path, monkeypatch):
     assert len(trajectories(Path(tmp_path / "out"))) == 2
 
 
-def test_a_limit_that_cuts_scenes_is_refused(hub, tree, tmp_path):
+def test_push_with_a_limit_that_splits_a_scene_is_refused(hub, tree, tmp_path):
     with pytest.raises(UsageError, match="would push a part of a scene"):
         build(tree, tmp_path / "out", limit=1)
     assert not hub.asked

@@ -1,4 +1,4 @@
-"""Rays followed 64 at a time against single rays and against rational arithmetic."""
+"""Rays followed 64 at a time, compared with single rays and with rational arithmetic."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from occgen_hub.occupancy.visibility import OBSERVED, OCCUPIED, first_occupied, 
 
 
 @pytest.fixture(autouse=True)
-def _no_camera_is_known():
+def _clear_camera_cache():
     ray_packets._camera.cache_clear()
 
 
 def by_packets(
     grid: Grid, K: np.ndarray, size: tuple[int, int], occupied: np.ndarray
 ) -> np.ndarray:
-    """(cells,) uint8: the state after all rays were followed."""
+    """(cells,) uint8: the state after all rays are followed."""
     state = occupied.astype(np.uint8).ravel() * OCCUPIED
     made = RayPackets.of(grid, K, size)
     assert made is not None
@@ -33,7 +33,7 @@ def by_packets(
     return state
 
 
-def one_by_one(
+def by_single_rays(
     grid: Grid, K: np.ndarray, size: tuple[int, int], occupied: np.ndarray
 ) -> np.ndarray:
     state = occupied.astype(np.uint8).ravel() * OCCUPIED
@@ -64,21 +64,23 @@ def test_packets_equal_brute_force(lower, shape, voxel_size, K, size, fill, seed
 @pytest.mark.parametrize(
     ("config", "K", "size"),
     [
-        # The camera on a corner of the lattice and square pixels: ties in every diagonal.
+        # The camera on a grid corner and square pixels: ties on every diagonal.
         (Config(), intrinsics(120, 120, 64, 48), (128, 96)),
-        # Wide, as the real trajectory's camera, and a size that 8 does not divide.
+        # A wide camera, as in the real trajectory, and a size that is no multiple of 8.
         (Config(), intrinsics(58.3, 61.7, 79.5, 44.25), (157, 91)),
-        # The camera outside the grid, whose rays enter it at many distances.
+        # The camera outside the grid: rays enter the grid at many distances.
         (Config(pc_range=(-1, -1, 0.5, 2, 1, 3)), intrinsics(71, 73, 60, 50), (121, 99)),
     ],
 )
 def test_packets_equal_single_rays(config, K, size, fill):
     grid = Grid.of(config)
     occupied = np.random.default_rng(3).random(grid.shape) < fill
-    assert np.array_equal(by_packets(grid, K, size, occupied), one_by_one(grid, K, size, occupied))
+    assert np.array_equal(
+        by_packets(grid, K, size, occupied), by_single_rays(grid, K, size, occupied)
+    )
 
 
-def test_the_number_of_threads_does_not_change_a_bit():
+def test_thread_count_does_not_change_the_result():
     grid = Grid.of(Config(voxel_size=0.05))
     occupied = np.random.default_rng(4).random(grid.shape) < 0.01
     K, size = intrinsics(60, 61, 40, 30), (80, 60)
@@ -105,24 +107,24 @@ def test_repeated_camera_uses_packets_with_equal_results():
         assert np.array_equal(frame.observed, frames[0].observed)
 
 
-def test_cameras_that_change_are_followed_ray_by_ray():
+def test_changing_cameras_use_no_packets():
     grid = Grid.of(Config(voxel_size=0.1))
     for focal_length in range(20, 40):
         assert packets_if_repeated(grid, intrinsics(focal_length, 30, 16, 16), (32, 32)) is None
 
 
-def test_the_camera_of_an_episode_has_its_packets_before_the_first_frame():
+def test_prepare_builds_packets_for_the_most_common_camera():
     grid, size = Grid.of(Config(voxel_size=0.1)), (32, 32)
     most, other = intrinsics(30, 31, 16, 16), intrinsics(20, 21, 16, 16)
     ray_packets.prepare(grid, np.stack([other, *[most] * 5, other]), size)
     assert packets_if_repeated(grid, most, size) is not None
     assert packets_if_repeated(grid, other, size) is None
-    ray_packets.prepare(grid, np.stack([other] * 4), size)  # Too few to be worth it.
+    ray_packets.prepare(grid, np.stack([other] * 4), size)  # Too few frames for packets to pay.
     assert packets_if_repeated(grid, other, size) is None
     ray_packets.prepare(grid, np.zeros((0, 3, 3)), size)
 
 
-def test_lists_too_long_to_keep_are_not_made(monkeypatch):
+def test_packets_above_the_cell_limit_are_not_built(monkeypatch):
     monkeypatch.setattr(ray_packets, "_MAX_CELLS", 1000)
     grid = Grid.of(Config(voxel_size=0.1))
     K, size = intrinsics(30, 30, 16, 16), (64, 32)

@@ -1,4 +1,4 @@
-"""The real InternData-N1 trajectory, through the command line, where it is there."""
+"""The real InternData-N1 trajectory, built with the command line, if the files are present."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def built(real_tree, tmp_path_factory):
     return out, result
 
 
-def test_each_fault_of_the_real_files_is_said_in_one_line(built):
+def test_each_fault_of_the_real_files_gives_a_note_of_one_line(built):
     notes = [line for line in built[1].stderr.splitlines() if line.startswith("note")]
     for pattern in (
         r"104 frames.*length 104.*parquet has 52",
@@ -42,20 +42,20 @@ def test_each_fault_of_the_real_files_is_said_in_one_line(built):
     assert len(notes) == 5
 
 
-def test_it_validates(built):
+def test_built_dataset_is_valid(built):
     result = occgen_hub("validate", built[0])
     assert result.returncode == 0, result.stdout
     assert "1 trajectory, 52 frames: valid." in result.stdout
 
 
-def test_instructions_come_in_words(built):
+def test_tasks_are_plain_instructions(built):
     tasks = Trajectory.open(trajectories(built[0])[0]).tasks()
     assert len(tasks) == 2
     assert tasks[0].startswith("Gliding forward")
     assert not any("{" in task for task in tasks)
 
 
-def test_the_scene_lies_on_the_ground_truth(built):
+def test_scene_cells_lie_on_the_ground_truth(built):
     folder = trajectories(built[0])[0]
     truth = read_ply(folder / "data/chunk-000/path.ply").points
     cells = np.load(folder / "data/chunk-000/all_occ.npz", allow_pickle=False)["data"]
@@ -67,12 +67,12 @@ def test_the_scene_lies_on_the_ground_truth(built):
     assert np.quantile(distance, 0.95) <= 0.07
 
 
-def test_it_is_fast_enough_to_be_of_use(built):
-    """A loose bound against an accident; scripts/bench measures."""
+def test_build_takes_less_than_a_minute(built):
+    """A loose bound that catches large regressions; scripts/bench measures the time."""
     seconds = float(re.search(r"52 frames in ([\d.]+) s", built[1].stdout).group(1))
     assert seconds < 60
 
 
-def test_the_record_holds_the_notes(built):
+def test_record_has_all_notes(built):
     record = json.loads((trajectories(built[0])[0] / "meta/occgen.json").read_text())
     assert len(record["notes"]) == 5

@@ -1,4 +1,4 @@
-"""When a build replaces what is there: only what a build wrote, and whenever its source changed."""
+"""Rebuilds: they replace only files that a build wrote, and do so when the source changed."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ RECORD = "meta/occgen.json"
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A source of one trajectory. Not to be changed by tests."""
+    """A source with one trajectory. Tests must not change it."""
     out = tmp_path_factory.mktemp("rebuild") / "rooms"
     make_sample(out, trajectories=1, frames=2)
     return out
 
 
 @pytest.fixture
-def mine(source, tmp_path):
-    """A copy that a test may change."""
+def source_copy(source, tmp_path):
+    """A copy of the source that a test may change."""
     return Path(shutil.copytree(source, tmp_path / "mine"))
 
 
 def build(source: Path, out: Path, **settings):
-    """Build the one trajectory of a source; what became of it."""
+    """Build the one trajectory of a source and return its result."""
     builder = load_builder("internnav", source)
     (ref,) = builder.episodes()
     return build_episode(builder, ref, out, Settings(config=Config(voxel_size=0.1), **settings))
 
 
-def place(source: Path, out: Path) -> Path:
-    """Where its trajectory goes."""
+def output_folder(source: Path, out: Path) -> Path:
+    """The output folder of the trajectory of a source."""
     (ref,) = load_builder("internnav", source).episodes()
     return out / ref.id
 
@@ -63,20 +63,20 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_recordings_in_the_place_of_a_trajectory_are_left_as_they_are(mine, tmp_path, overwrite):
-    """As where --output names another tree of recordings by mistake."""
-    recordings = Path(shutil.copytree(mine, tmp_path / "recordings"))
+def test_build_does_not_replace_recordings(source_copy, tmp_path, overwrite):
+    """As if --output names another tree of recordings by mistake."""
+    recordings = Path(shutil.copytree(source_copy, tmp_path / "recordings"))
     before = content(recordings)
     with pytest.raises(OccGenError, match=r"did not build.*choose another --output") as e:
-        build(mine, recordings, overwrite=overwrite)
-    assert str(place(mine, recordings)) in str(e.value)
+        build(source_copy, recordings, overwrite=overwrite)
+    assert str(output_folder(source_copy, recordings)) in str(e.value)
     assert content(recordings) == before
 
 
-def test_the_command_says_so_and_builds_it_once_they_are_moved_away(mine, tmp_path):
-    recordings = Path(shutil.copytree(mine, tmp_path / "recordings"))
-    theirs = place(mine, recordings)
-    command = ["build", "--input", str(mine), "--output", str(recordings), "--set",
+def test_command_refuses_recordings_in_the_output_until_they_are_moved(source_copy, tmp_path):
+    recordings = Path(shutil.copytree(source_copy, tmp_path / "recordings"))
+    theirs = output_folder(source_copy, recordings)
+    command = ["build", "--input", str(source_copy), "--output", str(recordings), "--set",
                "voxel_size=0.1"]  # fmt: skip
     before = content(recordings)
     for option in ("--dry-run", "--overwrite", "--limit=1"):
@@ -92,9 +92,9 @@ def test_the_command_says_so_and_builds_it_once_they_are_moved_away(mine, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["a file", "a link to a folder", "a link to nothing"])
-def test_whatever_else_is_there_is_left_as_well(source, tmp_path, kind):
+def test_build_does_not_replace_files_or_links(source, tmp_path, kind):
     out = tmp_path / "out"
-    there = place(source, out)
+    there = output_folder(source, out)
     there.parent.mkdir(parents=True)
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs/notes").write_text("mine")
@@ -108,7 +108,7 @@ def test_whatever_else_is_there_is_left_as_well(source, tmp_path, kind):
     assert (tmp_path / "theirs/notes").read_text() == "mine"
 
 
-def test_what_comes_while_it_is_built_is_left_as_well(source, tmp_path):
+def test_build_does_not_replace_a_folder_created_meanwhile(source, tmp_path):
     out = tmp_path / "out"
     builder = load_builder("internnav", source)
     (ref,) = builder.episodes()
@@ -122,7 +122,7 @@ def test_what_comes_while_it_is_built_is_left_as_well(source, tmp_path):
 
 def test_an_empty_folder_and_a_damaged_trajectory_are_replaced(source, tmp_path):
     out = tmp_path / "out"
-    there = place(source, out)
+    there = output_folder(source, out)
     there.mkdir(parents=True)
     assert build(source, out).status == "built"
     (there / RECORD).write_text("{}")
@@ -133,106 +133,110 @@ def test_an_empty_folder_and_a_damaged_trajectory_are_replaced(source, tmp_path)
 # When it is replaced
 
 FUTURE = 4_102_444_800
-"""The first second of the year 2100, as a camera whose clock is wrong has it."""
+"""The first second of the year 2100, as from a camera with a wrong clock."""
 
 
-def touch(path: Path, seconds: float) -> None:
+def set_times(path: Path, seconds: float) -> None:
     os.utime(path, (seconds, seconds))
 
 
-def other_bytes(path: Path) -> None:
-    """Another JPEG of the same size: one byte of its header differs."""
+def change_byte(path: Path) -> None:
+    """Change one byte of a JPEG header; the size stays the same."""
     data = bytearray(path.read_bytes())
     data[15] ^= 1
     path.write_bytes(data)
 
 
-def another_size(path: Path) -> None:
+def append_byte(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"\0")
 
 
-def other_bytes_at_the_same_time(path: Path) -> None:
+def change_byte_and_keep_times(path: Path) -> None:
     stat = path.stat()
-    other_bytes(path)
+    change_byte(path)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def another_file_moved_there(path: Path) -> None:
-    """With the size and times of the old one."""
+def replace_file_and_keep_times(path: Path) -> None:
+    """Replace the file by another with the same size and times."""
     stat, new = path.stat(), path.with_name("new")
     shutil.copy(path, new)
-    other_bytes(new)
+    change_byte(new)
     os.utime(new, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     new.replace(path)
 
 
 @pytest.mark.parametrize(
-    "change", [other_bytes, another_size, other_bytes_at_the_same_time, another_file_moved_there]
+    "change", [change_byte, append_byte, change_byte_and_keep_times, replace_file_and_keep_times]
 )
 @pytest.mark.parametrize("which", ["the same file", "another file"])
-def test_a_change_is_noticed_though_a_file_is_of_the_future(mine, tmp_path, change, which):
-    images = sorted((place(mine, mine) / RGB).iterdir())
-    touch(images[0], FUTURE)
+def test_source_change_is_noticed_despite_a_future_timestamp(source_copy, tmp_path, change, which):
+    images = sorted((output_folder(source_copy, source_copy) / RGB).iterdir())
+    set_times(images[0], FUTURE)
     out = tmp_path / "out"
-    assert build(mine, out).status == "built"
-    assert build(mine, out).status == "present"
+    assert build(source_copy, out).status == "built"
+    assert build(source_copy, out).status == "present"
     changed = images[0] if which == "the same file" else images[1]
     change(changed)
     if changed == images[0]:
-        touch(changed, FUTURE)
-    assert build(mine, out).status == "built"
-    assert build(mine, out).status == "present"
+        set_times(changed, FUTURE)
+    assert build(source_copy, out).status == "built"
+    assert build(source_copy, out).status == "present"
 
 
-def test_another_version_of_the_builder_builds_again(mine, tmp_path, monkeypatch):
+def test_new_builder_version_triggers_a_rebuild(source_copy, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    assert build(mine, out).status == "built"
-    kind = type(load_builder("internnav", mine))
+    assert build(source_copy, out).status == "built"
+    kind = type(load_builder("internnav", source_copy))
     monkeypatch.setattr(kind, "version", "99")
-    again = build(mine, out)
+    again = build(source_copy, out)
     assert again.status == "built"
     (reason,) = [note.text for note in again.notes if note.code == "built again"]
     assert f"builder_version {DatasetBuilder.version}, now 99" in reason
-    record = json.loads((place(mine, out) / RECORD).read_text())
+    record = json.loads((output_folder(source_copy, out) / RECORD).read_text())
     assert record["source"]["builder_version"] == "99"
-    assert build(mine, out).status == "present"
+    assert build(source_copy, out).status == "present"
 
 
-def test_a_record_without_a_version_stands_for_the_first(mine, tmp_path, monkeypatch):
-    """As they were before builders had one."""
+def test_record_without_a_builder_version_means_the_first_version(
+    source_copy, tmp_path, monkeypatch
+):
+    """Records were written so before builders had a version."""
     out = tmp_path / "out"
-    build(mine, out)
-    mark = place(mine, out) / RECORD
+    build(source_copy, out)
+    mark = output_folder(source_copy, out) / RECORD
     record = json.loads(mark.read_text())
     del record["source"]["builder_version"]
     mark.write_text(json.dumps(record))
-    assert build(mine, out).status == "present"
+    assert build(source_copy, out).status == "present"
     assert validate(out).valid
-    monkeypatch.setattr(type(load_builder("internnav", mine)), "version", "2")
-    assert build(mine, out).status == "built"
+    monkeypatch.setattr(type(load_builder("internnav", source_copy)), "version", "2")
+    assert build(source_copy, out).status == "built"
 
 
-def test_unchanged_files_of_the_future_are_not_read_again(mine, tmp_path, monkeypatch):
-    builder = load_builder("internnav", mine)
+def test_unchanged_files_with_future_timestamps_are_not_read_again(
+    source_copy, tmp_path, monkeypatch
+):
+    builder = load_builder("internnav", source_copy)
     (ref,) = builder.episodes()
     for path in builder.sources(ref):
-        touch(path, FUTURE)
+        set_times(path, FUTURE)
     out = tmp_path / "out"
-    assert build(mine, out).status == "built"
+    assert build(source_copy, out).status == "built"
     read = []
     own = type(builder).fingerprint
     monkeypatch.setattr(
         type(builder), "fingerprint", lambda self, paths: read.append(1) or own(self, paths)
     )
-    assert build(mine, out).status == "present"
+    assert build(source_copy, out).status == "present"
     assert not read
-    touch(builder.sources(ref)[-1], FUTURE + 1)
+    set_times(builder.sources(ref)[-1], FUTURE + 1)
     for _ in range(2):
-        assert build(mine, out).status == "present"
+        assert build(source_copy, out).status == "present"
         assert read == [1]
 
 
-def test_the_stamp_tells_files_apart_and_not_where_they_are(tmp_path):
+def test_source_stamp_depends_on_the_files_not_on_their_location(tmp_path):
     home = tmp_path / "top/home"
     (home / "inner").mkdir(parents=True)
     paths = [home / "a", home / "inner/b"]
@@ -248,7 +252,7 @@ def test_the_stamp_tells_files_apart_and_not_where_they_are(tmp_path):
     assert abs(first / 10**9 - time.time()) < 60
 
 
-def test_a_time_beyond_what_a_file_system_has_is_no_error(mine, tmp_path):
-    touch(sorted((place(mine, mine) / RGB).iterdir())[0], 9_000_000_000)
-    assert build(mine, tmp_path / "out").status == "built"
-    assert build(mine, tmp_path / "out").status == "present"
+def test_extreme_modification_time_is_accepted(source_copy, tmp_path):
+    set_times(sorted((output_folder(source_copy, source_copy) / RGB).iterdir())[0], 9_000_000_000)
+    assert build(source_copy, tmp_path / "out").status == "built"
+    assert build(source_copy, tmp_path / "out").status == "present"

@@ -19,5 +19,5 @@ def test_killed_builds_lose_nothing_and_push_nothing_twice(tmp_path, monkeypatch
     found = rehearse_scale.rehearse(tmp_path / "rooms", archives, 6, 3, times=(4, 10))
     assert found.problems == []
     assert found.kills >= 1
-    assert found.episodes == 9  # One failed for its image, and an archive is cut off.
+    assert found.episodes == 9  # The others fail: a damaged image and a truncated archive.
     assert found.peaks.disk < 500e6

@@ -1,4 +1,4 @@
-"""Builds that are stopped at any moment and resumed give the same bytes."""
+"""Builds that are stopped at any moment and run again give the same bytes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ FIRST, SECOND, THIRD = (
 Command = Callable[..., tuple[int, str, str]]
 
 
-# What is built and what it is compared with
+# Sources, expected results and helpers
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +66,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def without_video(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first trajectory without its mp4, which is then made from the images."""
+    """The first trajectory without its mp4; the build encodes one from the images."""
     out = tmp_path_factory.mktemp("without_video") / "tree"
     shutil.copytree(source / FIRST, out / FIRST)
     shutil.rmtree(out / FIRST / VIDEO)
@@ -74,7 +74,7 @@ def without_video(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="session")
-def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The dataset from an uninterrupted build in one process. Tests must not change it."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     done = finish(start_build(source, out))
@@ -85,30 +85,30 @@ def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def expected(undisturbed: Path) -> Tree:
-    return tree(undisturbed)
+def expected(uninterrupted: Path) -> Tree:
+    return tree(uninterrupted)
 
 
 @pytest.fixture
-def mine(source: Path, tmp_path: Path) -> Path:
+def source_copy(source: Path, tmp_path: Path) -> Path:
     """A copy of the source that a test may change."""
     return Path(shutil.copytree(source, tmp_path / "mine"))
 
 
 @pytest.fixture
-def out(undisturbed: Path, tmp_path: Path) -> Path:
+def out(uninterrupted: Path, tmp_path: Path) -> Path:
     """A copy of the dataset, modification times included, that a test may change."""
-    return Path(shutil.copytree(undisturbed, tmp_path / "out"))
+    return Path(shutil.copytree(uninterrupted, tmp_path / "out"))
 
 
 @pytest.fixture
 def command(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Command]:
-    """`occgen-hub build` in this process: its exit code, output and errors."""
+    """Runs `occgen-hub build` in this process; returns exit code, output and errors."""
     before = {number: signal.getsignal(number) for number in cli.STOPS}
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    monkeypatch.setattr(cli, "end_at_once", sys.exit)  # The process is that of the tests.
+    monkeypatch.setattr(cli, "end_at_once", sys.exit)  # The test process must not end.
 
     def call(source: Path, out: Path, *options: str) -> tuple[int, str, str]:
         arguments = ["build", "--input", str(source), "--output", str(out), "--set", COARSE]
@@ -116,9 +116,9 @@ def command(
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
             cli.main()
-        said = capsys.readouterr()
+        output = capsys.readouterr()
         assert isinstance(end.value.code, int)
-        return end.value.code, said.out, said.err
+        return end.value.code, output.out, output.err
 
     yield call
     for number, handler in before.items():
@@ -140,8 +140,8 @@ def counts(summary: Summary) -> tuple[int, int, int]:
     return summary.built, summary.present, len(summary.failures)
 
 
-def marks(folder: Path) -> dict[str, tuple[int, int]]:
-    """What changes when a file below a folder is written anew: its inode and its time."""
+def file_marks(folder: Path) -> dict[str, tuple[int, int]]:
+    """Inode and modification time of each file, which change when it is written again."""
     stats = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
     return {
         path.relative_to(folder).as_posix(): (stat.st_ino, stat.st_mtime_ns)
@@ -152,7 +152,7 @@ def marks(folder: Path) -> dict[str, tuple[int, int]]:
 
 def rebuilt(before: dict[str, tuple[int, int]], out: Path) -> set[str]:
     """The trajectories whose files were all replaced."""
-    now = marks(out)
+    now = file_marks(out)
     names = {episode for episode in (FIRST, SECOND, THIRD) if (out / episode).exists()}
     kept = {n for n in names if all(now[k] == v for k, v in before.items() if k.startswith(n))}
     anew = {n for n in names if not any(now[k] == before.get(k) for k in now if k.startswith(n))}
@@ -166,7 +166,7 @@ def rebuilt(before: dict[str, tuple[int, int]], out: Path) -> set[str]:
 def start_build(
     source: Path, out: Path, *options: str, workers: int = 1, **env: str
 ) -> subprocess.Popen[str]:
-    """`occgen-hub build` in a process group of its own."""
+    """Start `occgen-hub build` in its own process group."""
     places = ["--input", source, "--output", out]
     return start("build", *places, "--set", COARSE, "--workers", str(workers), *options, **env)
 
@@ -203,27 +203,27 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
     return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
-def begun(out: Path) -> bool:
+def writing_started(out: Path) -> bool:
     """Whether a trajectory is being written."""
     return any(out.glob("*/*/.*.partial"))
 
 
-def finished(out: Path) -> list[Path]:
+def finished_episodes(out: Path) -> list[Path]:
     return [mark.parents[1] for mark in out.glob(f"*/*/trajectory_*/{RECORD}")]
 
 
 def check_resumed(source: Path, out: Path, expected: Tree, workers: int = 1) -> None:
-    """Start an interrupted build again: it does what is missing and nothing else."""
-    done = finished(out)
-    before = {folder: marks(folder) for folder in done}
+    """Run an interrupted build again: it builds only the missing episodes."""
+    done = finished_episodes(out)
+    before = {folder: file_marks(folder) for folder in done}
     summary = build(source, out, workers=workers)
     assert counts(summary) == (3 - len(done), len(done), 0)
     assert tree(out) == expected
-    assert {folder: marks(folder) for folder in done} == before
+    assert {folder: file_marks(folder) for folder in done} == before
 
 
 def check_clean(stderr: str) -> None:
-    """Check that there is no traceback or other output of Python itself."""
+    """Check that there is no traceback or warning of Python."""
     for word in ("Traceback", "Exception", "Error", "Warning", "File "):
         assert word not in stderr, stderr
 
@@ -231,13 +231,13 @@ def check_clean(stderr: str) -> None:
 # The same bytes
 
 
-def test_two_workers_give_the_bytes_of_one_and_survive_a_failure(
-    mine: Path, expected: Tree, tmp_path: Path, command: Command
+def test_two_workers_give_the_same_bytes_and_continue_after_a_failure(
+    source_copy: Path, expected: Tree, tmp_path: Path, command: Command
 ) -> None:
     out, broken = tmp_path / "out", "sample_zed/house_000/trajectory_2"
-    shutil.copytree(mine / FIRST, mine / broken)
-    (mine / broken / TABLE).write_bytes((mine / FIRST / TABLE).read_bytes()[:100])
-    process = start_build(mine, out, workers=2)
+    shutil.copytree(source_copy / FIRST, source_copy / broken)
+    (source_copy / broken / TABLE).write_bytes((source_copy / FIRST / TABLE).read_bytes()[:100])
+    process = start_build(source_copy, out, workers=2)
     environments = wait_until(lambda: [dict(w.environ()) for w in workers_of(process)])
     done = finish(process)
     share = str(max(1, len(os.sched_getaffinity(0)) // 2))
@@ -247,7 +247,8 @@ def test_two_workers_give_the_bytes_of_one_and_survive_a_failure(
     assert done.returncode == 1
     assert "3 built, 0 already there, 1 failed of 4 episodes; 9 frames" in done.stdout
     assert (
-        f"failed  {broken}: {mine / broken / TABLE}: is not a readable Parquet file" in done.stderr
+        f"failed  {broken}: {source_copy / broken / TABLE}: is not a readable Parquet file"
+        in done.stderr
     )
     check_clean(done.stderr)
     (row,) = map(json.loads, (out / "failures.jsonl").read_text().splitlines())
@@ -257,10 +258,10 @@ def test_two_workers_give_the_bytes_of_one_and_survive_a_failure(
     del found["failures.jsonl"]
     assert found == expected
 
-    shutil.rmtree(mine / broken)
-    code, said, _ = command(mine, out)
+    shutil.rmtree(source_copy / broken)
+    code, output, _ = command(source_copy, out)
     assert code == 0
-    assert "0 built, 3 already there, 0 failed" in said
+    assert "0 built, 3 already there, 0 failed" in output
     assert tree(out) == expected
 
 
@@ -279,7 +280,7 @@ def test_source_path_does_not_change_the_bytes(
 
 
 @pytest.mark.long
-def test_threads_and_unset_memory_do_not_change_the_video(
+def test_threads_and_uninitialized_memory_do_not_change_the_video(
     without_video: Path, tmp_path: Path
 ) -> None:
     process = start_build(
@@ -292,7 +293,7 @@ def test_threads_and_unset_memory_do_not_change_the_video(
 
 
 def test_equal_frames_give_an_equal_video(source: Path, tmp_path: Path) -> None:
-    """Pictures, and of this size: those on which x264 goes by what was in memory before."""
+    """With pictures of this size, x264 can depend on uninitialized memory."""
     code = (
         "import sys; from pathlib import Path; from occgen_hub.media import read_rgb, write_video;"
         "paths = [Path(sys.argv[1], f'{t % 4}.jpg') for t in range(12)];"
@@ -312,8 +313,8 @@ def test_equal_frames_give_an_equal_video(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("workers", "moment"),
-    [(1, finished), pytest.param(2, begun, marks=pytest.mark.slow)],
-    ids=["one process, first trajectory there", "two, first one begun"],
+    [(1, finished_episodes), pytest.param(2, writing_started, marks=pytest.mark.slow)],
+    ids=["one process, first trajectory finished", "two processes, first one started"],
 )
 def test_resume_after_kill(
     source: Path, expected: Tree, tmp_path: Path, workers: int, moment: Callable[[Path], Any]
@@ -323,7 +324,7 @@ def test_resume_after_kill(
     wait_until(lambda: moment(out))
     os.killpg(process.pid, signal.SIGKILL)
     finish(process)
-    assert len(finished(out)) < 3
+    assert len(finished_episodes(out)) < 3
     check_resumed(source, out, expected)
 
 
@@ -332,12 +333,12 @@ def test_resume_after_kill(
 def test_resume_after_kills_at_many_moments(
     source: Path, expected: Tree, tmp_path: Path, workers: int
 ) -> None:
-    """Each kill comes a little later after the first write; some kill the parent process only."""
+    """Each kill is a little later after the first write; some kill only the parent process."""
     rng = random.Random(workers)
     for number in range(9 - 3 * workers):
         out = tmp_path / f"out_{number}"
         process = start_build(source, out, workers=workers)
-        wait_until(lambda out=out: begun(out) or finished(out))
+        wait_until(lambda out=out: writing_started(out) or finished_episodes(out))
         family = descendants(process)
         time.sleep(number * 0.2 + rng.uniform(0, 0.2))
         if rng.random() < 0.3:
@@ -352,7 +353,7 @@ def test_resume_after_kills_at_many_moments(
 def test_leftovers_of_interrupted_renames_are_repaired(
     source: Path, expected: Tree, tmp_path: Path
 ) -> None:
-    """States between two renames, created by the test."""
+    """The test creates the states between two renames."""
     out = tmp_path / "out"
     build(source, out)
     (out / FIRST).rename((out / FIRST).with_name(".trajectory_0.old"))
@@ -373,7 +374,7 @@ def test_episode_of_killed_worker_is_built_again(
 ) -> None:
     out = tmp_path / "out"
     process = start_build(source, out, workers=2)
-    wait_until(lambda: begun(out))
+    wait_until(lambda: writing_started(out))
     workers_of(process)[0].kill()
     done = finish(process)
     assert done.returncode == 0, done.stderr
@@ -385,7 +386,7 @@ def test_episode_of_killed_worker_is_built_again(
 def test_workers_exit_with_their_parent(source: Path, expected: Tree, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start_build(source, out, workers=2)
-    wait_until(lambda: begun(out))
+    wait_until(lambda: writing_started(out))
     family = descendants(process)
     assert len(alive(family)) >= 2
     process.kill()
@@ -394,7 +395,7 @@ def test_workers_exit_with_their_parent(source: Path, expected: Tree, tmp_path: 
     check_resumed(source, out, expected)
 
 
-class Deadly(InternNavBuilder):
+class KillsItsProcess(InternNavBuilder):
     """Kills each process that reads the second trajectory."""
 
     def read(self, ref: EpisodeRef) -> Episode:
@@ -409,7 +410,7 @@ def test_episode_that_kills_its_process_twice_fails(
     source: Path, expected: Tree, tmp_path: Path, workers: int
 ) -> None:
     out = tmp_path / "out"
-    summary = build(source, out, workers=workers, builder=Deadly(source))
+    summary = build(source, out, workers=workers, builder=KillsItsProcess(source))
     assert counts(summary) == (2, 0, 1)
     assert summary.failures[0].id == SECOND
     assert "its process was killed twice, perhaps out of memory" in summary.failures[0].reason
@@ -421,7 +422,7 @@ def test_episode_that_kills_its_process_twice_fails(
 
 
 def check_stopped(process: subprocess.Popen[str], number: signal.Signals) -> None:
-    """Signal the whole process group, as a terminal does. All of it ends with one sentence."""
+    """Signal the whole process group, as a terminal does; it ends with one sentence."""
     family = descendants(process)
     os.killpg(process.pid, number)
     done = finish(process)
@@ -439,10 +440,10 @@ def test_resume_after_interruption(
 ) -> None:
     out = tmp_path / "out"
     process = start_build(source, out, workers=workers)
-    wait_until(lambda: begun(out))
+    wait_until(lambda: writing_started(out))
     check_stopped(process, number)
     if workers == 1:
-        assert not begun(out)
+        assert not writing_started(out)
     assert unfinished(out) == ["the last build did not finish (1 of 1 shards); run it again"]
     check_resumed(source, out, expected)
     assert unfinished(out) == []
@@ -466,14 +467,14 @@ def test_interruption_while_workers_start(source: Path, tmp_path: Path) -> None:
 def test_resume_after_interruptions_at_many_moments(
     source: Path, tmp_path: Path, workers: int, number: signal.Signals
 ) -> None:
-    """At moments from when the output folder exists: import, computation and writing."""
+    """Interrupts during import, computation and writing, once the output folder exists."""
     rng = random.Random(workers)
     for step in range(4):
         out = tmp_path / f"out_{step}"
         process = start_build(source, out, workers=workers)
         wait_until(out.exists)
         time.sleep(step * 0.3 + rng.uniform(0, 0.3))
-        if process.poll() is None and len(finished(out)) < 2:
+        if process.poll() is None and len(finished_episodes(out)) < 2:
             check_stopped(process, number)
         finish(process)
 
@@ -481,7 +482,7 @@ def test_resume_after_interruptions_at_many_moments(
 def test_interruption_swallowed_by_a_library_stops_the_build(
     source: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when compiled code imports pandas: the build continues for a moment."""
+    """As when compiled code imports pandas, which loses the interrupt."""
 
     def swallowing(*_: Any) -> Built:
         try:
@@ -502,15 +503,15 @@ def test_interruption_swallowed_by_a_library_stops_the_build(
 
 
 def test_second_run_does_nothing(source: Path, out: Path, expected: Tree, command: Command) -> None:
-    before = marks(out)
-    code, said, errors = command(source, out)
+    before = file_marks(out)
+    code, output, errors = command(source, out)
     assert (code, errors) == (0, "")
-    assert "0 built, 3 already there, 0 failed of 3 episodes; 0 frames" in said
-    assert (marks(out), tree(out)) == (before, expected)
+    assert "0 built, 3 already there, 0 failed of 3 episodes; 0 frames" in output
+    assert (file_marks(out), tree(out)) == (before, expected)
 
 
 def test_overwrite_rebuilds_everything(source: Path, out: Path, expected: Tree) -> None:
-    before = marks(out)
+    before = file_marks(out)
     assert counts(build(source, out, overwrite=True)) == (3, 0, 0)
     assert rebuilt(before, out) == {FIRST, SECOND, THIRD}
     assert tree(out) == expected
@@ -524,7 +525,9 @@ def test_changed_setting_rebuilds_everything(source: Path, out: Path, expected: 
     assert tree(out) == expected
 
 
-def test_settings_from_a_file_are_the_same(source: Path, out: Path, tmp_path: Path) -> None:
+def test_settings_from_a_file_equal_those_from_options(
+    source: Path, out: Path, tmp_path: Path
+) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("voxel_size: 0.1\n")
     chosen = Settings(config=load_config(config))
@@ -543,8 +546,8 @@ def test_changed_media_option_rebuilds_except_for_links(source: Path, out: Path)
     assert counts(build(source, out, media="copy")) == (0, 3, 0)
 
 
-def density(folder: Path) -> None:
-    """Another JPEG of the same size and time: only one byte of its header differs."""
+def change_image(folder: Path) -> None:
+    """Change one byte of a JPEG header; size and time stay the same."""
     path = folder / RGB / "1.jpg"
     stat, data = path.stat(), bytearray(path.read_bytes())
     data[15] ^= 1
@@ -552,7 +555,7 @@ def density(folder: Path) -> None:
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def pose(folder: Path) -> None:
+def change_pose(folder: Path) -> None:
     table = pq.read_table(folder / TABLE)
     index = table.schema.get_field_index("action")
     poses = table.column(index).to_pylist()
@@ -561,7 +564,7 @@ def pose(folder: Path) -> None:
     pq.write_table(table.set_column(index, table.schema.field(index), column), folder / TABLE)
 
 
-def fewer_frames(folder: Path) -> None:
+def remove_last_frame(folder: Path) -> None:
     table = pq.read_table(folder / TABLE)
     last = table.num_rows - 1
     pq.write_table(table.slice(0, last), folder / TABLE)
@@ -569,38 +572,38 @@ def fewer_frames(folder: Path) -> None:
         (folder / name).unlink()
 
 
-def words(folder: Path) -> None:
+def change_task(folder: Path) -> None:
     path = folder / "meta/tasks.jsonl"
     path.write_text(path.read_text().replace("task", "tasK", 1))
 
 
-@pytest.mark.parametrize("change", [density, pose, fewer_frames, words])
+@pytest.mark.parametrize("change", [change_image, change_pose, remove_last_frame, change_task])
 def test_changed_source_is_rebuilt(
-    mine: Path, out: Path, change: Callable[[Path], None], tmp_path: Path
+    source_copy: Path, out: Path, change: Callable[[Path], None], tmp_path: Path
 ) -> None:
-    assert counts(build(mine, out)) == (0, 3, 0)
-    before = marks(out)
-    change(mine / SECOND)
-    assert counts(build(mine, out)) == (1, 2, 0)
+    assert counts(build(source_copy, out)) == (0, 3, 0)
+    before = file_marks(out)
+    change(source_copy / SECOND)
+    assert counts(build(source_copy, out)) == (1, 2, 0)
     assert rebuilt(before, out) == {SECOND}
-    build(mine, tmp_path / "fresh")
+    build(source_copy, tmp_path / "fresh")
     assert tree(out) == tree(tmp_path / "fresh")
 
 
-def test_touched_source_is_not_rebuilt(mine: Path, out: Path) -> None:
-    assert counts(build(mine, out)) == (0, 3, 0)
-    before = marks(out)
-    for path in (mine / SECOND).rglob("*"):
+def test_touched_source_is_not_rebuilt(source_copy: Path, out: Path) -> None:
+    assert counts(build(source_copy, out)) == (0, 3, 0)
+    before = file_marks(out)
+    for path in (source_copy / SECOND).rglob("*"):
         path.touch()
-    (mine / SECOND / RGB / "Thumbs.db").touch()
-    assert counts(build(mine, out)) == (0, 3, 0)
-    assert marks(out) == before
+    (source_copy / SECOND / RGB / "Thumbs.db").touch()
+    assert counts(build(source_copy, out)) == (0, 3, 0)
+    assert file_marks(out) == before
 
 
 def test_unchanged_sources_are_read_once(
-    mine: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+    source_copy: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A later run recognises them by their times, for whatever reason these differ."""
+    """Later runs recognise them by their modification times."""
     read: list[Path] = []
     monkeypatch.setattr(
         InternNavBuilder,
@@ -610,31 +613,31 @@ def test_unchanged_sources_are_read_once(
         ),
     )
     for _ in range(2):
-        build(mine, out)
-        assert len(read) == 3  # A copied tree's times are new.
-    (mine / FIRST / TABLE).touch()
+        build(source_copy, out)
+        assert len(read) == 3  # The copied tree has new times.
+    (source_copy / FIRST / TABLE).touch()
     for _ in range(2):
-        build(mine, out)
+        build(source_copy, out)
         assert len(read) == 4
-    build(mine, out, overwrite=True)
+    build(source_copy, out, overwrite=True)
     del read[:]
-    build(mine, out)
+    build(source_copy, out)
     assert read == []
 
 
 def test_a_source_changed_before_its_dataset_was_copied_is_noticed(
-    mine: Path, tmp_path: Path
+    source_copy: Path, tmp_path: Path
 ) -> None:
-    """The copy is younger than the change."""
-    build(mine, tmp_path / "out")
-    density(mine / THIRD)
+    """Even though the copy is newer than the change."""
+    build(source_copy, tmp_path / "out")
+    change_image(source_copy / THIRD)
     copy = tmp_path / "copy"
     shutil.copytree(tmp_path / "out", copy, copy_function=shutil.copyfile)
-    assert counts(build(mine, copy)) == (1, 2, 0)
+    assert counts(build(source_copy, copy)) == (1, 2, 0)
 
 
 def test_missing_file_rebuilds_its_trajectory(source: Path, out: Path, expected: Tree) -> None:
-    before = marks(out)
+    before = file_marks(out)
     (out / SECOND / RGB / "1.jpg").unlink()
     (out / THIRD / RECORD).write_text("{}\n")
     assert counts(build(source, out)) == (2, 1, 0)
@@ -642,29 +645,31 @@ def test_missing_file_rebuilds_its_trajectory(source: Path, out: Path, expected:
     assert tree(out) == expected
 
 
-def test_a_source_that_changes_while_it_is_read_fails(mine: Path, tmp_path: Path) -> None:
-    class Disturbed(InternNavBuilder):
+def test_a_source_that_changes_while_it_is_read_fails(source_copy: Path, tmp_path: Path) -> None:
+    class ChangesItsSource(InternNavBuilder):
         def read(self, ref: EpisodeRef) -> Episode:
             episode = super().read(ref)
             if ref.id == SECOND:
-                pose(ref.path)
+                change_pose(ref.path)
             return episode
 
     out = tmp_path / "out"
-    summary = build(mine, out, builder=Disturbed(mine))
+    summary = build(source_copy, out, builder=ChangesItsSource(source_copy))
     assert counts(summary) == (2, 0, 1)
     assert "changed while it was read; run the build again." in summary.failures[0].reason
     assert not (out / SECOND).exists()
-    assert counts(build(mine, out)) == (1, 2, 0)
+    assert counts(build(source_copy, out)) == (1, 2, 0)
 
 
-# What the command does and says
+# The command and its messages
 
 
-def test_limit(source: Path, tmp_path: Path, expected: Tree, command: Command) -> None:
-    code, said, _ = command(source, tmp_path / "out", "--limit", "2")
+def test_limit_builds_only_the_first_episodes(
+    source: Path, tmp_path: Path, expected: Tree, command: Command
+) -> None:
+    code, output, _ = command(source, tmp_path / "out", "--limit", "2")
     assert code == 0
-    assert "2 built, 0 already there, 0 failed of 2 episodes; 5 frames" in said
+    assert "2 built, 0 already there, 0 failed of 2 episodes; 5 frames" in output
     built = {k: v for k, v in expected.items() if k.startswith("sample_zed/house_000")}
     found = tree(tmp_path / "out")
     assert {k: v for k, v in found.items() if k.startswith("sample_zed/house")} == built
@@ -673,28 +678,32 @@ def test_limit(source: Path, tmp_path: Path, expected: Tree, command: Command) -
     assert set(found) == set(expected) - {k for k in expected if "house_001" in k} - others
 
 
-def test_dry_run_writes_nothing(mine: Path, out: Path, command: Command) -> None:
-    code, said, _ = command(mine, out.with_name("other"), "--dry-run")
+def test_dry_run_writes_nothing(source_copy: Path, out: Path, command: Command) -> None:
+    code, output, _ = command(source_copy, out.with_name("other"), "--dry-run")
     assert (code, out.with_name("other").exists()) == (0, False)
-    assert "3 of 3 episodes would be built" in said
-    assert f"{FIRST}  to build: is not there\n" in said
+    assert "3 of 3 episodes would be built" in output
+    assert f"{FIRST}  to build: is not there\n" in output
 
-    pose(mine / FIRST)
-    shutil.rmtree(mine / SECOND / "data")
-    (mine / SECOND / "data").mkdir()
+    change_pose(source_copy / FIRST)
+    shutil.rmtree(source_copy / SECOND / "data")
+    (source_copy / SECOND / "data").mkdir()
     half = (out / FIRST).with_name(".trajectory_0.partial")
     half.mkdir()
     before = [(path, path.stat().st_ctime_ns) for path in sorted(out.rglob("*"))]
-    code, said, _ = command(mine, out, "--dry-run")
+    code, output, _ = command(source_copy, out, "--dry-run")
     assert code == 0
-    assert f"{FIRST}  to build: was built from a source that has changed\n" in said
-    assert f"\n{SECOND}  would fail: " in said
-    assert f"{THIRD}  present\n2 of 3 episodes would be built" in said
+    assert f"{FIRST}  to build: was built from a source that has changed\n" in output
+    assert f"\n{SECOND}  would fail: " in output
+    assert f"{THIRD}  present\n2 of 3 episodes would be built" in output
     assert [(path, path.stat().st_ctime_ns) for path in sorted(out.rglob("*"))] == before
-    assert "3 of 3 episodes would be built" in command(mine, out, "--dry-run", "--overwrite")[1]
+    assert (
+        "3 of 3 episodes would be built" in command(source_copy, out, "--dry-run", "--overwrite")[1]
+    )
 
 
-def test_one_build_at_a_time(source: Path, out: Path, expected: Tree, command: Command) -> None:
+def test_second_build_of_the_same_output_is_refused(
+    source: Path, out: Path, expected: Tree, command: Command
+) -> None:
     assert unfinished(out) == []
     with (out / ".logs/lock").open("r+") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
@@ -708,9 +717,11 @@ def test_one_build_at_a_time(source: Path, out: Path, expected: Tree, command: C
     assert command(source, out)[0] == 0
 
 
-def test_failed_overwrite_keeps_the_old_trajectory(mine: Path, out: Path, expected: Tree) -> None:
-    (mine / SECOND / DEPTH / "1.png").write_bytes(b"")
-    assert counts(build(mine, out, overwrite=True)) == (2, 0, 1)
+def test_failed_overwrite_keeps_the_old_trajectory(
+    source_copy: Path, out: Path, expected: Tree
+) -> None:
+    (source_copy / SECOND / DEPTH / "1.png").write_bytes(b"")
+    assert counts(build(source_copy, out, overwrite=True)) == (2, 0, 1)
     (out / "failures.jsonl").unlink()
     assert tree(out) == expected
 
@@ -737,7 +748,7 @@ def test_unfinished_builds_are_reported(out: Path) -> None:
     record = out / ".logs/shard-0.jsonl"
     record.write_bytes(record.read_bytes().rpartition(b"\n")[0])
     assert unfinished(out) == ["the last build did not finish (1 of 1 shards); run it again"]
-    shutil.rmtree(out / ".logs")  # As of a dataset that came from elsewhere.
+    shutil.rmtree(out / ".logs")  # As in a dataset from another machine.
     assert unfinished(out) == [f"1 episode failed; see {out / 'failures.jsonl'}"]
 
 
@@ -757,7 +768,7 @@ def test_unlistable_folder_is_an_error(out: Path) -> None:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """A file system with given options, such as its size. Skips if none can be mounted."""
+    """A file system with mount options such as its size. Skips if none can be mounted."""
     place = tmp_path / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
@@ -773,22 +784,22 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("video", [True, False], ids=["video copied", "video made"])
-def test_full_disk(
+@pytest.mark.parametrize("video", [True, False], ids=["video copied", "video encoded"])
+def test_full_disk_is_reported_and_leaves_nothing_incomplete(
     source: Path, without_video: Path, disk: Callable[[str], Path], command: Command, video: bool
 ) -> None:
-    """Full at each stage of writing: the error is reported, and nothing incomplete is left."""
+    """The disk gets full at each stage of writing."""
     root = source if video else without_video
     place = disk("size=20k")
     for size in ("20k", "80k", "200k", "500k", "900k", "1300k", "1700k"):
         out = disk(f"size={size}") / "out"
-        code, said, errors = command(root, out, "--limit", "1")
+        code, output, errors = command(root, out, "--limit", "1")
         if code == 0:
             break
         assert code == 1, size
         assert "No space left on device" in errors, size
-        assert not re.search(rf"{root}\S*: cannot be", errors), size  # What is full is the output.
-        assert "unexpected" not in errors + said
+        assert not re.search(rf"{root}\S*: cannot be", errors), size  # It blames no input file.
+        assert "unexpected" not in errors + output
         assert "Traceback" not in errors
         assert set(tree(out)) <= {"failures.jsonl"}
     disk("size=64m")
@@ -796,11 +807,11 @@ def test_full_disk(
     assert not (place / "out/failures.jsonl").exists()
 
 
-def test_read_only_folder(
-    source: Path, undisturbed: Path, expected: Tree, disk: Callable[[str], Path], command: Command
+def test_read_only_output_is_reported(
+    source: Path, uninterrupted: Path, expected: Tree, disk: Callable[[str], Path], command: Command
 ) -> None:
     out = disk("size=64m") / "out"
-    shutil.copytree(undisturbed, out)
+    shutil.copytree(uninterrupted, out)
     shutil.rmtree(out / SECOND)
     disk("ro")
     for place in (out, out.with_name("new")):

@@ -1,4 +1,4 @@
-"""The synthetic recording: laid out like the real one, true to its mesh, and the same each time."""
+"""The synthetic recording: its layout, its agreement with the mesh, and reproducible bytes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read_ply(path: Path) -> tuple[list[str], np.ndarray, bytes]:
-    """The header's lines, the vertices as double xyz and uchar rgb, and what follows them."""
+    """The header lines, the vertices as double xyz and uchar rgb, and the remaining bytes."""
     header, rest = path.read_bytes().split(b"end_header\n", 1)
     lines = header.decode().splitlines()
     count = int(next(line for line in lines if "element vertex" in line).split()[-1])
@@ -101,7 +101,7 @@ def info_of(folder: Path) -> dict[str, Any]:
 
 
 def video(path: Path) -> tuple[int, int, int, float]:
-    """Width, height, frames and frames a second."""
+    """Width, height, number of frames and frames per second."""
     with av.open(str(path)) as file:
         stream = file.streams.video[0]
         rate = stream.average_rate
@@ -110,7 +110,7 @@ def video(path: Path) -> tuple[int, int, int, float]:
 
 
 def files(folder: Path) -> dict[str, str]:
-    """The digest of each file under a folder, by its path in it."""
+    """SHA-256 of each file in a folder, by relative path."""
     return {
         p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
         for p in sorted(folder.rglob("*"))
@@ -118,20 +118,20 @@ def files(folder: Path) -> dict[str, str]:
     }
 
 
-def unnumbered(folder: Path) -> Iterator[str]:
+def names_without_numbers(folder: Path) -> Iterator[str]:
     for name in files(folder):
         stem = name.rsplit("/", 1)
         yield f"{stem[0]}/*{Path(name).suffix}" if Path(name).stem.isdigit() else name
 
 
-def test_layout_is_the_real_ones(sample: list[Path]) -> None:
+def test_layout_matches_the_real_trajectory(sample: list[Path]) -> None:
     if not REAL.exists():
         pytest.skip(f"no real trajectory at {REAL}")
     for folder in sample:
-        assert set(unnumbered(folder)) == set(unnumbered(REAL))
+        assert set(names_without_numbers(folder)) == set(names_without_numbers(REAL))
 
 
-def test_columns_and_images_are_the_real_ones(sample: list[Path], faulty: Path) -> None:
+def test_columns_and_images_match_the_real_trajectory(sample: list[Path], faulty: Path) -> None:
     if not REAL.exists():
         pytest.skip(f"no real trajectory at {REAL}")
     parquet = "data/chunk-000/episode_000000.parquet"
@@ -153,8 +153,8 @@ def test_columns_and_images_are_the_real_ones(sample: list[Path], faulty: Path) 
             assert (a.mode, a.size, a.format) == (b.mode, b.size, b.format)
     header, _, _ = read_ply(sample[0] / "data/chunk-000/path.ply")
     real_header, _, _ = read_ply(REAL / "data/chunk-000/path.ply")
-    told = [line for line in real_header if "comment" not in line and "element" not in line]
-    assert [line for line in header if "element" not in line] == told
+    expected = [line for line in real_header if "comment" not in line and "element" not in line]
+    assert [line for line in header if "element" not in line] == expected
     assert np.allclose(column(sample[0], MATRICES[0]), column(REAL, MATRICES[0])[0])
     turn, real_turn = (column(f, MATRICES[1])[0, :3, :3] for f in (sample[0], REAL))
     assert np.allclose(turn, real_turn, atol=1e-6)
@@ -188,7 +188,7 @@ def test_trajectories_differ(sample: list[Path]) -> None:
     assert np.linalg.norm(first - second) > 0.3
 
 
-def test_tasks_are_json_in_json(sample: list[Path]) -> None:
+def test_tasks_are_json_strings_inside_json(sample: list[Path]) -> None:
     tasks = [json.loads(t["task"]) for t in lines(sample[0] / "meta/tasks.jsonl")]
     assert set(tasks[0]) == {"sum_instruction", "sum_indexes"}
     assert tasks[0]["sum_indexes"] == [0, FRAMES - 1]
@@ -200,7 +200,7 @@ def test_tasks_are_json_in_json(sample: list[Path]) -> None:
     assert [json.loads(t) for t in episode["tasks"]] == tasks
 
 
-def test_poses_are_rigid_and_mounted(sample: list[Path]) -> None:
+def test_poses_are_rigid_with_a_fixed_mount(sample: list[Path]) -> None:
     for folder in sample:
         action, mount = column(folder, "action"), column(folder, MATRICES[1])
         for R in np.concatenate([action, mount])[:, :3, :3]:
@@ -208,7 +208,7 @@ def test_poses_are_rigid_and_mounted(sample: list[Path]) -> None:
             assert np.linalg.det(R) > 0
         assert (mount == mount[0]).all()
         assert 0.4 <= mount[0, 2, 3] <= 1.2
-        # Undoing the mount leaves a body that stands upright, on the same floor in each frame.
+        # Without the mount, the body is upright and at the same height in each frame.
         body = action @ np.linalg.inv(mount)
         assert np.allclose(body[:, :3, 2], (0, 0, 1), atol=1e-6)
         assert np.ptp(body[:, 2, 3]) < 1e-5
@@ -216,10 +216,10 @@ def test_poses_are_rigid_and_mounted(sample: list[Path]) -> None:
         assert steps.max() < 0.09
 
 
-def test_depth_is_the_exported_meshs(
+def test_depth_matches_the_exported_mesh(
     sample: list[Path], truth: tuple[np.ndarray, np.ndarray]
 ) -> None:
-    """Retraced in world coordinates from nothing but the files."""
+    """Traced again in world coordinates, using only the files."""
     vertices, triangles = truth
     worst = []
     for folder in sample:
@@ -241,13 +241,13 @@ def test_depth_is_the_exported_meshs(
         assert (units[~far] > 0).mean() > 0.999
         error = np.abs(units / 10_000 - depth)[~far]
         worst.append(np.quantile(error, 0.999))
-        # The odd pixel is on the very edge of something, and the two differ as to which side.
+        # A few pixels lie exactly on an edge, where the two tracers may choose different sides.
         assert (error < 1e-3).mean() > 0.9995
         assert np.median(error) < 1e-4
     assert max(worst) < 2e-4
 
 
-def test_nothing_is_near_the_camera(
+def test_camera_keeps_its_distance_from_surfaces(
     sample: list[Path], truth: tuple[np.ndarray, np.ndarray]
 ) -> None:
     scene = tracer(*truth)
@@ -264,7 +264,7 @@ def test_pictures_have_texture_and_are_upright(sample: list[Path]) -> None:
         blocks = grey[: grey.shape[0] // 16 * 16, : grey.shape[1] // 16 * 16]
         blocks = blocks.reshape(grey.shape[0] // 16, 16, grey.shape[1] // 16, 16)
         assert (blocks.std(axis=(1, 3)) > 2).mean() > 0.7
-        # The floor comes nearer towards the bottom of the image.
+        # The floor is nearer at the bottom of the image.
         with Image.open(folder / DEPTH / "0.png") as image:
             rows = np.median(np.asarray(image), axis=1)
         assert rows[-1] < rows[len(rows) // 2]
@@ -280,7 +280,7 @@ def test_cloud_lies_on_the_mesh(sample: list[Path], truth: tuple[np.ndarray, np.
     scene = tracer(vertices - points.mean(axis=0), triangles)
     query = o3d.core.Tensor((points - points.mean(axis=0)).astype(np.float32))
     distance = scene.compute_distance(query).numpy()
-    # Open3D's own distance is some millimetres off beside long thin triangles, though they meet.
+    # Distances from Open3D are off by some millimetres near long thin triangles.
     assert np.quantile(distance, 0.99) < 1e-4
     assert distance.max() < 6e-3
     floor = action[0, 2, 3] - mount[0, 2, 3]
@@ -293,14 +293,14 @@ def test_cloud_lies_on_the_mesh(sample: list[Path], truth: tuple[np.ndarray, np.
     assert (colours == (0, 0, 128)).all(axis=1).any()
 
 
-def test_same_seed_same_bytes_however_many_and_whatever_process(
+def test_same_seed_gives_the_same_bytes_in_another_process(
     sample: list[Path], tree: Path, tmp_path: Path
 ) -> None:
     code = (
         "import sys; from pathlib import Path; from occgen_hub.sample import make_sample; "
         f"make_sample(Path(sys.argv[1]), trajectories=1, frames={FRAMES})"
     )
-    # Filling fresh memory with junk shows whatever reads it unset, as an encoder may.
+    # Filling new memory with other values reveals reads of uninitialized memory.
     subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "again")],
         cwd=REPO, check=True, env={**os.environ, "MALLOC_PERTURB_": "91"},
@@ -308,7 +308,7 @@ def test_same_seed_same_bytes_however_many_and_whatever_process(
     assert files(tmp_path / "again" / sample[0].relative_to(tree)) == files(sample[0])
 
 
-def test_another_seed_is_another_house(sample: list[Path], tmp_path: Path) -> None:
+def test_another_seed_gives_another_house(sample: list[Path], tmp_path: Path) -> None:
     done: list[tuple[int, int]] = []
     (other,) = make_sample(
         tmp_path / "other", trajectories=1, frames=2, seed=1,
@@ -320,7 +320,7 @@ def test_another_seed_is_another_house(sample: list[Path], tmp_path: Path) -> No
     assert all(a[name] != b[name] for name in images)
 
 
-def test_scenes_layout(scenes: Path) -> None:
+def test_scenes_layout_has_all_episodes_in_one_folder(scenes: Path) -> None:
     assert {p.name for p in scenes.parent.iterdir()} == {"house_000"}
     names = {p.name for p in (scenes / "data/chunk-000").iterdir()}
     assert names == {"episode_000000.parquet", "episode_000001.parquet"}
@@ -339,7 +339,7 @@ def test_scenes_layout(scenes: Path) -> None:
         assert video(mp4)[2] == 2
 
 
-def test_faults_are_the_real_ones(faulty: Path) -> None:
+def test_faults_match_those_of_the_real_files(faulty: Path) -> None:
     info = info_of(faulty)
     (episode,) = lines(faulty / "meta/episodes.jsonl")
     (stats,) = lines(faulty / "meta/episodes_stats.jsonl")
@@ -353,7 +353,7 @@ def test_faults_are_the_real_ones(faulty: Path) -> None:
     assert video(mp4) == (480, 272, 2, 10)
 
 
-def test_nothing_half_done_is_left(tmp_path: Path) -> None:
+def test_interrupted_sample_leaves_no_files(tmp_path: Path) -> None:
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
@@ -375,7 +375,7 @@ def test_existing_output_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "wrong", [{"trajectories": 0}, {"frames": 0}, {"seed": -1}, {"layout": "flat"}]
 )
-def test_refuses_wrong_arguments(tmp_path: Path, wrong: dict[str, Any]) -> None:
+def test_wrong_arguments_are_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
         make_sample(tmp_path / "out", **wrong)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""The scene's three states: against the mesh, in files, and cut out by the datasets."""
+"""The three states of a scene: compared with the mesh, in files, and in training items."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KEYS = ("occupancy", "mask", "labels", "visible", "pose", "grid_pose")
 
 
 def triangles(tree: Path) -> np.ndarray:
-    """(F, 3, 3) of the sample's mesh, world metres."""
+    """(F, 3, 3) triangles of the sample's mesh in world metres."""
     import open3d
 
     mesh = open3d.io.read_triangle_mesh(str(tree / "ground_truth/mesh.ply"))
@@ -54,7 +54,7 @@ def test_free_and_occupied_cells_agree_with_the_mesh(sample_tree, dataset):
 
 
 def seen_free(cells: np.ndarray, size: float, grid: Grid, pose: np.ndarray, free: np.ndarray):
-    """(n,) whether the centres of (n, 3) cells of the world lie in cells that a frame saw free."""
+    """(n,) bool: whether the centres of (n, 3) world cells lie in cells that a frame saw free."""
     inside = ((cells + 0.5) * size - pose[:3, 3]) @ pose[:3, :3]
     place = np.floor((inside - np.asarray(grid.lower)) / size).astype(int)
     found = ((place >= 0) & (place < grid.shape)).all(axis=1)
@@ -62,8 +62,8 @@ def seen_free(cells: np.ndarray, size: float, grid: Grid, pose: np.ndarray, free
     return found
 
 
-def numbered(cells: np.ndarray) -> np.ndarray:
-    """(n,) a number for each of (n, 3) cells."""
+def cell_numbers(cells: np.ndarray) -> np.ndarray:
+    """(n,) unique numbers for (n, 3) cells."""
     return ((cells + 5000) * [1 << 30, 1 << 15, 1]).sum(axis=1)
 
 
@@ -79,15 +79,17 @@ def test_free_cells_are_those_that_frames_observed(dataset):
     for pose, visible, observed in rows:
         observed[visible] = False
         expected |= seen_free(cells, states.voxel_size, trajectory.grid, pose, observed)
-    expected &= ~np.isin(numbered(cells), numbered(occupied))
+    expected &= ~np.isin(cell_numbers(cells), cell_numbers(occupied))
     assert expected.sum() > 10_000
-    np.testing.assert_array_equal(np.isin(numbered(cells), numbered(free)), expected)
+    np.testing.assert_array_equal(np.isin(cell_numbers(cells), cell_numbers(free)), expected)
     centres = np.floor(trajectory.scene_cells() / states.voxel_size).astype(int)
-    np.testing.assert_array_equal(np.unique(numbered(centres)), np.unique(numbered(occupied)))
+    np.testing.assert_array_equal(
+        np.unique(cell_numbers(centres)), np.unique(cell_numbers(occupied))
+    )
 
 
 @pytest.mark.parametrize("shape", [(20, 13, 17), (9, 5, 30)])
-def test_the_order_of_frames_makes_no_difference(shape):
+def test_order_of_frames_does_not_change_the_states(shape):
     rng = np.random.default_rng(0)
     grid = Grid((-0.5, -0.3, -0.1), 0.05, shape)
     frames = []
@@ -105,9 +107,9 @@ def test_the_order_of_frames_makes_no_difference(shape):
         found.append(free.states(points))
     assert found[0].equals(found[1])
     # Each frame alone, cell by cell.
-    free, occupied = (numbered(found[0].cells(state)) for state in (FREE, OCCUPIED))
+    free, occupied = (cell_numbers(found[0].cells(state)) for state in (FREE, OCCUPIED))
     np.testing.assert_array_equal(
-        np.unique(occupied), np.unique(numbered(np.floor(points / 0.05).astype(int)))
+        np.unique(occupied), np.unique(cell_numbers(np.floor(points / 0.05).astype(int)))
     )
     expected = []
     for frame, pose in frames:
@@ -117,13 +119,13 @@ def test_the_order_of_frames_makes_no_difference(shape):
         reach = np.arange(-35, 36)
         cells = np.stack(np.meshgrid(reach, reach, reach, indexing="ij"), -1).reshape(-1, 3)
         cells += np.floor(pose[:3, 3] / 0.05).astype(int)
-        expected.append(numbered(cells[seen_free(cells, 0.05, grid, pose, seen)]))
+        expected.append(cell_numbers(cells[seen_free(cells, 0.05, grid, pose, seen)]))
     expected = np.setdiff1d(np.concatenate(expected), occupied)
     np.testing.assert_array_equal(np.sort(free), expected)
 
 
-def looked_up(trajectory: Trajectory, grid: Grid, pose: np.ndarray) -> np.ndarray:
-    """The labels of a grid's cells by a dictionary of the scene's cells: every 37th, else 254."""
+def looked_up_labels(trajectory: Trajectory, grid: Grid, pose: np.ndarray) -> np.ndarray:
+    """Labels of every 37th cell of a grid, looked up in the scene's cells; 254 elsewhere."""
     states = trajectory.states()
     known = {tuple(cell): 0 for cell in states.cells(FREE).tolist()}
     known |= {tuple(cell): 1 for cell in states.cells(OCCUPIED).tolist()}
@@ -136,7 +138,7 @@ def looked_up(trajectory: Trajectory, grid: Grid, pose: np.ndarray) -> np.ndarra
 
 
 @pytest.mark.parametrize("upright", [False, True])
-def test_items_hold_what_the_frame_saw_and_the_scene_where_it_saw_nothing(dataset, upright):
+def test_scene_target_keeps_visible_cells_and_fills_hidden_ones(dataset, upright):
     visible = OccupancyDataset(dataset, keys=KEYS, upright=upright)
     scene = OccupancyDataset(dataset, keys=KEYS, upright=upright, target="scene")
     number = 5
@@ -147,7 +149,7 @@ def test_items_hold_what_the_frame_saw_and_the_scene_where_it_saw_nothing(datase
     np.testing.assert_array_equal(item["visible"], mask)
     np.testing.assert_array_equal(seen["visible"], mask)
     np.testing.assert_array_equal(labels[mask], seen["labels"].numpy()[mask])
-    expected = looked_up(trajectory, scene.grid, item["grid_pose"].double().numpy())
+    expected = looked_up_labels(trajectory, scene.grid, item["grid_pose"].double().numpy())
     asked = (expected != 254) & ~mask & (seen["labels"].numpy() == UNKNOWN)
     # Poses of single precision and centres on a border differ in a few cells.
     assert (labels[asked] == expected[asked]).mean() > 0.999
@@ -165,7 +167,7 @@ def test_items_hold_what_the_frame_saw_and_the_scene_where_it_saw_nothing(datase
         assert torch.equal(item["pose"], item["grid_pose"])
 
 
-def test_coarse_sparse_and_streamed_items_are_the_same(dataset):
+def test_coarse_sparse_and_streamed_items_agree(dataset):
     options = {"keys": KEYS, "target": "scene", "upright": True}
     fine = OccupancyDataset(dataset, **options)
     coarse = OccupancyDataset(dataset, voxel_stride=4, **options)
@@ -184,23 +186,23 @@ def test_coarse_sparse_and_streamed_items_are_the_same(dataset):
             parts = whole.reshape(coarse.grid.shape[0], 4, -1, 4, coarse.grid.shape[2], 4)
             occupied = (parts == 1).any(axis=(1, 3, 5))
             same = (item["labels"].numpy() == 1) == occupied
-            assert same.mean() > 0.999  # What the frame saw is moved before it is joined.
+            assert same.mean() > 0.999  # Visible cells are moved before they are pooled.
 
 
-def test_histories_are_what_frames_saw(dataset):
+def test_scene_target_history_has_only_visible_cells(dataset):
     options = {"keys": ("occupancy", "history", "grid_pose"), "history_len": 1, "history_step": 1}
     for upright in (False, True):
         visible = OccupancyDataset(dataset, upright=upright, **options)
         scene = OccupancyDataset(dataset, upright=upright, target="scene", **options)
         assert torch.equal(scene[2]["history"], visible[2]["history"])
         assert torch.equal(visible[2]["history"][0], visible[1]["occupancy"])
-        # In the grid of the current camera the same walls fall on the same cells, nearly all.
+        # In the grid of the current camera, the same walls are in nearly the same cells.
         aligned = OccupancyDataset(dataset, upright=upright, align_history=True, **options)[2]
         grown = torch.nn.functional.max_pool3d(aligned["occupancy"][None].float(), 3, 1, 1)[0] > 0
         assert (grown & aligned["history"][0]).sum() > 0.5 * aligned["history"][0].sum()
 
 
-def test_augmentations_of_upright_grids(dataset):
+def test_upright_grids_accept_mirror_and_refuse_rotate_yaw(dataset):
     options = {"keys": KEYS, "target": "scene", "upright": True, "voxel_stride": 4}
     plain = OccupancyDataset(dataset, **options)[1]
     mirrored = OccupancyDataset(dataset, augment=[Mirror(1.0)], **options)[1]
@@ -209,14 +211,14 @@ def test_augmentations_of_upright_grids(dataset):
         OccupancyDataset(dataset, augment=[RotateYaw()], **options)
 
 
-def test_upright_axes_when_the_camera_looks_down_or_up():
+def test_upright_pose_of_a_camera_that_looks_down_or_up():
     down = np.diag([1.0, -1.0, -1.0, 1.0])  # Looks along -z; the top of its image is along +y.
     np.testing.assert_allclose(upright_pose(down)[:3, 2], [0, 1, 0])
     up = np.eye(4)  # Looks along +z; the bottom of its image is along +y, ahead.
     np.testing.assert_allclose(upright_pose(up)[:3, 2], [0, 1, 0])
 
 
-def test_the_parquet_files_hold_the_states_and_are_kept_up_to_date(dataset, tmp_path):
+def test_states_files_have_the_states_and_are_updated(dataset, tmp_path):
     root = shutil.copytree(dataset, tmp_path / "out")
     (path,) = states_files(root)
     table = pq.read_table(path)
@@ -244,7 +246,7 @@ def test_the_parquet_files_hold_the_states_and_are_kept_up_to_date(dataset, tmp_
     assert [f.file for f in validate(root).findings] == [str(path)]
 
 
-def test_wrong_free_cells_are_found(dataset, tmp_path):
+def test_validate_finds_wrong_free_cells(dataset, tmp_path):
     root = shutil.copytree(dataset, tmp_path / "out")
     path = trajectories(root)[0] / "data/chunk-000/all_occ.npz"
     arrays = dict(np.load(path))
@@ -255,7 +257,7 @@ def test_wrong_free_cells_are_found(dataset, tmp_path):
     assert any("free cells do not match" in problem for problem in problems)
 
 
-def test_items_with_processes(dataset):
+def test_loader_processes_give_the_same_items(dataset):
     options = {"keys": ("labels",), "target": "scene", "voxel_stride": 4}
     frames = OccupancyDataset(dataset, **options)
     loader = DataLoader(OccupancyDataset(dataset, **options), batch_size=3, num_workers=2)

@@ -1,4 +1,4 @@
-"""The sample's errors: noise of depth and poses, people, and the truth of every frame."""
+"""Errors in the sample: noise of depth and poses, people, and the ground truth of each frame."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ K = np.array([[200.0, 0, 80], [0, 200.0, 60], [0, 0, 1]])
 OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
 RGB, DEPTH = "videos/chunk-000/observation.images.rgb", "videos/chunk-000/observation.images.depth"
 FIRST = "sample_zed/house_000/trajectory_0"
-HARD: dict[str, Any] = {
+NOISY: dict[str, Any] = {
     "noise": ["kinect", "flying", "speckle"],
     "pose_noise": (0.004, 0.15),
     "pose_drift": (0.02, 0.3),
@@ -40,7 +40,7 @@ HARD: dict[str, Any] = {
 
 
 def wall(depth: float) -> View:
-    """A wall square to the camera."""
+    """A wall perpendicular to the optical axis."""
     return View(np.full(SHAPE, depth), K)
 
 
@@ -58,7 +58,7 @@ def box(near: float = 1.0, far: float = 3.0) -> View:
     return View(depth, K)
 
 
-def draws(model: sensors.Model, view: View, count: int) -> np.ndarray:
+def measure(model: sensors.Model, view: View, count: int) -> np.ndarray:
     return np.stack([model(view, view.depth, np.random.default_rng(i)) for i in range(count)])
 
 
@@ -66,9 +66,9 @@ def draws(model: sensors.Model, view: View, count: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("depth", [0.8, 1.5, 3.0, 5.0])
-def test_kinect_spreads_by_depth(depth: float) -> None:
-    measured = draws(sensors.kinect, wall(depth), 4)
-    # The steps of disparity spread a depth evenly over a step.
+def test_kinect_noise_grows_with_depth(depth: float) -> None:
+    measured = measure(sensors.kinect, wall(depth), 4)
+    # Quantized disparity spreads depth evenly over one step.
     step = depth**2 / sensors.DISPARITIES
     sigma = 0.0012 + 0.0019 * (depth - 0.4) ** 2
     assert measured.std() == pytest.approx(np.hypot(sigma, step / np.sqrt(12)), rel=0.12)
@@ -77,10 +77,10 @@ def test_kinect_spreads_by_depth(depth: float) -> None:
     assert np.allclose(steps, np.rint(steps), atol=1e-6)
 
 
-def test_kinect_range_and_grazing_angles() -> None:
-    assert (draws(sensors.kinect, wall(0.39), 1) == 0).all()
+def test_kinect_has_no_depth_below_its_range_and_at_grazing_angles() -> None:
+    assert (measure(sensors.kinect, wall(0.39), 1) == 0).all()
     view = floor()
-    measured = draws(sensors.kinect, view, 1)[0]
+    measured = measure(sensors.kinect, view, 1)[0]
     ground = view.depth > 0
     angle = np.arctan2(view.depth, 0.4)  # At the middle column.
     middle = np.zeros(SHAPE, bool)
@@ -90,19 +90,19 @@ def test_kinect_range_and_grazing_angles() -> None:
     assert (measured[ground & middle & (angle < np.radians(82))] > 0).all()
 
 
-def test_kinect_is_noisier_at_a_slant() -> None:
-    # The same depth, seen square and at 75 degrees.
+def test_kinect_noise_grows_with_the_incidence_angle() -> None:
+    # The same depth at angles from 0 to 75 degrees.
     angle = np.radians([0.0, 30.0, 59.0, 61.0, 75.0])
     sigma = sensors.kinect_sigma(np.full(5, 2.0), angle)
     assert sigma[0] == sigma[1] == sigma[2] < sigma[3] < sigma[4]
 
 
-def test_kinect_has_a_shadow_left_of_near_things() -> None:
+def test_kinect_has_a_shadow_left_of_near_objects() -> None:
     view = box()
-    measured = draws(sensors.kinect, view, 8)
+    measured = measure(sensors.kinect, view, 8)
     holes = (measured == 0).all(axis=0)
     rows = holes[45:75]
-    # The focal length times the projector's distance, times the difference of 1 / depth.
+    # Focal length times baseline of the projector, times the difference of 1 / depth.
     width = K[0, 0] * sensors.PROJECTOR * (1 / 1 - 1 / 3)
     assert rows[:, :60].sum(axis=1).mean() == pytest.approx(width, abs=1.5)
     assert rows[:, 59 - int(width) + 2 : 60].all()
@@ -112,16 +112,16 @@ def test_kinect_has_a_shadow_left_of_near_things() -> None:
 
 
 @pytest.mark.parametrize("depth", [1.0, 2.0, 4.0])
-def test_stereo_spreads_by_the_square_of_depth(depth: float) -> None:
-    measured = draws(sensors.stereo, wall(depth), 40)
+def test_stereo_noise_grows_with_the_square_of_depth(depth: float) -> None:
+    measured = measure(sensors.stereo, wall(depth), 40)
     focal = K[0, 0] * 848 / SHAPE[1]
     sigma = depth**2 * 0.08 / (focal * 0.05)
     assert measured.std() == pytest.approx(sigma, rel=0.1)
 
 
-def test_stereo_noise_hangs_together_over_the_window_and_is_new_in_each_frame() -> None:
+def test_stereo_noise_is_correlated_in_space_and_independent_in_time() -> None:
     view = wall(2.0)
-    error = draws(sensors.stereo, view, 40) - 2.0
+    error = measure(sensors.stereo, view, 40) - 2.0
     error /= error.std()
 
     def correlation(lag: int) -> float:
@@ -129,43 +129,43 @@ def test_stereo_noise_hangs_together_over_the_window_and_is_new_in_each_frame() 
 
     assert correlation(1) > 0.8
     assert 0.4 < correlation(3) < 0.85
-    assert 0.1 < correlation(10) < 0.45  # The coarser component alone.
+    assert 0.1 < correlation(10) < 0.45  # Only the coarser component.
     assert abs(correlation(60)) < 0.1
     assert abs((error[1:] * error[:-1]).mean()) < 0.1
 
 
 def test_stereo_fattens_foreground() -> None:
-    row = np.median(draws(sensors.stereo, box(), 9), axis=0)[60]
+    row = np.median(measure(sensors.stereo, box(), 9), axis=0)[60]
     near = np.flatnonzero(row < 2)
     assert (near[0], near[-1]) == (60 - sensors.FATTENING, 99 + sensors.FATTENING)
 
 
-def test_network_error_is_smooth_and_its_scale_is_the_frames_own() -> None:
-    ratio = np.log(draws(sensors.network, wall(2.0), 60) / 2.0)
+def test_network_error_is_smooth_with_a_scale_per_frame() -> None:
+    ratio = np.log(measure(sensors.network, wall(2.0), 60) / 2.0)
     assert np.abs(np.diff(ratio, axis=2)).max() < 0.005
     assert np.abs(np.diff(ratio, axis=1)).max() < 0.005
-    # The scale and, at a corner, which is a node, the factor.
+    # The scale and, at the corner, which is a node of the factor map, the factor.
     assert ratio[:, 0, 0].std() == pytest.approx(np.hypot(0.01, 0.01), rel=0.3)
     assert ratio.std() == pytest.approx(np.hypot(0.01, 0.008), rel=0.2)
-    # Pixels far from each other are wrong in ways of their own, but for the scale.
+    # Apart from the scale, errors of distant pixels are independent.
     far = np.corrcoef(ratio[:, 0, 0], ratio[:, -1, -1])[0, 1]
     assert far < 0.8
     assert 0.004 < ratio.mean(axis=(1, 2)).std() < 0.025
 
 
-def test_network_blurs_edges_into_ramps_and_leaves_planes() -> None:
-    row = np.median(draws(sensors.network, box(), 9), axis=0)[60]
+def test_network_blurs_edges_and_keeps_planes() -> None:
+    row = np.median(measure(sensors.network, box(), 9), axis=0)[60]
     ramp = (row > 1.04) & (row < 2.9)
     assert 1 <= ramp[50:70].sum() <= 3
     assert (np.diff(row[55:64]) < 0.05).all()
     view = floor()
-    ratio = np.log(draws(sensors.network, view, 30)[:, 75:] / view.depth[75:])
+    ratio = np.log(measure(sensors.network, view, 30)[:, 75:] / view.depth[75:])
     assert np.abs(ratio.mean(axis=0)).max() < 0.03
 
 
-def test_flying_pixels_lie_between_the_sides() -> None:
+def test_flying_pixels_lie_between_foreground_and_background() -> None:
     view = box()
-    measured = draws(sensors.flying, view, 20)
+    measured = measure(sensors.flying, view, 20)
     changed = measured != view.depth
     assert ((measured[changed] > 1) & (measured[changed] < 3)).all()
     square = np.ones((5, 5))
@@ -175,17 +175,17 @@ def test_flying_pixels_lie_between_the_sides() -> None:
     edge = np.zeros(SHAPE, bool)
     edge[45:75, 59:61] = True
     assert changed[:, edge].mean() == pytest.approx(0.5, abs=0.05)
-    # They are anywhere between.
+    # They are spread over the whole range between.
     assert np.histogram(measured[changed], 4, (1, 3))[0].min() > 0.15 * changed.sum()
     for plane in (wall(2.0), floor()):
-        kept = draws(sensors.flying, plane, 1)[0]
-        near = plane.depth < 8  # Where the floor's end is an edge.
+        kept = measure(sensors.flying, plane, 1)[0]
+        near = plane.depth < 8  # The far end of the floor is an edge.
         assert (kept == plane.depth)[near].all()
 
 
 def test_speckle_is_small_and_rare() -> None:
     view = View(np.full((240, 320), 7.0), K)
-    measured = draws(sensors.speckle, view, 20)
+    measured = measure(sensors.speckle, view, 20)
     wrong = measured != 7.0
     assert 0.002 < wrong.mean() < 0.003
     assert (measured[wrong] == 0).any()
@@ -195,13 +195,13 @@ def test_speckle_is_small_and_rare() -> None:
         labels, _ = ndimage.label(frame)
         sizes = [max(s.stop - s.start for s in where) for where in ndimage.find_objects(labels)]
         single += sizes.count(1)
-        # Two may touch.
+        # Two speckles may touch.
         assert np.quantile(sizes, 0.9) <= 5
         assert sizes.count(1) < len(sizes)
     assert single > 0
 
 
-def test_the_order_of_noise_does_not_matter_and_the_seed_does() -> None:
+def test_noise_depends_on_the_seed_not_on_the_order_of_models() -> None:
     depth = box().depth.astype(np.float32)
     depth[:5] = np.inf
     a = sensors.corrupt(depth, K, ["speckle", "kinect"], [1, 2])
@@ -223,12 +223,12 @@ def test_pose_noise_has_the_stated_spread() -> None:
     poses = np.repeat(np.eye(4)[None], 4000, axis=0)
     noisy = with_noise(poses, (0.004, 0.15), np.random.default_rng(0))
     assert np.allclose(noisy[:, :3, 3].std(axis=0), 0.004, rtol=0.05)
-    turn = np.degrees(noisy[:, [2, 0, 1], [1, 2, 0]])  # Small angles about x, y and z.
+    turn = np.degrees(noisy[:, [2, 0, 1], [1, 2, 0]])  # Small rotations about x, y and z.
     assert np.allclose(turn.std(axis=0), 0.15, rtol=0.05)
     assert np.allclose(noisy[:, :3, :3] @ noisy[:, :3, :3].transpose(0, 2, 1), np.eye(3))
 
 
-def test_pose_drift_starts_at_nothing_is_smooth_and_peaks_at_its_size() -> None:
+def test_pose_drift_starts_at_zero_and_peaks_at_the_stated_size() -> None:
     poses = np.repeat(np.eye(4)[None], 40, axis=0)
     for seed in range(5):
         drifted = with_drift(poses, (0.02, 0.3), np.random.default_rng(seed))
@@ -241,7 +241,7 @@ def test_pose_drift_starts_at_nothing_is_smooth_and_peaks_at_its_size() -> None:
     assert np.allclose(with_drift(poses[:1], (0.02, 0.3), np.random.default_rng(0)), np.eye(4))
 
 
-# The tree
+# The sample tree
 
 
 @pytest.fixture(scope="module")
@@ -252,15 +252,15 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def hard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def noisy_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("hard") / "tree"
-    make_sample(out, trajectories=1, frames=4, **HARD)
+    make_sample(out, trajectories=1, frames=4, **NOISY)
     return out
 
 
 @pytest.fixture(scope="module")
-def crowd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """People, and nothing else that is hard."""
+def with_people(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """People, but no noise."""
     out = tmp_path_factory.mktemp("crowd") / "tree"
     make_sample(out, trajectories=1, frames=4, people=2)
     return out
@@ -279,7 +279,7 @@ def truth(tree: Path, name: str = FIRST) -> dict[str, np.ndarray]:
         return dict(data)
 
 
-def stated(folder: Path) -> np.ndarray:
+def stored_poses(folder: Path) -> np.ndarray:
     table = pq.read_table(folder / "data/chunk-000/episode_000000.parquet")
     return np.array(table["action"].to_pylist()) @ OPENCV
 
@@ -290,7 +290,7 @@ def depth_of(tree: Path, frame: int) -> np.ndarray:
 
 
 def test_default_recording_is_unchanged(clean: Path) -> None:
-    """Figures of a recording made before there were options."""
+    """Depth values of a recording made before the noise options existed."""
     with Image.open(clean / FIRST / DEPTH / "2.png") as image:
         units = np.asarray(image).astype(int)[20::60, 30::80]
     then = [
@@ -301,7 +301,7 @@ def test_default_recording_is_unchanged(clean: Path) -> None:
     assert np.abs(units - then).max() <= 1
 
 
-def test_truth_without_people(clean: Path) -> None:
+def test_ground_truth_without_people_has_empty_meshes(clean: Path) -> None:
     data = truth(clean)
     kinds = {name: (a.shape, a.dtype.name) for name, a in data.items()}
     assert kinds == {
@@ -311,12 +311,12 @@ def test_truth_without_people(clean: Path) -> None:
         "people_faces": ((0, 3), "int32"),
         "people_labels": ((0,), "int32"),
     }
-    assert np.allclose(data["world_from_camera"], stated(clean / FIRST), atol=1e-5)
+    assert np.allclose(data["world_from_camera"], stored_poses(clean / FIRST), atol=1e-5)
     table = pq.read_table(clean / FIRST / "data/chunk-000/episode_000000.parquet")
     assert (data["intrinsics"] == table["observation.camera_intrinsic"].to_pylist()[0]).all()
 
 
-def test_truth_has_the_names_of_the_episodes(tmp_path: Path) -> None:
+def test_ground_truth_files_are_named_by_episode(tmp_path: Path) -> None:
     for layout in ("trajectories", "scenes"):
         out = tmp_path / layout
         make_sample(out, trajectories=2, frames=1, layout=layout)  # type: ignore[arg-type]
@@ -329,37 +329,37 @@ def test_truth_has_the_names_of_the_episodes(tmp_path: Path) -> None:
 
 
 def test_noise_affects_depth_and_poses_only(
-    clean: Path, hard: Path, crowd: Path, tmp_path: Path
+    clean: Path, noisy_tree: Path, with_people: Path, tmp_path: Path
 ) -> None:
-    a, b, c = files(clean), files(hard), files(crowd)
+    a, b, c = files(clean), files(noisy_tree), files(with_people)
     assert a.keys() == b.keys() == c.keys()
     assert b["ground_truth/mesh.ply"] == a["ground_truth/mesh.ply"]
-    # Noise leaves colour as it is, and the truth.
+    # Noise changes neither colour nor ground truth.
     assert {n for n in b if b[n] != c[n]} == {
         *(n for n in b if DEPTH in n or "video.depth" in n),
         f"{FIRST}/data/chunk-000/episode_000000.parquet",
         f"{FIRST}/data/chunk-000/path.ply",
         f"{FIRST}/meta/episodes_stats.jsonl",
     }
-    assert (truth(hard)["world_from_camera"] == truth(clean)["world_from_camera"]).all()
-    off = stated(hard / FIRST) - truth(hard)["world_from_camera"]
+    assert (truth(noisy_tree)["world_from_camera"] == truth(clean)["world_from_camera"]).all()
+    off = stored_poses(noisy_tree / FIRST) - truth(noisy_tree)["world_from_camera"]
     assert 0.001 < np.abs(off[:, :3, 3]).max() < 0.045
     assert 1e-3 < np.abs(off[:, :3, :3]).max() < 0.03
     make_sample(
-        tmp_path / "again", trajectories=1, frames=4, **{**HARD, "noise": HARD["noise"][::-1]}
+        tmp_path / "again", trajectories=1, frames=4, **{**NOISY, "noise": NOISY["noise"][::-1]}
     )
     assert files(tmp_path / "again") == b
 
 
-def test_people_match_the_depth_images(clean: Path, crowd: Path) -> None:
-    data = truth(crowd)
+def test_people_match_the_depth_images(clean: Path, with_people: Path) -> None:
+    data = truth(with_people)
     assert data["people_vertices"].shape[1] > 2000
     assert data["people_faces"].max() == data["people_vertices"].shape[1] - 1
     assert set(data["people_labels"]) == {0, 1}
     assert len(data["people_labels"]) == len(data["people_faces"])
     seen = []
     for t, pose in enumerate(data["world_from_camera"]):
-        depth, empty = depth_of(crowd, t), depth_of(clean, t)
+        depth, empty = depth_of(with_people, t), depth_of(clean, t)
         changed = depth != empty
         seen.append(changed.mean())
         v, u = np.nonzero(changed)
@@ -376,7 +376,7 @@ def test_people_match_the_depth_images(clean: Path, crowd: Path) -> None:
         near = empty[changed]
         assert ((depth[changed] < near) | (near == 0)).all()
         with (
-            Image.open(crowd / FIRST / RGB / f"{t}.jpg") as a,
+            Image.open(with_people / FIRST / RGB / f"{t}.jpg") as a,
             Image.open(clean / FIRST / RGB / f"{t}.jpg") as b,
         ):
             difference = np.abs(np.asarray(a).astype(int) - np.asarray(b)).sum(axis=2)
@@ -385,7 +385,7 @@ def test_people_match_the_depth_images(clean: Path, crowd: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_people_walk_over_free_floor_in_sight_and_some_stop(seed: int) -> None:
+def test_people_walk_on_free_floor_in_view_and_one_stops(seed: int) -> None:
     scene = build_scene(seed, 0)
     renderer = Renderer(scene)
     episode = plan_episode(renderer, CAMERAS[0], 0, 24, [seed, 0, 2, 0])
@@ -397,7 +397,7 @@ def test_people_walk_over_free_floor_in_sight_and_some_stop(seed: int) -> None:
     assert steps[0].sum() > 0.8
     assert max(s.max() for s in steps) < 0.2
     assert steps[1][:5].sum() > 0.05
-    # Whoever stands does so without moving.
+    # A person who stops does not move at all.
     assert (vertices[-4:, half:] == vertices[-1, half:]).all()
     assert (vertices[-4:, :half] != vertices[-1, :half]).any()
     for t in range(24):
@@ -419,7 +419,7 @@ def test_people_walk_over_free_floor_in_sight_and_some_stop(seed: int) -> None:
     assert seen >= 5
 
 
-def test_legs_swing_and_the_mesh_is_closed() -> None:
+def test_figure_swings_its_legs_and_has_a_closed_mesh() -> None:
     figure = Figure(np.random.default_rng(0))
     xy = np.zeros(2)
     standing, _ = figure.posed(xy, 0.0, 1.0, 0.0)
@@ -427,7 +427,7 @@ def test_legs_swing_and_the_mesh_is_closed() -> None:
     assert max(wide) > 0.75 > min(wide) > np.ptp(standing[:, 0])
     vertices, normals = figure.posed(xy, 0.7, 0.4, 1.0)
     assert np.allclose(np.linalg.norm(normals, axis=1), 1)
-    # Closed, and outside is outside: the volume is positive.
+    # Faces point outward: the volume is positive.
     a, b, c = (vertices[figure.faces[:, k]] for k in range(3))
     volume = np.einsum("ij,ij->i", a, np.cross(b, c)).sum() / 6
     assert 0.03 < volume < 0.12
@@ -451,19 +451,19 @@ def test_legs_swing_and_the_mesh_is_closed() -> None:
         {"people": -1},
     ],
 )
-def test_refuses_wrong_arguments(tmp_path: Path, wrong: dict[str, Any]) -> None:
+def test_wrong_arguments_are_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
         make_sample(tmp_path / "out", frames=1, trajectories=1, **wrong)
     assert not (tmp_path / "out").exists()
 
 
-def test_too_many_people_is_an_error(tmp_path: Path) -> None:
+def test_too_many_people_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="people is 60"):
         make_sample(tmp_path / "out", frames=2, trajectories=1, people=60)
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
-def test_command_line(tmp_path: Path) -> None:
+def test_sample_command_passes_its_options_to_make_sample(tmp_path: Path) -> None:
     def call(*arguments: str) -> Any:
         return CliRunner().invoke(cli, ["sample", *arguments])
 

@@ -1,5 +1,5 @@
-"""Occupancy as Parquet: what `datasets` reads is what the npz files hold, byte for byte the same
-however it came about.
+"""Occupancy as Parquet: `datasets` reads the content of the npz files, and the bytes of the files
+do not depend on how they were built.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ OBSERVED = "videos/chunk-000/observation.occ.mask/mask_sequence.npz"
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three trajectories in two scenes, 36 frames. Not to be changed by tests."""
+    """Three trajectories in two scenes, 36 frames. Tests must not change it."""
     out = tmp_path_factory.mktemp("source") / "tree"
     make_sample(out, trajectories=3, frames=12)
     return out
@@ -50,19 +50,19 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def built(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Not to be changed by tests."""
+    """The dataset built from `source`. Tests must not change it."""
     return build(source, tmp_path_factory.mktemp("built") / "out")
 
 
 @pytest.fixture
-def mine(built: Path, tmp_path: Path) -> Path:
-    """A copy that a test may change."""
+def dataset_copy(built: Path, tmp_path: Path) -> Path:
+    """A copy of the dataset that a test may change."""
     return Path(shutil.copytree(built, tmp_path / "mine"))
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """`datasets` keeps nothing of one test for another."""
+    """A cache of `datasets` for each test."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -86,7 +86,7 @@ def rows(root: Path, own_cache: Path) -> list[dict[str, Any]]:
 
 
 def expected(root: Path) -> Iterator[dict[str, Any]]:
-    """Each frame, as scipy and numpy read it from the trajectories."""
+    """The rows of all frames, read from the trajectories with scipy and numpy."""
     for path in sorted(root.glob("*/*/trajectory_*")):
         visible, mask = sparse.load_npz(path / VISIBLE), np.load(path / OBSERVED)
         moving = sparse.csr_matrix(visible.shape, dtype=np.uint8)
@@ -110,7 +110,7 @@ def expected(root: Path) -> Iterator[dict[str, Any]]:
 
 
 def content(root: Path) -> dict[str, str]:
-    """Everything of a dataset, hidden files too, but what the last run says of itself."""
+    """SHA-256 of all files of a dataset, hidden ones too, except those of the last run."""
     files = {p.relative_to(root).as_posix(): p for p in root.rglob("*") if p.is_file()}
     run = {name for name in files if name.split("/")[0] in (".logs", "report.json")}
     return {name: sha256(path) for name, path in files.items() if name not in run}
@@ -121,17 +121,15 @@ def stamps(root: Path) -> dict[str, tuple[int, int]]:
     return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in found}
 
 
-# Read
-
-
-def test_streamed_it_says_what_the_npz_files_say(built, own_cache):
+# Reading
+def test_streamed_rows_match_the_npz_files(built, own_cache):
     found, wanted = rows(built, own_cache), list(expected(built))
     assert len(found) == sum(1 for _ in wanted) == 36
     for row, want in zip(found, wanted, strict=True):
         assert row == want
 
 
-def test_loaded_it_has_the_columns_that_were_promised(built, own_cache):
+def test_loaded_table_has_the_documented_columns(built, own_cache):
     from datasets import Array2D, List, Value, load_dataset
 
     loaded = load_dataset(str(built), "occupancy", split="train", cache_dir=str(own_cache))
@@ -152,7 +150,7 @@ def test_loaded_it_has_the_columns_that_were_promised(built, own_cache):
     assert (pose.shape, pose.dtype) == ((4, 4), np.float32)
 
 
-def test_without_anything_of_ours(built):
+def test_shards_are_read_without_datasets_or_occgen_hub(built):
     """In a process that imports neither `datasets` nor occgen_hub."""
     code = (
         "import sys, pyarrow.parquet as pq, numpy as np; t = pq.read_table(sys.argv[1]);"
@@ -164,7 +162,7 @@ def test_without_anything_of_ours(built):
     subprocess.run([sys.executable, "-c", code, *map(str, shards(built))], check=True)
 
 
-def test_a_build_imports_neither_datasets_nor_the_hub(source, tmp_path):
+def test_build_does_not_import_datasets_huggingface_hub_or_torch(source, tmp_path):
     code = (
         "import sys; from occgen_hub import cli; sys.argv = ['occgen-hub', *sys.argv[1:]]\n"
         "try: cli.main()\n"
@@ -181,13 +179,13 @@ def test_a_build_imports_neither_datasets_nor_the_hub(source, tmp_path):
     assert (tmp_path / "out/occupancy").is_dir()
 
 
-def test_at_most_half_the_bytes_of_the_npz_at_the_usual_grid(dataset):
-    """Of a sample of four frames, whose first row group has little to share."""
+def test_shards_are_less_than_half_the_size_of_the_npz_files(dataset):
+    """Measured with a few frames per trajectory, which compress less well than many."""
     npz = sum(path.stat().st_size for path in dataset.rglob("*_sequence.npz"))
     assert sum(path.stat().st_size for path in shards(dataset)) < 0.5 * npz
 
 
-def test_a_row_group_is_a_few_frames(built):
+def test_row_group_has_a_few_frames_of_one_episode(built):
     assert group_rows((200, 125, 200)) == 8
     assert group_rows((1000, 1000, 1000)) == 1
     assert group_rows((40, 25, 40)) == 32
@@ -199,36 +197,36 @@ def test_a_row_group_is_a_few_frames(built):
             assert table["frame_index"] == [*range(file.metadata.row_group(n).num_rows)]
 
 
-# However it came about
+# Builds that give the same files
 
 
-def test_many_shards_hold_the_same_rows(mine, own_cache):
-    size = max(npz_bytes(path) for path in trajectories(mine))
-    assert write_shards(mine, shard_bytes=size) == 2  # That of the other scene is right.
-    assert [p.name[-12:] for p in shards(mine)].count("-001.parquet") == 1
-    assert rows(mine, own_cache) == list(expected(mine))
-    assert validate(mine).findings == ()
-    # A trajectory that is too long for a shard goes into several.
-    assert write_shards(mine, shard_bytes=size // 2) > 3
-    assert rows(mine, own_cache) == list(expected(mine))
-    assert validate(mine).findings == ()
-    assert write_shards(mine, shard_bytes=size // 2) == 0
+def test_splitting_into_more_shards_keeps_the_rows(dataset_copy, own_cache):
+    size = max(npz_bytes(path) for path in trajectories(dataset_copy))
+    assert write_shards(dataset_copy, shard_bytes=size) == 2  # The shard of the other scene stays.
+    assert [p.name[-12:] for p in shards(dataset_copy)].count("-001.parquet") == 1
+    assert rows(dataset_copy, own_cache) == list(expected(dataset_copy))
+    assert validate(dataset_copy).findings == ()
+    # A trajectory that is too long for one shard is split.
+    assert write_shards(dataset_copy, shard_bytes=size // 2) > 3
+    assert rows(dataset_copy, own_cache) == list(expected(dataset_copy))
+    assert validate(dataset_copy).findings == ()
+    assert write_shards(dataset_copy, shard_bytes=size // 2) == 0
 
 
 def npz_bytes(path: Path) -> int:
     return sum((path / name).stat().st_size for name in (VISIBLE, OBSERVED))
 
 
-def test_the_number_of_workers_does_not_show(mine, tmp_path):
-    other = Path(shutil.copytree(mine, tmp_path / "other"))
-    size = npz_bytes(trajectories(mine)[0]) // 3
-    write_shards(mine, 1, shard_bytes=size)
+def test_number_of_workers_does_not_change_the_files(dataset_copy, tmp_path):
+    other = Path(shutil.copytree(dataset_copy, tmp_path / "other"))
+    size = npz_bytes(trajectories(dataset_copy)[0]) // 3
+    write_shards(dataset_copy, 1, shard_bytes=size)
     write_shards(other, 4, shard_bytes=size)
-    assert len(shards(mine)) > 5
-    assert content(mine) == content(other)
+    assert len(shards(dataset_copy)) > 5
+    assert content(dataset_copy) == content(other)
 
 
-def test_in_steps_it_ends_with_the_bytes_of_one_build(source, built, tmp_path):
+def test_builds_in_steps_end_with_the_bytes_of_one_build(source, built, tmp_path):
     out = tmp_path / "out"
     for limit in (1, 2, None):
         build(source, out, limit)
@@ -239,44 +237,46 @@ def test_in_steps_it_ends_with_the_bytes_of_one_build(source, built, tmp_path):
     assert (content(out), stamps(out)) == (content(built), before)
 
 
-def test_only_the_shards_that_change_are_written(source, mine):
-    before, bytes_before = stamps(mine), content(mine)
-    first, second, other = trajectories(mine)
-    kept = shutil.move(second, mine.parent / "kept")
-    assert write_shards(mine) == 1
-    assert list(read_entries(mine)) == [p.relative_to(mine).as_posix() for p in (first, other)]
-    changed = {name for name, stamp in stamps(mine).items() if stamp != before[name]}
-    assert len(changed) == 2  # The shard of its scene, and the part of the index.
+def test_only_changed_shards_are_written(source, dataset_copy):
+    before, bytes_before = stamps(dataset_copy), content(dataset_copy)
+    first, second, other = trajectories(dataset_copy)
+    kept = shutil.move(second, dataset_copy.parent / "kept")
+    assert write_shards(dataset_copy) == 1
+    assert list(read_entries(dataset_copy)) == [
+        p.relative_to(dataset_copy).as_posix() for p in (first, other)
+    ]
+    changed = {name for name, stamp in stamps(dataset_copy).items() if stamp != before[name]}
+    assert len(changed) == 2  # The shard of the scene and the part of the index.
     shutil.move(kept, second)
-    assert write_shards(mine) == 1
-    assert content(mine) == bytes_before
-    assert write_shards(mine) == 0
+    assert write_shards(dataset_copy) == 1
+    assert content(dataset_copy) == bytes_before
+    assert write_shards(dataset_copy) == 0
 
 
-def test_a_scene_that_is_somewhere_else_keeps_its_row_and_its_shard(mine, own_cache):
-    """As in a folder into which only a part of a dataset was fetched."""
-    everything, before = list(read_entries(mine)), stamps(mine)
-    shutil.rmtree(mine / "sample_zed/house_000")
-    assert write_shards(mine) == 0
-    assert (list(read_entries(mine)), stamps(mine)) == (everything, before)
-    assert len(rows(mine, own_cache)) == 36
-    assert validate(mine).findings == ()
-    lost = next(p for p in shards(mine) if "house_000" in p.name)
+def test_missing_scene_keeps_its_index_rows_and_its_shard(dataset_copy, own_cache):
+    """As in a folder with only a part of a dataset."""
+    everything, before = list(read_entries(dataset_copy)), stamps(dataset_copy)
+    shutil.rmtree(dataset_copy / "sample_zed/house_000")
+    assert write_shards(dataset_copy) == 0
+    assert (list(read_entries(dataset_copy)), stamps(dataset_copy)) == (everything, before)
+    assert len(rows(dataset_copy, own_cache)) == 36
+    assert validate(dataset_copy).findings == ()
+    lost = next(p for p in shards(dataset_copy) if "house_000" in p.name)
     lost.write_bytes(lost.read_bytes()[:-100])
-    assert "another SHA-256" in validate(mine).findings[0].problem
+    assert "another SHA-256" in validate(dataset_copy).findings[0].problem
     lost.unlink()
-    assert write_shards(mine) == 0
-    assert list(read_entries(mine)) == everything
-    report = validate(mine)
+    assert write_shards(dataset_copy) == 0
+    assert list(read_entries(dataset_copy)) == everything
+    report = validate(dataset_copy)
     assert report.findings == ()
     assert "1 of the 2 shards in the index are missing here" in report.warnings[-1]
-    write_shards(mine, drop_missing=True)
-    assert list(read_entries(mine)) == everything[2:]
-    assert (validate(mine).findings, validate(mine).warnings) == ((), ())
+    write_shards(dataset_copy, drop_missing=True)
+    assert list(read_entries(dataset_copy)) == everything[2:]
+    assert (validate(dataset_copy).findings, validate(dataset_copy).warnings) == ((), ())
 
 
-def test_scenes_that_are_built_apart_make_the_same_files(source, built, tmp_path):
-    """Each on another machine: together they are what one build makes."""
+def test_scenes_built_separately_give_the_same_files(source, built, tmp_path):
+    """As on several machines: together they equal one build."""
     joined = tmp_path / "joined"
     for n, scene in enumerate(("house_000", "house_001")):
         part = tmp_path / str(n)
@@ -290,59 +290,59 @@ def test_scenes_that_are_built_apart_make_the_same_files(source, built, tmp_path
         assert found == wanted
 
 
-def test_shards_of_an_earlier_version_are_replaced(mine, built):
-    old = mine / "occupancy/train-00000-of-00001.parquet"
-    shards(mine)[0].rename(old)
-    shutil.rmtree(mine / "index")
-    assert validate(mine).findings[0].problem == "is a shard of an earlier version"
-    write_shards(mine)
-    assert content(mine) == content(built)
+def test_shards_of_an_earlier_version_are_replaced(dataset_copy, built):
+    old = dataset_copy / "occupancy/train-00000-of-00001.parquet"
+    shards(dataset_copy)[0].rename(old)
+    shutil.rmtree(dataset_copy / "index")
+    assert validate(dataset_copy).findings[0].problem == "is a shard of an earlier version"
+    write_shards(dataset_copy)
+    assert content(dataset_copy) == content(built)
 
 
-def test_other_content_is_written_anew(source, mine, tmp_path):
+def test_changed_settings_rewrite_the_shards(source, dataset_copy, tmp_path):
     other = Settings(Config(voxel_size=0.2), media="none")
     builder = load_builder("internnav", source)
     for settings in (other, COARSE):
-        build_dataset(Job(builder, list_episodes(builder), mine, settings))
+        build_dataset(Job(builder, list_episodes(builder), dataset_copy, settings))
         fresh = tmp_path / str(settings.config.voxel_size)
         build_dataset(Job(builder, list_episodes(builder), fresh, settings))
-        assert content(mine) == content(fresh)
+        assert content(dataset_copy) == content(fresh)
 
 
-def test_left_out_and_taken_in_again(source, mine, built):
-    build(source, mine, parquet_occupancy=False)
-    assert not (mine / "occupancy").exists()
-    assert [row.shards for row in read_entries(mine).values()] == [()] * 3
-    assert "occupancy/*/*.parquet" not in (mine / "README.md").read_text()
-    assert validate(mine).findings == ()
-    build(source, mine)
-    assert content(mine) == content(built)
+def test_shards_can_be_left_out_and_added_again(source, dataset_copy, built):
+    build(source, dataset_copy, parquet_occupancy=False)
+    assert not (dataset_copy / "occupancy").exists()
+    assert [row.shards for row in read_entries(dataset_copy).values()] == [()] * 3
+    assert "occupancy/*/*.parquet" not in (dataset_copy / "README.md").read_text()
+    assert validate(dataset_copy).findings == ()
+    build(source, dataset_copy)
+    assert content(dataset_copy) == content(built)
 
 
-def test_a_damaged_shard_is_written_anew(source, mine, built):
-    shard = shards(mine)[0]
+def test_damaged_shard_is_rewritten(source, dataset_copy, built):
+    shard = shards(dataset_copy)[0]
     shard.write_bytes(shard.read_bytes()[:-100])
     half = shard.with_name(f".{shard.name}.partial")
     half.write_bytes(b"half")
-    assert {f.file for f in validate(mine).findings} == {str(shard), str(half)}
-    build(source, mine)
-    assert content(mine) == content(built)
+    assert {f.file for f in validate(dataset_copy).findings} == {str(shard), str(half)}
+    build(source, dataset_copy)
+    assert content(dataset_copy) == content(built)
 
 
 @pytest.mark.parametrize("change", [write_shards, remove_shards])
-def test_a_table_that_is_not_ours_is_neither_replaced_nor_removed(mine, change):
-    """Others call the parts of a dataset so as well."""
-    theirs = shards(mine)[0].with_name("theirs.parquet")
+def test_foreign_parquet_file_is_neither_replaced_nor_removed(dataset_copy, change):
+    """Other tools also use such names for parts of a dataset."""
+    theirs = shards(dataset_copy)[0].with_name("theirs.parquet")
     pq.write_table(pa.table({"mine": [1, 2]}), theirs)
     content = theirs.read_bytes()
     with pytest.raises(DatasetError, match="did not write it; move it away"):
-        change(mine)
+        change(dataset_copy)
     assert theirs.read_bytes() == content
     theirs.unlink()
-    change(mine)
+    change(dataset_copy)
 
 
-def test_with_failures_the_others_are_there(source, tmp_path, own_cache):
+def test_shards_have_the_episodes_that_did_not_fail(source, tmp_path, own_cache):
     broken = Path(shutil.copytree(source, tmp_path / "broken"))
     (broken / "sample_zed/house_000/trajectory_1/data/chunk-000/episode_000000.parquet").unlink()
     builder = load_builder("internnav", broken)
@@ -354,33 +354,35 @@ def test_with_failures_the_others_are_there(source, tmp_path, own_cache):
     assert validate(tmp_path / "out").findings == ()
 
 
-def test_killed_at_any_moment_nothing_half_bears_a_final_name(mine, built):
+def test_killed_write_leaves_only_complete_shards(dataset_copy, built):
     code = (
         "import sys; from pathlib import Path; from occgen_hub.shards import write_shards;"
         "print('ready', flush=True); root = Path(sys.argv[1])\n"
         "while True: write_shards(root, 2, overwrite=True, shard_bytes=int(sys.argv[2]))"
     )
-    size = npz_bytes(trajectories(mine)[0]) // 2
+    size = npz_bytes(trajectories(dataset_copy)[0]) // 2
     rng = random.Random(3)
     for _ in range(6):
         process = subprocess.Popen(
-            [sys.executable, "-c", code, str(mine), str(size)], stdout=subprocess.PIPE
+            [sys.executable, "-c", code, str(dataset_copy), str(size)], stdout=subprocess.PIPE
         )
         assert process.stdout is not None
         process.stdout.readline()
         time.sleep(rng.uniform(0, 0.25))
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
-        for path in shards(mine):
+        for path in shards(dataset_copy):
             pq.ParquetFile(path).scan_contents()
-    write_shards(mine)
-    assert content(mine) == content(built)
+    write_shards(dataset_copy)
+    assert content(dataset_copy) == content(built)
 
 
-def test_a_full_disk_is_said_and_leaves_what_was_there(mine):
-    """A limit on the size of files, which the system keeps as it keeps a full disk."""
-    shards(mine)[0].write_bytes(shards(mine)[0].read_bytes()[:-100])  # It has to be written anew.
-    before = content(mine)
+def test_full_disk_is_reported_and_keeps_existing_files(dataset_copy):
+    """A limit on the file size raises the same kind of error as a full disk."""
+    shards(dataset_copy)[0].write_bytes(
+        shards(dataset_copy)[0].read_bytes()[:-100]
+    )  # It has to be rewritten.
+    before = content(dataset_copy)
     code = (
         "import resource, signal, sys; from pathlib import Path;"
         "from occgen_hub.runtime.finalize import finalize;"
@@ -389,23 +391,21 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(mine):
         "finalize(Path(sys.argv[1]))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(mine)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, str(dataset_copy)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
     assert "cannot be read or written (" in done.stderr.splitlines()[-1]
     assert "OccGenError" in done.stderr.splitlines()[-1]
-    assert content(mine) == before
+    assert content(dataset_copy) == before
 
 
-# Checked
-
-
-def rewritten(change: Callable[[pa.Table], pa.Table]) -> Callable[[Path], None]:
-    def harm(shard: Path) -> None:
+# Validation
+def rewrite(change: Callable[[pa.Table], pa.Table]) -> Callable[[Path], None]:
+    def damage(shard: Path) -> None:
         table = change(pq.read_table(shard))
         pq.write_table(table, shard, row_group_size=12)
 
-    return harm
+    return damage
 
 
 def with_column(name: str, change: Callable[[list[Any]], Any]) -> Callable[[Path], None]:
@@ -415,61 +415,61 @@ def with_column(name: str, change: Callable[[list[Any]], Any]) -> Callable[[Path
         change(values)
         return table.set_column(index, kind, pa.array(values, kind.type))
 
-    return rewritten(change_table)
+    return rewrite(change_table)
 
 
-def retyped(table: pa.Table) -> pa.Table:
+def change_type(table: pa.Table) -> pa.Table:
     index = table.column_names.index("occupied")
     return table.set_column(index, "occupied", table["occupied"].cast(pa.list_(pa.int64())))
 
 
-def bit_flipped(values: list[bytes]) -> None:
+def flip_bit(values: list[bytes]) -> None:
     values[9] = bytes([values[9][0] ^ 1]) + values[9][1:]
 
 
 @pytest.mark.parametrize(
-    ("harm", "words"),
+    ("damage", "words"),
     [
         (with_column("occupied", lambda v: v[11].pop()), "row 11, frame 11 of"),
         (with_column("dynamic", lambda v: v[12].append(7)), "row 12, frame 0 of"),
-        (with_column("observed", bit_flipped), "row 9, frame 9"),
+        (with_column("observed", flip_bit), "row 9, frame 9"),
         (with_column("camera_extrinsic", lambda v: v[0][0].__setitem__(3, 9.0)), "row 0"),
         (with_column("voxel_size", lambda v: v.__setitem__(20, 0.2)), "row 20"),
-        (rewritten(lambda t: pa.concat_tables([t.slice(0, 7), t.slice(8)])), "row 7, frame 7"),
-        (rewritten(lambda t: t.slice(0, 20)), "8 rows in the row group at row 12"),
-        (rewritten(lambda t: t.slice(0, 12)), "ends before frame 0 of"),
-        (rewritten(lambda t: pa.concat_tables([t, t.slice(0, 1)])), "10 rows in the row group"),
-        (rewritten(retyped), "has other columns"),
-        (rewritten(lambda t: t.drop_columns(["shape"])), "has other columns"),
+        (rewrite(lambda t: pa.concat_tables([t.slice(0, 7), t.slice(8)])), "row 7, frame 7"),
+        (rewrite(lambda t: t.slice(0, 20)), "8 rows in the row group at row 12"),
+        (rewrite(lambda t: t.slice(0, 12)), "ends before frame 0 of"),
+        (rewrite(lambda t: pa.concat_tables([t, t.slice(0, 1)])), "10 rows in the row group"),
+        (rewrite(change_type), "has other columns"),
+        (rewrite(lambda t: t.drop_columns(["shape"])), "has other columns"),
         (lambda p: pq.write_table(pa.concat_tables([pq.read_table(p)] * 2), p), "more than 32"),
         (lambda p: p.write_bytes(b"PAR1"), "is not a readable Parquet file"),
-        (rewritten(lambda t: t.append_column("shape", t["shape"])), "two columns with the same"),
+        (rewrite(lambda t: t.append_column("shape", t["shape"])), "two columns with the same"),
         (lambda p: shutil.copy(p, p.with_name("more.parquet")), "that is not in the index"),
         (lambda p: (p.unlink(), p.mkdir()), "is a folder"),
     ],
 )  # fmt: skip
-def test_validate_says_what_is_wrong_with_a_shard(mine, harm, words):
-    shard = next(path for path in shards(mine) if "house_000" in path.name)
-    harm(shard)
-    (finding,) = validate(mine).findings
+def test_validate_reports_faults_of_a_shard(dataset_copy, damage, words):
+    shard = next(path for path in shards(dataset_copy) if "house_000" in path.name)
+    damage(shard)
+    (finding,) = validate(dataset_copy).findings
     assert words in str(finding)
     assert str(finding).count("\n") == 0
-    assert str(mine / "occupancy") in finding.file
+    assert str(dataset_copy / "occupancy") in finding.file
     assert "run the build again" in finding.remedy or "finalize" in finding.remedy
 
 
-def test_shards_of_another_trajectory_are_noticed(source, mine, tmp_path):
+def test_validate_reports_a_shard_of_another_dataset(source, dataset_copy, tmp_path):
     other = tmp_path / "other"
     builder = load_builder("internnav", source)
     coarser = Settings(Config(voxel_size=0.1, interval=3), media="none")
     build_dataset(Job(builder, list_episodes(builder), other, coarser))
-    shutil.copy(shards(other)[0], shards(mine)[0])
-    (finding,) = validate(mine).findings
+    shutil.copy(shards(other)[0], shards(dataset_copy)[0])
+    (finding,) = validate(dataset_copy).findings
     assert "occupied differs from the trajectory" in finding.problem
 
 
 @pytest.mark.parametrize(
-    ("harm", "words"),
+    ("damage", "words"),
     [
         (lambda p: p.unlink(), "has no row of sample_zed/house_000/trajectory_0"),
         (lambda p: p.write_bytes(b"PAR1"), "is not a readable Parquet file"),
@@ -488,21 +488,21 @@ def test_shards_of_another_trajectory_are_noticed(source, mine, tmp_path):
         (with_column("shards", lambda v: v[0].__setitem__(0, "/etc/x")), "not a valid shard name"),
         (with_column("frames", lambda v: v.__setitem__(0, None)), "lacks a value of frames"),
         (
-            rewritten(lambda t: t.append_column("frames", t["frames"])),
+            rewrite(lambda t: t.append_column("frames", t["frames"])),
             "two columns with the same name",
         ),
     ],
 )
-def test_validate_says_what_is_wrong_with_the_index(mine, built, harm, words):
-    entry = read_entries(mine)["sample_zed/house_000/trajectory_0"]
-    harm(mine / "index" / f"{bucket(entry.scene)}.parquet")
-    assert any(words in str(finding) for finding in validate(mine).findings)
-    write_shards(mine)
-    assert content(mine) == content(built)
+def test_validate_reports_faults_of_the_index(dataset_copy, built, damage, words):
+    entry = read_entries(dataset_copy)["sample_zed/house_000/trajectory_0"]
+    damage(dataset_copy / "index" / f"{bucket(entry.scene)}.parquet")
+    assert any(words in str(finding) for finding in validate(dataset_copy).findings)
+    write_shards(dataset_copy)
+    assert content(dataset_copy) == content(built)
 
 
-def test_a_damaged_trajectory_is_said_once(mine):
-    path = Trajectory.open(trajectories(mine)[1]).file("visible")
+def test_validate_reports_a_damaged_trajectory_once(dataset_copy):
+    path = Trajectory.open(trajectories(dataset_copy)[1]).file("visible")
     path.write_bytes(path.read_bytes()[:2000])
-    findings = validate(mine).findings
+    findings = validate(dataset_copy).findings
     assert {finding.file for finding in findings} == {str(path)}

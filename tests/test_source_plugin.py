@@ -1,4 +1,4 @@
-"""The template for a source, as a package of its own, and what is said of wrong ones."""
+"""The source template as an installed package, and errors for wrong sources."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from occgen_hub.source_check import check_source
 EXAMPLE = Path(__file__).parent.parent / "examples/source_plugin"
 
 
-def test_the_template_is_a_package_of_its_own(tmp_path: Path) -> None:
-    """Installed into a folder, it is found by its entry point, and its own tests pass."""
+def test_template_can_be_installed_and_passes_its_tests(tmp_path: Path) -> None:
+    """Its entry point is found, and its own tests pass."""
     package = Path(shutil.copytree(EXAMPLE, tmp_path / "package"))
     target = tmp_path / "installed"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index",
@@ -43,10 +43,10 @@ def test_the_template_is_a_package_of_its_own(tmp_path: Path) -> None:
     assert "3 passed" in done.stdout
 
 
-# What is wrong with a source is said early
+# Errors of sources
 
 
-def test_what_is_installed_wrongly_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_entry_points_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def given(value: str) -> None:
         points = {"mine": EntryPoint("mine", value, "occgen_hub.builders")}
         monkeypatch.setattr(plugins, "_points", lambda kind: points)
@@ -72,7 +72,7 @@ def test_what_is_installed_wrongly_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class Mine(DatasetBuilder):
-    """A source of one made-up episode, which a test may change."""
+    """A source with one synthetic episode, which tests modify by class attributes."""
 
     name = "mine"
     changes: dict[str, Any] = {}  # noqa: RUF012
@@ -101,7 +101,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_right_source_passes(root: Path) -> None:
+def test_check_source_accepts_a_correct_source(root: Path) -> None:
     (episode,) = check_source(Mine(root))
     assert episode.length == 6
     assert occgen_hub.check_source is check_source
@@ -126,10 +126,12 @@ def test_a_right_source_passes(root: Path) -> None:
         ({"changes": {"world_from_camera": np.linalg.inv(path(6))}}, "camera_from_world"),
     ],
 )
-def test_a_wrong_source_fails_early(attributes: dict[str, Any], message: str, root: Path) -> None:
+def test_check_source_refuses_a_wrong_source(
+    attributes: dict[str, Any], message: str, root: Path
+) -> None:
     wrong = type("Mine", (Mine,), attributes)
     wrong.__module__, wrong.__qualname__ = "pytest_wrong", "Mine"
     sys.modules["pytest_wrong"] = type(sys)("pytest_wrong")
-    sys.modules["pytest_wrong"].Mine = wrong  # Where pickle looks for it.
+    sys.modules["pytest_wrong"].Mine = wrong  # So that it can be pickled.
     with pytest.raises(OccGenError, match=message):
         check_source(wrong(root))

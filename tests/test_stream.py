@@ -1,4 +1,4 @@
-"""The stream of frames: who reads what, in which order, and going on where it stopped."""
+"""The stream of frames: how workers share it, its order, and resuming from a state."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NAMES = ("episode", "frame_index")
 
 @pytest.fixture(scope="module")
 def rows(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset of 20 trajectories in 10 scenes, with images in its shards. Not to be changed."""
+    """20 trajectories in 10 scenes, with images in the shards. Tests must not change it."""
     root = tmp_path_factory.mktemp("rows")
     for n, path in enumerate(trajectories(dataset) * 10):
         place = root / "group" / f"scene_{n // 2:02d}" / f"run_{n % 2}"
@@ -36,23 +36,23 @@ def rows(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def named(item: dict) -> tuple[str, int]:
+def frame_name(item: dict) -> tuple[str, int]:
     return item["episode"], int(item["frame_index"])
 
 
-def every(root: Path) -> list[tuple[str, int]]:
-    return [named(item) for item in OccupancyDataset(root, keys=NAMES)]
+def all_names(root: Path) -> list[tuple[str, int]]:
+    return [frame_name(item) for item in OccupancyDataset(root, keys=NAMES)]
 
 
-def test_items_are_those_of_the_dataset(rows):
+def test_stream_items_equal_dataset_items(rows):
     options = {"keys": KEYS, "history_len": 2, "history_step": 1, "voxel_stride": 4}
     options |= {"history_keys": ("occupancy", "image", "mask"), "image_size": (64, 48)}
     frames = OccupancyDataset(rows, **options)
-    expected = {named(item): item for item in frames}
+    expected = {frame_name(item): item for item in frames}
     stream = OccupancyStream(rows, shuffle_buffer=8, **options)
     count = 0
     for item in stream:
-        other = expected[named(item)]
+        other = expected[frame_name(item)]
         assert item.keys() == other.keys()
         for key, value in item.items():
             same = (
@@ -72,15 +72,15 @@ def test_four_workers_of_two_ranks_see_every_frame_once(rows):
                 stream = OccupancyStream(rows, keys=NAMES, rank=rank, world_size=2, **options)
                 stream.set_epoch(epoch)
                 loader = DataLoader(stream, batch_size=None, num_workers=4)
-                seen.append([named(item) for item in loader])
+                seen.append([frame_name(item) for item in loader])
             together = seen[0] + seen[1]
             assert len(together) == len(set(together))
-            assert sorted(together) == sorted(every(rows))
+            assert sorted(together) == sorted(all_names(rows))
             epochs.append(together)
         assert (epochs[0] != epochs[1]) == options.get("shuffle", True)
 
 
-def test_no_row_group_is_read_by_two_workers_also_of_one_file(dataset, tmp_path):
+def test_ranks_share_the_row_groups_of_one_file_without_overlap(dataset, tmp_path):
     root = tmp_path / "one"
     for n, path in enumerate(trajectories(dataset)):
         shutil.copytree(path, root / "group" / "scene" / f"run_{n}")
@@ -89,30 +89,30 @@ def test_no_row_group_is_read_by_two_workers_also_of_one_file(dataset, tmp_path)
     seen = []
     for rank in range(3):
         stream = OccupancyStream(root, keys=NAMES, rank=rank, world_size=3)
-        seen.append({name for name, _ in map(named, stream)})
+        seen.append({name for name, _ in map(frame_name, stream)})
     assert sum(map(len, seen)) == len(set.union(*seen)) == 2
 
 
-def test_workers_that_live_on_see_the_next_epoch(rows):
+def test_persistent_workers_use_the_next_epoch(rows):
     stream = OccupancyStream(rows, keys=NAMES)
     loader = DataLoader(stream, batch_size=None, num_workers=2, persistent_workers=True)
-    first = [named(item) for item in loader]
+    first = [frame_name(item) for item in loader]
     stream.set_epoch(1)
-    second = [named(item) for item in loader]
+    second = [frame_name(item) for item in loader]
     assert first != second
     assert sorted(first) == sorted(second)
 
 
-def test_even_ranks_have_as_many_frames(rows):
+def test_even_option_gives_each_rank_the_same_number_of_frames(rows):
     counts = []
     for rank in range(3):
         stream = OccupancyStream(rows, keys=NAMES, rank=rank, world_size=3, even=True)
         counts.append(len(list(stream)))
     assert len(set(counts)) == 1
-    assert 0 < sum(counts) <= len(every(rows))
+    assert 0 < sum(counts) <= len(all_names(rows))
 
 
-def test_stopped_at_ten_places_it_goes_on_as_if_undisturbed(rows):
+def test_stream_resumes_from_its_state(rows):
     options = {"keys": (*NAMES, "image"), "shuffle_buffer": 12, "image_size": (32, 24), "seed": 4}
     options["augment"] = (occgen_hub.ColorJitter(),)
     whole = list(OccupancyStream(rows, **options))
@@ -126,17 +126,17 @@ def test_stopped_at_ten_places_it_goes_on_as_if_undisturbed(rows):
         second = OccupancyStream(rows, **options)
         second.load_state_dict(state)
         rest = list(second)
-        assert list(map(named, rest)) == list(map(named, whole[place:]))
+        assert list(map(frame_name, rest)) == list(map(frame_name, whole[place:]))
         assert all(
             torch.equal(a["image"], b["image"]) for a, b in zip(rest, whole[place:], strict=True)
         )
-        assert len(list(second)) == len(whole)  # The next epoch is whole.
+        assert len(list(second)) == len(whole)  # The next epoch is complete.
     with pytest.raises(UsageError, match="seed is 5 here and 4 in the state"):
         OccupancyStream(rows, keys=NAMES, seed=5).load_state_dict(state)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stateful_loader_goes_on_where_it_stopped(rows, workers):
+def test_stateful_loader_resumes_from_its_state(rows, workers):
     loaders = pytest.importorskip("torchdata.stateful_dataloader")
 
     def loader():
@@ -157,7 +157,7 @@ def test_a_stateful_loader_goes_on_where_it_stopped(rows, workers):
         assert rest == whole[place:]
 
 
-LEFT_EARLY = """
+LEAVE_EARLY = """
 import sys
 from torch.utils.data import DataLoader
 from occgen_hub import OccupancyStream
@@ -176,9 +176,9 @@ print("left", flush=True)
 """
 
 
-def test_a_process_that_leaves_the_loop_early_ends(rows):
+def test_process_ends_after_leaving_the_loop_early(rows):
     for how in range(3):
-        code = [sys.executable, "-c", LEFT_EARLY, str(rows), str(how)]
+        code = [sys.executable, "-c", LEAVE_EARLY, str(rows), str(how)]
         done = subprocess.run(code, capture_output=True, text=True, timeout=120, check=False)
         assert (done.returncode, done.stdout) == (0, "left\n"), done.stderr
 
@@ -199,7 +199,7 @@ print("same", len(pairs))
 """
 
 
-def test_a_stream_from_the_hub_outlives_cut_connections(rows, tmp_path):
+def test_stream_from_the_hub_survives_broken_connections(rows, tmp_path):
     hub = Hub()
     try:
         repository = Repository(private=False)
@@ -219,13 +219,13 @@ def test_a_stream_from_the_hub_outlives_cut_connections(rows, tmp_path):
                 [sys.executable, "-c", FROM_THE_HUB, str(rows), place],
                 env=environment, capture_output=True, text=True, timeout=120, check=False,
             )  # fmt: skip
-            assert done.stdout == f"same {len(every(rows))}\n", done.stderr[-2000:]
+            assert done.stdout == f"same {len(all_names(rows))}\n", done.stderr[-2000:]
         assert cut.met > 7
     finally:
         hub.close()
 
 
-def test_wrong_arguments(rows):
+def test_wrong_arguments_are_refused(rows):
     for options, problem in (
         ({"rank": 1}, "rank and world_size: give both"),
         ({"rank": 2, "world_size": 2}, "rank is 2 of 2"),

@@ -1,4 +1,4 @@
-"""Holes closed along a Poisson surface, against surfaces that are known."""
+"""Holes filled along a Poisson surface, compared with known surfaces."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def room(width: float, depth: float, height: float) -> NDArray[np.float64]:
 
 
 def sphere(count: int) -> NDArray[np.float64]:
-    """(count, 3) points of the unit sphere, evenly, along a spiral of the golden angle."""
+    """(count, 3) evenly spread points of the unit sphere, along a golden-angle spiral."""
     z = 1 - (2 * np.arange(count) + 1) / count
     turn = np.pi * (3 - 5**0.5) * np.arange(count)
     ring = np.sqrt(1 - z**2)
@@ -49,7 +49,7 @@ def sphere(count: int) -> NDArray[np.float64]:
 
 
 def added(cloud: Cloud, closed: Cloud) -> NDArray[np.float32]:
-    """The points that closing added; the measured ones come first, untouched."""
+    """The added points, which follow the unchanged measured ones."""
     n = len(cloud)
     assert closed.points.dtype == np.float32
     assert closed.colors.dtype == np.uint8
@@ -67,7 +67,7 @@ def test_downsampled_sphere_is_filled():
     assert np.abs(closed.colors[len(cloud) :].astype(int) - 128).max() <= 1
 
     def hidden(c: Cloud) -> float:
-        """The share of the sphere that is farther than this from every point."""
+        """The share of the sphere that is farther than 0.625 voxels from every point."""
         return float((cKDTree(c.points).query(points)[0] > 0.625 * VOXEL).mean())
 
     assert hidden(cloud) > 0.05
@@ -75,8 +75,11 @@ def test_downsampled_sphere_is_filled():
 
 
 @pytest.fixture(scope="module")
-def pierced() -> tuple[Cloud, Cloud]:
-    """A room with a doorway of 1 x 2 m, a window, and a hole of three voxels in the wall x = 0."""
+def room_with_openings() -> tuple[Cloud, Cloud]:
+    """A room with a doorway of 1 x 2 m, a window and a hole of three voxels in the wall x = 0.
+
+    Returns the cloud before and after filling.
+    """
     points = room(3.0, 4.0, 2.4)
     wall = points[:, 0] == 0
     y, z = points[:, 1], points[:, 2]
@@ -87,8 +90,8 @@ def pierced() -> tuple[Cloud, Cloud]:
     return cloud, poisson_surface(cloud, np.array([[1.5, 2.0, 1.2], [2.0, 3.0, 1.2]]), VOXEL)
 
 
-def test_a_hole_of_a_few_voxels_is_closed(pierced):
-    cloud, closed = pierced
+def test_a_hole_of_a_few_voxels_is_closed(room_with_openings):
+    cloud, closed = room_with_openings
     centre = [[0.0, 3.4, 1.5]]
     assert cKDTree(cloud.points).query(centre)[0] > VOXEL
     assert cKDTree(closed.points).query(centre)[0] < VOXEL / 2
@@ -96,8 +99,8 @@ def test_a_hole_of_a_few_voxels_is_closed(pierced):
     assert np.abs(closed.points[len(cloud) :][near, 0]).max() < VOXEL / 4
 
 
-def test_a_doorway_and_a_window_stay_open(pierced):
-    new = added(*pierced)
+def test_a_doorway_and_a_window_stay_open(room_with_openings):
+    new = added(*room_with_openings)
     y, z = new[:, 1], new[:, 2]
     margin = VOXEL
     doorway = (np.abs(y - 1) < 0.5 - margin) & (z < 2 - margin) & (z > margin)
@@ -106,9 +109,9 @@ def test_a_doorway_and_a_window_stay_open(pierced):
     assert not (window & (np.abs(new[:, 0]) < 0.5)).any()
 
 
-def test_nothing_is_added_off_the_walls(pierced):
-    """Outside the room, behind the walls, the watertight surface closes; none of it is used."""
-    new = added(*pierced)
+def test_nothing_is_added_off_the_walls(room_with_openings):
+    """The watertight surface also closes outside the room; that part is not used."""
+    new = added(*room_with_openings)
     size = np.array([3.0, 4.0, 2.4])
     assert (np.minimum(np.abs(new), np.abs(new - size)).min(axis=1) < VOXEL / 2).all()
     assert ((new > -VOXEL / 2) & (new < size + VOXEL / 2)).all()
@@ -139,7 +142,7 @@ def test_added_points_have_the_colours_around_them():
 
 
 def test_holes_far_from_the_origin_are_filled():
-    """Up to what float32 holds there: half a millimetre at 5 km."""
+    """Within the precision of float32: half a millimetre at 5 km."""
     points = sphere(10_000)[::2]
     offset = np.array([5000.0, -3000.0, 10.0])
     here = grey(points)
@@ -169,13 +172,13 @@ def test_equal_input_gives_equal_bytes_on_any_number_of_threads(pytestconfig):
     for _ in range(2):
         closed = poisson_surface(cloud, np.zeros((2, 3)), VOXEL)
         digests.add(hashlib.sha256(closed.points.tobytes() + closed.colors.tobytes()).hexdigest())
-    told = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", DIGEST],
         cwd=pytestconfig.rootpath,
         env={**os.environ, "OMP_NUM_THREADS": "5" if os.cpu_count() != 5 else "1"},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    digests.add(told.stdout.strip())
+    digests.add(result.stdout.strip())
     assert len(closed) > len(cloud)
     assert len(digests) == 1
 
@@ -189,7 +192,7 @@ def test_equal_input_gives_equal_bytes_on_any_number_of_threads(pytestconfig):
         np.linspace(0, 1, 500)[:, None] * [1.0, 2.0, 3.0] + [10.0, 0.0, 0.0],
         np.repeat([[0.0, 0.0, 0.0], [1.0, 2.0, 0.5]], 20, axis=0),
     ],
-    ids=["empty", "nine", "identical", "line", "two places"],
+    ids=["empty", "nine points", "identical points", "a line", "two distinct points"],
 )
 def test_cloud_without_area_is_unchanged(points):
     cloud = grey(points)
@@ -207,13 +210,20 @@ def test_cloud_without_area_is_unchanged(points):
         np.concatenate([plate(0.5, 0.5), [[1000.0, 0.0, 0.0]]]),
         np.concatenate([plate(0.5, 0.5)] * 2),
     ],
-    ids=["ten", "twenty", "a millimetre", "nearly a line", "an outlier at 1 km", "each twice"],
+    ids=[
+        "ten points",
+        "twenty points",
+        "one millimetre wide",
+        "nearly a line",
+        "an outlier at 1 km",
+        "duplicate points",
+    ],
 )
-def test_an_odd_cloud_is_closed_near_its_points_and_in_silence(points, capfd):
+def test_unusual_cloud_is_closed_near_its_points_without_output(points, capfd):
     cloud = grey(points)
     new = added(cloud, poisson_surface(cloud, np.array([[0.0, 0.0, 5.0]]), VOXEL))
     assert np.isfinite(new).all()
-    # A point is the mean of samples in half a voxel, so it may lie that much farther off.
+    # A point is the mean of samples in half a voxel, so it may be half a voxel farther away.
     distance = cKDTree(cloud.points).query(new)[0]
     assert distance.max(initial=0) <= (REACH + 0.5) * VOXEL
     assert capfd.readouterr() == ("", "")
@@ -226,14 +236,14 @@ def test_centroids_are_those_of_equal_parts(n):
     np.testing.assert_allclose(weights.sum(axis=1), 1)
     assert weights.min() > 0
     np.testing.assert_allclose(weights.mean(axis=0), 1 / 3)
-    # Three times the centroid, times n, is whole for every part, and no two parts share it.
+    # 3 n times each centroid is a vector of whole numbers, different for each part.
     whole = np.rint(3 * n * weights)
     np.testing.assert_allclose(3 * n * weights, whole)
     assert len(np.unique(whole, axis=0)) == n * n
 
 
-def test_density_cut_removes_sparse_parts(pierced):
-    cloud, closed = pierced
+def test_density_cut_removes_sparse_parts(room_with_openings):
+    cloud, closed = room_with_openings
     cameras = np.array([[1.5, 2.0, 1.2], [2.0, 3.0, 1.2]])
     cut = poisson_surface(cloud, cameras, VOXEL, 0.3)
     assert len(added(cloud, cut)) < len(added(cloud, closed))

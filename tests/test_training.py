@@ -1,4 +1,4 @@
-"""Datasets as PyTorch reads them, and the public names of the package."""
+"""PyTorch datasets, and the public names of the package."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SHAPE = (200, 125, 200)
 
 @pytest.fixture(scope="module")
 def many(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset of ten trajectories in several shards. Not to be changed by tests."""
+    """A dataset of ten trajectories in several shards. Tests must not change it."""
     root = tmp_path_factory.mktemp("many")
     for n, path in enumerate(trajectories(dataset) * 5):
         shutil.copytree(path, root / "group" / f"scene_{n:02d}" / "run", copy_function=os.link)
@@ -58,7 +58,7 @@ def many(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def truth(many: Path) -> list[dict]:
-    """All frames of `many`, in order, by scipy, numpy and pyarrow alone."""
+    """All frames of `many`, in order, read with only scipy, numpy and pyarrow."""
     frames = []
     for folder in sorted(many.glob("*/*/*/meta"), key=lambda p: p.parent.as_posix()):
         videos = folder.parent / "videos/chunk-000"
@@ -78,7 +78,7 @@ def truth(many: Path) -> list[dict]:
     return frames
 
 
-def copied(root: Path, out: Path) -> Path:
+def linked_copy(root: Path, out: Path) -> Path:
     return shutil.copytree(root, out, copy_function=os.link)
 
 
@@ -87,7 +87,7 @@ def flat(cells: torch.Tensor) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dense", [True, False])
-def test_every_frame_is_what_the_trajectories_hold(many, truth, dense):
+def test_items_match_the_trajectories(many, truth, dense):
     frames = OccupancyDataset(many, dense=dense, keys=CAMERA)
     assert len(frames) == len(truth)
     assert frames.grid.shape == SHAPE
@@ -117,7 +117,7 @@ def test_every_frame_is_what_the_trajectories_hold(many, truth, dense):
         )
 
 
-def test_the_items_are_numbered_like_a_list(many):
+def test_items_are_indexed_like_a_list(many):
     frames = OccupancyDataset(many, keys=("episode", "frame_index"))
     items = list(frames)
     assert len(items) == len(frames)
@@ -128,14 +128,14 @@ def test_the_items_are_numbered_like_a_list(many):
             frames[number]
 
 
-def test_starts_say_where_the_episodes_begin(many):
+def test_starts_are_the_first_frames_of_the_episodes(many):
     frames = OccupancyDataset(many, keys=("episode", "frame_index"))
     assert frames.starts[-1] == len(frames)
     for episode, start in zip(frames.episodes, frames.starts[:-1], strict=True):
         assert frames[start] == {"episode": episode, "frame_index": 0}
 
 
-def test_an_item_can_be_changed_and_asked_for_again(many):
+def test_changing_an_item_does_not_change_the_dataset(many):
     for dense in (True, False):
         frames = OccupancyDataset(many, dense=dense, keys=[k for k in KEYS if k != "image"])
         first, again = frames[2], frames[2]
@@ -153,10 +153,10 @@ def test_an_item_can_be_changed_and_asked_for_again(many):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_loaders_with_processes_give_the_same_items(many, method):
+def test_loader_processes_give_the_same_items(many, method):
     frames = OccupancyDataset(many, dense=False, keys=KEYS, history_len=2, history_step=1)
     order = np.random.default_rng(0).permutation(len(frames)).tolist()
-    alone = [collate([frames[n]]) for n in order]  # Alone, since images are of different sizes.
+    alone = [collate([frames[n]]) for n in order]  # One by one, since image sizes differ.
     loader = DataLoader(
         frames, sampler=order, num_workers=4, collate_fn=collate, multiprocessing_context=method
     )
@@ -186,7 +186,7 @@ def assert_same(ours: dict, theirs: dict) -> None:
         assert same, key
 
 
-def test_a_dataset_that_has_been_read_is_pickled_small(many):
+def test_pickle_of_a_used_dataset_is_small(many):
     frames = OccupancyDataset(many, keys=CAMERA)
     item = frames[5]
     content = pickle.dumps(frames)
@@ -194,7 +194,7 @@ def test_a_dataset_that_has_been_read_is_pickled_small(many):
     assert_same(item, pickle.loads(content)[5])
 
 
-def test_collate_numbers_the_items(many):
+def test_collate_adds_the_item_number_to_sparse_rows(many):
     frames = OccupancyDataset(
         many, dense=False, history_len=2, history_step=1, keys=("occupancy", "history", "task")
     )
@@ -209,11 +209,9 @@ def test_collate_numbers_the_items(many):
     assert batch["task"] == [item["task"] for item in items]
 
 
-# The past
-
-
+# History
 @pytest.mark.parametrize(("length", "step"), [(1, 1), (3, 1), (2, 2), (10, 2), (0, 1)])
-def test_the_past_begins_with_the_episode(many, truth, length, step):
+def test_history_starts_with_the_episode(many, truth, length, step):
     keys = ("history", "frame_index")
     dense, thin = (
         OccupancyDataset(many, history_len=length, history_step=step, keys=keys, dense=dense)
@@ -238,8 +236,8 @@ def test_the_past_begins_with_the_episode(many, truth, length, step):
             np.testing.assert_allclose(item["history_pose"][h], motion, atol=1e-6)
 
 
-def test_the_past_is_moved_into_the_current_grid(many, truth):
-    """Each cell's centre by itself, through the world."""
+def test_aligned_history_is_moved_into_the_current_grid(many, truth):
+    """Compared with moving the centre of each cell through the world."""
     dense, thin = (
         OccupancyDataset(
             many, history_len=3, history_step=1, align_history=True, keys=("history",), dense=dense
@@ -272,7 +270,7 @@ def test_the_past_is_moved_into_the_current_grid(many, truth):
 # Images
 
 
-def test_images_and_depth_are_the_trajectorys(many, truth):
+def test_images_and_depth_match_the_trajectory(many, truth):
     frames = OccupancyDataset(many, keys=("image", "depth"))
     for n in (0, 5, 2):
         trajectory = Trajectory.open(many / truth[n]["episode"])
@@ -283,8 +281,8 @@ def test_images_and_depth_are_the_trajectorys(many, truth):
         np.testing.assert_array_equal(item["depth"], trajectory.depth(t).astype(np.float32))
 
 
-def test_without_images_they_come_from_the_video(many, truth, tmp_path):
-    root = copied(many, tmp_path / "video")
+def test_images_come_from_the_video_if_there_are_no_image_files(many, truth, tmp_path):
+    root = linked_copy(many, tmp_path / "video")
     for folder in [*root.rglob("observation.images.rgb")]:
         shutil.rmtree(folder)
     frames = OccupancyDataset(root, keys=("image",))
@@ -293,9 +291,9 @@ def test_without_images_they_come_from_the_video(many, truth, tmp_path):
         np.testing.assert_array_equal(frames[n]["image"].permute(1, 2, 0), expected)
 
 
-def test_one_image_that_is_missing_is_a_fault(many, truth, tmp_path):
-    """The video would do, but it is not what the other frames are taken from."""
-    root = copied(many, tmp_path / "gap")
+def test_missing_image_file_is_an_error(many, truth, tmp_path):
+    """The video is not used, since the other frames come from image files."""
+    root = linked_copy(many, tmp_path / "gap")
     trajectory = Trajectory.open(root / truth[0]["episode"])
     trajectory.file("rgb", 0).unlink()
     frames = OccupancyDataset(root, keys=("image",))
@@ -312,7 +310,7 @@ def test_one_image_that_is_missing_is_a_fault(many, truth, tmp_path):
 @pytest.mark.parametrize(
     "options", ["keyint=12:bframes=3:open-gop=1", "keyint=250:bframes=0", "keyint=7:bframes=0"]
 )
-def test_any_frame_of_a_video_is_found(tmp_path, options):
+def test_any_frame_of_a_video_can_be_read(tmp_path, options):
     path = tmp_path / "video.mp4"
     rng = np.random.default_rng(0)
     with av.open(str(path), "w") as out:
@@ -331,11 +329,11 @@ def test_any_frame_of_a_video_is_found(tmp_path, options):
     assert video(5).shape == (48, 64, 3)
 
 
-# What is wrong is said
+# Errors
 
 
-def test_without_shards_it_says_how_to_get_them(dataset, tmp_path):
-    root = copied(dataset, tmp_path / "npz")
+def test_error_for_missing_shards_names_the_remedy(dataset, tmp_path):
+    root = linked_copy(dataset, tmp_path / "npz")
     shutil.rmtree(root / "occupancy")
     with pytest.raises(UsageError, match=r"files of no episode are here.* run occgen-hub finalize"):
         OccupancyDataset(root)
@@ -344,7 +342,7 @@ def test_without_shards_it_says_how_to_get_them(dataset, tmp_path):
         OccupancyDataset(root)
 
 
-def test_frames_are_asked_for_by_number(many):
+def test_index_must_be_an_integer(many):
     frames = OccupancyDataset(many, keys=("occupancy",))
     last = frames[np.int64(len(frames) - 1)]["occupancy"]
     assert torch.equal(frames[-1]["occupancy"], last)
@@ -353,7 +351,7 @@ def test_frames_are_asked_for_by_number(many):
             frames[wrong]
 
 
-def test_frames_of_several_grids_are_no_dataset(sample_tree, tmp_path):
+def test_episodes_of_different_grids_are_refused(sample_tree, tmp_path):
     for size, limit in ((0.2, None), (0.1, 1)):
         config = occgen_hub.Config(voxel_size=size)
         occgen_hub.build("internnav", sample_tree, tmp_path / "out", config=config, limit=limit)
@@ -361,7 +359,7 @@ def test_frames_of_several_grids_are_no_dataset(sample_tree, tmp_path):
         OccupancyDataset(tmp_path / "out", keys=("occupancy",))
 
 
-def test_wrong_arguments(many, tmp_path):
+def test_wrong_arguments_are_refused(many, tmp_path):
     for wrong in (tmp_path / "none", str(tmp_path / "none"), "/no/such/folder", "plain"):
         with pytest.raises(UsageError, match="is not a folder"):
             OccupancyDataset(wrong)
@@ -373,7 +371,7 @@ def test_wrong_arguments(many, tmp_path):
             OccupancyDataset(many, **arguments)
 
 
-def test_a_name_on_a_hub_that_cannot_be_reached(tmp_path):
+def test_unreachable_hub_gives_an_error_of_one_line(tmp_path):
     code = (
         "import occgen_hub; from occgen_hub.errors import UsageError\n"
         "try: occgen_hub.OccupancyDataset('nobody/nothing')\n"
@@ -385,8 +383,8 @@ def test_a_name_on_a_hub_that_cannot_be_reached(tmp_path):
     assert len(done.stdout.splitlines()) == 1, done
 
 
-def test_media_that_are_not_there(many, tmp_path):
-    root = copied(many, tmp_path / "bare")
+def test_keys_of_missing_media_are_refused(many, tmp_path):
+    root = linked_copy(many, tmp_path / "bare")
     for name in ("rgb", "depth"):
         for folder in [*root.rglob(f"observation.images.{name}")]:
             shutil.rmtree(folder)
@@ -403,8 +401,8 @@ def first_shard(root: Path) -> Path:
     return root / next(iter(read_entries(root).values())).shards[0]
 
 
-def test_of_a_dataset_that_is_partly_here_there_are_the_episodes_that_are(many, truth, tmp_path):
-    root = copied(many, tmp_path / "partly")
+def test_partial_dataset_has_only_the_episodes_that_are_present(many, truth, tmp_path):
+    root = linked_copy(many, tmp_path / "partly")
     first_shard(root).unlink()
     episodes = OccupancyDataset(root, keys=CAMERA).episodes
     assert episodes == OccupancyDataset(many).episodes[1:]
@@ -440,7 +438,7 @@ def test_of_a_dataset_that_is_partly_here_there_are_the_episodes_that_are(many, 
         ({"group_rows": 1 << 20, "frames": 1 << 20}, "larger than any"),
     ],
 )
-def test_an_index_that_does_not_say_where_frames_are(many, tmp_path, change, problem):
+def test_invalid_index_is_refused(many, tmp_path, change, problem):
     rows = list(read_entries(many).values())
     some = rows[:1] if "voxel_size" in change and change["voxel_size"] == 0.5 else rows
     some = [replace(row, **change) for row in some]
@@ -453,9 +451,9 @@ def test_an_index_that_does_not_say_where_frames_are(many, tmp_path, change, pro
     assert f"{tmp_path / 'index'}" in str(raised.value)
 
 
-def changed(many: Path, out: Path, change, group: int = 8) -> Path:
-    """A copy of `many` whose first shard's columns went through `change`."""
-    root = copied(many, out)
+def copy_with_changed_shard(many: Path, out: Path, change, group: int = 8) -> Path:
+    """A copy of `many` with `change` applied to the table of its first shard."""
+    root = linked_copy(many, out)
     path = first_shard(root)
     table = change(pq.read_table(path))
     path.unlink()  # It is a link to the original.
@@ -463,8 +461,8 @@ def changed(many: Path, out: Path, change, group: int = 8) -> Path:
     return root
 
 
-def put(name: str, edit):
-    """A change of one column: `edit` is given its values as a list, and returns them."""
+def in_column(name: str, edit):
+    """A change of one column: `edit` maps the list of its values to a new list."""
 
     def change(table: pa.Table) -> pa.Table:
         at = table.schema.get_field_index(name)
@@ -476,41 +474,50 @@ def put(name: str, edit):
     return change
 
 
-def first(value):
+def in_first_row(value):
     return lambda values: [value(values[0]), *values[1:]]
 
 
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (put("occupied", first(lambda v: [*v[:-1], 5_000_000])), "out of order or outside"),
-        (put("occupied", first(lambda v: [-1, *v])), "out of order or outside"),
-        (put("occupied", first(lambda v: v[::-1])), "out of order or outside"),
-        (put("occupied", first(lambda v: None)), "not whole"),
-        (put("observed", first(lambda v: v[:-1])), "not of the grid's 5000000 cells"),
-        (put("observed", first(lambda v: None)), "not whole"),
-        (put("frame_index", first(lambda v: 7)), "not of frames 0 to 3 of group/scene_00/run"),
-        (put("frame_index", first(lambda v: None)), "not of frames"),
-        (put("episode", first(lambda v: "a/b/c")), "not of frames"),
-        (put("episode", lambda v: ["../../x" for _ in v]), "not of frames"),
-        (put("camera_extrinsic", first(lambda v: [[float("nan")] * 4] * 4)), "not finite"),
-        (put("camera_extrinsic", first(lambda v: [[2.0] * 4] * 4)), "not rigid"),
+        (
+            in_column("occupied", in_first_row(lambda v: [*v[:-1], 5_000_000])),
+            "out of order or outside",
+        ),
+        (in_column("occupied", in_first_row(lambda v: [-1, *v])), "out of order or outside"),
+        (in_column("occupied", in_first_row(lambda v: v[::-1])), "out of order or outside"),
+        (in_column("occupied", in_first_row(lambda v: None)), "not whole"),
+        (in_column("observed", in_first_row(lambda v: v[:-1])), "not of the grid's 5000000 cells"),
+        (in_column("observed", in_first_row(lambda v: None)), "not whole"),
+        (
+            in_column("frame_index", in_first_row(lambda v: 7)),
+            "not of frames 0 to 3 of group/scene_00/run",
+        ),
+        (in_column("frame_index", in_first_row(lambda v: None)), "not of frames"),
+        (in_column("episode", in_first_row(lambda v: "a/b/c")), "not of frames"),
+        (in_column("episode", lambda v: ["../../x" for _ in v]), "not of frames"),
+        (
+            in_column("camera_extrinsic", in_first_row(lambda v: [[float("nan")] * 4] * 4)),
+            "not finite",
+        ),
+        (in_column("camera_extrinsic", in_first_row(lambda v: [[2.0] * 4] * 4)), "not rigid"),
         (lambda table: table.drop_columns(["observed"]), "no column observed of binary"),
         (lambda table: table.append_column("shape", table["shape"]), "two columns with the"),
         (lambda table: table.slice(0, 0), "not of frames 0 to 3"),
         (lambda table: table.slice(0, 3), "not of frames 0 to 3"),
     ],
-)  # fmt: skip
-def test_a_shard_that_does_not_hold_what_it_should(many, tmp_path, change, problem):
-    root = changed(many, tmp_path / "changed", change)
+)
+def test_invalid_shard_is_refused(many, tmp_path, change, problem):
+    root = copy_with_changed_shard(many, tmp_path / "changed", change)
     with pytest.raises(DatasetError, match=problem) as raised:
         OccupancyDataset(root, keys=("occupancy", "mask", "pose"))[0]
     assert str(first_shard(root)) in str(raised.value)
     assert "changed since, fetch it again, or remove it and run the build" in str(raised.value)
 
 
-def test_row_groups_of_another_size_are_read_too(many, truth, tmp_path):
-    root = changed(many, tmp_path / "large", lambda table: table, group=3)
+def test_row_groups_of_another_size_are_read(many, truth, tmp_path):
+    root = copy_with_changed_shard(many, tmp_path / "large", lambda table: table, group=3)
     first_row, *others = read_entries(root).values()
     write_index(root, [replace(first_row, group_rows=3), *others])
     frames = OccupancyDataset(root, dense=False, keys=("occupancy", "mask"))
@@ -519,8 +526,8 @@ def test_row_groups_of_another_size_are_read_too(many, truth, tmp_path):
         np.testing.assert_array_equal(frames[n]["mask"], expected["packed"])
 
 
-def test_a_damaged_shard_is_named(many, tmp_path):
-    """Bytes changed at random, or cut off: read as before, or refused; never anything else."""
+def test_error_names_a_damaged_shard(many, tmp_path):
+    """With random or missing bytes, a shard is either read or raises a DatasetError."""
     shard = first_shard(many)
     content = shard.read_bytes()
     rng = np.random.default_rng(3)
@@ -545,8 +552,8 @@ def test_a_damaged_shard_is_named(many, tmp_path):
         assert "\n" not in text
 
 
-def test_a_task_that_is_not_there(many, truth, tmp_path):
-    root = copied(many, tmp_path / "tasks")
+def test_missing_task_is_an_error(many, truth, tmp_path):
+    root = linked_copy(many, tmp_path / "tasks")
     path = root / truth[0]["episode"] / "meta/tasks.jsonl"
     path.unlink()
     path.write_text("")
@@ -571,8 +578,8 @@ def test_memory_does_not_grow(many):
     assert process.memory_info().rss - before < 40 << 20
 
 
-def test_opening_and_an_item_read_little(many):
-    """Of all the shards' bytes, an item needs one row group."""
+def test_reading_one_item_reads_few_bytes(many):
+    """An item needs one row group, less than half of all bytes."""
     process = psutil.Process()
     frames = OccupancyDataset(many, keys=("occupancy", "mask"))
     before = process.io_counters().read_chars
@@ -581,19 +588,19 @@ def test_opening_and_an_item_read_little(many):
     assert 0 < process.io_counters().read_chars - before < total / 2
 
 
-def test_a_large_dataset_opens_in_no_time(tmp_path):
-    """20,000 episodes, by their index alone: the shards are empty files."""
+def test_large_dataset_opens_quickly(tmp_path):
+    """20,000 episodes with an index and empty shard files."""
     make_up(tmp_path, 20_000)
     found = opening(tmp_path)
     assert (found["episodes"], found["frames"]) == (20_000, 76 * 20_000)
-    assert found["core_seconds"] < 2  # Others may have the cores.
+    assert found["core_seconds"] < 2  # CPU time, since other processes may use the cores.
     assert found["bytes_more"] < 300e6
 
 
-# The package's names
+# Public names
 
 
-def test_importing_the_package_imports_nothing_heavy():
+def test_importing_the_package_imports_no_heavy_modules():
     code = (
         "import sys, occgen_hub\n"
         "heavy = {'torch', 'pyarrow', 'numpy', 'huggingface_hub', 'av'} & set(sys.modules)\n"
@@ -607,16 +614,16 @@ def test_importing_the_package_imports_nothing_heavy():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_names_are_there_and_no_others():
+def test_public_names_exist_and_have_docstrings():
     for name in occgen_hub.__all__:
-        for _ in range(2):  # A module of that name would come the second time.
+        for _ in range(2):  # After the first access, a module could replace the name.
             assert callable(getattr(occgen_hub, name))
         assert getattr(occgen_hub, name).__doc__
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = occgen_hub.nothing
 
 
-def test_an_episode_is_loaded(many, truth):
+def test_loaded_episode_matches_the_files(many, truth):
     episode = occgen_hub.load_episode(many / truth[0]["episode"])
     frames = [frame for frame in truth if frame["episode"] == truth[0]["episode"]]
     assert len(episode) == len(frames)
@@ -637,7 +644,7 @@ def test_an_episode_is_loaded(many, truth):
         occgen_hub.load_episode(many)
 
 
-WRONG = (
+WRONG_ARGUMENTS = (
     {"media": "all"},
     {"workers": 0},
     {"limit": 0},
@@ -657,7 +664,7 @@ def test_a_dataset_is_built_and_read_from_python(sample_tree, tmp_path):
     frames = occgen_hub.OccupancyDataset(str(out), keys=CAMERA)
     assert frames[0]["occupancy"].shape == config.grid_shape == (40, 25, 40)
     assert frames.grid.lower == config.pc_range[:3]
-    for wrong in WRONG:
+    for wrong in WRONG_ARGUMENTS:
         with pytest.raises(UsageError):
             occgen_hub.build("internnav", sample_tree, tmp_path / "other", **wrong)
     assert not (tmp_path / "other").exists()

@@ -1,4 +1,4 @@
-"""Coarser grids, labels, sizes of images, selections and augmentations of items."""
+"""Options of training items: coarser grids, labels, image sizes, selection and augmentation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GRID = ("occupancy", "mask", "labels")
 
 
 def pooled(dense: np.ndarray, stride: int) -> np.ndarray:
-    """Blocks of cells joined by numpy alone."""
+    """Blocks of cells, pooled with numpy."""
     whole = [-(-n // stride) * stride for n in dense.shape]
     padded = np.zeros(whole, bool)
     padded[tuple(slice(n) for n in dense.shape)] = dense
@@ -35,7 +35,7 @@ def pooled(dense: np.ndarray, stride: int) -> np.ndarray:
 
 @pytest.mark.parametrize("shape", [(200, 125, 200), (7, 5, 9), (8, 3, 16), (1, 1, 1), (5, 6, 13)])
 @pytest.mark.parametrize("stride", [1, 2, 4])
-def test_a_coarse_cell_has_what_any_of_its_cells_has(shape, stride):
+def test_coarse_cell_is_set_if_any_of_its_cells_is_set(shape, stride):
     dense = np.random.default_rng(0).random(shape) < 0.05
     cells = np.flatnonzero(dense).astype(np.int32)
     expected = pooled(dense, stride)
@@ -44,7 +44,7 @@ def test_a_coarse_cell_has_what_any_of_its_cells_has(shape, stride):
 
 
 @pytest.mark.parametrize("stride", [2, 4])
-def test_items_of_a_coarse_grid(dataset, stride):
+def test_coarse_items_match_the_fine_grid(dataset, stride):
     fine = OccupancyDataset(dataset, keys=GRID)
     dense = OccupancyDataset(dataset, keys=GRID, voxel_stride=stride)
     thin = OccupancyDataset(dataset, keys=GRID, voxel_stride=stride, dense=False)
@@ -62,7 +62,7 @@ def test_items_of_a_coarse_grid(dataset, stride):
             np.testing.assert_array_equal(of["labels"], labels)
 
 
-def test_images_of_one_size_make_batches_and_have_their_intrinsics(dataset):
+def test_resized_images_can_be_batched_and_have_scaled_intrinsics(dataset):
     keys = ("image", "depth", "intrinsics", "pose")
     stored = OccupancyDataset(dataset, keys=keys)
     sizes = {tuple(stored[n]["image"].shape) for n in range(len(stored))}
@@ -73,7 +73,7 @@ def test_images_of_one_size_make_batches_and_have_their_intrinsics(dataset):
     for n in range(len(frames)):
         before, after = stored[n], frames[n]
         height, width = before["depth"].shape
-        # A pixel of the small depth is seen along the ray of the stored pixel that it was.
+        # Each pixel of the small depth image has the value of the stored pixel on its ray.
         for v, u in ((10, 20), (60, 140)):
             row, column = int((v + 0.5) * height / 90), int((u + 0.5) * width / 160)
             assert after["depth"][v, u] == before["depth"][row, column]
@@ -81,7 +81,7 @@ def test_images_of_one_size_make_batches_and_have_their_intrinsics(dataset):
         torch.testing.assert_close(after["intrinsics"], before["intrinsics"] * scale)
 
 
-def test_past_images_masks_and_labels(dataset):
+def test_history_has_past_images_masks_and_labels(dataset):
     keys = ("mask", "labels", "image", "history", "pose")
     options = {"keys": keys, "history_len": 2, "history_step": 1, "image_size": (64, 48)}
     options |= {"history_keys": ("occupancy", "mask", "labels", "image"), "voxel_stride": 4}
@@ -98,14 +98,17 @@ def test_past_images_masks_and_labels(dataset):
     for h in range(2):
         past_from_current = np.linalg.inv(item["history_pose"][h].double().numpy())
         expected = resampled(frames[1 - h]["mask"].numpy(), frames.grid, past_from_current)
-        # A centre on the border of two cells may fall into either.
+        # A centre on the border of two cells may be in either.
         assert (aligned["history_mask"][h].numpy() == expected).mean() > 0.9999
         assert not torch.equal(aligned["history_mask"][h], item["history_mask"][h])
 
 
 @pytest.fixture(scope="module")
 def scenes(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four scenes of a trajectory; one is in the split "validation". Not to be changed."""
+    """Four scenes with one trajectory each, one of them in the split "validation".
+
+    Tests must not change it.
+    """
     root = tmp_path_factory.mktemp("scenes")
     for n in range(15, 19):  # Of these, scene_17 is in the split "validation".
         shutil.copytree(trajectories(dataset)[n % 2], root / "group" / f"scene_{n:02d}" / "run")
@@ -113,7 +116,7 @@ def scenes(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_frames_are_chosen_by_episode_scene_split_and_quality(scenes, tmp_path):
+def test_frames_are_selected_by_episode_scene_split_and_quality(scenes, tmp_path):
     keys = ("episode",)
     whole = OccupancyDataset(scenes, keys=keys)
     parts = [OccupancyDataset(scenes, keys=keys, split=s).episodes for s in ("train", "validation")]
@@ -143,7 +146,7 @@ def test_frames_are_chosen_by_episode_scene_split_and_quality(scenes, tmp_path):
             OccupancyDataset(scenes, keys=keys, **options)
 
 
-def test_a_transform_is_done_last(dataset):
+def test_transform_is_applied_last(dataset):
     def transform(item):
         return item["labels"].shape, item["image"].shape
 
@@ -154,7 +157,7 @@ def test_a_transform_is_done_last(dataset):
     assert frames[0] == (frames.grid.shape, (3, 24, 32))
 
 
-# Augmenting what is observed, and observing what is augmented
+# Augmented observations, compared with observations of an augmented scene or camera
 
 
 SMALL = Grid((-2.0, -1.5, 0.0), 0.1, (40, 30, 40))
@@ -162,7 +165,7 @@ SIZE = made_up.SIZE
 
 
 def observed(shapes, pose, K) -> dict[str, torch.Tensor]:
-    """The occupied and the free cells that a made-up camera sees, by the depth of each centre."""
+    """An item of a synthetic camera: cells are occupied or free by the depth of their centre."""
     depth = made_up.depth_of(shapes, pose)
     x, y, z = np.moveaxis(SMALL.centres(np.arange(SMALL.cells)).astype(float), 1, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -187,13 +190,13 @@ def observed(shapes, pose, K) -> dict[str, torch.Tensor]:
     }
 
 
-def mirrored(shape):
+def mirrored_shape(shape):
     flip = np.array([-1.0, 1.0, 1.0])
     return lambda origin, directions: shape(origin * flip, directions * flip)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_mirrored_frame_is_the_frame_of_the_mirrored_world(seed):
+def test_mirrored_frame_matches_a_frame_of_the_mirrored_world(seed):
     rng = np.random.default_rng(seed)
     pose = made_up.camera(rng.uniform(-0.5, 0.5, 3), (0.5, 0.3, 3.0))
     K = made_up.intrinsics()
@@ -201,7 +204,7 @@ def test_a_mirrored_frame_is_the_frame_of_the_mirrored_world(seed):
     view = View(SMALL, pose, K, SIZE)
     Mirror().check(SMALL)
     view = Mirror(probability=1)(item, view, rng)
-    expected = observed([mirrored(s) for s in made_up.room()], view.pose, view.intrinsics)
+    expected = observed([mirrored_shape(s) for s in made_up.room()], view.pose, view.intrinsics)
     for key in ("pose", "intrinsics", "depth", "image"):
         torch.testing.assert_close(item[key].float(), expected[key].float(), atol=1e-3, rtol=1e-4)
     for key in GRID:
@@ -209,8 +212,8 @@ def test_a_mirrored_frame_is_the_frame_of_the_mirrored_world(seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_turned_frame_is_the_frame_of_the_turned_camera(seed):
-    """Cells move by up to half a cell: each has one of the same state beside it."""
+def test_rotated_frame_matches_a_frame_of_the_rotated_camera(seed):
+    """Cells move by up to half a cell, so occupied cells are compared with their neighbours."""
     rng = np.random.default_rng(seed)
     pose = made_up.camera(rng.uniform(-0.5, 0.5, 3), (0.5, 0.3, 3.0))
     K = made_up.intrinsics()
@@ -257,7 +260,7 @@ def test_sparse_items_are_augmented_like_dense_ones(dataset):
         assert not torch.equal(plain["image"], full["image"])
 
 
-def test_colours_change_alike_in_past_images(dataset):
+def test_color_jitter_changes_current_and_past_images(dataset):
     options = {"keys": ("image", "history"), "history_len": 1, "history_step": 1}
     options |= {"history_keys": ("image",), "image_size": (32, 24)}
     plain = OccupancyDataset(dataset, **options)[1]
@@ -267,6 +270,6 @@ def test_colours_change_alike_in_past_images(dataset):
     assert not torch.equal(item["history_image"], plain["history_image"])
 
 
-def test_a_grid_that_is_not_symmetric_is_not_mirrored():
+def test_mirror_refuses_an_asymmetric_grid():
     with pytest.raises(UsageError, match="leave Mirror out"):
         Mirror().check(Grid((-1.0, -1.0, 0.0), 0.1, (30, 20, 20)))

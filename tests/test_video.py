@@ -1,4 +1,4 @@
-"""RGB video as a source: files of all sorts, folders of images, and what is written of them."""
+"""RGB video as a source: video files, folders of images, and the files written from them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ RGB = "videos/chunk-000/observation.images.rgb"
 
 
 def quadrants(width: int = 96, height: int = 64) -> np.ndarray:
-    """Red, green, blue and white, in reading order."""
+    """An image of red, green, blue and white quarters, in reading order."""
     image = np.empty((height, width, 3), np.uint8)
     image[: height // 2, : width // 2], image[: height // 2, width // 2 :] = RED, GREEN
     image[height // 2 :, : width // 2], image[height // 2 :, width // 2 :] = BLUE, WHITE
@@ -53,7 +53,7 @@ def quadrants(width: int = 96, height: int = 64) -> np.ndarray:
 
 
 def corners(image: np.ndarray) -> list[tuple[int, ...]]:
-    """The colours in the middles of the four quarters, in reading order."""
+    """The colours at the centres of the four quarters, in reading order."""
     height, width = image.shape[:2]
     return [
         tuple(image[y, x].tolist())
@@ -67,16 +67,16 @@ def assert_upright(image: np.ndarray, tolerance: int = 10) -> None:
     assert np.abs(np.subtract(corners(image), expected)).max() <= tolerance, corners(image)
 
 
-def numbered(count: int, width: int = 96, height: int = 64) -> list[np.ndarray]:
+def numbered_frames(count: int, width: int = 96, height: int = 64) -> list[np.ndarray]:
     """Grey frames that get lighter: frame t has the value 8 t + 8, up to 30 frames."""
     return [np.full((height, width, 3), 8 * (t % 30) + 8, np.uint8) for t in range(count)]
 
 
-def number(frame: np.ndarray) -> int:
+def frame_number(frame: np.ndarray) -> int:
     return round((float(frame.mean()) - 8) / 8)
 
 
-def record(
+def write_recording(
     path: Path,
     frames: list[np.ndarray],
     codec: str = "libx264",
@@ -86,7 +86,7 @@ def record(
     options: dict[str, str] | None = None,
     **context: Any,
 ) -> Path:
-    """A video; `times` are milliseconds, where frames do not come at a constant rate."""
+    """Write a video. times: of the frames in milliseconds, for a variable rate."""
     path.parent.mkdir(parents=True, exist_ok=True)
     faststart = {"movflags": "faststart"} if path.suffix == ".mp4" else {}
     with av.open(str(path), "w", options=faststart) as container:
@@ -106,7 +106,7 @@ def record(
     return path
 
 
-def turn(path: Path, matrix: tuple[int, int, int, int]) -> None:
+def set_display_matrix(path: Path, matrix: tuple[int, int, int, int]) -> None:
     """Write (a, b, c, d) into the display matrix of an mp4, as phones do."""
     content = bytearray(path.read_bytes())
     place = content.index(b"tkhd") + 44
@@ -134,7 +134,7 @@ def all_frames(episode: Episode) -> list[np.ndarray]:
 
 
 def assert_fails(path: Path, problem: str, named: Path | None = None) -> None:
-    """Reading fails in one sentence that names the file."""
+    """Check that reading fails with one sentence that names the file."""
     with pytest.raises(SourceError) as caught:
         all_frames(read(path))
     text = str(caught.value)
@@ -167,9 +167,9 @@ def assert_fails(path: Path, problem: str, named: Path | None = None) -> None:
         ("a.flv", "flv"),
     ],
 )
-def test_a_video_is_an_episode(name: str, codec: str, tmp_path: Path) -> None:
-    fps = 25 if name in ("a.mpg", "a.h264", "a.hevc") else 10  # What a bare stream is taken for.
-    path = record(tmp_path / name, [quadrants()] * 12, codec, fps=fps)
+def test_video_is_read_as_one_episode(name: str, codec: str, tmp_path: Path) -> None:
+    fps = 25 if name in ("a.mpg", "a.h264", "a.hevc") else 10  # The default of bare streams.
+    path = write_recording(tmp_path / name, [quadrants()] * 12, codec, fps=fps)
 
     episode = read(path)
 
@@ -186,22 +186,22 @@ def test_a_video_is_an_episode(name: str, codec: str, tmp_path: Path) -> None:
     assert {frame.shape for frame in frames} == {(64, 96, 3)}
     for frame in frames:
         assert_upright(frame)
-    # Only what is already an mp4 of H.264 is taken as it is.
+    # Only an mp4 with H.264 is used unchanged.
     assert [item.path for item in episode.media] == ([path] if name in ("a.mp4", "a.m4v") else [])
 
 
-def test_frames_come_in_their_order(tmp_path: Path) -> None:
-    episode = read(record(tmp_path / "a.mp4", numbered(30)))
-    assert [number(frame) for frame in all_frames(episode)] == list(range(30))
-    assert [number(episode.read_rgb(t)) for t in (7, 3, 29, 12, 13)] == [7, 3, 29, 12, 13]
+def test_frames_can_be_read_in_any_order(tmp_path: Path) -> None:
+    episode = read(write_recording(tmp_path / "a.mp4", numbered_frames(30)))
+    assert [frame_number(frame) for frame in all_frames(episode)] == list(range(30))
+    assert [frame_number(episode.read_rgb(t)) for t in (7, 3, 29, 12, 13)] == [7, 3, 29, 12, 13]
 
 
 @pytest.mark.parametrize("step", [1, 4])
 def test_frames_can_be_read_from_several_threads(step: int, tmp_path: Path) -> None:
-    episode = read(record(tmp_path / "a.mp4", numbered(30)))
+    episode = read(write_recording(tmp_path / "a.mp4", numbered_frames(30)))
     asked = range(0, 30, step)
     with ThreadPoolExecutor(12) as pool:
-        assert [number(frame) for frame in pool.map(episode.read_rgb, asked)] == list(asked)
+        assert [frame_number(frame) for frame in pool.map(episode.read_rgb, asked)] == list(asked)
 
 
 @pytest.mark.parametrize(
@@ -215,12 +215,12 @@ def test_frames_can_be_read_from_several_threads(step: int, tmp_path: Path) -> N
         (0, 1, 1, 0): lambda image: image.swapaxes(0, 1),
     }.items(),
 )
-def test_a_turned_video_is_upright(
+def test_rotated_video_is_read_upright(
     matrix: tuple[int, int, int, int], back: Callable[[np.ndarray], np.ndarray], tmp_path: Path
 ) -> None:
     stored = np.ascontiguousarray(back(quadrants(64, 96)))
-    path = record(tmp_path / "phone.mp4", [stored] * 3)
-    turn(path, matrix)
+    path = write_recording(tmp_path / "phone.mp4", [stored] * 3)
+    set_display_matrix(path, matrix)
 
     episode = read(path)
 
@@ -235,8 +235,8 @@ def test_a_turned_video_is_upright(
 @pytest.mark.parametrize(
     ("codec", "pix_fmt"), [("libvpx-vp9", "yuv420p"), ("ffv1", "yuv444p"), ("ffv1", "gray")]
 )
-def test_odd_sizes(codec: str, pix_fmt: str, tmp_path: Path) -> None:
-    episode = read(record(tmp_path / "odd.mkv", [quadrants(481, 271)] * 2, codec, pix_fmt))
+def test_odd_frame_sizes_are_kept(codec: str, pix_fmt: str, tmp_path: Path) -> None:
+    episode = read(write_recording(tmp_path / "odd.mkv", [quadrants(481, 271)] * 2, codec, pix_fmt))
     assert episode.image_size == (481, 271)
     frame = episode.read_rgb(1)
     assert frame.shape == (271, 481, 3)
@@ -259,9 +259,13 @@ def test_odd_sizes(codec: str, pix_fmt: str, tmp_path: Path) -> None:
         ("prores_ks", "yuv422p10le", {}),
     ],
 )
-def test_pixel_formats(codec: str, pix_fmt: str, tags: dict[str, Any], tmp_path: Path) -> None:
+def test_pixel_formats_are_converted_to_rgb(
+    codec: str, pix_fmt: str, tags: dict[str, Any], tmp_path: Path
+) -> None:
     options = {"x264-params": "interlaced=1"} if tags.pop("interlaced", False) else {}
-    path = record(tmp_path / "a.mkv", [quadrants()] * 2, codec, pix_fmt, options=options, **tags)
+    path = write_recording(
+        tmp_path / "a.mkv", [quadrants()] * 2, codec, pix_fmt, options=options, **tags
+    )
     episode = read(path)
     assert not episode.media
     frame = episode.read_rgb(0)
@@ -276,7 +280,7 @@ def test_pixel_formats(codec: str, pix_fmt: str, tags: dict[str, Any], tmp_path:
 
 
 @pytest.mark.parametrize(("matrix", "full"), [(1, False), (1, True), (6, True), (9, False)])
-def test_colours_follow_the_tags(matrix: int, full: bool, tmp_path: Path) -> None:
+def test_colours_follow_the_colour_tags(matrix: int, full: bool, tmp_path: Path) -> None:
     path = tmp_path / "tagged.mkv"
     made = av.VideoFrame.from_ndarray(quadrants()).reformat(
         format="yuv444p", src_colorspace=5, dst_colorspace=matrix, dst_color_range=1 + full
@@ -290,53 +294,55 @@ def test_colours_follow_the_tags(matrix: int, full: bool, tmp_path: Path) -> Non
     assert_upright(read(path).read_rgb(0), tolerance=3)
 
 
-def test_pixels_that_are_not_square_are_made_so(tmp_path: Path) -> None:
-    wide = record(tmp_path / "wide.mp4", [quadrants()] * 2, sample_aspect_ratio=Fraction(4, 3))
+def test_non_square_pixels_are_made_square(tmp_path: Path) -> None:
+    wide = write_recording(
+        tmp_path / "wide.mp4", [quadrants()] * 2, sample_aspect_ratio=Fraction(4, 3)
+    )
     episode = read(wide)
     assert episode.image_size == (128, 64) == video_facts(wide).size
     assert not episode.media
     assert_upright(episode.read_rgb(1))
 
-    turn(wide, (0, 1, -1, 0))
+    set_display_matrix(wide, (0, 1, -1, 0))
     assert read(wide).image_size == (64, 128)
 
     for ratio in (
         Fraction(136, 135),
         Fraction(1, 50),
-    ):  # As good as square, and not to be believed.
-        path = record(tmp_path / "a.mp4", [quadrants()] * 2, sample_aspect_ratio=ratio)
+    ):  # Nearly square, and implausible: both are treated as square.
+        path = write_recording(tmp_path / "a.mp4", [quadrants()] * 2, sample_aspect_ratio=ratio)
         assert read(path).image_size == (96, 64)
 
 
-def test_a_variable_rate_counts_each_frame_once_at_the_average(tmp_path: Path) -> None:
+def test_variable_rate_video_keeps_each_frame_at_the_average_fps(tmp_path: Path) -> None:
     times = [0, 20, 90, 130, 180, 400, 430, 450, 500, 900]
-    path = record(tmp_path / "vfr.mp4", numbered(10), times=times)
+    path = write_recording(tmp_path / "vfr.mp4", numbered_frames(10), times=times)
     episode = read(path)
     assert episode.length == 10
     assert episode.fps == pytest.approx(10, abs=0.7)
     assert not episode.media
     assert "20 to 400 ms" in notes(episode)["variable rate"]
-    assert [number(frame) for frame in all_frames(episode)] == list(range(10))
+    assert [frame_number(frame) for frame in all_frames(episode)] == list(range(10))
 
 
 @pytest.mark.parametrize("fps", [Fraction(30000, 1001), 24, 120, 240, Fraction(1, 2)])
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
-def test_constant_rates(name: str, fps: Fraction, tmp_path: Path) -> None:
-    episode = read(record(tmp_path / name, numbered(20), fps=fps))
+def test_constant_frame_rates_are_read_exactly(name: str, fps: Fraction, tmp_path: Path) -> None:
+    episode = read(write_recording(tmp_path / name, numbered_frames(20), fps=fps))
     assert episode.fps == pytest.approx(float(fps), rel=1e-7)
     assert not episode.notes
 
 
-def test_a_single_frame(tmp_path: Path) -> None:
-    episode = read(record(tmp_path / "one.mp4", [quadrants()]))
+def test_video_of_a_single_frame_is_read(tmp_path: Path) -> None:
+    episode = read(write_recording(tmp_path / "one.mp4", [quadrants()]))
     assert (episode.length, episode.fps) == (1, 10)
     assert_upright(episode.read_rgb(0))
 
 
-def test_the_header_does_not_matter(tmp_path: Path) -> None:
-    path = record(tmp_path / "a.avi", numbered(10), "mpeg4")
+def test_wrong_frame_count_in_the_header_is_ignored(tmp_path: Path) -> None:
+    path = write_recording(tmp_path / "a.avi", numbered_frames(10), "mpeg4")
     content = bytearray(path.read_bytes())
-    for box, offset in ((b"avih", 24), (b"strh", 40)):  # Frames, by the file's and the stream's.
+    for box, offset in ((b"avih", 24), (b"strh", 40)):  # Frame counts of file and stream.
         place = content.index(box) + 8 + offset - (0 if box == b"avih" else 8)
         content[place : place + 4] = struct.pack("<I", 4000)
     path.write_bytes(content)
@@ -345,28 +351,28 @@ def test_the_header_does_not_matter(tmp_path: Path) -> None:
 
 
 def test_frames_hidden_by_an_edit_list_are_skipped(tmp_path: Path) -> None:
-    path = record(tmp_path / "trimmed.mp4", numbered(20), options={"bf": "0"})
+    path = write_recording(tmp_path / "trimmed.mp4", numbered_frames(20), options={"bf": "0"})
     content = bytearray(path.read_bytes())
     place = content.index(b"elst") + 16
     (step,) = struct.unpack(">I", content[content.index(b"stts") + 16 :][:4])
-    content[place : place + 4] = struct.pack(">i", 5 * step)  # Begin with frame 5.
+    content[place : place + 4] = struct.pack(">i", 5 * step)  # Start with frame 5.
     path.write_bytes(content)
 
     episode = read(path)
 
     assert video_facts(path).frames == 20
     assert episode.length == 15
-    assert [number(frame) for frame in all_frames(episode)] == list(range(5, 20))
+    assert [frame_number(frame) for frame in all_frames(episode)] == list(range(5, 20))
     assert "states 20 frames, but 15 can be decoded" in notes(episode)["frame count"]
     assert not episode.media
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.mts", "a.avi"])
-def test_a_cut_end_leaves_the_frames_before_it(name: str, tmp_path: Path) -> None:
+def test_truncated_video_keeps_the_frames_before_the_end(name: str, tmp_path: Path) -> None:
     codec = "mpeg4" if name == "a.avi" else "libx264"
     noise = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
     frames = [np.ascontiguousarray(np.roll(noise, 5 * t, 1)) for t in range(40)]
-    path = record(tmp_path / name, frames, codec)
+    path = write_recording(tmp_path / name, frames, codec)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) * 6 // 10])
 
@@ -378,8 +384,10 @@ def test_a_cut_end_leaves_the_frames_before_it(name: str, tmp_path: Path) -> Non
         assert "states 40 frames" in notes(episode)["frame count"]
 
 
-def test_recording_that_starts_between_keyframes(tmp_path: Path) -> None:
-    path = record(tmp_path / "whole.mp4", numbered(30), options={"g": "10", "bf": "0"})
+def test_video_that_starts_between_keyframes_begins_at_the_next_keyframe(tmp_path: Path) -> None:
+    path = write_recording(
+        tmp_path / "whole.mp4", numbered_frames(30), options={"g": "10", "bf": "0"}
+    )
     with av.open(str(path)) as source, av.open(str(tmp_path / "late.mts"), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
         for n, packet in enumerate(source.demux(source.streams.video[0])):
@@ -388,17 +396,17 @@ def test_recording_that_starts_between_keyframes(tmp_path: Path) -> None:
                 target.mux(packet)
     episode = read(tmp_path / "late.mts")
     assert episode.length == 20
-    assert [number(frame) for frame in all_frames(episode)] == list(range(10, 30))
+    assert [frame_number(frame) for frame in all_frames(episode)] == list(range(10, 30))
 
 
-def damaged(path: Path) -> None:
+def damage_middle(path: Path) -> None:
     content = bytearray(path.read_bytes())
     for n in range(len(content) // 2, len(content) // 2 + 300):
         content[n] ^= 0x5A
     path.write_bytes(content)
 
 
-BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda p: p.write_bytes(b""), "is not a video that can be read"),
     "garbage": (lambda p: p.write_bytes(os.urandom(5000)), "is not a video that can be read"),
     "text": (lambda p: p.write_text("hello\n" * 99), "is not a video that can be read"),
@@ -414,18 +422,20 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "without its first part": (
         lambda p: p.write_bytes(p.read_bytes()[3000:]), "is not a video that can be read",
     ),
-    "a link to nowhere": (lambda p: (p.unlink(), p.symlink_to("nowhere")), "is missing"),
+    "a broken link": (lambda p: (p.unlink(), p.symlink_to("nowhere")), "is missing"),
     "a pipe": (lambda p: (p.unlink(), os.mkfifo(p)), "is not a regular file"),
-    "damaged in the middle": (damaged, "is damaged at frame"),
+    "damaged in the middle": (damage_middle, "is damaged at frame"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_damaged_video_fails_alone_with_one_sentence(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_video_fails_with_one_sentence_and_other_videos_are_read(
+    name: str, tmp_path: Path
+) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
-    bad = record(tmp_path / "in" / "bad.mp4", [np.roll(noise, t, 1) for t in range(20)])
-    record(tmp_path / "in" / "good.mp4", [quadrants()] * 2)
-    change, problem = BAD[name]
+    bad = write_recording(tmp_path / "in" / "bad.mp4", [np.roll(noise, t, 1) for t in range(20)])
+    write_recording(tmp_path / "in" / "good.mp4", [quadrants()] * 2)
+    change, problem = DAMAGED[name]
     change(bad)
 
     builder = VideoBuilder(tmp_path / "in")
@@ -441,7 +451,7 @@ def test_damaged_video_fails_alone_with_one_sentence(name: str, tmp_path: Path) 
     assert builder.read(second).length == 2
 
 
-def test_file_with_sound_only(tmp_path: Path) -> None:
+def test_file_with_only_sound_is_refused(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=44100)
         for _ in range(20):
@@ -452,7 +462,7 @@ def test_file_with_sound_only(tmp_path: Path) -> None:
     assert_fails(tmp_path / "sound.mp4", "has no video stream")
 
 
-def test_a_video_without_frames(tmp_path: Path) -> None:
+def test_video_without_frames_is_refused(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "none.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=10)
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
@@ -460,22 +470,22 @@ def test_a_video_without_frames(tmp_path: Path) -> None:
     assert_fails(tmp_path / "none.mp4", "")
 
 
-def test_a_size_that_changes_midway_is_refused(tmp_path: Path) -> None:
-    small = record(tmp_path / "1.mpg", numbered(5), "mpeg2video", fps=25)
-    large = record(tmp_path / "2.mpg", numbered(5, 128, 96), "mpeg2video", fps=25)
+def test_video_that_changes_size_is_refused(tmp_path: Path) -> None:
+    small = write_recording(tmp_path / "1.mpg", numbered_frames(5), "mpeg2video", fps=25)
+    large = write_recording(tmp_path / "2.mpg", numbered_frames(5, 128, 96), "mpeg2video", fps=25)
     both = tmp_path / "both.mpg"
     both.write_bytes(small.read_bytes() + large.read_bytes())
     assert_fails(both, "changes from 96 x 64 to 128 x 96 pixels at frame")
 
 
 @pytest.mark.parametrize("size", [(8, 200), (200, 8)])
-def test_frames_too_small_for_a_video(size: tuple[int, int], tmp_path: Path) -> None:
-    assert_fails(record(tmp_path / "a.mkv", numbered(2, *size), "ffv1"), "8")
+def test_very_small_frames_are_refused(size: tuple[int, int], tmp_path: Path) -> None:
+    assert_fails(write_recording(tmp_path / "a.mkv", numbered_frames(2, *size), "ffv1"), "8")
 
 
-def test_a_long_video_is_read_as_a_stream(tmp_path: Path) -> None:
-    path = record(
-        tmp_path / "long.mp4", numbered(30, 320, 240) * 67, options={"preset": "veryfast"}
+def test_memory_does_not_grow_with_a_long_video(tmp_path: Path) -> None:
+    path = write_recording(
+        tmp_path / "long.mp4", numbered_frames(30, 320, 240) * 67, options={"preset": "veryfast"}
     )
     process = psutil.Process()
     episode = read(path)
@@ -486,14 +496,14 @@ def test_a_long_video_is_read_as_a_stream(tmp_path: Path) -> None:
         if t % 100 == 0:
             most = max(most, process.memory_info().rss - frame.nbytes)
     assert t == 2009
-    for t in range(0, episode.length, 60):  # What is passed over is not kept either.
-        seen.append(number(episode.read_rgb(t)))
+    for t in range(0, episode.length, 60):  # Skipped frames are not kept either.
+        seen.append(frame_number(episode.read_rgb(t)))
         most = max(most, process.memory_info().rss)
     assert set(seen) == {0}
     assert most - before < 40e6
 
 
-def test_the_real_video(real_tree: Path) -> None:
+def test_real_video_is_read(real_tree: Path) -> None:
     (path,) = real_tree.rglob("observation.video.trajectory/*.mp4")
     episode = read(path)
     assert (episode.length, episode.fps, episode.image_size) == (52, 10, (480, 272))
@@ -506,10 +516,10 @@ def test_the_real_video(real_tree: Path) -> None:
 # Folders of images
 
 
-def pictures(folder: Path, names: list[str], **options: Any) -> Path:
-    """Numbered grey images, the first the darkest."""
+def write_images(folder: Path, names: list[str], **options: Any) -> Path:
+    """Write numbered grey images; the first is the darkest."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, image in zip(names, numbered(len(names)), strict=True):
+    for name, image in zip(names, numbered_frames(len(names)), strict=True):
         Image.fromarray(image).save(folder / name, **options)
     return folder
 
@@ -525,22 +535,22 @@ def pictures(folder: Path, names: list[str], **options: Any) -> Path:
     ],
 )
 def test_images_are_frames_in_natural_order(names: list[str], tmp_path: Path) -> None:
-    folder = pictures(tmp_path / "walk", names, quality=98)
+    folder = write_images(tmp_path / "walk", names, quality=98)
     (folder / "notes.txt").write_text("x")
     (folder / ".9.jpg").write_text("hidden")
     (folder / "11.jpg.d").mkdir()
     episode = read(folder)
     assert episode.id == "custom_videos/walk/trajectory_0"
     assert (episode.length, episode.fps) == (len(names), 30)
-    assert [number(frame) for frame in all_frames(episode)] == list(range(len(names)))
+    assert [frame_number(frame) for frame in all_frames(episode)] == list(range(len(names)))
     assert "30 fps is assumed" in notes(episode)["fps"]
     jpegs = all(name.lower().endswith(("jpg", "jpeg")) for name in names)
     assert [item.path.name for item in episode.media] == (names if jpegs else [])
     assert [item.frame for item in episode.media] == (list(range(len(names))) if jpegs else [])
 
 
-# How a camera that is held so stores what it sees, by the orientation that it writes.
-STORED = {
+# How a camera transforms an upright image before storing it, for each EXIF orientation.
+EXIF_TRANSPOSES = {
     1: None,
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -552,10 +562,10 @@ STORED = {
 }
 
 
-@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("orientation", EXIF_TRANSPOSES)
 @pytest.mark.parametrize("kind", ["jpg", "png"])
 def test_images_are_turned_upright(kind: str, orientation: int, tmp_path: Path) -> None:
-    upright, way, exif = Image.fromarray(quadrants()), STORED[orientation], Image.Exif()
+    upright, way, exif = Image.fromarray(quadrants()), EXIF_TRANSPOSES[orientation], Image.Exif()
     exif[0x0112] = orientation
     stored = upright if way is None else upright.transpose(way)
     stored.save(tmp_path / f"0.{kind}", exif=exif, quality=95)
@@ -570,7 +580,7 @@ def test_images_are_turned_upright(kind: str, orientation: int, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1"])
-def test_modes_of_images(mode: str, tmp_path: Path) -> None:
+def test_image_modes_are_converted_to_rgb(mode: str, tmp_path: Path) -> None:
     image = Image.fromarray(quadrants()).convert(mode)
     image.save(tmp_path / ("0.jpg" if mode == "CMYK" else "0.png"))
     episode = read(tmp_path)
@@ -597,8 +607,8 @@ def test_transparent_pixels_become_black(tmp_path: Path) -> None:
     assert episode.read_rgb(1).shape == (64, 96, 3)
 
 
-def test_bad_images_are_named(tmp_path: Path) -> None:
-    folder = pictures(tmp_path / "in", ["1.jpg", "2.jpg", "3.jpg"])
+def test_error_names_an_invalid_image(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "in", ["1.jpg", "2.jpg", "3.jpg"])
     bad = folder / "2.jpg"
     whole = bad.read_bytes()
 
@@ -636,12 +646,12 @@ def test_unreadable_exif_data_are_ignored(exif: bytes, tmp_path: Path) -> None:
 # Finding and naming
 
 
-def test_a_folder_of_all_sorts(tmp_path: Path) -> None:
+def test_videos_and_image_folders_are_found_recursively(tmp_path: Path) -> None:
     for name in ("clip.mp4", "sub/clip.mkv", "sub/deeper/a.b.mp4", ".hidden/x.mp4", "._clip.mp4"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    pictures(tmp_path / "walk", ["0.jpg"])
-    pictures(tmp_path / "sub", ["cover.jpg"])
+    write_images(tmp_path / "walk", ["0.jpg"])
+    write_images(tmp_path / "sub", ["cover.jpg"])
     (tmp_path / "readme.txt").write_text("x")
     assert ids(tmp_path) == ["clip", "sub_clip", "sub_deeper_a.b", "walk"]
     assert ids(tmp_path / "clip.mp4") == ["clip"]
@@ -649,7 +659,7 @@ def test_a_folder_of_all_sorts(tmp_path: Path) -> None:
     assert ids(tmp_path / "sub" / "..") == ids(tmp_path)
 
 
-def test_names_are_distinct(tmp_path: Path) -> None:
+def test_episode_names_are_unique(tmp_path: Path) -> None:
     for name in ("a.mp4", "a.mov", "b.mp4", "c.mp4", "C.mp4", "d/e.mp4", "d_e.mp4", "x_mov.mp4",
                  "x.mov", "x.mp4"):  # fmt: skip
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -688,10 +698,10 @@ def test_odd_names_become_safe_ones(name: str, expected: str, tmp_path: Path) ->
     assert ids(tmp_path / name) == [expected]
 
 
-def test_file_name_that_is_not_utf8(tmp_path: Path) -> None:
-    path = record(tmp_path / "plain.mp4", numbered(3))
+def test_video_with_a_name_that_is_not_utf8_is_read(tmp_path: Path) -> None:
+    path = write_recording(tmp_path / "plain.mp4", numbered_frames(3))
     path = path.rename(tmp_path / os.fsdecode(b"a\xff.mp4"))
-    assert [number(frame) for frame in video_frames(path)] == [0, 1, 2]
+    assert [frame_number(frame) for frame in video_frames(path)] == [0, 1, 2]
     assert survey_video(path).reference
 
 
@@ -704,8 +714,8 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     assert ids(tmp_path / "in") == ["a_x", "c"]
 
 
-def test_the_source_is_installed(tmp_path: Path) -> None:
-    path = record(tmp_path / "a.mp4", numbered(2))
+def test_source_video_can_be_loaded_by_name(tmp_path: Path) -> None:
+    path = write_recording(tmp_path / "a.mp4", numbered_frames(2))
     (ref,) = list_episodes(load_builder("video", path))
     assert ref.id == "custom_videos/a/trajectory_0"
 
@@ -738,11 +748,11 @@ def test_input_without_videos_is_a_usage_error(tmp_path: Path) -> None:
     check_paths(tmp_path / "clip.mp4", tmp_path / "clip")
 
 
-# What is written
+# Written files
 
 
 def write(episode: Episode, folder: Path, media: Media = "copy") -> Path:
-    """What is written of an episode besides what an engine finds; returns its video."""
+    """Write the media of an episode and return the path of the video."""
     schema, grid = load_schema("trajectory"), Grid.of(Config(voxel_size=0.5))
     TrajectoryWriter(folder, schema, episode, grid).write_media(media)
     video = folder / REFERENCE
@@ -752,7 +762,7 @@ def write(episode: Episode, folder: Path, media: Media = "copy") -> Path:
 
 @pytest.mark.parametrize("media", ["copy", "link", "none"])
 def test_suitable_video_is_copied(media: Media, tmp_path: Path) -> None:
-    path = record(tmp_path / "a.mp4", [quadrants()] * 6)
+    path = write_recording(tmp_path / "a.mp4", [quadrants()] * 6)
     video = write(read(path), tmp_path / "out" / "a", media)
     assert video.exists() == (media != "none")
     if media != "none":
@@ -760,13 +770,15 @@ def test_suitable_video_is_copied(media: Media, tmp_path: Path) -> None:
         assert video.samefile(path) == (media == "link")
 
 
-def turned(path: Path) -> None:
-    record(path, [np.ascontiguousarray(np.rot90(quadrants()))] * 6, fps=Fraction(30000, 1001))
-    turn(path, (0, 1, -1, 0))
+def write_rotated(path: Path) -> None:
+    write_recording(
+        path, [np.ascontiguousarray(np.rot90(quadrants()))] * 6, fps=Fraction(30000, 1001)
+    )
+    set_display_matrix(path, (0, 1, -1, 0))
 
 
-def with_a_cover(path: Path) -> None:
-    record(path, [quadrants()] * 6)
+def write_with_cover(path: Path) -> None:
+    write_recording(path, [quadrants()] * 6)
     with av.open(str(path)) as source, av.open(str(path.with_name("b.mp4")), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
         cover = target.add_stream("mjpeg", rate=10)
@@ -780,22 +792,28 @@ def with_a_cover(path: Path) -> None:
     path.with_name("b.mp4").replace(path)
 
 
-MADE_ANEW: dict[str, Callable[[Path], object]] = {
-    "turned": turned,
-    "odd size": lambda p: record(p, [quadrants(97, 65)] * 6, "libvpx-vp9"),
-    "4:4:4": lambda p: record(p, [quadrants()] * 6, pix_fmt="yuv444p"),
-    "variable rate": lambda p: record(p, [quadrants()] * 6, times=[0, 20, 90, 130, 400, 700]),
-    "begins late": lambda p: record(p, [quadrants()] * 6, times=[500 + 100 * t for t in range(6)]),
-    "HEVC": lambda p: record(p, [quadrants()] * 6, "libx265"),
-    "wide pixels": lambda p: record(p, [quadrants()] * 6, sample_aspect_ratio=Fraction(4, 3)),
-    "cover": with_a_cover,
+RE_ENCODED: dict[str, Callable[[Path], object]] = {
+    "turned": write_rotated,
+    "odd size": lambda p: write_recording(p, [quadrants(97, 65)] * 6, "libvpx-vp9"),
+    "4:4:4": lambda p: write_recording(p, [quadrants()] * 6, pix_fmt="yuv444p"),
+    "variable rate": lambda p: write_recording(
+        p, [quadrants()] * 6, times=[0, 20, 90, 130, 400, 700]
+    ),
+    "begins late": lambda p: write_recording(
+        p, [quadrants()] * 6, times=[500 + 100 * t for t in range(6)]
+    ),
+    "HEVC": lambda p: write_recording(p, [quadrants()] * 6, "libx265"),
+    "wide pixels": lambda p: write_recording(
+        p, [quadrants()] * 6, sample_aspect_ratio=Fraction(4, 3)
+    ),
+    "cover": write_with_cover,
 }
 
 
-@pytest.mark.parametrize("name", MADE_ANEW)
-def test_other_videos_are_re_encoded(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", RE_ENCODED)
+def test_unsuitable_videos_are_re_encoded(name: str, tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
-    MADE_ANEW[name](path)
+    RE_ENCODED[name](path)
     episode = read(path)
     assert episode.length == 6
     assert not episode.media
@@ -813,10 +831,10 @@ def test_other_videos_are_re_encoded(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["jpg", "png"])
-def test_a_video_is_made_of_images(kind: str, tmp_path: Path) -> None:
-    folder = pictures(tmp_path / "in", [f"{n}.{kind}" for n in range(8, 12)])
+def test_video_is_encoded_from_images(kind: str, tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "in", [f"{n}.{kind}" for n in range(8, 12)])
     video = write(read(folder), tmp_path / "out" / "a")
-    assert [number(frame) for frame in video_frames(video)] == [0, 1, 2, 3]
+    assert [frame_number(frame) for frame in video_frames(video)] == [0, 1, 2, 3]
     assert survey_video(video).fps == 30
     copies = sorted((tmp_path / "out" / "a" / RGB).glob("*"))
     assert [p.name for p in copies] == (
@@ -834,11 +852,11 @@ def test_equal_videos_have_equal_fingerprints(tmp_path: Path) -> None:
     assert read(tmp_path / "y" / "a.mp4").fingerprint != one.fingerprint
 
 
-# What is none, or more than one
+# Inputs that are not one video
 
 
-def depth(folder: Path, names: list[str]) -> Path:
-    """16-bit grey images, as depth is stored."""
+def write_depth_images(folder: Path, names: list[str]) -> Path:
+    """Write 16-bit grey images, the format of depth."""
     folder.mkdir(parents=True, exist_ok=True)
     for n, name in enumerate(names):
         Image.fromarray(np.full((64, 96), 10_000 + n, np.uint16)).save(folder / name)
@@ -846,23 +864,23 @@ def depth(folder: Path, names: list[str]) -> Path:
 
 
 def test_folder_of_depth_images_is_not_a_video(tmp_path: Path) -> None:
-    pictures(tmp_path / "rgb", ["0.png", "1.png"])
-    depth(tmp_path / "depth", ["0.png", "1.png"])
+    write_images(tmp_path / "rgb", ["0.png", "1.png"])
+    write_depth_images(tmp_path / "depth", ["0.png", "1.png"])
     assert ids(tmp_path) == ["rgb"]
     with pytest.raises(UsageError, match="16-bit grey ones are depth"):
         list(VideoBuilder(tmp_path / "depth").episodes())
 
 
 def test_depth_images_among_colour_images_are_named(tmp_path: Path) -> None:
-    folder = pictures(tmp_path / "in", ["frame_0.png", "frame_1.png"])
-    depth(folder, ["zdepth_0.png"])
+    folder = write_images(tmp_path / "in", ["frame_0.png", "frame_1.png"])
+    write_depth_images(folder, ["zdepth_0.png"])
     assert_fails(
         folder, "is a 16-bit grey image, which is the format of depth", folder / "zdepth_0.png"
     )
 
 
-def lerobot_v3(root: Path, held: list[tuple[int, int]], *, tables: bool = True) -> Path:
-    """A dataset of LeRobot v3.0 with a video of some frames in file 0; held: of each episode."""
+def write_lerobot_v3(root: Path, held: list[tuple[int, int]], *, tables: bool = True) -> Path:
+    """A LeRobot v3.0 dataset with one video file; held: (chunk, file) of each episode."""
     key, episodes = "observation.images.front", root / "meta/episodes/chunk-000"
     episodes.mkdir(parents=True)
     info = {"codebase_version": "v3.0", "total_episodes": len(held)}
@@ -873,11 +891,11 @@ def lerobot_v3(root: Path, held: list[tuple[int, int]], *, tables: bool = True) 
             f"videos/{key}/file_index": [file for _, file in held],
         }
         pq.write_table(pa.table(columns), episodes / "file-000.parquet")
-    return record(root / "videos" / key / "chunk-000/file-000.mp4", numbered(6))
+    return write_recording(root / "videos" / key / "chunk-000/file-000.mp4", numbered_frames(6))
 
 
 @pytest.mark.parametrize(
-    ("held", "tables", "said"),
+    ("held", "tables", "problem"),
     [
         ([(0, 0), (0, 0), (0, 0)], True, "has 3 episodes of a LeRobot dataset"),
         ([(0, 0), (0, 1), (1, 0)], True, None),
@@ -885,51 +903,51 @@ def lerobot_v3(root: Path, held: list[tuple[int, int]], *, tables: bool = True) 
         ([(0, 0)], False, None),
     ],
 )
-def test_episodes_that_lerobot_joined_are_not_one(
-    held: list[tuple[int, int]], tables: bool, said: str | None, tmp_path: Path
+def test_lerobot_video_of_several_episodes_is_refused(
+    held: list[tuple[int, int]], tables: bool, problem: str | None, tmp_path: Path
 ) -> None:
-    path = lerobot_v3(tmp_path / "set", held, tables=tables)
-    if said is None:
+    path = write_lerobot_v3(tmp_path / "set", held, tables=tables)
+    if problem is None:
         assert read(path).length == 6
     else:
-        assert_fails(path, said)
+        assert_fails(path, problem)
 
 
-def test_programs_in_typescript_are_no_videos(tmp_path: Path) -> None:
-    record(tmp_path / "a.ts", numbered(3))
+def test_typescript_files_are_not_videos(tmp_path: Path) -> None:
+    write_recording(tmp_path / "a.ts", numbered_frames(3))
     (tmp_path / "index.ts").write_text("export const x = 1;\n" * 40)
     assert ids(tmp_path) == ["a"]
 
 
-def test_gif_beside_images_is_a_preview(tmp_path: Path) -> None:
+def test_gif_is_read_unless_it_lies_beside_images(tmp_path: Path) -> None:
     gif = tmp_path / "in" / "walk.gif"
     gif.parent.mkdir()
-    frames = [Image.fromarray(image) for image in numbered(5)]
+    frames = [Image.fromarray(image) for image in numbered_frames(5)]
     frames[0].save(gif, save_all=True, append_images=frames[1:], duration=100)
     episode = read(gif)
     assert (episode.length, episode.fps, episode.media) == (5, 10, ())
-    assert [number(frame) for frame in all_frames(episode)] == list(range(5))
+    assert [frame_number(frame) for frame in all_frames(episode)] == list(range(5))
     assert ids(tmp_path) == ["in_walk"]
-    pictures(tmp_path / "in", ["0.jpg", "1.jpg"])
+    write_images(tmp_path / "in", ["0.jpg", "1.jpg"])
     assert ids(tmp_path) == ["in"]
 
 
 LCEVC = bytes([0, 0, 0, 1, 6, 4, 8, 0xB4, 0, 0x50, 1, 2, 3, 4, 5, 0x80])
-"""Data of an enhancement beside a frame, which PyAV has no name for, as for a second view."""
+"""LCEVC enhancement data of a frame, a kind of side data that PyAV does not know."""
 
 
-def with_unknown_data(path: Path) -> None:
-    """Put them before each picture of a bare stream."""
+def insert_unknown_data(path: Path) -> None:
+    """Insert `LCEVC` before each picture of a bare stream."""
     content = path.read_bytes()
-    for kind in (b"\x65", b"\x41", b"\x01"):  # A key frame's, and others'.
+    for kind in (b"\x65", b"\x41", b"\x01"):  # Key frames and others.
         for start in (b"\0\0\0\1", b"\0\0\1"):
             content = content.replace(start + kind, LCEVC + start + kind)
     path.write_bytes(content)
 
 
-def test_data_that_pyav_does_not_know_are_no_damage(tmp_path: Path) -> None:
-    path = record(tmp_path / "a.h264", [quadrants()] * 4)
-    with_unknown_data(path)
+def test_side_data_unknown_to_pyav_is_ignored(tmp_path: Path) -> None:
+    path = write_recording(tmp_path / "a.h264", [quadrants()] * 4)
+    insert_unknown_data(path)
     with av.open(str(path)) as container:
         frame = next(container.decode(video=0))
         with pytest.raises(ValueError, match="is not a valid Type"):
@@ -940,11 +958,11 @@ def test_data_that_pyav_does_not_know_are_no_damage(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("matrix", [(0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0), (1, 0, 0, 1)])
-def test_a_quarter_turn_is_known_by_its_angle_as_well(
+def test_rotation_angle_and_display_matrix_agree(
     matrix: tuple[int, int, int, int], tmp_path: Path
 ) -> None:
-    path = record(tmp_path / "a.mp4", [quadrants()])
-    turn(path, matrix)
+    path = write_recording(tmp_path / "a.mp4", [quadrants()])
+    set_display_matrix(path, matrix)
     with av.open(str(path)) as container:
         frame = next(container.decode(video=0))
         by_angle = video._QUARTERS.get(frame.rotation % 360, (False, False, False))
@@ -957,13 +975,13 @@ BT2020 = {"color_primaries": 9, "colorspace": 9, "color_range": 1}
 
 
 def pq_signal(nits: float) -> float:
-    """0 to 1: the signal of SMPTE ST 2084 for so much light."""
+    """0 to 1: the signal of SMPTE ST 2084 (PQ) for a luminance in nits."""
     light = (nits / 10_000) ** 0.1593017578125
     return ((0.8359375 + 18.8515625 * light) / (1 + 18.6875 * light)) ** 78.84375
 
 
 def hlg_signal(light: float) -> float:
-    """0 to 1: the signal of ARIB STD-B67 for so much of the brightest light of a scene."""
+    """0 to 1: the signal of ARIB STD-B67 (HLG) for scene light from 0 to 1."""
     if light <= 1 / 12:
         return float(np.sqrt(3 * light))
     return 0.17883277 * float(np.log(12 * light - 0.28466892)) + 0.55991073
@@ -976,17 +994,17 @@ def srgb(light: float) -> float:
 @pytest.mark.parametrize(
     ("nits", "light"), [(0, 0), (20, 20 / 203), (100, 100 / 203), (203, 0.8), (1000, 1)]
 )
-def test_light_keeps_its_place_and_highlights_are_compressed(nits: float, light: float) -> None:
+def test_tone_mapping_keeps_midtones_and_compresses_highlights(nits: float, light: float) -> None:
     expected = srgb(light) if light > 0.01 else 0
     signal = np.full((2, 2, 3), round(65535 * pq_signal(nits)), np.uint16)
     assert np.abs(to_sdr(signal, "PQ", wide=True).astype(float) - expected).max() <= 2
-    # HLG's screen of 1000 nits shows grey of E as 1000 E^1.2.
+    # An HLG screen of 1000 nits shows scene light E as 1000 E^1.2 nits.
     scene = (nits / 1000) ** (1 / 1.2)
     signal = np.full((2, 2, 3), round(65535 * hlg_signal(scene)), np.uint16)
     assert np.abs(to_sdr(signal, "HLG", wide=True).astype(float) - expected).max() <= 2
 
 
-def test_brighter_light_is_never_darker() -> None:
+def test_tone_mapping_is_monotonic() -> None:
     signal = np.repeat(np.arange(65536, dtype=np.uint16)[None, :, None], 3, axis=2)
     for kind in ("PQ", "HLG"):
         grey = to_sdr(signal, kind, wide=True)[0].astype(int)
@@ -995,8 +1013,8 @@ def test_brighter_light_is_never_darker() -> None:
         assert (grey[0].max(), grey[-1].min()) == (0, 255)
 
 
-def test_colours_keep_their_hue() -> None:
-    """A red of BT.709, of 100 nits, seen through BT.2020."""
+def test_tone_mapping_keeps_the_hue() -> None:
+    """A BT.709 red of 100 nits, encoded in BT.2020."""
     to_2020 = np.array(
         [[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]]
     )
@@ -1014,7 +1032,7 @@ def test_hdr_video_is_tone_mapped_with_a_note(
     name: str, number_: int, signal: list[float], tmp_path: Path
 ) -> None:
     frames = [np.full((64, 96, 3), round(255 * value), np.uint8) for value in signal]
-    path = record(tmp_path / "a.mp4", frames, "libx265", "yuv420p10le", color_trc=number_,
+    path = write_recording(tmp_path / "a.mp4", frames, "libx265", "yuv420p10le", color_trc=number_,
                   **BT2020)  # fmt: skip
     episode = read(path)
     assert notes(episode)["hdr"] == (
@@ -1024,13 +1042,13 @@ def test_hdr_video_is_tone_mapped_with_a_note(
     found = [float(frame.mean()) for frame in all_frames(episode)]
     expected = [srgb(float(compressed(np.float32([n / 203]))[0])) for n in (50, 203, 600)]
     assert np.abs(np.subtract(found, expected)).max() <= 5
-    assert found[1] - found[0] > 60  # As the signals stand, they are less apart, and flat.
+    assert found[1] - found[0] > 60  # Without tone mapping, they differ less.
     made = write(episode, tmp_path / "out")
     assert survey_video(made).hdr is None
 
 
 def test_sdr_video_is_not_tone_mapped(tmp_path: Path) -> None:
-    path = record(tmp_path / "a.mp4", [quadrants()], color_trc=1, color_primaries=1)
+    path = write_recording(tmp_path / "a.mp4", [quadrants()], color_trc=1, color_primaries=1)
     episode = read(path)
     assert "hdr" not in notes(episode)
     assert [item.path for item in episode.media] == [path]

@@ -1,4 +1,4 @@
-"""The kernel against a traversal in rational arithmetic, cell for cell."""
+"""The visibility kernel compared cell by cell with a traversal in rational arithmetic."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from occgen_hub.occupancy.visibility import OBSERVED, OCCUPIED, observe, trace
 def crossed_cells(grid: Grid, direction: list[Fraction]) -> list[tuple[int, int, int]]:
     """Every cell inside the grid that the ray from the camera crosses, in order.
 
-    Walks the unbounded lattice one crossing at a time in exact arithmetic, with nothing clever
-    about where it enters: cells outside the grid are walked as well and left out of the list.
+    Walks the unbounded lattice one crossing at a time in exact arithmetic, starting at the camera.
+    Cells outside the grid are walked as well, but not returned.
     """
     origin = [Fraction(float(o)) for o in grid.camera_in_cells]
     cell = [math.floor(o) for o in origin]
@@ -75,9 +75,9 @@ def intrinsics(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:
     return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]], np.float32).astype(np.float64)
 
 
-# Whole and half numbers make rays along axes, through edges and corners; the others do not.
+# Whole and half numbers give rays along axes and through edges and corners; others do not.
 def fine(low: int, high: int) -> st.SearchStrategy[float]:
-    """Numbers in steps of 2^-16, as finely as pixels are known in float32."""
+    """Numbers in steps of 2^-16, the precision of pixel coordinates in float32."""
     return st.integers(low << 16, high << 16).map(lambda n: n / 65536)
 
 
@@ -96,12 +96,12 @@ lowest = st.sampled_from([-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, -0.5, 0.5]) | fine(-4
     fill=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
     seed=st.integers(0, 2**16),
 )
-# The camera on a corner of the grid's lattice, square pixels: every diagonal ray meets edges.
+# The camera on a grid corner and square pixels: every diagonal ray meets edges.
 @example((-2.0, -2.0, 0.0), (4, 4, 4), 1.0, intrinsics(2, 2, 2, 2), (4, 4), 0.0, 0)
 @example((-2.0, -2.0, 1.0), (4, 4, 4), 1.0, intrinsics(1, 1, 2, 2), (4, 4), 0.0, 0)
 # A ray straight along z on the boundary between cells.
 @example((-2.0, -2.0, -1.0), (4, 4, 4), 1.0, intrinsics(1, 1, 0.5, 0.5), (1, 1), 0.0, 0)
-# A third of a cell a step: thirds have no exact binary form.
+# Steps of a third of a cell: thirds have no exact binary form.
 @example((-1.0, -1.0, 0.0), (6, 6, 7), 0.3, intrinsics(3, 3, 0, 0), (6, 6), 0.0, 0)
 def test_kernel_equals_brute_force(lower, shape, voxel_size, K, size, fill, seed):
     grid = Grid(tuple(x * voxel_size for x in lower), voxel_size, shape)
@@ -110,7 +110,7 @@ def test_kernel_equals_brute_force(lower, shape, voxel_size, K, size, fill, seed
 
 
 @pytest.mark.parametrize("fill", [0.0, 0.0005, 0.01])
-def test_kernel_equals_brute_force_on_the_seeds_grid(fill):
+def test_kernel_equals_brute_force_on_the_default_grid(fill):
     grid = Grid.of(Config())
     assert grid.shape == (200, 125, 200)
     assert grid.camera_in_cells.tolist() == [100.0, 75.0, 25.0]
@@ -121,8 +121,8 @@ def test_kernel_equals_brute_force_on_the_seeds_grid(fill):
     )
 
 
-def test_square_pixels_meet_many_corners_of_the_seeds_grid():
-    """fx = fy and the camera on the lattice: ties in every diagonal, all settled x, y, z."""
+def test_kernel_equals_brute_force_for_rays_through_corners():
+    """fx = fy and the camera on a grid corner: ties on every diagonal, resolved x, y, z."""
     grid = Grid.of(Config())
     K = intrinsics(12.0, 12.0, 8.0, 6.0)
     occupied = np.zeros(grid.shape, bool)
@@ -147,7 +147,7 @@ def test_nothing_behind_a_wall_is_observed():
     assert not seen[:, :, 13:].any()
 
 
-def test_the_number_of_threads_does_not_change_a_bit():
+def test_thread_count_does_not_change_the_result():
     rng = np.random.default_rng(5)
     points = rng.uniform(-2, 3, (4000, 3)).astype(np.float32)
     grid = Grid.of(Config(voxel_size=0.05))
@@ -168,7 +168,7 @@ def test_the_number_of_threads_does_not_change_a_bit():
 @settings(max_examples=60)
 @given(seed=st.integers(0, 2**16), scale=st.sampled_from([0.3, 1.0, 4.0]))
 def test_occupied_cells_are_those_that_hold_a_point(seed, scale):
-    """Blocks only leave out what lies outside the grid."""
+    """Point blocks only leave out points outside the grid."""
     rng = np.random.default_rng(seed)
     points = rng.normal(0, scale, (500, 3)).astype(np.float32)
     angle = rng.uniform(0, 6)

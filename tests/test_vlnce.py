@@ -1,4 +1,4 @@
-"""VLN-CE: its sample, built, beside the same frames in the layout of VLN-N1."""
+"""VLN-CE: the built sample compared with the same frames in the layout of VLN-N1."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def built(tree):
 
 
 def as_vln_n1(tree, out):
-    """The frames of one camera as VLN-N1 has them: 10,000 units a metre, OpenGL axes."""
+    """Write the frames of one camera in VLN-N1 layout: 10,000 units per metre, OpenGL axes."""
     scene, folder = tree / SCENE, out / SCENE / "trajectory_0"
     (folder / "data/chunk-000").mkdir(parents=True)
     (folder / "meta").mkdir()
@@ -65,7 +65,7 @@ def as_vln_n1(tree, out):
         (folder / f"meta/{name}.jsonl").write_text("")
 
 
-def test_the_cells_are_those_of_the_same_frames_in_the_other_layout(tree, built, tmp_path):
+def test_cells_equal_those_of_the_same_frames_in_vln_n1_layout(tree, built, tmp_path):
     as_vln_n1(tree, tmp_path / "n1")
     assert not occgen_hub.build("internnav", tmp_path / "n1", tmp_path / "out").failures
     ours = occgen_hub.load_episode(built / SCENE / f"episode_000000.{CAMERA}")
@@ -78,7 +78,7 @@ def test_the_cells_are_those_of_the_same_frames_in_the_other_layout(tree, built,
     assert np.array_equal(ours.depth(2), other.depth(2))
 
 
-def test_it_is_valid_and_passes_actions_and_instructions_on(tree, built):
+def test_dataset_is_valid_and_keeps_actions_and_instructions(tree, built):
     assert not validate(built).findings
     folder = built / SCENE / f"episode_000000.{CAMERA}"
     table = pq.read_table(folder / "data/chunk-000/episode_000000.parquet")
@@ -92,9 +92,9 @@ def test_it_is_valid_and_passes_actions_and_instructions_on(tree, built):
 
 
 @pytest.mark.parametrize("hfov", [60, 95])
-def test_a_wrong_field_of_view_is_told(tree, hfov, tmp_path):
+def test_wrong_field_of_view_is_reported(tree, hfov, tmp_path):
     config = occgen_hub.Config(hfov=hfov)
     summary = occgen_hub.build("internnav", tree, tmp_path / "out", config=config)
-    said = [failure.reason for failure in summary.failures]
-    assert len(said) + summary.notes["field of view"] == 2
-    assert all("give their field of view, perhaps --hfov" in reason for reason in said)
+    reasons = [failure.reason for failure in summary.failures]
+    assert len(reasons) + summary.notes["field of view"] == 2
+    assert all("give their field of view, perhaps --hfov" in reason for reason in reasons)

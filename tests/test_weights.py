@@ -1,4 +1,4 @@
-"""Where weights are found, and how they are fetched: from a Hub on the loopback address."""
+"""Finding and downloading weights, from a Hub on the loopback address."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ REVISION = published("pi3").revision
 
 
 class Hub(BaseHTTPRequestHandler):
-    """One file of one repository, as the Hub serves it; what is asked is kept in `asked`."""
+    """Serves one file of one repository like the Hub; `asked` has the requests."""
 
     content = b""
     asked: list[str]
@@ -57,12 +57,12 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, *_):
-        """Nothing on the terminal."""
+        """Print nothing."""
 
 
 @pytest.fixture
 def hub(tmp_path):
-    """A running Hub whose file is a tiny checkpoint, and the environment to reach it."""
+    """A running Hub that serves a tiny checkpoint, and the environment to reach it."""
     folder = save(tmp_path / "served", "pi3", random_weights("pi3"))
     served = type(
         "Served", (Hub,), {"content": (folder / "model.safetensors").read_bytes(), "asked": []}
@@ -79,7 +79,7 @@ def hub(tmp_path):
     server.server_close()
 
 
-def python(program, environment, cwd):
+def run_python(program, environment, cwd):
     return subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False,
         cwd=cwd, env={**os.environ, **environment},
@@ -94,7 +94,7 @@ def occgen_hub(*arguments, environment, cwd):
     )  # fmt: skip
 
 
-FETCH = """
+DOWNLOAD_SCRIPT = """
 from occgen_hub.engines import weights
 assert weights.local_weights("pi3") is None
 found = weights.download_weights("pi3")
@@ -105,9 +105,9 @@ print(found.record()["license"])
 """
 
 
-def test_weights_are_fetched_into_the_cache_and_found_there(hub, tmp_path):
+def test_weights_are_downloaded_into_the_cache_and_found_there(hub, tmp_path):
     served, environment = hub
-    result = python(FETCH, environment, tmp_path)
+    result = run_python(DOWNLOAD_SCRIPT, environment, tmp_path)
     assert result.returncode == 0, result.stderr
     path, digest, license = result.stdout.split()
     assert Path(path).read_bytes() == served.content
@@ -118,7 +118,7 @@ def test_weights_are_fetched_into_the_cache_and_found_there(hub, tmp_path):
 
 
 def test_pull_prints_the_licence_and_checks_the_file(hub, tmp_path):
-    """What is served is no pi3 of the published size, which is told and nothing else."""
+    """The served file has smaller tensors than the published pi3, so the check fails."""
     _, environment = hub
     result = occgen_hub("weights", "pull", "pi3", environment=environment, cwd=tmp_path)
     assert "Licence of these weights: CC BY-NC 4.0, which allows no comm" in result.stderr
@@ -147,18 +147,18 @@ def test_error_for_missing_weights_names_the_licence(name):
 
 def test_library_messages_are_shortened_between_words():
     words = "the connection was refused by a machine that nobody knows " * 5
-    said = in_brief(words, 100)
-    assert len(said) <= 104
-    assert said.endswith(" ...")
-    assert words.startswith(said.removesuffix(" ..."))
-    assert words[len(said) - 4] == " "
+    short = in_brief(words, 100)
+    assert len(short) <= 104
+    assert short.endswith(" ...")
+    assert words.startswith(short.removesuffix(" ..."))
+    assert words[len(short) - 4] == " "
     assert in_brief("short.\nand more") == "short"
     assert in_brief("") == ""
     assert in_brief("x" * 300, 100) == "x" * 100 + " ..."
 
 
 def test_long_hub_message_is_shortened_between_words(tmp_path):
-    """It names an address, which alone is longer than what there is room for."""
+    """The message has an address that is longer than the limit."""
     environment = {
         "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
@@ -169,7 +169,7 @@ def test_long_hub_message_is_shortened_between_words(tmp_path):
         "try: download_weights('pi3')\n"
         "except Exception as error: print(error.__cause__)"
     )
-    whole = python(program, environment, tmp_path).stdout
+    whole = run_python(program, environment, tmp_path).stdout
     assert reason in whole or f"{reason.removesuffix(' ...')} " in whole
 
 
@@ -195,7 +195,7 @@ def test_check_reads_weights_in_the_working_folder(tmp_path):
     assert "Licence: cc0-1.0" in result.stdout
 
 
-def test_check_fetches_nothing(hub, tmp_path):
+def test_check_downloads_nothing(hub, tmp_path):
     served, environment = hub
     result = occgen_hub("weights", "check", "pi3", environment=environment, cwd=tmp_path)
     assert result.returncode == 2
@@ -204,10 +204,10 @@ def test_check_fetches_nothing(hub, tmp_path):
 
 def test_manual_weights_have_priority_over_the_cache(hub, tmp_path):
     _, environment = hub
-    assert python(FETCH, environment, tmp_path).returncode == 0
+    assert run_python(DOWNLOAD_SCRIPT, environment, tmp_path).returncode == 0
     save(tmp_path / "ckpt" / "pi3", "pi3", random_weights("pi3", seed=1))
     program = "from occgen_hub.engines import weights; print(weights.local_weights('pi3'))"
-    result = python(program, environment, tmp_path)
+    result = run_python(program, environment, tmp_path)
     assert result.stdout.strip() == "ckpt/pi3/model.safetensors"
 
 
