@@ -132,8 +132,8 @@ def test_counted_images_take_poses_in_their_order(
     """0.jpg, 1.jpg: no milliseconds, though the trajectory's times begin at 0."""
     rows = []
     for frame, pose in enumerate(episode.world_from_camera):
-        captures.color(episode, frame, tmp_path / f"color/{frame + first}.jpg")
-        captures.depth(episode, frame, tmp_path / f"depth/{frame + first}.png", 1000)
+        captures.copy_color(episode, frame, tmp_path / f"color/{frame + first}.jpg")
+        captures.write_depth(episode, frame, tmp_path / f"depth/{frame + first}.png", 1000)
         rows.append(captures.tum_line(frame / 10, pose))
     (tmp_path / "trajectory.txt").write_text("\n".join(rows))
     said = captures.opencv_intrinsics(episode)
@@ -366,7 +366,7 @@ def test_colour_is_resized_to_depth(episode: Episode, tmp_path: Path) -> None:
 def test_open3d_files_and_floating_point_depth_are_read(episode: Episode, tmp_path: Path) -> None:
     rows = []
     for frame, pose in enumerate(episode.world_from_camera):
-        captures.color(episode, frame, tmp_path / f"color/{frame:06d}.jpg")
+        captures.copy_color(episode, frame, tmp_path / f"color/{frame:06d}.jpg")
         (tmp_path / "depth").mkdir(exist_ok=True)
         metres = np.where(episode.read_depth(frame) > 0, episode.read_depth(frame), np.nan)
         np.save(tmp_path / f"depth/{frame:06d}.npy", metres.astype(np.float32))
