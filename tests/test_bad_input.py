@@ -596,7 +596,7 @@ TOLERATED: dict[str, tuple[Break, str]] = {
 
 
 @pytest.mark.parametrize("name", TOLERATED)
-def test_tolerated_input_is_built_with_a_note(
+def test_tolerated_input_is_built_with_the_expected_note(
     name: str, source: Path, tmp_path: Path, run_command: Callable[..., Run]
 ) -> None:
     out = tmp_path / "out"
@@ -702,9 +702,7 @@ BOMBS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BOMBS)
-def test_real_command_builds_with_bounded_memory_from_bombs(
-    name: str, source: Path, tmp_path: Path
-) -> None:
+def test_real_command_uses_bounded_memory_on_bombs(name: str, source: Path, tmp_path: Path) -> None:
     make_bad, named = BOMBS[name]
     make_bad(source / BAD)
     out = tmp_path / "out"
