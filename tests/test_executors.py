@@ -100,7 +100,7 @@ def report(out: Path) -> dict[str, Any]:
     return values
 
 
-# Sharing out
+# Distribution
 
 
 @given(
@@ -153,7 +153,7 @@ def test_shards_are_numbered_from_0() -> None:
 # The same bytes, however they are built
 
 
-def test_two_workers(source: Path, expected: Tree, tmp_path: Path) -> None:
+def test_two_workers_give_the_same_bytes(source: Path, expected: Tree, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = occgen_hub(*command(source, out, "--workers", "2"))
     assert done.returncode == 0, done.stderr
@@ -163,7 +163,7 @@ def test_two_workers(source: Path, expected: Tree, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("order", [(2, 0, 1), (0, 1, 2)])
-def test_three_shards_in_any_order_and_finalize(
+def test_three_shards_in_any_order_give_the_same_bytes(
     source: Path, expected: Tree, tmp_path: Path, order: tuple[int, ...]
 ) -> None:
     out, built = tmp_path / "out", 0
@@ -184,7 +184,9 @@ def test_three_shards_in_any_order_and_finalize(
     assert sum(process["episodes"] for process in said["processes"]) == 8
 
 
-def test_concurrent_shards_by_command_line(source: Path, expected: Tree, tmp_path: Path) -> None:
+def test_concurrent_shards_give_the_same_bytes(
+    source: Path, expected: Tree, tmp_path: Path
+) -> None:
     """Each with workers of its own; the output holds spaces and quotes."""
     out = tmp_path / "an 'out'"
     with ThreadPoolExecutor(2) as both:
@@ -316,7 +318,9 @@ def test_run_without_work_keeps_the_report(three: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_of_torchrun(source: Path, expected: Tree, tmp_path: Path) -> None:
+def test_two_torchrun_processes_give_the_same_bytes(
+    source: Path, expected: Tree, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     done = occgen_hub(*command(source, out), launcher=TORCHRUN)
     assert done.returncode == 0, done.stderr
@@ -325,7 +329,7 @@ def test_two_processes_of_torchrun(source: Path, expected: Tree, tmp_path: Path)
     assert tree(out) == expected
     said = report(out)
     assert said["notes"]
-    assert done.stderr.count("note    ") == len(said["notes"])  # One of each kind, told once.
+    assert done.stderr.count("note    ") == len(said["notes"])  # One of each kind, printed once.
     assert said["executor"] == "accelerate"
     assert [process["device"] for process in said["processes"]] == ["cpu", "cpu"]
     assert sorted(process["episodes"] for process in said["processes"]) != [0, 8]
@@ -347,13 +351,13 @@ def mortal(self, ref):
 InternNavBuilder.read = mortal
 main()
 """
-"""`occgen-hub`, which dies in the middle of a build on host number DIES."""
+"""A variant of `occgen-hub` that dies in the middle of a build on host number DIES."""
 
 
 def on_two_hosts(
     arguments: tuple[str | Path, ...], tmp_path: Path, dies: str = ""
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Run a command as torchrun does on two hosts with a process each, both on this machine."""
+    """Run a command by torchrun on two hosts with a process each, both on this machine."""
     (tmp_path / "mortal.py").write_text(MORTAL)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -376,11 +380,11 @@ def on_two_hosts(
 
 
 @pytest.mark.slow
-def test_two_hosts(source: Path, expected: Tree, tmp_path: Path) -> None:
+def test_two_hosts_give_the_same_bytes(source: Path, expected: Tree, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first, second = on_two_hosts(command(source, out), tmp_path)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
-    # torchrun's launchers may complain of one another, where one leaves before the other.
+    # torchrun's launchers may print errors when one ends before the other.
     assert "occgen_hub/" not in first.stderr + second.stderr
     assert "8 built, 0 already there, 0 failed of 8 episodes" in first.stdout
     assert tree(out) == expected
@@ -403,7 +407,7 @@ def test_same_command_completes_after_a_lost_host(
 
 
 def listened_on(process: subprocess.Popen[str]) -> set[str]:
-    """The addresses that a process and those that it starts listen on, until it ends."""
+    """The addresses on which a process and its children listen, until it ends."""
     addresses: set[str] = set()
     while process.poll() is None:
         with suppress(psutil.NoSuchProcess):
@@ -436,7 +440,9 @@ def test_accelerate_without_launcher_starts_a_process_per_device(
 
 
 @pytest.mark.slow
-def test_datatrove_on_this_machine_and_again(three: Path, tmp_path: Path) -> None:
+def test_datatrove_builds_locally_and_reruns_only_unfinished_tasks(
+    three: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("datatrove")
     build_dataset(job(three, tmp_path / "one"))
     out = tmp_path / "out"
@@ -512,7 +518,7 @@ print("Submitted batch job", number)
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Slurm's commands, by scripts that run a batch script at once; returns what was submitted."""
+    """Replace Slurm's commands by scripts that run at once. Returns the log of submissions."""
     place, log = tmp_path / "bin", tmp_path / "submitted"
     place.mkdir()
     scripts = {
@@ -568,7 +574,7 @@ def test_slurm_builds_the_shards_and_then_finalizes(
 
 
 def script_of(text: str) -> str:
-    """The lines of a batch script on what it asks for."""
+    """The #SBATCH lines of a batch script."""
     return text.partition("#!/bin/bash")[2].partition("\n\n")[0]
 
 
@@ -632,7 +638,7 @@ def test_torchrun_stops_all_ranks_when_one_dies(
     assert tree(out) == expected
 
 
-# What failed
+# Failures
 
 
 def test_failed_episodes_are_retried(three: Path, tmp_path: Path) -> None:
@@ -736,8 +742,8 @@ def test_malformed_files_of_a_build_are_ignored(
     assert tree(out) == before
 
 
-def test_episode_without_depth_uses_a_network(tmp_path: Path) -> None:
-    """In a scene's folder, whose episodes share the images, only its own count."""
+def test_depth_is_looked_up_per_episode_of_a_scene(tmp_path: Path) -> None:
+    """Episodes of a scene share image folders; only an episode's own images count."""
     make_sample(tmp_path / "tree", trajectories=3, frames=3, layout="scenes")
     builder = InternNavBuilder(tmp_path / "tree")
     refs = list_episodes(builder)
@@ -750,12 +756,12 @@ def test_episode_without_depth_uses_a_network(tmp_path: Path) -> None:
     assert [builder.has_depth(ref) for ref in scene] == [False] + [True] * (len(scene) - 1)
 
 
-def test_a_dry_run_fetches_no_weights(three: Path, tmp_path: Path) -> None:
+def test_dry_run_downloads_no_weights(three: Path, tmp_path: Path) -> None:
     for folder in three.rglob("observation.images.depth"):
         shutil.rmtree(folder)
     offline = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     done = occgen_hub(*command(three, tmp_path / "out", "--dry-run"), **offline)
-    # The plan is made all the same, with the sizes of the published weights.
+    # The plan uses the sizes of the published weights.
     assert done.returncode == 0, done.stderr
     assert "3 of 3 episodes would be built" in done.stdout
     assert "frames in 1 window" in done.stderr
@@ -801,7 +807,7 @@ def test_one_episode_is_reconstructed_while_one_is_written(
 
     def write(done: ReconstructedEpisode, *others: Any) -> Built:
         if number[done.ref.id] == 0:
-            assert next_found.wait(30)  # It comes while this one is written.
+            assert next_found.wait(30)  # The next one is reconstructed while this one is written.
         events.append(("write", number[done.ref.id]))
         return write_episode(done, *others)
 
@@ -876,7 +882,7 @@ def test_background_is_ordered_bounded_and_raises_errors() -> None:
                 raise error
 
     with pytest.raises(OSError, match="No space"):
-        run(itertools.count())  # It would go on for ever.
+        run(itertools.count())  # Endless without the error.
     with pytest.raises(OSError, match="No space"):
         run([3])
     with pytest.raises(ZeroDivisionError):
@@ -938,7 +944,9 @@ def trajectory_size(source: Path) -> int:
 
 
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
-def test_full_disk_of_64_mb(source: Path, expected: Tree, small_disk: Path, workers: int) -> None:
+def test_same_command_completes_after_a_full_disk(
+    source: Path, expected: Tree, small_disk: Path, workers: int
+) -> None:
     """Everything with a final name is valid. With free space, the same command completes it."""
     from occgen_hub.validation import validate
 
@@ -977,10 +985,10 @@ main()
 
 @pytest.mark.skipif(not KILLS, reason="OCCGEN_KILLS asks for long versions; ten minutes")
 @pytest.mark.parametrize("number", range(16))
-def test_the_machine_does_not_show(
+def test_dataset_does_not_depend_on_the_machine(
     source: Path, expected: Tree, tmp_path: Path, number: int
 ) -> None:
-    """Other threads, locales, time zones, umasks, hash seeds, caches, and a copied source."""
+    """Threads, locales, time zones, umasks, hash seeds, caches, a copied source."""
     rng = random.Random(number)
     threads = str(rng.choice((1, 2, 3, 8)))
     env = {
@@ -1004,7 +1012,7 @@ def test_the_machine_does_not_show(
     assert tree(tmp_path / "out") == expected, env
 
 
-# Killed
+# Kills
 
 
 @pytest.mark.skipif(not KILLS, reason="OCCGEN_KILLS says how often; ten minutes for 50")
@@ -1012,7 +1020,7 @@ def test_the_machine_does_not_show(
 def test_resume_after_kills_at_random_moments(
     source: Path, expected: Tree, tmp_path: Path, workers: int
 ) -> None:
-    """All processes at a time, at any moment of a build, with one output for all kills."""
+    """Kill all processes at once, at any moment of a build, with one output for all kills."""
     rng, out, whole = random.Random(workers), tmp_path / "out", 0
     began = time.monotonic()
     assert occgen_hub(*command(source, out, "--workers", str(workers))).returncode == 0
