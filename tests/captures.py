@@ -152,8 +152,8 @@ def write_colmap(episode: Episode, folder: Path, *, binary: bool) -> None:
 def write_bag(episode: Episode, place: Path, *, odometry: bool = False) -> None:
     """A bag of compressed colour, raw depth, CameraInfo and /tf; or raw colour and odometry.
 
-    The folder holds sqlite3 with odometry, else mcap. The camera is mounted 0.4 m above the base
-    of a body, with the axes of an optical frame (REP 103).
+    The folder holds sqlite3 with odometry, else mcap. The camera is mounted 0.4 m above
+    base_link, with the axes of an optical frame (REP 103).
     """
     from rosbags.rosbag2 import StoragePlugin, Writer
     from rosbags.typesys import Stores, get_typestore

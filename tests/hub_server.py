@@ -23,7 +23,7 @@ import yaml
 
 WRITER, READER, BAD = "hf_" + "w" * 34, "hf_" + "r" * 34, "hf_" + "b" * 34
 LOCKED = "hf_" + "l" * 34
-"""A token for which every dataset is gated and without access."""
+"""A token without access to any dataset: all are gated for it."""
 
 ORGANIZATION = "org"
 LARGE = re.compile(r"\.(npz|ply|mp4|jpg|png|parquet|gz|tgz|tar|zip)$")

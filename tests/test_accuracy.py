@@ -33,7 +33,7 @@ WALL = 50
 
 
 def plane(z: float, x: tuple[float, float] = (-2, 2), y: tuple[float, float] = (-2, 2)):
-    """Two triangles that face the camera, between two corners."""
+    """The two triangles of a rectangle that faces the camera."""
     a, b, c, d = ([p, q, z] for p, q in ((x[0], y[0]), (x[1], y[0]), (x[1], y[1]), (x[0], y[1])))
     return np.array([[a, b, c], [a, c, d]], np.float64)
 
@@ -315,7 +315,7 @@ def test_file_without_figures_is_an_error(tmp_path, capsys):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Four frames of a wall 1.5 m ahead, from a camera that moves aside."""
+    """Four frames of a wall 1.5 m ahead, from a camera that moves sideways."""
     place = tmp_path / "frames"
     place.mkdir()
     np.savetxt(tmp_path / "camera-intrinsics.txt", [[60.0, 0, 40], [0, 60, 30], [0, 0, 1]])

@@ -322,7 +322,7 @@ def test_gated_dataset_error_is_one_sentence(hub, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("constants", "token", "address", "said"),
+    ("constants", "token", "address", "message"),
     [
         ({}, LOCKED, ROOMS, "is gated, and this token has no access"),
         ({}, BAD, ROOMS, "the Hub rejected the token"),
@@ -339,13 +339,15 @@ def test_gated_dataset_error_is_one_sentence(hub, tmp_path):
         ({}, READER, "hf://datasets/org", "is not a dataset on the Hub; give --input hf://"),
     ],
 )  # fmt: skip
-def test_hub_errors_give_one_sentence(hub, tmp_path, monkeypatch, constants, token, address, said):
+def test_hub_errors_give_one_sentence(
+    hub, tmp_path, monkeypatch, constants, token, address, message
+):
     monkeypatch.setenv("HF_TOKEN", token)
     for name, value in constants.items():
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
     ran = run("build", "--input", address, "--output", tmp_path / "out", "--dry-run")
     assert isinstance(ran.exception, OccGenError), ran.output
-    assert said in str(ran.exception)
+    assert message in str(ran.exception)
     assert "\n" not in str(ran.exception)
 
 

@@ -63,8 +63,8 @@ def test_unreadable_folder_is_skipped_with_a_warning(mine, unreadable, caplog):
     builder = InternNavBuilder(mine)
     assert names(builder) == before
     assert names(builder) == before
-    (said,) = (record for record in caplog.records if record.levelno == logging.WARNING)
-    assert said.getMessage() == (
+    (warning,) = (record for record in caplog.records if record.levelno == logging.WARNING)
+    assert warning.getMessage() == (
         f"Warning: {mine / 'lost+found'}: cannot be looked into (Permission denied), and is passed "
         "over."
     )

@@ -600,7 +600,7 @@ def test_tolerated_input_is_built_with_the_expected_note(
     name: str, source: Path, tmp_path: Path, run_command: Callable[..., Run]
 ) -> None:
     out = tmp_path / "out"
-    make_bad, said = TOLERATED[name]
+    make_bad, note = TOLERATED[name]
     shutil.rmtree(source / GOOD)
     make_bad(source / BAD)
 
@@ -611,7 +611,7 @@ def test_tolerated_input_is_built_with_the_expected_note(
     notes = [line for line in notes if "the camera stands still" not in line]  # Two equal poses.
     assert all(len(line) < 600 for line in notes)
     (known,) = [line for line in notes if "JSON inside strings" in line] or [""]
-    assert [line for line in notes if said in line] if said else notes in ([], [known]), ended.err
+    assert [line for line in notes if note in line] if note else notes in ([], [known]), ended.err
     assert not (out / "failures.jsonl").exists()
     report = validate(out)
     assert (report.trajectories, report.findings) == (1, ())

@@ -94,12 +94,12 @@ def test_every_layout_builds_the_same_scene(
     WRITERS[layout_name](episode, place)
     if layout_name == "mcap":  # Without its metadata.yaml, as bags are often shared.
         (place,) = place.glob("*.mcap")
-    said = {}
+    options = {}
     if layout_name == "tum":
-        said["intrinsics"] = captures.opencv_intrinsics(episode)
+        options["intrinsics"] = captures.opencv_intrinsics(episode)
     out = tmp_path / "out"
     kept = layout_name in ("tum", "mcap")
-    found = scene_cells("capture", place, out, "copy" if kept else "none", **said)
+    found = scene_cells("capture", place, out, "copy" if kept else "none", **options)
     assert share_beside(found, cells) >= 0.98
     assert share_beside(cells, found) >= 0.98
 
@@ -111,7 +111,7 @@ def test_every_layout_builds_the_same_scene(
         assert np.allclose(trajectory.depth(2), episode.read_depth(2), atol=6e-4)
         assert np.array_equal(trajectory.rgb(2), episode.read_rgb(2)) == (layout_name == "tum")
         assert np.abs(trajectory.rgb(2).astype(int) - episode.read_rgb(2)).mean() < 2
-    assert trajectory.record["source"].get("cameras", []) == ([said] if said else [])
+    assert trajectory.record["source"].get("cameras", []) == ([options] if options else [])
     if kept:
         times = trajectory.table()["source_timestamp"].to_numpy()
         assert np.allclose(np.diff(times), 1 / episode.fps, atol=1e-6)
@@ -134,8 +134,8 @@ def test_numbered_images_take_poses_in_order(first: int, episode: Episode, tmp_p
         captures.write_depth(episode, frame, tmp_path / f"depth/{frame + first}.png", 1000)
         rows.append(captures.tum_line(frame / 10, pose))
     (tmp_path / "trajectory.txt").write_text("\n".join(rows))
-    said = captures.opencv_intrinsics(episode)
-    (tmp_path / "intrinsics.txt").write_text(" ".join(map(str, said)))
+    intrinsics = captures.opencv_intrinsics(episode)
+    (tmp_path / "intrinsics.txt").write_text(" ".join(map(str, intrinsics)))
     check_equal(read(tmp_path), episode)
 
 
@@ -373,7 +373,7 @@ def test_open3d_files_and_floating_point_depth_are_read(episode: Episode, tmp_pa
     (tmp_path / "trajectory.log").write_text("\n".join(rows))
     fx, fy, cx, cy = captures.opencv_intrinsics(episode)
     width, height = episode.image_size
-    K = [fx, 0, 0, 0, fy, 0, cx, cy, 1]  # Column after column.
+    K = [fx, 0, 0, 0, fy, 0, cx, cy, 1]  # Column by column.
     values = {"width": width, "height": height, "intrinsic_matrix": K}
     (tmp_path / "camera_intrinsic.json").write_text(json.dumps(values))
     found = read(tmp_path)
@@ -422,7 +422,7 @@ def test_distortion_is_removed_once(fisheye: bool, tmp_path: Path) -> None:
     off = np.abs(found.read_rgb(0)[..., 0] - expected)[inside]
     assert np.median(off) < 1
     assert off.max() < 6
-    assert np.abs(photograph[..., 0] - expected)[inside].max() > 40  # It was distorted.
+    assert np.abs(photograph[..., 0] - expected)[inside].max() > 40  # The photograph is distorted.
     metres = 1 + 0.1 * (u + 0.5 - c[0]) / f + 0.05 * (v + 0.5 - c[1]) / f
     assert np.abs(found.read_depth(0) - metres)[inside].max() < 2e-3
     assert np.allclose(found.intrinsics[0], [[f, 0, c[0]], [0, f, c[1]], [0, 0, 1]])

@@ -98,11 +98,11 @@ def test_licence_is_taken_from_the_source_card(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("said", "found"),
+    ("licence", "found"),
     [("mit", "mit"), (["mit"], "mit"), (["mit", "gpl-3.0"], None), ("other", None), (3, None)],
 )
-def test_only_a_single_known_licence_is_used(said, found):
-    assert plain_license(said) == found
+def test_only_a_single_known_licence_is_used(licence, found):
+    assert plain_license(licence) == found
 
 
 def test_card_files_belong_to_a_valid_dataset(dataset):

@@ -224,9 +224,9 @@ def test_long_lists_are_summarized_by_folder(capsys):
 
     lines = {path: f"line {n}" for path, n in paths.items()}
     assert say_by_folder(lines, lambda names: f"{len(names)} files", verbose=False)
-    said = capsys.readouterr().out.splitlines()
-    assert said[:2] == ["1 files  .", "50 files  g/s0/t/videos/a"]
-    assert said[-1] == "--verbose lists all 901."
+    lines_shown = capsys.readouterr().out.splitlines()
+    assert lines_shown[:2] == ["1 files  .", "50 files  g/s0/t/videos/a"]
+    assert lines_shown[-1] == "--verbose lists all 901."
     assert not say_by_folder(lines, lambda _: "", verbose=True)
     assert capsys.readouterr().out.splitlines() == list(lines.values())
     say_by_folder({f"g{n}/a/b": "" for n in range(99)}, lambda _: "1", verbose=False)
@@ -236,12 +236,12 @@ def test_long_lists_are_summarized_by_folder(capsys):
 def test_dry_run_of_many_episodes_counts_them_by_scene(sample_tree, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[say_by_folder.__module__], "MOST_LINES", 1)
     command = ["build", "--input", str(sample_tree), "--output", str(tmp_path / "o"), "--dry-run"]
-    said = CliRunner().invoke(cli, command, catch_exceptions=False).stdout
-    assert re.search(r"^ +2 of +2 to build  sample_zed", said, re.M), said
-    assert "\n2 to build: is not there\n" in said
-    assert "trajectory_0" not in said
-    said = CliRunner().invoke(cli, [*command, "--verbose"], catch_exceptions=False).stdout
-    assert said.count("trajectory_") == 2
+    output = CliRunner().invoke(cli, command, catch_exceptions=False).stdout
+    assert re.search(r"^ +2 of +2 to build  sample_zed", output, re.M), output
+    assert "\n2 to build: is not there\n" in output
+    assert "trajectory_0" not in output
+    output = CliRunner().invoke(cli, [*command, "--verbose"], catch_exceptions=False).stdout
+    assert output.count("trajectory_") == 2
 
 
 def test_no_command_has_duplicate_options():

@@ -38,12 +38,12 @@ TABLE = "data/chunk-000/episode_000000.parquet"
 Change = Callable[[Path], None]
 
 
-# Through a real build of a small sample
+# Builds of a small sample
 
 
 @pytest.fixture
 def tree(sample_tree: Path, tmp_path: Path) -> Path:
-    """A source tree of one trajectory, which may be changed."""
+    """A source tree of one trajectory that a test may change."""
     copy = Path(shutil.copytree(sample_tree, tmp_path / "tree"))
     _, *others = list_episodes(load_builder("internnav", copy))
     for ref in others:
@@ -100,7 +100,7 @@ def inverted(tree: Path) -> None:
     change_poses(tree, np.linalg.inv)
 
 
-def test_a_correct_source_is_built(tree: Path, tmp_path: Path) -> None:
+def test_correct_source_is_built(tree: Path, tmp_path: Path) -> None:
     summary = build(tree, tmp_path / "out")
     assert not summary.failures
     assert not {"frames disagree", "empty scene", "poses"} & set(summary.notes)
@@ -118,7 +118,7 @@ def test_a_correct_source_is_built(tree: Path, tmp_path: Path) -> None:
         (inverted, "as if the poses were camera_from_world", "invert them"),
     ],
 )
-def test_a_wrong_convention_fails_with_the_likely_cause(
+def test_wrong_convention_fails_with_the_likely_cause(
     change: Change, cause: str, remedy: str, tree: Path, tmp_path: Path
 ) -> None:
     change(tree)
@@ -150,7 +150,7 @@ def third_party_source(change: Callable[[Episode], Episode]) -> type[ThirdPartyS
     return type("Changed", (ThirdPartySource,), {"change": staticmethod(change)})
 
 
-def test_a_swapped_image_size_fails(tree: Path, tmp_path: Path) -> None:
+def test_swapped_image_size_fails(tree: Path, tmp_path: Path) -> None:
     changed = third_party_source(lambda e: dataclasses.replace(e, image_size=e.image_size[::-1]))
     message = failure(build(tree, tmp_path / "out", changed(tree)), tmp_path / "out")
     assert "swapped" in message
@@ -220,7 +220,7 @@ def with_poses(episode: Episode, change: Callable[[np.ndarray], np.ndarray]) -> 
     return dataclasses.replace(episode, world_from_camera=change(episode.world_from_camera))
 
 
-def test_a_correct_episode_has_no_notes(tmp_path: Path) -> None:
+def test_correct_episode_has_no_notes(tmp_path: Path) -> None:
     assert scene_of(made_up(), tmp_path).notes == ()
 
 
@@ -341,7 +341,7 @@ NUMBERS = Feature(dtype="float32", shape=(2,))
 
 
 @pytest.mark.parametrize(
-    ("change", "field", "said"),
+    ("change", "field", "message"),
     [
         (replaced(length=0), "length", "at least one frame"),
         (replaced(image_size=(0, 60)), "image_size", "(width, height)"),
@@ -392,13 +392,13 @@ NUMBERS = Feature(dtype="float32", shape=(2,))
     ],
 )
 def test_each_wrong_field_is_named(
-    change: Callable[[Episode], Episode], field: str, said: str
+    change: Callable[[Episode], Episode], field: str, message: str
 ) -> None:
     wrong = change(made_up())
     with pytest.raises(OccGenError) as error:
         read_frame(check_episode(wrong), 2)
     assert str(error.value).startswith(f"made/up/episode: {field}")
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 

@@ -52,7 +52,7 @@ def test_visible_cells_are_checked_frame_by_frame(dataset, monkeypatch):
 
 
 def test_each_table_and_meta_file_is_parsed_once(dataset, monkeypatch):
-    """`validate` reads a trajectory through one object, which keeps what it parsed."""
+    """`validate` reads a trajectory through one object, which caches parsed files."""
     parsed: Counter[Path] = Counter()
     for name in ("read_parquet", "read_jsonl", "read_json"):
         read = getattr(loading, name)
@@ -325,7 +325,7 @@ def test_media_are_copied_from_the_source(trajectory, source):
     assert np.abs(resized - first).mean() < 12
 
 
-def test_the_record_names_every_file_with_its_digest(trajectory):
+def test_record_names_every_file_with_its_digest(trajectory):
     record = json.loads((trajectory / "meta/occgen.json").read_text())
     held = {p.relative_to(trajectory).as_posix() for p in trajectory.rglob("*") if p.is_file()}
     assert set(record["files"]) == held - {"meta/occgen.json"}

@@ -182,8 +182,8 @@ def recordings(tmp_path_factory) -> Path:
     builder = load_builder("internnav", place / "rooms")
     episode = builder.read(next(iter(builder.episodes())))
     captures.write_plain(episode, place / "my_room")
-    said = ",".join(map(str, captures.opencv_intrinsics(episode)))
-    (place / "my_room" / "said").write_text(said)
+    intrinsics = ",".join(map(str, captures.opencv_intrinsics(episode)))
+    (place / "my_room" / "said").write_text(intrinsics)
     return place
 
 

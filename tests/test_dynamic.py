@@ -55,7 +55,7 @@ def trajectory(people: Path) -> Trajectory:
 
 @pytest.fixture(scope="module")
 def truth(trajectory: Trajectory) -> list[np.ndarray]:
-    """The moving cells of each frame, by scipy alone."""
+    """The moving cells of each frame, read with scipy alone."""
     matrix = sparse.load_npz(trajectory.path / DYNAMIC)
     assert matrix.shape == (FRAMES, trajectory.grid.cells)
     return [matrix[t].indices for t in range(FRAMES)]
@@ -271,9 +271,9 @@ def test_a_tampered_file_is_a_finding(mine, damage, words):
     (path,) = trajectories(mine)
     damage(path / DYNAMIC)
     report = validate(mine)
-    said = [finding for finding in report.findings if words in finding.problem]
-    assert said
-    assert {finding.file for finding in said} == {str(path / DYNAMIC)}
+    matching = [finding for finding in report.findings if words in finding.problem]
+    assert matching
+    assert {finding.file for finding in matching} == {str(path / DYNAMIC)}
 
 
 def test_readers_name_a_file_of_wrong_length(mine):
@@ -315,11 +315,11 @@ def test_disagreeing_frames_give_warnings_but_no_finding(mine):
     assert "41% of the measured points" in first
     assert "20 mm and" in second
     assert "aligning the frames did not help" in second
-    said = CliRunner().invoke(cli, ["validate", str(mine)])
-    assert said.exit_code == 0
-    assert said.stderr.count("Warning: ") == 2
-    said = CliRunner().invoke(cli, ["validate", "--json", str(mine)])
-    assert json.loads(said.stdout)["warnings"] == list(report.warnings)
+    result = CliRunner().invoke(cli, ["validate", str(mine)])
+    assert result.exit_code == 0
+    assert result.stderr.count("Warning: ") == 2
+    result = CliRunner().invoke(cli, ["validate", "--json", str(mine)])
+    assert json.loads(result.stdout)["warnings"] == list(report.warnings)
 
 
 def test_many_disagreeing_trajectories_give_one_warning(mine):
@@ -353,9 +353,9 @@ def test_invalid_quality_in_a_record_is_ignored(trajectory, figures):
 
 
 def test_inspect_reports_motion_and_agreement_of_frames(people, dataset, mine, truth):
-    said = "\n".join(describe(people))
+    text = "\n".join(describe(people))
     mean = sum(map(len, truth)) / FRAMES
-    assert f", {mean:,.0f} of them moving" in said
+    assert f", {mean:,.0f} of them moving" in text
     change_quality(mine, sigma=[0.0012, 0.0034, 0.0111], contradicted=0.125, supports=7.0)
     changed = "\n".join(describe(mine))
     assert "depth noise 1.2 / 3.4 / 11.1 mm at 1 / 2 / 4 m; 12.5% of" in changed

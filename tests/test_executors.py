@@ -150,7 +150,7 @@ def test_shards_are_numbered_from_0() -> None:
             Shard.parse(text)
 
 
-# The same bytes, however they are built
+# The same bytes, in every way of building
 
 
 def test_two_workers_give_the_same_bytes(source: Path, expected: Tree, tmp_path: Path) -> None:
@@ -179,9 +179,9 @@ def test_three_shards_in_any_order_give_the_same_bytes(
     assert (summary.built, summary.present, summary.failures) == (8, 0, [])
     assert tree(out) == expected
     assert unfinished(out) == []
-    said = report(out)
-    assert said["executor"] == "shard"
-    assert sum(process["episodes"] for process in said["processes"]) == 8
+    build_report = report(out)
+    assert build_report["executor"] == "shard"
+    assert sum(process["episodes"] for process in build_report["processes"]) == 8
 
 
 def test_concurrent_shards_give_the_same_bytes(
@@ -282,7 +282,7 @@ def test_lock_admits_shards_of_one_build_only(three: Path, tmp_path: Path) -> No
         def read(self, ref: EpisodeRef) -> Any:
             assert build_shard(job(three, out), Shard(1, 2)).failures == []
             for refused in (
-                lambda: build_shard(job(three, out), Shard(0, 2)),  # This very shard.
+                lambda: build_shard(job(three, out), Shard(0, 2)),  # The same shard.
                 lambda: build_shard(job(three, out), Shard(1, 3)),
                 lambda: build_shard(job(three, out, media="none"), Shard(1, 2)),
                 lambda: build_shard(job(three, out, limit=2), Shard(1, 2)),
@@ -327,12 +327,13 @@ def test_two_torchrun_processes_give_the_same_bytes(
     assert "Traceback" not in done.stderr
     assert done.stdout.count("8 built, 0 already there, 0 failed of 8 episodes") == 1
     assert tree(out) == expected
-    said = report(out)
-    assert said["notes"]
-    assert done.stderr.count("note    ") == len(said["notes"])  # One of each kind, printed once.
-    assert said["executor"] == "accelerate"
-    assert [process["device"] for process in said["processes"]] == ["cpu", "cpu"]
-    assert sorted(process["episodes"] for process in said["processes"]) != [0, 8]
+    build_report = report(out)
+    assert build_report["notes"]
+    # One of each kind, printed once.
+    assert done.stderr.count("note    ") == len(build_report["notes"])
+    assert build_report["executor"] == "accelerate"
+    assert [process["device"] for process in build_report["processes"]] == ["cpu", "cpu"]
+    assert sorted(process["episodes"] for process in build_report["processes"]) != [0, 8]
 
 
 MORTAL = """
@@ -429,10 +430,10 @@ def test_accelerate_without_launcher_starts_a_process_per_device(
     out = tmp_path / "out"
     process = start(*command(three, out, "--executor", "accelerate", "--workers", "2"))
     assert not listened_on(process)
-    said, errors = process.communicate()
+    output, errors = process.communicate()
     assert process.returncode == 1, errors
     assert "Traceback" not in errors
-    assert "2 built, 0 already there, 1 failed of 3 episodes" in said
+    assert "2 built, 0 already there, 1 failed of 3 episodes" in output
     assert f"failed  {SECOND}: " in errors
     (row,) = map(json.loads, (out / "failures.jsonl").read_text().splitlines())
     assert row["episode"] == SECOND
@@ -451,9 +452,9 @@ def test_datatrove_builds_locally_and_reruns_only_unfinished_tasks(
     assert done.returncode == 0, done.stderr
     assert "3 built, 0 already there, 0 failed of 3 episodes" in done.stdout
     assert tree(out) == tree(tmp_path / "one")
-    said = report(out)
-    assert said["executor"] == "datatrove"
-    assert done.stderr.count("note    ") == len(said["notes"]) > 0
+    build_report = report(out)
+    assert build_report["executor"] == "datatrove"
+    assert done.stderr.count("note    ") == len(build_report["notes"]) > 0
     logs = out / ".logs/datatrove/logs"
     assert {path.name for path in logs.iterdir()} == {"task_00000.log", "task_00001.log"}
 
@@ -492,9 +493,9 @@ def test_ray_cluster_listens_on_localhost_only(
     options = ("--executor", "ray", "--tasks", "2", "--workers", "2", "--cpus-per-task", "1")
     process = start(*command(source, out, *options, "--mem-per-cpu", "1"))
     listening = listened_on(process)
-    said, errors = process.communicate()
+    output, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert "8 built, 0 already there, 0 failed of 8 episodes" in said
+    assert "8 built, 0 already there, 0 failed of 8 episodes" in output
     assert tree(out) == expected
     assert report(out)["executor"] == "ray"
     assert listening
@@ -562,8 +563,8 @@ def test_slurm_builds_the_shards_and_then_finalizes(
     assert report(out)["episodes"]["built"] == 3
     submitted = slurm.read_text()
     assert submitted.count("--dependency=afterany:") == 1
-    said = script_of(dry.stdout).replace("#SBATCH --account=me\n", "")
-    assert " ".join(said.split()) in " ".join(submitted.split())
+    header = script_of(dry.stdout).replace("#SBATCH --account=me\n", "")
+    assert " ".join(header.split()) in " ".join(submitted.split())
 
     again = occgen_hub(*command(three, out, *options, "--dry-run"))
     assert "0 of them with something to do" in again.stdout

@@ -126,7 +126,7 @@ def test_lerobot_decodes_images_and_depth(built, exported):
             rgb = Image.fromarray(trajectory.rgb(t)).resize((w, h), Image.Resampling.BILINEAR)
             shown = item[RGB].permute(1, 2, 0).numpy()
             inside = shown[top : top + h, left : left + w] * 255
-            assert np.abs(inside - np.asarray(rgb, float)).mean() < 6  # Error of AV1 at crf 30.
+            assert np.abs(inside - np.asarray(rgb, float)).mean() < 6  # AV1 at LeRobot's crf 30.
             around = shown.copy()
             around[top : top + h, left : left + w] = 0
             assert around.max() < 0.2
@@ -424,7 +424,7 @@ def test_columns_with_names_reserved_by_lerobot_are_left_out(sample_tree, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("file", "change", "said"),
+    ("file", "change", "message"),
     [
         ("info", {"fps": "ten"}, r"info\.json: has no valid fps"),
         ("info", {"fps": 0}, r"info\.json: has no valid fps"),
@@ -433,11 +433,11 @@ def test_columns_with_names_reserved_by_lerobot_are_left_out(sample_tree, tmp_pa
         ("record", {"scene": {"image_size": [32, 32]}}, r"0\.jpg: is \d+ x \d+ pixels"),
     ],
 )
-def test_invalid_meta_files_are_named(built, tmp_path, file, change, said):
+def test_invalid_meta_files_are_named(built, tmp_path, file, change, message):
     mine = Path(shutil.copytree(built, tmp_path / "mine"))
     for trajectory in opened(mine):
         _edit(trajectory.file(file), **change)
-    with pytest.raises(OccGenError, match=said):
+    with pytest.raises(OccGenError, match=message):
         export(mine, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine"]
 
@@ -477,9 +477,9 @@ def test_second_concurrent_export_is_refused(built, tmp_path):
         subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         for _ in range(2)
     )
-    said = [process.communicate()[1] for process in (first, second)]
+    message = [process.communicate()[1] for process in (first, second)]
     assert sorted((first.returncode, second.returncode)) == [0, 2]
-    refused = said[first.returncode == 0]
+    refused = message[first.returncode == 0]
     assert "another export is writing there" in refused or "already exists" in refused
     assert validate(out).valid
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -498,7 +498,7 @@ def test_invalid_export_paths_are_refused(built, exported, tmp_path, place):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("x")
     (tmp_path / "file").write_text("x")
-    root, out, said = {
+    root, out, message = {
         "dot": (built, Path(), "give the name of a new folder"),
         "inside": (built, built / "x", "is inside"),
         "parent": (built, built.parent, "is inside"),
@@ -508,7 +508,7 @@ def test_invalid_export_paths_are_refused(built, exported, tmp_path, place):
         "trajectory": (trajectories(built)[0], tmp_path / "x", "is a trajectory"),
         "missing": (tmp_path / "no", tmp_path / "x", "is not a folder"),
     }[place]
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         export(root, out)
     assert not (tmp_path / "x").exists()
 
@@ -556,8 +556,8 @@ def test_export_on_a_full_disk_gives_one_sentence_and_leaves_no_files(built, tmp
     finally:
         subprocess.run(["umount", place], check=True)
     assert (done.returncode, left) == (1, [])
-    (said,) = done.stderr.splitlines()
-    assert re.match(r"Error: .*\.(png|tiff): cannot be read or written \(No space left", said)
+    (message,) = done.stderr.splitlines()
+    assert re.match(r"Error: .*\.(png|tiff): cannot be read or written \(No space left", message)
 
 
 def _umask() -> int:
@@ -594,7 +594,7 @@ def _update_record(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "recorded", "said"),
+    ("damage", "recorded", "message"),
     [
         (lambda r: next(r.rglob("*.mp4")).unlink(), False, "is missing"),
         (lambda r: next(r.rglob("*.mp4")).write_bytes(b"x"), False, "has changed"),
@@ -609,13 +609,13 @@ def _update_record(root: Path) -> None:
         (lambda r: _swap_rows(next((r / "data").rglob("*.parquet"))), True, "does not belong"),
     ],
 )
-def test_validate_finds_problems_of_an_export(mine, damage, recorded, said):
+def test_validate_finds_problems_of_an_export(mine, damage, recorded, message):
     damage(mine)
     if recorded:
         _update_record(mine)
     report = validate(mine)
     texts = [str(finding) for finding in report.findings]
-    assert any(said in text for text in texts) if said else not texts, texts
+    assert any(message in text for text in texts) if message else not texts, texts
 
 
 # LeRobot's own tools
@@ -786,5 +786,5 @@ def test_trajectory_commands_refuse_an_export(exported, command):
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2
-    (said,) = done.stderr.splitlines()
-    assert said == f"Error: {exported}: is an export; give the dataset that it was made from."
+    (message,) = done.stderr.splitlines()
+    assert message == f"Error: {exported}: is an export; give the dataset that it was made from."

@@ -164,15 +164,18 @@ def test_labels_are_joined_by_the_rule_of_nyu():
 
 def test_occ3d_labels_match_the_scene_around_the_ego(scenes, occ3d):
     """Reads `labels.npz` in the ego frame; 5 frames, cell by cell."""
-    said = json.loads((occ3d / "annotations.json").read_text())
-    assert (said["train_split"], said["val_split"]) == (["scene-0000"], ["scene-0001"])
-    lower, size = np.array(said["grid"]["lower"]), said["grid"]["voxel_size"]
+    annotations = json.loads((occ3d / "annotations.json").read_text())
+    assert (annotations["train_split"], annotations["val_split"]) == (
+        ["scene-0000"],
+        ["scene-0001"],
+    )
+    lower, size = np.array(annotations["grid"]["lower"]), annotations["grid"]["voxel_size"]
     compared = 0
     for name, run in (("scene-0000", "scene_16"), ("scene-0001", "scene_17")):
         trajectory = Trajectory.open(scenes / "group" / run / "run")
         scene, poses = Scene(trajectory.path), trajectory.world_from_camera()
         masks = list(trajectory.observed())
-        for t, (token, info) in enumerate(said["scene_infos"][name].items()):
+        for t, (token, info) in enumerate(annotations["scene_infos"][name].items()):
             if t not in (0, 2, 3):
                 continue
             arrays = np.load(occ3d / "gts" / name / token / "labels.npz")

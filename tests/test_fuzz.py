@@ -37,15 +37,15 @@ def test_commands_handle_corrupted_files():
 
 def test_fuzz_cases_are_reproducible(dataset, tmp_path):
     for number in range(60):
-        said, found = [], []
+        descriptions, found = [], []
         for copy in ("one", "two"):
             root = Path(shutil.copytree(dataset, tmp_path / copy))
             rng = random.Random(number)
             path = rng.choice(sorted(path for path in root.rglob("*") if path.is_file()))
-            said.append(spoil(path, rng))
+            descriptions.append(spoil(path, rng))
             entries = sorted(path for path in root.rglob("*") if not path.is_fifo())
             small = all(path.stat().st_size < 1 << 20 for path in entries if path.exists())
             found.append(tree(root) if small else {})
             shutil.rmtree(root)
-        assert said[0] == said[1]
+        assert descriptions[0] == descriptions[1]
         assert found[0] == found[1]

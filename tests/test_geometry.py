@@ -101,7 +101,7 @@ def test_scaled_intrinsics_see_the_same_ray():
         ((2, 2), 0.0, "last row"),
     ],
 )
-def test_invalid_intrinsics_have_a_problem(place, value, word):
+def test_problem_of_invalid_intrinsics_is_named(place, value, word):
     K = np.array([[168.05, 0, 240], [0, 192.8, 135], [0, 0, 1]])
     assert intrinsics_problem(K) is None
     K[place] = value
@@ -148,7 +148,7 @@ def test_pixels_without_depth_are_not_kept():
 def test_downsampling_equals_open3d(seed, size, batches):
     rng = np.random.default_rng(seed)
     points = rng.normal(0, 2, (3000, 3))
-    # Open3D begins its voxels half a voxel under the lowest point: put one there.
+    # Open3D's voxels start half a voxel below the lowest point: add one that aligns them to ours.
     lowest = np.floor(points.min(axis=0) / size - 1) * size + size / 2
     points = np.concatenate([lowest[None], points])
     colors = rng.integers(0, 256, (len(points), 3)).astype(np.uint8)
@@ -168,7 +168,7 @@ def test_downsampling_equals_open3d(seed, size, batches):
     np.testing.assert_allclose(ours.colors[match], expected[:, 3:], atol=0.51)
 
 
-def test_downsampling_grows_past_its_first_tables():
+def test_downsampling_tables_grow_as_needed():
     rng = np.random.default_rng(0)
     points = rng.uniform(-40, 40, (200_000, 3))
     colors = np.zeros((len(points), 3), np.uint8)

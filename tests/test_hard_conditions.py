@@ -338,11 +338,11 @@ def test_stopped_render_prints_one_line(people, tmp_path, ready):
         while ready and process.poll() is None and not list(tmp_path.glob(f".*{ready}*")):
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=60)
+        output = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130, said
-    assert said == ("", "Stopped.\n")
+    assert process.returncode == 130, output
+    assert output == ("", "Stopped.\n")
     assert not list(tmp_path.iterdir())
 
 
@@ -453,9 +453,11 @@ def test_control_characters_in_a_task_are_escaped(dataset, tmp_path):
     root = Path(shutil.copytree(dataset, tmp_path / "out"))
     for path in root.rglob("tasks.jsonl"):
         path.write_text(json.dumps({"task_index": 0, "task": "\x1b[2Jgo"}) + "\n")
-    said = CliRunner().invoke(cli.cli, ["inspect", str(root), "--preview", str(tmp_path / "p.png")])
-    assert "\\x1b[2Jgo" in said.output
-    assert "\x1b" not in said.output
+    result = CliRunner().invoke(
+        cli.cli, ["inspect", str(root), "--preview", str(tmp_path / "p.png")]
+    )
+    assert "\\x1b[2Jgo" in result.output
+    assert "\x1b" not in result.output
 
 
 def test_column_names_are_escaped_in_the_card():
@@ -480,11 +482,11 @@ def test_extreme_sizes_are_refused(setting):
 
 def test_extreme_frame_rates_and_viewpoints_are_refused(dataset, tmp_path):
     (place, *_) = trajectories(dataset)
-    said = CliRunner().invoke(
+    result = CliRunner().invoke(
         cli.cli, ["render", str(place), str(tmp_path / "a.mp4"), "--fps", "nan"]
     )
-    assert said.exit_code == 2
-    assert "is not a number" in said.output
+    assert result.exit_code == 2
+    assert "is not a number" in result.output
     camera = tmp_path / "camera.json"
     camera.write_text(json.dumps({"position": [1e308, 0, 0], "target": [0, 0, 0], "up": [0, 0, 1]}))
     with pytest.raises(UsageError, match="is not a viewpoint"):
@@ -506,9 +508,9 @@ def test_text_in_place_of_poses_is_an_error(dataset, tmp_path):
     place = table.schema.get_field_index(name)
     pq.write_table(table.set_column(place, name, pa.array(["word"] * len(table))), path)
     info = path.parents[2] / "meta/info.json"
-    said = json.loads(info.read_text())
-    said["features"][name] = {"dtype": "string", "shape": [4, 4], "names": None}
-    info.write_text(json.dumps(said))
+    content = json.loads(info.read_text())
+    content["features"][name] = {"dtype": "string", "shape": [4, 4], "names": None}
+    info.write_text(json.dumps(content))
     with pytest.raises(OccGenError, match=r"^[^ ]+: "):
         library.export(root, tmp_path / "lerobot")
     with pytest.raises(ValueError, match="not string"):
@@ -569,14 +571,14 @@ def test_kernels_are_compiled_without_a_cache_folder(tmp_path):
     # The only locator is that of NUMBA_CACHE_DIR, which is not set.
     env = {**os.environ, "NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator"}
     env.pop("NUMBA_CACHE_DIR", None)
-    said = subprocess.run(
+    result = subprocess.run(
         [sys.executable, tmp_path / "kernel.py"],
         env=env,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert said.stdout == "2\n", said.stderr
+    assert result.stdout == "2\n", result.stderr
 
 
 @pytest.fixture

@@ -232,11 +232,11 @@ def test_ctrl_c_stops_a_push_and_the_next_one_sends_nothing_twice(hub, runner, f
             time.sleep(0.05)
         start = time.monotonic()
         running.send_signal(signal.SIGINT)
-        _, said = running.communicate(timeout=60)
+        _, errors = running.communicate(timeout=60)
     assert time.monotonic() - start < STALL / 2
     assert running.returncode == 130
-    assert said.startswith("Stopped.")
-    assert len(said.splitlines()) == 1
+    assert errors.startswith("Stopped.")
+    assert len(errors.splitlines()) == 1
     received = hub.received
     assert received > 0
     result = runner.push(folder)
@@ -507,15 +507,15 @@ def test_push_retries_after_concurrent_commits(hub, runner, folder):
         Fault("POST .*/commit/main", status=412, times=2),
         Fault("POST .*/tag/", status=409),
     ]
-    said = runner.push(folder)
-    assert said.returncode == 0, said.stderr
+    result = runner.push(folder)
+    assert result.returncode == 0, result.stderr
     assert local_files(folder).items() <= hub.repositories[REPO].files().items()
     assert hub.repositories[REPO].tags == {"v2.1": hub.repositories[REPO].find("main")}
     hub.faults = [Fault("POST .*/commit/main", status=412, times=9)]
     (folder / "notes.txt").write_text("new")
-    said = runner.push(folder)
-    assert said.returncode == 1
-    assert "run the same command again later" in said.stderr
+    result = runner.push(folder)
+    assert result.returncode == 1
+    assert "run the same command again later" in result.stderr
 
 
 def test_three_concurrent_pushes_succeed(hub, runner, folder):
@@ -551,8 +551,8 @@ def test_push_succeeds_after_stops_at_random_moments(hub, runner, folder):
             time.sleep(rng.uniform(usual / 8, usual))
             ended += running.poll() is not None
             running.send_signal(rng.choice((signal.SIGINT, signal.SIGTERM, signal.SIGKILL)))
-            _, said = running.communicate(timeout=60)
-        assert "Traceback" not in said
+            _, errors = running.communicate(timeout=60)
+        assert "Traceback" not in errors
         done = runner.push(folder)
         assert done.returncode == 0, (number, done.stderr)
         assert remote_files(hub) == local_files(folder)
