@@ -1,7 +1,7 @@
-"""One recording in the layouts that the source `capture` reads, for tests.
+"""Write one recording in each layout that the source `capture` reads, for tests.
 
-Each function writes an episode into an empty folder: colour, depth, poses and intrinsics as the
-layout has them, from an episode's own numbers (world_from_camera, OpenCV axes, metres).
+Each function writes an episode into an empty folder: colour, depth, poses and intrinsics in the
+conventions of the layout, converted from the episode's (world_from_camera, OpenCV axes, metres).
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from occgen_hub.geometry.poses import from_opengl
 from occgen_hub.geometry.trajectory import poses_at
 
 START = 1_700_000_000.0
-"""Seconds: when a recording begins."""
+"""Start time of a recording, in seconds."""
 
 
 def opencv_intrinsics(episode: Episode) -> list[float]:
-    """For --intrinsics: the centre of the first pixel is (0, 0)."""
+    """fx, fy, cx, cy for --intrinsics, with the centre of the first pixel at (0, 0)."""
     K = episode.intrinsics[0]
     return [float(v) for v in (K[0, 0], K[1, 1], K[0, 2] - 0.5, K[1, 2] - 0.5)]
 
 
-def color(episode: Episode, frame: int, place: Path) -> None:
-    """The very file of the source."""
+def copy_color(episode: Episode, frame: int, place: Path) -> None:
+    """Copy the source's image file."""
     place.parent.mkdir(parents=True, exist_ok=True)
     (source,) = (m.path for m in episode.media if m.file == "rgb" and m.frame == frame)
     shutil.copy(source, place)
 
 
-def depth(episode: Episode, frame: int, place: Path, units: float) -> None:
-    """A 16-bit PNG of so many units a metre."""
+def write_depth(episode: Episode, frame: int, place: Path, units: float) -> None:
+    """Write a 16-bit PNG with the given units per metre."""
     place.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.rint(episode.read_depth(frame) * units).astype(np.uint16)).save(place)
 
@@ -51,14 +51,14 @@ def tum_line(time: float, pose: np.ndarray) -> str:
 
 
 def write_tum(episode: Episode, folder: Path, offset: float = 0.0) -> None:
-    """Depth comes 5 ms after colour, poses four times as often; offset: of their clock."""
+    """Depth is 5 ms after colour, poses are four times as frequent. offset: pose clock, s."""
     times = START + np.arange(episode.length) / episode.fps
     rgb, depths = ["# color images"], ["# depth maps"]
     for frame, time in enumerate(times):
         rgb.append(f"{time:.6f} rgb/{time:.6f}.jpg")
         depths.append(f"{time + 0.005:.6f} depth/{time + 0.005:.6f}.png")
-        color(episode, frame, folder / rgb[-1].split()[1])
-        depth(episode, frame, folder / depths[-1].split()[1], 5000)
+        copy_color(episode, frame, folder / rgb[-1].split()[1])
+        write_depth(episode, frame, folder / depths[-1].split()[1], 5000)
     (folder / "rgb.txt").write_text("\n".join(rgb))
     (folder / "depth.txt").write_text("\n".join(depths))
     moments = np.arange(times[0], times[-1] + 0.001, 0.25 / episode.fps)
@@ -70,8 +70,8 @@ def write_tum(episode: Episode, folder: Path, offset: float = 0.0) -> None:
 def write_seven_scenes(episode: Episode, folder: Path) -> None:
     for frame, pose in enumerate(episode.world_from_camera):
         stem = folder / f"frame-{frame:06d}"
-        color(episode, frame, Path(f"{stem}.color.jpg"))
-        depth(episode, frame, Path(f"{stem}.depth.png"), 1000)
+        copy_color(episode, frame, Path(f"{stem}.color.jpg"))
+        write_depth(episode, frame, Path(f"{stem}.depth.png"), 1000)
         np.savetxt(f"{stem}.pose.txt", pose)
     np.savetxt(folder / "camera-intrinsics.txt", episode.intrinsics[0])
 
@@ -80,8 +80,8 @@ def write_scannet(episode: Episode, folder: Path) -> None:
     (folder / "pose").mkdir(parents=True)
     (folder / "intrinsic").mkdir()
     for frame, pose in enumerate(episode.world_from_camera):
-        color(episode, frame, folder / f"color/{frame}.jpg")
-        depth(episode, frame, folder / f"depth/{frame}.png", 1000)
+        copy_color(episode, frame, folder / f"color/{frame}.jpg")
+        write_depth(episode, frame, folder / f"depth/{frame}.png", 1000)
         np.savetxt(folder / f"pose/{frame}.txt", pose)
     K = np.eye(4)
     K[:3, :3] = episode.intrinsics[0]
@@ -95,11 +95,11 @@ def write_transforms(
 ) -> None:
     K, frames = episode.intrinsics[0], []
     for frame, pose in enumerate(from_opengl(episode.world_from_camera)):
-        color(episode, frame, folder / f"images/frame_{frame:05d}.jpg")
+        copy_color(episode, frame, folder / f"images/frame_{frame:05d}.jpg")
         entry = {"file_path": f"images/frame_{frame:05d}.jpg", "transform_matrix": pose.tolist()}
         if with_depth:
             entry["depth_file_path"] = f"depths/frame_{frame:05d}.png"
-            depth(episode, frame, folder / entry["depth_file_path"], 1000)
+            write_depth(episode, frame, folder / entry["depth_file_path"], 1000)
         frames.append(entry)
     fx, fy = (K[1, 1], K[0, 0]) if swapped else (K[0, 0], K[1, 1])
     width, height = episode.image_size
@@ -109,12 +109,12 @@ def write_transforms(
 
 
 def write_plain(episode: Episode, folder: Path) -> None:
-    """As a RealSense recorder: files named by milliseconds, no list of them."""
+    """Like a RealSense recorder: files named by milliseconds, without lists of files."""
     rows = []
     for frame, pose in enumerate(episode.world_from_camera):
         time = START + frame / episode.fps
-        color(episode, frame, folder / f"color/{1000 * time:.3f}.jpg")
-        depth(episode, frame, folder / f"depth/{1000 * time + 4:.3f}.png", 1000)
+        copy_color(episode, frame, folder / f"color/{1000 * time:.3f}.jpg")
+        write_depth(episode, frame, folder / f"depth/{1000 * time + 4:.3f}.png", 1000)
         rows.append(tum_line(time + 0.004, pose))
     (folder / "trajectory.txt").write_text("\n".join(rows))
 
@@ -128,7 +128,7 @@ def write_colmap(episode: Episode, folder: Path, *, binary: bool) -> None:
     inverse = np.linalg.inv(episode.world_from_camera)
     rows = []
     for frame, pose in enumerate(inverse):
-        color(episode, frame, folder / f"images/{frame}.jpg")
+        copy_color(episode, frame, folder / f"images/{frame}.jpg")
         x, y, z, w = quaternion(pose)
         rows.append((frame + 1, [w, x, y, z, *pose[:3, 3]], f"{frame}.jpg"))
     if binary:
@@ -152,8 +152,8 @@ def write_colmap(episode: Episode, folder: Path, *, binary: bool) -> None:
 def write_bag(episode: Episode, place: Path, *, odometry: bool = False) -> None:
     """A bag of compressed colour, raw depth, CameraInfo and /tf; or raw colour and odometry.
 
-    With odometry it is a folder with sqlite3 inside, else a folder with mcap. The camera sits on a
-    body 0.4 m above its base, turned as REP 103's optical frames are.
+    The folder holds sqlite3 with odometry, else mcap. The camera is mounted 0.4 m above
+    base_link, with the axes of an optical frame (REP 103).
     """
     from rosbags.rosbag2 import StoragePlugin, Writer
     from rosbags.typesys import Stores, get_typestore

@@ -1,4 +1,4 @@
-"""Running the command line in processes of its own, and looking at what it wrote."""
+"""Run the command line in its own process, and read the files that it wrote."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 from occgen_hub.files import sha256
 
-OF_THE_RUN = {"report.json", ".logs"}
-"""What a build says of itself, which differs from run to run."""
+RUN_FILES = {"report.json", ".logs"}
+"""Files about a build run, which differ between runs."""
 
 Tree = dict[str, str]
 
@@ -18,8 +18,8 @@ Tree = dict[str, str]
 def occgen_hub(
     *arguments: str | Path, launcher: tuple[str, ...] = (), timeout: float = 300, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end. launcher: arguments of Python that start it, as torchrun does,
-    or ("-c", script) that calls `main`.
+    """Run the command to its end. launcher: arguments for Python that start it, as with torchrun,
+    or ("-c", script), which has to call `main`.
     """
     name = () if launcher[:1] == ("-c",) else ("occgen_hub",)
     return subprocess.run(
@@ -33,7 +33,7 @@ def occgen_hub(
 
 
 def start(*arguments: str | Path, **env: str) -> subprocess.Popen[str]:
-    """Start the command in a process group of its own."""
+    """Start the command in its own process group."""
     return subprocess.Popen(
         [sys.executable, "-m", "occgen_hub", *map(str, arguments)],
         env=os.environ | {"TQDM_DISABLE": "1"} | env,
@@ -45,9 +45,9 @@ def start(*arguments: str | Path, **env: str) -> subprocess.Popen[str]:
 
 
 def tree(folder: Path) -> Tree:
-    """Every path of a dataset, hidden ones too, with the checksum of its content."""
+    """All paths of a dataset, including hidden ones, with the checksum of their content."""
     return {
         path.relative_to(folder).as_posix(): sha256(path) if path.is_file() else "folder"
         for path in folder.rglob("*")
-        if path.relative_to(folder).parts[0] not in OF_THE_RUN
+        if path.relative_to(folder).parts[0] not in RUN_FILES
     }

@@ -1,4 +1,4 @@
-"""What several test files share: a small sample, a dataset built from it, the real trajectory."""
+"""Shared by several test files: a small sample, a dataset built from it, the real trajectory."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# The first call of a kernel compiles it, which is no matter of the example it is called with. In CI
-# the examples are the same every time; at a desk they are new ones.
+# No deadline: the first call of a kernel compiles it. In CI the examples are the same every time;
+# elsewhere they are new ones.
 settings.register_profile("occgen", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("occgen")
 
-# A job in the background may be started with Ctrl-C ignored, which it hands on to what it starts:
-# the tests that send it would wait in vain.
-for stop, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
-    if signal.getsignal(stop) == signal.SIG_IGN:
-        signal.signal(stop, usual)
+# A background job may start with Ctrl-C ignored, and its children inherit that: tests that send the
+# signal would wait forever.
+for kind, default in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGTERM, signal.SIG_DFL),
+):
+    if signal.getsignal(kind) == signal.SIG_IGN:
+        signal.signal(kind, default)
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,8 +32,8 @@ REAL = ROOT.parent / "shared" / "data" / "internnav" / "traj_data"
 
 
 @pytest.fixture(autouse=True)
-def signals_as_before() -> Iterator[None]:
-    """The command line, run in this process, handles signals in its own way."""
+def restore_signal_handlers() -> Iterator[None]:
+    """Restore the signal handlers that the command line replaces when it runs in this process."""
     before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     yield
     for number, handler in before:
@@ -39,7 +42,7 @@ def signals_as_before() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def sample_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A source tree of two trajectories of different sizes. Not to be changed by tests."""
+    """A source tree of two trajectories of different sizes. Tests must not change it."""
     from occgen_hub.sample import make_sample
 
     out = tmp_path_factory.mktemp("sample") / "tree"
@@ -49,7 +52,7 @@ def sample_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def dataset(sample_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The dataset built from `sample_tree`. Not to be changed by tests."""
+    """The dataset built from `sample_tree`. Tests must not change it."""
     from occgen_hub.builder import load_builder
     from occgen_hub.episode_build import Settings
     from occgen_hub.job import Job, list_episodes
@@ -64,7 +67,7 @@ def dataset(sample_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="session")
 def people_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A source tree of a trajectory of 8 frames in which two people walk. Not to be changed."""
+    """A source tree of a trajectory of 8 frames with two people walking. Do not change it."""
     from occgen_hub.sample import make_sample
 
     out = tmp_path_factory.mktemp("people_tree") / "tree"
@@ -74,7 +77,7 @@ def people_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def people(people_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The dataset built from `people_tree`. Not to be changed by tests."""
+    """The dataset built from `people_tree`. Tests must not change it."""
     import occgen_hub
 
     out = tmp_path_factory.mktemp("people") / "out"
@@ -84,7 +87,7 @@ def people(people_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def real_tree() -> Path:
-    """The real InternData-N1 tree, where it is there."""
+    """The real InternData-N1 tree, if it is available."""
     if not REAL.is_dir():
         pytest.skip("../shared/data/internnav is not there")
     return REAL

@@ -1,7 +1,7 @@
-"""A Hub on the loopback address: what huggingface_hub and datasets ask of the real one, no more.
+"""A Hub on the loopback address, with only the API that huggingface_hub and datasets use.
 
-Repositories are snapshots of files, a commit each. Large files come over Xet, as from everybody who
-has hf_xet, or over Git LFS, as from those who have not. `Hub.faults` makes it fail on demand.
+Each commit of a repository is a snapshot of its files. Large files are uploaded over Xet by clients
+with hf_xet, and over Git LFS by clients without it. `Hub.faults` makes requests fail.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import yaml
 
 WRITER, READER, BAD = "hf_" + "w" * 34, "hf_" + "r" * 34, "hf_" + "b" * 34
 LOCKED = "hf_" + "l" * 34
-"""A token without access to any gated dataset, as all are to it."""
+"""A token without access to any dataset: all are gated for it."""
 
 ORGANIZATION = "org"
 LARGE = re.compile(r"\.(npz|ply|mp4|jpg|png|parquet|gz|tgz|tar|zip)$")
@@ -32,10 +32,11 @@ DATE = "2025-01-01T00:00:00.000Z"
 
 @dataclass
 class Fault:
-    """What goes wrong with the requests whose "METHOD /path" matches, `times` times.
+    """A failure of requests for which the regular expression `where` matches "METHOD /path".
 
-    After `after` good ones. `status` is answered, or, if 0, the connection is cut, halfway through
-    the request's body; `stall` seconds pass before that.
+    The first `after` matching requests succeed and the next `times` fail: after `stall` seconds
+    they are answered with `status`, or, if that is 0, the connection is cut halfway through the
+    request's body. `met` counts the matching requests.
     """
 
     where: str
@@ -65,7 +66,7 @@ class Repository:
         return oid
 
     def find(self, revision):
-        """The commit that a branch, a tag or a commit's name stands for, or None."""
+        """The commit that the name of a branch, tag or commit refers to, or None."""
         if revision in self.refs:
             return self.refs[revision][-1]
         return self.tags.get(revision, revision if revision in self.commits else None)
@@ -75,7 +76,7 @@ class Repository:
 
 
 class Hub:
-    """A running Hub: `url`, `repositories`, all that was `asked`, and the `faults` to come."""
+    """A running Hub. asked: all requests so far; faults: the failures to apply."""
 
     def __init__(self):
         self.repositories: dict[str, Repository] = {}
@@ -95,7 +96,7 @@ class Hub:
         self.server.server_close()
 
     def writes(self):
-        """What was asked that changes something."""
+        """The requests that change something."""
         reading = ("preupload", "paths-info", "validate-yaml")
         return [line for line in self.asked if line[:4] != "GET " and line[:5] != "HEAD "
                 and not any(word in line for word in reading)]  # fmt: skip
@@ -125,7 +126,7 @@ class Hub:
         self.received += len(body)
 
     def receive_shard(self, body):
-        """The files that a shard describes: runs of chunks in xorbs, and a SHA-256 to check."""
+        """Store the files of a shard: runs of chunks in xorbs, with a SHA-256 to check."""
         at = 48
         while body[at : at + 32] != b"\xff" * 32:
             flags, runs = struct.unpack_from("<II", body, at + 32)
@@ -143,12 +144,12 @@ class Hub:
 
 
 def xet_name(raw):
-    """A hash as Xet writes it: four little-endian numbers."""
+    """A hash in Xet's notation: four little-endian numbers."""
     return "".join(f"{number:016x}" for number in struct.unpack("<4Q", raw))
 
 
 def unpack_chunk(kind, packed, size):
-    """Xet's compressions: none, LZ4, and LZ4 of the bytes grouped by their place in four."""
+    """Decompress a chunk. kind 0: none, 1: LZ4, else LZ4 of bytes grouped by index mod 4."""
     if kind == 0:
         return packed
     plain = pa.decompress(packed, decompressed_size=size, codec="lz4", asbytes=True)
@@ -163,11 +164,11 @@ def unpack_chunk(kind, packed, size):
 
 
 class CutError(Exception):
-    """The connection is to be closed without an answer."""
+    """Close the connection without an answer."""
 
 
 class RefusedError(Exception):
-    """An answer that is none: a status, the Hub's code and its words."""
+    """An error answer: a status, the Hub's error code and message."""
 
     def __init__(self, status, code="", words=""):
         self.status, self.code, self.words = status, code, words
@@ -178,7 +179,7 @@ class Handler(BaseHTTPRequestHandler):
     hub: Hub
 
     def log_message(self, *_):
-        """Nothing on the terminal."""
+        """Print nothing."""
 
     def handle_one_request(self):
         try:
@@ -234,7 +235,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    # Who is asking, for what
+    # Tokens and routes
 
     @property
     def token(self):
@@ -350,7 +351,7 @@ class Handler(BaseHTTPRequestHandler):
         )
 
     def auth_check(self):
-        """Whether the files may be read: anybody may list a gated dataset."""
+        """Check access to the files. Listing a gated dataset needs no access."""
         self.repository()
         self.check_access()
         self.answer({})
@@ -550,7 +551,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def oid(content, large):
-    """The name of a file's content: its SHA-256 if it is large, else Git's."""
+    """The hash that names a file's content: SHA-256 if it is large, else Git's blob hash."""
     if large:
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

@@ -1,4 +1,4 @@
-"""scripts/accuracy: each figure on cells whose answer is known, and a short run of the table."""
+"""scripts/accuracy: each figure on cells with a known result, and a short run of the table."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ WALL = 50
 
 
 def plane(z: float, x: tuple[float, float] = (-2, 2), y: tuple[float, float] = (-2, 2)):
-    """Two triangles that face the camera, between two corners."""
+    """The two triangles of a rectangle that faces the camera."""
     a, b, c, d = ([p, q, z] for p, q in ((x[0], y[0]), (x[1], y[0]), (x[1], y[1]), (x[0], y[1])))
     return np.array([[a, b, c], [a, c, d]], np.float64)
 
 
 def seen(*parts: tuple[slice, slice, int]):
-    """What the camera sees when these cells are occupied: (x cells, y cells, layer) each."""
+    """What the camera sees if these cells are occupied. Each part: (x cells, y cells, layer)."""
     occupied = np.zeros(GRID.shape, np.uint8)
     for i, j, k in parts:
         occupied[i, j, k] = OCCUPIED
@@ -69,16 +69,16 @@ def test_cells_of_the_true_plane_are_exact():
     assert "near range 0-1" not in found
 
 
-def test_cells_one_behind_the_plane_are_near_and_leave_false_free_cells():
+def test_cells_one_layer_behind_the_plane_are_near_and_leave_false_free_cells():
     found = figures(plane(1.01), seen(layer(WALL + 1)))
     assert found["exact"] == found["recall_strict"] == found["ghosts"] == found["leaks"] == 0
     assert found["near"] == found["within_2cm"] == found["recall"] == 1
-    # Of some 51 layers of observed free cells in front of it, the last is the true one.
+    # Of about 51 layers of observed free cells in front of it, the last is the true plane.
     assert 1 / 51 < found["false_free"] < 3 / 51
     assert found["false_free_alone"] == 0
 
 
-def test_cells_two_behind_the_plane_are_not_near():
+def test_cells_two_layers_behind_the_plane_are_not_near():
     found = figures(plane(1.01), seen(layer(WALL + 2)))
     assert found["near"] == found["within_2cm"] == found["recall"] == 0
     assert found["ghosts"] == found["leaks"] == 0
@@ -104,10 +104,10 @@ def test_cells_seen_through_a_hole_are_leaks():
     assert len(leaked)
     found = figures(plane(1.01), hole)
     assert found["leaks"] == pytest.approx(len(leaked) / len(hole.visible))
-    assert found["recall"] == 1  # A hole of two cells has a cell beside each of its own.
+    assert found["recall"] == 1  # Each cell of a hole of two has an occupied neighbour.
 
 
-def test_person_is_in_its_own_frame_only():
+def test_people_are_measured_only_in_frames_that_contain_them():
     someone = plane(0.61, (-0.2, 0.2), (-0.3, 0.6))
     together = np.concatenate([plane(1.01), someone])
     person = np.array([False, False, True, True])
@@ -121,7 +121,7 @@ def test_person_is_in_its_own_frame_only():
     assert gone["ghosts"] > 0.1
 
 
-def test_people_and_true_poses_of_a_frame_are_its_own():
+def test_truth_uses_the_people_and_pose_of_each_frame():
     pose = np.eye(4)
     pose[:3, 3] = [3.0, -2.0, 0.5]
     world = plane(1.01) + pose[:3, 3]
@@ -151,7 +151,7 @@ def test_objects_narrower_than_4_cm_are_thin(width, thin):
         assert figures(np.concatenate([plane(1.01), bar]), seen(layer(WALL), post))["thin"] == 1
 
 
-def test_a_slanted_floor_is_not_thin_and_has_its_incidence():
+def test_slanted_floor_is_not_thin_and_has_correct_incidence():
     floor = np.array([[[-5, 0.4, -1], [5, 0.4, -1], [5, 0.4, 40]]], np.float64)
     truth = metrics.FrameTruth.of(VIEW, floor)
     assert np.isfinite(truth.depth).sum() > 1000
@@ -162,7 +162,7 @@ def test_a_slanted_floor_is_not_thin_and_has_its_incidence():
     assert truth.cosine[70, 40] == pytest.approx(expected, abs=1e-5)
 
 
-def test_nothing_seen_and_nothing_there_are_no_errors():
+def test_empty_prediction_and_empty_truth_are_accepted():
     nothing = metrics.Seen(np.zeros(0, np.int32), np.zeros(GRID.cells // 8, np.uint8))
     assert figures(plane(1.01), nothing)["recall"] == 0
     empty = figures(np.zeros((0, 3, 3)), seen(layer(WALL)))
@@ -171,18 +171,18 @@ def test_nothing_seen_and_nothing_there_are_no_errors():
     assert "recall" not in empty
 
 
-def test_the_visible_cells_are_those_of_the_true_mesh(sample_tree, dataset):
+def test_visible_cells_match_the_true_mesh(sample_tree, dataset):
     counts = metrics.measure(metrics.SampleTruth(sample_tree), dataset, 1)
     assert len(counts) == 2
     found = metrics.figures(sum(counts.values(), metrics.Counts()))
     assert found["exact"] >= 0.98
     assert found["leaks"] <= 0.005
     assert found["recall"] >= 0.93
-    # No exact visibility finds more than the true mesh lets it: see accuracy_metrics.
+    # The true mesh limits the recall of any exact visibility: see accuracy_metrics.
     assert found["recall_bounded"] >= min(0.99, found["recall_bound"])
 
 
-def test_evaluate_gives_the_figures_of_the_frames_asked_for(sample_tree, dataset):
+def test_evaluate_measures_only_the_requested_frames(sample_tree, dataset):
     truth = metrics.SampleTruth(sample_tree)
     whole = metrics.evaluate(sample_tree, dataset)
     first = metrics.evaluate(sample_tree, dataset, frames=[0])
@@ -194,7 +194,7 @@ def test_evaluate_gives_the_figures_of_the_frames_asked_for(sample_tree, dataset
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_a_triangle_with_a_point_in_a_box_crosses_it(seed):
+def test_triangle_with_a_point_in_a_box_crosses_it(seed):
     rng = np.random.default_rng(seed)
     triangle = rng.normal(0, 1, (1, 3, 3))
     weights = rng.dirichlet([1, 1, 1])
@@ -212,10 +212,10 @@ def test_a_box_beside_a_triangle_is_not_crossed():
 
 @settings(max_examples=50)
 @given(st.integers(0, 2**32 - 1), st.booleans())
-def test_the_crossed_cells_of_a_grid_are_those_of_all_pairs(seed, flat):
+def test_crossed_cells_match_brute_force(seed, flat):
     rng = np.random.default_rng(seed)
     triangles = rng.normal(0.5, 0.6, (3, 3, 3))
-    if flat:  # Facing an axis, or without an area.
+    if flat:  # Perpendicular to an axis, or without area.
         triangles[0, :, 1] = triangles[0, 0, 1]
         triangles[1, 2] = triangles[1, 1]
     shape, size = (9, 7, 8), 0.13
@@ -230,7 +230,7 @@ def test_the_crossed_cells_of_a_grid_are_those_of_all_pairs(seed, flat):
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 2))
-def test_cells_beside_others(seed, reach):
+def test_beside_finds_cells_within_reach(seed, reach):
     rng = np.random.default_rng(seed)
     occupied = rng.random((6, 5, 7)) < 0.02
     set_cells = np.argwhere(occupied)
@@ -243,7 +243,7 @@ def test_cells_beside_others(seed, reach):
 # The table
 
 
-def test_a_short_run_of_the_table(tmp_path, capsys):
+def test_short_run_prints_and_saves_the_table(tmp_path, capsys):
     ours = [name for name, method in methods.METHODS.items() if method.ours]
     assert ours[0] == "union"
     asked = ["--row", "kinect", "--seeds", "1", "--trajectories", "1", "--frames", "3"]
@@ -267,7 +267,7 @@ def test_a_short_run_of_the_table(tmp_path, capsys):
     assert lines[3].startswith(f"| {row} | union | ")
 
 
-def test_figures_of_ours_are_held_to_their_targets(monkeypatch):
+def test_our_figures_are_checked_against_targets(monkeypatch):
     monkeypatch.setattr(table, "OURS", "evidence")
     good = {"near": 0.9995, "ghosts": 0.0, "recall": 0.97, "thin": 0.95, "leaks": 0.001}
     union = {"near": 1.0, "ghosts": 0.0, "recall": 0.971, "thin": 0.96}
@@ -279,7 +279,7 @@ def test_figures_of_ours_are_held_to_their_targets(monkeypatch):
     assert [check.name for check in found if not check.met] == ["leaks", "recall"]
 
 
-def test_ours_has_to_be_nearer_than_every_other_method_on_corrupted_depth(monkeypatch):
+def test_our_near_figure_must_beat_every_other_method_on_corrupted_depth(monkeypatch):
     monkeypatch.setattr(table, "OURS", "evidence")
     ours = {"near": 0.98, "ghosts": 0.001, "recall": 0.97}
     row = {"union": {"near": 0.6}, "TSDF": {"near": 0.985}, "evidence": ours}
@@ -287,7 +287,7 @@ def test_ours_has_to_be_nearer_than_every_other_method_on_corrupted_depth(monkey
     assert (missed.name, missed.target, missed.note) == ("near", 0.985, "TSDF's")
 
 
-def test_missing_method_is_an_error():
+def test_method_names_its_missing_package():
     there = methods.Method("there", surface=methods.tsdf_surface, package="numpy")
     absent = methods.Method("absent", surface=methods.tsdf_surface, package="no_such_package")
     assert there.missing is None
@@ -315,7 +315,7 @@ def test_file_without_figures_is_an_error(tmp_path, capsys):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Four frames of a wall 1.5 m ahead, from a camera that moves aside."""
+    """Four frames of a wall 1.5 m ahead, from a camera that moves sideways."""
     place = tmp_path / "frames"
     place.mkdir()
     np.savetxt(tmp_path / "camera-intrinsics.txt", [[60.0, 0, 40], [0, 60, 30], [0, 0, 1]])
@@ -332,7 +332,7 @@ def folder(tmp_path):
     return place
 
 
-def test_a_wall_is_built_where_it_was_measured(folder, tmp_path):
+def test_wall_is_built_at_its_measured_depth(folder, tmp_path):
     found = kinect.measure_kinect(folder, tmp_path / "out", Config())
     assert found["in_front"] == 0
     assert abs(found["median"]) <= 0.01
@@ -352,7 +352,7 @@ def test_cells_in_front_of_the_measured_depth_are_counted(measure):
     assert np.abs(measure(GRID, VIEW.K, here, depth)).max() < 1e-6
 
 
-def test_measured_cells_without_a_visible_cell_nearby_are_counted():
+def test_measured_cells_with_a_visible_cell_nearby_are_counted():
     depth, within = np.full((80, 80), 1.01), (0.1, 2.0)
     for k, share in ((WALL, 1), (WALL + 2, 1), (WALL + 3, 0)):
         number, found = kinect.measured_found(GRID, VIEW.K, seen(layer(k)).visible, depth, within)
@@ -369,15 +369,15 @@ def test_frame_without_a_pose_is_an_error(folder, capsys):
 
 
 @pytest.mark.parametrize("name", [name for name, m in methods.METHODS.items() if not m.ours])
-def test_the_other_methods_find_the_wall(name, folder):
+def test_other_methods_find_the_wall(name, folder):
     method = methods.METHODS[name]
     if method.missing:
         pytest.skip(method.missing)
     builder = kinect.KinectFolder(folder)
     points = method.surface(builder.read(next(builder.episodes())), Config())
     assert np.abs(points[:, 2] - 1.51).max() <= 0.03
-    # What the frames saw: 50 rows of the image, 80 columns and 15 cm more. TSDF leaves out what
-    # fewer than three of the four saw.
+    # The frames see 50 rows and 80 columns of the image, and 15 cm more. TSDF omits what fewer
+    # than three of the four frames saw.
     low, high = points.min(axis=0), points.max(axis=0)
     assert high[0] - low[0] == pytest.approx(80 / 60 * 1.51, abs=0.25)
     assert high[1] - low[1] == pytest.approx(50 / 60 * 1.51, abs=0.15)

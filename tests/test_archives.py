@@ -1,4 +1,4 @@
-"""Archives and datasets on the Hub as sources: what is built of them, and what is refused."""
+"""Archives and datasets on the Hub as sources: what is built from them, and what is refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from occgen_hub.scenes import SceneRef, estimate, read_scene
 from occgen_hub.scratch import ScratchPlace, open_scratch
 
 COARSE = Config(voxel_size=0.25)
-"""For builds of which only the episodes' names are looked at."""
+"""For builds of which only the episode names are checked."""
 
 
 def run(*arguments):
@@ -36,12 +36,12 @@ def run(*arguments):
     return CliRunner().invoke(cli.cli, [str(argument) for argument in arguments])
 
 
-def free(_):
-    """Room for everything."""
+def unlimited(_):
+    """Accept any size."""
 
 
 def pack(folder, path):
-    """An archive of a folder, under its own name, of the kind that its name says."""
+    """Pack a folder, under its own name, into an archive. The path's suffix sets the format."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".zip":
         with zipfile.ZipFile(path, "w") as archive:
@@ -64,8 +64,8 @@ def packed(sample_tree, tmp_path_factory):
     return out
 
 
-def parts(out, group):
-    """The files of a group, without the records, which hold its name."""
+def group_files(out, group):
+    """The files of a group, except records and tables, which contain its name."""
     found = tree(out / group)
     return {
         name: value
@@ -76,7 +76,7 @@ def parts(out, group):
 
 @pytest.fixture(scope="module")
 def built(packed, tmp_path_factory):
-    """What is built of them by two workers, in scratch of 40 MB."""
+    """The dataset built from them by two workers with 40 MB of scratch, and its process."""
     place = tmp_path_factory.mktemp("built")
     ran = occgen_hub(
         "build", "--input", packed, "--output", place / "out", "--workers", "2",
@@ -89,27 +89,27 @@ def test_archives_are_built_like_the_tree_they_hold(built, dataset):
     out, ran = built
     assert ran.returncode == 1, ran.stderr
     assert "6 built, 0 already there, 1 failed of 7 episodes" in ran.stdout
-    plain = parts(dataset, "sample_zed")
+    plain = group_files(dataset, "sample_zed")
     assert plain
     for group in ("g1", "g2", "g3"):
-        assert parts(out, group) == plain
+        assert group_files(out, group) == plain
     assert not (out.parent / "scratch").exists()
 
 
-def test_a_damaged_archive_is_a_failure_with_its_reason(built, packed):
+def test_damaged_archive_fails_with_a_reason(built, packed):
     out, _ = built
     (row,) = [json.loads(line) for line in (out / "failures.jsonl").read_text().splitlines()]
     assert row["episode"] == "g1/cut"
     assert row["reason"].startswith(f"{packed / 'g1/cut.tgz'}: is truncated")
 
 
-def test_unchanged_archives_are_not_unpacked_again_and_replaced_ones_are(built, packed, tmp_path):
+def test_only_replaced_archives_are_unpacked_again(built, packed, tmp_path):
     copy, out = tmp_path / "tree", tmp_path / "out"
     shutil.copytree(packed / "g1", copy / "g1", copy_function=shutil.copy2)
     (copy / "g1/cut.tgz").unlink()
     shutil.copytree(built[0], out, copy_function=shutil.copy2)
     archive = copy / "g1/house_000.tar.gz"
-    os.utime(archive, (1, 1))  # Touched: the content decides.
+    os.utime(archive, (1, 1))  # Only the time changes, not the content.
 
     unreadable = tmp_path / "scratch"
     unreadable.write_text("No scratch can be made here.")
@@ -117,7 +117,7 @@ def test_unchanged_archives_are_not_unpacked_again_and_replaced_ones_are(built, 
     assert (summary.built, summary.present, summary.failures) == (0, 2, [])
 
     other = tmp_path / "other"
-    library_sample(other)
+    make_other_sample(other)
     pack(other / "sample_zed/house_000", archive)
     ran = run("build", "--input", copy, "--output", out, "--dry-run")
     assert " MB  to build: was replaced since it was built" in ran.stdout
@@ -127,13 +127,13 @@ def test_unchanged_archives_are_not_unpacked_again_and_replaced_ones_are(built, 
     assert (summary.built, summary.failures) == (1, [])
 
 
-def library_sample(out):
+def make_other_sample(out):
     from occgen_hub.sample import make_sample
 
     make_sample(out, trajectories=1, frames=2, seed=8)
 
 
-def test_a_shard_builds_its_scenes(packed, tmp_path):
+def test_shards_of_archives_build_every_scene(packed, tmp_path):
     copy = tmp_path / "tree"
     shutil.copytree(packed / "g1", copy / "g1")
     for index in (0, 1):
@@ -142,7 +142,7 @@ def test_a_shard_builds_its_scenes(packed, tmp_path):
     assert (summary.built, len(summary.failures)) == (2, 1)
 
 
-def test_a_scene_larger_than_scratch_is_a_failure(packed, tmp_path):
+def test_scene_larger_than_scratch_fails(packed, tmp_path):
     summary = library.build(
         "internnav", packed, tmp_path / "out", scenes=["g3/*"], scratch_limit=200_000
     )
@@ -164,7 +164,7 @@ def test_failures_name_the_file_in_the_archive(packed, tmp_path):
     assert failure.reason.startswith(f"{tmp_path / 'tree/g/house_000.tgz'}:{inside}: ")
 
 
-# What archives may hold
+# Contents of archives
 
 
 def tar_of(path, name="x", **values):
@@ -188,11 +188,11 @@ def tar_of(path, name="x", **values):
         ({"name": "a/" * 40 + "x"}, "has an invalid name"),
     ],
 )
-def test_nothing_leaves_the_folder(entry, problem, tmp_path):
+def test_unsafe_archive_entries_are_refused(entry, problem, tmp_path):
     tar_of(tmp_path / "x.tar", **entry)
     (tmp_path / "out").mkdir()
     with pytest.raises(SourceError, match=problem):
-        unpack(tmp_path / "x.tar", tmp_path / "out", free)
+        unpack(tmp_path / "x.tar", tmp_path / "out", unlimited)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "x.tar"]
 
 
@@ -203,7 +203,7 @@ def test_links_in_a_zip_are_refused(tmp_path):
         archive.writestr(entry, "/etc/passwd")
     (tmp_path / "out").mkdir()
     with pytest.raises(SourceError, match="is a symbolic link"):
-        unpack(tmp_path / "x.zip", tmp_path / "out", free)
+        unpack(tmp_path / "x.zip", tmp_path / "out", unlimited)
 
 
 @pytest.mark.parametrize(
@@ -216,14 +216,14 @@ def test_links_in_a_zip_are_refused(tmp_path):
         (b"PK\x03\x04broken", "is damaged"),
     ],
 )
-def test_unknown_file_formats_are_reported(content, problem, tmp_path):
+def test_unreadable_archives_are_reported(content, problem, tmp_path):
     (tmp_path / "x.tar.gz").write_bytes(content)
     (tmp_path / "out").mkdir()
     with pytest.raises(SourceError, match=problem):
-        unpack(tmp_path / "x.tar.gz", tmp_path / "out", free)
+        unpack(tmp_path / "x.tar.gz", tmp_path / "out", unlimited)
 
 
-def test_a_bomb_is_stopped_at_the_limit(tmp_path):
+def test_archive_bomb_is_stopped_at_the_scratch_limit(tmp_path):
     with (
         gzip.open(tmp_path / "x.tar.gz", "wb") as packed,
         tarfile.open(fileobj=packed, mode="w|") as archive,
@@ -240,14 +240,14 @@ def test_a_bomb_is_stopped_at_the_limit(tmp_path):
     assert not (tmp_path / "scratch").exists()
 
 
-def test_a_header_that_claims_gigabytes_is_refused(tmp_path):
+def test_archive_header_that_claims_gigabytes_is_refused(tmp_path):
     entry = tarfile.TarInfo("x")
     entry.type, entry.size = tarfile.XHDTYPE, 7 << 30
     with gzip.open(tmp_path / "x.tgz", "wb") as packed:
         packed.write(entry.tobuf(tarfile.USTAR_FORMAT) + bytes(1 << 20))
     (tmp_path / "out").mkdir()
     with pytest.raises(SourceError, match="a header of 7516192768 bytes"):
-        unpack(tmp_path / "x.tgz", tmp_path / "out", free)
+        unpack(tmp_path / "x.tgz", tmp_path / "out", unlimited)
 
 
 # The Hub
@@ -277,7 +277,7 @@ def served(packed, sample_tree):
 
 @pytest.fixture
 def hub(served, monkeypatch):
-    """That Hub, read by this process, whose client does not wait before it tries again."""
+    """That Hub, used by this process, with a client that retries without delay."""
     served.asked.clear()
     served.faults.clear()
     files = f"{served.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
@@ -296,8 +296,8 @@ def test_scenes_on_the_hub_are_fetched_built_and_removed(hub, dataset, tmp_path,
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home))
     summary = library.build("internnav", ROOMS, tmp_path / "out")
     assert (summary.built, summary.present, summary.failures) == (4, 0, []), summary.failures
-    plain = parts(dataset, "sample_zed")
-    assert parts(tmp_path / "out", "g1") == parts(tmp_path / "out", "loose") == plain
+    plain = group_files(dataset, "sample_zed")
+    assert group_files(tmp_path / "out", "g1") == group_files(tmp_path / "out", "loose") == plain
     assert not [path for path in home.rglob("*") if path.suffix in (".gz", ".jpg")]
     assert not (tmp_path / "out/.scratch").exists()
     assert {row.source_licence for row in read_entries(tmp_path / "out").values()} == {
@@ -311,7 +311,7 @@ def test_scenes_on_the_hub_are_fetched_built_and_removed(hub, dataset, tmp_path,
     assert not [line for line in hub.asked if "/resolve/" in line]
 
 
-def test_refused_archive_prints_one_sentence(hub, tmp_path):
+def test_gated_dataset_error_is_one_sentence(hub, tmp_path):
     ran = occgen_hub(
         "build", "--input", ROOMS, "--output", tmp_path / "out", "--dry-run",
         HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="0", HF_TOKEN=LOCKED,
@@ -322,7 +322,7 @@ def test_refused_archive_prints_one_sentence(hub, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("constants", "token", "address", "said"),
+    ("constants", "token", "address", "message"),
     [
         ({}, LOCKED, ROOMS, "is gated, and this token has no access"),
         ({}, BAD, ROOMS, "the Hub rejected the token"),
@@ -339,17 +339,19 @@ def test_refused_archive_prints_one_sentence(hub, tmp_path):
         ({}, READER, "hf://datasets/org", "is not a dataset on the Hub; give --input hf://"),
     ],
 )  # fmt: skip
-def test_hub_errors_give_one_sentence(hub, tmp_path, monkeypatch, constants, token, address, said):
+def test_hub_errors_give_one_sentence(
+    hub, tmp_path, monkeypatch, constants, token, address, message
+):
     monkeypatch.setenv("HF_TOKEN", token)
     for name, value in constants.items():
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
     ran = run("build", "--input", address, "--output", tmp_path / "out", "--dry-run")
     assert isinstance(ran.exception, OccGenError), ran.output
-    assert said in str(ran.exception)
+    assert message in str(ran.exception)
     assert "\n" not in str(ran.exception)
 
 
-def test_a_dry_run_lists_scenes_with_their_bytes_and_an_estimate(hub, packed, tmp_path):
+def test_dry_run_lists_scenes_with_sizes_and_an_estimate(hub, packed, tmp_path):
     ran = run("build", "--input", ROOMS, "--output", tmp_path / "out", "--dry-run")
     size = (packed / "g1/house_000.tar.gz").stat().st_size
     assert f"g1/house_000  {size / 1e6:.1f} MB  to build: is not built" in ran.stdout
@@ -388,7 +390,7 @@ def test_truncated_download_fails_its_scene(hub, tmp_path):
     assert (again.built, again.failures) == (2, [])
 
 
-def test_addresses():
+def test_hub_addresses_are_parsed():
     commit = HubSource.parse("hf://datasets/org/rooms@refs/pr/3/a/b/")
     assert commit == HubSource("org/rooms", "refs/pr/3", "a/b")
     assert HubSource.parse("hf://datasets/org/rooms") == HubSource("org/rooms", "main", "")

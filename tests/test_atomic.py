@@ -35,8 +35,8 @@ def make(place: Path, text: str) -> None:
         (partial / "inner/file").write_text(text)
 
 
-def held(place: Path) -> str:
-    """What a file or folder made by these holds."""
+def content_of(place: Path) -> str:
+    """The text in a file or folder written by these."""
     return (place / "inner/file" if place.is_dir() else place).read_text()
 
 
@@ -47,7 +47,7 @@ BOTH = pytest.mark.parametrize("put", [write, make], ids=["file", "folder"])
 def test_new_content_replaces_the_old(put, tmp_path):
     for text in ("one", "two"):
         put(tmp_path / "name", text)
-        assert held(tmp_path / "name") == text
+        assert content_of(tmp_path / "name") == text
         assert names(tmp_path) == ["name"]
 
 
@@ -67,7 +67,7 @@ def test_error_keeps_the_old_content(context, error, before, tmp_path):
     with pytest.raises(error):
         fail()
     assert names(tmp_path) == (["name"] if before else [])
-    assert not before or held(place) == "before"
+    assert not before or content_of(place) == "before"
 
 
 @pytest.mark.parametrize("context", [atomic_file, atomic_folder])
@@ -79,32 +79,32 @@ def test_final_name_appears_only_when_complete(context, tmp_path):
 
 
 @BOTH
-def test_a_link_in_its_place_is_replaced_and_not_followed(put, tmp_path):
+def test_link_at_the_destination_is_replaced_and_not_followed(put, tmp_path):
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "in").mkdir()
     (tmp_path / "in/name").symlink_to(tmp_path / "secret")
     put(tmp_path / "in/name", "new")
     assert not (tmp_path / "in/name").is_symlink()
-    assert held(tmp_path / "in/name") == "new"
+    assert content_of(tmp_path / "in/name") == "new"
     assert (tmp_path / "secret").read_text() == "secret"
 
 
 @BOTH
 def test_planted_links_are_not_written_through(put, tmp_path, monkeypatch):
-    """Neither those of names that can be foreseen, nor one of the very name."""
+    """Neither links with predictable names, nor one with the exact temporary name."""
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "in").mkdir()
     for name in (".name.partial", f".name.{TOKEN}.partial", f".name.{TOKEN}.old", ".name.old"):
         (tmp_path / "in" / name).symlink_to(tmp_path / "secret")
     put(tmp_path / "in/name", "new")
-    assert held(tmp_path / "in/name") == "new"
+    assert content_of(tmp_path / "in/name") == "new"
     monkeypatch.setattr(atomic.secrets, "token_hex", lambda size: TOKEN)
     monkeypatch.setattr(atomic, "clear_leftovers", lambda path: None)
     (tmp_path / "in" / f".name.{TOKEN}.partial").symlink_to(tmp_path / "secret")
     with pytest.raises(FileExistsError):
         put(tmp_path / "in/name", "newer")
     assert (tmp_path / "secret").read_text() == "secret"
-    assert held(tmp_path / "in/name") == "new"
+    assert content_of(tmp_path / "in/name") == "new"
 
 
 @BOTH
@@ -124,13 +124,13 @@ def test_concurrent_writers_leave_one_complete_result(put, tmp_path):
     for thread in threads:
         thread.join()
     assert not errors
-    text = held(tmp_path / "name")
+    text = content_of(tmp_path / "name")
     assert len(text) == 1000
     assert len(set(text)) == 1
     assert names(tmp_path) == ["name"]
 
 
-LONG = """
+UNFINISHED_WRITE = """
 import sys, time
 from pathlib import Path
 from occgen_hub.atomic import atomic_file, atomic_folder
@@ -141,9 +141,9 @@ with {context}(Path(sys.argv[1])) as partial:
 """
 
 
-def begin(context: str, place: Path) -> subprocess.Popen[str]:
-    """A process that is about to write there."""
-    code = LONG.format(context=context)
+def start_writing(context: str, place: Path) -> subprocess.Popen[str]:
+    """Start a process that waits in the middle of a write."""
+    code = UNFINISHED_WRITE.format(context=context)
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(place)], stdout=subprocess.PIPE, text=True
     )
@@ -153,8 +153,8 @@ def begin(context: str, place: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize(("put", "context"), [(write, "atomic_file"), (make, "atomic_folder")])
-def test_leftovers_of_killed_processes_only_are_removed(put, context, tmp_path):
-    living, killed = (begin(context, tmp_path / "name") for _ in range(2))
+def test_only_leftovers_of_killed_processes_are_removed(put, context, tmp_path):
+    living, killed = (start_writing(context, tmp_path / "name") for _ in range(2))
     try:
         assert len(names(tmp_path)) == 2
         killed.send_signal(signal.SIGKILL)
@@ -175,15 +175,15 @@ def test_leftovers_of_killed_processes_only_are_removed(put, context, tmp_path):
 
 
 @pytest.mark.parametrize("token", [f"{TOKEN}.", ""])
-def test_a_folder_that_was_moved_aside_is_put_back(token, tmp_path):
-    """As where a process was killed between its two moves."""
+def test_folder_moved_aside_by_a_killed_process_is_restored(token, tmp_path):
+    """The process was killed between its two moves."""
     make(tmp_path / "name", "old")
     (tmp_path / "name").rename(tmp_path / f".name.{token}old")
     (tmp_path / f".name.{token}partial/half").mkdir(parents=True)
     with pytest.raises(ValueError, match="fails"), atomic_folder(tmp_path / "name"):
         raise ValueError("fails")
     assert names(tmp_path) == ["name"]
-    assert held(tmp_path / "name") == "old"
+    assert content_of(tmp_path / "name") == "old"
 
 
 def test_old_content_is_not_restored_over_new_content(tmp_path):
@@ -191,7 +191,7 @@ def test_old_content_is_not_restored_over_new_content(tmp_path):
     make(tmp_path / f".name.{TOKEN}.old", "old")
     clear_leftovers(tmp_path / "name")
     assert names(tmp_path) == ["name"]
-    assert held(tmp_path / "name") == "new"
+    assert content_of(tmp_path / "name") == "new"
 
 
 def test_other_hidden_files_are_kept(tmp_path):
@@ -217,14 +217,14 @@ def test_without_locks_leftovers_are_recognised_by_age(tmp_path, monkeypatch):
 
 
 @BOTH
-def test_long_names(put, tmp_path):
+def test_long_names_are_written(put, tmp_path):
     for name in ("n" * 255, "\u00e4" * 127):
         put(tmp_path / name, "whole")
-        assert held(tmp_path / name) == "whole"
+        assert content_of(tmp_path / name) == "whole"
     assert len(names(tmp_path)) == 2
 
 
-def test_folders_that_lead_there_are_made_and_removed_if_it_fails(tmp_path):
+def test_parent_folders_are_created_and_removed_on_failure(tmp_path):
     with pytest.raises(ValueError, match="fails"), atomic_folder(tmp_path / "a/b/c"):
         raise ValueError("fails")
     assert not names(tmp_path)
@@ -233,10 +233,10 @@ def test_folders_that_lead_there_are_made_and_removed_if_it_fails(tmp_path):
         raise ValueError("fails")
     assert names(tmp_path) == ["a"]
     make(tmp_path / "a/b/c", "whole")
-    assert held(tmp_path / "a/b/c") == "whole"
+    assert content_of(tmp_path / "a/b/c") == "whole"
 
 
-def test_all_is_flushed_before_it_is_moved(tmp_path, monkeypatch):
+def test_content_is_flushed_before_it_is_moved(tmp_path, monkeypatch):
     flushed: list[str] = []
     monkeypatch.setattr(atomic, "_flush", lambda path: flushed.append(path.name))
     make(tmp_path / "name", "whole")
@@ -249,13 +249,13 @@ def test_all_is_flushed_before_it_is_moved(tmp_path, monkeypatch):
     assert flushed[1:] == [tmp_path.name]
 
 
-def test_a_file_has_the_rights_that_any_other_has(tmp_path):
+def test_file_has_default_permissions(tmp_path):
     (tmp_path / "other").write_text("x")
     write(tmp_path / "name", "x")
     assert (tmp_path / "name").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
-def test_new_unlocked_files_are_kept(tmp_path):
+def test_unlocked_temporary_files_are_kept_while_new(tmp_path):
     new = tmp_path / f".name.{TOKEN}.partial"
     new.touch()
     write(tmp_path / "name", "mine")

@@ -1,4 +1,4 @@
-"""A folder that cannot be looked into is passed over, with a warning, and the others are built."""
+"""Folders that cannot be listed are skipped with a warning, and the others are built."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DEPTH = "videos/chunk-000/observation.images.depth"
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A source of two trajectories. Not to be changed by tests."""
+    """A source of two trajectories. Tests must not change it."""
     out = tmp_path_factory.mktemp("folders") / "rooms"
     make_sample(out, trajectories=2, frames=2)
     return out
@@ -38,7 +38,7 @@ def mine(source, tmp_path):
 
 @pytest.fixture
 def unreadable(monkeypatch):
-    """Makes a folder one that cannot be listed, for whoever runs the tests."""
+    """Make listing a folder fail, even if root runs the tests."""
     own = os.scandir
 
     def make(folder: Path, number: int = errno.EACCES) -> None:
@@ -56,21 +56,21 @@ def names(builder) -> list[str]:
     return [ref.id for ref in builder.episodes()]
 
 
-def test_a_folder_that_cannot_be_listed_is_passed_over(mine, unreadable, caplog):
+def test_unreadable_folder_is_skipped_with_a_warning(mine, unreadable, caplog):
     before = names(InternNavBuilder(mine))
     (mine / "lost+found").mkdir()
     unreadable(mine / "lost+found")
     builder = InternNavBuilder(mine)
     assert names(builder) == before
     assert names(builder) == before
-    (said,) = (record for record in caplog.records if record.levelno == logging.WARNING)
-    assert said.getMessage() == (
+    (warning,) = (record for record in caplog.records if record.levelno == logging.WARNING)
+    assert warning.getMessage() == (
         f"Warning: {mine / 'lost+found'}: cannot be looked into (Permission denied), and is passed "
         "over."
     )
 
 
-def test_a_link_to_itself_is_passed_over(mine, caplog):
+def test_circular_and_broken_links_are_skipped(mine, caplog):
     before = names(InternNavBuilder(mine))
     (mine / "loop").symlink_to("loop")
     (mine / "sample_zed/loop").symlink_to(mine / "sample_zed/loop")
@@ -79,7 +79,7 @@ def test_a_link_to_itself_is_passed_over(mine, caplog):
     assert "loop: cannot be looked into (Too many levels of symbolic links)" in caplog.text
 
 
-def test_videos_beside_such_folders_are_found(tmp_path, unreadable, caplog):
+def test_videos_beside_unreadable_folders_are_found(tmp_path, unreadable, caplog):
     for name in ("a", "lost+found", "b"):
         (tmp_path / "in" / name).mkdir(parents=True)
         Image.new("RGB", (64, 48)).save(tmp_path / "in" / name / "0.jpg")
@@ -92,7 +92,7 @@ def test_videos_beside_such_folders_are_found(tmp_path, unreadable, caplog):
 
 
 @pytest.mark.parametrize("kind", [InternNavBuilder, VideoBuilder])
-def test_the_root_itself_is_not_passed_over(mine, unreadable, kind):
+def test_unreadable_root_is_an_error(mine, unreadable, kind):
     unreadable(mine)
     with pytest.raises(SourceError, match=r"cannot be looked into \(Permission denied\)"):
         names(kind(mine))
@@ -100,33 +100,35 @@ def test_the_root_itself_is_not_passed_over(mine, unreadable, kind):
 
 @pytest.mark.parametrize("kind", [InternNavBuilder, VideoBuilder])
 @pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ESTALE])
-def test_a_fault_of_the_machine_ends_the_listing(mine, unreadable, kind, number):
-    """Or a folder of episodes would be missing as if it were not there."""
+def test_machine_error_ends_the_listing(mine, unreadable, kind, number):
+    """If it were skipped, its episodes would be missing without notice."""
     unreadable(mine / "sample_zed", number)
     with pytest.raises(MachineError, match="fix that and run again"):
         names(kind(mine))
 
 
-def a_file(folder: Path) -> None:
+def replace_by_file(folder: Path) -> None:
     shutil.rmtree(folder)
     folder.write_text("no folder")
 
 
-def a_link_to_itself(folder: Path) -> None:
+def replace_by_circular_link(folder: Path) -> None:
     shutil.rmtree(folder)
     folder.symlink_to(folder.name)
 
 
-def a_link_to_nothing(folder: Path) -> None:
+def replace_by_broken_link(folder: Path) -> None:
     shutil.rmtree(folder)
     folder.symlink_to("nowhere")
 
 
-@pytest.mark.parametrize("harm", [a_file, a_link_to_itself, a_link_to_nothing])
+@pytest.mark.parametrize(
+    "damage", [replace_by_file, replace_by_circular_link, replace_by_broken_link]
+)
 @pytest.mark.parametrize("what", ["depth", "rgb"])
-def test_invalid_image_folder_fails_its_episode_only(mine, tmp_path, harm, what):
+def test_invalid_image_folder_fails_its_episode_only(mine, tmp_path, damage, what):
     first, second = load_builder("internnav", mine).episodes()
-    harm(first.path / f"videos/chunk-000/observation.images.{what}")
+    damage(first.path / f"videos/chunk-000/observation.images.{what}")
     command = ["build", "--input", mine, "--output", tmp_path / "out", "--set", "voxel_size=0.1"]
     result = CliRunner().invoke(cli, list(map(str, command)), standalone_mode=False)
     assert result.return_value == 1, result.output
@@ -136,8 +138,8 @@ def test_invalid_image_folder_fails_its_episode_only(mine, tmp_path, harm, what)
     assert (tmp_path / "out" / second.id / "meta/occgen.json").is_file()
 
 
-def test_unreadable_meta_folder_fails_its_episode_only(mine, monkeypatch):
-    """Looking a file up there raises, where a file that is missing does not."""
+def test_episode_with_unreadable_meta_folder_is_listed(mine, monkeypatch):
+    """Path.is_file raises in such a folder, but not for a missing file."""
     first, second = load_builder("internnav", mine).episodes()
     own = Path.is_file
 

@@ -1,4 +1,4 @@
-"""What scripts/bench compares with does the same work, so that its ratios mean something."""
+"""The baselines of scripts/bench do the same work as our code, so its ratios are fair."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The source `capture`: every layout gives the scene that it is of, and says what is wrong."""
+"""The source `capture`: every layout gives the same scene, and errors name the cause."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from occgen_hub.loading import Trajectory, trajectories
 
 KINECT = Path(__file__).parent.parent.parent / "shared/data/kinect"
 SMALL = library.Config(pc_range=(-0.4, -0.4, 0.4, 0.4, 0.4, 1.2))
-"""The usual cells, but few of them in sight, which is fast."""
+"""Cells of the usual size in a small range, which is fast."""
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def scene_cells(
     return np.floor(centres / SMALL.voxel_size).astype(np.int64)
 
 
-FORMS: dict[str, Callable[[Episode, Path], None]] = {
+WRITERS: dict[str, Callable[[Episode, Path], None]] = {
     "tum": captures.write_tum,
     "seven_scenes": captures.write_seven_scenes,
     "scannet": captures.write_scannet,
@@ -82,24 +82,24 @@ FORMS: dict[str, Callable[[Episode, Path], None]] = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_each_layout_gives_the_scene_of_the_tree(
-    form: str, episode: Episode, cells: np.ndarray, tmp_path: Path
+@pytest.mark.parametrize("layout_name", WRITERS)
+def test_every_layout_builds_the_same_scene(
+    layout_name: str, episode: Episode, cells: np.ndarray, tmp_path: Path
 ) -> None:
     place = tmp_path / "recording"
-    if form == "mcap":
+    if layout_name == "mcap":
         pytest.importorskip("rosbags")
     else:
         place.mkdir()
-    FORMS[form](episode, place)
-    if form == "mcap":  # Without its metadata.yaml, as it is handed on.
+    WRITERS[layout_name](episode, place)
+    if layout_name == "mcap":  # Without its metadata.yaml, as bags are often shared.
         (place,) = place.glob("*.mcap")
-    said = {}
-    if form == "tum":
-        said["intrinsics"] = captures.opencv_intrinsics(episode)
+    options = {}
+    if layout_name == "tum":
+        options["intrinsics"] = captures.opencv_intrinsics(episode)
     out = tmp_path / "out"
-    kept = form in ("tum", "mcap")
-    found = scene_cells("capture", place, out, "copy" if kept else "none", **said)
+    kept = layout_name in ("tum", "mcap")
+    found = scene_cells("capture", place, out, "copy" if kept else "none", **options)
     assert share_beside(found, cells) >= 0.98
     assert share_beside(cells, found) >= 0.98
 
@@ -107,18 +107,18 @@ def test_each_layout_gives_the_scene_of_the_tree(
     assert len(trajectory.world_from_camera()) == episode.length
     assert np.allclose(trajectory.world_from_camera(), episode.world_from_camera, atol=2e-3)
     assert np.allclose(trajectory.intrinsics(), episode.intrinsics, atol=1e-3)
-    if kept:  # What is written is what a pinhole camera saw, in the units of every dataset.
+    if kept:  # Written media are those of a pinhole camera, in the units of the dataset.
         assert np.allclose(trajectory.depth(2), episode.read_depth(2), atol=6e-4)
-        assert np.array_equal(trajectory.rgb(2), episode.read_rgb(2)) == (form == "tum")
+        assert np.array_equal(trajectory.rgb(2), episode.read_rgb(2)) == (layout_name == "tum")
         assert np.abs(trajectory.rgb(2).astype(int) - episode.read_rgb(2)).mean() < 2
-    assert trajectory.record["source"].get("cameras", []) == ([said] if said else [])
+    assert trajectory.record["source"].get("cameras", []) == ([options] if options else [])
     if kept:
         times = trajectory.table()["source_timestamp"].to_numpy()
         assert np.allclose(np.diff(times), 1 / episode.fps, atol=1e-6)
         assert json.loads(trajectory.file("info").read_text())["fps"] == episode.fps
 
 
-def test_plain_folder(episode: Episode, tmp_path: Path) -> None:
+def test_plain_folder_is_read(episode: Episode, tmp_path: Path) -> None:
     captures.write_plain(episode, tmp_path)
     found = read(tmp_path, intrinsics=captures.opencv_intrinsics(episode))
     check_equal(found, episode)
@@ -126,22 +126,20 @@ def test_plain_folder(episode: Episode, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_counted_images_take_poses_in_their_order(
-    first: int, episode: Episode, tmp_path: Path
-) -> None:
-    """0.jpg, 1.jpg: no milliseconds, though the trajectory's times begin at 0."""
+def test_numbered_images_take_poses_in_order(first: int, episode: Episode, tmp_path: Path) -> None:
+    """0.jpg and 1.jpg are not milliseconds, though the trajectory's times begin at 0."""
     rows = []
     for frame, pose in enumerate(episode.world_from_camera):
-        captures.color(episode, frame, tmp_path / f"color/{frame + first}.jpg")
-        captures.depth(episode, frame, tmp_path / f"depth/{frame + first}.png", 1000)
+        captures.copy_color(episode, frame, tmp_path / f"color/{frame + first}.jpg")
+        captures.write_depth(episode, frame, tmp_path / f"depth/{frame + first}.png", 1000)
         rows.append(captures.tum_line(frame / 10, pose))
     (tmp_path / "trajectory.txt").write_text("\n".join(rows))
-    said = captures.opencv_intrinsics(episode)
-    (tmp_path / "intrinsics.txt").write_text(" ".join(map(str, said)))
+    intrinsics = captures.opencv_intrinsics(episode)
+    (tmp_path / "intrinsics.txt").write_text(" ".join(map(str, intrinsics)))
     check_equal(read(tmp_path), episode)
 
 
-def test_bag_with_odometry(episode: Episode, tmp_path: Path) -> None:
+def test_bag_with_odometry_is_read(episode: Episode, tmp_path: Path) -> None:
     pytest.importorskip("rosbags")
     captures.write_bag(episode, tmp_path / "walk", odometry=True)
     found = read(tmp_path / "walk")
@@ -155,14 +153,14 @@ def test_bag_with_odometry(episode: Episode, tmp_path: Path) -> None:
 
 
 def check_equal(found: Episode, episode: Episode) -> None:
-    """All but the colours: millimetres of depth, and poses as text has them."""
+    """Compare all but colours. Depth has millimetres; poses have the precision of text files."""
     assert (found.length, found.fps) == (episode.length, episode.fps)
     assert np.allclose(found.world_from_camera, episode.world_from_camera, atol=1e-6)
     assert np.allclose(found.intrinsics, episode.intrinsics)
     assert np.allclose(found.read_depth(2), episode.read_depth(2), atol=6e-4)
 
 
-# What is wrong is named
+# Errors name the cause
 
 
 def read(place: Path, **mapping: object) -> Episode:
@@ -171,8 +169,8 @@ def read(place: Path, **mapping: object) -> Episode:
     return check_episode(builder.read(ref))
 
 
-def judged(episode: Episode) -> list[str]:
-    """The notes on its conventions; raises OccGenError where they are wrong."""
+def convention_notes(episode: Episode) -> list[str]:
+    """The notes about an episode's conventions. Raises OccGenError if they are wrong."""
     config = library.Config()
     views = load_engine("rgbd").reconstruct(episode, config, Path("unused"))
     return [note.text for note in check_conventions(views, episode.id, config, fps=episode.fps)]
@@ -180,7 +178,7 @@ def judged(episode: Episode) -> list[str]:
 
 @pytest.fixture(scope="module")
 def tum(episode: Episode, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A TUM recording. Not to be changed by tests."""
+    """A TUM recording. Tests must not change it."""
     place = tmp_path_factory.mktemp("tum") / "rgbd_dataset"
     place.mkdir()
     captures.write_tum(episode, place)
@@ -189,78 +187,76 @@ def tum(episode: Episode, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def seven(episode: Episode, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A 7-Scenes recording. Not to be changed by tests."""
+    """A 7-Scenes recording. Tests must not change it."""
     place = tmp_path_factory.mktemp("seven") / "seq-01"
     place.mkdir()
     captures.write_seven_scenes(episode, place)
     return place
 
 
-def test_a_wrong_unit_of_depth_is_named(tum: Path, episode: Episode) -> None:
+def test_wrong_depth_unit_is_named(tum: Path, episode: Episode) -> None:
     K = captures.opencv_intrinsics(episode)
-    assert judged(read(tum, intrinsics=K)) == []
+    assert convention_notes(read(tum, intrinsics=K)) == []
     with pytest.raises(OccGenError, match=r"as if depth were 0\.2 times as large"):
-        judged(read(tum, intrinsics=K, depth_unit=0.001))
+        convention_notes(read(tum, intrinsics=K, depth_unit=0.001))
 
 
-def test_inverse_poses_are_named_and_the_remedy_helps(seven: Path) -> None:
+def test_inverse_poses_are_named_with_the_option_to_change(seven: Path) -> None:
     with pytest.raises(OccGenError, match=r"camera_from_world; .*--pose-direction"):
-        judged(read(seven, pose_direction="camera_from_world"))
+        convention_notes(read(seven, pose_direction="camera_from_world"))
 
 
-def test_wrong_axes_are_named_and_the_remedy_helps(seven: Path) -> None:
+def test_wrong_axes_are_named_with_the_option_to_change(seven: Path) -> None:
     with pytest.raises(OccGenError, match=r"OpenGL's \(y up, z backward\); .*--pose-axes"):
-        judged(read(seven, pose_axes="opengl"))
+        convention_notes(read(seven, pose_axes="opengl"))
 
 
-def test_poses_with_ros_axes_are_named_and_the_remedy_helps(tum: Path, episode: Episode) -> None:
+def test_ros_axes_are_named_and_the_remedy_works(tum: Path, episode: Episode) -> None:
     K = captures.opencv_intrinsics(episode)
     right = read(tum, intrinsics=K)
     body = replace(right, world_from_camera=right.world_from_camera @ ROS_FROM_OPENCV.T)
     with pytest.raises(OccGenError, match=r"of a body in ROS .*; give --pose-axes ros"):
-        judged(body)
+        convention_notes(body)
     with pytest.raises(OccGenError, match="leave --pose-axes ros out"):
-        judged(read(tum, intrinsics=K, pose_axes="ros"))
+        convention_notes(read(tum, intrinsics=K, pose_axes="ros"))
     meant = CameraMapping(pose_axes="ros").world_from_camera(body.world_from_camera)
     np.testing.assert_allclose(meant, right.world_from_camera, atol=1e-12)
 
 
-def test_quaternions_in_another_order_are_named(
-    tum: Path, episode: Episode, tmp_path: Path
-) -> None:
+def test_wrong_quaternion_order_is_named(tum: Path, episode: Episode, tmp_path: Path) -> None:
     place = Path(shutil.copytree(tum, tmp_path / "tum"))
     rows = [line.split() for line in (place / "groundtruth.txt").read_text().splitlines()]
     lines = [" ".join(r if r[0] == "#" else [*r[:4], r[7], *r[4:7]]) for r in rows]
     (place / "groundtruth.txt").write_text("\n".join(lines))
     with pytest.raises(OccGenError, match=r"the quaternions were w, x, y, z; write them as x, y"):
-        judged(read(place, intrinsics=captures.opencv_intrinsics(episode)))
+        convention_notes(read(place, intrinsics=captures.opencv_intrinsics(episode)))
 
 
 def test_swapped_focal_lengths_are_named(episode: Episode, tmp_path: Path) -> None:
     captures.write_transforms(episode, tmp_path, swapped=True)
     with pytest.raises(OccGenError, match="as if the focal lengths were swapped"):
-        judged(read(tmp_path))
+        convention_notes(read(tmp_path))
 
 
 @pytest.mark.parametrize("offset", [0.2, -0.35])
-def test_a_time_offset_is_named_and_the_remedy_helps(
+def test_time_offset_is_named_and_the_advised_value_works(
     offset: float, episode: Episode, tmp_path: Path
 ) -> None:
     captures.write_tum(episode, tmp_path, offset)
     K = captures.opencv_intrinsics(episode)
     with pytest.raises(OccGenError, match=r"too (late|early) *; .*--time-offset") as error:
-        judged(read(tmp_path, intrinsics=K))
+        convention_notes(read(tmp_path, intrinsics=K))
     assert ("late" in str(error.value)) == (offset > 0)
     advised = float(str(error.value).rstrip(".").rpartition(" ")[2])
     assert abs(advised + offset) <= 0.05
-    assert judged(read(tmp_path, intrinsics=K, time_offset=advised)) == []
+    assert convention_notes(read(tmp_path, intrinsics=K, time_offset=advised)) == []
 
 
 @pytest.mark.parametrize("start", [0.0, 1.7e9])
-def test_images_named_by_times_take_the_poses_of_their_times(
+def test_images_named_by_time_take_the_poses_of_that_time(
     start: float, episode: Episode, tmp_path: Path
 ) -> None:
-    """Seconds with a decimal point, as recorders name them; times of another clock are refused."""
+    """Names are seconds with a decimal point. Times of another clock are refused."""
     named = tmp_path / "named"
     captures.write_plain(episode, tmp_path / "plain")
     K = captures.opencv_intrinsics(episode)
@@ -334,7 +330,7 @@ def test_colmap_models_are_read(binary: bool, episode: Episode, tmp_path: Path) 
     assert {note.code for note in found.notes} >= {"units"}
 
 
-def test_transforms_without_depth_are_read_and_the_unit_is_noted(
+def test_transforms_without_depth_are_read_with_a_note_on_units(
     episode: Episode, tmp_path: Path
 ) -> None:
     captures.write_transforms(episode, tmp_path, with_depth=False)
@@ -366,7 +362,7 @@ def test_colour_is_resized_to_depth(episode: Episode, tmp_path: Path) -> None:
 def test_open3d_files_and_floating_point_depth_are_read(episode: Episode, tmp_path: Path) -> None:
     rows = []
     for frame, pose in enumerate(episode.world_from_camera):
-        captures.color(episode, frame, tmp_path / f"color/{frame:06d}.jpg")
+        captures.copy_color(episode, frame, tmp_path / f"color/{frame:06d}.jpg")
         (tmp_path / "depth").mkdir(exist_ok=True)
         metres = np.where(episode.read_depth(frame) > 0, episode.read_depth(frame), np.nan)
         np.save(tmp_path / f"depth/{frame:06d}.npy", metres.astype(np.float32))
@@ -377,7 +373,7 @@ def test_open3d_files_and_floating_point_depth_are_read(episode: Episode, tmp_pa
     (tmp_path / "trajectory.log").write_text("\n".join(rows))
     fx, fy, cx, cy = captures.opencv_intrinsics(episode)
     width, height = episode.image_size
-    K = [fx, 0, 0, 0, fy, 0, cx, cy, 1]  # Column after column.
+    K = [fx, 0, 0, 0, fy, 0, cx, cy, 1]  # Column by column.
     values = {"width": width, "height": height, "intrinsic_matrix": K}
     (tmp_path / "camera_intrinsic.json").write_text(json.dumps(values))
     found = read(tmp_path)
@@ -426,11 +422,11 @@ def test_distortion_is_removed_once(fisheye: bool, tmp_path: Path) -> None:
     off = np.abs(found.read_rgb(0)[..., 0] - expected)[inside]
     assert np.median(off) < 1
     assert off.max() < 6
-    assert np.abs(photograph[..., 0] - expected)[inside].max() > 40  # It was distorted.
+    assert np.abs(photograph[..., 0] - expected)[inside].max() > 40  # The photograph is distorted.
     metres = 1 + 0.1 * (u + 0.5 - c[0]) / f + 0.05 * (v + 0.5 - c[1]) / f
     assert np.abs(found.read_depth(0) - metres)[inside].max() < 2e-3
     assert np.allclose(found.intrinsics[0], [[f, 0, c[0]], [0, f, c[1]], [0, 0, 1]])
-    # What is written is the undistorted image and depth.
+    # The undistorted image and depth are written.
     assert all(item.read is not None for item in found.media)
 
 
@@ -445,7 +441,7 @@ def test_poses_are_interpolated_on_se3_and_not_across_gaps() -> None:
     assert np.allclose(found[0, :3, 3], (0.5, 0, 0))
 
 
-def test_rotations_of_a_body_are_those_of_the_camera_that_sits_on_it() -> None:
+def test_body_poses_are_converted_to_camera_poses() -> None:
     mount = captures.np.eye(4)
     mount[:3, 3] = (0, 0, 1)
     mapping = CameraMapping(body_from_camera=tuple(mount.ravel()), pose_axes="opengl")
@@ -485,7 +481,7 @@ def command(*options: str | Path) -> Result:
     return CliRunner().invoke(build, [str(option) for option in options], standalone_mode=False)
 
 
-def test_intrinsics_of_another_size_get_a_note(tum: Path, episode: Episode) -> None:
+def test_intrinsics_for_another_image_size_give_a_note(tum: Path, episode: Episode) -> None:
     fx, fy, cx, cy = captures.opencv_intrinsics(episode)
     right = read(tum, intrinsics=(fx, fy, cx, cy)).notes
     assert "principal point" not in {note.code for note in right}
@@ -497,14 +493,14 @@ def test_intrinsics_of_another_size_get_a_note(tum: Path, episode: Episode) -> N
     assert "(320, 240) is far from the middle of images of 480 x 270" in note.text
 
 
-def test_a_folder_with_other_names_is_told_the_names(tum: Path, tmp_path: Path) -> None:
+def test_error_for_unknown_folder_names_lists_the_expected_ones(tum: Path, tmp_path: Path) -> None:
     shutil.copytree(tum / "rgb", tmp_path / "x/rgb_images")
     shutil.copytree(tum / "depth", tmp_path / "x/depth")
     done = command("--source", "capture", "--input", tmp_path / "x", "--output", tmp_path / "out")
     assert "name the folders color and depth, and the poses trajectory.txt" in str(done.exception)
 
 
-def test_mapping_options_and_rebuild_after_a_change(
+def test_mapping_options_are_used_and_a_change_causes_a_rebuild(
     tum: Path, episode: Episode, tmp_path: Path
 ) -> None:
     K, out = captures.opencv_intrinsics(episode), tmp_path / "out"
@@ -559,16 +555,14 @@ def test_bag_without_rosbags_names_the_extra(tmp_path: Path, monkeypatch) -> Non
         builder.has_depth(ref)
 
 
-def test_a_damaged_bag_is_named(tmp_path: Path) -> None:
+def test_damaged_bag_is_named(tmp_path: Path) -> None:
     pytest.importorskip("rosbags")
     (tmp_path / "walk.mcap").write_bytes(b"\x89MCAP0\r\n" + bytes(100))
     with pytest.raises(SourceError, match=r"walk\.mcap: cannot be read"):
         read(tmp_path / "walk.mcap")
 
 
-def test_a_pipe_in_the_place_of_a_bags_file_is_not_waited_for(
-    episode: Episode, tmp_path: Path
-) -> None:
+def test_pipe_instead_of_a_bag_file_is_refused(episode: Episode, tmp_path: Path) -> None:
     pytest.importorskip("rosbags")
     captures.write_bag(episode, tmp_path / "walk")
     (held,) = (tmp_path / "walk").glob("*.mcap")

@@ -1,4 +1,4 @@
-"""The dataset card: what the Hub's own reader finds in it, and examples that run as they stand."""
+"""The dataset card: the Hub's library reads it, and its examples run unchanged."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def mine(dataset: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`datasets` keeps nothing of one test for another, and leaves nothing behind."""
+    """Give `datasets` its own cache for each test."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def matter(root: Path) -> dict[str, Any]:
+def front_matter(root: Path) -> dict[str, Any]:
     """The front matter, as the Hub's library reads it."""
     from huggingface_hub import DatasetCard
 
@@ -66,11 +66,11 @@ def change_record(root: Path, change: dict[str, Any], number: int = 0) -> None:
     write_shards(root)
 
 
-# What it says
+# Content
 
 
-def test_the_hub_reads_its_front_matter(dataset):
-    found = matter(dataset)
+def test_hub_library_reads_the_front_matter(dataset):
+    found = front_matter(dataset)
     assert found["license"] == "other"
     assert re.fullmatch(r"[a-z0-9.-]+", found["license_name"])
     assert found["task_categories"] == ["robotics"]
@@ -81,28 +81,31 @@ def test_the_hub_reads_its_front_matter(dataset):
     ]  # fmt: skip
 
 
-def test_the_licence_is_that_of_the_source_s_card(tmp_path):
+def test_licence_is_taken_from_the_source_card(tmp_path):
     tree, out = tmp_path / "copy/vln_n1/traj_data", tmp_path / "out"
     make_sample(tree, trajectories=1, frames=1)
     (tmp_path / "copy/README.md").write_text("---\nlicense: cc-by-nc-sa-4.0\n---\nRooms.\n")
     build(tree, out)
-    assert matter(out)["license"] == "cc-by-nc-sa-4.0"
+    assert front_matter(out)["license"] == "cc-by-nc-sa-4.0"
     assert "under the licence cc-by-nc-sa-4.0 of its source" in (out / "README.md").read_text()
     assert validate(out).findings == ()
     (tmp_path / "copy/README.md").write_text("No licence here.\n")
     job = Job(builder := load_builder("internnav", tree), list_episodes(builder), out, COARSE)
-    assert (builder.license, build_dataset(job).present) == (None, 1)  # Words are no reason.
+    assert (builder.license, build_dataset(job).present) == (
+        None,
+        1,
+    )  # The text of a card causes no rebuild.
 
 
 @pytest.mark.parametrize(
-    ("said", "found"),
+    ("licence", "found"),
     [("mit", "mit"), (["mit"], "mit"), (["mit", "gpl-3.0"], None), ("other", None), (3, None)],
 )
-def test_a_licence_that_is_not_one_of_the_hub_s_is_not_known(said, found):
-    assert plain_license(said) == found
+def test_only_a_single_known_licence_is_used(licence, found):
+    assert plain_license(licence) == found
 
 
-def test_its_files_are_no_strays(dataset):
+def test_card_files_belong_to_a_valid_dataset(dataset):
     assert sorted(p.name for p in dataset.iterdir()) == [
         ".logs", "README.md", "index", "occupancy", "preview.png", "report.json", "sample_zed",
         "scene_states",
@@ -110,13 +113,13 @@ def test_its_files_are_no_strays(dataset):
     assert validate(dataset).findings == ()
 
 
-def test_its_examples_run(dataset):
+def test_card_examples_run(dataset):
     text = (dataset / "README.md").read_text()
     examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(examples) == 4
     places: list[dict[str, Any]] = [{} for _ in examples]
     for code, names in zip(examples, places, strict=True):
-        # Of the stream, which is read to its end, the first frame is looked at.
+        # The stream is read to its end, but only its first frame is compared.
         first = code.replace("for row in rows:", "for row in [*rows][:1]:")
         exec(first.replace('"DATASET', f'"{dataset}'), names)
     frames, streamed, ours, files = places
@@ -131,7 +134,7 @@ def test_its_examples_run(dataset):
     np.testing.assert_array_equal(ours["item"]["occupancy"].numpy(), streamed["occupied"])
 
 
-def test_the_frames_of_all_trajectories_say_whose_they_are(dataset):
+def test_frames_name_their_episode_and_scene(dataset):
     from datasets import Array2D, load_dataset
 
     frames = load_dataset(str(dataset), split="train")
@@ -150,7 +153,7 @@ def test_the_frames_of_all_trajectories_say_whose_they_are(dataset):
     } == {episode for episode, _, _ in expected}
 
 
-def test_columns_that_only_some_trajectories_have_are_left_to_their_files(sample_tree, tmp_path):
+def test_columns_that_trajectories_do_not_share_stay_in_their_own_files(sample_tree, tmp_path):
     from datasets import load_dataset
 
     source = Path(shutil.copytree(sample_tree, tmp_path / "source"))
@@ -171,20 +174,20 @@ def test_columns_that_only_some_trajectories_have_are_left_to_their_files(sample
     assert "only in their own files: `said`, `speed`" in (out / "README.md").read_text()
 
 
-def test_weights_that_forbid_commerce_are_said(mine):
+def test_card_states_that_weights_forbid_commercial_use(mine):
     weights = {"network": "pi3x", "sha256": "0" * 64, "license": "cc-by-nc-4.0", "repo_id": None}
     change_record(mine, {"weights": weights, "engine": "pi3x"}, 1)
     write_card(mine)
-    assert matter(mine)["license"] == "cc-by-nc-4.0"
+    assert front_matter(mine)["license"] == "cc-by-nc-4.0"
     assert "cc-by-nc-4.0, which forbids commercial use" in (mine / "README.md").read_text()
     assert "`pi3x`, `rgbd`" in (mine / "README.md").read_text()
     change_record(mine, {"weights": weights | {"license": "mine"}}, 1)
     write_card(mine)
-    assert matter(mine)["license"] == "other"
+    assert front_matter(mine)["license"] == "other"
     assert "under the licence mine. The same applies" in (mine / "README.md").read_text()
 
 
-def test_the_picture_is_of_the_first_trajectory(dataset, tmp_path):
+def test_card_picture_shows_the_first_trajectory(dataset, tmp_path):
     from occgen_hub.visual.inspection import picture
 
     picture(dataset, tmp_path / "look.png")
@@ -193,10 +196,10 @@ def test_the_picture_is_of_the_first_trajectory(dataset, tmp_path):
     assert "](preview.png)" in (dataset / "README.md").read_text()
 
 
-# Written again
+# Rewriting the card
 
 
-def test_the_same_trajectories_have_the_same_card(sample_tree, dataset, tmp_path):
+def test_equal_trajectories_give_an_equal_card(sample_tree, dataset, tmp_path):
     moved = Path(shutil.copytree(dataset, tmp_path / "moved"))
     for name in ("README.md", "preview.png"):
         (moved / name).unlink()
@@ -205,7 +208,7 @@ def test_the_same_trajectories_have_the_same_card(sample_tree, dataset, tmp_path
         assert sha256(moved / name) == sha256(dataset / name)
 
 
-def test_what_is_right_is_left_alone_and_what_is_not_is_written(mine):
+def test_card_is_rewritten_only_after_a_change(mine):
     files = [mine / "README.md", mine / "preview.png"]
     before = [path.stat().st_ino for path in files]
     write_card(mine)
@@ -216,7 +219,7 @@ def test_what_is_right_is_left_alone_and_what_is_not_is_written(mine):
     assert "9.9" in files[0].read_text()
 
 
-def test_a_users_own_card_and_picture_are_kept(sample_tree, tmp_path):
+def test_user_written_card_and_picture_are_kept(sample_tree, tmp_path):
     out = tmp_path / "out"
     assert build(sample_tree, out) == []
     Image.new("RGB", (4, 4)).save(out / "preview.png")
@@ -232,13 +235,13 @@ def test_a_users_own_card_and_picture_are_kept(sample_tree, tmp_path):
     assert validate(out).findings == ()
 
 
-def test_what_cannot_be_drawn_leaves_the_card_without_a_picture(mine):
+def test_unreadable_scene_gives_a_card_without_a_picture(mine):
     (trajectories(mine)[0] / "data/chunk-000/all_occ.npz").write_bytes(b"")
     change_record(mine, {"version": "9.9"})
     write_card(mine)
     assert not (mine / "preview.png").exists()
     assert "preview.png" not in (mine / "README.md").read_text()
-    assert matter(mine)["configs"]
+    assert front_matter(mine)["configs"]
 
 
 @pytest.mark.parametrize(
@@ -250,7 +253,7 @@ def test_what_cannot_be_drawn_leaves_the_card_without_a_picture(mine):
         ("meta/occgen.json", {"source": []}),
     ],
 )
-def test_meta_files_that_cannot_be_used_are_named(mine, file, change):
+def test_invalid_meta_files_are_named(mine, file, change):
     path = trajectories(mine)[1] / file
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     before = (mine / "README.md").read_bytes()
@@ -259,7 +262,7 @@ def test_meta_files_that_cannot_be_used_are_named(mine, file, change):
     assert (mine / "README.md").read_bytes() == before
 
 
-def test_no_trajectories_no_card(dataset, tmp_path):
+def test_card_requires_trajectories(dataset, tmp_path):
     for folder in (tmp_path, trajectories(dataset)[0]):
         with pytest.raises(UsageError, match="has no index with trajectories"):
             write_card(folder)

@@ -1,4 +1,4 @@
-"""The command line as a person meets it."""
+"""The command line as users see it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_help_imports_nothing_heavy():
 
 
 def test_help_is_quick():
-    """0.3 s is the aim; the best of five, with room for a busy machine."""
+    """The aim is 0.3 s. The best of five runs counts, with tolerance for a busy machine."""
     times = []
     for _ in range(5):
         start = time.perf_counter()
@@ -63,7 +63,7 @@ def test_every_command_has_help_with_an_example(command):
     assert f"occgen-hub {command}" in result.output.split("Example")[1]
 
 
-def test_sample_makes_what_build_takes(tmp_path):
+def test_build_accepts_the_output_of_sample(tmp_path):
     made = occgen_hub("sample", tmp_path / "rooms", "--trajectories", "1", "--frames", "2")
     assert made.returncode == 0, made.stderr
     assert "Next: occgen-hub build" in made.stdout
@@ -72,7 +72,7 @@ def test_sample_makes_what_build_takes(tmp_path):
     assert "1 built, 0 already there, 0 failed of 1 episodes; 2 frames" in built.stdout
 
 
-def test_validate_says_valid_or_what_is_wrong(dataset, tmp_path):
+def test_validate_reports_valid_or_the_problem(dataset, tmp_path):
     good = occgen_hub("validate", dataset, "--json")
     assert good.returncode == 0
     report = json.loads(good.stdout)
@@ -83,7 +83,7 @@ def test_validate_says_valid_or_what_is_wrong(dataset, tmp_path):
     assert "has no trajectories; give the folder" in bad.stdout
 
 
-def test_inspect_tells_and_draws(dataset, tmp_path):
+def test_inspect_prints_facts_and_draws_a_preview(dataset, tmp_path):
     picture = tmp_path / "look.png"
     result = occgen_hub("inspect", dataset, "--preview", picture)
     assert result.returncode == 0, result.stderr
@@ -93,12 +93,12 @@ def test_inspect_tells_and_draws(dataset, tmp_path):
     assert image.shape == (720, 1280, 3)
     quarters = [image[r : r + 360, c : c + 640] for r in (0, 360) for c in (0, 640)]
     assert all(quarter.std() > 10 for quarter in quarters)
-    for quarter in quarters[1:]:  # Depth and both heights have their scale at the foot.
+    for quarter in quarters[1:]:  # Depth and both height views have a scale at the bottom.
         assert any(_is_scale(line) for line in quarter[324:])
 
 
 def _is_scale(line: np.ndarray) -> bool:
-    """Whether a line of pixels holds all of the ramp, in its order."""
+    """Whether a row of pixels contains the whole color ramp in order."""
     wanted = ramp(np.linspace(0, 1, 30)).astype(int)
     places = np.abs(line.astype(int)[None] - wanted[:, None]).max(axis=2)
     first = places.argmin(axis=1)
@@ -190,7 +190,9 @@ def test_inspect_without_media_shows_the_cloud(sample_tree, tmp_path):
     ],
     ids=lambda value: " ".join(value)[:50] if isinstance(value, list) else None,
 )
-def test_wrong_usage_ends_with_2_and_one_sentence(sample_tree, dataset, tmp_path, arguments, words):
+def test_wrong_usage_exits_with_2_and_names_the_problem(
+    sample_tree, dataset, tmp_path, arguments, words
+):
     places = {
         "SAMPLE": str(sample_tree),
         "DATASET": str(dataset),
@@ -211,7 +213,7 @@ def test_wrong_usage_ends_with_2_and_one_sentence(sample_tree, dataset, tmp_path
     assert not (tmp_path / "o").exists()
 
 
-def test_many_lines_become_totals_of_folders(capsys):
+def test_long_lists_are_summarized_by_folder(capsys):
     paths = {f"g/s{s}/t/videos/{k}/{n}.jpg": n for s in range(9) for k in "ab" for n in range(50)}
     paths |= {"README.md": 7}
     folders = by_folder(paths)
@@ -222,27 +224,27 @@ def test_many_lines_become_totals_of_folders(capsys):
 
     lines = {path: f"line {n}" for path, n in paths.items()}
     assert say_by_folder(lines, lambda names: f"{len(names)} files", verbose=False)
-    said = capsys.readouterr().out.splitlines()
-    assert said[:2] == ["1 files  .", "50 files  g/s0/t/videos/a"]
-    assert said[-1] == "--verbose lists all 901."
+    lines_shown = capsys.readouterr().out.splitlines()
+    assert lines_shown[:2] == ["1 files  .", "50 files  g/s0/t/videos/a"]
+    assert lines_shown[-1] == "--verbose lists all 901."
     assert not say_by_folder(lines, lambda _: "", verbose=True)
     assert capsys.readouterr().out.splitlines() == list(lines.values())
     say_by_folder({f"g{n}/a/b": "" for n in range(99)}, lambda _: "1", verbose=False)
     assert "and 79 more folders" in capsys.readouterr().out
 
 
-def test_a_dry_run_of_many_episodes_counts_them_by_scene(sample_tree, tmp_path, monkeypatch):
+def test_dry_run_of_many_episodes_counts_them_by_scene(sample_tree, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[say_by_folder.__module__], "MOST_LINES", 1)
     command = ["build", "--input", str(sample_tree), "--output", str(tmp_path / "o"), "--dry-run"]
-    said = CliRunner().invoke(cli, command, catch_exceptions=False).stdout
-    assert re.search(r"^ +2 of +2 to build  sample_zed", said, re.M), said
-    assert "\n2 to build: is not there\n" in said
-    assert "trajectory_0" not in said
-    said = CliRunner().invoke(cli, [*command, "--verbose"], catch_exceptions=False).stdout
-    assert said.count("trajectory_") == 2
+    output = CliRunner().invoke(cli, command, catch_exceptions=False).stdout
+    assert re.search(r"^ +2 of +2 to build  sample_zed", output, re.M), output
+    assert "\n2 to build: is not there\n" in output
+    assert "trajectory_0" not in output
+    output = CliRunner().invoke(cli, [*command, "--verbose"], catch_exceptions=False).stdout
+    assert output.count("trajectory_") == 2
 
 
-def test_no_command_has_an_option_twice():
+def test_no_command_has_duplicate_options():
     for name, command in cli.commands.items():
         options = [text for p in command.params for text in (*p.opts, *p.secondary_opts)]
         assert len(set(options)) == len(options), f"{name}: {sorted(options)}"

@@ -1,4 +1,4 @@
-"""Occupancy files: what we write, scipy and numpy read, and the other way round."""
+"""Occupancy files: scipy and numpy read what we write, and we read what they write."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_equal_content_gives_equal_bytes(tmp_path):
 
 
 def test_masks_are_deflated_by_zlib_ng_frame_by_frame(tmp_path):
-    """zipfile has no way to choose a compressor: this tells when ours is not taken any more."""
+    """zipfile has no option for the compressor; this fails if ours is no longer used."""
     shape = (40, 50, 60)
     masks = np.packbits(np.random.default_rng(1).random((3, 120_000)) < 0.02, axis=1)
     observed = ObservedWriter(tmp_path / "a.npz", 3, shape)
@@ -91,7 +91,7 @@ def test_masks_are_deflated_by_zlib_ng_frame_by_frame(tmp_path):
     [np.float64(0.02), np.array([1, 2, 3]), np.array("packed"), np.zeros((0, 3), np.float32)],
     ids=["number", "row", "word", "empty"],
 )
-def test_arrays_are_read_as_numpy_reads_them(tmp_path, array):
+def test_arrays_are_read_like_numpy(tmp_path, array):
     np.savez_compressed(tmp_path / "a.npz", data=array)
     found = npz_array(tmp_path / "a.npz", "data").load()
     assert np.array_equal(found, array)
@@ -105,14 +105,14 @@ def test_rows_are_read_one_by_one(tmp_path):
     assert np.array_equal(rows, array)
 
 
-def test_a_pickle_is_refused(tmp_path):
+def test_pickled_array_is_refused(tmp_path):
     np.savez(tmp_path / "a.npz", data=np.array([{"a": 1}], dtype=object))
     with pytest.raises(DatasetError, match="pickled"):
         npz_array(tmp_path / "a.npz", "data")
 
 
 @pytest.mark.parametrize("shape", [(10**15,), (10**9, 10**9), (2**62, 4)])
-def test_a_header_that_claims_terabytes_costs_nothing(tmp_path, shape):
+def test_array_header_that_claims_terabytes_is_refused(tmp_path, shape):
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive, archive.open("data.npy", "w") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
@@ -131,7 +131,7 @@ def test_truncated_array_is_an_error(tmp_path):
 
 @settings(max_examples=50)
 @given(st.integers(0, 1000), st.sampled_from([0.02, 0.1, 0.5]))
-def test_the_scene_grid_holds_each_point_in_its_cell(seed, size):
+def test_scene_grid_contains_the_cell_of_every_point(seed, size):
     rng = np.random.default_rng(seed)
     points = rng.normal([10, -20, -3], 2, (200, 3)).astype(np.float32)
     grid = scene_grid(points, size)
@@ -158,7 +158,7 @@ def test_the_scene_grid_holds_each_point_in_its_cell(seed, size):
         (0.07, (0, 0, 0, 0.7, 0.7, 0.7), (10, 10, 10)),
     ],
 )
-def test_the_grids_shape_follows_from_range_and_size(size, pc_range, shape):
+def test_grid_shape_follows_from_range_and_voxel_size(size, pc_range, shape):
     grid = Grid.of(Config(voxel_size=size, pc_range=pc_range))
     assert grid.shape == shape
 

@@ -1,4 +1,4 @@
-"""Wrong units, sizes, axes and poses: each is told with its likely cause, and nothing is built."""
+"""Wrong units, sizes, axes and poses: the error names the likely cause, and nothing is built."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ TABLE = "data/chunk-000/episode_000000.parquet"
 Change = Callable[[Path], None]
 
 
-# Through a real build of a small sample
+# Builds of a small sample
 
 
 @pytest.fixture
 def tree(sample_tree: Path, tmp_path: Path) -> Path:
-    """A source tree of one trajectory, which may be changed."""
+    """A source tree of one trajectory that a test may change."""
     copy = Path(shutil.copytree(sample_tree, tmp_path / "tree"))
     _, *others = list_episodes(load_builder("internnav", copy))
     for ref in others:
@@ -58,7 +58,7 @@ def build(tree: Path, out: Path, builder: DatasetBuilder | None = None) -> Summa
 
 
 def failure(summary: Summary, out: Path) -> str:
-    """What was said of the one episode, which was not built."""
+    """The failure reason of the only episode, which was not built."""
     (failed,) = summary.failures
     assert not list(out.rglob("*.npz"))
     assert failed.reason.count(". ") == 0
@@ -71,7 +71,7 @@ def depth_images(tree: Path) -> list[Path]:
 
 
 def in_millimetres(tree: Path) -> None:
-    """Depth images of 1000 units a metre, where there should be 10,000."""
+    """Write depth images with 1000 units per metre instead of 10,000."""
     for place in depth_images(tree):
         Image.fromarray(np.asarray(Image.open(place)) // 10).save(place)
 
@@ -92,7 +92,7 @@ def change_poses(tree: Path, change: Callable[[np.ndarray], np.ndarray]) -> None
 
 
 def opencv_axes(tree: Path) -> None:
-    """The source's poses are OpenGL's; here they are OpenCV's already, and are turned again."""
+    """Write poses with OpenCV axes, which the source takes for OpenGL axes and converts."""
     change_poses(tree, lambda poses: poses @ OPENGL_FROM_OPENCV)
 
 
@@ -100,7 +100,7 @@ def inverted(tree: Path) -> None:
     change_poses(tree, np.linalg.inv)
 
 
-def test_a_correct_source_is_built(tree: Path, tmp_path: Path) -> None:
+def test_correct_source_is_built(tree: Path, tmp_path: Path) -> None:
     summary = build(tree, tmp_path / "out")
     assert not summary.failures
     assert not {"frames disagree", "empty scene", "poses"} & set(summary.notes)
@@ -118,7 +118,7 @@ def test_a_correct_source_is_built(tree: Path, tmp_path: Path) -> None:
         (inverted, "as if the poses were camera_from_world", "invert them"),
     ],
 )
-def test_a_wrong_convention_fails_with_the_likely_cause(
+def test_wrong_convention_fails_with_the_likely_cause(
     change: Change, cause: str, remedy: str, tree: Path, tmp_path: Path
 ) -> None:
     change(tree)
@@ -136,8 +136,8 @@ def test_depth_images_of_half_the_size_fail(tree: Path, tmp_path: Path) -> None:
     assert "480" in message
 
 
-class Wrapped(InternNavBuilder):
-    """A third party's source, which changes what another one reads."""
+class ThirdPartySource(InternNavBuilder):
+    """A third-party source that changes the episodes of another source."""
 
     name: ClassVar[str] = "wrapped"
     change: ClassVar[Callable[[Episode], Episode]]
@@ -146,12 +146,12 @@ class Wrapped(InternNavBuilder):
         return type(self).change(super().read(ref))
 
 
-def wrapped(change: Callable[[Episode], Episode]) -> type[Wrapped]:
-    return type("Changed", (Wrapped,), {"change": staticmethod(change)})
+def third_party_source(change: Callable[[Episode], Episode]) -> type[ThirdPartySource]:
+    return type("Changed", (ThirdPartySource,), {"change": staticmethod(change)})
 
 
-def test_a_swapped_image_size_fails(tree: Path, tmp_path: Path) -> None:
-    changed = wrapped(lambda e: dataclasses.replace(e, image_size=e.image_size[::-1]))
+def test_swapped_image_size_fails(tree: Path, tmp_path: Path) -> None:
+    changed = third_party_source(lambda e: dataclasses.replace(e, image_size=e.image_size[::-1]))
     message = failure(build(tree, tmp_path / "out", changed(tree)), tmp_path / "out")
     assert "swapped" in message
 
@@ -162,28 +162,30 @@ def test_depth_of_half_the_size_from_a_third_party_fails(tree: Path, tmp_path: P
         assert read_depth is not None
         return dataclasses.replace(episode, read_depth=lambda t: read_depth(t)[::2, ::2])
 
-    message = failure(build(tree, tmp_path / "out", wrapped(halved)(tree)), tmp_path / "out")
+    message = failure(
+        build(tree, tmp_path / "out", third_party_source(halved)(tree)), tmp_path / "out"
+    )
     assert "read_depth" in message
     assert "1/2 of the image's size" in message
 
 
 def test_metres_read_as_millimetres_fail(tree: Path, tmp_path: Path) -> None:
-    """A third party that forgets to divide: all depth is a thousand times too large."""
+    """A third-party source forgets to divide: depth is a thousand times too large."""
 
     def thousandfold(episode: Episode) -> Episode:
         read_depth = episode.read_depth
         assert read_depth is not None
         return dataclasses.replace(episode, read_depth=lambda t: 1000 * read_depth(t))
 
-    summary = build(tree, tmp_path / "out", wrapped(thousandfold)(tree))
+    summary = build(tree, tmp_path / "out", third_party_source(thousandfold)(tree))
     if summary.failures:
         message = failure(summary, tmp_path / "out")
         assert "as if depth were 0.001 times as large" in message
-    else:  # Frames that only turn agree at any scale: then nothing is within depth_range.
+    else:  # Frames that only turn agree at any scale. Then no depth is within depth_range.
         assert summary.notes["empty scene"] == 1
 
 
-def test_a_scene_without_depth_is_told(tree: Path, tmp_path: Path) -> None:
+def test_scene_without_depth_gives_a_note(tree: Path, tmp_path: Path) -> None:
     for place in depth_images(tree):
         Image.fromarray(np.zeros_like(np.asarray(Image.open(place)))).save(place)
     summary = build(tree, tmp_path / "out")
@@ -218,12 +220,12 @@ def with_poses(episode: Episode, change: Callable[[np.ndarray], np.ndarray]) -> 
     return dataclasses.replace(episode, world_from_camera=change(episode.world_from_camera))
 
 
-def test_a_correct_episode_has_no_notes(tmp_path: Path) -> None:
+def test_correct_episode_has_no_notes(tmp_path: Path) -> None:
     assert scene_of(made_up(), tmp_path).notes == ()
 
 
 @pytest.mark.parametrize("factor", [0.001, 0.1, 0.2, 2.0, 5.0, 10.0, 1000.0])
-def test_each_usual_unit_is_named(factor: float, tmp_path: Path) -> None:
+def test_each_common_depth_unit_is_named(factor: float, tmp_path: Path) -> None:
     with pytest.raises(OccGenError, match=f"as if depth were {1 / factor:g} times as large"):
         scene_of(scaled(made_up(), factor), tmp_path)
 
@@ -240,7 +242,7 @@ def test_each_usual_unit_is_named(factor: float, tmp_path: Path) -> None:
     ],
     ids=["opengl", "inverse", "both"],
 )
-def test_each_usual_mistake_of_poses_is_named(
+def test_each_common_pose_mistake_is_named(
     change: Callable[[np.ndarray], np.ndarray], cause: str, tmp_path: Path
 ) -> None:
     with pytest.raises(OccGenError) as error:
@@ -249,7 +251,7 @@ def test_each_usual_mistake_of_poses_is_named(
     assert str(error.value).startswith("made/up/episode: frames contradict one another")
 
 
-def test_poses_that_belong_to_another_recording_are_told(tmp_path: Path) -> None:
+def test_poses_of_another_recording_give_a_note(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     others = path(8)
     for pose in others:
@@ -261,7 +263,7 @@ def test_poses_that_belong_to_another_recording_are_told(tmp_path: Path) -> None
     assert "check that poses, depth and intrinsics belong together" in text
 
 
-def test_a_camera_that_stands_still_is_no_mistake(tmp_path: Path) -> None:
+def test_static_camera_is_not_a_mistake(tmp_path: Path) -> None:
     still = np.repeat(path(1), 6, axis=0)
     scene = scene_of(made_up(still), tmp_path)
     assert [note.code for note in scene.notes] == ["static camera"]
@@ -269,8 +271,8 @@ def test_a_camera_that_stands_still_is_no_mistake(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.03])
-def test_a_camera_that_only_turns_is_no_mistake(noise: float, tmp_path: Path) -> None:
-    """Any unit of depth fits it alike, also where depth is so noisy that little agrees."""
+def test_turning_camera_is_not_a_mistake(noise: float, tmp_path: Path) -> None:
+    """Every depth unit fits equally well, even if noise makes most depths disagree."""
     turns = [camera((0, 0, 0), (np.sin(t), 0.1, np.cos(t))) for t in np.linspace(-0.6, 0.6, 8)]
     rng = np.random.default_rng(0)
     depths = [depth_of(room(), pose) for pose in turns]
@@ -279,13 +281,13 @@ def test_a_camera_that_only_turns_is_no_mistake(noise: float, tmp_path: Path) ->
     assert not {"frames disagree", "empty scene"} & {note.code for note in scene.notes}
 
 
-def test_one_frame_is_no_mistake(tmp_path: Path) -> None:
+def test_single_frame_is_not_a_mistake(tmp_path: Path) -> None:
     assert scene_of(made_up(path(1)), tmp_path).notes == ()
 
 
 @pytest.mark.parametrize("fusion", ["evidence", "union"])
 @pytest.mark.parametrize("depth", [0.0, 50.0])
-def test_nothing_in_range_is_told(depth: float, fusion: str, tmp_path: Path) -> None:
+def test_depth_out_of_range_gives_a_note(depth: float, fusion: str, tmp_path: Path) -> None:
     still = np.repeat(path(1), 4, axis=0)
     episode = episode_of([np.full((60, 80), depth)] * 4, still)
     config = Config.model_validate({"voxel_size": 0.05, "fusion": fusion})
@@ -298,7 +300,7 @@ def test_nothing_in_range_is_told(depth: float, fusion: str, tmp_path: Path) -> 
 
 
 def wrong_frame(name: str, change: Callable[[Any], Any]) -> Callable[[Episode], Episode]:
-    """A change to what a reader gives of frame 2."""
+    """Change what a reader returns for frame 2."""
 
     def changed(episode: Episode) -> Episode:
         read = getattr(episode, name)
@@ -322,7 +324,7 @@ def replaced(**fields: Any) -> Callable[[Episode], Episode]:
     return lambda episode: dataclasses.replace(episode, **fields)
 
 
-def spoilt(array: np.ndarray, value: float) -> np.ndarray:
+def with_value(array: np.ndarray, value: float) -> np.ndarray:
     array = array.copy()
     array[3, 4] = value
     return array
@@ -339,7 +341,7 @@ NUMBERS = Feature(dtype="float32", shape=(2,))
 
 
 @pytest.mark.parametrize(
-    ("change", "field", "said"),
+    ("change", "field", "message"),
     [
         (replaced(length=0), "length", "at least one frame"),
         (replaced(image_size=(0, 60)), "image_size", "(width, height)"),
@@ -383,24 +385,24 @@ NUMBERS = Feature(dtype="float32", shape=(2,))
             "read_depth(2)",
             "float metres",
         ),
-        (wrong_frame("read_depth", lambda x: spoilt(x, np.nan)), "read_depth(2)", "finite"),
-        (wrong_frame("read_depth", lambda x: spoilt(x, np.inf)), "read_depth(2)", "finite"),
-        (wrong_frame("read_depth", lambda x: spoilt(x, -1.0)), "read_depth(2)", "negative"),
+        (wrong_frame("read_depth", lambda x: with_value(x, np.nan)), "read_depth(2)", "finite"),
+        (wrong_frame("read_depth", lambda x: with_value(x, np.inf)), "read_depth(2)", "finite"),
+        (wrong_frame("read_depth", lambda x: with_value(x, -1.0)), "read_depth(2)", "negative"),
         (wrong_frame("read_depth", lambda _: None), "read_depth(2)", "float metres"),
     ],
 )
 def test_each_wrong_field_is_named(
-    change: Callable[[Episode], Episode], field: str, said: str
+    change: Callable[[Episode], Episode], field: str, message: str
 ) -> None:
     wrong = change(made_up())
     with pytest.raises(OccGenError) as error:
         read_frame(check_episode(wrong), 2)
     assert str(error.value).startswith(f"made/up/episode: {field}")
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_right_episode_passes_unchanged() -> None:
+def test_correct_episode_passes_unchanged() -> None:
     episode = made_up()
     checked = check_episode(episode)
     assert checked.read_depth is not None
@@ -417,7 +419,7 @@ def episodes_of(builder: DatasetBuilder) -> Iterator[Episode]:
         yield builder.read(ref)
 
 
-def test_the_samples_episodes_pass(sample_tree: Path) -> None:
+def test_sample_episodes_pass(sample_tree: Path) -> None:
     for episode in episodes_of(load_builder("internnav", sample_tree)):
         checked = check_episode(episode)
         assert checked.read_depth is not None

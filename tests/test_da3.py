@@ -27,7 +27,7 @@ from occgen_hub.sample import make_sample
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """da3-small with random weights, named as the published ones are, without a description."""
+    """da3-small with random weights, named like the published file, without a config.json."""
     pytest.importorskip("depth_anything_3")
     from occgen_hub.engines.da3 import tensor_shapes
 
@@ -38,7 +38,7 @@ def checkpoint(tmp_path_factory):
         noise = torch.randn(shape, generator=generator) / math.sqrt(fan_in)
         scale = len(shape) == 1 and not name.endswith("bias")
         tensors[name] = 1 + 0.05 * noise if scale else noise
-    fov = "model.cam_dec.fc_fov.0"  # A camera's angle of view: about a radian.
+    fov = "model.cam_dec.fc_fov.0"  # The camera's field of view is about a radian.
     tensors[f"{fov}.weight"] *= 0.05
     tensors[f"{fov}.bias"] = torch.ones(2)
     folder = tmp_path_factory.mktemp("da3")
@@ -57,8 +57,8 @@ def episode(tmp_path_factory):
 SMALL = Config(max_pixels=20_000, window=6)
 
 
-def test_conventions_are_those_of_the_project(checkpoint, episode):
-    """Points go back to the pixels they are from by the package's own cameras."""
+def test_points_and_poses_follow_the_project_conventions(checkpoint, episode):
+    """The package's own cameras project the points back to their pixels."""
     engine = load_engine("da3", checkpoint, "cpu")
     network = engine.load(SMALL)
     size = engine.input_size(episode.image_size, SMALL)
@@ -101,7 +101,7 @@ def test_alignment_recovers_a_known_sim3(checkpoint, episode, tmp_path):
     np.testing.assert_allclose(moved.depth(0), 2.5 * views.depth(0), rtol=1e-5)
 
 
-def test_a_longer_side_is_at_most_504_pixels():
+def test_longer_side_is_about_504_pixels():
     pytest.importorskip("depth_anything_3")
     from occgen_hub.engines.da3 import Da3Engine
 
@@ -111,7 +111,7 @@ def test_a_longer_side_is_at_most_504_pixels():
         assert 480 <= max(found) <= 504 + 14, found
 
 
-def test_other_models_are_known_by_their_size(checkpoint):
+def test_model_preset_is_detected_from_the_weights(checkpoint):
     found = find_weights("da3", checkpoint, missing="raise")
     assert found.checkpoint.preset == "da3-small"
     assert found.record()["license"] == "apache-2.0"
@@ -125,7 +125,7 @@ def test_missing_package_error_names_the_remedy(monkeypatch):
         load_engine("da3", None, "cpu")
 
 
-def test_commercial_use_is_allowed_by_the_weights(checkpoint, tmp_path):
+def test_commercial_use_is_checked_against_the_weights_licence(checkpoint, tmp_path):
     check_license(load_engine("da3", checkpoint, "cpu"))
     check_license(Auto(None))
     check_license(load_engine("rgbd"))
@@ -139,6 +139,6 @@ def test_commercial_use_is_allowed_by_the_weights(checkpoint, tmp_path):
         check_license(load_engine("pi3", folder, "cpu"))
 
 
-def test_the_published_weights_are_apache():
+def test_published_weights_have_the_apache_licence():
     assert published("da3").license == "apache-2.0"
     assert published("da3").preset == "da3-base"

@@ -1,4 +1,4 @@
-"""The files of a built trajectory, read by the libraries that its users read them with."""
+"""The files of a built trajectory, read with the libraries that its users have."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def source(trajectory: Path, dataset: Path, sample_tree: Path) -> Path:
 
 
 def test_visible_cells_are_checked_frame_by_frame(dataset, monkeypatch):
-    """Those of half an hour are more than may be loaded at once."""
+    """The visible cells of half an hour are too many to load at once."""
     loaded, load = [], NpzArray.load
     monkeypatch.setattr(NpzArray, "load", lambda array: (loaded.append(array.name), load(array))[1])
     assert validate(dataset).findings == ()
@@ -52,7 +52,7 @@ def test_visible_cells_are_checked_frame_by_frame(dataset, monkeypatch):
 
 
 def test_each_table_and_meta_file_is_parsed_once(dataset, monkeypatch):
-    """`validate` reads a trajectory through one object, which keeps what it parsed."""
+    """`validate` reads a trajectory through one object, which caches parsed files."""
     parsed: Counter[Path] = Counter()
     for name in ("read_parquet", "read_jsonl", "read_json"):
         read = getattr(loading, name)
@@ -71,7 +71,7 @@ def _counted(parsed, read, path, *limit):
     return read(path, *limit)
 
 
-def test_columns_are_kept_and_cannot_be_written_to(trajectory):
+def test_columns_are_cached_and_read_only(trajectory):
     opened = Trajectory.open(trajectory)
     poses = opened.column(SCHEMA.poses)
     assert opened.column(SCHEMA.poses) is poses
@@ -79,13 +79,13 @@ def test_columns_are_kept_and_cannot_be_written_to(trajectory):
         poses[0] = 0
 
 
-def test_it_is_valid(dataset):
+def test_built_dataset_is_valid(dataset):
     report = validate(dataset)
     assert report.findings == ()
     assert report.trajectories == 2
 
 
-def test_every_file_of_the_layout_is_there_and_no_other(trajectory):
+def test_trajectory_has_exactly_the_files_of_the_layout(trajectory):
     frames = pq.read_metadata(trajectory / "data/chunk-000/episode_000000.parquet").num_rows
     expected = {
         "data/chunk-000/all_occ.npz",
@@ -107,7 +107,7 @@ def test_every_file_of_the_layout_is_there_and_no_other(trajectory):
     assert found == expected
 
 
-def test_datasets_gives_arrays_of_the_declared_shape(trajectory, source):
+def test_datasets_library_reads_arrays_of_the_declared_shape(trajectory, source):
     import datasets
 
     path = str(trajectory / "data/chunk-000/episode_000000.parquet")
@@ -139,7 +139,7 @@ def test_datasets_gives_arrays_of_the_declared_shape(trajectory, source):
     )
 
 
-def test_info_declares_what_the_parquet_holds(trajectory):
+def test_info_declares_the_parquet_columns(trajectory):
     info = json.loads((trajectory / "meta/info.json").read_text())
     table = read_parquet(trajectory / "data/chunk-000/episode_000000.parquet")
     assert set(info["features"]) == set(table.column_names)
@@ -152,7 +152,7 @@ def test_info_declares_what_the_parquet_holds(trajectory):
         assert feature == SCHEMA.features[name].info()
 
 
-def test_each_row_says_whose_it_is(trajectory, dataset, tmp_path):
+def test_each_row_names_its_episode_and_scene(trajectory, dataset, tmp_path):
     table = read_parquet(trajectory / "data/chunk-000/episode_000000.parquet")
     episode = trajectory.relative_to(dataset).as_posix()
     assert set(table["episode"].to_pylist()) == {episode}
@@ -217,7 +217,7 @@ def test_lerobots_own_v21_reader_loads_a_trajectory(trajectory):
     assert done.returncode == 0, done.stderr
 
 
-def test_statistics_are_those_lerobot_computes(trajectory):
+def test_statistics_match_those_of_lerobot(trajectory):
     from lerobot.datasets.compute_stats import get_feature_stats
 
     opened = Trajectory.open(trajectory)
@@ -229,13 +229,13 @@ def test_statistics_are_those_lerobot_computes(trajectory):
         for key in ("min", "max", "mean", "std"):
             exact = getattr(np, key)(rows.astype(np.float64), axis=0)
             np.testing.assert_allclose(np.ravel(stats[name][key]), exact, atol=1e-6)
-            # LeRobot's own are worked out in float32, from squares.
+            # LeRobot computes its own in float32, from squares.
             np.testing.assert_allclose(np.ravel(stats[name][key]), theirs[key], atol=1e-2)
         assert stats[name]["count"] == theirs["count"].tolist()
 
 
-def test_occupancy_is_what_the_seeds_reader_expects(trajectory):
-    """scipy.sparse.load_npz and numpy alone, with the grid of the seed."""
+def test_scipy_and_numpy_read_the_occupancy(trajectory):
+    """Only scipy.sparse.load_npz and numpy are used, with the default grid."""
     visible = sparse.load_npz(trajectory / "videos/chunk-000/observation.occ.view/occ_sequence.npz")
     frames = len(list((trajectory / "videos/chunk-000/observation.images.rgb").iterdir()))
     assert visible.shape == (frames, 200 * 125 * 200)
@@ -248,10 +248,10 @@ def test_occupancy_is_what_the_seeds_reader_expects(trajectory):
     assert occupied.sum() > 1000
 
 
-def test_each_depth_pixel_lies_in_a_visible_cell_or_behind_one(trajectory):
-    """The occupancy of a frame stops that frame's own rays where its depth image says, or earlier.
+def test_visible_cells_stop_rays_at_the_measured_depth(trajectory):
+    """The visible cells of a frame stop its rays at the measured depth, or slightly before it.
 
-    Earlier by no more than the cell in which the ray meets the surface's staircase; later never.
+    Before it by at most the cell in which the ray meets the staircase of cells; never behind it.
     """
     opened = Trajectory.open(trajectory)
     grid, K, size = opened.grid, opened.intrinsics()[0], opened.image_size
@@ -274,7 +274,7 @@ def test_each_depth_pixel_lies_in_a_visible_cell_or_behind_one(trajectory):
     assert (hit[inside] >= 0).mean() > 0.998
 
 
-def test_the_scene_is_in_the_worlds_coordinates(trajectory, sample_tree):
+def test_scene_is_in_world_coordinates(trajectory, sample_tree):
     scene = np.load(trajectory / "data/chunk-000/all_occ.npz", allow_pickle=False)
     assert scene["data"].dtype == np.float32
     assert scene["voxel_size"] == 0.02
@@ -298,7 +298,7 @@ def test_the_scene_is_in_the_worlds_coordinates(trajectory, sample_tree):
         assert np.quantile(distance, 0.99) < 0.02
 
 
-def test_the_cloud_has_the_colours_of_the_images(trajectory):
+def test_cloud_has_the_colours_of_the_images(trajectory):
     opened = Trajectory.open(trajectory)
     cloud, pose, K = opened.cloud(), opened.world_from_camera()[0], opened.intrinsics()[0]
     local = (cloud.points - pose[:3, 3]) @ pose[:3, :3]
@@ -313,7 +313,7 @@ def test_the_cloud_has_the_colours_of_the_images(trajectory):
     assert np.median(np.abs(difference)) < 16
 
 
-def test_the_media_are_the_sources(trajectory, source):
+def test_media_are_copied_from_the_source(trajectory, source):
     for name in ("observation.images.rgb/0.jpg", "observation.images.depth/1.png"):
         ours, theirs = (root / "videos/chunk-000" / name for root in (trajectory, source))
         assert ours.read_bytes() == theirs.read_bytes()
@@ -325,7 +325,7 @@ def test_the_media_are_the_sources(trajectory, source):
     assert np.abs(resized - first).mean() < 12
 
 
-def test_the_record_names_every_file_with_its_digest(trajectory):
+def test_record_names_every_file_with_its_digest(trajectory):
     record = json.loads((trajectory / "meta/occgen.json").read_text())
     held = {p.relative_to(trajectory).as_posix() for p in trajectory.rglob("*") if p.is_file()}
     assert set(record["files"]) == held - {"meta/occgen.json"}
@@ -336,7 +336,7 @@ def test_the_record_names_every_file_with_its_digest(trajectory):
     assert record["engine"] == "rgbd"
 
 
-def test_the_dynamic_size_thins_the_cloud(sample_tree, tmp_path):
+def test_voxel_size_scale_thins_the_cloud(sample_tree, tmp_path):
     from occgen_hub.builder import load_builder
     from occgen_hub.config import Config
     from occgen_hub.episode_build import Settings, build_episode
@@ -350,12 +350,14 @@ def test_the_dynamic_size_thins_the_cloud(sample_tree, tmp_path):
         build_episode(builder, ref, out, Settings(config, media="none"))
         assert validate(out).valid
         sizes[scale] = len(Trajectory.open(out / ref.id).cloud())
-    assert sizes[None] == sizes[100.0] > sizes[20.0] > 0  # a room over 100 is finer than the base
+    assert (
+        sizes[None] == sizes[100.0] > sizes[20.0] > 0
+    )  # a hundredth of the room is finer than the base size
     scene = np.load(tmp_path / "20.0" / ref.id / "data/chunk-000/all_occ.npz")
     volume = np.prod(scene["shape"]) * 0.05**3
     points = Trajectory.open(tmp_path / "20.0" / ref.id).cloud().points
     voxels = np.floor(points.astype(float) / (np.cbrt(volume) / 20)).astype(int)
-    # A mean may round over its voxel's face: nearly one point a voxel.
+    # Rounding may move a mean into the next voxel: nearly one point per voxel.
     assert len(np.unique(voxels, axis=0)) > 0.99 * len(points)
 
 
@@ -378,20 +380,20 @@ def test_interval_uses_every_nth_frame_and_still_writes_every_frame(sample_tree,
     assert points[1] < points[0]
 
 
-def test_without_datasets_the_matrices_are_lists(trajectory):
-    """In a process that never imports `datasets`, as with pandas or polars alone."""
+def test_pandas_reads_matrices_as_lists_without_datasets(trajectory):
+    """In a process that never imports `datasets`, only pandas or polars."""
     code = (
         "import os, sys, pandas as pd, numpy as np; "
         "table = pd.read_parquet(sys.argv[1]); "
         "poses = np.array([[*map(list, pose)] for pose in table['action']]); "
-        # At once: pandas gives Arrow files of Python's (see files.parquet_file).
+        # Exit at once: pandas gives Python files to Arrow (see files.parquet_file).
         "os._exit('datasets' in sys.modules or poses.shape[1:] != (4, 4))"
     )
     path = trajectory / "data/chunk-000/episode_000000.parquet"
     subprocess.run([sys.executable, "-c", code, path], check=True)
 
 
-def test_trajectories_of_different_grids_are_no_dataset(sample_tree, dataset, tmp_path):
+def test_validate_refuses_trajectories_of_different_grids(sample_tree, dataset, tmp_path):
     from occgen_hub.builder import load_builder
     from occgen_hub.config import Config
     from occgen_hub.episode_build import Settings, build_episode, why_outdated
@@ -410,7 +412,7 @@ def test_trajectories_of_different_grids_are_no_dataset(sample_tree, dataset, tm
     report = validate(tmp_path / "mixed")
     assert len(report.findings) == 1
     assert "one configuration" in report.findings[0].remedy
-    # Built again as it was, it is what it was.
+    # Rebuilding with the original settings restores the dataset.
     build_episode(builder, ref, tmp_path / "mixed", Settings())
     problems = [finding.problem for finding in validate(tmp_path / "mixed").findings]
     assert any("occupied differs from" in problem for problem in problems)

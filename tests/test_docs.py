@@ -1,7 +1,7 @@
-"""The README and the site: every block of code runs, every link leads somewhere, nothing is stale.
+"""The README and the site: every code block runs, every link works, nothing is out of date.
 
-The blocks of a page run in their order in one folder, commands in this process where they can. A
-block that cannot run here says why in a comment before it: <!-- not run: reason -->.
+The blocks of a page run in order in one folder; commands run in this process if they can. A block
+that cannot run has a comment with the reason before it: <!-- not run: reason -->.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 RUN = {"bash", "python"}
 SHOWN = {"text", "toml", "bibtex", "yaml"}
-"""What is written after the three ticks: what is run, and what is only looked at."""
+"""Languages of code blocks: those that are run, and those that are only shown."""
 
 SMALLER = {"--workers": "1", "--frames": "3", "--trajectories": "1"}
-"""Values of options here, so that a page takes seconds."""
+"""Smaller values of options, so that a page takes seconds."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def to_run(page: str) -> list[Block]:
 
 
 @pytest.mark.parametrize("page", BLOCKS)
-def test_a_block_says_what_it_is_and_why_it_is_not_run(page):
+def test_blocks_have_a_known_language_and_name_existing_tests(page):
     for block in BLOCKS[page]:
         assert block.language in RUN | SHOWN, f"{page}:{block.line}: {block.language!r}"
         for named in re.findall(r"tests/\w+\.py", block.reason):
@@ -88,18 +88,18 @@ def test_a_block_says_what_it_is_and_why_it_is_not_run(page):
 
 
 @pytest.mark.parametrize("page", [page for page in BLOCKS if to_run(page)])
-def test_the_code_of_a_page_runs(page, recordings, hub, tmp_path, monkeypatch):
+def test_code_of_each_page_runs(page, recordings, hub, tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    desk = tmp_path / "desk"
+    workdir = tmp_path / "desk"
     makes_its_own = any("occgen-hub sample rooms" in b.code for b in to_run(page))
     held = ("my_room",) if makes_its_own else ("my_room", "rooms", "traj_data", "rooms_occ")
     for name in held:
-        shutil.copytree(recordings / name, desk / name, copy_function=os.link)
-    monkeypatch.chdir(desk)
+        shutil.copytree(recordings / name, workdir / name, copy_function=os.link)
+    monkeypatch.chdir(workdir)
     namespace: dict[str, Any] = {"__name__": "page"}
-    shell = Shell(desk, hub)
+    shell = Shell(workdir, hub)
     for block in to_run(page):
         try:
             if block.language == "bash":
@@ -112,9 +112,9 @@ def test_the_code_of_a_page_runs(page, recordings, hub, tmp_path, monkeypatch):
 
 @dataclass(frozen=True)
 class Shell:
-    """What stands in for a terminal: runs a block's commands, refuses what it cannot check."""
+    """Replaces a terminal: runs the commands of a block and refuses those it cannot check."""
 
-    desk: Path
+    workdir: Path
     hub: Hub
 
     def run(self, code: str) -> None:
@@ -129,7 +129,7 @@ class Shell:
     def command(self, words: list[str]) -> None:
         name = words[0].removeprefix("./")
         if name == "occgen-hub":
-            self.occgen_hub(smaller(words[1:], self.desk))
+            self.occgen_hub(smaller(words[1:], self.workdir))
         elif name.startswith("scripts/"):
             assert os.access(ROOT / name, os.X_OK), f"there is no script {name}"
         elif name in ("pip", "uv", "uvx"):
@@ -139,7 +139,7 @@ class Shell:
 
     def occgen_hub(self, words: list[str]) -> None:
         if words[0] == "push" and "--dry-run" not in words:
-            home = {"HF_HOME": str(self.desk.parent / "home"), "HF_HUB_OFFLINE": "0"}
+            home = {"HF_HOME": str(self.workdir.parent / "home"), "HF_HUB_OFFLINE": "0"}
             done = subprocess.run(
                 [sys.executable, "-m", "occgen_hub", *words],
                 env=os.environ | home | {"HF_ENDPOINT": self.hub.url, "HF_TOKEN": WRITER},
@@ -151,18 +151,18 @@ class Shell:
         assert result.exit_code == 0, f"{words}: {result.output}"
 
 
-def smaller(words: list[str], desk: Path) -> list[str]:
-    """The same command on the recordings at hand: fewer frames, and their own intrinsics."""
-    values = SMALLER | {"--intrinsics": (desk / "my_room" / "said").read_text()}
+def smaller(words: list[str], workdir: Path) -> list[str]:
+    """The same command with fewer frames and the intrinsics of the test's recordings."""
+    values = SMALLER | {"--intrinsics": (workdir / "my_room" / "said").read_text()}
     before = ["", *words]
     return [
-        values.get(option, word).replace("my-org/", "org/")  # Whose token the test's Hub knows.
+        values.get(option, word).replace("my-org/", "org/")  # The test's Hub knows this name.
         for option, word in zip(before, words, strict=False)
     ]
 
 
 def check_requirement(command: str) -> None:
-    """The extras that a line of pip or uv names are there, and the wheel is this version's."""
+    """Check that the extras in a pip or uv command exist and that wheels have this version."""
     extras = PROJECT["optional-dependencies"]
     for named in re.findall(r"\[([\w,]+)\]", command):
         assert set(named.split(",")) <= set(extras), f"{command}: there is no such extra"
@@ -172,7 +172,7 @@ def check_requirement(command: str) -> None:
 
 @pytest.fixture(scope="module")
 def recordings(tmp_path_factory) -> Path:
-    """What pages begin with. Not to be changed, as pages have links to the files."""
+    """The data that pages start from. Do not change it: pages get hard links to the files."""
     import occgen_hub
 
     place = tmp_path_factory.mktemp("recordings")
@@ -182,8 +182,8 @@ def recordings(tmp_path_factory) -> Path:
     builder = load_builder("internnav", place / "rooms")
     episode = builder.read(next(iter(builder.episodes())))
     captures.write_plain(episode, place / "my_room")
-    said = ",".join(map(str, captures.opencv_intrinsics(episode)))
-    (place / "my_room" / "said").write_text(said)
+    intrinsics = ",".join(map(str, captures.opencv_intrinsics(episode)))
+    (place / "my_room" / "said").write_text(intrinsics)
     return place
 
 
@@ -201,7 +201,7 @@ def test_the_version_is_the_same_everywhere():
     assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_commands_named_in_the_text_have_these_options():
+def test_commands_in_the_text_have_valid_options():
     for page in PAGES:
         text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
         for code in re.findall(r"`occgen-hub ([a-z][^`]*)`", text):
@@ -213,10 +213,10 @@ def test_commands_named_in_the_text_have_these_options():
                 raise AssertionError(f"{page.name}: {code}: {error.message}") from error
 
 
-def test_the_readme_is_short_and_its_links_lead_somewhere():
+def test_readme_is_short_and_its_links_work():
     text = (ROOT / "README.md").read_text()
     assert len(text.split()) < 1000
-    for page in PAGES[:2]:  # MkDocs checks the site's.
+    for page in PAGES[:2]:  # MkDocs checks the links of the site.
         for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (ROOT / link).exists(), f"{page.name}: {link} leads nowhere"
 
@@ -234,7 +234,7 @@ def site(tmp_path_factory) -> Path:
     return out
 
 
-def test_the_site_has_every_page_command_option_and_setting(site):
+def test_site_lists_every_page_command_option_and_setting(site):
     assert {page.stem for page in PAGES[2:]} <= {page.stem for page in site.glob("*.html")}
     commands = (site / "commands.html").read_text()
     for name, command in cli.commands.items():
@@ -253,8 +253,8 @@ def test_the_site_has_every_page_command_option_and_setting(site):
 
 
 @pytest.mark.parametrize("name", ["settings", "commands"])
-def test_a_page_that_is_made_from_the_code_is_up_to_date(name):
-    """Else run scripts/docs."""
+def test_generated_pages_are_up_to_date(name):
+    """If this fails, run scripts/docs."""
     page = (ROOT / f"docs/{name}.md").read_text()
     scope = runpy.run_path(str(ROOT / "scripts/docs_reference.py"))
     assert scope["updated"](page, name) == page
@@ -267,14 +267,14 @@ def test_build_help_lists_every_source_and_engine():
         assert [name for name in names if not re.search(rf"\b{name}\b", text[option])] == []
 
 
-def test_the_site_fetches_nothing_from_elsewhere(site):
+def test_site_loads_nothing_from_other_servers(site):
     for page in site.glob("*.html"):
         loaded = re.findall(r"<(?:script|link|img)\b[^>]*>", page.read_text())
         assert not [tag for tag in loaded if re.search(r'(?:src|href)="(?:https?:)?//', tag)]
 
 
-def test_figures_are_those_of_the_script(tmp_path):
-    """Else run scripts/figures.py."""
+def test_figures_are_up_to_date(tmp_path):
+    """If this fails, run scripts/figures.py."""
     script = ROOT / "scripts/figures.py"
     subprocess.run([sys.executable, script, tmp_path], check=True, capture_output=True)
     committed = {path.name: path.read_bytes() for path in (ROOT / "docs/figures").iterdir()}

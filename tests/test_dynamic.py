@@ -1,4 +1,4 @@
-"""What moves: its cells in every reader, in validation and pictures, and how well frames agree."""
+"""Moving cells in every reader, in validation and in pictures, and how well frames agree."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def trajectory(people: Path) -> Trajectory:
 
 @pytest.fixture(scope="module")
 def truth(trajectory: Trajectory) -> list[np.ndarray]:
-    """The moving cells of each frame, by scipy alone."""
+    """The moving cells of each frame, read with scipy alone."""
     matrix = sparse.load_npz(trajectory.path / DYNAMIC)
     assert matrix.shape == (FRAMES, trajectory.grid.cells)
     return [matrix[t].indices for t in range(FRAMES)]
@@ -67,10 +67,10 @@ def mine(people: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(people, tmp_path / "mine"))
 
 
-# Read
+# Readers
 
 
-def test_people_are_found_where_they_are(people_tree, trajectory, truth):
+def test_moving_cells_lie_on_the_people(people_tree, trajectory, truth):
     """The moving cells lie on the people's mesh of the ground truth."""
     assert sum(len(cells) > 200 for cells in truth) >= FRAMES - 2
     name = trajectory.record["source"]["episode"]
@@ -78,7 +78,7 @@ def test_people_are_found_where_they_are(people_tree, trajectory, truth):
     rng, near, count = np.random.default_rng(0), 0, 0
     for t, cells in enumerate(truth):
         corners = people["people_vertices"][t][people["people_faces"]].astype(float)
-        on_mesh = sampled(corners, 100_000, rng)
+        on_mesh = sample_triangles(corners, 100_000, rng)
         pose = trajectory.world_from_camera()[t]
         centres = trajectory.grid.centres(cells) @ pose[:3, :3].T + pose[:3, 3]
         near += int((cKDTree(on_mesh).query(centres)[0] < 0.05).sum())
@@ -86,7 +86,7 @@ def test_people_are_found_where_they_are(people_tree, trajectory, truth):
     assert near / count > 0.97
 
 
-def sampled(corners: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+def sample_triangles(corners: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """(count, 3) points spread evenly over triangles of (n, 3, 3) corners."""
     a, b, c = corners.transpose(1, 0, 2)
     area = np.linalg.norm(np.cross(b - a, c - a), axis=1)
@@ -95,13 +95,13 @@ def sampled(corners: np.ndarray, count: int, rng: np.random.Generator) -> np.nda
     return a[which] * u[:, None] + b[which] * (v - u)[:, None] + c[which] * (1 - v)[:, None]
 
 
-def test_moving_cells_are_visible_ones(trajectory, truth):
+def test_moving_cells_are_visible(trajectory, truth):
     visible = sparse.load_npz(trajectory.path / VISIBLE)
     for t, cells in enumerate(truth):
         assert np.isin(cells, visible[t].indices).all()
 
 
-def test_all_readers_give_what_scipy_reads(people, trajectory, truth, tmp_path):
+def test_all_readers_match_scipy(people, trajectory, truth, tmp_path):
     from datasets import load_dataset
 
     dense = OccupancyDataset(people, keys=("dynamic", "occupancy"))
@@ -138,11 +138,11 @@ def test_collate_numbers_sparse_moving_cells_and_stacks_dense_ones(people, truth
     assert collate([dense[2], dense[5]])["dynamic"].shape == (2, *dense.grid.shape)
 
 
-def test_they_are_given_only_when_asked_for(people):
+def test_moving_cells_are_returned_only_on_request(people):
     assert "dynamic" not in OccupancyDataset(people)[0]
 
 
-def test_lerobot_items_hold_them(people, truth, tmp_path):
+def test_lerobot_items_contain_moving_cells(people, truth, tmp_path):
     pytest.importorskip("lerobot")
     from occgen_hub import LeRobotOccupancyDataset
 
@@ -163,10 +163,10 @@ def test_lerobot_items_hold_them(people, truth, tmp_path):
     assert NAME not in alone[3]
 
 
-# Where nothing moves
+# Without motion
 
 
-def test_a_dataset_in_which_nothing_moves_has_no_file_and_an_empty_column(dataset):
+def test_static_dataset_has_no_dynamic_file_and_an_empty_column(dataset):
     for path in trajectories(dataset):
         trajectory = Trajectory.open(path)
         assert not (path / DYNAMIC).parent.exists()
@@ -184,7 +184,7 @@ def test_a_dataset_in_which_nothing_moves_has_no_file_and_an_empty_column(datase
 
 
 def without_column(shard: Path) -> None:
-    """Make it a shard as the version before wrote it."""
+    """Rewrite a shard in format 1, which has no column dynamic."""
     file = pq.ParquetFile(shard)
     table = file.read().drop_columns(["dynamic"])
     origin = json.loads(file.metadata.metadata[b"occgen"]) | {"format": 1}
@@ -192,7 +192,7 @@ def without_column(shard: Path) -> None:
     pq.write_table(table.replace_schema_metadata(metadata), shard, row_group_size=8)
 
 
-def test_shards_of_the_version_before_read_as_nothing_moving(mine):
+def test_shards_of_format_1_read_as_static(mine):
     (shard,) = shards(mine)
     without_column(shard)
     dense = OccupancyDataset(mine, keys=("dynamic", "occupancy"))
@@ -236,18 +236,18 @@ def test_a_column_of_another_type_is_named(mine):
         OccupancyDataset(mine, keys=("occupancy",))[0]
 
 
-# Checked
+# Validation
 
 
 def saved(change: Callable[[sparse.csr_matrix], Any]) -> Callable[[Path], None]:
-    def harm(path: Path) -> None:
+    def damage(path: Path) -> None:
         sparse.save_npz(path, change(sparse.load_npz(path)))
 
-    return harm
+    return damage
 
 
 def invisible(matrix: sparse.csr_matrix) -> sparse.csr_matrix:
-    """Its first moving cell replaced by the first of the grid, which no camera sees."""
+    """Replace the first moving cell by the first cell of the grid, which no camera sees."""
     indices = matrix.indices.copy()
     indices[0] = 0
     return sparse.csr_matrix((matrix.data, indices, matrix.indptr), matrix.shape)
@@ -258,7 +258,7 @@ def twos(matrix: sparse.csr_matrix) -> sparse.csr_matrix:
 
 
 @pytest.mark.parametrize(
-    ("harm", "words"),
+    ("damage", "words"),
     [
         (saved(invisible), "frame 0: moving cells are not visible in occ.view"),
         (saved(lambda m: m[:5]), "expected (8, 5000000)"),
@@ -267,16 +267,16 @@ def twos(matrix: sparse.csr_matrix) -> sparse.csr_matrix:
         (lambda path: path.write_bytes(b"no"), "cannot be read"),
     ],
 )
-def test_a_tampered_file_is_a_finding(mine, harm, words):
+def test_a_tampered_file_is_a_finding(mine, damage, words):
     (path,) = trajectories(mine)
-    harm(path / DYNAMIC)
+    damage(path / DYNAMIC)
     report = validate(mine)
-    said = [finding for finding in report.findings if words in finding.problem]
-    assert said
-    assert {finding.file for finding in said} == {str(path / DYNAMIC)}
+    matching = [finding for finding in report.findings if words in finding.problem]
+    assert matching
+    assert {finding.file for finding in matching} == {str(path / DYNAMIC)}
 
 
-def test_a_file_of_another_length_is_named_by_whoever_reads_it(mine):
+def test_readers_name_a_file_of_wrong_length(mine):
     (path,) = trajectories(mine)
     saved(lambda matrix: matrix[:5])(path / DYNAMIC)
     with pytest.raises(DatasetError, match=r"dynamic_sequence\.npz: has 5 rows for 8 frames"):
@@ -285,7 +285,7 @@ def test_a_file_of_another_length_is_named_by_whoever_reads_it(mine):
         preview(Trajectory.open(path))
 
 
-def test_a_file_that_is_gone_is_missed(mine):
+def test_missing_file_is_a_finding(mine):
     (path,) = trajectories(mine)
     (path / DYNAMIC).unlink()
     assert str(path / DYNAMIC) in {finding.file for finding in validate(mine).findings}
@@ -294,8 +294,8 @@ def test_a_file_that_is_gone_is_missed(mine):
 # How well the frames agree
 
 
-def with_quality(root: Path, **figures: Any) -> Path:
-    """The dataset, its record's quality changed."""
+def change_quality(root: Path, **figures: Any) -> Path:
+    """Change the quality in the dataset's record."""
     (path,) = trajectories(root)
     mark = path / "meta/occgen.json"
     record = json.loads(mark.read_text())
@@ -305,9 +305,9 @@ def with_quality(root: Path, **figures: Any) -> Path:
     return root
 
 
-def test_frames_that_do_not_agree_are_a_warning_and_no_finding(mine):
+def test_disagreeing_frames_give_warnings_but_no_finding(mine):
     assert validate(mine).warnings == ()
-    with_quality(mine, contradicted=0.41, shift=0.02)
+    change_quality(mine, contradicted=0.41, shift=0.02)
     report = validate(mine)
     assert report.valid
     first, second = report.warnings
@@ -315,15 +315,15 @@ def test_frames_that_do_not_agree_are_a_warning_and_no_finding(mine):
     assert "41% of the measured points" in first
     assert "20 mm and" in second
     assert "aligning the frames did not help" in second
-    said = CliRunner().invoke(cli, ["validate", str(mine)])
-    assert said.exit_code == 0
-    assert said.stderr.count("Warning: ") == 2
-    said = CliRunner().invoke(cli, ["validate", "--json", str(mine)])
-    assert json.loads(said.stdout)["warnings"] == list(report.warnings)
+    result = CliRunner().invoke(cli, ["validate", str(mine)])
+    assert result.exit_code == 0
+    assert result.stderr.count("Warning: ") == 2
+    result = CliRunner().invoke(cli, ["validate", "--json", str(mine)])
+    assert json.loads(result.stdout)["warnings"] == list(report.warnings)
 
 
-def test_many_trajectories_that_do_not_agree_are_one_warning(mine):
-    with_quality(mine, contradicted=0.41)
+def test_many_disagreeing_trajectories_give_one_warning(mine):
+    change_quality(mine, contradicted=0.41)
     (path,) = trajectories(mine)
     shutil.copytree(path, path.with_name("trajectory_1"))
     (warning,) = validate(mine).warnings
@@ -342,28 +342,28 @@ def test_quality_is_read_back_from_a_record(trajectory):
     "figures",
     [None, 3, [], {}, {"sigma": [1, 2]}, {"sigma": "abc"}, {"sigma": [1, 2, float("nan")]}],
 )
-def test_a_quality_that_is_none_is_none(trajectory, figures):
+def test_invalid_quality_in_a_record_is_ignored(trajectory, figures):
     assert Quality.from_record({}) is None
     whole = trajectory.record["quality"]
     mixed = whole | figures if isinstance(figures, dict) and figures else figures
     assert Quality.from_record({"quality": mixed}) is None
 
 
-# Said and shown
+# Text and pictures
 
 
-def test_inspect_says_what_moves_and_how_well_frames_agree(people, dataset, mine, truth):
-    said = "\n".join(describe(people))
+def test_inspect_reports_motion_and_agreement_of_frames(people, dataset, mine, truth):
+    text = "\n".join(describe(people))
     mean = sum(map(len, truth)) / FRAMES
-    assert f", {mean:,.0f} of them moving" in said
-    with_quality(mine, sigma=[0.0012, 0.0034, 0.0111], contradicted=0.125, supports=7.0)
+    assert f", {mean:,.0f} of them moving" in text
+    change_quality(mine, sigma=[0.0012, 0.0034, 0.0111], contradicted=0.125, supports=7.0)
     changed = "\n".join(describe(mine))
     assert "depth noise 1.2 / 3.4 / 11.1 mm at 1 / 2 / 4 m; 12.5% of" in changed
     assert "seen by 7 frames" in changed
     assert "moving" not in "\n".join(describe(dataset))
 
 
-def test_the_report_has_the_columns_that_have_values(people, dataset, tmp_path):
+def test_report_has_only_columns_with_values(people, dataset, tmp_path):
     heads = {}
     for name, root in {"people": people, "still": dataset}.items():
         write_report(root, tmp_path / f"{name}.html")
@@ -374,7 +374,7 @@ def test_the_report_has_the_columns_that_have_values(people, dataset, tmp_path):
             for uri in re.findall(r"data:image/png;base64,([^\"]*)", text)
         ]
         assert len(drawn) == 2 * len(trajectories(root))
-        for picture in drawn:  # Their legends say what moves.
+        for picture in drawn:  # The legends list moving cells.
             assert pink(np.asarray(picture)[270:]).any() == (name == "people")
     assert "Depth noise at 4 m, mm" in heads["people"]
     assert "Points contradicted, %" in heads["people"]
@@ -384,8 +384,8 @@ def test_the_report_has_the_columns_that_have_values(people, dataset, tmp_path):
         assert not [head for head in given if "lign" in head]
 
 
-def test_the_card_says_what_moves_and_the_median_figures(mine, dataset):
-    with_quality(mine, sigma=[0.0012, 0.0034, 0.0111], contradicted=0.125)
+def test_card_reports_motion_and_median_figures(mine, dataset):
+    change_quality(mine, sigma=[0.0012, 0.0034, 0.0111], contradicted=0.125)
     text = write_card(mine).read_text()
     assert "Something moves in 1 trajectory" in text
     assert "depth noise 1.2, 3.4, 11.1 mm at 1, 2, 4 m; 12.5% of the measured points" in text
@@ -393,7 +393,7 @@ def test_the_card_says_what_moves_and_the_median_figures(mine, dataset):
 
 
 def pink(picture: np.ndarray | Image.Image) -> np.ndarray:
-    """(H, W) bool: the pixels of the colour of moving cells, however they are lit."""
+    """(H, W) bool: the pixels with the colour of moving cells, at any brightness."""
     red, green, blue = np.moveaxis(np.asarray(picture).astype(float), -1, 0)
     ratio = np.array(MOVING) / MOVING[0]
     level = np.maximum(red, 1)
@@ -401,7 +401,7 @@ def pink(picture: np.ndarray | Image.Image) -> np.ndarray:
     return close & (red > 80)
 
 
-def test_the_picture_of_a_frame_has_its_moving_cells_in_their_colour(trajectory, truth):
+def test_picture_of_a_frame_shows_moving_cells_in_their_colour(trajectory, truth):
     frame = int(np.argmax([len(cells) for cells in truth]))
     picture = from_camera(trajectory, frame)
     state = np.zeros(trajectory.grid.cells, np.uint8)
@@ -414,7 +414,7 @@ def test_the_picture_of_a_frame_has_its_moving_cells_in_their_colour(trajectory,
 
 
 def test_past_and_present_and_moving_cells_differ(trajectory, truth):
-    """Each has the colours that the legend of the world has for it."""
+    """Each kind has the colours that the legend of the world view gives it."""
     from occgen_hub.visual.heights import Heights
     from occgen_hub.visual.world import WorldView, world_legend
 
@@ -428,7 +428,7 @@ def test_past_and_present_and_moving_cells_differ(trajectory, truth):
         near = [min(np.abs(np.subtract(c, s)).max() for s in shown) for c in colors.tolist()]
         assert max(near) <= 3
     assert np.abs(now - faded(now)).max(axis=1).min() > 30
-    # On a picture, cells of the past are those that the frame alone does not show.
+    # Cells of past frames change the picture of the frame.
     frame = list(frames(trajectory, 4, 1))[-1]
     view = WorldView(trajectory, (480, 270))
     before = view(replace(frame, past=()), None)
@@ -436,7 +436,7 @@ def test_past_and_present_and_moving_cells_differ(trajectory, truth):
     view.close()
 
 
-def test_the_legend_is_there_where_something_moves(trajectory, dataset):
+def test_legend_lists_moving_cells_only_if_something_moves(trajectory, dataset):
     picture = np.asarray(preview(trajectory))
     for left in (0, 640):  # The legends of both lower panels.
         assert pink(picture[690:, left : left + 640]).any()
@@ -458,8 +458,8 @@ def test_render_shows_moving_cells(view, trajectory, dataset, truth):
     assert not (picture == MOVING).all(axis=2).any()
 
 
-def test_what_moved_before_is_not_in_the_world_now(trajectory):
-    """Of the past frames the world shows what stands still."""
+def test_world_view_omits_moving_cells_of_past_frames(trajectory):
+    """Only static cells of past frames are shown."""
     from occgen_hub.visual.world import WorldView
 
     view = WorldView(trajectory, (640, 360))
@@ -470,7 +470,9 @@ def test_what_moved_before_is_not_in_the_world_now(trajectory):
         assert pink(with_past).sum() <= pink(now).sum() + 5
 
 
-def test_the_recording_has_the_moving_cells_by_themselves(trajectory, dataset, truth, tmp_path):
+def test_rerun_recording_has_moving_cells_as_separate_entities(
+    trajectory, dataset, truth, tmp_path
+):
     experimental = pytest.importorskip("rerun.experimental")
     still = trajectories(dataset)[0]
     paths = {}

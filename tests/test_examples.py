@@ -15,7 +15,7 @@ from occgen_hub.shards import write_shards
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def test_the_network_is_trained_on_scenes_and_measured_on_others(dataset, tmp_path):
+def test_network_is_trained_and_evaluated_on_different_scenes(dataset, tmp_path):
     root, picture = tmp_path / "scenes", tmp_path / "prediction.png"
     for n in (16, 17):  # 17 is in the split "validation".
         shutil.copytree(trajectories(dataset)[0], root / "group" / f"scene_{n}" / "run")
@@ -35,8 +35,8 @@ def test_the_network_is_trained_on_scenes_and_measured_on_others(dataset, tmp_pa
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_notebook_runs_and_is_kept_without_outputs(tmp_path, monkeypatch):
-    """All its cells, in a kernel of this Python; with fewer frames and steps."""
+def test_notebook_runs_and_is_stored_without_outputs(tmp_path, monkeypatch):
+    """Run all cells in a kernel of this Python, with fewer frames and steps."""
     import nbformat
     from nbclient import NotebookClient
 
@@ -49,7 +49,7 @@ def test_the_notebook_runs_and_is_kept_without_outputs(tmp_path, monkeypatch):
         assert long in text
         for cell in code:
             cell.source = cell.source.replace(long, short)
-    # The kernel of this environment, whatever others are installed for the user.
+    # Use the kernel of this environment, not one that the user installed.
     kernels = tmp_path / "share/jupyter/kernels/python3"
     kernels.mkdir(parents=True)
     command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]

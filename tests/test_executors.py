@@ -100,7 +100,7 @@ def report(out: Path) -> dict[str, Any]:
     return values
 
 
-# Sharing out
+# Distribution
 
 
 @given(
@@ -150,10 +150,10 @@ def test_shards_are_numbered_from_0() -> None:
             Shard.parse(text)
 
 
-# The same bytes, however they are built
+# The same bytes, in every way of building
 
 
-def test_two_workers(source: Path, expected: Tree, tmp_path: Path) -> None:
+def test_two_workers_give_the_same_bytes(source: Path, expected: Tree, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = occgen_hub(*command(source, out, "--workers", "2"))
     assert done.returncode == 0, done.stderr
@@ -163,7 +163,7 @@ def test_two_workers(source: Path, expected: Tree, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("order", [(2, 0, 1), (0, 1, 2)])
-def test_three_shards_in_any_order_and_finalize(
+def test_three_shards_in_any_order_give_the_same_bytes(
     source: Path, expected: Tree, tmp_path: Path, order: tuple[int, ...]
 ) -> None:
     out, built = tmp_path / "out", 0
@@ -179,12 +179,14 @@ def test_three_shards_in_any_order_and_finalize(
     assert (summary.built, summary.present, summary.failures) == (8, 0, [])
     assert tree(out) == expected
     assert unfinished(out) == []
-    said = report(out)
-    assert said["executor"] == "shard"
-    assert sum(process["episodes"] for process in said["processes"]) == 8
+    build_report = report(out)
+    assert build_report["executor"] == "shard"
+    assert sum(process["episodes"] for process in build_report["processes"]) == 8
 
 
-def test_concurrent_shards_by_command_line(source: Path, expected: Tree, tmp_path: Path) -> None:
+def test_concurrent_shards_give_the_same_bytes(
+    source: Path, expected: Tree, tmp_path: Path
+) -> None:
     """Each with workers of its own; the output holds spaces and quotes."""
     out = tmp_path / "an 'out'"
     with ThreadPoolExecutor(2) as both:
@@ -280,7 +282,7 @@ def test_lock_admits_shards_of_one_build_only(three: Path, tmp_path: Path) -> No
         def read(self, ref: EpisodeRef) -> Any:
             assert build_shard(job(three, out), Shard(1, 2)).failures == []
             for refused in (
-                lambda: build_shard(job(three, out), Shard(0, 2)),  # This very shard.
+                lambda: build_shard(job(three, out), Shard(0, 2)),  # The same shard.
                 lambda: build_shard(job(three, out), Shard(1, 3)),
                 lambda: build_shard(job(three, out, media="none"), Shard(1, 2)),
                 lambda: build_shard(job(three, out, limit=2), Shard(1, 2)),
@@ -316,19 +318,22 @@ def test_run_without_work_keeps_the_report(three: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_of_torchrun(source: Path, expected: Tree, tmp_path: Path) -> None:
+def test_two_torchrun_processes_give_the_same_bytes(
+    source: Path, expected: Tree, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     done = occgen_hub(*command(source, out), launcher=TORCHRUN)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout.count("8 built, 0 already there, 0 failed of 8 episodes") == 1
     assert tree(out) == expected
-    said = report(out)
-    assert said["notes"]
-    assert done.stderr.count("note    ") == len(said["notes"])  # One of each kind, told once.
-    assert said["executor"] == "accelerate"
-    assert [process["device"] for process in said["processes"]] == ["cpu", "cpu"]
-    assert sorted(process["episodes"] for process in said["processes"]) != [0, 8]
+    build_report = report(out)
+    assert build_report["notes"]
+    # One of each kind, printed once.
+    assert done.stderr.count("note    ") == len(build_report["notes"])
+    assert build_report["executor"] == "accelerate"
+    assert [process["device"] for process in build_report["processes"]] == ["cpu", "cpu"]
+    assert sorted(process["episodes"] for process in build_report["processes"]) != [0, 8]
 
 
 MORTAL = """
@@ -347,13 +352,13 @@ def mortal(self, ref):
 InternNavBuilder.read = mortal
 main()
 """
-"""`occgen-hub`, which dies in the middle of a build on host number DIES."""
+"""A variant of `occgen-hub` that dies in the middle of a build on host number DIES."""
 
 
 def on_two_hosts(
     arguments: tuple[str | Path, ...], tmp_path: Path, dies: str = ""
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Run a command as torchrun does on two hosts with a process each, both on this machine."""
+    """Run a command by torchrun on two hosts with a process each, both on this machine."""
     (tmp_path / "mortal.py").write_text(MORTAL)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -376,11 +381,11 @@ def on_two_hosts(
 
 
 @pytest.mark.slow
-def test_two_hosts(source: Path, expected: Tree, tmp_path: Path) -> None:
+def test_two_hosts_give_the_same_bytes(source: Path, expected: Tree, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first, second = on_two_hosts(command(source, out), tmp_path)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
-    # torchrun's launchers may complain of one another, where one leaves before the other.
+    # torchrun's launchers may print errors when one ends before the other.
     assert "occgen_hub/" not in first.stderr + second.stderr
     assert "8 built, 0 already there, 0 failed of 8 episodes" in first.stdout
     assert tree(out) == expected
@@ -403,7 +408,7 @@ def test_same_command_completes_after_a_lost_host(
 
 
 def listened_on(process: subprocess.Popen[str]) -> set[str]:
-    """The addresses that a process and those that it starts listen on, until it ends."""
+    """The addresses on which a process and its children listen, until it ends."""
     addresses: set[str] = set()
     while process.poll() is None:
         with suppress(psutil.NoSuchProcess):
@@ -425,10 +430,10 @@ def test_accelerate_without_launcher_starts_a_process_per_device(
     out = tmp_path / "out"
     process = start(*command(three, out, "--executor", "accelerate", "--workers", "2"))
     assert not listened_on(process)
-    said, errors = process.communicate()
+    output, errors = process.communicate()
     assert process.returncode == 1, errors
     assert "Traceback" not in errors
-    assert "2 built, 0 already there, 1 failed of 3 episodes" in said
+    assert "2 built, 0 already there, 1 failed of 3 episodes" in output
     assert f"failed  {SECOND}: " in errors
     (row,) = map(json.loads, (out / "failures.jsonl").read_text().splitlines())
     assert row["episode"] == SECOND
@@ -436,7 +441,9 @@ def test_accelerate_without_launcher_starts_a_process_per_device(
 
 
 @pytest.mark.slow
-def test_datatrove_on_this_machine_and_again(three: Path, tmp_path: Path) -> None:
+def test_datatrove_builds_locally_and_reruns_only_unfinished_tasks(
+    three: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("datatrove")
     build_dataset(job(three, tmp_path / "one"))
     out = tmp_path / "out"
@@ -445,9 +452,9 @@ def test_datatrove_on_this_machine_and_again(three: Path, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     assert "3 built, 0 already there, 0 failed of 3 episodes" in done.stdout
     assert tree(out) == tree(tmp_path / "one")
-    said = report(out)
-    assert said["executor"] == "datatrove"
-    assert done.stderr.count("note    ") == len(said["notes"]) > 0
+    build_report = report(out)
+    assert build_report["executor"] == "datatrove"
+    assert done.stderr.count("note    ") == len(build_report["notes"]) > 0
     logs = out / ".logs/datatrove/logs"
     assert {path.name for path in logs.iterdir()} == {"task_00000.log", "task_00001.log"}
 
@@ -486,9 +493,9 @@ def test_ray_cluster_listens_on_localhost_only(
     options = ("--executor", "ray", "--tasks", "2", "--workers", "2", "--cpus-per-task", "1")
     process = start(*command(source, out, *options, "--mem-per-cpu", "1"))
     listening = listened_on(process)
-    said, errors = process.communicate()
+    output, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert "8 built, 0 already there, 0 failed of 8 episodes" in said
+    assert "8 built, 0 already there, 0 failed of 8 episodes" in output
     assert tree(out) == expected
     assert report(out)["executor"] == "ray"
     assert listening
@@ -512,7 +519,7 @@ print("Submitted batch job", number)
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Slurm's commands, by scripts that run a batch script at once; returns what was submitted."""
+    """Replace Slurm's commands by scripts that run at once. Returns the log of submissions."""
     place, log = tmp_path / "bin", tmp_path / "submitted"
     place.mkdir()
     scripts = {
@@ -556,8 +563,8 @@ def test_slurm_builds_the_shards_and_then_finalizes(
     assert report(out)["episodes"]["built"] == 3
     submitted = slurm.read_text()
     assert submitted.count("--dependency=afterany:") == 1
-    said = script_of(dry.stdout).replace("#SBATCH --account=me\n", "")
-    assert " ".join(said.split()) in " ".join(submitted.split())
+    header = script_of(dry.stdout).replace("#SBATCH --account=me\n", "")
+    assert " ".join(header.split()) in " ".join(submitted.split())
 
     again = occgen_hub(*command(three, out, *options, "--dry-run"))
     assert "0 of them with something to do" in again.stdout
@@ -568,7 +575,7 @@ def test_slurm_builds_the_shards_and_then_finalizes(
 
 
 def script_of(text: str) -> str:
-    """The lines of a batch script on what it asks for."""
+    """The #SBATCH lines of a batch script."""
     return text.partition("#!/bin/bash")[2].partition("\n\n")[0]
 
 
@@ -632,7 +639,7 @@ def test_torchrun_stops_all_ranks_when_one_dies(
     assert tree(out) == expected
 
 
-# What failed
+# Failures
 
 
 def test_failed_episodes_are_retried(three: Path, tmp_path: Path) -> None:
@@ -736,8 +743,8 @@ def test_malformed_files_of_a_build_are_ignored(
     assert tree(out) == before
 
 
-def test_episode_without_depth_uses_a_network(tmp_path: Path) -> None:
-    """In a scene's folder, whose episodes share the images, only its own count."""
+def test_depth_is_looked_up_per_episode_of_a_scene(tmp_path: Path) -> None:
+    """Episodes of a scene share image folders; only an episode's own images count."""
     make_sample(tmp_path / "tree", trajectories=3, frames=3, layout="scenes")
     builder = InternNavBuilder(tmp_path / "tree")
     refs = list_episodes(builder)
@@ -750,12 +757,12 @@ def test_episode_without_depth_uses_a_network(tmp_path: Path) -> None:
     assert [builder.has_depth(ref) for ref in scene] == [False] + [True] * (len(scene) - 1)
 
 
-def test_a_dry_run_fetches_no_weights(three: Path, tmp_path: Path) -> None:
+def test_dry_run_downloads_no_weights(three: Path, tmp_path: Path) -> None:
     for folder in three.rglob("observation.images.depth"):
         shutil.rmtree(folder)
     offline = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     done = occgen_hub(*command(three, tmp_path / "out", "--dry-run"), **offline)
-    # The plan is made all the same, with the sizes of the published weights.
+    # The plan uses the sizes of the published weights.
     assert done.returncode == 0, done.stderr
     assert "3 of 3 episodes would be built" in done.stdout
     assert "frames in 1 window" in done.stderr
@@ -801,7 +808,7 @@ def test_one_episode_is_reconstructed_while_one_is_written(
 
     def write(done: ReconstructedEpisode, *others: Any) -> Built:
         if number[done.ref.id] == 0:
-            assert next_found.wait(30)  # It comes while this one is written.
+            assert next_found.wait(30)  # The next one is reconstructed while this one is written.
         events.append(("write", number[done.ref.id]))
         return write_episode(done, *others)
 
@@ -876,7 +883,7 @@ def test_background_is_ordered_bounded_and_raises_errors() -> None:
                 raise error
 
     with pytest.raises(OSError, match="No space"):
-        run(itertools.count())  # It would go on for ever.
+        run(itertools.count())  # Endless without the error.
     with pytest.raises(OSError, match="No space"):
         run([3])
     with pytest.raises(ZeroDivisionError):
@@ -938,7 +945,9 @@ def trajectory_size(source: Path) -> int:
 
 
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
-def test_full_disk_of_64_mb(source: Path, expected: Tree, small_disk: Path, workers: int) -> None:
+def test_same_command_completes_after_a_full_disk(
+    source: Path, expected: Tree, small_disk: Path, workers: int
+) -> None:
     """Everything with a final name is valid. With free space, the same command completes it."""
     from occgen_hub.validation import validate
 
@@ -977,10 +986,10 @@ main()
 
 @pytest.mark.skipif(not KILLS, reason="OCCGEN_KILLS asks for long versions; ten minutes")
 @pytest.mark.parametrize("number", range(16))
-def test_the_machine_does_not_show(
+def test_dataset_does_not_depend_on_the_machine(
     source: Path, expected: Tree, tmp_path: Path, number: int
 ) -> None:
-    """Other threads, locales, time zones, umasks, hash seeds, caches, and a copied source."""
+    """Threads, locales, time zones, umasks, hash seeds, caches, a copied source."""
     rng = random.Random(number)
     threads = str(rng.choice((1, 2, 3, 8)))
     env = {
@@ -1004,7 +1013,7 @@ def test_the_machine_does_not_show(
     assert tree(tmp_path / "out") == expected, env
 
 
-# Killed
+# Kills
 
 
 @pytest.mark.skipif(not KILLS, reason="OCCGEN_KILLS says how often; ten minutes for 50")
@@ -1012,7 +1021,7 @@ def test_the_machine_does_not_show(
 def test_resume_after_kills_at_random_moments(
     source: Path, expected: Tree, tmp_path: Path, workers: int
 ) -> None:
-    """All processes at a time, at any moment of a build, with one output for all kills."""
+    """Kill all processes at once, at any moment of a build, with one output for all kills."""
     rng, out, whole = random.Random(workers), tmp_path / "out", 0
     began = time.monotonic()
     assert occgen_hub(*command(source, out, "--workers", str(workers))).returncode == 0

@@ -40,20 +40,20 @@ POSE, INTRINSICS = "observation.camera_extrinsic_occ", "observation.camera_intri
 RGB, DEPTH = "observation.images.rgb", "observation.images.depth"
 VIEW, MASK = "observation.occ.view", "observation.occ.mask"
 READ_STEP_MM = 1.8
-"""LeRobot gives whole millimetres, of steps of 2.6 at most."""
+"""Tolerance: LeRobot gives whole millimetres, in steps of at most 2.6."""
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset of three trajectories, of three sizes of image. Not to be changed by tests."""
+    """A dataset of three trajectories with three image sizes. Tests must not change it."""
     place = tmp_path_factory.mktemp("built")
     make_sample(place / "tree", trajectories=3, frames=5, seed=3)
     return build(place / "tree", place / "out")
 
 
 @pytest.fixture(scope="module")
-def made(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its export. Not to be changed by tests."""
+def exported(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The export of `built`. Tests must not change it."""
     out = tmp_path_factory.mktemp("made") / "lerobot"
     (remark,) = export(built, out)
     assert "2 of 3 trajectories were scaled to 480 x 270 pixels" in remark
@@ -61,9 +61,9 @@ def made(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def mine(made: Path, tmp_path: Path) -> Path:
-    """An export that may be changed."""
-    return Path(shutil.copytree(made, tmp_path / "mine"))
+def mine(exported: Path, tmp_path: Path) -> Path:
+    """A copy of the export that a test may change."""
+    return Path(shutil.copytree(exported, tmp_path / "mine"))
 
 
 def build(tree: Path, out: Path, *settings: str, **options) -> Path:
@@ -93,8 +93,8 @@ def with_occupancy(root: Path, **options):
 # What LeRobot reads
 
 
-def test_lerobot_reads_lengths_tasks_poses_and_columns(built, made):
-    frames = lerobot(made)
+def test_lerobot_reads_lengths_tasks_poses_and_columns(built, exported):
+    frames = lerobot(exported)
     found = opened(built)
     assert frames.num_episodes == len(found) == 3
     assert frames.fps == found[0].info()["fps"]
@@ -115,8 +115,8 @@ def test_lerobot_reads_lengths_tasks_poses_and_columns(built, made):
     assert number == len(frames)
 
 
-def test_lerobot_decodes_images_and_depth(built, made):
-    frames = lerobot(made, depth_output_unit="m")
+def test_lerobot_decodes_images_and_depth(built, exported):
+    frames = lerobot(exported, depth_output_unit="m")
     number = 0
     for trajectory in opened(built):
         width, height = trajectory.image_size
@@ -126,7 +126,7 @@ def test_lerobot_decodes_images_and_depth(built, made):
             rgb = Image.fromarray(trajectory.rgb(t)).resize((w, h), Image.Resampling.BILINEAR)
             shown = item[RGB].permute(1, 2, 0).numpy()
             inside = shown[top : top + h, left : left + w] * 255
-            assert np.abs(inside - np.asarray(rgb, float)).mean() < 6  # As AV1 at LeRobot's crf 30.
+            assert np.abs(inside - np.asarray(rgb, float)).mean() < 6  # AV1 at LeRobot's crf 30.
             around = shown.copy()
             around[top : top + h, left : left + w] = 0
             assert around.max() < 0.2
@@ -139,7 +139,7 @@ def test_lerobot_decodes_images_and_depth(built, made):
             number += 1
 
 
-def test_a_pixel_without_depth_stays_one(built, tmp_path):
+def test_pixels_without_depth_stay_zero(built, tmp_path):
     mine = Path(shutil.copytree(built, tmp_path / "mine"))
     path = opened(mine)[0].file("depth", 0)
     values = np.asarray(Image.open(path)).copy()
@@ -153,9 +153,9 @@ def test_a_pixel_without_depth_stays_one(built, tmp_path):
     assert got[0, 1] == pytest.approx(DEPTH_MAX * 1000, abs=READ_STEP_MM)
 
 
-def test_intrinsics_go_with_the_images(built, made):
-    """A point of the world is in the export's image where it was in the recorded one."""
-    frames = lerobot(made)
+def test_intrinsics_match_the_scaled_images(built, exported):
+    """A world point is at the corresponding place in the exported image."""
+    frames = lerobot(exported)
     number = 0
     for trajectory in opened(built):
         K, size = trajectory.intrinsics()[0], trajectory.image_size
@@ -173,7 +173,7 @@ sizes = st.tuples(st.integers(2, 400), st.integers(2, 400))
 
 
 @given(sizes, sizes)
-def test_an_image_is_fitted_evenly_and_whole(size, into):
+def test_image_is_fitted_into_the_frame_with_black_borders(size, into):
     into = into[0] // 2 * 2, into[1] // 2 * 2
     fit = Fit(size, into)
     left, top, width, height = fit.box
@@ -201,9 +201,9 @@ def test_an_image_is_fitted_evenly_and_whole(size, into):
     )
 
 
-def test_delta_timestamps_are_honoured(built, made):
+def test_delta_timestamps_are_honoured(built, exported):
     frames = with_occupancy(
-        made,
+        exported,
         delta_timestamps={RGB: [-0.1, 0.0], POSE: [0.0, 0.1], VIEW: [-0.2, -0.1, 0.0], MASK: [0.1]},
     )
     trajectory = opened(built)[0]
@@ -219,14 +219,14 @@ def test_delta_timestamps_are_honoured(built, made):
             cells = item[VIEW][d].flatten().nonzero()[:, 0].tolist()
             assert set(cells) == visible[max(0, t + delta)]
     with pytest.raises(ValueError, match="multiples"):
-        with_occupancy(made, delta_timestamps={VIEW: [-0.123]})
+        with_occupancy(exported, delta_timestamps={VIEW: [-0.123]})
 
 
-# Occupancy beside it
+# Occupancy
 
 
-def test_the_wrapper_adds_the_occupancy_of_the_frame(built, made):
-    ours, frames = OccupancyDataset(built), with_occupancy(made)
+def test_wrapper_adds_the_occupancy_of_each_frame(built, exported):
+    ours, frames = OccupancyDataset(built), with_occupancy(exported)
     assert len(frames) == len(ours)
     for n in range(len(ours)):
         item, expected = frames[n], ours[n]
@@ -234,7 +234,7 @@ def test_the_wrapper_adds_the_occupancy_of_the_frame(built, made):
         assert torch.equal(item[MASK], expected["mask"])
         assert torch.equal(item[POSE].view(4, 4), expected["pose"])
     sparse = with_occupancy(
-        made, occupancy=(VIEW,), dense=False, delta_timestamps={VIEW: [-0.1, 0]}
+        exported, occupancy=(VIEW,), dense=False, delta_timestamps={VIEW: [-0.1, 0]}
     )
     item = sparse[1]
     assert MASK not in item
@@ -243,35 +243,35 @@ def test_the_wrapper_adds_the_occupancy_of_the_frame(built, made):
         assert torch.equal(cells, ours[d]["occupancy"].nonzero().int())
 
 
-def test_some_episodes_of_the_wrapper(built, made):
-    ours, frames = OccupancyDataset(built), with_occupancy(made, episodes=[1])
+def test_wrapper_reads_selected_episodes(built, exported):
+    ours, frames = OccupancyDataset(built), with_occupancy(exported, episodes=[1])
     start, end = ours.starts[1:3].tolist()
     assert len(frames) == end - start
     for n in range(len(frames)):
         assert torch.equal(frames[n][VIEW], ours[start + n]["occupancy"])
 
 
-def test_sparse_items_make_a_batch(made):
-    frames = with_occupancy(made, occupancy=(VIEW,), dense=False)
+def test_sparse_items_are_collated(exported):
+    frames = with_occupancy(exported, occupancy=(VIEW,), dense=False)
     batch = collate([frames[0], frames[1]])
     for b in (0, 1):
         assert torch.equal(batch[VIEW][batch[VIEW][:, 0] == b][:, 1:], frames[b][VIEW])
 
 
-def test_ours_reads_the_export_as_well(built, made):
+def test_occupancy_dataset_reads_the_export(built, exported):
     keys = ("occupancy", "mask", "pose", "episode", "frame_index")
-    there, here = OccupancyDataset(made, keys=keys), OccupancyDataset(built, keys=keys)
+    there, here = OccupancyDataset(exported, keys=keys), OccupancyDataset(built, keys=keys)
     for n in range(len(here)):
         for key in keys:
             same = torch.equal if torch.is_tensor(here[n][key]) else (lambda a, b: a == b)
             assert same(there[n][key], here[n][key])
 
 
-def test_datasets_reads_the_export(built, made):
+def test_datasets_library_reads_the_export(built, exported):
     from datasets import load_dataset
 
-    frames = load_dataset(str(made), split="train").with_format("numpy")
-    rows = list(load_dataset(str(made), "occupancy", split="train", streaming=True))
+    frames = load_dataset(str(exported), split="train").with_format("numpy")
+    rows = list(load_dataset(str(exported), "occupancy", split="train", streaming=True))
     assert len(frames) == len(rows) == sum(len(t.world_from_camera()) for t in opened(built))
     for n, row in enumerate(rows):
         pose = np.array(row["camera_extrinsic"], "f4")
@@ -282,8 +282,10 @@ def test_datasets_reads_the_export(built, made):
         )
 
 
-def test_the_cameras_pose_is_the_state_and_an_own_state_stays(built, made, sample_tree, tmp_path):
-    frames, number = lerobot(made), 0
+def test_state_is_the_camera_pose_unless_the_source_has_a_state(
+    built, exported, sample_tree, tmp_path
+):
+    frames, number = lerobot(exported), 0
     for trajectory in opened(built):
         before = None
         for pose in trajectory.world_from_camera():
@@ -307,14 +309,15 @@ def test_the_cameras_pose_is_the_state_and_an_own_state_stays(built, made, sampl
 
 
 @pytest.mark.long
-def test_lerobots_own_training_takes_an_export(made, tmp_path):
-    """Ten steps of ACT. What it does not take, such as depth, the input features leave out."""
+def test_lerobot_trains_on_an_export(exported, tmp_path):
+    """Ten steps of ACT. The input features omit what it does not accept, such as depth."""
     inputs = {
         RGB: {"type": "VISUAL", "shape": [3, 270, 480]},
         STATE: {"type": "STATE", "shape": [7]},
     }
     options = [
-        "--dataset.repo_id=local/rooms", f"--dataset.root={made}", "--dataset.video_backend=pyav",
+        "--dataset.repo_id=local/rooms", f"--dataset.root={exported}",
+        "--dataset.video_backend=pyav",
         "--policy.type=act", f"--policy.input_features={json.dumps(inputs)}",
         "--policy.pretrained_backbone_weights=null", "--policy.push_to_hub=false",
         "--policy.device=cpu", "--policy.dim_model=64", "--policy.n_heads=2",
@@ -327,8 +330,8 @@ def test_lerobots_own_training_takes_an_export(made, tmp_path):
     assert list((tmp_path / "run").rglob("*.safetensors"))
 
 
-def test_statistics_are_over_all_frames(built, made):
-    stats = json.loads((made / "meta/stats.json").read_text())
+def test_statistics_cover_all_frames(built, exported):
+    stats = json.loads((exported / "meta/stats.json").read_text())
     poses = np.concatenate([t.column(POSE).reshape(-1, 16) for t in opened(built)])
     for name, value in (("min", poses.min(0)), ("max", poses.max(0)), ("mean", poses.mean(0))):
         np.testing.assert_allclose(stats[POSE][name], value, atol=1e-5)
@@ -337,25 +340,25 @@ def test_statistics_are_over_all_frames(built, made):
     assert 0.5 * deepest < stats[DEPTH]["max"][0][0][0] <= DEPTH_MAX
 
 
-def test_its_card_is_read_by_the_hub_and_its_examples_run(made, monkeypatch):
-    text = (made / "README.md").read_text()
+def test_card_has_a_picture_and_its_examples_run(exported, monkeypatch):
+    text = (exported / "README.md").read_text()
     assert "](preview.png)" in text
     examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(examples) == 4
     for code in examples:
-        local = code.replace('Dataset("DATASET")', f'Dataset("local/rooms", root="{made}")')
+        local = code.replace('Dataset("DATASET")', f'Dataset("local/rooms", root="{exported}")')
         exec(
-            local.replace('OccupancyDataset("DATASET"', f'OccupancyDataset("{made}"').replace(
-                'load_dataset("DATASET"', f'load_dataset("{made}"'
+            local.replace('OccupancyDataset("DATASET"', f'OccupancyDataset("{exported}"').replace(
+                'load_dataset("DATASET"', f'load_dataset("{exported}"'
             ),
             {},
         )
 
 
-# What is refused, and what is left
+# Refused and omitted content
 
 
-def test_rates_that_differ_want_a_choice(built, tmp_path):
+def test_different_frame_rates_require_the_option_fps(built, tmp_path):
     mine = Path(shutil.copytree(built, tmp_path / "mine"))
     for n, trajectory in enumerate(opened(mine)):
         info = trajectory.info() | {"fps": (10, 29.97, 10)[n]}
@@ -372,7 +375,7 @@ def test_rates_that_differ_want_a_choice(built, tmp_path):
     assert any("29.97 frames a second became 30" in remark for remark in plan.remarks)
 
 
-def test_what_only_some_have_is_left_out_and_said(built, tmp_path):
+def test_data_that_some_trajectories_lack_is_left_out_with_a_remark(built, tmp_path):
     mine = Path(shutil.copytree(built, tmp_path / "mine"))
     first = opened(mine)[0]
     shutil.rmtree(first.file("depth", 0).parent)
@@ -382,12 +385,12 @@ def test_what_only_some_have_is_left_out_and_said(built, tmp_path):
     item = with_occupancy(tmp_path / "out")[0]
     assert DEPTH not in item
     assert RGB in item
-    assert VIEW in item  # Its shards were made from the trajectories.
+    assert VIEW in item  # The export built shards from the trajectories.
     assert not shards(mine)
     assert validate(tmp_path / "out").valid
 
 
-def test_without_media_there_are_tables_and_occupancy(tmp_path):
+def test_dataset_without_media_exports_tables_and_occupancy(tmp_path):
     make_sample(tmp_path / "tree", trajectories=1, frames=2)
     builder = load_builder("internnav", tmp_path / "tree")
     how = Settings(load_config(None, ("voxel_size=0.1",)), media="none")
@@ -399,7 +402,7 @@ def test_without_media_there_are_tables_and_occupancy(tmp_path):
     assert validate(tmp_path / "out").valid
 
 
-def test_frames_come_from_the_video_where_there_are_no_images(tmp_path):
+def test_frames_come_from_the_video_if_images_are_missing(tmp_path):
     make_sample(tmp_path / "tree", trajectories=1, frames=2)
     built = build(tmp_path / "tree", tmp_path / "built")
     shutil.rmtree(opened(built)[0].file("rgb", 0).parent)
@@ -408,7 +411,7 @@ def test_frames_come_from_the_video_where_there_are_no_images(tmp_path):
     assert lerobot(tmp_path / "out")[0][RGB].mean() > 0.1
 
 
-def test_columns_that_lerobot_cannot_hold_are_left_out(sample_tree, tmp_path):
+def test_columns_with_names_reserved_by_lerobot_are_left_out(sample_tree, tmp_path):
     source = Path(shutil.copytree(sample_tree, tmp_path / "source"))
     for path in source.rglob("*.parquet"):
         table = pq.read_table(path)
@@ -421,7 +424,7 @@ def test_columns_that_lerobot_cannot_hold_are_left_out(sample_tree, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "change", "said"),
+    ("file", "change", "message"),
     [
         ("info", {"fps": "ten"}, r"info\.json: has no valid fps"),
         ("info", {"fps": 0}, r"info\.json: has no valid fps"),
@@ -430,16 +433,16 @@ def test_columns_that_lerobot_cannot_hold_are_left_out(sample_tree, tmp_path):
         ("record", {"scene": {"image_size": [32, 32]}}, r"0\.jpg: is \d+ x \d+ pixels"),
     ],
 )
-def test_meta_files_that_cannot_be_used_are_named(built, tmp_path, file, change, said):
+def test_invalid_meta_files_are_named(built, tmp_path, file, change, message):
     mine = Path(shutil.copytree(built, tmp_path / "mine"))
     for trajectory in opened(mine):
         _edit(trajectory.file(file), **change)
-    with pytest.raises(OccGenError, match=said):
+    with pytest.raises(OccGenError, match=message):
         export(mine, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine"]
 
 
-def test_images_that_no_encoder_takes_are_made_larger(built, tmp_path):
+def test_images_too_small_for_the_encoder_are_enlarged(built, tmp_path):
     mine = Path(shutil.copytree(built, tmp_path / "mine"))
     for trajectory in opened(mine):
         _edit(trajectory.file("record"), scene=trajectory.record["scene"] | {"image_size": [9, 6]})
@@ -451,7 +454,7 @@ def test_images_that_no_encoder_takes_are_made_larger(built, tmp_path):
     assert lerobot(tmp_path / "out")[0][DEPTH].shape == (1, 64, 64)
 
 
-def test_trajectories_of_one_frame_are_left_out_and_said(built, tmp_path):
+def test_trajectories_of_one_frame_are_left_out_with_a_remark(built, tmp_path):
     make_sample(tmp_path / "tree", trajectories=1, frames=1)
     one = build(tmp_path / "tree", tmp_path / "one")
     with pytest.raises(UsageError, match="only trajectories of one frame"):
@@ -467,50 +470,50 @@ def test_trajectories_of_one_frame_are_left_out_and_said(built, tmp_path):
     assert torch.equal(frames[3][VIEW], ours[3]["occupancy"])
 
 
-def test_two_exports_to_one_place_are_one(built, tmp_path):
+def test_second_concurrent_export_is_refused(built, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "occgen_hub", "export", built, out]
     first, second = (
         subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         for _ in range(2)
     )
-    said = [process.communicate()[1] for process in (first, second)]
+    message = [process.communicate()[1] for process in (first, second)]
     assert sorted((first.returncode, second.returncode)) == [0, 2]
-    refused = said[first.returncode == 0]
+    refused = message[first.returncode == 0]
     assert "another export is writing there" in refused or "already exists" in refused
     assert validate(out).valid
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("fps", [2.5, "10", True, 0, 241])
-def test_rates_that_are_none(built, tmp_path, fps):
+def test_invalid_frame_rates_are_refused(built, tmp_path, fps):
     with pytest.raises(UsageError, match="fps"):
         export(built, tmp_path / "out", fps=fps)
 
 
 @pytest.mark.parametrize(
-    "place", ["dot", "inside", "above", "full", "file", "itself", "trajectory", "no"]
+    "place", ["dot", "inside", "parent", "full", "file", "export", "trajectory", "missing"]
 )
-def test_places_that_will_not_do(built, made, tmp_path, place):
+def test_invalid_export_paths_are_refused(built, exported, tmp_path, place):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("x")
     (tmp_path / "file").write_text("x")
-    root, out, said = {
+    root, out, message = {
         "dot": (built, Path(), "give the name of a new folder"),
         "inside": (built, built / "x", "is inside"),
-        "above": (built, built.parent, "is inside"),
+        "parent": (built, built.parent, "is inside"),
         "full": (built, tmp_path / "full", "has files that no export wrote"),
         "file": (built, tmp_path / "file", "not a folder"),
-        "itself": (made, tmp_path / "x", "is already an export"),
+        "export": (exported, tmp_path / "x", "is already an export"),
         "trajectory": (trajectories(built)[0], tmp_path / "x", "is a trajectory"),
-        "no": (tmp_path / "no", tmp_path / "x", "is not a folder"),
+        "missing": (tmp_path / "no", tmp_path / "x", "is not a folder"),
     }[place]
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         export(root, out)
     assert not (tmp_path / "x").exists()
 
 
-def test_a_failure_leaves_the_earlier_export(built, mine, tmp_path):
+def test_failed_export_keeps_the_earlier_one(built, mine, tmp_path):
     broken = Path(shutil.copytree(built, tmp_path / "broken"))
     opened(broken)[2].file("depth", 1).write_bytes(b"no image")
     before = {p: p.stat().st_mtime_ns for p in mine.rglob("*")}
@@ -524,7 +527,7 @@ def test_a_failure_leaves_the_earlier_export(built, mine, tmp_path):
     assert validate(mine).valid
 
 
-def test_the_command(built, tmp_path):
+def test_export_command_prints_the_result_and_refuses_to_overwrite(built, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "occgen_hub", "export", built, out]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -540,7 +543,7 @@ def test_the_command(built, tmp_path):
     assert modes == {0o666 & ~_umask()}
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(built, tmp_path):
+def test_export_on_a_full_disk_gives_one_sentence_and_leaves_no_files(built, tmp_path):
     place = tmp_path / "small"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place]
@@ -553,8 +556,8 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(built, tmp_path):
     finally:
         subprocess.run(["umount", place], check=True)
     assert (done.returncode, left) == (1, [])
-    (said,) = done.stderr.splitlines()
-    assert re.match(r"Error: .*\.(png|tiff): cannot be read or written \(No space left", said)
+    (message,) = done.stderr.splitlines()
+    assert re.match(r"Error: .*\.(png|tiff): cannot be read or written \(No space left", message)
 
 
 def _umask() -> int:
@@ -566,10 +569,10 @@ def _umask() -> int:
 # Validation
 
 
-def test_an_export_is_valid(made):
-    report = validate(made)
+def test_an_export_is_valid(exported):
+    report = validate(exported)
     assert report.findings == ()
-    assert (report.trajectories, report.frames) == (3, len(lerobot(made)))
+    assert (report.trajectories, report.frames) == (3, len(lerobot(exported)))
 
 
 def _edit(path: Path, **change) -> None:
@@ -581,8 +584,8 @@ def _swap_rows(path: Path) -> None:
     pq.write_table(table.take([1, 0, *range(2, table.num_rows)]), path)
 
 
-def _recorded(root: Path) -> None:
-    """Have the record agree with whatever the files are now."""
+def _update_record(root: Path) -> None:
+    """Update the record's checksums to the files as they are now."""
     from occgen_hub.files import sha256
 
     record = json.loads((root / RECORD).read_text())
@@ -591,7 +594,7 @@ def _recorded(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "recorded", "said"),
+    ("damage", "recorded", "message"),
     [
         (lambda r: next(r.rglob("*.mp4")).unlink(), False, "is missing"),
         (lambda r: next(r.rglob("*.mp4")).write_bytes(b"x"), False, "has changed"),
@@ -606,20 +609,20 @@ def _recorded(root: Path) -> None:
         (lambda r: _swap_rows(next((r / "data").rglob("*.parquet"))), True, "does not belong"),
     ],
 )
-def test_what_is_wrong_with_an_export_is_found(mine, damage, recorded, said):
+def test_validate_finds_problems_of_an_export(mine, damage, recorded, message):
     damage(mine)
     if recorded:
-        _recorded(mine)
+        _update_record(mine)
     report = validate(mine)
     texts = [str(finding) for finding in report.findings]
-    assert any(said in text for text in texts) if said else not texts, texts
+    assert any(message in text for text in texts) if message else not texts, texts
 
 
 # LeRobot's own tools
 
 
 def edit(operation: str, root: Path | None, out: Path | None, commands: bool, **options) -> None:
-    """What lerobot-edit-dataset does, in this process or as the command."""
+    """Run lerobot-edit-dataset, in this process or as a command."""
     where = {"repo_id": None if root is None else "local/rooms", "root": root,
              "new_repo_id": None if out is None else "local/edited", "new_root": out}  # fmt: skip
     where = {key: str(value) for key, value in where.items() if value is not None}
@@ -639,7 +642,7 @@ def edit(operation: str, root: Path | None, out: Path | None, commands: bool, **
 
 
 def check_occupancy(built: Path, root: Path, numbers: list[int]) -> None:
-    """Whether an edited export holds these trajectories, each frame with its own occupancy."""
+    """Assert that an edited export holds these trajectories, each frame with its occupancy."""
     report = validate(root)
     assert report.findings == ()
     frames, found = with_occupancy(root), opened(built)
@@ -656,9 +659,9 @@ def check_occupancy(built: Path, root: Path, numbers: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "commands", [False, pytest.param(True, marks=pytest.mark.long)], ids=["short", "commands"]
+    "commands", [False, pytest.param(True, marks=pytest.mark.long)], ids=["in process", "commands"]
 )
-def test_lerobots_tools_edit_an_export_and_the_occupancy_follows(
+def test_update_export_follows_edits_by_lerobot_tools(
     commands: bool, built: Path, mine: Path, tmp_path: Path
 ) -> None:
     edited = tmp_path / "edited"
@@ -677,7 +680,7 @@ def test_lerobots_tools_edit_an_export_and_the_occupancy_follows(
     merged = tmp_path / "merged"
     edit("merge", None, merged, commands, repo_ids=["local/b", "local/a"], roots=roots)
     update_export(built, merged)
-    check_occupancy(built, merged, [2, 0, 1])  # In another order than their names'.
+    check_occupancy(built, merged, [2, 0, 1])  # Not in the order of their names.
 
     edit("modify_tasks", mine, None, commands, new_task="look around")
     assert any("has changed since" in str(finding) for finding in validate(mine).findings)
@@ -693,11 +696,11 @@ def test_lerobots_tools_edit_an_export_and_the_occupancy_follows(
     assert validate(tmp_path / "stats").findings == ()
 
 
-def test_an_edit_that_cannot_be_followed_says_what_to_do(
-    built: Path, made: Path, mine: Path, tmp_path: Path
+def test_update_export_refuses_edits_that_it_cannot_follow(
+    built: Path, exported: Path, mine: Path, tmp_path: Path
 ) -> None:
     twice = tmp_path / "twice"
-    edit("merge", None, twice, False, repo_ids=["a", "b"], roots=[str(made), str(made)])
+    edit("merge", None, twice, False, repo_ids=["a", "b"], roots=[str(exported), str(exported)])
     with pytest.raises(UsageError, match=r"trajectory .* 2 times; export the dataset again"):
         update_export(built, twice)
     with pytest.raises(UsageError, match=r"is not a LeRobot v3\.0 dataset"):
@@ -714,8 +717,8 @@ def test_an_edit_that_cannot_be_followed_says_what_to_do(
         update_export(built, mine)
 
 
-def test_slices_are_lists_of_frames_as_lerobot_has_them(made: Path) -> None:
-    frames, plain = with_occupancy(made), lerobot(made)
+def test_slices_are_lists_of_frames_as_in_lerobot(exported: Path) -> None:
+    frames, plain = with_occupancy(exported), lerobot(exported)
     found, expected = frames[-3::2], plain[-3::2]
     assert [item["index"] for item in found] == [item["index"] for item in expected]
     assert all(torch.equal(a[VIEW], frames[int(a["index"])][VIEW]) for a in found)
@@ -734,7 +737,7 @@ def test_occupancy_of_other_frames_is_refused(built, mine, tmp_path):
         with_occupancy(mine)
 
 
-URGENT = """
+SCHEDULING_PROBE = """
 import os, sys, threading, time
 from pathlib import Path
 from occgen_hub.exporting import export
@@ -760,39 +763,39 @@ print(seen, os.sched_getscheduler(0))
 """
 
 
-def test_an_export_is_no_more_urgent_than_other_work(built, tmp_path):
-    """SVT-AV1 would schedule itself, and all that follows, before everything else (as root)."""
+def test_export_keeps_normal_scheduling(built, tmp_path):
+    """As root, SVT-AV1 would give itself, and all later threads, real-time scheduling."""
     done = subprocess.run(
-        [sys.executable, "-c", URGENT, built, tmp_path / "out"],
+        [sys.executable, "-c", SCHEDULING_PROBE, built, tmp_path / "out"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[-2] == "{0} 0"
 
 
-def test_our_own_dataset_names_the_one_for_an_export(made):
+def test_occupancy_dataset_names_the_class_for_an_export(exported):
     with pytest.raises(UsageError, match=r"is an export, of which LeRobotOccupancyDataset reads"):
-        OccupancyDataset(made)
+        OccupancyDataset(exported)
 
 
 @pytest.mark.parametrize("command", ["inspect", "report", "render"])
-def test_what_is_for_trajectories_refuses_an_export(made, command):
+def test_trajectory_commands_refuse_an_export(exported, command):
     more = ["out.mp4"] if command == "render" else []
     done = subprocess.run(
-        [sys.executable, "-m", "occgen_hub", command, made, *more],
+        [sys.executable, "-m", "occgen_hub", command, exported, *more],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2
-    (said,) = done.stderr.splitlines()
-    assert said == f"Error: {made}: is an export; give the dataset that it was made from."
+    (message,) = done.stderr.splitlines()
+    assert message == f"Error: {exported}: is an export; give the dataset that it was made from."
 
 
-def test_rerun_imports_an_export_with_its_depth(made, tmp_path):
+def test_rerun_imports_an_export_with_its_depth(exported, tmp_path):
     experimental = pytest.importorskip("rerun.experimental")
     recording = tmp_path / "export.rrd"
     rerun = Path(sys.executable).with_name("rerun")
     done = subprocess.run(
-        [rerun, made, "--save", recording, "--bind", "127.0.0.1", "--port", "0"],
+        [rerun, exported, "--save", recording, "--bind", "127.0.0.1", "--port", "0"],
         capture_output=True,
         text=True,
         timeout=120,

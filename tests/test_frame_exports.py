@@ -1,4 +1,4 @@
-"""Exports to OccScanNet and Occ3D, read as their loaders read them and compared with the scene."""
+"""Exports to OccScanNet and Occ3D, read like their loaders do and compared with the scene."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from occgen_hub.validation import validate
 
 @pytest.fixture(scope="module")
 def scenes(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two scenes of a trajectory; scene_17 is in the split "validation". Not to be changed."""
+    """Two scenes of a trajectory each; scene_17 is in the split "validation". Do not change."""
     root = tmp_path_factory.mktemp("scenes")
     for n, path in zip((16, 17), trajectories(dataset), strict=True):
         shutil.copytree(path, root / "group" / f"scene_{n}" / "run", copy_function=os.link)
@@ -66,14 +66,14 @@ class Scene:
         return self.labels[tuple(np.moveaxis(cells - self.low, -1, 0))]
 
 
-def joined(parts: np.ndarray) -> np.ndarray:
-    """The labels (...) of cells made of parts (..., n)."""
+def join_parts(parts: np.ndarray) -> np.ndarray:
+    """The labels (...) of coarse cells, from the labels (..., n) of their parts."""
     known = np.where((parts == 0).any(axis=-1), 0, 255)
     return np.where((parts == 1).any(axis=-1), 1, known)
 
 
 def surface_points(pose: np.ndarray, K: np.ndarray, metres: np.ndarray) -> np.ndarray:
-    """(n, 3) what a depth image saw, in the frame of the pose."""
+    """(n, 3) points of a depth image, transformed by the pose."""
     v, u = np.nonzero((metres > 0.3) & (metres < 3.5))
     z = metres[v, u]
     x, y = (u + 0.5 - K[0, 2]) / K[0, 0] * z, (v + 0.5 - K[1, 2]) / K[1, 1] * z
@@ -81,7 +81,7 @@ def surface_points(pose: np.ndarray, K: np.ndarray, metres: np.ndarray) -> np.nd
 
 
 def share_occupied(cells: np.ndarray, occupied: np.ndarray) -> float:
-    """The share of (n, 3) cells in the grid that, or a neighbour of which, are occupied."""
+    """The share of (n, 3) cells within the grid that are occupied or next to an occupied one."""
     cells = cells[((cells >= 0) & (cells < occupied.shape)).all(axis=1)]
     assert len(cells) > 1000
     padded = np.pad(occupied, 1)
@@ -91,8 +91,8 @@ def share_occupied(cells: np.ndarray, occupied: np.ndarray) -> float:
     return float(near.mean())
 
 
-def test_occscannet_is_the_scene_around_the_camera(scenes, scannet):
-    """Reads as the loader of OccScanNet does; 7 frames of each trajectory, cell by cell."""
+def test_occscannet_targets_match_the_scene_around_the_camera(scenes, scannet):
+    """Reads like the loader of OccScanNet, and compares all 7 frames cell by cell."""
     lists = {n: (scannet / f"{n}_final.txt").read_text().split() for n in ("train", "test")}
     assert [len(lines) for lines in lists.values()] == [4, 3]
     for name, run in (("train", "scene_16"), ("test", "scene_17")):
@@ -114,7 +114,7 @@ def test_occscannet_is_the_scene_around_the_camera(scenes, scannet):
                 slice(a, a + n) for a, n in zip(first - scene.low, (240, 240, 144), strict=True)
             )
             parts = scene.labels[here].reshape(60, 4, 60, 4, 36, 4).transpose(0, 2, 4, 1, 3, 5)
-            expected = joined(parts.reshape(60, 60, 36, 64))
+            expected = join_parts(parts.reshape(60, 60, 36, 64))
             np.testing.assert_array_equal(target, np.where(expected == 1, 11, expected))
             assert (target == 11).sum() > 500
             # Camera, image and depth are of this frame.
@@ -129,7 +129,7 @@ def test_occscannet_is_the_scene_around_the_camera(scenes, scannet):
             points = surface_points(data["cam_pose"], data["intrinsic"], metres)
             seen = np.floor((points - origin) / 0.08).astype(int)
             assert share_occupied(seen, target == 11) > 0.97
-            # The whole height of the room is in it, and the camera looks into it.
+            # The target covers the whole height of the room and lies in front of the camera.
             assert origin[2] < poses[t][2, 3] < origin[2] + 2.88
             middle = origin[:2] + 2.4 - poses[t][:2, 3]
             assert middle @ poses[t][:2, 2] > 0
@@ -138,7 +138,7 @@ def test_occscannet_is_the_scene_around_the_camera(scenes, scannet):
             np.testing.assert_array_equal(coarse, joined_labels(data["target_1_4"], 4))
 
 
-def test_occscannets_other_lists(scannet):
+def test_occscannet_has_the_lists_of_iso_and_the_mini_lists(scannet):
     for ours, isos in (("train_final", "train_subscenes"), ("test_final", "val_subscenes")):
         assert (scannet / f"{ours}.txt").read_text() == (scannet / f"{isos}.txt").read_text()
     for name in ("train", "test"):
@@ -146,7 +146,7 @@ def test_occscannets_other_lists(scannet):
         assert mini == (scannet / f"{name}_final.txt").read_text().split()[::10]
 
 
-def test_pickles_name_arrays_as_older_numpy_does(scannet):
+def test_pickles_are_readable_by_older_numpy(scannet):
     path = next(scannet.glob("gathered_data/*/*.pkl"))
     content = path.read_bytes()
     assert b"numpy.core.multiarray" in content
@@ -162,17 +162,20 @@ def test_labels_are_joined_by_the_rule_of_nyu():
     assert joined_labels(target, 4).tolist() == [[[3, 0, 255]]]
 
 
-def test_occ3d_is_the_scene_around_the_ego(scenes, occ3d):
+def test_occ3d_labels_match_the_scene_around_the_ego(scenes, occ3d):
     """Reads `labels.npz` in the ego frame; 5 frames, cell by cell."""
-    said = json.loads((occ3d / "annotations.json").read_text())
-    assert (said["train_split"], said["val_split"]) == (["scene-0000"], ["scene-0001"])
-    lower, size = np.array(said["grid"]["lower"]), said["grid"]["voxel_size"]
+    annotations = json.loads((occ3d / "annotations.json").read_text())
+    assert (annotations["train_split"], annotations["val_split"]) == (
+        ["scene-0000"],
+        ["scene-0001"],
+    )
+    lower, size = np.array(annotations["grid"]["lower"]), annotations["grid"]["voxel_size"]
     compared = 0
     for name, run in (("scene-0000", "scene_16"), ("scene-0001", "scene_17")):
         trajectory = Trajectory.open(scenes / "group" / run / "run")
         scene, poses = Scene(trajectory.path), trajectory.world_from_camera()
         masks = list(trajectory.observed())
-        for t, (token, info) in enumerate(said["scene_infos"][name].items()):
+        for t, (token, info) in enumerate(annotations["scene_infos"][name].items()):
             if t not in (0, 2, 3):
                 continue
             arrays = np.load(occ3d / "gts" / name / token / "labels.npz")
@@ -186,12 +189,14 @@ def test_occ3d_is_the_scene_around_the_ego(scenes, occ3d):
             cells = np.stack(np.indices(semantics.shape), axis=-1)[..., None, :]
             parts = np.stack(np.indices((4, 4, 4)), axis=-1).reshape(-1, 3)
             ego = lower + (cells + (parts + 0.5) / 4) * size
-            expected = joined(scene.at(np.floor((ego @ R.T + poses[t][:3, 3]) / 0.02).astype(int)))
+            expected = join_parts(
+                scene.at(np.floor((ego @ R.T + poses[t][:3, 3]) / 0.02).astype(int))
+            )
             known = expected != 255
             assert (arrays["mask_lidar"] == known).mean() > 0.999
             assert (semantics[known] == np.where(expected == 1, 0, 17)[known]).mean() > 0.999
             assert (semantics[arrays["mask_lidar"] == 0] == 17).all()
-            # The camera's mask: what it observed, of what is known.
+            # The camera's mask: the known cells that it observed.
             seen = arrays["mask_camera"] == 1
             assert (arrays["mask_lidar"][seen] == 1).all()
             inside = (ego.mean(axis=-2) @ R.T) @ poses[t][:3, :3]
@@ -200,7 +205,7 @@ def test_occ3d_is_the_scene_around_the_ego(scenes, occ3d):
             grid = masks[t].reshape(trajectory.grid.shape)
             assert seen[within & known][grid[tuple(place[within & known].T)]].mean() > 0.99
             assert seen.sum() < 2 * grid.sum() / 64
-            # Through the camera's own pose in the ego frame, depth falls on what is occupied.
+            # With the camera's pose in the ego frame, depth falls on occupied cells.
             camera = info["camera_sensor"]["CAM_FRONT"]
             w, x, y, z = camera["extrinsic"]["rotation"]
             pose = np.eye(4)
@@ -214,7 +219,7 @@ def test_occ3d_is_the_scene_around_the_ego(scenes, occ3d):
     assert compared == 5
 
 
-def test_the_ego_grid_covers_the_cameras():
+def test_ego_grid_covers_the_camera_grid():
     lower, shape = ego_grid(Grid((-2.0, -1.0, 0.0), 0.02, (200, 125, 200)))
     assert (lower, shape) == ((0.0, -2.0, -1.5), (50, 50, 32))
 
@@ -233,11 +238,11 @@ def test_frames_without_an_occupied_cell_are_left_out(scenes, tmp_path):
     assert "left out" in (tmp_path / "out/README.md").read_text()
 
 
-def test_a_world_whose_z_axis_does_not_point_up_is_told(scenes, tmp_path, monkeypatch):
+def test_world_without_upward_z_axis_gives_a_remark(scenes, tmp_path, monkeypatch):
     folder = trajectories(scenes)[0]
     upright = Trajectory.open(folder).world_from_camera()
     assert stands_upright(upright)
-    # As SLAM has it: the world is the frame of the first camera.
+    # As in SLAM, the world is the frame of the first camera.
     of_first = np.linalg.inv(upright[0]) @ upright
     assert not stands_upright(of_first)
     poses = Trajectory.world_from_camera
@@ -250,7 +255,7 @@ def test_a_world_whose_z_axis_does_not_point_up_is_told(scenes, tmp_path, monkey
     assert any("the cameras of 1 trajectories are not upright" in remark for remark in remarks)
 
 
-def test_a_trajectory_without_images_is_refused(scenes, tmp_path):
+def test_trajectory_without_images_and_video_is_refused(scenes, tmp_path):
     root = shutil.copytree(scenes, tmp_path / "root")
     shutil.rmtree(trajectories(root)[1] / "videos/chunk-000/observation.images.rgb")
     export(root, tmp_path / "video", to="occ3d")  # From the video.

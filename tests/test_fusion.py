@@ -1,4 +1,4 @@
-"""Fusion on small made-up scenes: what several frames agree on, and what moves in each."""
+"""Fusion of small made-up scenes: agreement of several frames, and motion in each frame."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ UNION = Config(voxel_size=VOXEL, fusion="union")
 WALL = plane((0, 0, 2.5), (0, 0, 1))
 
 
-def seen(shapes: list[Shape], poses: Array, size: tuple[int, int] = SIZE) -> list[Array]:
+def exact_depths(shapes: list[Shape], poses: Array, size: tuple[int, int] = SIZE) -> list[Array]:
     """The exact depth of every frame."""
     return [depth_of(shapes, pose, size) for pose in poses]
 
 
 def noisy(depths: list[Array], noise: NoiseModel, seed: int = 0) -> list[Array]:
-    """The same with noise that is independent from pixel to pixel."""
+    """Add noise that is independent for each pixel."""
     rng = np.random.default_rng(seed)
     return [
         depth + (depth > 0) * rng.normal(size=depth.shape) * noise.sigma(depth) for depth in depths
@@ -67,13 +67,13 @@ def noisy(depths: list[Array], noise: NoiseModel, seed: int = 0) -> list[Array]:
 
 
 def moving(fused: Fused, frame: int) -> Array:
-    """A frame's own points."""
+    """The moving points of a frame."""
     assert fused.moving is not None
     return fused.moving(frame).astype(np.float64)
 
 
 def inside(points: Array, lower: Array, upper: Array, margin: float = 0.03) -> Array:
-    """(n,) bool: which points lie in a box, or as close to it as a margin."""
+    """(n,) bool: which points lie in a box or within a margin of it."""
     return ((points > np.asarray(lower) - margin) & (points < np.asarray(upper) + margin)).all(
         axis=1
     )
@@ -82,20 +82,20 @@ def inside(points: Array, lower: Array, upper: Array, margin: float = 0.03) -> A
 # A static surface
 
 
-def test_a_plane_without_noise_stays_where_it_is():
+def test_exact_plane_is_unchanged():
     poses = path(6)
-    fused = fuse(views_of(seen([WALL], poses), poses), CONFIG)
+    fused = fuse(views_of(exact_depths([WALL], poses), poses), CONFIG)
     assert np.abs(fused.cloud.points[:, 2] - 2.5).max() < 1e-5
-    union = fuse(views_of(seen([WALL], poses), poses), UNION)
+    union = fuse(views_of(exact_depths([WALL], poses), poses), UNION)
     assert cKDTree(fused.cloud.points).query(union.cloud.points)[0].max() < VOXEL
     assert fused.notes == ()
     assert len(moving(fused, 0)) == 0
 
 
-def test_a_whole_room_without_noise_stays_as_it_is():
-    """Up to a cell: at edges, pixels beside which another surface begins are not trusted."""
+def test_exact_room_is_unchanged():
+    """Up to one cell: pixels next to the edge of another surface are not trusted."""
     poses = path(6)
-    depths = seen(room(), poses)
+    depths = exact_depths(room(), poses)
     fused, union = (fuse(views_of(depths, poses), config) for config in (CONFIG, UNION))
     distance = cKDTree(fused.cloud.points).query(union.cloud.points)[0]
     assert np.mean(distance < VOXEL) > 0.995
@@ -110,9 +110,9 @@ def test_a_whole_room_without_noise_stays_as_it_is():
 
 @pytest.mark.parametrize("frames", [4, 9])
 def test_averaging_brings_a_noisy_plane_closer_to_the_truth(frames):
-    """As far as it can: by about the square root of the number of frames."""
+    """The error shrinks by about the square root of the number of frames."""
     poses = path(frames, width=0.4)
-    depths = noisy(seen([WALL], poses), NoiseModel(0.012, 0, 0))
+    depths = noisy(exact_depths([WALL], poses), NoiseModel(0.012, 0, 0))
     off = [
         np.sqrt(np.mean((fuse(views_of(depths, poses), config).cloud.points[:, 2] - 2.5) ** 2))
         for config in (CONFIG, UNION)
@@ -122,9 +122,9 @@ def test_averaging_brings_a_noisy_plane_closer_to_the_truth(frames):
     assert abs(fuse(views_of(depths, poses), CONFIG).cloud.points[:, 2].mean() - 2.5) < 0.001
 
 
-def test_what_one_frame_alone_saw_floating_in_the_air_is_gone():
+def test_floating_points_of_a_single_frame_are_removed():
     poses = path(6)
-    depths = seen([WALL], poses)
+    depths = exact_depths([WALL], poses)
     depths[3][20:32, 30:42] = 1.2
     fused, union = (fuse(views_of(depths, poses), config) for config in (CONFIG, UNION))
     assert (union.cloud.points[:, 2] < 2).sum() > 50
@@ -134,22 +134,22 @@ def test_what_one_frame_alone_saw_floating_in_the_air_is_gone():
     assert fused.quality.contradicted == pytest.approx(share, rel=0.2)
 
 
-def test_only_frames_that_saw_through_a_place_speak_against_it():
-    """A patch of wall that two frames of nine see stays: in the others something is before it."""
+def test_only_frames_that_saw_through_a_place_contradict_it():
+    """A patch of wall seen by two of nine frames stays: a screen hides it from the others."""
     screen = box((-0.5, -0.6, 1.2), (0.5, 0.6, 1.25))
     behind = ((-0.25, -0.3, 2.499), (0.25, 0.3, 2.501))
     straight = [camera((x, 0, 0), (x, 0, 2.5)) for x in np.linspace(-0.06, 0.06, 7)]
     aside = [camera((x, 0, 0.5), (0, 0, 2.5)) for x in (-1.6, 1.6)]
     poses = np.stack([*straight, *aside])
-    fused = fuse(views_of(seen([WALL, screen], poses), poses), CONFIG)
-    union = fuse(views_of(seen([WALL, screen], poses), poses), UNION)
+    fused = fuse(views_of(exact_depths([WALL, screen], poses), poses), CONFIG)
+    union = fuse(views_of(exact_depths([WALL, screen], poses), poses), UNION)
     hidden = union.cloud.points[inside(union.cloud.points, *behind)]
     assert len(hidden) > 50
     assert cKDTree(fused.cloud.points).query(hidden)[0].max() < VOXEL
-    # The same patch without the screen in seven of the frames, which then saw through it.
-    depths = seen([WALL, screen], poses)
+    # The same patch, with seven frames that see through it instead of the screen.
+    depths = exact_depths([WALL, screen], poses)
     far = plane((0, 0, 4), (0, 0, 1))
-    contradicted = fuse(views_of([*seen([far], poses[:7]), *depths[7:]], poses), CONFIG)
+    contradicted = fuse(views_of([*exact_depths([far], poses[:7]), *depths[7:]], poses), CONFIG)
     assert not inside(contradicted.cloud.points, *behind).any()
 
 
@@ -157,12 +157,12 @@ KINECT = NAMED["kinect"]
 
 
 @pytest.mark.parametrize("noise", [NoiseModel(0, 0, 0), KINECT], ids=["exact", "kinect"])
-def test_a_floor_at_a_grazing_angle_is_not_eaten(noise):
-    """Of a camera 0.4 m above it, as a small robot has it."""
+def test_floor_at_a_grazing_angle_is_kept(noise):
+    """The camera is 0.4 m above the floor, as on a small robot."""
     floor = plane((0, 0.4, 0), (0, 1, 0))
     back = plane((0, 0, 6), (0, 0, 1))
     poses = np.stack([camera((0.05 * t, 0, 0.2 * t), (0, 0.1, 6)) for t in range(8)])
-    depths = seen([floor, back], poses)
+    depths = exact_depths([floor, back], poses)
     fused = fuse(views_of(noisy(depths, noise), poses), CONFIG)
     truth = fuse(views_of(depths, poses), UNION).cloud.points
     truth = truth[(np.abs(truth[:, 1] - 0.4) < 0.01) & (truth[:, 2] < 4)]
@@ -174,10 +174,10 @@ def test_a_floor_at_a_grazing_angle_is_not_eaten(noise):
 
 
 @pytest.mark.parametrize("noise", [NoiseModel(0, 0, 0), NoiseModel(0.004, 0, 0)])
-def test_a_pole_of_two_pixels_stays(noise):
+def test_pole_two_pixels_wide_is_kept(noise):
     poses = path(8, target=(0, 0, 2), width=0.6)
     pole = ((-0.03, -0.5, 2.0), (0.03, 0.5, 2.06))
-    depths = noisy(seen([box(*pole), plane((0, 0, 3.5), (0, 0, 1))], poses), noise)
+    depths = noisy(exact_depths([box(*pole), plane((0, 0, 3.5), (0, 0, 1))], poses), noise)
     fused = fuse(views_of(depths, poses), CONFIG)
     along = np.arange(-0.48, 0.49, 0.02)
     front = np.stack([0 * along, along, 0 * along + 2.0], axis=1)
@@ -188,9 +188,9 @@ def test_a_pole_of_two_pixels_stays(noise):
     assert len(between) == 0
 
 
-def test_union_is_every_trusted_point_and_nothing_else():
+def test_union_contains_exactly_the_trusted_points():
     poses = path(5)
-    depths = noisy(seen(room(), poses), NoiseModel(0.01, 0, 0))
+    depths = noisy(exact_depths(room(), poses), NoiseModel(0.01, 0, 0))
     depths[2][10:14, 10:30] = 0.9
     views = views_of(depths, poses)
     fused = fuse(views, UNION.model_copy(update={"depth_range": (0.5, 4.0)}))
@@ -215,10 +215,10 @@ def test_union_is_every_trusted_point_and_nothing_else():
     np.testing.assert_array_equal(fused.cloud.colors, expected.colors)
 
 
-def test_frames_without_depth_do_no_harm():
-    """Only some frames have depth, and one of those has none of its pixels."""
+def test_frames_without_depth_are_ignored():
+    """Only some frames have depth, and one of them has no valid pixel."""
     poses = path(7)
-    depths = seen([WALL], poses)
+    depths = exact_depths([WALL], poses)
     depths[2] = np.zeros_like(depths[2])
     fused = fuse(views_of(depths, poses, frames=(0, 2, 4, 6)), CONFIG)
     assert np.abs(fused.cloud.points[:, 2] - 2.5).max() < 1e-5
@@ -226,20 +226,20 @@ def test_frames_without_depth_do_no_harm():
 
 
 @pytest.mark.parametrize("voxel_size", [0.02, 0.1, 0.25, 0.5])
-def test_nothing_moves_in_a_still_room_whatever_the_size_of_cells(voxel_size):
+def test_nothing_moves_in_a_static_room_at_any_voxel_size(voxel_size):
     poses = path(6)
-    fused = fuse(views_of(seen(room(), poses), poses), Config(voxel_size=voxel_size))
+    fused = fuse(views_of(exact_depths(room(), poses), poses), Config(voxel_size=voxel_size))
     assert [len(moving(fused, frame)) for frame in range(6)] == [0] * 6
 
 
-def test_one_frame_is_enough():
-    fused = fuse(views_of(seen(room(), path(1)), path(1)), CONFIG)
-    union = fuse(views_of(seen(room(), path(1)), path(1)), UNION)
+def test_single_frame_is_fused():
+    fused = fuse(views_of(exact_depths(room(), path(1)), path(1)), CONFIG)
+    union = fuse(views_of(exact_depths(room(), path(1)), path(1)), UNION)
     assert len(fused.cloud) > 0.98 * len(union.cloud)
     assert len(moving(fused, 0)) == 0
 
 
-def test_nothing_measured_is_an_empty_cloud():
+def test_frames_without_measurements_give_an_empty_cloud():
     poses = path(3)
     fused = fuse(views_of([np.zeros((60, 80))] * 3, poses), CONFIG)
     assert len(fused.cloud) == 0
@@ -247,8 +247,8 @@ def test_nothing_measured_is_an_empty_cloud():
 
 
 @pytest.mark.parametrize("refine", [False, True])
-def test_frames_that_contradict_one_another_are_told(refine):
-    """Each frame's wall is seen through by all frames after it; the last one's stays."""
+def test_contradicting_frames_give_a_note(refine):
+    """All later frames see through the wall of each frame. Only the last wall stays."""
     poses = np.tile(np.eye(4), (6, 1, 1))
     depths = [np.full((60, 80), 0.7 * 1.5**frame) for frame in range(6)]
     fused = fuse(views_of(depths, poses), CONFIG.model_copy(update={"refine_poses": refine}))
@@ -279,7 +279,7 @@ LARGE = (160, 120)
 )
 def test_noise_is_estimated(noise):
     poses = path(10)
-    depths = noisy(seen([*PANELS, plane((0, 0, 5), (0, 0, 1))], poses, LARGE), noise)
+    depths = noisy(exact_depths([*PANELS, plane((0, 0, 5), (0, 0, 1))], poses, LARGE), noise)
     found = estimate_noise(DepthMaps(views_of(depths, poses), 0.1, 0.03))
     assert found is not None
     z = np.array([1.4, 1.8, 2.2, 3.4, 4.4])
@@ -288,34 +288,36 @@ def test_noise_is_estimated(noise):
 
 def test_exact_depth_has_no_noise():
     poses = path(6)
-    found = estimate_noise(DepthMaps(views_of(seen(room(), poses), poses), 0.1, 0.03))
+    found = estimate_noise(DepthMaps(views_of(exact_depths(room(), poses), poses), 0.1, 0.03))
     assert found is not None
     assert found.sigma(3.0) < 0.001
 
 
-def test_noise_that_cannot_be_estimated_is_taken_for_a_simulators():
+def test_noise_defaults_to_simulated_if_it_cannot_be_estimated():
     for frames in (1, 3):  # One frame; three that look into different directions.
         turns = [camera((0, 0, 0), (np.sin(2 * t), 0, np.cos(2 * t))) for t in range(frames)]
-        maps = DepthMaps(views_of(seen(room(), np.stack(turns)), np.stack(turns)), 0.1, 0.03)
+        maps = DepthMaps(
+            views_of(exact_depths(room(), np.stack(turns)), np.stack(turns)), 0.1, 0.03
+        )
         assert estimate_noise(maps) is None
         assert noise_model(maps, "auto") == NAMED["simulated"]
 
 
 def test_noise_can_be_named_or_given():
-    maps = DepthMaps(views_of(seen([WALL], path(1)), path(1)), 0.1, 0.03)
+    maps = DepthMaps(views_of(exact_depths([WALL], path(1)), path(1)), 0.1, 0.03)
     assert noise_model(maps, "stereo") == NAMED["stereo"]
     given_model = noise_model(maps, (0.001, 0.01, 0.002))
     assert given_model.sigma(2.0) == pytest.approx(np.sqrt(0.001**2 + 0.02**2 + 0.008**2))
     assert KINECT.sigma(2.0) == pytest.approx(0.0012 + 0.0019 * 1.6**2, rel=0.1)
 
 
-def test_the_noisier_the_depth_the_more_frames_are_asked():
+def test_noisier_depth_requires_more_frames():
     looks = [Tolerance.of(NoiseModel(s, 0, 0), 0.02).looks for s in (0.0, 0.002, 0.004, 0.006, 0.1)]
     assert looks == sorted(looks)
     assert (looks[0], looks[-1]) == LOOKS
 
 
-# What moves
+# Motion
 
 
 BACK = plane((0, 0, 3.5), (0, 0, 1))
@@ -323,7 +325,7 @@ FLOOR = plane((0, 0.8, 0), (0, 1, 0))
 
 
 def walker(places: list[float]) -> tuple[list[Array], list[tuple[Array, Array]], Array]:
-    """A box of 0.4 x 1.2 m that goes to a place in each frame: depth, the boxes, poses."""
+    """Depth, boxes and poses for a box of 0.4 x 1.2 m at the given place of each frame."""
     poses = path(len(places), target=(0, 0.1, 3), width=0.3)
     boxes = [(np.array([x, -0.4, 2.0]), np.array([x + 0.4, 0.8, 2.2])) for x in places]
     depths = [depth_of([BACK, FLOOR, box(*b)], pose) for b, pose in zip(boxes, poses, strict=True)]
@@ -333,8 +335,8 @@ def walker(places: list[float]) -> tuple[list[Array], list[tuple[Array, Array]],
 def check_walker(
     fused: Fused, boxes: list[tuple[Array, Array]], poses: Array, ghosts: int = 0
 ) -> None:
-    """Each frame's moving points are the box there and then; the cloud has no more than `ghosts`
-    points in the air where the box was."""
+    """Assert that each frame's moving points are the box of that frame, and that the cloud has at
+    most `ghosts` points in the air where the box was."""
     for frame, (lower, upper) in enumerate(boxes):
         points = moving(fused, frame)
         assert inside(points, lower, upper).mean() > 0.98, frame
@@ -354,25 +356,25 @@ def check_walker(
         assert air.sum() <= ghosts, frame
 
 
-def test_what_moves_is_in_each_of_its_frames_and_in_no_other():
+def test_moving_box_is_found_in_every_frame():
     places = list(np.linspace(-0.9, 0.7, 9))
     depths, boxes, poses = walker(places)
     check_walker(fuse(views_of(depths, poses), CONFIG), boxes, poses)
 
 
-def test_with_noise_too():
+def test_moving_box_is_found_despite_noise():
     depths, boxes, poses = walker(list(np.linspace(-0.9, 0.7, 9)))
     fused = fuse(views_of(noisy(depths, NoiseModel(0.003, 0, 0.001)), poses), CONFIG)
     check_walker(fused, boxes, poses)
 
 
-def test_what_moves_and_then_stands_is_where_it_is_in_every_frame():
+def test_box_that_stops_moving_is_found_in_every_frame():
     places = [*np.linspace(-0.9, 0.2, 8), 0.2, 0.2, 0.2]
     depths, boxes, poses = walker(places)
     check_walker(fuse(views_of(depths, poses), CONFIG), boxes, poses)
 
 
-def test_frames_that_it_is_not_in_have_no_moving_points():
+def test_frames_without_the_box_have_no_moving_points():
     depths, _, poses = walker([*np.linspace(-1.0, 0.6, 5)])
     without = [depth_of([BACK, FLOOR], pose) for pose in poses]
     depths = [*depths[:3], *without, *depths[3:]]
@@ -383,25 +385,25 @@ def test_frames_that_it_is_not_in_have_no_moving_points():
     assert min(counts[:3] + counts[8:]) > 100
 
 
-def test_what_moves_before_a_background_without_depth_is_not_in_the_scene():
+def test_box_moving_before_a_background_without_depth_is_not_in_the_scene():
     depths, boxes, poses = walker(list(np.linspace(-0.9, 0.7, 9)))
     for depth, pose, box_ in zip(depths, poses, boxes, strict=True):
         alone = depth_of([box(*box_)], pose)
         above = np.arange(depth.shape[0])[:, None] < depth.shape[0] / 2
         depth[above & (alone == 0)] = 0
     fused = fuse(views_of(depths, poses), CONFIG)
-    check_walker(fused, boxes, poses, ghosts=8)  # Over 300 if only what was seen through goes.
-    # The floor that it walks on stays, though it is connected to it.
+    check_walker(fused, boxes, poses, ghosts=8)  # Over 300 if only contradicted points go.
+    # The floor stays, though it touches the box.
     floor = fuse(views_of([depth_of([FLOOR], pose) for pose in poses], poses), CONFIG).cloud.points
     seen_by_some = cKDTree(fused.cloud.points).query(floor[floor[:, 2] < 1.9])[0] < VOXEL
     assert seen_by_some.mean() > 0.99
 
 
-def test_small_wrong_groups_of_pixels_do_not_move():
+def test_small_groups_of_wrong_pixels_are_not_moving():
     poses = path(6)
-    depths = seen([WALL], poses)
+    depths = exact_depths([WALL], poses)
     depths[1][5:9, 5:9] = 1.5  # A speckle: too few pixels.
-    depths[2][10:16, 20:26] = 0.6  # Pixels enough, but 5 cm across.
+    depths[2][10:16, 20:26] = 0.6  # Enough pixels, but only 5 cm wide.
     depths[4][10:50, 40:42] = 1.8  # A seam: long and thin.
     fused = fuse(views_of(depths, poses), CONFIG)
     assert [len(moving(fused, frame)) for frame in range(6)] == [0] * 6
@@ -409,7 +411,7 @@ def test_small_wrong_groups_of_pixels_do_not_move():
     assert (fuse(views_of(depths, poses), UNION).cloud.points[:, 2] < 2).any()
 
 
-def test_what_stands_still_does_not_move():
+def test_static_box_is_not_moving():
     places = [0.1] * 8
     depths, boxes, poses = walker(places)
     fused = fuse(views_of(depths, poses), CONFIG)
@@ -426,8 +428,8 @@ def test_moving_points_lie_within_the_depth_range():
 # Poses
 
 
-def gauge_removed(poses: Array, truth: Array) -> tuple[Array, Array]:
-    """(T,) metres and (T,) degrees that poses are off, after the rigid motion that fits best."""
+def errors_after_alignment(poses: Array, truth: Array) -> tuple[Array, Array]:
+    """(T,) errors in metres and (T,) in degrees after the rigid motion that fits best."""
     turns = Rotation.from_matrix(truth[:, :3, :3] @ poses[:, :3, :3].transpose(0, 2, 1))
     turn = turns.mean().as_matrix()
     centres = poses[:, :3, 3] @ turn.T
@@ -440,7 +442,7 @@ def gauge_removed(poses: Array, truth: Array) -> tuple[Array, Array]:
 
 
 def disturbed(poses: Array, metres: float, degrees: float, seed: int = 0) -> Array:
-    """Poses, each with an error of its own of about that size."""
+    """Add an independent error of about that size to each pose."""
     rng = np.random.default_rng(seed)
     wrong = poses.copy()
     for pose in wrong:
@@ -450,17 +452,17 @@ def disturbed(poses: Array, metres: float, degrees: float, seed: int = 0) -> Arr
     return wrong
 
 
-def test_refined_poses_are_those_that_the_frames_were_taken_from():
+def test_refinement_recovers_the_true_poses():
     truth = path(10)
     wrong = disturbed(truth, 0.02, 0.4)
-    views = views_of(seen(room(), truth), wrong)
+    views = views_of(exact_depths(room(), truth), wrong)
     plain = fuse(views, CONFIG.model_copy(update={"refine_poses": False}))
     refined = fuse(views, CONFIG.model_copy(update={"refine_poses": True}))
     by_default = fuse(views, CONFIG)
     assert by_default.quality == refined.quality
     assert plain.views is views
     before, after = (
-        gauge_removed(v.world_from_camera, truth) for v in (plain.views, refined.views)
+        errors_after_alignment(v.world_from_camera, truth) for v in (plain.views, refined.views)
     )
     for wrong_by, left in zip(before, after, strict=True):
         assert np.median(left) < 0.25 * np.median(wrong_by)
@@ -472,11 +474,11 @@ def test_refined_poses_are_those_that_the_frames_were_taken_from():
     assert "poses" not in [note.code for note in refined.notes]
 
 
-def test_poses_stay_where_the_scale_of_the_depth_is_at_fault():
-    """Poses that make up for it would let frames see through one another."""
+def test_poses_are_not_refined_if_the_depth_scale_is_wrong():
+    """Poses that compensate for it would make frames see through one another."""
     truth = path(10)
     scales = 1 + 0.02 * np.random.default_rng(3).normal(size=10)
-    depths = [s * depth for s, depth in zip(scales, seen(room(), truth), strict=True)]
+    depths = [s * depth for s, depth in zip(scales, exact_depths(room(), truth), strict=True)]
     fused = fuse(views_of(depths, truth), CONFIG)
     np.testing.assert_array_equal(fused.views.world_from_camera, truth)
     assert fused.quality is not None
@@ -485,43 +487,43 @@ def test_poses_stay_where_the_scale_of_the_depth_is_at_fault():
     assert "aligning the frames did not help" in note.text
 
 
-def test_a_frame_is_not_held_in_a_wrong_place_by_its_own_points():
+def test_refinement_corrects_a_single_wrong_pose():
     truth = path(10)
     wrong = truth.copy()
     wrong[4, :3, 3] += (0.0, 0.03, 0.01)
     config = CONFIG.model_copy(update={"refine_poses": True})
-    fused = fuse(views_of(seen(room(), truth), wrong), config)
+    fused = fuse(views_of(exact_depths(room(), truth), wrong), config)
     found = fused.views.world_from_camera
     moved = np.linalg.inv(found[3]) @ found[4]
     np.testing.assert_allclose(moved, np.linalg.inv(truth[3]) @ truth[4], atol=3e-3)
 
 
-def test_poses_that_are_right_stay():
+def test_refinement_keeps_correct_poses():
     truth = path(6)
     config = CONFIG.model_copy(update={"refine_poses": True})
-    refined = fuse(views_of(seen(room(), truth), truth), config)
+    refined = fuse(views_of(exact_depths(room(), truth), truth), config)
     np.testing.assert_allclose(refined.views.world_from_camera, truth, atol=2e-3)
 
 
-def test_frames_without_depth_follow_the_one_before_them():
+def test_frames_without_depth_move_with_a_neighbouring_frame():
     truth = path(9)
     wrong = disturbed(truth, 0.02, 0.4)
     config = CONFIG.model_copy(update={"refine_poses": True})
-    refined = fuse(views_of(seen(room(), truth), wrong, frames=(1, 3, 4, 6, 8)), config)
+    refined = fuse(views_of(exact_depths(room(), truth), wrong, frames=(1, 3, 4, 6, 8)), config)
     found = refined.views.world_from_camera
     for frame, leader in ((0, 1), (2, 1), (5, 4), (7, 6)):
         relative = np.linalg.inv(found[leader]) @ found[frame]
         np.testing.assert_allclose(relative, np.linalg.inv(wrong[leader]) @ wrong[frame], atol=1e-9)
 
 
-# Edges of networks
+# Depth edges
 
 
 def trusted(depth: Array, edges: str, edge: float = 0.03) -> Array:
     return DepthMaps(views_of([depth], np.eye(4)[None], edges=edges), 0.1, edge)(0).trusted
 
 
-def test_a_networks_ramp_between_two_walls_is_dropped_and_its_grazing_floor_kept():
+def test_network_depth_drops_ramps_between_walls_and_keeps_grazing_floors():
     walls = np.where(np.arange(80) < 38, 1.5, 3.0) * np.ones((60, 1))
     walls[:, 38:40] = (2.0, 2.5)
     found = trusted(walls, "network")
@@ -530,7 +532,7 @@ def test_a_networks_ramp_between_two_walls_is_dropped_and_its_grazing_floor_kept
     assert found[:, 42:].all()
     floor = depth_of([plane((0, 0.4, 0), (0, 1, 0))], np.eye(4))
     rows = floor[:, 40] > 0
-    # The depth's range alone would drop this floor.
+    # A limit on depth steps would drop this floor.
     steps = np.abs(np.diff(floor[rows, 40])) / floor[rows, 40][1:]
     assert (steps > 0.03).sum() > 5
     kept = trusted(floor, "network")[rows]
@@ -538,7 +540,7 @@ def test_a_networks_ramp_between_two_walls_is_dropped_and_its_grazing_floor_kept
     assert trusted(walls, "network", 0.0).all()
 
 
-def test_a_sensors_pixels_between_two_surfaces_are_dropped():
+def test_sensor_depth_drops_pixels_between_two_surfaces():
     walls = np.where(np.arange(80) < 40, 1.5, 3.0) * np.ones((60, 1))
     rng = np.random.default_rng(0)
     walls[:, 40] = rng.uniform(1.7, 2.8, 60)
@@ -572,7 +574,7 @@ print(digest.hexdigest())
 
 
 def test_equal_views_give_equal_bytes_on_any_number_of_threads(pytestconfig):
-    told = []
+    outputs = []
     for threads in ("1", "2"):
         result = subprocess.run(
             [sys.executable, "-c", DIGEST],
@@ -580,9 +582,9 @@ def test_equal_views_give_equal_bytes_on_any_number_of_threads(pytestconfig):
             env={**os.environ, "NUMBA_NUM_THREADS": threads},
             capture_output=True, text=True, check=True,
         )  # fmt: skip
-        told.append(result.stdout)
-    assert told[0] == told[1]
-    points, own = map(int, told[0].split()[:2])
+        outputs.append(result.stdout)
+    assert outputs[0] == outputs[1]
+    points, own = map(int, outputs[0].split()[:2])
     assert points > 1000
     assert own > 1000
 
@@ -592,7 +594,7 @@ def test_equal_views_give_equal_bytes_on_any_number_of_threads(pytestconfig):
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 9), st.integers(1, 5))
 @settings(max_examples=25)
-def test_the_store_gives_back_what_was_added(tmp_path_factory, seed, width, height, frames):
+def test_frame_store_returns_what_was_added(tmp_path_factory, seed, width, height, frames):
     rng = np.random.default_rng(seed)
     store = FrameStore(tmp_path_factory.mktemp("store"), (width, height))
     depths = rng.uniform(0, 9, (frames, height, width)).astype(np.float32)
@@ -635,7 +637,7 @@ def random_views(rng: np.random.Generator, frames: int, size: tuple[int, int]):
 
 
 def projected(view: DepthMap, point: Array) -> tuple[float, float, float]:
-    """Column, row and depth of a world point in a view; not a number for one behind it."""
+    """Column, row and depth of a world point in a view. Column and row are NaN behind it."""
     R, t = view.world_from_camera[:3, :3], view.world_from_camera[:3, 3]
     x, y, z = R.T @ (point - t)
     if z <= NEAREST:
@@ -649,7 +651,7 @@ tiny = st.tuples(st.integers(2, 12), st.integers(2, 9))
 
 @given(scene_seeds, tiny, st.integers(1, 3), st.sampled_from([0.05, 0.25, np.inf]))
 @settings(max_examples=60)
-def test_compare_is_what_it_says(seed, size, stride, farthest):
+def test_compare_matches_plain_python(seed, size, stride, farthest):
     maps = DepthMaps(random_views(np.random.default_rng(seed), 2, size), 0.1, 0.2)
     here, there = maps(0), maps(1)
     z, behind = compare(here, there, stride, farthest)
@@ -683,7 +685,7 @@ def test_compare_is_what_it_says(seed, size, stride, farthest):
 
 @given(scene_seeds, tiny)
 @settings(max_examples=40)
-def test_the_surface_of_a_pixel_is_what_it_says(seed, size):
+def test_pixel_surfaces_match_plain_python(seed, size):
     view = DepthMaps(random_views(np.random.default_rng(seed), 1, size), 0.1, 0.1)(0)
     width, height = size
     for v in range(height):
@@ -714,7 +716,7 @@ def test_the_surface_of_a_pixel_is_what_it_says(seed, size):
     st.integers(1, 9),
 )
 @settings(max_examples=40)
-def test_evidence_is_what_it_says(seed, size, frames, noise, looks):
+def test_evidence_matches_plain_python(seed, size, frames, noise, looks):
     rng = np.random.default_rng(seed)
     maps = DepthMaps(random_views(rng, frames, size), 0.1, 0.1)
     tolerance = Tolerance(NoiseModel(*noise), 0.02, looks)
@@ -763,7 +765,7 @@ def test_evidence_is_what_it_says(seed, size, frames, noise, looks):
 
 @given(scene_seeds, tiny, st.sampled_from([0.01, 0.05, 0.4]))
 @settings(max_examples=40)
-def test_the_rendered_surface_is_what_it_says(seed, size, spacing):
+def test_rendered_surface_matches_plain_python(seed, size, spacing):
     rng = np.random.default_rng(seed)
     view = DepthMaps(random_views(rng, 1, size), 0.1, 0.1)(0)
     cloud = into_blocks(rng.uniform([-2, -2, -1], [2, 2, 4], (80, 3)).astype(np.float32))
@@ -791,7 +793,7 @@ def test_the_rendered_surface_is_what_it_says(seed, size, spacing):
 
 
 @given(st.integers(1, 300))
-def test_frames_are_spread_and_each_comes_once(count):
+def test_spread_visits_each_frame_once_and_evenly(count):
     frames = np.arange(count) * 3 + 1
     order = list(spread(frames))
     assert sorted(order) == frames.tolist()

@@ -1,4 +1,4 @@
-"""Half a minute of scripts/fuzz, and what spoils files."""
+"""Half a minute of scripts/fuzz, and a test of how it corrupts files."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from fuzz_mutations import spoil
 
 SCRIPT = Path(__file__).parent.parent / "scripts/fuzz.py"
 MINUTES = float(os.environ.get("OCCGEN_FUZZ", "0.5"))
-"""How long; OCCGEN_FUZZ names another number, and chooses another seed for each run."""
+"""Duration. If OCCGEN_FUZZ sets another one, each run also has a new seed."""
 
 
-def test_spoiled_files_harm_no_command():
+def test_commands_handle_corrupted_files():
     for library in ("pyvista", "rerun", "lerobot", "rosbags"):
         pytest.importorskip(library)
-    # The same cases each time, unless more are asked for: others may find something in any run.
+    # The same cases each time, unless OCCGEN_FUZZ is set: new cases may fail in any run.
     seed = int(time.time()) if "OCCGEN_FUZZ" in os.environ else 0
     options = ["--minutes", str(MINUTES), "--seed", str(seed)]
     done = subprocess.run(
@@ -35,17 +35,17 @@ def test_spoiled_files_harm_no_command():
     assert " 0 findings" in done.stdout
 
 
-def test_a_case_is_the_same_each_time(dataset, tmp_path):
+def test_fuzz_cases_are_reproducible(dataset, tmp_path):
     for number in range(60):
-        said, found = [], []
+        descriptions, found = [], []
         for copy in ("one", "two"):
             root = Path(shutil.copytree(dataset, tmp_path / copy))
             rng = random.Random(number)
             path = rng.choice(sorted(path for path in root.rglob("*") if path.is_file()))
-            said.append(spoil(path, rng))
+            descriptions.append(spoil(path, rng))
             entries = sorted(path for path in root.rglob("*") if not path.is_fifo())
             small = all(path.stat().st_size < 1 << 20 for path in entries if path.exists())
             found.append(tree(root) if small else {})
             shutil.rmtree(root)
-        assert said[0] == said[1]
+        assert descriptions[0] == descriptions[1]
         assert found[0] == found[1]

@@ -1,4 +1,4 @@
-"""Poses, cameras, clouds, against plain formulas and against Open3D."""
+"""Poses, cameras and clouds, compared with plain formulas and with Open3D."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pose(rng: np.random.Generator) -> np.ndarray:
 
 
 @given(seeds)
-def test_opengl_and_back(seed):
+def test_opengl_conversion_is_its_own_inverse(seed):
     poses = np.stack([pose(np.random.default_rng([seed, n])) for n in range(3)])
     assert np.array_equal(from_opengl(from_opengl(poses)), poses)
     assert (rigidity_error(from_opengl(poses)) < 1e-12).all()
@@ -101,7 +101,7 @@ def test_scaled_intrinsics_see_the_same_ray():
         ((2, 2), 0.0, "last row"),
     ],
 )
-def test_invalid_intrinsics_have_a_problem(place, value, word):
+def test_problem_of_invalid_intrinsics_is_named(place, value, word):
     K = np.array([[168.05, 0, 240], [0, 192.8, 135], [0, 0, 1]])
     assert intrinsics_problem(K) is None
     K[place] = value
@@ -126,20 +126,18 @@ def test_slanted_plane_has_no_depth_edges():
     assert (spread > 0.03).mean() > 0.3  # the usual rule would lose much of this floor
 
 
-def test_a_pixel_that_floats_between_two_surfaces_is_dropped():
+def test_pixel_between_two_surfaces_is_dropped():
     depth = np.full((20, 20), 1.0)
     depth[:, 10:] = 3.0
-    # A clean jump: each side goes on along the edge, but for where the image ends.
+    # A clean jump: each side continues along the edge, except at the border of the image.
     assert continues(depth, 0.03)[1:-1].all()
     depth[7, 10] = 2.0
     kept = continues(depth, 0.03)[1:-1]
     assert not kept[6, 10]
-    assert (
-        kept.sum() == kept.size - 3
-    )  # the two next to it on the edge have nothing to go on along either
+    assert kept.sum() == kept.size - 3  # its two neighbours on the edge have no continuation either
 
 
-def test_holes_are_not_kept():
+def test_pixels_without_depth_are_not_kept():
     depth = np.full((5, 5), 2.0)
     depth[2, 2] = 0.0
     assert not continues(depth, 0.03)[2, 2]
@@ -150,7 +148,7 @@ def test_holes_are_not_kept():
 def test_downsampling_equals_open3d(seed, size, batches):
     rng = np.random.default_rng(seed)
     points = rng.normal(0, 2, (3000, 3))
-    # Open3D begins its voxels half a voxel under the lowest point: put one there.
+    # Open3D's voxels start half a voxel below the lowest point: add one that aligns them to ours.
     lowest = np.floor(points.min(axis=0) / size - 1) * size + size / 2
     points = np.concatenate([lowest[None], points])
     colors = rng.integers(0, 256, (len(points), 3)).astype(np.uint8)
@@ -170,7 +168,7 @@ def test_downsampling_equals_open3d(seed, size, batches):
     np.testing.assert_allclose(ours.colors[match], expected[:, 3:], atol=0.51)
 
 
-def test_downsampling_grows_past_its_first_tables():
+def test_downsampling_tables_grow_as_needed():
     rng = np.random.default_rng(0)
     points = rng.uniform(-40, 40, (200_000, 3))
     colors = np.zeros((len(points), 3), np.uint8)
@@ -181,7 +179,7 @@ def test_downsampling_grows_past_its_first_tables():
     assert len(thinned.cloud()) == expected
 
 
-def test_an_empty_cloud():
+def test_empty_cloud_is_downsampled():
     empty = Cloud(np.zeros((0, 3), np.float32), np.zeros((0, 3), np.uint8))
     assert len(voxel_downsample(empty, 0.1)) == 0
 
@@ -208,7 +206,7 @@ def test_open3d_reads_our_ply(tmp_path):
     assert np.array_equal(ours.colors, cloud.colors)
 
 
-def test_we_read_open3ds_ply(tmp_path):
+def test_read_ply_reads_files_of_open3d(tmp_path):
     points = np.random.default_rng(3).normal(0, 1, (50, 3))
     cloud = o3d.geometry.PointCloud(o3d.utility.Vector3dVector(points))
     o3d.io.write_point_cloud(str(tmp_path / "a.ply"), cloud)
@@ -238,8 +236,8 @@ def test_invalid_ply_is_refused_quickly(tmp_path, header):
         read_ply(tmp_path / "bad.ply")
 
 
-def test_mean_of_a_voxel_with_many_points():
-    """Sums in float32 lose what is added to them from 2^24 on: white became black."""
+def test_voxel_mean_of_many_points_is_exact():
+    """Sums in float32 lose small additions above 2^24: white became black."""
     fused, rng = VoxelDownsample(0.1), np.random.default_rng(0)
     white = np.full((40_000, 3), 255, np.uint8)
     for _ in range(10):
@@ -250,8 +248,8 @@ def test_mean_of_a_voxel_with_many_points():
     np.testing.assert_allclose(cloud.points, 0.35, atol=1e-3)
 
 
-def test_the_table_of_blocks_grows_no_faster_than_they_do():
-    """Points far apart have a block each, as those of a network seen across a street."""
+def test_block_table_grows_no_faster_than_the_blocks():
+    """Points far apart have a block each, as when a network sees across a street."""
     fused = VoxelDownsample(0.01)
     points = np.arange(40_000.0)[:, None] * [1.0, 0.5, 0.25] * 0.2
     fused.add(points, np.zeros((len(points), 3), np.uint8))

@@ -1,4 +1,4 @@
-"""What users and machines do to the commands: odd names, full disks, huge and hostile files."""
+"""Difficult conditions for commands: odd names, full disks, huge and hostile files."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def many_episodes(scene: Path, count: int) -> None:
 
 
 @pytest.mark.parametrize("stated", [True, False])
-def test_a_scene_is_read_once_however_many_episodes_it_has(tmp_path, monkeypatch, stated):
+def test_scene_with_many_episodes_is_read_once(tmp_path, monkeypatch, stated):
     make_sample(tmp_path / "tree", trajectories=1, frames=2, layout="scenes", seed=3)
     (scene,) = (path.parent for path in (tmp_path / "tree").rglob("meta"))
     many_episodes(scene, 12)
@@ -87,7 +87,7 @@ def test_a_scene_is_read_once_however_many_episodes_it_has(tmp_path, monkeypatch
         path = scene / "meta/episodes_stats.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         path.write_text("\n".join(json.dumps({**row, "image_index": None}) for row in rows))
-    time.sleep(0.2)  # What was changed just now is read again each time.
+    time.sleep(0.2)  # Files that changed just now are read again each time.
     listings: dict[str, int] = {}
     listed, listdir = os.scandir, os.listdir
 
@@ -131,13 +131,13 @@ def count_parses(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return parsed
 
 
-def test_a_scene_that_changes_is_read_again(tmp_path):
+def test_changed_scene_is_read_again(tmp_path):
     make_sample(tmp_path / "tree", trajectories=1, frames=2, layout="scenes", seed=3)
     (scene,) = (path.parent for path in (tmp_path / "tree").rglob("meta"))
     builder = load_builder("internnav", tmp_path / "tree")
     (ref,) = list_episodes(builder)
     assert builder.read(ref).length == 2
-    for text in ("first", "other"):  # Of one length, one after the other.
+    for text in ("first", "other"):  # Files of equal length, in quick succession.
         path = scene / "meta/episodes.jsonl"
         row = {"episode_index": 0, "tasks": [text], "length": 2}
         path.write_text(json.dumps(row))
@@ -147,7 +147,7 @@ def test_a_scene_that_changes_is_read_again(tmp_path):
 # Bounded cost
 
 
-def test_a_meta_file_of_millions_of_values_is_refused_at_once(tmp_path):
+def test_meta_file_of_millions_of_values_is_refused_quickly(tmp_path):
     path = tmp_path / "tasks.jsonl"
     path.write_bytes(b"{}\n" * 3_000_000)
     began = time.monotonic()
@@ -156,7 +156,7 @@ def test_a_meta_file_of_millions_of_values_is_refused_at_once(tmp_path):
     assert time.monotonic() - began < 5
 
 
-def test_many_bad_lines_are_few_findings(dataset, tmp_path):
+def test_many_bad_lines_give_few_findings(dataset, tmp_path):
     (place, *_) = trajectories(dataset)
     copy = Path(shutil.copytree(place, tmp_path / "out/a/b/c"))
     (copy / "meta/tasks.jsonl").write_bytes(b"{}\n" * 100_000)
@@ -180,7 +180,7 @@ def test_a_progressive_image_of_many_scans_is_refused(tmp_path):
     assert time.monotonic() - began < 2
 
 
-def test_links_that_lead_on_twice_each_come_to_an_end(sample_tree, tmp_path, caplog):
+def test_exponentially_many_link_paths_are_limited(sample_tree, tmp_path, caplog):
     root = tmp_path / "root"
     for number in range(26):
         folder = root / str(number)
@@ -195,20 +195,20 @@ def test_links_that_lead_on_twice_each_come_to_an_end(sample_tree, tmp_path, cap
     assert "in more than 16 ways" in caplog.text
 
 
-def test_folders_nested_deep_are_looked_through(sample_tree, tmp_path):
+def test_deeply_nested_folders_are_searched(sample_tree, tmp_path):
     root = tmp_path / "root"
     shutil.copytree(next(sample_tree.rglob("meta")).parent, root / "group/scene/one")
     deep = str(root)
     for _ in range(1500):
         deep += "/d"
-        os.mkdir(deep)  # noqa: PTH102  # pathlib goes down by recursion.
+        os.mkdir(deep)  # noqa: PTH102  # pathlib is recursive.
     try:
         assert [ref.id for ref in load_builder("internnav", root).episodes()] == ["group/scene/one"]
     finally:
-        subprocess.run(["rm", "-r", root / "d"], check=True)  # So does pytest.
+        subprocess.run(["rm", "-r", root / "d"], check=True)  # pytest is recursive too.
 
 
-def test_the_record_of_a_long_episode_is_read_back(dataset, tmp_path):
+def test_record_of_a_long_episode_is_readable(dataset, tmp_path):
     (place, *_) = trajectories(dataset)
     copy = Path(shutil.copytree(place, tmp_path / "long"))
     record = json.loads((copy / "meta/occgen.json").read_text())
@@ -220,7 +220,7 @@ def test_the_record_of_a_long_episode_is_read_back(dataset, tmp_path):
     assert len(Trajectory.open(copy).record["files"]) > 550_000
 
 
-def test_a_record_that_could_not_be_read_back_is_not_written(sample_tree, tmp_path, monkeypatch):
+def test_record_above_the_size_limit_is_not_written(sample_tree, tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "MAX_RECORD_BYTES", 1000)
     failures = built(sample_tree, tmp_path / "out", limit=1)
     assert "cut it into parts" in failures[0]
@@ -253,7 +253,7 @@ def test_rewritten_shards_are_reported(sample_tree, dataset, tmp_path):
     for other in others:
         shutil.rmtree(other)
     library.finalize(root)
-    again = __import__("pickle").loads(__import__("pickle").dumps(opened))  # As a worker has it.
+    again = __import__("pickle").loads(__import__("pickle").dumps(opened))  # As in a worker.
     with pytest.raises(DatasetError, match=r"open the dataset again if it was changed since"):
         again[len(again) - 1]
 
@@ -264,7 +264,7 @@ def test_rewritten_shards_are_reported(sample_tree, dataset, tmp_path):
 @pytest.mark.parametrize(
     "bad", [f"hf_\x0b{SECRET}", f"hf_\x0c{SECRET}", f"a b{SECRET}", f"{SECRET}é"]
 )
-def test_a_token_that_cannot_be_sent_is_refused_unseen(bad, monkeypatch):
+def test_invalid_token_is_refused_without_printing_it(bad, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", bad)
     with pytest.raises(OccGenError, match="HF_TOKEN: holds a token") as caught:
         hub.check_token("me/rooms")
@@ -272,7 +272,9 @@ def test_a_token_that_cannot_be_sent_is_refused_unseen(bad, monkeypatch):
 
 
 @pytest.mark.parametrize("coding", ["utf-16", "utf-16-le"])
-def test_a_token_file_in_another_encoding_is_named_unseen(coding, tmp_path, monkeypatch):
+def test_token_file_in_another_encoding_is_named_without_printing_the_token(
+    coding, tmp_path, monkeypatch
+):
     place = tmp_path / "token"
     place.write_bytes(SECRET.encode(coding))
     monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -287,18 +289,18 @@ def test_a_token_file_in_another_encoding_is_named_unseen(coding, tmp_path, monk
 # Full disks
 
 
-def test_an_export_puts_no_file_into_the_temporary_folder(dataset, tmp_path, monkeypatch):
+def test_export_does_not_use_the_temporary_folder(dataset, tmp_path, monkeypatch):
     pytest.importorskip("lerobot")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "not there"))
     library.export(dataset, tmp_path / "lerobot")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lerobot"]
-    # The order of the keys is not that of a set.
+    # The keys are sorted, not in the order of a set.
     stats = json.loads((tmp_path / "lerobot/meta/stats.json").read_text())
     assert list(stats) == sorted(stats)
     assert all(list(values) == sorted(values) for values in stats.values())
 
 
-def test_a_recording_on_a_full_disk_fails_at_once(dataset, monkeypatch):
+def test_rerun_recording_on_a_full_disk_fails(dataset, monkeypatch):
     pytest.importorskip("rerun")
     from occgen_hub.visual.viewer import save
 
@@ -322,7 +324,7 @@ def test_failed_export_restores_the_previous_one(dataset, tmp_path, monkeypatch)
     assert (tmp_path / "lerobot/kept").read_text() == "kept"
 
 
-# Stops
+# Interruptions
 
 
 @pytest.mark.parametrize("ready", [".mp4.", None])
@@ -336,11 +338,11 @@ def test_stopped_render_prints_one_line(people, tmp_path, ready):
         while ready and process.poll() is None and not list(tmp_path.glob(f".*{ready}*")):
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=60)
+        output = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130, said
-    assert said == ("", "Stopped.\n")
+    assert process.returncode == 130, output
+    assert output == ("", "Stopped.\n")
     assert not list(tmp_path.iterdir())
 
 
@@ -360,7 +362,7 @@ main()
 """
 
 
-def test_a_stop_while_vtk_calls_python_back_waits_for_its_end(people, tmp_path):
+def test_interrupt_during_a_vtk_callback_ends_in_order(people, tmp_path):
     pytest.importorskip("pyvista")
     (place, *_) = trajectories(people)
     done = occgen_hub("render", place, tmp_path / "room.png", launcher=("-c", STOPPED_IN_VTK))
@@ -368,7 +370,7 @@ def test_a_stop_while_vtk_calls_python_back_waits_for_its_end(people, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_signal_after_the_command_is_over_changes_nothing(tmp_path):
+def test_signal_after_the_command_has_ended_is_ignored(tmp_path):
     script = (
         "import atexit, os, signal; atexit.register(os.kill, os.getpid(), signal.SIGTERM)\n"
         "from occgen_hub.cli import main\n"
@@ -407,7 +409,7 @@ def test_an_output_that_looks_like_a_uri_is_a_folder(sample_tree, tmp_path, monk
     assert library.validate("run:1").valid
 
 
-def test_names_that_are_not_utf_8_are_built(sample_tree, tmp_path):
+def test_episodes_with_names_that_are_not_utf_8_are_built(sample_tree, tmp_path):
     odd = os.fsdecode(b"sc\xffne")
     source = next(sample_tree.rglob("meta")).parent
     shutil.copytree(source, tmp_path / "tree/group" / odd / "one")
@@ -416,7 +418,7 @@ def test_names_that_are_not_utf_8_are_built(sample_tree, tmp_path):
     assert library.validate(out).valid
 
 
-def test_a_hidden_folder_of_the_source_is_seen_in_the_dataset(sample_tree, tmp_path):
+def test_hidden_source_folder_gets_a_visible_name_in_the_dataset(sample_tree, tmp_path):
     source = next(sample_tree.rglob("meta")).parent
     root = tmp_path / ".group/scene"
     shutil.copytree(source, root / "one")
@@ -447,13 +449,15 @@ def test_control_characters_do_not_reach_the_terminal(capsys):
     assert one_line(os.fsdecode(b"\xff")) == "\\udcff"
 
 
-def test_a_task_cannot_write_on_the_terminal(dataset, tmp_path):
+def test_control_characters_in_a_task_are_escaped(dataset, tmp_path):
     root = Path(shutil.copytree(dataset, tmp_path / "out"))
     for path in root.rglob("tasks.jsonl"):
         path.write_text(json.dumps({"task_index": 0, "task": "\x1b[2Jgo"}) + "\n")
-    said = CliRunner().invoke(cli.cli, ["inspect", str(root), "--preview", str(tmp_path / "p.png")])
-    assert "\\x1b[2Jgo" in said.output
-    assert "\x1b" not in said.output
+    result = CliRunner().invoke(
+        cli.cli, ["inspect", str(root), "--preview", str(tmp_path / "p.png")]
+    )
+    assert "\\x1b[2Jgo" in result.output
+    assert "\x1b" not in result.output
 
 
 def test_column_names_are_escaped_in_the_card():
@@ -471,18 +475,18 @@ def test_column_names_are_escaped_in_the_card():
 
 
 @pytest.mark.parametrize("setting", [{"voxel_size": 1e300}, {"voxel_size_scale": 5e-324}])
-def test_sizes_beyond_reason_are_refused(setting):
+def test_extreme_sizes_are_refused(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
         Config(**setting)
 
 
-def test_rates_and_viewpoints_beyond_reason_are_refused(dataset, tmp_path):
+def test_extreme_frame_rates_and_viewpoints_are_refused(dataset, tmp_path):
     (place, *_) = trajectories(dataset)
-    said = CliRunner().invoke(
+    result = CliRunner().invoke(
         cli.cli, ["render", str(place), str(tmp_path / "a.mp4"), "--fps", "nan"]
     )
-    assert said.exit_code == 2
-    assert "is not a number" in said.output
+    assert result.exit_code == 2
+    assert "is not a number" in result.output
     camera = tmp_path / "camera.json"
     camera.write_text(json.dumps({"position": [1e308, 0, 0], "target": [0, 0, 0], "up": [0, 0, 1]}))
     with pytest.raises(UsageError, match="is not a viewpoint"):
@@ -504,9 +508,9 @@ def test_text_in_place_of_poses_is_an_error(dataset, tmp_path):
     place = table.schema.get_field_index(name)
     pq.write_table(table.set_column(place, name, pa.array(["word"] * len(table))), path)
     info = path.parents[2] / "meta/info.json"
-    said = json.loads(info.read_text())
-    said["features"][name] = {"dtype": "string", "shape": [4, 4], "names": None}
-    info.write_text(json.dumps(said))
+    content = json.loads(info.read_text())
+    content["features"][name] = {"dtype": "string", "shape": [4, 4], "names": None}
+    info.write_text(json.dumps(content))
     with pytest.raises(OccGenError, match=r"^[^ ]+: "):
         library.export(root, tmp_path / "lerobot")
     with pytest.raises(ValueError, match="not string"):
@@ -561,30 +565,30 @@ def test_lack_of_memory_is_reported(monkeypatch, capsys):
 # Compiling
 
 
-def test_without_a_place_for_a_cache_kernels_are_compiled_all_the_same(tmp_path):
+def test_kernels_are_compiled_without_a_cache_folder(tmp_path):
     code = "from occgen_hub.jit import njit\n@njit()\ndef f(a):\n    return a + 1\nprint(f(1))\n"
     (tmp_path / "kernel.py").write_text(code)
-    # The only place that is looked for is the one that nobody named.
+    # The only locator is that of NUMBA_CACHE_DIR, which is not set.
     env = {**os.environ, "NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator"}
     env.pop("NUMBA_CACHE_DIR", None)
-    said = subprocess.run(
+    result = subprocess.run(
         [sys.executable, tmp_path / "kernel.py"],
         env=env,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert said.stdout == "2\n", said.stderr
+    assert result.stdout == "2\n", result.stderr
 
 
 @pytest.fixture
-def read_only(tmp_path: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
-    """Commands of a copy of the package, in which nobody may write, with such a home.
+def run_read_only(tmp_path: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """Run commands of a read-only copy of the package with a read-only home folder.
 
-    They share a process, which compiles.
+    The commands share one process, and so the compiled kernels.
     """
     bare: tuple[str, ...] = ()
-    if os.geteuid() == 0:  # Root may write anywhere, unless it goes without that right.
+    if os.geteuid() == 0:  # Root may write anywhere unless that capability is dropped.
         bare = ("setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override")
         if not shutil.which(bare[0]):
             pytest.skip("root needs setpriv (util-linux) to do without its rights")
@@ -621,19 +625,19 @@ def read_only(tmp_path: Path) -> Iterator[Callable[..., subprocess.CompletedProc
 
 @pytest.mark.parametrize("builds", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_read_only_installation_without_a_home_builds_and_validates(
-    sample_tree, dataset, tmp_path, read_only, builds
+    sample_tree, dataset, tmp_path, run_read_only, builds
 ):
-    """A build compiles for a minute where it finds no cache; validation compiles less."""
+    """Without a cache, a build compiles for a minute. Validation compiles less."""
     out, package = str(tmp_path / "out" if builds else dataset), tmp_path / "site/occgen_hub"
     options = ["--output", out, "--set", "voxel_size=0.25", "--limit", "1", "--workers", "1"]
     build = [["build", "--input", str(sample_tree), *options]] if builds else []
-    done = read_only(*build, ["validate", out])
+    done = run_read_only(*build, ["validate", out])
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr.startswith(str(package / "__init__.py"))
     assert ": valid." in done.stdout
 
 
-def test_every_kernel_is_compiled_so():
+def test_all_kernels_use_our_njit():
     for path in Path(library.__file__).parent.rglob("*.py"):
         if path.name != "jit.py":
             assert not re.search(r"from numba import.*njit|numba\.njit", path.read_text()), path

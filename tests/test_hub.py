@@ -1,4 +1,4 @@
-"""Pushing to a Hub on the loopback address with the Hub's own client, and loading from there."""
+"""Push to a Hub on the loopback address with the Hub's own client, and load from it."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def hub():
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A dataset of one trajectory, quick to validate; beside it `other`, of another scene.
+    """A dataset of one trajectory, quick to validate. `other` beside it has another scene.
 
-    Not to be changed by tests.
+    Tests must not change them.
     """
     from occgen_hub.builder import load_builder
     from occgen_hub.episode_build import Settings
@@ -59,12 +59,12 @@ def small(tmp_path_factory):
 
 @pytest.fixture
 def folder(small, tmp_path):
-    """A dataset that may be changed."""
+    """A copy of the dataset that a test may change."""
     return Path(shutil.copytree(small, tmp_path / "out"))
 
 
-class Desk:
-    """Where commands are run: with a home of its own, and the Hub of the test."""
+class CommandRunner:
+    """Runs commands with their own home folder and the Hub of the test."""
 
     def __init__(self, hub, home):
         self.environment = {
@@ -85,23 +85,23 @@ class Desk:
 
 
 @pytest.fixture
-def desk(hub, tmp_path):
+def runner(hub, tmp_path):
     (tmp_path / "home").mkdir()
-    return Desk(hub, tmp_path / "home")
+    return CommandRunner(hub, tmp_path / "home")
 
 
-def local(folder):
+def local_files(folder):
     return {path: (folder / path).read_bytes() for path in contents(folder)}
 
 
-def held(hub, revision="main"):
+def remote_files(hub, revision="main"):
     files = dict(hub.repositories[REPO].files(revision))
     files.pop(".gitattributes")
     return files
 
 
-def refused(result, code, *words):
-    """One sentence, no traceback, and a token nowhere."""
+def assert_refused(result, code, *words):
+    """Assert an error of one sentence, without a traceback or a token."""
     assert result.returncode == code, result.stderr
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
     for word in words:
@@ -109,41 +109,43 @@ def refused(result, code, *words):
     assert "hf_" not in (result.stdout + result.stderr).replace("hf_xet", "")
 
 
-def test_a_push_sends_what_is_there_once_and_tags_it(hub, desk, folder):
+def test_push_sends_each_file_once_and_tags_the_commit(hub, runner, folder):
     (folder / "failures.jsonl").write_text("{}\n")
     assert (folder / "report.json").exists()
     (folder / ".cache").mkdir()
     (folder / ".cache" / "notes").write_text("mine")
-    result = desk.push(folder, "--private")
+    result = runner.push(folder, "--private")
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == f"{hub.url}/datasets/{REPO}"
     repository = hub.repositories[REPO]
     assert repository.private
-    assert held(hub) == local(folder)
-    assert "README.md" in held(hub)
-    assert not {"failures.jsonl", "report.json", ".cache/notes", ".logs/build.log"} & set(held(hub))
+    assert remote_files(hub) == local_files(folder)
+    assert "README.md" in remote_files(hub)
+    assert not {"failures.jsonl", "report.json", ".cache/notes", ".logs/build.log"} & set(
+        remote_files(hub)
+    )
     assert repository.tags == {"v2.1": repository.refs["main"][-1]}
     assert repository.messages[-1] == "Upload dataset with OccGen Hub"
     assert not result.stderr
 
     commits, received = len(repository.commits), hub.received
-    again = desk.push(folder)
+    again = runner.push(folder)
     assert again.returncode == 0, again.stderr
     assert (len(repository.commits), hub.received) == (commits, received)
 
     token = WRITER.encode()
-    places = (folder, Path(desk.environment["HF_HOME"]))
+    places = (folder, Path(runner.environment["HF_HOME"]))
     assert not [p for place in places for p in files_under(place) if token in p.read_bytes()]
     assert WRITER not in result.stdout + result.stderr + again.stdout + again.stderr
 
 
-def test_a_push_of_other_scenes_leaves_the_first_ones_alone(hub, desk, folder, small, tmp_path):
+def test_push_of_other_scenes_keeps_the_first_ones(hub, runner, folder, small, tmp_path):
     other = Path(shutil.copytree(small.parent / "other", tmp_path / "other"))
-    assert desk.push(folder).returncode == 0
-    first = held(hub)
-    result = desk.push(other)
+    assert runner.push(folder).returncode == 0
+    first = remote_files(hub)
+    result = runner.push(other)
     assert result.returncode == 0, result.stderr
-    both = held(hub)
+    both = remote_files(hub)
     kept = {path for path in first if not path.startswith(("README.md", "index/", "preview"))}
     assert {path: both[path] for path in kept} == {path: first[path] for path in kept}
     assert {row.scene for row in read_entries(other).values()} == {
@@ -158,16 +160,16 @@ def test_a_push_of_other_scenes_leaves_the_first_ones_alone(hub, desk, folder, s
     assert {frames[n]["episode"].split("/")[1] for n in range(len(frames))} == {
         "house_000", "house_009"
     }  # fmt: skip
-    # And the first folder again, which knows nothing of the other one.
-    assert desk.push(folder).returncode == 0
-    assert {path for path in held(hub) if path.startswith("occupancy/")} == {
+    # Push the first folder again, which does not have the other scene.
+    assert runner.push(folder).returncode == 0
+    assert {path for path in remote_files(hub) if path.startswith("occupancy/")} == {
         path for path in both if path.startswith("occupancy/")
     }
     assert len(read_entries(folder)) == len(frames.episodes) == 2
 
 
-def test_what_was_removed_here_is_removed_there(hub, desk, folder):
-    assert desk.push(folder).returncode == 0
+def test_push_deletes_files_that_its_trajectories_no_longer_have(hub, runner, folder):
+    assert runner.push(folder).returncode == 0
     repository = hub.repositories[REPO]
     files = dict(repository.files())
     trajectory = next(path for path in files if path.endswith("/meta/info.json")).removesuffix(
@@ -176,104 +178,108 @@ def test_what_was_removed_here_is_removed_there(hub, desk, folder):
     others = {"LICENSE": b"theirs", "elsewhere/meta/info.json": b"{}"}
     stale = {f"{trajectory}/videos/chunk-000/observation.images.rgb/[99].jpg": b"old"}
     repository.commit("main", files | others | stale, "more")
-    result = desk.push(folder)
+    result = runner.push(folder)
     assert result.returncode == 0, result.stderr
-    assert held(hub) == local(folder) | others
+    assert remote_files(hub) == local_files(folder) | others
 
 
-def test_a_push_goes_without_hf_xet(hub, desk, folder):
-    result = desk.push(folder, HF_HUB_DISABLE_XET="1")
+def test_push_works_without_hf_xet(hub, runner, folder):
+    result = runner.push(folder, HF_HUB_DISABLE_XET="1")
     assert result.returncode == 0, result.stderr
-    assert held(hub) == local(folder)
+    assert remote_files(hub) == local_files(folder)
     assert any("/lfs/" in line for line in hub.asked)
     assert not any("/xet/" in line for line in hub.asked)
 
 
-def test_a_connection_that_is_cut_twice_is_taken_up_again(hub, desk, folder):
+def test_push_retries_after_cut_connections(hub, runner, folder):
     hub.faults = [Fault("POST /xet/v1/xorbs/"), Fault("POST .*/commit/")]
-    result = desk.push(folder)
+    result = runner.push(folder)
     assert result.returncode == 0, result.stderr
     assert [fault.met > 0 for fault in hub.faults] == [True, True]
-    assert held(hub) == local(folder)
+    assert remote_files(hub) == local_files(folder)
 
 
 @pytest.mark.slow
-def test_after_a_connection_is_lost_the_next_push_goes_on(hub, desk, folder):
+def test_next_push_succeeds_after_a_lost_connection(hub, runner, folder):
     hub.faults = [Fault("POST /xet/v1/xorbs/", times=100)]
-    refused(desk.push(folder), 1, "the upload was interrupted", "run the same command again")
+    assert_refused(
+        runner.push(folder), 1, "the upload was interrupted", "run the same command again"
+    )
     hub.faults = [Fault("POST /xet/.*shards", times=100)]
-    refused(desk.push(folder), 1, "the upload was interrupted")
-    assert not held(hub)
+    assert_refused(runner.push(folder), 1, "the upload was interrupted")
+    assert not remote_files(hub)
     hub.faults = []
-    result = desk.push(folder)
+    result = runner.push(folder)
     assert result.returncode == 0, result.stderr
-    assert held(hub) == local(folder)
+    assert remote_files(hub) == local_files(folder)
 
 
-def test_a_hub_that_has_to_be_waited_for_is_waited_for(hub, desk, folder):
+def test_push_retries_after_status_500_and_429(hub, runner, folder):
     hub.faults = [Fault("POST .*/preupload/", status=500), Fault("POST .*/commit/", status=429)]
-    result = desk.push(folder)
+    result = runner.push(folder)
     assert result.returncode == 0, result.stderr
-    assert held(hub) == local(folder)
+    assert remote_files(hub) == local_files(folder)
 
 
-def test_ctrl_c_stops_and_the_next_push_sends_nothing_twice(hub, desk, folder):
+def test_ctrl_c_stops_a_push_and_the_next_one_sends_nothing_twice(hub, runner, folder):
     hub.faults = [Fault("POST .*/commit/", stall=STALL)]
     command = [sys.executable, "-m", "occgen_hub", "push", str(folder), "--repo-id", REPO]
     with subprocess.Popen(
-        command, env=desk.environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command, env=runner.environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as running:
         deadline = time.monotonic() + 60
         while not any("/commit/" in line for line in hub.asked) and time.monotonic() < deadline:
             time.sleep(0.05)
         start = time.monotonic()
         running.send_signal(signal.SIGINT)
-        _, said = running.communicate(timeout=60)
+        _, errors = running.communicate(timeout=60)
     assert time.monotonic() - start < STALL / 2
     assert running.returncode == 130
-    assert said.startswith("Stopped.")
-    assert len(said.splitlines()) == 1
+    assert errors.startswith("Stopped.")
+    assert len(errors.splitlines()) == 1
     received = hub.received
     assert received > 0
-    result = desk.push(folder)
+    result = runner.push(folder)
     assert result.returncode == 0, result.stderr
-    assert held(hub) == local(folder)
+    assert remote_files(hub) == local_files(folder)
     assert hub.received == received
 
 
-def test_what_is_invalid_is_refused_and_nothing_sent(hub, desk, folder):
+def test_push_refuses_an_invalid_dataset_and_sends_nothing(hub, runner, folder):
     broken = next(folder.rglob("occ_sequence.npz"))
     broken.write_bytes(broken.read_bytes()[:1000])
-    refused(desk.push(folder), 1, str(broken), "so nothing was sent", "occgen-hub validate")
+    assert_refused(
+        runner.push(folder), 1, str(broken), "so nothing was sent", "occgen-hub validate"
+    )
     assert not hub.asked
-    refused(desk.push(folder.parent / "home"), 1, "has no trajectories")
+    assert_refused(runner.push(folder.parent / "home"), 1, "has no trajectories")
 
 
-def test_a_card_that_the_hub_does_not_take_is_told(hub, desk, folder):
+def test_push_reports_a_card_that_the_hub_rejects(hub, runner, folder):
     (folder / "README.md").write_text("---\na: [b\n---\nMy own words.\n")
-    refused(desk.push(folder), 1, "rejected the card", "bad indentation", "README.md")
+    assert_refused(runner.push(folder), 1, "rejected the card", "bad indentation", "README.md")
     assert not [line for line in hub.asked if "/commit/" in line or "/xet/" in line]
 
 
-def test_a_dataset_that_is_not_whole_is_told_of(desk, folder):
+def test_push_warns_about_an_incomplete_dataset(runner, folder):
     (folder / "report.json").rename(folder / ".aside")
     (folder / "failures.jsonl").write_text('{"episode": "a/b/c", "reason": "d"}\n')
-    result = desk.push(folder, "--dry-run")
+    result = runner.push(folder, "--dry-run")
     assert result.returncode == 0, result.stderr
     assert "Warning: the last build is not finalized; run occgen-hub finalize" in result.stderr
     (folder / ".aside").rename(folder / "report.json")
-    result = desk.push(folder, "--dry-run")
+    result = runner.push(folder, "--dry-run")
     assert result.returncode == 0, result.stderr
     assert f"Warning: 1 episode failed; see {folder}/failures.jsonl." in result.stderr
 
 
-def test_a_dry_run_says_what_would_go_and_sends_nothing(hub, desk, folder):
-    short = desk.push(folder, "--dry-run", HF_TOKEN="")
+def test_dry_run_lists_the_files_and_sends_nothing(hub, runner, folder):
+    short = runner.push(folder, "--dry-run", HF_TOKEN="")
     assert re.search(
         r"^ +[\d,]+ +2 files  sample_zed/.*observation.images.rgb$", short.stdout, re.M
     )
     assert len(short.stdout.splitlines()) <= MOST_LINES + 3
-    result = desk.push(folder, "--dry-run", "--verbose", HF_TOKEN="")
+    result = runner.push(folder, "--dry-run", "--verbose", HF_TOKEN="")
     assert result.returncode == 0, result.stderr
     *lines, total = result.stdout.splitlines()
     sizes = {path: int(size.replace(",", "")) for size, path in (line.split() for line in lines)}
@@ -282,24 +288,24 @@ def test_a_dry_run_says_what_would_go_and_sends_nothing(hub, desk, folder):
     assert not hub.asked
 
 
-def test_a_pull_request_is_made_and_gone_on_with(hub, desk, folder):
+def test_create_pr_opens_a_pull_request_and_reuses_it(hub, runner, folder):
     for _ in range(2):
-        result = desk.push(folder, "--create-pr")
+        result = runner.push(folder, "--create-pr")
         assert result.returncode == 0, result.stderr
         assert result.stdout.splitlines()[-1] == f"{hub.url}/datasets/{REPO}/discussions/1"
-    assert not held(hub)
-    assert held(hub, "refs/pr/1") == local(folder)
+    assert not remote_files(hub)
+    assert remote_files(hub, "refs/pr/1") == local_files(folder)
     assert not hub.repositories[REPO].tags
 
 
-def test_a_branch_is_made_and_main_left_alone(hub, desk, folder):
-    result = desk.push(folder, "--revision", "side/way")
+def test_revision_creates_a_branch_and_leaves_main_unchanged(hub, runner, folder):
+    result = runner.push(folder, "--revision", "side/way")
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == f"{hub.url}/datasets/{REPO}/tree/side%2Fway"
-    assert held(hub, "side/way") == local(folder)
-    assert not held(hub)
+    assert remote_files(hub, "side/way") == local_files(folder)
+    assert not remote_files(hub)
     assert not hub.repositories[REPO].tags
-    refused(desk.push(folder, "--private"), 2, "already exists and is public")
+    assert_refused(runner.push(folder, "--private"), 2, "already exists and is public")
 
 
 @pytest.mark.parametrize(
@@ -316,16 +322,25 @@ def test_a_branch_is_made_and_main_left_alone(hub, desk, folder):
         (["--revision", "refs/pr/9"], {}, 1, "was not found"),
         (["--revision", "a", "--create-pr"], {}, 2, "leave out"),
     ],
-    ids=["none", "bad", "reader", "closed", "offline", "theirs", "name", "space", "pr", "both"],
+    ids=[
+        "no token",
+        "bad token",
+        "read token",
+        "no connection",
+        "offline",
+        "other organization",
+        "no organization",
+        "space in the name",
+        "unknown pull request",
+        "revision and pull request",
+    ],
 )
-def test_what_stands_in_the_way_is_told_in_a_sentence(
-    hub, desk, folder, options, environment, code, words
-):
-    refused(desk.push(folder, *options, **environment), code, words)
+def test_push_errors_are_one_sentence(hub, runner, folder, options, environment, code, words):
+    assert_refused(runner.push(folder, *options, **environment), code, words)
     assert not [line for line in hub.asked if "/commit/" in line or "/xet/" in line]
 
 
-def test_limits_are_warned_of_with_the_way_out():
+def test_warnings_about_hub_limits_name_the_remedy():
     files = {f"a/b/{n}.jpg": n for n in range(12)} | {"a/c/d.txt": 1, "README.md": 1}
     assert not warnings(files)
     assert not warnings(files, max_files=14, max_entries=12, max_bytes=11)
@@ -341,7 +356,7 @@ def test_limits_are_warned_of_with_the_way_out():
     assert warnings(folders, max_entries=4)[0].startswith(".: 5 entries")
 
 
-LOADED = """
+LOAD_WITH_DATASETS = """
 import sys
 import numpy as np
 import pyarrow as pa
@@ -371,7 +386,7 @@ for row, other in zip(streamed, built):
     same(row, other)
 """
 
-TRAINED = """
+LOAD_FOR_TRAINING = """
 import sys
 import torch
 from occgen_hub.training import OccupancyDataset
@@ -387,7 +402,7 @@ for n in range(len(here)):
 """
 
 
-EXPORTED = """
+LOAD_EXPORT = """
 import sys
 import torch
 from datasets import load_dataset
@@ -407,130 +422,138 @@ assert len(load_dataset(sys.argv[2], split="train")) == len(here)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", [LOADED, TRAINED], ids=["datasets", "training"])
-def test_what_was_pushed_is_loaded_as_it_was_built(hub, desk, dataset, tmp_path, program):
-    """Though the connection was cut twice."""
+@pytest.mark.parametrize(
+    "program", [LOAD_WITH_DATASETS, LOAD_FOR_TRAINING], ids=["datasets", "training"]
+)
+def test_pushed_dataset_loads_as_it_was_built(hub, runner, dataset, tmp_path, program):
+    """Even if the connection was cut twice."""
     folder = Path(shutil.copytree(dataset, tmp_path / "out"))
     hub.faults = [Fault("POST /xet/v1/xorbs/"), Fault("POST .*/commit/")]
-    assert desk.push(folder).returncode == 0
+    assert runner.push(folder).returncode == 0
     assert [fault.met > 0 for fault in hub.faults] == [True, True]
-    result = desk.run("-c", program, folder, REPO)
+    result = runner.run("-c", program, folder, REPO)
     assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_the_real_trajectory_there_and_back(desk, real_tree, tmp_path):
+def test_real_trajectory_is_pushed_and_loaded(runner, real_tree, tmp_path):
     out = tmp_path / "out"
-    built = desk.run("-m", "occgen_hub", "build", "--input", real_tree, "--output", out)
+    built = runner.run("-m", "occgen_hub", "build", "--input", real_tree, "--output", out)
     assert built.returncode == 0, built.stderr
-    assert desk.push(out).returncode == 0
-    for program in (LOADED, TRAINED):
-        result = desk.run("-c", program, out, REPO)
+    assert runner.push(out).returncode == 0
+    for program in (LOAD_WITH_DATASETS, LOAD_FOR_TRAINING):
+        result = runner.run("-c", program, out, REPO)
         assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.slow
-def test_an_export_is_pushed_and_loaded_by_lerobot(hub, desk, dataset, tmp_path):
+def test_an_export_is_pushed_and_loaded_by_lerobot(hub, runner, dataset, tmp_path):
     from occgen_hub.exporting import export
 
     export(dataset, tmp_path / "lerobot")
-    result = desk.push(tmp_path / "lerobot")
+    result = runner.push(tmp_path / "lerobot")
     assert result.returncode == 0, result.stderr
     repository = hub.repositories[REPO]
-    assert held(hub) == local(tmp_path / "lerobot")
+    assert remote_files(hub) == local_files(tmp_path / "lerobot")
     assert repository.tags == {"v3.0": repository.refs["main"][-1]}
-    loaded = desk.run("-c", EXPORTED, dataset, REPO)
+    loaded = runner.run("-c", LOAD_EXPORT, dataset, REPO)
     assert loaded.returncode == 0, loaded.stderr
 
     stale = {"videos/observation.images.left/chunk-000/file-000.mp4": b"old", "LICENSE": b"theirs"}
     repository.commit("main", dict(repository.files()) | stale, "more")
-    assert desk.push(tmp_path / "lerobot").returncode == 0
-    assert held(hub) == local(tmp_path / "lerobot") | {"LICENSE": b"theirs"}
+    assert runner.push(tmp_path / "lerobot").returncode == 0
+    assert remote_files(hub) == local_files(tmp_path / "lerobot") | {"LICENSE": b"theirs"}
 
 
-FETCHED = """
+FETCH = """
 import sys
 from huggingface_hub import snapshot_download
 print(snapshot_download(sys.argv[1], repo_type="dataset"))
 """
 
 
-def test_what_was_fetched_is_valid_and_can_be_pushed_again(hub, desk, folder):
+def test_fetched_dataset_is_valid_and_can_be_pushed_again(hub, runner, folder):
     """The Hub's client keeps files as links to their content."""
-    assert desk.push(folder).returncode == 0
-    sent = held(hub)
-    fetched = desk.run("-c", FETCHED, REPO)
+    assert runner.push(folder).returncode == 0
+    sent = remote_files(hub)
+    fetched = runner.run("-c", FETCH, REPO)
     assert fetched.returncode == 0, fetched.stderr
     snapshot = Path(fetched.stdout.strip())
     assert any(path.is_symlink() for path in snapshot.rglob("*"))
-    checked = desk.run("-m", "occgen_hub", "validate", snapshot)
+    checked = runner.run("-m", "occgen_hub", "validate", snapshot)
     assert checked.returncode == 0, checked.stdout
-    again = desk.push(snapshot)
+    again = runner.push(snapshot)
     assert again.returncode == 0, again.stderr
-    assert held(hub) == sent
-    copied = desk.push(snapshot, repo_id="org/copy")
+    assert remote_files(hub) == sent
+    copied = runner.push(snapshot, repo_id="org/copy")
     assert copied.returncode == 0, copied.stderr
     files = dict(hub.repositories["org/copy"].files("main"))
     files.pop(".gitattributes")
     assert files == sent
 
 
-def test_a_link_to_a_file_elsewhere_is_refused(hub, desk, folder, tmp_path):
+def test_push_refuses_links_out_of_the_dataset(hub, runner, folder, tmp_path):
     (tmp_path / "secret").write_text("hidden from all")
     (folder / "notes.txt").symlink_to(tmp_path / "secret")
-    refused(desk.push(folder), 1, "notes.txt", "leads out of the dataset", "nothing was sent")
+    assert_refused(
+        runner.push(folder), 1, "notes.txt", "leads out of the dataset", "nothing was sent"
+    )
     assert REPO not in hub.repositories
 
 
-def test_a_push_gives_way_to_others_at_the_same_time(hub, desk, folder):
+def test_push_retries_after_concurrent_commits(hub, runner, folder):
     hub.faults = [
         Fault("POST .*/commit/main", status=412, times=2),
         Fault("POST .*/tag/", status=409),
     ]
-    said = desk.push(folder)
-    assert said.returncode == 0, said.stderr
-    assert local(folder).items() <= hub.repositories[REPO].files().items()
+    result = runner.push(folder)
+    assert result.returncode == 0, result.stderr
+    assert local_files(folder).items() <= hub.repositories[REPO].files().items()
     assert hub.repositories[REPO].tags == {"v2.1": hub.repositories[REPO].find("main")}
     hub.faults = [Fault("POST .*/commit/main", status=412, times=9)]
     (folder / "notes.txt").write_text("new")
-    said = desk.push(folder)
-    assert said.returncode == 1
-    assert "run the same command again later" in said.stderr
+    result = runner.push(folder)
+    assert result.returncode == 1
+    assert "run the same command again later" in result.stderr
 
 
-def test_three_pushes_at_once_all_end_well(hub, desk, folder):
-    """Of one dataset to one repository, which all three of them make."""
+def test_three_concurrent_pushes_succeed(hub, runner, folder):
+    """All three push the same dataset and create the same repository."""
     with ThreadPoolExecutor(3) as pool:
-        results = list(pool.map(lambda _: desk.push(folder), range(3)))
+        results = list(pool.map(lambda _: runner.push(folder), range(3)))
     assert [result.returncode for result in results] == [0, 0, 0], [r.stderr for r in results]
-    assert held(hub) == local(folder)
+    assert remote_files(hub) == local_files(folder)
     assert hub.repositories[REPO].tags == {"v2.1": hub.repositories[REPO].find("main")}
-    assert desk.push(folder).returncode == 0
+    assert runner.push(folder).returncode == 0
 
 
 STOPS = int(os.environ.get("OCCGEN_KILLS", "0"))
-"""How often the long version stops pushes."""
+"""Number of pushes that the long version stops."""
 
 
 @pytest.mark.skipif(not STOPS, reason="OCCGEN_KILLS says how often; ten minutes for 36")
-def test_stopped_at_random_moments_a_push_goes_on(hub, desk, folder):
-    """By one of three signals, anywhere between the start and the end; each time once more."""
+def test_push_succeeds_after_stops_at_random_moments(hub, runner, folder):
+    """Stop a push by one of three signals at a random moment, then push again."""
     rng, began = random.Random(0), time.monotonic()
-    assert desk.push(folder, repo_id="org/other").returncode == 0
+    assert runner.push(folder, repo_id="org/other").returncode == 0
     usual, ended = time.monotonic() - began, 0
     command = [sys.executable, "-m", "occgen_hub", "push", str(folder), "--repo-id", REPO]
     for number in range(STOPS):
         hub.repositories.pop(REPO, None)
         with subprocess.Popen(
-            command, env=desk.environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command,
+            env=runner.environment,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         ) as running:
             time.sleep(rng.uniform(usual / 8, usual))
             ended += running.poll() is not None
             running.send_signal(rng.choice((signal.SIGINT, signal.SIGTERM, signal.SIGKILL)))
-            _, said = running.communicate(timeout=60)
-        assert "Traceback" not in said
-        done = desk.push(folder)
+            _, errors = running.communicate(timeout=60)
+        assert "Traceback" not in errors
+        done = runner.push(folder)
         assert done.returncode == 0, (number, done.stderr)
-        assert held(hub) == local(folder)
+        assert remote_files(hub) == local_files(folder)
     print(f"{STOPS} stops, {ended} of which came after the end")

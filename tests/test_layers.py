@@ -27,6 +27,7 @@ LAYERS = [
     "views",
     "sample",
     "occupancy",
+    "plugins",
     "engines",
     "segmenters",
     "fusion",

@@ -22,7 +22,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from commands import OF_THE_RUN, Tree, start, tree
+from commands import RUN_FILES, Tree, start, tree
 
 from occgen_hub import cli
 from occgen_hub.builder import EpisodeRef, load_builder
@@ -146,7 +146,7 @@ def file_marks(folder: Path) -> dict[str, tuple[int, int]]:
     return {
         path.relative_to(folder).as_posix(): (stat.st_ino, stat.st_mtime_ns)
         for path, stat in stats.items()
-        if path.relative_to(folder).parts[0] not in OF_THE_RUN
+        if path.relative_to(folder).parts[0] not in RUN_FILES
     }
 
 
