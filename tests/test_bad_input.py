@@ -701,7 +701,13 @@ BOMBS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BOMBS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if n == 0 else pytest.param(name, marks=pytest.mark.long)
+        for n, name in enumerate(BOMBS)
+    ],
+)
 def test_real_command_uses_bounded_memory_on_bombs(name: str, source: Path, tmp_path: Path) -> None:
     make_bad, named = BOMBS[name]
     make_bad(source / BAD)
@@ -736,7 +742,7 @@ def peak_memory(done: subprocess.CompletedProcess[str]) -> int:
     return int(done.stderr.splitlines()[-1].split()[1])
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_real_command_reports_a_failure_and_builds_the_rest(
     workers: int, source: Path, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from commands import occgen_hub
 from PIL import Image
 
-from occgen_hub.cli import cli
+from occgen_hub.cli import cli, main
 from occgen_hub.cli.command import by_folder, say_by_folder
 from occgen_hub.visual.colors import ramp
 
@@ -191,7 +191,7 @@ def test_inspect_without_media_shows_the_cloud(sample_tree, tmp_path):
     ids=lambda value: " ".join(value)[:50] if isinstance(value, list) else None,
 )
 def test_wrong_usage_exits_with_2_and_names_the_problem(
-    sample_tree, dataset, tmp_path, arguments, words
+    sample_tree, dataset, tmp_path, arguments, words, monkeypatch, capsys
 ):
     places = {
         "SAMPLE": str(sample_tree),
@@ -206,10 +206,11 @@ def test_wrong_usage_exits_with_2_and_names_the_problem(
             text = text.replace(name, place)
         return text
 
-    result = occgen_hub(*map(placed, arguments))
-    assert result.returncode == 2
-    assert placed(words) in result.stderr
-    assert "Traceback" not in result.stderr
+    monkeypatch.setattr(sys, "argv", ["occgen-hub", *map(placed, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert placed(words) in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
 

@@ -444,7 +444,7 @@ def test_legend_lists_moving_cells_only_if_something_moves(trajectory, dataset):
     assert not pink(np.asarray(still)[360:]).any()
 
 
-@pytest.mark.parametrize("view", ["ego", "world", "panels"])
+@pytest.mark.parametrize("view", ["ego", "world", pytest.param("panels", marks=pytest.mark.long)])
 def test_render_shows_moving_cells(view, trajectory, dataset, truth):
     from occgen_hub.visual.render import Shot, pictures
 

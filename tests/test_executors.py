@@ -153,6 +153,7 @@ def test_shards_are_numbered_from_0() -> None:
 # The same bytes, in every way of building
 
 
+@pytest.mark.long
 def test_two_workers_give_the_same_bytes(source: Path, expected: Tree, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = occgen_hub(*command(source, out, "--workers", "2"))
@@ -317,6 +318,7 @@ def test_run_without_work_keeps_the_report(three: Path, tmp_path: Path) -> None:
         assert second[key] == first[key]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_torchrun_processes_give_the_same_bytes(
     source: Path, expected: Tree, tmp_path: Path
@@ -392,8 +394,9 @@ def test_two_hosts_give_the_same_bytes(source: Path, expected: Tree, tmp_path: P
     assert len(report(out)["processes"]) == 2
 
 
+@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("dies", ["0", pytest.param("1", marks=pytest.mark.long)])
+@pytest.mark.parametrize("dies", ["0", "1"])
 def test_same_command_completes_after_a_lost_host(
     source: Path, expected: Tree, tmp_path: Path, dies: str
 ) -> None:
@@ -484,6 +487,7 @@ def test_episodes_built_by_another_command_are_not_failures(three: Path, tmp_pat
     assert read_failures(out) == []
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_ray_cluster_listens_on_localhost_only(
     source: Path, expected: Tree, tmp_path: Path

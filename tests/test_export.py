@@ -763,6 +763,7 @@ print(seen, os.sched_getscheduler(0))
 """
 
 
+@pytest.mark.long
 def test_export_keeps_normal_scheduling(built, tmp_path):
     """As root, SVT-AV1 would give itself, and all later threads, real-time scheduling."""
     done = subprocess.run(

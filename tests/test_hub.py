@@ -502,6 +502,7 @@ def test_push_refuses_links_out_of_the_dataset(hub, runner, folder, tmp_path):
     assert REPO not in hub.repositories
 
 
+@pytest.mark.long
 def test_push_retries_after_concurrent_commits(hub, runner, folder):
     hub.faults = [
         Fault("POST .*/commit/main", status=412, times=2),

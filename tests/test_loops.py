@@ -99,6 +99,7 @@ def test_pose_graph_closes_a_loop_and_rejects_false_ones():
         np.testing.assert_array_equal(a.translation, b.translation)
 
 
+@pytest.mark.long
 def test_pose_graph_solves_hundreds_of_windows():
     true, start, edges = noisy_chain(300, 1)
     good = Edge(0, 299, true[0].inverse() @ true[299], (0.005, 0.01, 0.02), closure=True)

@@ -246,8 +246,9 @@ print(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [100, pytest.param(300, marks=pytest.mark.long)])
+@pytest.mark.parametrize("more", [100, 300])
 def test_memory_does_not_grow_with_the_video(checkpoint, tmp_path, more):
     """The video repeats eight pictures, so the scene does not grow either."""
     blocks = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
@@ -596,6 +597,7 @@ def test_other_weights_trigger_a_rebuild(tree, checkpoint, independent_checkpoin
     assert "another weights" in again.stderr
 
 
+@pytest.mark.long
 def test_dataset_built_from_the_real_video_is_valid(checkpoint, tmp_path):
     if not REAL.is_dir():
         pytest.skip("../shared/data/internnav is not there")
@@ -621,6 +623,7 @@ def test_dataset_files_record_the_alignment(tree, checkpoint, tmp_path):
     assert validate(tmp_path / "out").valid
 
 
+@pytest.mark.long
 def test_two_workers_give_the_same_bytes_as_one(sample_tree, checkpoint, tmp_path):
     builder = load_builder("internnav", sample_tree)
     settings = Settings(SMALL, load_engine("pi3", checkpoint, "cpu"))

@@ -329,7 +329,7 @@ def test_resume_after_kill(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_resume_after_kills_at_many_moments(
     source: Path, expected: Tree, tmp_path: Path, workers: int
 ) -> None:
@@ -405,7 +405,7 @@ class KillsItsProcess(InternNavBuilder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_episode_that_kills_its_process_twice_fails(
     source: Path, expected: Tree, tmp_path: Path, workers: int
 ) -> None:

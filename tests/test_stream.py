@@ -199,7 +199,12 @@ print("same", len(pairs))
 """
 
 
-def test_stream_from_the_hub_survives_broken_connections(rows, tmp_path):
+@pytest.mark.parametrize(
+    "place",
+    ["org/rows", pytest.param("hf://datasets/org/rows@main", marks=pytest.mark.long)],
+    ids=["repo_id", "hf"],
+)
+def test_stream_from_the_hub_survives_broken_connections(rows, tmp_path, place):
     hub = Hub()
     try:
         repository = Repository(private=False)
@@ -214,13 +219,12 @@ def test_stream_from_the_hub_survives_broken_connections(rows, tmp_path):
             "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",
         }  # fmt: skip
-        for place in ("org/rows", "hf://datasets/org/rows@main"):
-            done = subprocess.run(
-                [sys.executable, "-c", FROM_THE_HUB, str(rows), place],
-                env=environment, capture_output=True, text=True, timeout=120, check=False,
-            )  # fmt: skip
-            assert done.stdout == f"same {len(all_names(rows))}\n", done.stderr[-2000:]
-        assert cut.met > 7
+        done = subprocess.run(
+            [sys.executable, "-c", FROM_THE_HUB, str(rows), place],
+            env=environment, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.stdout == f"same {len(all_names(rows))}\n", done.stderr[-2000:]
+        assert cut.met > 3
     finally:
         hub.close()
 
