@@ -591,3 +591,16 @@ def test_damaged_recordings_are_named(
     (place / file).write_text(content)
     with pytest.raises(SourceError, match=message):
         read(place, intrinsics=captures.opencv_intrinsics(episode))
+
+
+def test_control_characters_of_a_file_are_escaped_in_its_failure(
+    seven: Path, tmp_path: Path
+) -> None:
+    place = Path(shutil.copytree(seven, tmp_path / "seq-01"))
+    (place / "frame-000001.pose.txt").write_bytes(b"\xff\x1b[2J\x00\x07 1 2\n")
+    result = occgen_hub(
+        "build", "--source", "capture", "--input", place, "--output", tmp_path / "out"
+    )
+    assert result.returncode == 1
+    assert r"\x1b[2J\x00\x07" in result.stderr
+    assert not {"\x1b", "\0", "\7"} & set(result.stdout + result.stderr)

@@ -25,7 +25,7 @@ from occgen_hub.cli.command import (
     with_options,
 )
 from occgen_hub.cli.mapping import CAMERA, MAPPING, take_cameras
-from occgen_hub.errors import UsageError
+from occgen_hub.errors import UsageError, one_line
 from occgen_hub.stopping import stop_if_asked
 
 if TYPE_CHECKING:
@@ -415,7 +415,7 @@ def _say_outlook(job: Job, refs: Sequence[EpisodeRef | SceneRef]) -> None:
         return
     for name, own in list(found.items())[:MOST_SHOWN]:
         windows = f"{own.windows} windows of {own.size} with {own.overlap} in common"
-        click.echo(
+        say(
             f"{name}: {own.frames} frames in {windows if own.windows > 1 else '1 window'}, "
             f"{own.memory / 1e9:.1f} GB, about {_duration(own.seconds)}",
             err=True,
@@ -558,7 +558,7 @@ def _progress(
             counts["failed"] += isinstance(result, Failure)
             for line in _news(result, shown_codes):
                 with turn:
-                    bar.write(line, file=sys.stderr)
+                    bar.write(one_line(line), file=sys.stderr)
             if counted is None:
                 show(counts["episodes"])
 
