@@ -95,7 +95,7 @@ def test_label_images_are_checked_against_their_taxonomy():
             mpcat40.checked(np.array([[1, wrong]], np.int32))
     with pytest.raises(ValueError, match="float32"):
         mpcat40.checked(np.ones((1, 2), np.float32))
-    with pytest.raises(UsageError, match="is no taxonomy"):
+    with pytest.raises(UsageError, match="is not a taxonomy"):
         load_taxonomy("ade20k")
 
 

@@ -51,13 +51,13 @@ def check_mapping(mapping: CameraMapping, info: Info) -> None:
         if key is None:
             continue
         feature = info.features.get(key)
-        said = {"info": "intrinsics"}.get(attribute, attribute)
+        option = {"info": "intrinsics"}.get(attribute, attribute)
         if feature is None:
             known = ", ".join(sorted(info.features))[:600]
-            raise UsageError(f"{said} {key}: {info.path} has no such feature; it has {known}.")
+            raise UsageError(f"{option} {key}: {info.path} has no such feature; it has {known}.")
         if feature.visual != (attribute in ("rgb", "depth")):
             kind = f"{feature.dtype} of shape {list(feature.shape)}"
-            raise UsageError(f"{said} {key}: is {kind}, which cannot be {said}; {MAPPED}.")
+            raise UsageError(f"{option} {key}: is {kind}, which cannot be {option}; {MAPPED}.")
     if mapping.info is not None and mapping.intrinsics is not None:
         raise UsageError(f"intrinsics: both numbers and {mapping.info} are given; {MAPPED}.")
 
@@ -220,8 +220,8 @@ def _entry(
         sure = len(own) == 1
         others = [_quoted(key) for key in (own or keys)]
         example = {"intrinsics": "[600, 600, 320, 240]   # fx, fy, cx, cy, pixels"}
-        said = others[0] if sure else " or ".join(others) or example.get(name, "none found")
-        lines.append(f"    {'' if sure else '# '}{name}: {said}")
+        guess = others[0] if sure else " or ".join(others) or example.get(name, "none found")
+        lines.append(f"    {'' if sure else '# '}{name}: {guess}")
         if sure and name == "depth" and not features[own[0]].depth_map:
             usual = "m" if features[own[0]].dtype.startswith("float") else "mm"
             lines.append(f"    depth_unit: {usual}   # m, cm, mm, or metres in one unit")

@@ -145,10 +145,10 @@ class LeRobotOccupancyDataset(LeRobotDataset):  # type: ignore[misc]  # lerobot 
                 **place,
             )
         except (httpx.HTTPError, OSError, HFValidationError) as error:
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
             raise UsageError(
                 f"{self.root}: has no {FOLDER}/*.parquet, and they cannot be downloaded from the "
-                f"Hub ({said.rstrip('.')}); give a folder written by occgen-hub export."
+                f"Hub ({reason.rstrip('.')}); give a folder written by occgen-hub export."
             ) from error
 
 

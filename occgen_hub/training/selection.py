@@ -78,12 +78,12 @@ class Selection:
 
     def described(self) -> str:
         """What is asked for, in words."""
-        said = [f"{len(self.episodes)} episodes"] if self.episodes is not None else []
-        said += [f"{len(self.scenes)} scenes"] if self.scenes is not None else []
-        said += [f"split {self.split}"] if self.split is not None else []
+        parts = [f"{len(self.episodes)} episodes"] if self.episodes is not None else []
+        parts += [f"{len(self.scenes)} scenes"] if self.scenes is not None else []
+        parts += [f"split {self.split}"] if self.split is not None else []
         if self.min_quality is not None:
-            said.append(f"quality of {self.min_quality} or more")
-        return ", ".join(said)
+            parts.append(f"quality of {self.min_quality} or more")
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)

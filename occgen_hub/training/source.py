@@ -102,9 +102,9 @@ def retried[Result](work: Callable[[], Result], what: str) -> Result:
             raise UsageError(f"{what}: is not there; push the dataset again.") from None
         except (OSError, httpx.HTTPError, EOFError) as error:
             if attempt + 1 == ATTEMPTS:
-                said = in_brief(str(error) or type(error).__name__)
+                reason = in_brief(str(error) or type(error).__name__)
                 raise UsageError(
-                    f"{what}: cannot be read ({said}); check the network and run again."
+                    f"{what}: cannot be read ({reason}); check the network and run again."
                 ) from error
         time.sleep(wait)
         wait *= 2
@@ -135,9 +135,9 @@ def _fetched(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
             repo_id, repo_type="dataset", revision=revision, allow_patterns=patterns
         )
     except (httpx.HTTPError, OSError, HFValidationError) as error:
-        said = in_brief(str(error) or type(error).__name__)
+        reason = in_brief(str(error) or type(error).__name__)
         raise UsageError(
-            f"{repo_id}: is no folder here, and cannot be had from the Hub ({said}); check the "
+            f"{repo_id}: is no folder here, and cannot be had from the Hub ({reason}); check the "
             "name, the revision and the network."
         ) from error
     return Path(folder)
