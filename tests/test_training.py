@@ -381,7 +381,10 @@ def test_a_name_on_a_hub_that_cannot_be_reached(tmp_path):
     )
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert "nobody/nothing: is no folder here, and cannot be had from the Hub" in done.stdout
+    assert (
+        "nobody/nothing: is not a local folder, and cannot be downloaded from the Hub"
+        in done.stdout
+    )
     assert len(done.stdout.splitlines()) == 1, done
 
 
@@ -417,7 +420,7 @@ def test_of_a_dataset_that_is_partly_here_there_are_the_episodes_that_are(many, 
         np.testing.assert_array_equal(flat(item["occupancy"]), frame["cells"])
     for path in shards(root):
         path.unlink()
-    with pytest.raises(UsageError, match="files of no episode are here; fetch them"):
+    with pytest.raises(UsageError, match="files of no episode are here; download them"):
         OccupancyDataset(root)
     shutil.rmtree(root / "index")
     with pytest.raises(UsageError, match="has no index; run occgen-hub finalize"):
@@ -437,7 +440,7 @@ def test_of_a_dataset_that_is_partly_here_there_are_the_episodes_that_are(many, 
         ({"shard_starts": (1,)}, "without frames"),
         ({"shard_starts": (0, 1)}, "of unequal length"),
         ({"row_groups": (-1,)}, "without frames"),
-        ({"group_rows": 1 << 20, "frames": 1 << 20}, "larger than any"),
+        ({"group_rows": 1 << 20, "frames": 1 << 20}, "row groups of more than"),
     ],
 )
 def test_an_index_that_does_not_say_where_frames_are(many, tmp_path, change, problem):

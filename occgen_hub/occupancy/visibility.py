@@ -82,8 +82,8 @@ def observe(
     (3, 3), pixels; size: (width, height) of the image, with a ray through each pixel's centre
     (u + 0.5, v + 0.5); state: a (grid.cells,) uint8 buffer, to save allocating one; moving: (n, 3)
     points that exist in this frame only, world metres; classes: uint8, of the points of the cloud
-    and of the moving ones. A cell has the commonest class of its points, of the moving ones where
-    there are some.
+    and of the moving ones. A cell has the most common class of its moving points, or without any,
+    of its points of the cloud.
     """
     if state is None:
         state = np.empty(grid.cells, np.uint8)
