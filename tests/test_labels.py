@@ -527,10 +527,10 @@ def test_segmenters_that_are_none_are_named(tmp_path, sample_tree, installed):
 
 
 def test_cells_are_drawn_by_class(tmp_path, labelled, dataset):
-    from occgen_hub.visual.render import Shot, pictures, render
+    from occgen_hub.visual.render import RenderOptions, pictures, render
 
     trajectory = Trajectory.open(trajectories(labelled)[0])
-    picture = next(pictures(trajectory, Shot("ego", (480, 360), color="class")))
+    picture = next(pictures(trajectory, RenderOptions("ego", (480, 360), color="class")))
     floor, wall = (np.array(load_taxonomy("sample").classes[n].color) for n in (2, 3))
     shades = (
         picture.reshape(-1, 3) / np.linalg.norm(picture.reshape(-1, 3), axis=1).clip(1)[:, None]
@@ -539,7 +539,7 @@ def test_cells_are_drawn_by_class(tmp_path, labelled, dataset):
     for color in (floor, wall):
         assert ((shades @ (color / np.linalg.norm(color)) > 0.9995) & bright).sum() > 1000
     with pytest.raises(UsageError, match="choose --view ego"):
-        next(pictures(trajectory, Shot("world", color="class")))
+        next(pictures(trajectory, RenderOptions("world", color="class")))
     plain = Trajectory.open(trajectories(dataset)[0])
     with pytest.raises(UsageError, match="has no labels"):
-        render(plain, tmp_path / "out.png", Shot("ego", color="class"))
+        render(plain, tmp_path / "out.png", RenderOptions("ego", color="class"))

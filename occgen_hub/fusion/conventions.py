@@ -28,7 +28,7 @@ from occgen_hub.views import Views
 PAIRS = 12
 """Number of pairs of frames to compare."""
 
-MOVED = (0.04, np.radians(4.0))
+MIN_BASELINE = (0.04, np.radians(4.0))
 """Minimum distance between the two cameras of a pair: a share of the median depth, or an angle.
 Frames of a camera that stands still agree under any convention."""
 
@@ -42,36 +42,36 @@ STATIC = Note(
     "its depth, intrinsics and static surfaces",
 )
 
-AGREES = (0.03, 0.01)
+DEPTH_TOLERANCE = (0.03, 0.01)
 """Share of the depth, and metres: two depths agree if they differ by at most the sum of both. If
 another unit of depth is tried, the metres are scaled too; otherwise all near depth would agree."""
 
-LEAST_POINTS = 200
+MIN_POINTS = 200
 """Minimum number of compared points for a meaningful share."""
 
-GOOD, POOR, BETTER = 0.6, 0.85, 0.25
+MIN_AGREEMENT, POOR_AGREEMENT, MIN_GAIN = 0.6, 0.85, 0.25
 """Shares of depth that agree: the minimum for another convention to be named; the share below which
 other times are tried; the minimum advantage of another convention."""
 
-FINE = 0.95
+FULL_AGREEMENT = 0.95
 """If that share agrees, nothing else is tried. With swapped focal lengths that differ by a seventh,
 nearly nine tenths still agree."""
 
-NEARLY_ALL, LEFT = 0.9, 1 / 3
+HIGH_AGREEMENT, MAX_REMAINING = 0.9, 1 / 3
 """A convention is also better if the first share agrees with it, and the share that disagrees is at
 most the second share of that without it. If a camera mostly turns, its frames largely agree in any
 unit of depth."""
 
-HARDLY = 0.25
+LOW_AGREEMENT = 0.25
 """If less agrees and no other convention is better, a note says so."""
 
 
-LONGEST_SHIFT = 1.0
-"""Largest time offset of the poses that is tried, seconds; at most `MOST_SHIFTED` frames."""
+MAX_SHIFT_SECONDS = 1.0
+"""Largest time offset of the poses that is tried, seconds; at most `MAX_SHIFT_FRAMES` frames."""
 
-MOST_SHIFTED = 30
+MAX_SHIFT_FRAMES = 30
 
-UNEQUAL = 0.02
+MIN_FOCAL_DIFFERENCE = 0.02
 """Smallest relative difference of focal lengths for which swapping them is tried."""
 
 
@@ -209,7 +209,7 @@ def _shifted(frames: float, fps: float) -> Convention:
 HFOVS = (42, 50, 55, 60, 65, 70, 75, 79, 84, 90, 95, 100, 110, 120)
 """Fields of view in degrees that are tried if the camera's is unknown."""
 
-MARGIN = 2 / 3
+VIEW_MARGIN = 2 / 3
 """A note names another field of view if the share that disagrees is at most this share of that with
 the assumed field of view."""
 
@@ -249,10 +249,10 @@ def check_conventions(
     given = _agreement(pairs, Convention("", ""), poses)
     if not pairs:
         return []
-    if given is not None and given >= (POOR if assumed_view else FINE):
+    if given is not None and given >= (POOR_AGREEMENT if assumed_view else FULL_AGREEMENT):
         return _view_note(pairs, given, poses) if assumed_view else []
-    longest = min(MOST_SHIFTED, int(LONGEST_SHIFT * fps), len(poses) - 2) if shifts else 0
-    if given is not None and given >= POOR:
+    longest = min(MAX_SHIFT_FRAMES, int(MAX_SHIFT_SECONDS * fps), len(poses) - 2) if shifts else 0
+    if given is not None and given >= POOR_AGREEMENT:
         longest = 0  # An offset of a frame is not an error.
     others = (*CONVENTIONS, *(_VIEWS if assumed_view else ()))
     tried = [(_agreement(pairs, other, poses), other) for other in others]
@@ -260,8 +260,8 @@ def check_conventions(
     found = [(share, other) for share, other in tried if share is not None]
     if found:
         share, other = max(found, key=lambda row: row[0])
-        clear = share >= NEARLY_ALL and 1 - share <= LEFT * (1 - (given or 0.0))
-        if clear or (given is not None and share >= max(GOOD, given + BETTER)):
+        clear = share >= HIGH_AGREEMENT and 1 - share <= MAX_REMAINING * (1 - (given or 0.0))
+        if clear or (given is not None and share >= max(MIN_AGREEMENT, given + MIN_GAIN)):
             seen = "nothing" if given is None else f"only {given:.0%}"
             raise OccGenError(
                 f"{episode}: frames contradict one another ({seen} of the depth agrees from one "
@@ -270,7 +270,7 @@ def check_conventions(
             )
     if assumed_view and given is not None and (notes := _view_note(pairs, given, poses)):
         return notes
-    if given is None or given >= HARDLY:
+    if given is None or given >= LOW_AGREEMENT:
         return []
     text = (
         f"only {given:.0%} of the depth agrees from one frame to another: check that poses, depth "
@@ -281,7 +281,7 @@ def check_conventions(
     return [Note("frames disagree", text)]
 
 
-def _seen(hfov: float) -> Convention:
+def _with_view(hfov: float) -> Convention:
     return Convention(
         f"cameras saw about {hfov:g} degrees from side to side",
         f"give their field of view, perhaps --hfov {hfov:g}",
@@ -289,7 +289,7 @@ def _seen(hfov: float) -> Convention:
     )
 
 
-_VIEWS = tuple(_seen(hfov) for hfov in HFOVS)
+_VIEWS = tuple(_with_view(hfov) for hfov in HFOVS)
 
 
 def _view_note(pairs: list[Pair], given: float, poses: NDArray[np.float64]) -> list[Note]:
@@ -297,7 +297,7 @@ def _view_note(pairs: list[Pair], given: float, poses: NDArray[np.float64]) -> l
     shares = [(_agreement(pairs, view, poses), view) for view in _VIEWS]
     tried = [(share, view) for share, view in shares if share is not None]
     share, best = max(tried, key=lambda row: row[0], default=(0.0, None))
-    if best is None or best.hfov is None or 1 - share > MARGIN * (1 - given):
+    if best is None or best.hfov is None or 1 - share > VIEW_MARGIN * (1 - given):
         return []
     first = pairs[0][0][1]
     K, width = first.K, first.depth.shape[1]
@@ -338,8 +338,9 @@ def _pairs(views: Views, config: Config) -> list[Pair]:
             continue
         change = np.linalg.inv(here.world_from_camera) @ views.world_from_camera[views.frames]
         apart = np.maximum(
-            np.linalg.norm(change[:, :3, 3], axis=1) / (MOVED[0] * float(np.median(measured))),
-            rotation_angle(np.eye(3), change[:, :3, :3]) / MOVED[1],
+            np.linalg.norm(change[:, :3, 3], axis=1)
+            / (MIN_BASELINE[0] * float(np.median(measured))),
+            rotation_angle(np.eye(3), change[:, :3, :3]) / MIN_BASELINE[1],
         )
         for steps in (1, 3):
             later = np.flatnonzero(apart[start:] >= steps)
@@ -354,7 +355,7 @@ def _agreement(
 ) -> float | None:
     """The share of the compared points that agree. None if too few can be compared."""
     count = agreeing = 0
-    metres = AGREES[1] * convention.factor
+    metres = DEPTH_TOLERANCE[1] * convention.factor
     meant = convention.poses(poses)
     for pair in pairs:
         if not all(np.isfinite(meant[frame]).all() for frame, _ in pair):
@@ -362,8 +363,8 @@ def _agreement(
         here, there = (_converted(view, convention, meant[frame]) for frame, view in pair)
         z, behind = compare(here, there, farthest=np.inf)
         count += len(z)
-        agreeing += int((np.abs(behind) <= AGREES[0] * z + metres).sum())
-    return agreeing / count if count >= LEAST_POINTS else None
+        agreeing += int((np.abs(behind) <= DEPTH_TOLERANCE[0] * z + metres).sum())
+    return agreeing / count if count >= MIN_POINTS else None
 
 
 def _converted(view: DepthMap, convention: Convention, pose: NDArray[np.float64]) -> DepthMap:
@@ -371,7 +372,7 @@ def _converted(view: DepthMap, convention: Convention, pose: NDArray[np.float64]
     factor = np.float32(convention.factor)
     pixels = view.pixels * np.array([factor, 1 / factor, 1 / factor, factor], np.float32)
     K = view.K
-    if convention.swapped and abs(K[0, 0] / K[1, 1] - 1) > UNEQUAL:
+    if convention.swapped and abs(K[0, 0] / K[1, 1] - 1) > MIN_FOCAL_DIFFERENCE:
         K = K.copy()
         K[0, 0], K[1, 1] = view.K[1, 1], view.K[0, 0]
     if convention.hfov is not None:

@@ -34,7 +34,7 @@ NEAREST = 0.05
 COMPARED_FRAMES = (8, 32)
 """Smallest and largest number of frames that are compared with a point."""
 
-AVERAGED = 1 / 16
+MEAN_ERROR = 1 / 16
 """Target error of the mean of these depths, as a share of a cell's edge."""
 
 
@@ -74,7 +74,7 @@ class Tolerance:
     @classmethod
     def of(cls, noise: NoiseModel, voxel_size: float) -> Tolerance:
         """The tolerance for cells of that edge, metres. Noisier depth needs more frames."""
-        needed = (float(noise.sigma(2.0)) / (AVERAGED * voxel_size)) ** 2
+        needed = (float(noise.sigma(2.0)) / (MEAN_ERROR * voxel_size)) ** 2
         max_frames = int(min(max(np.ceil(needed), COMPARED_FRAMES[0]), COMPARED_FRAMES[1]))
         return cls(noise, FLOOR * voxel_size, max_frames)
 
@@ -105,7 +105,7 @@ def gather_evidence(
         moves=np.zeros((count, 4), np.float32),
     )
     for view in prefetch(maps, spread(maps.frames)):
-        _look(
+        _compare_frame(
             cloud.points, cloud.starts, cloud.lower, cloud.upper, view.pixels, view.camera(),
             tolerance.values(), tolerance.max_frames, found.supports, found.contradictions,
             found.doubts, found.moves,
@@ -160,7 +160,7 @@ def in_sight(low, high, camera, width, height):
 
 
 @njit(nogil=True, parallel=True, error_model="numpy")
-def _look(
+def _compare_frame(
     points,
     starts,
     low,

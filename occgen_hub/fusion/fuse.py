@@ -33,24 +33,24 @@ ROUNDS = 2
 CONTRADICTED = 0.25
 """A point is removed if more frames saw through it than this share of those that saw it."""
 
-SURE = 0.2
+MIN_SURE = 0.2
 """A point is kept if, of the frames that saw a surface there or an edge beside it, this share saw
 the surface. Points between two surfaces are beside an edge from every viewpoint."""
 
-STILL = 0.1
+CONVERGED = 0.1
 """Share of a cell's edge. If most points moved less, there is no further round."""
 
 REFINEMENTS = (0.02, 0.01, 0.005, 0.0)
 """Width of the robust kernel beyond the noise, in metres, for each refinement of the poses, after
 which the surface is fused again."""
 
-LESS_RESIDUAL = 0.95
+MAX_RESIDUAL_RATIO = 0.95
 """Refined poses are kept if the residual falls to this share or less. Less may be chance."""
 
-MORE_CONTRADICTED = 1.1
+MAX_CONTRADICTED_RATIO = 1.1
 """Refined poses are kept if the share of contradicted points grows at most by this factor."""
 
-LESS_SEEN = 0.97
+MIN_SEEN_RATIO = 0.97
 """Refined poses are kept if the share of the compared frames that see a point is at least this
 share of its value before."""
 
@@ -108,7 +108,7 @@ def fuse(views: Views, config: Config, progress: Progress = lambda _: None) -> F
     cloud = found.agreement.cloud
     moving = replace(moving, only=moving.frames_that_move())
     if moving.only and (attached := moving.attached()).any():
-        cloud, moving = _without(attached, cloud.colors[found.order], moving)
+        cloud, moving = _without_attached(attached, cloud.colors[found.order], moving)
     notes = tuple(found.quality.notes(config.refine_poses))
     classes = _classes(cloud, found.maps, config, found.tolerance)
     return Fused(cloud, found.maps.views, moving, found.quality, notes, classes)
@@ -127,7 +127,7 @@ def _classes(
     return point_classes(cloud.points, maps, tolerance)
 
 
-def _without(
+def _without_attached(
     attached: NDArray[np.bool_], colors: NDArray[np.uint8], moving: MovingPoints
 ) -> tuple[Cloud, MovingPoints]:
     """The static surface without points of moving objects.
@@ -167,9 +167,9 @@ class _Fusion:
             fusion.agreement.supports / fusion.tolerance.max_frames for fusion in (self, other)
         )
         return (
-            self.quality.residual < LESS_RESIDUAL * other.quality.residual
-            and self.quality.contradicted <= MORE_CONTRADICTED * other.quality.contradicted
-            and seen >= LESS_SEEN * seen_before
+            self.quality.residual < MAX_RESIDUAL_RATIO * other.quality.residual
+            and self.quality.contradicted <= MAX_CONTRADICTED_RATIO * other.quality.contradicted
+            and seen >= MIN_SEEN_RATIO * seen_before
         )
 
 
@@ -229,14 +229,14 @@ def agree(
         evidence = gather_evidence(blocks, maps, tolerance)
         seen = evidence.supports.astype(np.float32)
         seen_through = evidence.contradictions > CONTRADICTED * seen
-        sure = (seen >= supports) & (seen >= SURE * (seen + evidence.doubts))
+        sure = (seen >= supports) & (seen >= MIN_SURE * (seen + evidence.doubts))
         kept = sure & ~seen_through
         removed.append(blocks.points[seen_through])
         if number == 0:
             contradicted = float(seen_through.mean())
         shift = evidence.displacement()[kept]
         cloud = Cloud(blocks.points[kept] + shift, cloud.colors[order][kept])
-        still = np.abs(shift).max(axis=1, initial=0) < STILL * config.voxel_size
+        still = np.abs(shift).max(axis=1, initial=0) < CONVERGED * config.voxel_size
         if not len(cloud) or still.mean() > 0.9:
             break
         cloud = voxel_downsample(cloud, config.fusion_size)

@@ -16,13 +16,13 @@ from occgen_hub.occupancy.point_blocks import PointBlocks
 from occgen_hub.prefetch import prefetch
 from occgen_hub.taxonomy import UNLABELLED
 
-LEAST_AREA = 0.01
+MIN_AREA = 0.01
 """Smallest visible area of a moving object in square metres: that of a hand."""
 
-LEAST_PIXELS = 25
+MIN_PIXELS = 25
 """Smallest number of pixels of a moving object. Smaller groups are noise at any distance."""
 
-CORE = 0.4
+MIN_CORE = 0.4
 """Smallest share of a moving object's pixels with four neighbours that belong to it too. A seam of
 wrong depths along an edge is thin and has fewer."""
 
@@ -162,7 +162,7 @@ class MovingPoints:
         visible = _in_image(
             points.points, points.starts, points.lower, points.upper, camera, width, height
         )
-        return bool(visible >= LEAST_PIXELS)
+        return bool(visible >= MIN_PIXELS)
 
 
 @njit(nogil=True, inline="always", error_model="numpy")
@@ -177,7 +177,7 @@ def _projected(point, camera):
 
 @njit(nogil=True, error_model="numpy")
 def _in_image(points, starts, low, high, camera, width, height):
-    """The number of points that project into an image, counted up to LEAST_PIXELS."""
+    """The number of points that project into an image, counted up to MIN_PIXELS."""
     count = 0
     for block in range(len(starts) - 1):
         if not in_sight(low[block], high[block], camera, width, height):
@@ -187,7 +187,7 @@ def _in_image(points, starts, low, high, camera, width, height):
             if depth <= NEAREST:
                 continue
             count += 0 <= u < width and 0 <= v < height
-            if count >= LEAST_PIXELS:
+            if count >= MIN_PIXELS:
                 return count
     return count
 
@@ -279,7 +279,7 @@ def _connected(depth, candidates, camera, tolerance):
                             left[j, i] = False
                             stack[end, 0], stack[end, 1] = j, i
                             end += 1
-            if end >= LEAST_PIXELS and area >= LEAST_AREA and core >= CORE * end:
+            if end >= MIN_PIXELS and area >= MIN_AREA and core >= MIN_CORE * end:
                 for n in range(end):
                     kept[stack[n, 0], stack[n, 1]] = True
     return kept

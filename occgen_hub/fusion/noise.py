@@ -23,10 +23,10 @@ STRIDE = 5
 BIN_EDGES = np.arange(0.25, 20.0, 0.5)
 """Edges of the ranges of depth in which the spread of differences is computed, metres."""
 
-LEAST_DIFFERENCES = 100
+MIN_DIFFERENCES = 100
 """Minimum number of differences for a range of depth to be used."""
 
-LARGEST = 0.25
+MAX_DIFFERENCE = 0.25
 """Differences above this share of the depth are between different objects, and are ignored."""
 
 
@@ -99,7 +99,7 @@ def estimate_noise(maps: DepthMaps) -> NoiseModel | None:
     rows, variances = [], []
     for low, high in pairwise(BIN_EDGES):
         inside = (z >= low) & (z < high)
-        if np.count_nonzero(inside) < LEAST_DIFFERENCES:
+        if np.count_nonzero(inside) < MIN_DIFFERENCES:
             continue
         middle = float(np.median(z[inside]))
         rows.append([1.0, middle**2, middle**4])
@@ -124,7 +124,7 @@ def _pairs(frames: NDArray[np.int64]) -> list[tuple[int, int]]:
 
 
 def compare(
-    here: DepthMap, there: DepthMap, stride: int = STRIDE, farthest: float = LARGEST
+    here: DepthMap, there: DepthMap, stride: int = STRIDE, farthest: float = MAX_DIFFERENCE
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Compare the points of one depth map with another.
 

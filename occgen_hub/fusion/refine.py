@@ -24,11 +24,11 @@ STRIDE = 11
 REACH = 0.05
 """Largest distance of a point from its surface beyond three standard deviations, metres."""
 
-PRIOR = (0.03, np.radians(0.5))
+POSE_PRIOR = (0.03, np.radians(0.5))
 """Expected error of recorded poses, metres and radians. This prior fixes the directions that a
 surface does not determine, such as that along a corridor."""
 
-POINTS = 200.0
+INDEPENDENT_POINTS = 200.0
 """Number of independent measurements that all points together count as, against the prior. Errors
 of neighbouring pixels are correlated."""
 
@@ -54,10 +54,10 @@ def refine_poses(
         nearest = views.frames[places[frame]]
         change = refined[nearest] @ np.linalg.inv(views.world_from_camera[nearest])
         refined[frame] = change @ views.world_from_camera[frame]
-    return _in_the_world_of(views.world_from_camera, refined)
+    return _with_average_of(views.world_from_camera, refined)
 
 
-def _in_the_world_of(
+def _with_average_of(
     recorded: NDArray[np.float64], refined: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Refined poses, moved by one transform so that their average is that of the recorded ones.
@@ -122,8 +122,11 @@ def _solved(system: NDArray[np.float64], so_far: NDArray[np.float64]) -> NDArray
     weights = system[0, 7]
     if weights <= 0:
         return np.zeros(6)
-    normal, right = system[:, :6] * (POINTS / weights), system[:, 6] * (POINTS / weights)
-    prior = 1 / np.repeat([PRIOR[1], PRIOR[0]], 3) ** 2
+    normal, right = (
+        system[:, :6] * (INDEPENDENT_POINTS / weights),
+        system[:, 6] * (INDEPENDENT_POINTS / weights),
+    )
+    prior = 1 / np.repeat([POSE_PRIOR[1], POSE_PRIOR[0]], 3) ** 2
     solution: NDArray[np.float64] = np.linalg.solve(normal + np.diag(prior), right + prior * so_far)
     return solution
 

@@ -180,7 +180,9 @@ class SceneStates:
             self.occupied, self.free, table, start, steps, np.asarray(grid.shape), shift, known, out
         )
         if self.classes is not None:
-            _name(self.occupied, self._ranks, self.classes, table, start, steps, known, out)
+            _assign_classes(
+                self.occupied, self._ranks, self.classes, table, start, steps, known, out
+            )
         return out
 
     @cached_property
@@ -443,7 +445,7 @@ def _cut(occupied, free, table, start, steps, shape, shift, known, out):
 
 
 @njit(nogil=True, error_model="numpy")
-def _name(occupied, ranks, classes, table, start, steps, known, out):
+def _assign_classes(occupied, ranks, classes, table, start, steps, known, out):
     """Give the occupied cells of `out` the classes of the world's cells, except known ones.
 
     The arguments are those of `_cut`; ranks: of a word's first cell in `classes`.

@@ -28,7 +28,7 @@ def plan_people(renderer: Renderer, episode: Episode, count: int, seed: list[int
     """
     strolls: list[Stroll] = []
     if count:
-        stage = _Stage(renderer, episode)
+        stage = _Surroundings(renderer, episode)
         for number in range(count):
             rng = np.random.default_rng([*seed, number])
             found = stage.stroll(strolls, number % 2 == 1, rng)
@@ -41,7 +41,7 @@ def plan_people(renderer: Renderer, episode: Episode, count: int, seed: list[int
     return People(tuple(strolls))
 
 
-class _Stage:
+class _Surroundings:
     """The floor and the camera's view of it."""
 
     def __init__(self, renderer: Renderer, episode: Episode) -> None:

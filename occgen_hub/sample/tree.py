@@ -124,15 +124,16 @@ def write_tree(
         for number in range(-(-trajectories // PER_SCENE)):
             mine = range(number * PER_SCENE, min((number + 1) * PER_SCENE, trajectories))
             place = Path(group, f"house_{number:03d}")
-            stage = _Stage(seed, number, frames, faults, corruptions, truth / place, tick)
+            stage = _SceneRecorder(seed, number, frames, faults, corruptions, truth / place, tick)
             scenes.append(stage.scene)
             if layout == "cameras":
-                written.append(stage.film_cameras(out / place, mine))
+                written.append(stage.record_vlnce(out / place, mine))
             elif layout == "scenes":
-                written.append(stage.film_together(out / place, mine))
+                written.append(stage.record_scene(out / place, mine))
             else:
                 written += [
-                    stage.film_alone(out / place / f"trajectory_{k % PER_SCENE}", k) for k in mine
+                    stage.record_trajectory(out / place / f"trajectory_{k % PER_SCENE}", k)
+                    for k in mine
                 ]
         write_mesh(truth / "mesh.ply", scenes)
         if corruptions.labels:
@@ -152,7 +153,7 @@ def _check(out: Path, trajectories: int, frames: int, seed: int, layout: str) ->
 
 
 @dataclass
-class _Shot:
+class _EpisodeSetup:
     """What an episode of a dataset is filmed with."""
 
     number: int  # the episode's, in its dataset
@@ -160,7 +161,7 @@ class _Shot:
     camera: int
 
 
-class _Stage:
+class _SceneRecorder:
     """A scene, ready to be filmed."""
 
     def __init__(
@@ -179,26 +180,26 @@ class _Stage:
         self.renderer = Renderer(self.scene)
         self.cloud = cloud_of(self.scene, np.random.default_rng([seed, number, 1]))
 
-    def film_alone(self, folder: Path, trajectory: int) -> Path:
+    def record_trajectory(self, folder: Path, trajectory: int) -> Path:
         """A trajectory in a folder of its own."""
         with atomic_folder(folder) as part:
             _make_folders(part, labels=self.corruptions.labels)
             recorder = Recorder(part, self.faults, image_ranges=False)
-            episode = self._film(part, trajectory, _Shot(0, 0, trajectory), folder.name)
+            episode = self._film(part, trajectory, _EpisodeSetup(0, 0, trajectory), folder.name)
             recorder.add(episode)
             recorder.close()
             walked = episode.world_from_camera[:, :3, 3]
             write_cloud(part / "data/chunk-000/path.ply", self.scene, self.cloud, walked)
         return folder
 
-    def film_together(self, folder: Path, trajectories: range) -> Path:
+    def record_scene(self, folder: Path, trajectories: range) -> Path:
         """Several trajectories as the episodes of one folder, all with the same camera."""
         with atomic_folder(folder) as part:
             _make_folders(part, labels=self.corruptions.labels)
             recorder = Recorder(part, self.faults, image_ranges=True)
             walked: list[Floats] = []
             for number, trajectory in enumerate(trajectories):
-                shot = _Shot(number, recorder.frames, self.number)
+                shot = _EpisodeSetup(number, recorder.frames, self.number)
                 episode = self._film(part, trajectory, shot, f"episode_{number:06d}")
                 recorder.add(episode)
                 walked.append(episode.world_from_camera[:, :3, 3])
@@ -207,7 +208,7 @@ class _Stage:
             write_cloud(part / "meta/pointcloud.ply", self.scene, self.cloud, path)
         return folder
 
-    def film_cameras(self, folder: Path, trajectories: range) -> Path:
+    def record_vlnce(self, folder: Path, trajectories: range) -> Path:
         """Several trajectories as the episodes of a scene of VLN-CE, each by several cameras."""
         camera = vlnce.ce_camera()
         with atomic_folder(folder) as part:
@@ -241,7 +242,7 @@ class _Stage:
         self.tick()
         return colour, self._measured(metres, camera.K, [int(pose[2, 3] * 1e4), frame])
 
-    def _film(self, folder: Path, trajectory: int, shot: _Shot, name: str) -> Episode:
+    def _film(self, folder: Path, trajectory: int, shot: _EpisodeSetup, name: str) -> Episode:
         """Render an episode and write its images, its videos and, as `name`, its truth.
 
         Returns it with the poses that the records state.

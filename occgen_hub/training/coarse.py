@@ -74,7 +74,7 @@ def resampled[Value: np.generic](
     # In cells: source = R (target + 0.5 - camera) + t / size + camera.
     shift = source_from_target[:3, 3] / grid.voxel_size + camera - rotation @ (camera - 0.5)
     out = np.empty(grid.shape, dense.dtype)
-    _pull(np.ascontiguousarray(dense), rotation, shift, out)
+    _resample(np.ascontiguousarray(dense), rotation, shift, out)
     return out
 
 
@@ -110,7 +110,7 @@ def _pool(rows, stride, out):
 
 
 @njit(nogil=True)
-def _pull(dense, rotation, shift, out):
+def _resample(dense, rotation, shift, out):
     nx, ny, nz = out.shape
     for i in range(nx):
         for j in range(ny):

@@ -60,10 +60,10 @@ COLUMNS_OF = {
 
 TARGETS = ("visible", "scene")
 
-OF_TARGET = ("occupancy", "mask", "labels")
+TARGET_KEYS = ("occupancy", "mask", "labels")
 """The keys that `target` affects."""
 
-CELLS = (*OF_TARGET, "visible", "dynamic")
+CELLS = (*TARGET_KEYS, "visible", "dynamic")
 
 Transform = Callable[[dict[str, Any]], Any]
 
@@ -116,7 +116,7 @@ class ItemFormat:
     @property
     def of_scene(self) -> bool:
         """Whether items have the scene's cells and not only those that the frame saw."""
-        return self.target == "scene" and not {*OF_TARGET}.isdisjoint(self.keys)
+        return self.target == "scene" and not {*TARGET_KEYS}.isdisjoint(self.keys)
 
     @property
     def past(self) -> int:
@@ -163,7 +163,7 @@ class ItemFormat:
             elif key == "grid_pose":
                 item[key] = torch.from_numpy(self._grid_pose(reader, number).astype(np.float32))
             else:
-                motion = self._own_motion(reader, number) if key in CELLS else None
+                motion = self._grid_from_camera(reader, number) if key in CELLS else None
                 item[key] = torch.from_numpy(self._value(reader, key, number, motion))
         if self.augment:
             assert rng is not None
@@ -183,7 +183,7 @@ class ItemFormat:
         pose = reader.camera(number)[0].astype(np.float64)
         return upright_pose(pose) if self.upright else pose
 
-    def _own_motion(self, reader: FrameReader, number: int) -> NDArray[np.float64] | None:
+    def _grid_from_camera(self, reader: FrameReader, number: int) -> NDArray[np.float64] | None:
         """(4, 4) grid_from_camera of a frame; None if its cells stay in its camera's grid."""
         if not self.upright:
             return None
@@ -192,7 +192,7 @@ class ItemFormat:
 
     def _of_scene(self, reader: FrameReader, number: int) -> dict[str, NDArray[Any]]:
         """The scene's cells around a frame, as "occupancy", "mask" and "labels"."""
-        motion, grid = self._own_motion(reader, number), reader.index.grid
+        motion, grid = self._grid_from_camera(reader, number), reader.index.grid
         observed = np.unpackbits(reader.observed(number), count=grid.cells).view(np.bool_)
         observed = observed.reshape(grid.shape)
         if motion is not None:
@@ -314,12 +314,12 @@ class ItemFormat:
         found: dict[str, list[NDArray[Any]]] = {key: [] for key in self.history_keys}
         if before:
             camera_from_world = np.linalg.inv(reader.camera(number)[0].astype(np.float64))
-            turn = self._own_motion(reader, number)
+            turn = self._grid_from_camera(reader, number)
         for h, past_frame in enumerate(before):
             past = number - frame + past_frame
             motion = camera_from_world @ reader.camera(past)[0]
             poses[h] = motion
-            move = self._own_motion(reader, past)
+            move = self._grid_from_camera(reader, past)
             if self.align_history:
                 move = motion if turn is None else turn @ motion
             for key in self.history_keys:

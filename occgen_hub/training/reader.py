@@ -27,7 +27,7 @@ from occgen_hub.training.selection import FrameIndex
 from occgen_hub.training.shard_file import open_group, open_shard, reading, states_of
 from occgen_hub.training.source import place
 
-HELD = {
+CACHED_GROUPS = {
     **{"occupied": 64, "dynamic": 64, "labels": 64, "observed": 16, "camera": 64},
     **{"image": 8, "depth": 8, "task": 64},
 }
@@ -194,7 +194,7 @@ class RandomReader(FrameReader):
         self._is_checked = lru_cache(MAX_EPISODES)(self._check_group)
         self._held = {
             name: lru_cache(count)(lambda group, name=name: self._decode(name, group))
-            for name, count in HELD.items()
+            for name, count in CACHED_GROUPS.items()
         }
         _keep_freed_memory(4 * index.grid.cells)
 

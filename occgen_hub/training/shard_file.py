@@ -24,7 +24,7 @@ TYPES = {name: feature.arrow_type() for name, feature in FEATURES.items()} | {
 }
 """Types of the columns of all shards."""
 
-FURTHER_TYPES = {
+OPTIONAL_TYPES = {
     "dynamic": pa.list_(pa.int32()),
     "labels": pa.list_(pa.uint8()),
     "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
@@ -86,7 +86,7 @@ def _check_columns(file: pq.ParquetFile) -> None:
     for name, kind in TYPES.items():
         if name not in types.names or types.field(name).type != kind:
             raise ValueError(f"it has no column {name} of {kind}")
-    for name, kind in FURTHER_TYPES.items():
+    for name, kind in OPTIONAL_TYPES.items():
         if name in types.names and types.field(name).type != kind:
             raise ValueError(f"its column {name} is not of {kind}")
 
