@@ -26,7 +26,7 @@ from occgen_hub.visual.cubes import cube_faces
 from occgen_hub.visual.frames import Frame, frames
 from occgen_hub.visual.heights import Heights
 from occgen_hub.visual.optional_dependencies import need
-from occgen_hub.visual.render import trajectory_id, rate
+from occgen_hub.visual.render import rate, trajectory_id
 from occgen_hub.visual.viewpoint import Viewpoint, automatic
 
 APPLICATION = "occgen-hub"
