@@ -264,7 +264,7 @@ def _builder_class(name: str) -> type[DatasetBuilder]:
     """The class that is installed as a source. Raises UsageError if it is not valid."""
     kind, place = load_plugin("source", name)
     if not (isinstance(kind, type) and issubclass(kind, DatasetBuilder)):
-        raise UsageError(f"{place} is no subclass of occgen_hub.builder.DatasetBuilder.")
+        raise UsageError(f"{place} is not a subclass of occgen_hub.builder.DatasetBuilder.")
     if missing := sorted(kind.__abstractmethods__):
         raise UsageError(f"{place} lacks the methods {', '.join(missing)}; write them.")
     if getattr(kind, "name", None) != name:

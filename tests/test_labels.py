@@ -29,7 +29,7 @@ from occgen_hub.exporting import export
 from occgen_hub.fusion.fuse import fuse
 from occgen_hub.fusion.joined import joined_views
 from occgen_hub.loading import Trajectory, trajectories
-from occgen_hub.occupancy.classes import commonest, joined_classes, nearest_classes
+from occgen_hub.occupancy.classes import most_common, joined_classes, nearest_classes
 from occgen_hub.sample import make_sample
 from occgen_hub.segmenters import Segmenter, load_segmenter, with_labels
 from occgen_hub.taxonomy import UNLABELLED, load_taxonomy, taxonomy_names
@@ -238,7 +238,7 @@ def test_commonest_class_of_cells():
     rng = np.random.default_rng(0)
     cells, classes = rng.integers(0, 50, 400), rng.choice([1, 2, 3, UNLABELLED], 400)
     classes[cells == 7] = UNLABELLED
-    numbers, found = commonest(cells, classes.astype(np.uint8))
+    numbers, found = most_common(cells, classes.astype(np.uint8))
     np.testing.assert_array_equal(numbers, np.unique(cells))
     for cell, name in zip(numbers, found, strict=True):
         counts = np.bincount(classes[cells == cell], minlength=256)

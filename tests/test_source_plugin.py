@@ -53,7 +53,7 @@ def test_what_is_installed_wrongly_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
     for value, message in (
         ("nowhere:Builder", "cannot be loaded .*nowhere"),
-        ("pathlib:Path", "is no subclass of"),
+        ("pathlib:Path", "is not a subclass of"),
         ("occgen_hub.builder:DatasetBuilder", "lacks the methods episodes, read, sources"),
         ("occgen_hub.builders.video:VideoBuilder", "has the name 'video'; give it name = 'mine'"),
     ):

@@ -181,7 +181,7 @@ def survey(info: Info) -> CameraSurvey:
         f"{what}: {', '.join(_shown(key, features[key]) for key in keys) or 'none found'}"
         for what, keys in kinds.items()
     ]
-    text = ["# Which columns belong to which camera; docs/formats.md says what may stand here.",
+    text = ["# Which columns belong to which camera; docs/formats.md lists the possible keys.",
             "# The lines are guessed from names: check and correct them.",
             "cameras:"]  # fmt: skip
     for key in colors:
@@ -213,7 +213,7 @@ def _entry(
     *,
     alone: bool,
 ) -> list[str]:
-    """The lines of one camera. What its name leaves open is behind a #."""
+    """The lines of one camera. Uncertain guesses are comments."""
     lines = [f"  - rgb: {_quoted(color)}"]
     for name, keys in (("depth", depths), ("intrinsics", intrinsics), ("pose", poses)):
         own = keys if alone and len(keys) == 1 else _of_camera(color, keys)
@@ -231,7 +231,7 @@ def _entry(
             lines.append(f"    pose_layout: {layouts.get(count, 'matrix')}")
             lines.append("    pose_direction: world_from_camera   # or camera_from_world")
             lines.append("    pose_axes: opencv   # or opengl: y up, z backward; ros: x forward")
-    lines.append("    # body_from_camera: 16 numbers, where the poses are those of a moving body")
+    lines.append("    # body_from_camera: 16 numbers, if the poses are those of a moving body")
     return lines
 
 

@@ -27,7 +27,7 @@ class PointLabels:
     moving: Callable[[int], tuple[NDArray[np.float32], NDArray[np.uint8]]] | None = None
 
 
-def commonest(
+def most_common(
     cells: NDArray[np.integer], classes: NDArray[np.uint8]
 ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
     """The distinct ones of (n,) cells, ascending, and the most common class of each.
@@ -38,7 +38,7 @@ def commonest(
     keys.sort()
     numbers: NDArray[np.int64] = np.empty(len(keys), np.int64)
     found: NDArray[np.uint8] = np.empty(len(keys), np.uint8)
-    count = _commonest(keys, UNLABELLED, numbers, found)
+    count = _most_common(keys, UNLABELLED, numbers, found)
     return numbers[:count], found[:count]
 
 
@@ -52,7 +52,7 @@ def classes_of_cells(
     out = np.full(len(cells), UNLABELLED, np.uint8)
     if not len(cells):
         return out
-    inside, found = commonest(numbers, classes)
+    inside, found = most_common(numbers, classes)
     place = np.searchsorted(cells, inside).clip(0, len(cells) - 1)
     known = cells[place] == inside
     out[place[known]] = found[known]
@@ -83,7 +83,7 @@ def nearest_classes(
 
 
 @njit(nogil=True)
-def _commonest(keys, none, numbers, found):
+def _most_common(keys, none, numbers, found):
     """keys: sorted, each a cell and a class. Returns the number of cells."""
     count, start = 0, 0
     while start < len(keys):

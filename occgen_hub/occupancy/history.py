@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from occgen_hub.occupancy.classes import commonest
+from occgen_hub.occupancy.classes import most_common
 from occgen_hub.occupancy.grid import Grid
 
 
@@ -30,7 +30,7 @@ def moved_classes(
 ) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
     """Like `moved`, with the most common class of the cells that move into each."""
     inside, columns = _places(cells, motion, grid)
-    numbers, found = commonest(columns, classes[inside])
+    numbers, found = most_common(columns, classes[inside])
     return numbers.astype(np.int32), found
 
 

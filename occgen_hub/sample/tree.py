@@ -1,4 +1,4 @@
-"""The whole tree: which trajectories there are, and each written whole or not at all."""
+"""Write the whole tree of a sample. Each trajectory appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ LAYOUTS = {
     "trajectories": "trajectories",
     "scenes": "scenes",
 }
-"""The names of the layouts, and what is filmed in each."""
+"""The names of the layouts, and how each is recorded."""
 VIDEOS = "videos/chunk-000"
 Tick = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class Corruptions:
-    """What makes a recording other than a perfect one of empty rooms; see `make_sample`."""
+    """The differences of a recording from a perfect one of empty rooms; see `make_sample`."""
 
     noise: tuple[str, ...] = ()
     pose_noise: Size | None = None
@@ -69,7 +69,7 @@ class Corruptions:
     labels: bool = False
 
     def check(self) -> None:
-        """Raises UsageError for values out of range."""
+        """Raise UsageError for values out of range."""
         for name in self.noise:
             if name not in MODELS:
                 raise UsageError(f"noise is {name!r}; give some of {', '.join(MODELS)}.")
@@ -154,7 +154,7 @@ def _check(out: Path, trajectories: int, frames: int, seed: int, layout: str) ->
 
 @dataclass
 class _EpisodeSetup:
-    """What an episode of a dataset is filmed with."""
+    """The settings with which an episode is recorded."""
 
     number: int  # the episode's, in its dataset
     first: int  # its first image's number
@@ -162,7 +162,7 @@ class _EpisodeSetup:
 
 
 class _SceneRecorder:
-    """A scene, ready to be filmed."""
+    """Records trajectories in a scene."""
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ class _SceneRecorder:
         self.cloud = cloud_of(self.scene, np.random.default_rng([seed, number, 1]))
 
     def record_trajectory(self, folder: Path, trajectory: int) -> Path:
-        """A trajectory in a folder of its own."""
+        """Write a trajectory into its own folder."""
         with atomic_folder(folder) as part:
             _make_folders(part, labels=self.corruptions.labels)
             recorder = Recorder(part, self.faults, image_ranges=False)
@@ -193,7 +193,7 @@ class _SceneRecorder:
         return folder
 
     def record_scene(self, folder: Path, trajectories: range) -> Path:
-        """Several trajectories as the episodes of one folder, all with the same camera."""
+        """Write several trajectories as the episodes of one folder, all with the same camera."""
         with atomic_folder(folder) as part:
             _make_folders(part, labels=self.corruptions.labels)
             recorder = Recorder(part, self.faults, image_ranges=True)
@@ -209,7 +209,7 @@ class _SceneRecorder:
         return folder
 
     def record_vlnce(self, folder: Path, trajectories: range) -> Path:
-        """Several trajectories as the episodes of a scene of VLN-CE, each by several cameras."""
+        """Write several trajectories as episodes of a VLN-CE scene, each with several cameras."""
         camera = vlnce.ce_camera()
         with atomic_folder(folder) as part:
             recorder = vlnce.CeRecorder(part)
@@ -245,7 +245,7 @@ class _SceneRecorder:
     def _film(self, folder: Path, trajectory: int, shot: _EpisodeSetup, name: str) -> Episode:
         """Render an episode and write its images, its videos and, as `name`, its truth.
 
-        Returns it with the poses that the records state.
+        Returns it with the poses that the tables state.
         """
         camera = CAMERAS[shot.camera % len(CAMERAS)]
         n = length_of(trajectory, self.frames)
@@ -282,12 +282,12 @@ class _SceneRecorder:
         return self._stated(episode, trajectory)
 
     def _measured(self, depth: Array, K: Floats, own: list[int]) -> NDArray[np.floating[Any]]:
-        """Depth (H, W), metres, as the sensor measures it; `own` is the frame's seed."""
+        """Depth (H, W), metres, as the sensor measures it. own: the frame's seed."""
         noise = self.corruptions.noise
         return corrupt(depth, K, noise, [self.seed, self.number, 3, *own]) if noise else depth
 
     def _stated(self, episode: Episode, trajectory: int) -> Episode:
-        """The episode with the errors that its stated poses have."""
+        """The episode with the errors of its stated poses."""
         seed = [self.seed, self.number, 4, trajectory]
         poses = episode.world_from_camera
         if self.corruptions.pose_drift:

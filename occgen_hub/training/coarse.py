@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occgen_hub.jit import njit
-from occgen_hub.occupancy.classes import commonest
+from occgen_hub.occupancy.classes import most_common
 from occgen_hub.occupancy.grid import Grid
 
 STRIDES = (1, 2, 4)
@@ -38,7 +38,7 @@ def coarse_classes(
     """(n,) flat numbers of cells to those of coarse cells, and the most common class in each."""
     i, j, k = (axis // stride for axis in np.unravel_index(cells, shape))
     _, ny, nz = (-(-n // stride) for n in shape)
-    return commonest((i * ny + j) * nz + k, classes)
+    return most_common((i * ny + j) * nz + k, classes)
 
 
 def coarse_mask(

@@ -99,7 +99,7 @@ def retried[Result](work: Callable[[], Result], what: str) -> Result:
         try:
             return work()
         except FileNotFoundError:
-            raise UsageError(f"{what}: is not there; push the dataset again.") from None
+            raise UsageError(f"{what}: does not exist; push the dataset again.") from None
         except (OSError, httpx.HTTPError, EOFError) as error:
             if attempt + 1 == ATTEMPTS:
                 reason = in_brief(str(error) or type(error).__name__)
