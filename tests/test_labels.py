@@ -29,7 +29,7 @@ from occgen_hub.exporting import export
 from occgen_hub.fusion.fuse import fuse
 from occgen_hub.fusion.joined import joined_views
 from occgen_hub.loading import Trajectory, trajectories
-from occgen_hub.occupancy.classes import most_common, joined_classes, nearest_classes
+from occgen_hub.occupancy.classes import joined_classes, most_common, nearest_classes
 from occgen_hub.sample import make_sample
 from occgen_hub.segmenters import Segmenter, load_segmenter, with_labels
 from occgen_hub.taxonomy import UNLABELLED, load_taxonomy, taxonomy_names
