@@ -72,11 +72,11 @@ def check_paths(root: Path, out: Path) -> None:
         ) from error
     if target == source or source in target.parents:
         raise UsageError(
-            f"{out}: the output lies inside the input {root}; choose an --output outside it."
+            f"{out}: the output is inside the input {root}; choose an --output outside it."
         )
     if target in source.parents and root.is_dir():
         raise UsageError(
-            f"{out}: the input {root} lies inside the output, and would be taken for a part of the "
+            f"{out}: the input {root} is inside the output, and would be read as a part of the "
             "dataset; choose an --output beside it."
         )
     if out.exists() and not out.is_dir():

@@ -367,7 +367,7 @@ def _add(free, pose, lower, size, shape, blocks, slots, words):
     for n in range(len(blocks)):
         for cube in range(64):
             first_i, first_j, first_k = (cube >> 4) * 8, (cube >> 2 & 3) * 8, (cube & 3) * 8
-            # The middle of 8 x 8 x 8 cells of the world, in cubes of as many cells of the camera:
+            # The middle of 8 x 8 x 8 cells of the world, in cubes of 8 cells of the camera:
             # their cells are less than a cube away.
             x = (blocks[n, 0] * 32 + first_i + 4) * size - pose[0, 3]
             y = (blocks[n, 1] * 32 + first_j + 4) * size - pose[1, 3]
