@@ -57,7 +57,7 @@ def column_of(field: pa.Field, values: pa.ChunkedArray, *, finite: bool = True) 
     if finite and feature.dtype.startswith("float"):
         with np.errstate(over="ignore"):
             if not np.isfinite(np.square(array, dtype=np.float64)).all():
-                raise ValueError("has a number that is not finite or too large")
+                raise ValueError("holds a number that is not finite or too large")
     return Column(feature, array)
 
 
@@ -130,7 +130,7 @@ def check_episode(episode: Episode) -> Episode:
     if width < 1 or height < 1:
         raise wrong("image_size", f"is {episode.image_size}", "(width, height) in pixels")
     if not (np.isfinite(episode.fps) and episode.fps > 0):
-        raise wrong("fps", f"is {episode.fps}", "frames per second, above 0")
+        raise wrong("fps", f"is {episode.fps}", "frames per second, over 0")
     if not episode.tasks:
         raise wrong("tasks", "is empty", "at least one instruction, for example Task('navigate')")
     index = np.asarray(episode.task_index)

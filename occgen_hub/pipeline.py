@@ -34,7 +34,7 @@ from occgen_hub.occupancy.visibility import FrameOccupancy
 from occgen_hub.scene import Scene
 from occgen_hub.views import Views, check_views
 
-FEW_CELLS = 100
+MIN_SCENE_POINTS = 100
 """Number of points of a scene below which a note says that hardly anything was measured."""
 
 Progress = Callable[[int], None]
@@ -136,7 +136,7 @@ def _notes(alignment: Alignment | None, points: int) -> list[Note]:
     notes = []
     if alignment is not None and alignment.problem is not None:
         notes.append(Note("alignment", f"the alignment {alignment.problem}"))
-    if points < FEW_CELLS:
+    if points < MIN_SCENE_POINTS:
         text = (
             f"the scene has {points or 'no'} points: depth is missing, outside depth_range or in "
             "another unit, or no two frames agree; ALL space in view counts as free, do not use "

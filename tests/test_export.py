@@ -771,7 +771,7 @@ def test_an_export_is_no_more_urgent_than_other_work(built, tmp_path):
 
 
 def test_our_own_dataset_names_the_one_for_an_export(made):
-    with pytest.raises(UsageError, match=r"is an export, of which LeRobotOccupancyDataset reads"):
+    with pytest.raises(UsageError, match=r"is an export; use LeRobotOccupancyDataset, which reads"):
         OccupancyDataset(made)
 
 

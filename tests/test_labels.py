@@ -522,7 +522,7 @@ def test_segmenters_that_are_none_are_named(tmp_path, sample_tree, installed):
     for name, words in (("other", "installed are mine, none, wrong"), ("none", "cannot be opened")):
         with pytest.raises(UsageError, match=words):
             load_segmenter(name)
-    with pytest.raises(UsageError, match="goes with --segmenter"):
+    with pytest.raises(UsageError, match="needs --segmenter"):
         occgen_hub.build("internnav", sample_tree, tmp_path / "o", segmenter_weights="w")
 
 

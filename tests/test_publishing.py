@@ -212,6 +212,6 @@ def test_too_many_files_are_said_and_refused(hub, tree, tmp_path, monkeypatch):
 
 
 def test_a_limit_that_cuts_scenes_is_refused(hub, tree, tmp_path):
-    with pytest.raises(UsageError, match="would push a part of a scene"):
+    with pytest.raises(UsageError, match="could push an incomplete scene"):
         build(tree, tmp_path / "out", limit=1)
     assert not hub.asked
