@@ -8,7 +8,7 @@ from __future__ import annotations
 from setuptools import find_packages, setup
 
 BESIDE = ("builders", "ckpt", "schemas")
-"""Where each of them lies is said in pyproject.toml, under tool.setuptools.package-dir."""
+"""The folder of each is in pyproject.toml, under tool.setuptools.package-dir."""
 
 packages = find_packages(include=["occgen_hub", "occgen_hub.*"])
 for name in BESIDE:

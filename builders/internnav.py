@@ -126,7 +126,7 @@ class InternNavBuilder(DatasetBuilder):
 
     def episodes(self) -> Iterator[EpisodeRef]:
         """Every trajectory folder, or every episode of a scene's folder, sorted."""
-        for folder in _dataset_folders(self.root, self.pass_over):
+        for folder in _dataset_folders(self.root, self.skip_unlisted):
             check_not_lerobot(folder, [folder])
             parquets = _parquets(folder)
             if vlnce.cameras_of(folder):
@@ -304,12 +304,12 @@ def _may_hold_depth(folder: Path) -> bool:
         return True
 
 
-def _dataset_folders(root: Path, pass_over: Callable[[Path, OSError], None]) -> Iterator[Path]:
+def _dataset_folders(root: Path, skip_unlisted: Callable[[Path, OSError], None]) -> Iterator[Path]:
     """Sorted folders with two of `data`, `meta` and `videos`. They are not searched further.
 
     Links to folders are followed, but not to a folder above, and at most MAX_WAYS times to the same
     folder, since a few links to one another give endless paths. Folders that cannot be listed are
-    passed to `pass_over`.
+    passed to `skip_unlisted`.
     """
     Place = tuple[int, int]  # Device and inode.
     waiting: list[tuple[Path, tuple[Place, ...]]] = [(root, ())]
@@ -324,9 +324,9 @@ def _dataset_folders(root: Path, pass_over: Callable[[Path, OSError], None]) -> 
             ways[here] += 1
             if ways[here] > MAX_WAYS:
                 raise OSError(errno.ELOOP, f"links lead there in more than {MAX_WAYS} ways")
-            names = _folders_in(folder, pass_over)
+            names = _folders_in(folder, skip_unlisted)
         except OSError as error:
-            pass_over(folder, error)
+            skip_unlisted(folder, error)
             continue
         if len({"data", "meta", "videos"} & set(names)) >= 2:
             yield folder
@@ -334,7 +334,7 @@ def _dataset_folders(root: Path, pass_over: Callable[[Path, OSError], None]) -> 
             waiting += [(folder / name, (*above, here)) for name in sorted(names, reverse=True)]
 
 
-def _folders_in(folder: Path, pass_over: Callable[[Path, OSError], None]) -> list[str]:
+def _folders_in(folder: Path, skip_unlisted: Callable[[Path, OSError], None]) -> list[str]:
     """Names of the folders in a folder and of links to folders, without hidden ones."""
     names = []
     with os.scandir(folder) as entries:
@@ -343,7 +343,7 @@ def _folders_in(folder: Path, pass_over: Callable[[Path, OSError], None]) -> lis
                 if entry.is_dir() and not entry.name.startswith("."):
                     names.append(entry.name)
             except OSError as error:  # For example a link to itself.
-                pass_over(Path(entry.path), error)
+                skip_unlisted(Path(entry.path), error)
     return names
 
 

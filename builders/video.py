@@ -92,7 +92,7 @@ class VideoBuilder(DatasetBuilder):
         If the root is a file, it is used whatever its suffix is.
         """
         whole = is_file(self.root)
-        found = [self.root] if whole else list(_find(self.root, self.pass_over))
+        found = [self.root] if whole else list(_find(self.root, self.skip_unlisted))
         if not whole:
             check_not_lerobot(self.root, found or [self.root])
         if not found:
@@ -176,22 +176,22 @@ class VideoBuilder(DatasetBuilder):
 # Finding the files
 
 
-def _find(root: Path, pass_over: Callable[[Path, OSError], None]) -> Iterator[Path]:
+def _find(root: Path, skip_unlisted: Callable[[Path, OSError], None]) -> Iterator[Path]:
     """Yield videos, and folders with images and no videos, at any depth. Hidden ones are skipped.
 
     Images beside videos are covers and thumbnails. Links to folders are followed, each folder once.
-    Folders that cannot be listed are passed to `pass_over`.
+    Folders that cannot be listed are passed to `skip_unlisted`.
     """
 
     def unlisted(error: OSError) -> None:
-        pass_over(Path(error.filename), error)
+        skip_unlisted(Path(error.filename), error)
 
     seen: set[tuple[int, int]] = set()
     for parent, folders, names in os.walk(root, followlinks=True, onerror=unlisted):
         try:
             stat = Path(parent).stat()
         except OSError as error:
-            pass_over(Path(parent), error)
+            skip_unlisted(Path(parent), error)
             folders.clear()
             continue
         if (stat.st_dev, stat.st_ino) in seen:

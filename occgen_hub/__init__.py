@@ -1,7 +1,7 @@
 """OccGen Hub: recordings in, 4D occupancy datasets out.
 
-What stands in `__all__` is for programs. It is imported when it is asked for, since torch and the
-others take seconds: `import occgen_hub` takes none.
+The names in `__all__` are the public API. Each is imported on first use, because importing torch
+and other libraries takes seconds.
 """
 
 from __future__ import annotations

@@ -76,12 +76,12 @@ def unpack(path: Path, folder: Path, reserve: Reserve, name: str | None = None) 
         file.seek(0)
         size = os.fstat(file.fileno()).st_size
         if start[:2] == b"\x1f\x8b":
-            hashed = _Hashed(file)
+            hashed = _HashingReader(file)
             with gzip.GzipFile(fileobj=io.BufferedReader(hashed, CHUNK)) as plain:
                 _unpack_tar(plain, writer)  # type: ignore[arg-type]  # it reads as IO[bytes] does
             return Archive(label, size, hashed.hexdigest())
         if start[257:262] == b"ustar" or (start and not any(start)) or _is_old_tar(start):
-            hashed = _Hashed(file)
+            hashed = _HashingReader(file)
             _unpack_tar(io.BufferedReader(hashed, CHUNK), writer)
             return Archive(label, size, hashed.hexdigest())
         if start[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
@@ -125,7 +125,7 @@ def _damage(name: str) -> Iterator[None]:
         raise SourceError(name, problem, DOWNLOAD_AGAIN) from None
 
 
-class _Hashed(io.RawIOBase):
+class _HashingReader(io.RawIOBase):
     """A file that is read from start to end, with its SHA-256."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -147,7 +147,7 @@ class _Hashed(io.RawIOBase):
         return self._digest.hexdigest()
 
 
-class _Forward(io.RawIOBase):
+class _ForwardReader(io.RawIOBase):
     """The uncompressed bytes of a tar, for tarfile, which seeks back by at most one byte.
 
     Reads of more than MAX_HEADER bytes are refused, because tarfile reads a whole header into
@@ -190,7 +190,7 @@ class _Forward(io.RawIOBase):
 
 
 def _unpack_tar(plain: IO[bytes], writer: _Writer) -> None:
-    stream = _Forward(plain)
+    stream = _ForwardReader(plain)
     with tarfile.open(fileobj=stream, mode="r:", errors="surrogateescape") as tar:
         for member in tar:
             tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all in memory.

@@ -196,7 +196,7 @@ def _is_just_made(path: Path) -> bool:
 
 
 def _exchange(partial: Path, path: Path, old: Path) -> None:
-    """Move a folder to its path, and what is there aside, while others may do the same."""
+    """Move a folder to its path, and the old folder aside, while others may do the same."""
     for _ in range(_TRIES):
         with suppress(FileNotFoundError):
             path.rename(old)

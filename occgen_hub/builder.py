@@ -100,28 +100,28 @@ class DatasetBuilder(ABC):
 
     def __init__(self, root: Path, cameras: Sequence[CameraMapping] = ()) -> None:
         self.root, self.cameras = root, tuple(cameras)
-        self._passed_over: set[Path] = set()
+        self._skipped: set[Path] = set()
 
     def at(self, root: Path) -> Self:
         """The same builder for another root, such as the content of an archive."""
         other = copy.copy(self)
-        other.root, other._passed_over = root, set()
+        other.root, other._skipped = root, set()
         return other
 
-    def pass_over(self, path: Path, error: OSError) -> None:
-        """Warn, once, that something below the root cannot be listed and is left out.
+    def skip_unlisted(self, path: Path, error: OSError) -> None:
+        """Warn, once, that something below the root cannot be listed and is skipped.
 
         For `episodes`, so that one bad folder does not end a build. Raises SourceError for the root
         itself, and MachineError for a fault of the machine.
         """
-        problem = f"cannot be looked into ({error.strerror or error})"
+        problem = f"cannot be listed ({error.strerror or error})"
         if error.errno in MACHINE_FAULTS:
             raise MachineError(f"{path}: {problem}; fix that and run again.") from error
         if path == self.root:
             raise SourceError(path, problem, "check its permissions") from error
-        if path not in self._passed_over:
-            self._passed_over.add(path)
-            logger.warning("Warning: %s: %s, and is passed over.", one_line(str(path)), problem)
+        if path not in self._skipped:
+            self._skipped.add(path)
+            logger.warning("Warning: %s: %s, and is skipped.", one_line(str(path)), problem)
 
     @abstractmethod
     def episodes(self) -> Iterator[EpisodeRef]:
@@ -213,7 +213,7 @@ def load_builder(
     if it does not use a setting in `cameras`.
     """
     kind = _builder_class(name)
-    for attribute in sorted({key for camera in cameras for key in camera.said()}):
+    for attribute in sorted({key for camera in cameras for key in camera.as_json()}):
         if attribute not in kind.maps:
             raise UsageError(
                 f"--{_OPTIONS.get(attribute, attribute).replace('_', '-')}: is not used by "
@@ -244,27 +244,27 @@ def license_of_folder(root: Path) -> str | None:
         try:
             text = read_bytes(place / "README.md", MAX_CARD_BYTES).decode()
             _, matter, _ = text.replace("\r\n", "\n").split("---\n", 2)
-            said = yaml.safe_load(matter) if text.startswith("---") else None
+            metadata = yaml.safe_load(matter) if text.startswith("---") else None
         except (OccGenError, OSError, ValueError, yaml.YAMLError):
             continue
-        if isinstance(said, dict) and (found := plain_license(said.get("license"))):
+        if isinstance(metadata, dict) and (found := plain_license(metadata.get("license"))):
             return found
     return None
 
 
-def plain_license(said: Any) -> str | None:
+def plain_license(value: Any) -> str | None:
     """The name of the licence in a card. None for none, several, or a custom one."""
-    if isinstance(said, list) and len(said) == 1:
-        said = said[0]
-    known = isinstance(said, str) and re.fullmatch(r"[a-z0-9][a-z0-9.+-]{1,60}", said)
-    return said if known and said not in ("other", "unknown") else None
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    known = isinstance(value, str) and re.fullmatch(r"[a-z0-9][a-z0-9.+-]{1,60}", value)
+    return value if known and value not in ("other", "unknown") else None
 
 
 def _builder_class(name: str) -> type[DatasetBuilder]:
     """The class that is installed as a source. Raises UsageError if it is not valid."""
     kind, place = load_plugin("source", name)
     if not (isinstance(kind, type) and issubclass(kind, DatasetBuilder)):
-        raise UsageError(f"{place} is no subclass of occgen_hub.builder.DatasetBuilder.")
+        raise UsageError(f"{place} is not a subclass of occgen_hub.builder.DatasetBuilder.")
     if missing := sorted(kind.__abstractmethods__):
         raise UsageError(f"{place} lacks the methods {', '.join(missing)}; write them.")
     if getattr(kind, "name", None) != name:

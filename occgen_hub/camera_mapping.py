@@ -124,7 +124,7 @@ class CameraMapping(BaseModel):
         poses[~known] = np.nan
         return poses
 
-    def said(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """The settings that are not None, as JSON values."""
         return self.model_dump(mode="json", exclude_none=True)
 
@@ -155,9 +155,9 @@ def camera_mapping(where: str, values: dict[str, Any]) -> CameraMapping:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         name = ".".join(str(part) for part in first["loc"])
-        said = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
+        problem = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
         option = name.replace("_", "-") if where == "--" else name
-        raise UsageError(f"{where}{option}: {said}.") from None
+        raise UsageError(f"{where}{option}: {problem}.") from None
 
 
 def read_cameras(path: Path) -> tuple[CameraMapping, ...]:
@@ -169,8 +169,8 @@ def read_cameras(path: Path) -> tuple[CameraMapping, ...]:
     try:
         document = yaml.safe_load(read_bytes(path, 1 << 20))
     except (yaml.YAMLError, RecursionError) as error:
-        said = in_brief(str(error).replace("\n", " "))
-        raise UsageError(f"{path}: is not YAML ({said}); correct it.") from None
+        problem = in_brief(str(error).replace("\n", " "))
+        raise UsageError(f"{path}: is not YAML ({problem}); correct it.") from None
     rows = document.get("cameras") if isinstance(document, dict) else None
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise UsageError(

@@ -203,12 +203,12 @@ def survey(rows: Iterable[Entry]) -> Facts:
         facts.scenes.add(row.scene)
         facts.splits[row.split] = facts.splits.get(row.split, 0) + 1
         facts.grids.add((row.shape, row.voxel_size, row.pc_range))
-        for key, said in (
+        for key, value in (
             ("source", row.builder),
             ("engine", row.engine),
             ("version", row.version),
         ):
-            facts.records.setdefault(key, set()).add(dump_json(said))
+            facts.records.setdefault(key, set()).add(dump_json(value))
         facts.records.setdefault("config", set()).add(row.config)
         facts.moving += row.moving
         if row.taxonomy is not None:
@@ -251,10 +251,10 @@ def _picture(place: Path, path: Path) -> bool:
         with suppress(FileNotFoundError):
             place.unlink()
         return False
-    said = PngInfo()
-    said.add_text(_DRAWN, origin)
+    metadata = PngInfo()
+    metadata.add_text(_DRAWN, origin)
     with atomic_file(place) as partial:
-        image.save(partial, "PNG", pnginfo=said)
+        image.save(partial, "PNG", pnginfo=metadata)
     return True
 
 
@@ -566,13 +566,13 @@ def _origin(facts: Facts, records: str) -> Iterator[str]:
 
     yield "OccGen Hub itself adds no conditions."
     for network, licence in sorted(facts.licences):
-        said = f"{network}, whose weights are under the licence {licence}"
+        phrase = f"{network}, whose weights are under the licence {licence}"
         if licence in COMMERCIAL:
-            yield f"\nThe occupancy was reconstructed by {said}, which allows commercial use."
+            yield f"\nThe occupancy was reconstructed by {phrase}, which allows commercial use."
             continue
         forbids = ", which forbids commercial use" if "-nc" in licence.lower() else ""
         yield (
-            f"\nThe occupancy was reconstructed by {said}{forbids}. The same applies to this "
+            f"\nThe occupancy was reconstructed by {phrase}{forbids}. The same applies to this "
             "dataset."
         )
 

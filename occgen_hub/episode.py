@@ -21,7 +21,7 @@ from occgen_hub.taxonomy import Taxonomy, load_taxonomy, taxonomy_names
 
 @dataclass(frozen=True)
 class Note:
-    """Something about a source that a user should know. `code` names its kind, for counting."""
+    """A remark for the user on a source. `code` names its kind, for counting."""
 
     code: str
     text: str
@@ -29,7 +29,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Task:
-    """An instruction in words, and what the source says of it besides."""
+    """An instruction in words, and the source's object that it was extracted from."""
 
     text: str
     source: dict[str, Any] = field(default_factory=dict)
@@ -37,16 +37,16 @@ class Task:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the source: what it is, and (T, *shape) values, (T,) for plain numbers."""
+    """A column of the source: its feature, and (T, *shape) values, (T,) for plain numbers."""
 
     feature: Feature
     values: Any
 
 
 def column_of(field: pa.Field, values: pa.ChunkedArray, *, finite: bool = True) -> Column:
-    """A column of a source's table; raises ValueError where no feature describes it.
+    """A column of a source's table. Raises ValueError if no feature describes it.
 
-    finite: whether numbers have to be finite, without which there are no statistics.
+    finite: whether numbers have to be finite, which statistics require.
     """
     if values.null_count:
         raise ValueError("lacks the value of a frame")
@@ -57,17 +57,17 @@ def column_of(field: pa.Field, values: pa.ChunkedArray, *, finite: bool = True) 
     if finite and feature.dtype.startswith("float"):
         with np.errstate(over="ignore"):
             if not np.isfinite(np.square(array, dtype=np.float64)).all():
-                raise ValueError("holds a number that is not finite, or as good as infinite")
+                raise ValueError("holds a number that is not finite or too large")
     return Column(feature, array)
 
 
 @dataclass(frozen=True)
 class MediaFile:
-    """A file that goes with the episode; `file` is its key in the schema.
+    """A media file of the episode. `file` is its key in the schema.
 
-    check: decodes an image, unless that was done already, and raises SourceError where it is
-    damaged; where it is None, the writer decodes the image. read: gives the (H, W, 3) uint8 image
-    to write, where the file is not that image.
+    check: decodes an image, unless that was done already, and raises SourceError if it is damaged;
+    None if the writer has to decode the image. read: returns the (H, W, 3) uint8 image to write, if
+    the file itself is not that image.
     """
 
     file: str
@@ -79,18 +79,18 @@ class MediaFile:
 
 @dataclass(frozen=True)
 class Episode:
-    """One recording of T frames. Frames are decoded when asked for, by number from 0.
+    """One recording of T frames. Frames are decoded on demand, by number from 0.
 
     id: "<group>/<scene>/<trajectory>"; image_size: (width, height) in pixels, the same for all
     frames; read_rgb(t): (H, W, 3) uint8; read_depth(t): (H, W) float64, metres along the optical
     axis, 0 for none; world_from_camera: (T, 4, 4) float64, OpenCV axes, metres, in the source's
     world; intrinsics: (T, 3, 3) float64, pixels; task_index: (T,) int64 into `tasks`;
     fingerprint: SHA-256 over the names and contents of the source's files; assumed_view: whether
-    the intrinsics are not the source's, but made of a field of view; beside: the same moments as
-    other depth cameras saw them, in the same world, whose depth is fused with this one's; origin:
-    the repo_id and revision on the Hub that it comes from, None where that is not known;
-    read_labels(t): (H, W) whole numbers, the class of what each pixel shows, ids of the taxonomy of
-    that name in schemas/taxonomies.yaml, 0 for none; None where the source has no labels.
+    the intrinsics are not the source's, but computed from a field of view; beside: episodes of
+    other depth cameras at the same times and in the same world, with depth to be fused with this
+    one's; origin: the repo_id and revision on the Hub that it comes from, None if unknown;
+    read_labels(t): (H, W) integers, the class of each pixel, ids of `taxonomy`, 0 for none; None
+    without labels; taxonomy: a name in schemas/taxonomies.yaml.
     """
 
     id: str
@@ -116,12 +116,12 @@ class Episode:
 
 
 def check_episode(episode: Episode) -> Episode:
-    """The episode, whose frames are checked as they are read; raises OccGenError where it is wrong.
+    """Check an episode, and return it with readers that check each frame. Raises OccGenError.
 
-    Sources may come from other packages, so every field is looked at: shapes, dtypes, rigid finite
-    poses, intrinsics of a pinhole camera that fits the image, and of each frame its size, its type
-    and, for depth, finite values of 0 and more; for labels, ids of their taxonomy. Labels are then
-    uint8, and 0 where a pixel has no class.
+    Sources may come from other packages, so every field is checked: shapes, dtypes, rigid finite
+    poses, intrinsics of a pinhole camera that fits the image, and the size and type of each frame.
+    Depth has to be finite and at least 0, labels have to be ids of their taxonomy. The returned
+    labels are uint8, and 0 for pixels without a class.
     """
     T, (width, height) = episode.length, episode.image_size
     wrong = partial(_wrong, episode.id)
@@ -130,7 +130,7 @@ def check_episode(episode: Episode) -> Episode:
     if width < 1 or height < 1:
         raise wrong("image_size", f"is {episode.image_size}", "(width, height) in pixels")
     if not (np.isfinite(episode.fps) and episode.fps > 0):
-        raise wrong("fps", f"is {episode.fps}", "frames a second, over 0")
+        raise wrong("fps", f"is {episode.fps}", "frames per second, over 0")
     if not episode.tasks:
         raise wrong("tasks", "is empty", "at least one instruction, for example Task('navigate')")
     index = np.asarray(episode.task_index)
@@ -140,7 +140,7 @@ def check_episode(episode: Episode) -> Episode:
         or index.min() < 0
         or index.max() >= len(episode.tasks)
     ):
-        found = f"is {index.dtype} of shape {index.shape} or holds other numbers"
+        found = f"is {index.dtype} of shape {index.shape}, or out of range"
         raise wrong("task_index", found, f"({T},) whole numbers of the {len(episode.tasks)} tasks")
     for name, column in episode.columns.items():
         if len(column.values) != T:
@@ -185,7 +185,7 @@ def check_episode(episode: Episode) -> Episode:
             raise wrong(f"read_depth({frame})", found, f"float metres {(height, width)}")
         if not np.isfinite(metres).all() or metres.min(initial=0) < 0:
             expected = "finite metres, 0 for none"
-            raise wrong(f"read_depth({frame})", "holds negative or infinite values", expected)
+            raise wrong(f"read_depth({frame})", "has negative or infinite values", expected)
         return metres
 
     def labels(frame: int) -> NDArray[np.uint8]:
@@ -230,7 +230,7 @@ def _check_array(
 
 
 def _described(image: NDArray[Any], width: int, height: int) -> str:
-    """What an image is, and what may be wrong with its size."""
+    """Describe an image, and what may be wrong with its size."""
     found = f"gives {image.dtype} of shape {image.shape}"
     if image.shape[:2] == (width, height) and width != height:
         return f"{found} (are width and height of image_size swapped?)"

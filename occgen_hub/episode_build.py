@@ -36,14 +36,14 @@ from occgen_hub.up_to_date import (
 
 Stage = Literal["reconstructed", "built"]
 Progress = Callable[[Stage, int], None]
-"""Called with what was done to how many frames since the last call."""
+"""Called with a stage, and the number of frames that reached it since the last call."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """How to build: the configuration, the engine, the media.
 
-    overwrite: build also what is there; segmenter: makes labels where the source has none.
+    overwrite: also build up-to-date episodes; segmenter: makes labels if the source has none.
     """
 
     config: Config = field(default_factory=lambda: Config())
@@ -55,7 +55,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Built:
-    """What became of an episode. seconds: time spent in each stage."""
+    """The result of an episode. seconds: time spent in each stage."""
 
     id: str
     status: Literal["built", "present"]
@@ -65,15 +65,15 @@ class Built:
 
 
 class ChangedError(SourceError):
-    """A file of the source changed while it was read; the next run finds it as it is then."""
+    """A file of the source changed while it was read. The next run reads it again."""
 
 
 @dataclass(frozen=True)
 class ReconstructedEpisode:
-    """An episode that is read and reconstructed, and has yet to be written.
+    """An episode that was read and reconstructed, but not yet written.
 
-    stamps: of its sources before they were read; reason: why it is built, "is not there" if so;
-    clock: the seconds spent on it.
+    stamps: of its sources before they were read; reason: why it is built, "is not there" if it is
+    new; clock: the seconds spent on it.
     """
 
     builder: DatasetBuilder
@@ -94,10 +94,10 @@ def build_episode(
     settings: Settings,
     progress: Progress = lambda *_: None,
 ) -> Built:
-    """Build one episode into `out / ref.id`, unless what it would build is there already.
+    """Build one episode into `out / ref.id`, unless it is up to date.
 
-    The trajectory is written aside and moved into place when whole. Raises OccGenError; then
-    nothing is left under the final name that was not there before.
+    The trajectory is written beside its final path, and renamed when it is complete. If it raises
+    OccGenError, the final path is unchanged.
     """
     done = reconstruct_episode(builder, ref, out, settings, progress)
     return done if isinstance(done, Built) else write_episode(done, out, progress)
@@ -110,9 +110,9 @@ def reconstruct_episode(
     settings: Settings,
     progress: Progress = lambda *_: None,
 ) -> ReconstructedEpisode | Built:
-    """The first half of `build_episode`: read an episode and reconstruct it, unless it is there.
+    """The first half of `build_episode`: read and reconstruct an episode that is not up to date.
 
-    It may run in another thread than `write_episode`, which writes the episode before it meanwhile.
+    It may run in another thread, while `write_episode` writes the previous episode.
     """
     place = out / ref.id
     clear_leftovers(place, exclusive=True)  # A build holds its output; an episode is in one shard.
@@ -163,17 +163,17 @@ def write_episode(
     finally:
         remove_scratch(place)
     if done.reason not in (None, "is not there"):
-        notes = (Note("built again", f"what was there {done.reason}: built again"), *notes)
+        notes = (Note("built again", f"the existing trajectory {done.reason}: built again"), *notes)
     return Built(ref.id, "built", episode.length, notes, clock.seconds)
 
 
 def scratch_folder(place: Path) -> Path:
-    """Where depth that does not fit into memory waits while a trajectory is built."""
+    """The folder for depth that does not fit into memory, while a trajectory is built."""
     return place.with_name(f".{place.name}.scratch")
 
 
 def remove_scratch(place: Path) -> None:
-    """Remove the scratch folder of a trajectory, and those above it that then hold nothing."""
+    """Remove the scratch folder of a trajectory, and parents that become empty."""
     scratch = scratch_folder(place)
     if scratch.exists():
         shutil.rmtree(scratch, ignore_errors=True)
@@ -185,14 +185,14 @@ def remove_scratch(place: Path) -> None:
 def why_outdated(
     builder: DatasetBuilder, ref: EpisodeRef, out: Path, settings: Settings
 ) -> str | None:
-    """Why `build_episode` would build an episode; None where it is up to date."""
+    """Why `build_episode` would build an episode. None if it is up to date."""
     check_replaceable(out / ref.id, load_schema(builder.schema))
     engine = settings.engine.for_episode(ref.id, has_depth=builder.has_depth(ref))
     return outdated(builder, ref, out, provenance(builder, engine, settings))[0]
 
 
 def provenance(builder: DatasetBuilder, engine: Engine, settings: Settings) -> Provenance:
-    """What is recorded of how an episode was built."""
+    """The provenance to record for an episode."""
     return Provenance(
         builder.name,
         builder.version,
@@ -200,7 +200,7 @@ def provenance(builder: DatasetBuilder, engine: Engine, settings: Settings) -> P
         engine.weights(),
         settings.config,
         settings.media,
-        tuple(camera.said() for camera in builder.cameras),
+        tuple(camera.as_json() for camera in builder.cameras),
         builder.license,
         None if settings.segmenter is None else settings.segmenter.record(),
     )
@@ -215,7 +215,7 @@ def _write(
     clock: Stopwatch,
     progress: Progress,
 ) -> tuple[Note, ...]:
-    """Write everything; returns the notes that the record holds."""
+    """Write everything. Returns the notes that were recorded."""
     grid = Grid.of(provenance.config)
     free = FreeSpace(grid)
     writer = TrajectoryWriter(folder, schema, episode, grid)
@@ -227,14 +227,14 @@ def _write(
                 _write_scene(writer, scene, provenance.config, beside)
 
     try:
-        with ThreadPoolExecutor(1) as pool:  # So that cores have work where the other has none.
+        with ThreadPoolExecutor(1) as pool:  # Uses cores that are idle otherwise.
             written = pool.submit(tables)
             with clock("write occupancy"):
                 writer.write_occupancy(_observed(episode, scene, grid, free, clock, progress))
             written.result()
     finally:
-        # An interruption while the thread starts leaves it unknown to the pool; the folder must not
-        # be cleared before it has ended, or else it may not begin.
+        # If the start of the thread is interrupted, the pool does not know it. The folder must not
+        # be removed before that thread has ended or is kept from starting.
         with turn:
             over.set()
     clock.add(beside)
@@ -261,7 +261,7 @@ def _observed(
     clock: Stopwatch,
     progress: Progress,
 ) -> Iterator[FrameOccupancy]:
-    """Occupancy and visibility of each frame in order, the wait for it counted as occupancy."""
+    """Occupancy and visibility of each frame in order. Waiting counts as time of occupancy."""
     frames = observe(scene, episode, grid, free)
     while True:
         with clock("occupancy"):

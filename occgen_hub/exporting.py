@@ -450,8 +450,8 @@ def staged(out: Path) -> Iterator[Path]:
 
 def _unwritable(error: OSError, out: Path) -> OccGenError:
     place = error.filename or out
-    said = error.strerror or error
-    return OccGenError(f"{place}: cannot be read or written ({said}); fix that and export again.")
+    reason = error.strerror or error
+    return OccGenError(f"{place}: cannot be read or written ({reason}); fix that and export again.")
 
 
 @contextmanager

@@ -266,7 +266,7 @@ def remove_bucket_files(paths: Iterable[Path], folder: Path) -> None:
 
 
 def parquet_sources(path: Path, key: bytes) -> Any:
-    """The JSON under `key` in the metadata of a Parquet file of ours: what the file was made from.
+    """The JSON under `key` in the metadata of one of our Parquet files: the file's sources.
 
     None if the file cannot be read or has none.
     """

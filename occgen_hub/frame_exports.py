@@ -379,9 +379,9 @@ def joined_labels(target: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
     counts = np.stack([(parts == label).sum(axis=1) for label in range(int(UNKNOWN))], axis=1)
     free, unknown = counts[:, 0].copy(), (parts == UNKNOWN).sum(axis=1)
     counts[:, 0] = 0
-    commonest = counts.argmax(axis=1).astype(np.uint8)
+    most_common = counts.argmax(axis=1).astype(np.uint8)
     nothing = np.where(free > unknown, FREE, UNKNOWN)
-    joined = np.where(free + unknown > 0.95 * factor**3, nothing, commonest)
+    joined = np.where(free + unknown > 0.95 * factor**3, nothing, most_common)
     return joined.reshape(shape).astype(np.uint8)
 
 

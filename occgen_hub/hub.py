@@ -135,15 +135,15 @@ def warnings(
     max_bytes: int = MAX_BYTES,
 ) -> list[str]:
     """A sentence for each limit of the Hub that the files exceed: which, and what to do."""
-    said = []
+    sentences = []
     if len(files) > max_files:
-        said.append(
+        sentences.append(
             f"{len(files):,} files are more than the {max_files:,} that a repository should have; "
             "build with --media none, or push an export of it (occgen-hub export), which has few."
         )
     folder, entries = _fullest(files)
     if entries > max_entries:
-        said.append(
+        sentences.append(
             f"{folder}: {entries:,} entries are more than the {max_entries:,} that a folder should "
             "have; build with --media none, or push an export of it (occgen-hub export), which "
             "has videos instead of images."
@@ -152,11 +152,11 @@ def warnings(
     if large:
         path, size = max(large.items(), key=lambda item: item[1])
         more = f" (and {len(large) - 1} more files)" if len(large) > 1 else ""
-        said.append(
+        sentences.append(
             f"{path}: {size / 1e9:.1f} GB{more} is more than the {max_bytes / 1e9:g} GB that a "
             "file should have; write the occupancy as Parquet, which is split into shards."
         )
-    return said
+    return sentences
 
 
 def _fullest(files: Mapping[str, int]) -> tuple[str, int]:
@@ -392,22 +392,22 @@ def hub_errors(repo_id: str, endpoint: str) -> Iterator[None]:
             ) from error
         raise
     except ValueError as error:  # The client raises it if the Hub rejects the card.
-        said = " ".join(str(error).split())[:200].rstrip(".")
+        reason = " ".join(str(error).split())[:200].rstrip(".")
         raise HubError(
-            f"{repo_id}: the Hub rejected the card ({said}); correct the dataset's README.md."
+            f"{repo_id}: the Hub rejected the card ({reason}); correct the dataset's README.md."
         ) from error
 
 
 def _message(error: BaseException) -> str:
     """The message of an error without URLs, which are long."""
-    said = [*str(error).strip().splitlines(), ""][0] or type(error).__name__
-    return re.split(r" for url |, domain: ", said)[0][:160].rstrip(".")
+    message = [*str(error).strip().splitlines(), ""][0] or type(error).__name__
+    return re.split(r" for url |, domain: ", message)[0][:160].rstrip(".")
 
 
 def _http_error(repo_id: str, endpoint: str, error: HfHubHTTPError) -> HubError:
     status = error.response.status_code
     words = (error.server_message or error.response.reason_phrase).strip().splitlines()
-    said = f"{status}, {words[0][:160].rstrip('.')}" if words else f"{status}"
+    reason = f"{status}, {words[0][:160].rstrip('.')}" if words else f"{status}"
     if status == 401:
         problem, remedy = "the Hub rejected the token", "run hf auth login with a valid one"
     elif status == 403:
@@ -418,9 +418,9 @@ def _http_error(repo_id: str, endpoint: str, error: HfHubHTTPError) -> HubError:
         problem, remedy = "others are writing there", "run the same command again later"
     elif status == 429 or status >= 500:
         return HubBusyError(
-            f"{endpoint}: is not available at the moment ({said}); run the same command again "
+            f"{endpoint}: is not available at the moment ({reason}); run the same command again "
             "later to resume."
         )
     else:
         problem, remedy = "the Hub rejected it", "see its message"
-    return HubError(f"{repo_id}: {problem} ({said}); {remedy}.")
+    return HubError(f"{repo_id}: {problem} ({reason}); {remedy}.")

@@ -140,9 +140,9 @@ class HubSource:
             info = api.dataset_info(self.repo_id, revision=self.revision, timeout=20)
             # Anybody can list a gated dataset. Access to its files needs a separate check.
             api.auth_check(self.repo_id, repo_type="dataset")
-            said = info.card_data.get("license") if info.card_data else None
+            value = info.card_data.get("license") if info.card_data else None
             pinned = HubSource(
-                self.repo_id, info.sha or self.revision, self.folder, plain_license(said)
+                self.repo_id, info.sha or self.revision, self.folder, plain_license(value)
             )
             entries = api.list_repo_tree(
                 self.repo_id,
@@ -285,16 +285,18 @@ def _hub_errors(source: HubSource, endpoint: str, ref: SceneRef | None = None) -
             if isinstance(cause, errors.HfHubHTTPError) and cause.response is not None:
                 raise _http_error(name, source, endpoint, cause) from error
             if isinstance(cause, httpx.HTTPError):
-                said = in_brief(str(cause) or type(cause).__name__)
+                reason = in_brief(str(cause) or type(cause).__name__)
                 raise HubSourceError(
-                    f"{name}: the connection to {endpoint} failed ({said}); {AGAIN}."
+                    f"{name}: the connection to {endpoint} failed ({reason}); {AGAIN}."
                 ) from error
         if isinstance(error, OSError) and error.errno is not None:
             raise
         if isinstance(error, errors.HFValidationError):
             raise UsageError(f"{name}: is not a dataset name; give {FORM}.") from error
-        said = in_brief(str(error) or type(error).__name__)
-        raise HubSourceError(f"{name}: the download was interrupted ({said}); {AGAIN}.") from error
+        reason = in_brief(str(error) or type(error).__name__)
+        raise HubSourceError(
+            f"{name}: the download was interrupted ({reason}); {AGAIN}."
+        ) from error
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
@@ -312,7 +314,7 @@ def _http_error(
     from huggingface_hub import errors
 
     status = error.response.status_code
-    said = in_brief(f"{status}, {error.server_message or error.response.reason_phrase}")
+    reason = in_brief(f"{status}, {error.server_message or error.response.reason_phrase}")
     page = f"{endpoint}/datasets/{source.repo_id}"
     if isinstance(error, errors.GatedRepoError):
         problem = "is gated, and this token has no access"
@@ -321,7 +323,7 @@ def _http_error(
         problem, remedy = f"has no revision {source.revision}", f"choose one at {page}"
     elif isinstance(error, errors.RemoteEntryNotFoundError | errors.EntryNotFoundError):
         problem, remedy = "was not found", f"see {page}/tree/{source.revision}"
-    elif "invalid" in said.lower() and status == 401 and "username" not in said.lower():
+    elif "invalid" in reason.lower() and status == 401 and "username" not in reason.lower():
         problem, remedy = "the Hub rejected the token", "run hf auth login with a valid one"
     elif isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403, 404):
         problem = "was not found, or this token has no access"
@@ -331,4 +333,4 @@ def _http_error(
         remedy = "run the same command again later to resume"
     else:
         problem, remedy = "the Hub refused it", "see its message"
-    return HubSourceError(f"{name}: {problem} ({said}); {remedy}.")
+    return HubSourceError(f"{name}: {problem} ({reason}); {remedy}.")

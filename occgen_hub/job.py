@@ -53,7 +53,7 @@ from occgen_hub.up_to_date import check_replaceable
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    from occgen_hub.engines.network import Outlook
+    from occgen_hub.engines.network import NetworkEstimate
 
 License = Literal["any", "commercial"]
 """The use that a network's weights must allow."""
@@ -72,11 +72,11 @@ def check_paths(root: Path, out: Path) -> None:
         ) from error
     if target == source or source in target.parents:
         raise UsageError(
-            f"{out}: the output lies inside the input {root}; choose an --output outside it."
+            f"{out}: the output is inside the input {root}; choose an --output outside it."
         )
     if target in source.parents and root.is_dir():
         raise UsageError(
-            f"{out}: the input {root} lies inside the output, and would be taken for a part of the "
+            f"{out}: the input {root} is inside the output, and would be read as a part of the "
             "dataset; choose an --output beside it."
         )
     if out.exists() and not out.is_dir():
@@ -100,7 +100,7 @@ def list_refs(
     kept = [ref for ref in archives if ref.id not in beside]
     if passed := len(archives) - len(kept):
         logger.warning(
-            "Warning: %s: %d archives are unpacked beside themselves already: their folders count.",
+            "Warning: %s: %d archives are ignored, because their unpacked folders are beside them.",
             printable(str(root)), passed,
         )  # fmt: skip
     found: list[EpisodeRef | SceneRef] = [*unpacked.values(), *kept]
@@ -139,7 +139,7 @@ def list_episodes(
         _selected(builder.root, refs, scenes)
     if not refs:
         raise UsageError(
-            f"{builder.root}: holds no episode that the source {builder.name} knows; "
+            f"{builder.root}: holds no episode that the source {builder.name} can read; "
             + (
                 other_source(builder.root, builder.name)
                 or "give the root of the tree, above its groups and scenes, or another --source: "
@@ -151,7 +151,7 @@ def list_episodes(
     for ref in refs:
         if problem := id_problem(ref.id):
             raise UsageError(
-                f"{ref.path}: the source {builder.name} calls it {printable(ref.id)!r}, which "
+                f"{ref.path}: the source {builder.name} named it {printable(ref.id)!r}, which "
                 f"{problem}; the source has to give <group>/<scene>/<trajectory>."
             )
     return _checked(builder, refs)
@@ -214,7 +214,7 @@ def choose_engine(
     if all(have):
         if weights is not None:
             raise UsageError(
-                f"--weights {weights}: all episodes have depth, which goes before a network; "
+                f"--weights {weights}: all episodes have depth, which is used instead; "
                 "choose one with --engine, or leave the option out."
             )
         return Auto()
@@ -229,7 +229,9 @@ def choose_engine(
         return Auto(None, str(error).splitlines()[0].rstrip("."))
 
 
-def outlook(job: Job, refs: Sequence[EpisodeRef | SceneRef]) -> dict[str, Outlook]:
+def network_estimates(
+    job: Job, refs: Sequence[EpisodeRef | SceneRef]
+) -> dict[str, NetworkEstimate]:
     """Estimates for the network for each of the episodes, by id, as far as known."""
     from occgen_hub.engines.network import NetworkEngine
 
@@ -247,7 +249,7 @@ def outlook(job: Job, refs: Sequence[EpisodeRef | SceneRef]) -> dict[str, Outloo
             continue
         if isinstance(engine, NetworkEngine):
             length, image_size = footage
-            found[ref.id] = engine.outlook(length, image_size, job.settings.config)
+            found[ref.id] = engine.estimate(length, image_size, job.settings.config)
     return found
 
 
@@ -317,7 +319,7 @@ class Job:
     def why_scene_outdated(self, ref: SceneRef, record: SceneRecord | None) -> str | None:
         """Why a scene would be fetched. None if all its episodes are up to date."""
         if self.settings.overwrite:
-            return "is there, --overwrite"
+            return "exists, --overwrite"
         schema = load_schema(self.builder.schema)
         return why_scene_outdated(ref, record, self.out, self.scene_choices, schema)
 
@@ -332,7 +334,7 @@ class Job:
             return f"would fail: {error}"
         if reason is None and not self.settings.overwrite:
             return None
-        return f"to build: {reason or 'is there, --overwrite'}"
+        return f"to build: {reason or 'exists, --overwrite'}"
 
     def device_name(self) -> str:
         """The device of its networks, "cpu" without networks."""
@@ -355,14 +357,14 @@ class Job:
         engine = self.settings.engine
         network = engine.network if isinstance(engine, Auto) else engine
         schema = load_schema(self.builder.schema)
-        said = [
+        settings = [
             *(self.builder.name, self.builder.version, str(self.builder.cameras)),
             *(schema.name, schema.version, engine.name, network and network.weights()),
             *(self.settings.config.model_dump(mode="json"), self.settings.media == "none"),
         ]
         if self.settings.segmenter is not None:
-            said.append(self.settings.segmenter.record())
-        return digest(dump_json(said))
+            settings.append(self.settings.segmenter.record())
+        return digest(dump_json(settings))
 
     def source_state(self, refs: Sequence[EpisodeRef | SceneRef]) -> str:
         """A digest of the sources and settings of a scene. Raises SourceError.
@@ -404,7 +406,7 @@ class Job:
         place = self.builder.root
         root = printable(str(self.hub or HubSource.of_snapshot(place) or place))
         source: dict[str, Any] = {"builder": self.builder.name, "root": root}
-        if cameras := [camera.said() for camera in self.builder.cameras]:
+        if cameras := [camera.as_json() for camera in self.builder.cameras]:
             source["cameras"] = cameras
         return {
             "source": source,
@@ -465,7 +467,7 @@ def open_job(
     UsageError for invalid options, and HubSourceError if the Hub cannot list `root`.
     """
     if parquet_images and not parquet_occupancy:
-        raise UsageError("--parquet-images: goes into the occupancy as Parquet; keep that.")
+        raise UsageError("--parquet-images: needs --parquet-occupancy.")
     config = config or Config()
     builder, hub = open_source(source, root, cameras, hfov=config.hfov)
     refs: Sequence[EpisodeRef | SceneRef]
@@ -482,7 +484,7 @@ def open_job(
         found: list[EpisodeRef | SceneRef] = [*_selected(hub, select_scenes(listed, hub), scenes)]
         refs = _checked(builder, found[:limit])
     if whole_scenes and limit is not None and any(isinstance(ref, EpisodeRef) for ref in refs):
-        raise UsageError("--limit: would push a part of a scene; choose scenes with --scenes.")
+        raise UsageError("--limit: could push an incomplete scene; choose scenes with --scenes.")
     for ref in refs:
         if isinstance(ref, EpisodeRef):
             check_replaceable(out / ref.id, load_schema(builder.schema))
@@ -490,7 +492,7 @@ def open_job(
     chosen.check(config)
     check_conditions(builder, refs, config)
     if segmenter is None and segmenter_weights is not None:
-        raise UsageError("--segmenter-weights: goes with --segmenter; give that too.")
+        raise UsageError("--segmenter-weights: needs --segmenter; give that too.")
     labeller = None if segmenter is None else load_segmenter(segmenter, segmenter_weights, device)
     settings = Settings(config, chosen, media or builder.media, overwrite, labeller)
     limited = limit is not None or bool(scenes)

@@ -6,7 +6,7 @@
     scene   = fuse(views, config)                  # what several frames agree on; what moves
     frames  = observe(scene, episode, grid)        # occupied and observed cells of every frame
 
-The same episode and configuration give the same result, whatever the number of threads.
+The result depends only on the episode and the configuration, not on the number of threads.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from occgen_hub.occupancy.visibility import FrameOccupancy
 from occgen_hub.scene import Scene
 from occgen_hub.views import Views, check_views
 
-FEW_CELLS = 100
-"""Fewer occupied cells in a scene are told: hardly anything was measured."""
+MIN_SCENE_POINTS = 100
+"""Number of points of a scene below which a note says that hardly anything was measured."""
 
 Progress = Callable[[int], None]
 """Called with the number of frames done since the last call."""
@@ -48,10 +48,10 @@ def reconstruct(
     scratch: Path,
     progress: Progress = lambda _: None,
 ) -> Scene:
-    """The scene of an episode, in the source's world where the source has poses.
+    """The scene of an episode, in the source's world if the source has poses.
 
-    scratch: a folder that the engine may make, needed as long as the scene is used. Raises
-    OccGenError where the episode cannot be reconstructed, or its units, axes or poses are wrong.
+    scratch: a folder that the engine may create, needed as long as the scene is used. Raises
+    OccGenError if the episode cannot be reconstructed, or its units, axes or poses are wrong.
     """
     episode = check_episode(episode)
     views = engine.reconstruct(episode, config, scratch, progress)
@@ -65,7 +65,7 @@ def reconstruct(
         seen, own, cameras = _with_others(episode, views, engine, config, scratch)
         convention_notes += check_conventions(seen, episode.id, config, shifts=False)
     check_reach(seen, config, episode.id)
-    # A network's own work takes long; that of sensors is to decode their frames, in fusion.
+    # Progress counts the network's frames or, with sensor depth, the frames decoded in fusion.
     counted = engine.uses_device() or cameras > 1
     fused = fuse(seen, config, (lambda _: None) if counted else progress)
     if cameras > 1:
@@ -101,18 +101,18 @@ def reconstruct(
 def _with_others(
     episode: Episode, views: Views, engine: Engine, config: Config, scratch: Path
 ) -> tuple[Views, int, int]:
-    """The views of all cameras of an episode as one, which of them is its own, and how many."""
+    """The joined views of all cameras of an episode, its own camera's index, and their number."""
     found = {episode.id: views}
     for other in map(check_episode, episode.beside):
         own = engine.reconstruct(other, config, scratch)
         check_views(own, other)
         found[other.id] = replace(own, read_labels=other.read_labels)
-    names = sorted(found)  # The same for each of the cameras, and so is the scene.
+    names = sorted(found)  # The same order for each camera, so the scene is the same.
     return joined_views([found[n] for n in names]), names.index(episode.id), len(names)
 
 
 def align(views: Views, episode: Episode) -> tuple[Views, Alignment | None]:
-    """Views that an engine found in a world of its own, in the source's, if that has poses."""
+    """Transform an engine's views into the source's world, if the source has poses."""
     if views.in_source_world or episode.world_from_camera is None:
         return views, None
     frames = views.frames
@@ -123,8 +123,8 @@ def align(views: Views, episode: Episode) -> tuple[Views, Alignment | None]:
 def observe(
     scene: Scene, episode: Episode, grid: Grid, free: FreeSpace | None = None
 ) -> Iterator[FrameOccupancy]:
-    """Occupancy and visibility of each frame, in order. free: gathers what they observed free."""
-    # Intrinsics as they will be written, so that a reader who traces the same rays sees the same.
+    """Occupancy and visibility of each frame, in order. free: collects their free space."""
+    # Intrinsics as they will be written, so that a reader who traces the rays gets the same cells.
     intrinsics = scene.intrinsics.astype(np.float32).astype(np.float64)
     return observe_frames(
         grid, scene.cloud.points, scene.world_from_camera, intrinsics, episode.image_size,
@@ -136,10 +136,10 @@ def _notes(alignment: Alignment | None, points: int) -> list[Note]:
     notes = []
     if alignment is not None and alignment.problem is not None:
         notes.append(Note("alignment", f"the alignment {alignment.problem}"))
-    if points < FEW_CELLS:
+    if points < MIN_SCENE_POINTS:
         text = (
             f"the scene has {points or 'no'} points: depth is missing, outside depth_range or in "
-            "another unit, or no two frames agree; ALL that is in view counts as free, do not use "
+            "another unit, or no two frames agree; ALL space in view counts as free, do not use "
             "it"
         )
         notes.append(Note("empty scene", text))

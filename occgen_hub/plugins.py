@@ -30,9 +30,9 @@ def plugin_names(kind: Kind) -> list[str]:
 
 
 def load_plugin(kind: Kind, name: str) -> tuple[Any, str]:
-    """The object of an entry point, and the beginning of an error that is about it.
+    """The object of an entry point, and the beginning of an error message about it.
 
-    Raises UsageError if there is none of this name, or if it cannot be imported.
+    Raises UsageError if there is none with this name, or if it cannot be imported.
     """
     point = _points(kind).get(name)
     if point is None:
@@ -45,8 +45,8 @@ def load_plugin(kind: Kind, name: str) -> tuple[Any, str]:
     try:
         return point.load(), place
     except (ImportError, AttributeError) as error:
-        said = in_brief(str(error))
-        raise UsageError(f"{place} cannot be loaded ({said}); correct that package.") from error
+        problem = in_brief(str(error))
+        raise UsageError(f"{place} cannot be loaded ({problem}); correct that package.") from error
 
 
 def open_plugin(
@@ -58,16 +58,16 @@ def open_plugin(
 ) -> Any:
     """The engine or segmenter that an entry point opens, which has to be a `base`.
 
-    weights, device: of its options, None if not given. Raises UsageError if there is none of this
-    name, or if it cannot be opened, and what the opener raises.
+    weights, device: its options, None if not given. Raises UsageError if there is none with this
+    name, or if it cannot be opened, and the opener's own errors.
     """
     opener: Opener
     opener, place = load_plugin(kind, name)
     try:
         plugin = opener(weights, device)
     except (ImportError, AttributeError, TypeError) as error:
-        said = in_brief(str(error))
-        raise UsageError(f"{place} cannot be opened ({said}); correct that package.") from error
+        problem = in_brief(str(error))
+        raise UsageError(f"{place} cannot be opened ({problem}); correct that package.") from error
     if not isinstance(plugin, base):
         raise UsageError(
             f"{place} does not return an instance of {base.__module__}.{base.__name__}; correct "

@@ -1,7 +1,7 @@
 """The three states of a dataset's scenes as Parquet: a file for each scene, a row for each block.
 
-`scene_states/BB/SCENE.parquet`, BB being the scene's bucket (see `index`), holds what `all_occ.npz`
-of its trajectories holds, for readers that have only the Parquet files.
+`scene_states/BB/SCENE.parquet`, where BB is the scene's bucket (see `index`), has the same states
+as the `all_occ.npz` of its trajectories, for readers that have only the Parquet files.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from occgen_hub.taxonomy import UNLABELLED
 FOLDER = "scene_states"
 REMAKE = "remove it and run occgen-hub finalize on the dataset"
 GROUP_BLOCKS = 1024
-"""Blocks of a row group at most: 8 MB of bits. Each is of one trajectory."""
+"""Maximum blocks in a row group: 8 MB of bits. A row group belongs to one trajectory."""
 
 MAX_BLOCKS = 1 << 18
-"""Of a trajectory: 2 GB of bits, and at 2 cm 69,000 cubic metres."""
+"""Maximum blocks of a trajectory: 2 GB of bits, 69,000 cubic metres with cells of 2 cm."""
 
 COLUMNS = {
     "episode": pa.string(),
@@ -57,7 +57,7 @@ COLUMNS = {
 }
 
 LABELS = "labels"
-"""A further column, binary, where an episode of the scene has labels: the classes of the occupied
+"""A binary column that exists if an episode of the scene has labels: the classes of the occupied
 cells of a block, a byte each, in the order of their bits."""
 
 _KEY = b"occgen_states"
@@ -80,12 +80,12 @@ def write_states(
     *,
     overwrite: bool = False,
 ) -> int:
-    """Bring `out`/scene_states up to date with the trajectories of these scenes.
+    """Update `out`/scene_states from the trajectories of these scenes.
 
-    Files that hold what they should are left alone; the bytes are those of a fresh start. kept:
-    scenes whose trajectories are somewhere else, whose files stay. workers: files written at once;
-    overwrite: whether files that are right are written as well. Returns how many were written.
-    Raises DatasetError for a trajectory or a file that cannot be taken, and OSError.
+    Up-to-date files are kept. The result has the same bytes as a fresh start. kept: scenes with
+    trajectories elsewhere, which keep their files; workers: files written in parallel; overwrite:
+    whether to write up-to-date files too. Returns the number of files written. Raises DatasetError
+    for an invalid trajectory, or a file that occgen-hub did not write, and OSError.
     """
     there, wanted = {*states_files(out)}, {}
     check_written_by_us(sorted(there), _KEY, "a scene's states")
@@ -103,12 +103,12 @@ def write_states(
 
 
 def states_files(root: Path) -> list[Path]:
-    """The files of scenes' states that are on disk, sorted; raises as `dataset_files`."""
+    """The sorted files of scene states on disk. Raises the errors of `dataset_files`."""
     return dataset_files(root, FOLDER)
 
 
 def read_states(file: pq.ParquetFile, episode: str) -> SceneStates:
-    """The states of an episode, from the open file of its scene; raises ValueError if not right."""
+    """The states of an episode, from the open file of its scene. Raises ValueError if invalid."""
     types = plain_schema(file.schema_arrow)
     for name, kind in COLUMNS.items():
         if name not in types.names or types.field(name).type != kind:
@@ -117,14 +117,14 @@ def read_states(file: pq.ParquetFile, episode: str) -> SceneStates:
     for n in range(file.num_row_groups):
         rows = file.metadata.row_group(n).num_rows
         if rows > GROUP_BLOCKS or rows < 1:
-            raise ValueError(f"row group {n} is larger than any of ours")
+            raise ValueError(f"row group {n} has {rows} rows, expected 1 to {GROUP_BLOCKS}")
         if file.read_row_group(n, ["episode"], use_threads=False)["episode"][0].as_py() == episode:
             tables.append(plain(file.read_row_group(n, use_threads=False)))
             count += rows
         if count > MAX_BLOCKS:
-            raise ValueError(f"{episode[:80]} has more blocks than any of ours")
+            raise ValueError(f"{episode[:80]} has more than {MAX_BLOCKS:,} blocks")
     if not tables:
-        raise ValueError(f"it has nothing of {episode[:80]}")
+        raise ValueError(f"it has no rows of {episode[:80]}")
     table = pa.concat_tables(tables).combine_chunks()
     if any(column.null_count for column in table.columns):
         raise ValueError("a value is missing")
@@ -132,10 +132,10 @@ def read_states(file: pq.ParquetFile, episode: str) -> SceneStates:
         raise ValueError("it has a row group of several episodes")
     sizes = table["voxel_size"].unique().to_pylist()
     if len(sizes) != 1 or not 0 < sizes[0] < float("inf"):
-        raise ValueError("it does not say the size of its cells")
+        raise ValueError("it has no valid voxel_size")
     blocks = table["block"].combine_chunks()
     if not (np.diff(plain_numpy(blocks.offsets)) == 3).all():
-        raise ValueError("a block has not three numbers")
+        raise ValueError("a block does not have three numbers")
     numbers = plain_numpy(blocks.flatten()).reshape(-1, 3)
     states = SceneStates.from_packed(
         sizes[0], numbers, *(_bits(table, k) for k in ("occupied", "free"))
@@ -144,24 +144,24 @@ def read_states(file: pq.ParquetFile, episode: str) -> SceneStates:
         return states
     column = table[LABELS].combine_chunks()
     if column.type != pa.binary():
-        raise ValueError(f"its column {LABELS} is not of {pa.binary()}")
+        raise ValueError(f"its column {LABELS} is not of type {pa.binary()}")
     ends, content = _contents(column)
     if not np.array_equal(ends - ends[0], states.class_ends()):
-        raise ValueError("a block has classes of other cells than its occupied ones")
+        raise ValueError("the classes of a block do not match its occupied cells")
     if len(content) and not (content.min() > 0 and content.max() <= UNLABELLED):
-        raise ValueError("a cell is of no class")
+        raise ValueError("a cell has an invalid class")
     return replace(states, classes=content)
 
 
 def check_states(root: Path, scenes: Scenes, known: Collection[str]) -> Iterator[DatasetError]:
-    """What is wrong with the files of scenes' states, compared with the trajectories here.
+    """Yield errors of the files of scene states, compared with the trajectories here.
 
-    known: the scenes of the index whose occupancy is there as Parquet.
+    known: the scenes of the index with occupancy as Parquet.
     """
     wanted = {root / states_file(scene): scene for scene in known}
     there = states_files(root)
     for path in sorted({*there} - {*wanted}):
-        yield DatasetError(path, "is of a scene that the index does not have", REMAKE)
+        yield DatasetError(path, "belongs to a scene that is not in the index", REMAKE)
     for path, scene in sorted(wanted.items()):
         if path not in there:
             if scene in scenes:
@@ -178,13 +178,13 @@ def check_states(root: Path, scenes: Scenes, known: Collection[str]) -> Iterator
                 yield DatasetError(path, parquet_problem(error), REMAKE)
                 break
             if not states.equals(expected):
-                problem = f"the states of {episode} are not what its trajectory holds"
+                problem = f"the states of {episode} differ from its trajectory"
                 yield DatasetError(path, problem, REMAKE)
                 break
 
 
 def _pieces(found: Sequence[tuple[str, Path]]) -> dict[str, Any]:
-    """What the file of a scene is made of, as it says itself."""
+    """The sources of a scene's file, as stored in its metadata."""
     pieces, labels = [], have_labels(path for _, path in found)
     for episode, path in found:
         trajectory = Trajectory.open(path)
@@ -198,12 +198,12 @@ def _pieces(found: Sequence[tuple[str, Path]]) -> dict[str, Any]:
 
 
 def _states_of(path: Path, labels: bool) -> SceneStates:
-    """The states of a trajectory; if `labels`, with classes also where it has none."""
+    """The states of a trajectory. With `labels`, UNLABELLED if the trajectory has no labels."""
     return Trajectory.open(path).states().labelled(labels)
 
 
 def _write(place: Path, found: Sequence[tuple[str, Path]], pieces: dict[str, Any]) -> None:
-    """Write the file of a scene, row group by row group, each of one trajectory."""
+    """Write the file of a scene. Each row group belongs to one trajectory."""
     place.parent.mkdir(parents=True, exist_ok=True)
     described = {
         "episode": {"dtype": "string", "_type": "Value"},
@@ -258,12 +258,12 @@ def _bits(table: pa.Table, name: str) -> Any:
     """(B, 4096) uint8 of a column of bits."""
     ends, content = _contents(table[name].combine_chunks())
     if not (np.diff(ends) == BLOCK_BYTES).all():
-        raise ValueError(f"{name} is not of blocks of 32 x 32 x 32 cells")
+        raise ValueError(f"{name} does not have blocks of 32 x 32 x 32 cells")
     return content.reshape(-1, BLOCK_BYTES)
 
 
 def _contents(column: pa.Array) -> tuple[Any, Any]:
-    """Where the values of a column of bytes begin and end, and all their bytes, uint8."""
+    """The offsets of the values in a binary column, and all their bytes, uint8."""
     _, offsets, content = column.buffers()
     ends = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1]
     if content is None:

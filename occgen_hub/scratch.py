@@ -60,7 +60,7 @@ class Scratch:
         self._closed = False
 
     def room(self) -> Room:
-        """Create an empty folder, whose content counts toward the limit until it is closed."""
+        """Create an empty folder. Its content counts toward the limit until it is closed."""
         return Room(self, Path(tempfile.mkdtemp(dir=self.folder)))
 
     def close(self) -> None:

@@ -19,46 +19,46 @@ from occgen_hub.taxonomy import load_taxonomy
 
 
 class Segmenter(ABC):
-    """Labels images. It holds no weights until it is used, so it can be sent to other processes.
+    """Labels images. It loads weights when first used, so it can be sent to other processes.
 
-    name: of its entry point; taxonomy: the name of that of its labels, see `occgen_hub.taxonomy`.
+    name: of its entry point; taxonomy: the name of its labels' taxonomy, see `occgen_hub.taxonomy`.
     """
 
     name: str
     taxonomy: str
 
     def __repr__(self) -> str:
-        """The same for equal segmenters: builds are compared by it."""
+        """Equal for equal segmenters, because builds are compared by it."""
         return f"{type(self).__name__}({self.record()})"
 
     def record(self) -> dict[str, Any]:
-        """What a dataset records of it, as JSON: what decides its labels, such as its weights."""
+        """Everything that determines its labels, as JSON, such as a checksum of its weights."""
         return {"name": self.name}
 
     def on(self, device: str | None) -> Self:
-        """The same segmenter on another device; None takes a GPU if there is one."""
+        """The same segmenter on another device; None for a GPU if there is one."""
         return self
 
     @abstractmethod
     def segment(self, image: NDArray[np.uint8]) -> NDArray[np.integer]:
         """(H, W) classes of the pixels of an (H, W, 3) uint8 RGB image, 0 for none.
 
-        The same image gives the same classes. It is not called by two threads at a time.
+        Equal images must give equal classes. It is called from one thread at a time.
         """
 
 
 def load_segmenter(name: str, weights: Path | None = None, device: str | None = None) -> Segmenter:
-    """Open the segmenter of that name. Raises UsageError if there is none, or it is not one."""
+    """Open the segmenter with that name. Raises UsageError if there is none."""
     segmenter: Segmenter = open_plugin("segmenter", name, Segmenter, weights, device)
     load_taxonomy(segmenter.taxonomy)
     return segmenter
 
 
 def with_labels(episode: Episode, segmenter: Segmenter | None) -> Episode:
-    """The episode with labels: its own, or those that a segmenter makes of its images.
+    """The episode with labels: its own, or those that a segmenter makes from its images.
 
-    Label images are made once and kept compressed, a few kB each. The same holds for the cameras
-    beside it. Without a segmenter the episode stays as it is.
+    Label images are made once and kept compressed, a few kB each. The episodes in `beside` get
+    labels too. Without a segmenter, the episode is returned unchanged.
     """
     if segmenter is None:
         return episode

@@ -36,15 +36,17 @@ def check_source(builder: DatasetBuilder, episodes: int = 1) -> list[Episode]:
     try:
         pickle.dumps((builder, refs[0]))
     except Exception as error:
-        said = f"cannot be sent to worker processes ({error})"
-        raise _wrong(builder, "the builder", said, "keep open files out of it") from error
+        problem = f"cannot be sent to worker processes ({error})"
+        raise _wrong(builder, "the builder", problem, "keep open files out of it") from error
     return [_check_episode(builder, ref) for ref in refs[:episodes]]
 
 
 def _check_episode(builder: DatasetBuilder, ref: EpisodeRef) -> Episode:
     sources = builder.sources(ref)
     if missing := [path for path in sources if not is_file(path)]:
-        raise _wrong(builder, f"sources({ref.id})", f"names {missing[0]}, no file", "list files")
+        raise _wrong(
+            builder, f"sources({ref.id})", f"has {missing[0]}, which is not a file", "list files"
+        )
     if not sources:
         raise _wrong(builder, f"sources({ref.id})", "is empty", "list the files that read uses")
     work = builder.work(ref)
@@ -55,11 +57,11 @@ def _check_episode(builder: DatasetBuilder, ref: EpisodeRef) -> Episode:
     if episode.id != ref.id:
         raise _wrong(builder, f"read({ref.id}).id", f"is {episode.id!r}", "give the ref's id")
     if len(raw.fingerprint) != 64 or raw.fingerprint != builder.read(ref).fingerprint:
-        problem = "is no SHA-256 that stays the same"
+        problem = "is not a SHA-256, or differs from call to call"
         raise _wrong(builder, "fingerprint", problem, "use self.fingerprint(self.sources(ref))")
     if (episode.read_depth is not None) != builder.has_depth(ref):
         problem = f"is {builder.has_depth(ref)}, and read gives the contrary"
-        raise _wrong(builder, f"has_depth({ref.id})", problem, "say what read_depth will be")
+        raise _wrong(builder, f"has_depth({ref.id})", problem, "return whether read gives depth")
     for frame in sorted({0, episode.length // 2, episode.length - 1}):
         episode.read_rgb(frame)
         if episode.read_labels is not None:
@@ -89,9 +91,9 @@ def _check_files(builder: DatasetBuilder, episode: Episode) -> None:
     for item in episode.media:
         if item.file not in schema.files or not schema.files[item.file].media:
             known = ", ".join(name for name, file in schema.files.items() if file.media)
-            raise _wrong(builder, f"the media {item.file}", "is in no schema", f"use {known}")
+            raise _wrong(builder, f"the media {item.file}", "is not in a schema", f"use {known}")
         if item.read is None and not is_file(item.path):
-            raise _wrong(builder, f"the media {item.path}", "is no file", "give a file, or read=")
+            raise _wrong(builder, f"the media {item.path}", "is not a file", "give one, or read=")
     for name, column in episode.columns.items():
         feature = column.feature
         if feature.dtype == "string":

@@ -27,10 +27,10 @@ _over = False
 class Stopped(BaseException):
     """Ctrl-C, or a scheduler's SIGTERM. (Python remembers a KeyboardInterrupt that was caught.)
 
-    goes_on: whether running the stopped command again resumes it.
+    resumable: whether running the stopped command again resumes it.
     """
 
-    goes_on = False
+    resumable = False
 
 
 def stop_in_order() -> None:

@@ -1,4 +1,4 @@
-"""Taxonomies: the classes that labels name, by their ids; see schemas/taxonomies.yaml."""
+"""Taxonomies: the classes of labels, by their ids; see schemas/taxonomies.yaml."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from occgen_hub.errors import UsageError
 
 UNLABELLED = 254
-"""The class of a cell that is occupied, and of which no frame says what it is."""
+"""The class of an occupied cell for which no frame gives a class."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Taxonomy:
     void: tuple[int, ...] = ()
 
     def id_of(self, name: str) -> int:
-        """The id of the class of that name; raises KeyError."""
+        """The id of the class with that name. Raises KeyError."""
         return {one.name: one.id for one in self.classes.values()}[name]
 
     def checked(self, image: NDArray[Any]) -> NDArray[np.uint8]:
         """(H, W) uint8 classes of the pixels of a label image, 0 for none.
 
-        Raises ValueError unless it is of whole numbers that are ids of this taxonomy.
+        Raises ValueError unless all pixels are integers and ids of this taxonomy.
         """
         if image.dtype.kind not in "iu":
             raise ValueError(f"has pixels of {image.dtype}, not whole numbers")
@@ -54,7 +54,7 @@ class Taxonomy:
             if not len(bad):
                 return classes
             strange = int(image.ravel()[bad[0]])
-        raise ValueError(f"has the id {strange}, which is no class of {self.name}")
+        raise ValueError(f"has the id {strange}, which is not a class of {self.name}")
 
     @property
     def _pixels(self) -> NDArray[np.uint8]:
@@ -71,9 +71,9 @@ class Taxonomy:
         return known
 
     def to_occscannet(self, unlabelled: int) -> NDArray[np.uint8]:
-        """(256,) uint8: OccScanNet's class for each class of cells; 0 and 255 stay as they are.
+        """(256,) uint8: OccScanNet's class for each class of cells; 0 and 255 do not change.
 
-        unlabelled: what UNLABELLED becomes.
+        unlabelled: the value for UNLABELLED.
         """
         table = np.zeros(256, np.uint8)
         for one in self.classes.values():
@@ -91,11 +91,11 @@ def taxonomy_names() -> list[str]:
 
 
 def load_taxonomy(name: str) -> Taxonomy:
-    """The taxonomy of that name. Raises UsageError when there is none."""
+    """The taxonomy with that name. Raises UsageError if there is none."""
     found = _taxonomies().get(name)
     if found is None:
         known = ", ".join(taxonomy_names())
-        raise UsageError(f"{name[:80]!r}: is no taxonomy; there are {known}.")
+        raise UsageError(f"{name[:80]!r}: is not a taxonomy; choose one of {known}.")
     return found
 
 
@@ -111,11 +111,11 @@ def _taxonomies() -> dict[str, Taxonomy]:
             {
                 number: Class(
                     number,
-                    said["name"],
-                    _rgb(said["color"]),
-                    targets[said.get("occscannet11", said["name"])],
+                    entry["name"],
+                    _rgb(entry["color"]),
+                    targets[entry.get("occscannet11", entry["name"])],
                 )
-                for number, said in found["classes"].items()
+                for number, entry in found["classes"].items()
             },
             tuple(found["void"]),
         )

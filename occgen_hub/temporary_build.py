@@ -42,13 +42,13 @@ def temporary_build(
 def _find(refs: Sequence[EpisodeRef], name: str) -> EpisodeRef:
     if not refs:
         raise UsageError(
-            f"{name}: only archives are there, which are not looked into for this; unpack its "
-            "scene and give that folder as --input."
+            f"{name}: the input has only archives, which this command does not unpack; unpack "
+            "its scene and give that folder as --input."
         )
     ends = [ref for ref in refs if ref.id == name or ref.id.endswith(f"/{name}")]
     exact = [ref for ref in ends if ref.id == name]
     if len(exact or ends) == 1:
         return (exact or ends)[0]
-    problem = "several are called so" if ends else "there is no such episode"
+    problem = "several episodes have this name" if ends else "there is no such episode"
     names = ", ".join(ref.id for ref in (ends or refs)[:3])
-    raise UsageError(f"{name}: {problem}; there are for example {names}.")
+    raise UsageError(f"{name}: {problem}; give an id such as {names}.")

@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from occgen_hub import build
 from occgen_hub.loading import Trajectory, trajectories
-from occgen_hub.visual.render import Shot, View, render
+from occgen_hub.visual.render import RenderOptions, View, render
 
 SIZE = (1280, 480)
 
@@ -35,7 +35,7 @@ def _rate(trajectory: Trajectory, view: Any, size: tuple[int, int]) -> dict[str,
         times.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as folder:
-        render(trajectory, Path(folder, "out.mp4"), Shot(view, size), progress=progress)
+        render(trajectory, Path(folder, "out.mp4"), RenderOptions(view, size), progress=progress)
         end = time.perf_counter()
     return {
         "frames_per_second": (len(times) - 2) / (end - times[1]),

@@ -65,8 +65,7 @@ def test_unreadable_folder_is_skipped_with_a_warning(mine, unreadable, caplog):
     assert names(builder) == before
     (warning,) = (record for record in caplog.records if record.levelno == logging.WARNING)
     assert warning.getMessage() == (
-        f"Warning: {mine / 'lost+found'}: cannot be looked into (Permission denied), and is passed "
-        "over."
+        f"Warning: {mine / 'lost+found'}: cannot be listed (Permission denied), and is skipped."
     )
 
 
@@ -76,7 +75,7 @@ def test_circular_and_broken_links_are_skipped(mine, caplog):
     (mine / "sample_zed/loop").symlink_to(mine / "sample_zed/loop")
     (mine / "nothing").symlink_to("nowhere")
     assert names(InternNavBuilder(mine)) == before
-    assert "loop: cannot be looked into (Too many levels of symbolic links)" in caplog.text
+    assert "loop: cannot be listed (Too many levels of symbolic links)" in caplog.text
 
 
 def test_videos_beside_unreadable_folders_are_found(tmp_path, unreadable, caplog):
@@ -88,13 +87,13 @@ def test_videos_beside_unreadable_folders_are_found(tmp_path, unreadable, caplog
     assert names(VideoBuilder(tmp_path / "in")) == [
         "custom_videos/a/trajectory_0", "custom_videos/b/trajectory_0",
     ]  # fmt: skip
-    assert "lost+found: cannot be looked into (Permission denied)" in caplog.text
+    assert "lost+found: cannot be listed (Permission denied)" in caplog.text
 
 
 @pytest.mark.parametrize("kind", [InternNavBuilder, VideoBuilder])
 def test_unreadable_root_is_an_error(mine, unreadable, kind):
     unreadable(mine)
-    with pytest.raises(SourceError, match=r"cannot be looked into \(Permission denied\)"):
+    with pytest.raises(SourceError, match=r"cannot be listed \(Permission denied\)"):
         names(kind(mine))
 
 

@@ -446,15 +446,15 @@ def test_legend_lists_moving_cells_only_if_something_moves(trajectory, dataset):
 
 @pytest.mark.parametrize("view", ["ego", "world", pytest.param("panels", marks=pytest.mark.long)])
 def test_render_shows_moving_cells(view, trajectory, dataset, truth):
-    from occgen_hub.visual.render import Shot, pictures
+    from occgen_hub.visual.render import RenderOptions, pictures
 
     frame = int(np.argmax([len(cells) for cells in truth]))
-    for number, picture in enumerate(pictures(trajectory, Shot(view, (960, 540)))):
+    for number, picture in enumerate(pictures(trajectory, RenderOptions(view, (960, 540)))):
         assert (picture == MOVING).all(axis=2).any()  # The legend.
         if number == frame:
             assert pink(picture[80:440]).sum() > 200
     still = Trajectory.open(trajectories(dataset)[0])
-    picture = next(pictures(still, Shot(view, (960, 540))))
+    picture = next(pictures(still, RenderOptions(view, (960, 540))))
     assert not (picture == MOVING).all(axis=2).any()
 
 

@@ -775,7 +775,7 @@ def test_export_keeps_normal_scheduling(built, tmp_path):
 
 
 def test_occupancy_dataset_names_the_class_for_an_export(exported):
-    with pytest.raises(UsageError, match=r"is an export, of which LeRobotOccupancyDataset reads"):
+    with pytest.raises(UsageError, match=r"is an export; use LeRobotOccupancyDataset, which reads"):
         OccupancyDataset(exported)
 
 

@@ -32,7 +32,7 @@ from occgen_hub.config import Config
 from occgen_hub.engines.store import FrameStore
 from occgen_hub.fusion.depth_map import DepthMap, DepthMaps
 from occgen_hub.fusion.evidence import (
-    LOOKS,
+    COMPARED_FRAMES,
     NEAREST,
     SIGMAS,
     SLANT,
@@ -312,9 +312,11 @@ def test_noise_can_be_named_or_given():
 
 
 def test_noisier_depth_requires_more_frames():
-    looks = [Tolerance.of(NoiseModel(s, 0, 0), 0.02).looks for s in (0.0, 0.002, 0.004, 0.006, 0.1)]
-    assert looks == sorted(looks)
-    assert (looks[0], looks[-1]) == LOOKS
+    counts = [
+        Tolerance.of(NoiseModel(s, 0, 0), 0.02).max_frames for s in (0.0, 0.002, 0.004, 0.006, 0.1)
+    ]
+    assert counts == sorted(counts)
+    assert (counts[0], counts[-1]) == COMPARED_FRAMES
 
 
 # Motion

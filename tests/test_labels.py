@@ -29,7 +29,7 @@ from occgen_hub.exporting import export
 from occgen_hub.fusion.fuse import fuse
 from occgen_hub.fusion.joined import joined_views
 from occgen_hub.loading import Trajectory, trajectories
-from occgen_hub.occupancy.classes import commonest, joined_classes, nearest_classes
+from occgen_hub.occupancy.classes import joined_classes, most_common, nearest_classes
 from occgen_hub.sample import make_sample
 from occgen_hub.segmenters import Segmenter, load_segmenter, with_labels
 from occgen_hub.taxonomy import UNLABELLED, load_taxonomy, taxonomy_names
@@ -95,7 +95,7 @@ def test_label_images_are_checked_against_their_taxonomy():
             mpcat40.checked(np.array([[1, wrong]], np.int32))
     with pytest.raises(ValueError, match="float32"):
         mpcat40.checked(np.ones((1, 2), np.float32))
-    with pytest.raises(UsageError, match="is no taxonomy"):
+    with pytest.raises(UsageError, match="is not a taxonomy"):
         load_taxonomy("ade20k")
 
 
@@ -238,7 +238,7 @@ def test_cells_get_their_most_common_class():
     rng = np.random.default_rng(0)
     cells, classes = rng.integers(0, 50, 400), rng.choice([1, 2, 3, UNLABELLED], 400)
     classes[cells == 7] = UNLABELLED
-    numbers, found = commonest(cells, classes.astype(np.uint8))
+    numbers, found = most_common(cells, classes.astype(np.uint8))
     np.testing.assert_array_equal(numbers, np.unique(cells))
     for cell, name in zip(numbers, found, strict=True):
         counts = np.bincount(classes[cells == cell], minlength=256)
@@ -522,15 +522,15 @@ def test_unusable_segmenters_are_refused(tmp_path, sample_tree, installed_segmen
     for name, words in (("other", "installed are mine, none, wrong"), ("none", "cannot be opened")):
         with pytest.raises(UsageError, match=words):
             load_segmenter(name)
-    with pytest.raises(UsageError, match="goes with --segmenter"):
+    with pytest.raises(UsageError, match="needs --segmenter"):
         occgen_hub.build("internnav", sample_tree, tmp_path / "o", segmenter_weights="w")
 
 
 def test_cells_are_drawn_by_class(tmp_path, labelled, dataset):
-    from occgen_hub.visual.render import Shot, pictures, render
+    from occgen_hub.visual.render import RenderOptions, pictures, render
 
     trajectory = Trajectory.open(trajectories(labelled)[0])
-    picture = next(pictures(trajectory, Shot("ego", (480, 360), color="class")))
+    picture = next(pictures(trajectory, RenderOptions("ego", (480, 360), color="class")))
     floor, wall = (np.array(load_taxonomy("sample").classes[n].color) for n in (2, 3))
     shades = (
         picture.reshape(-1, 3) / np.linalg.norm(picture.reshape(-1, 3), axis=1).clip(1)[:, None]
@@ -539,7 +539,7 @@ def test_cells_are_drawn_by_class(tmp_path, labelled, dataset):
     for color in (floor, wall):
         assert ((shades @ (color / np.linalg.norm(color)) > 0.9995) & bright).sum() > 1000
     with pytest.raises(UsageError, match="choose --view ego"):
-        next(pictures(trajectory, Shot("world", color="class")))
+        next(pictures(trajectory, RenderOptions("world", color="class")))
     plain = Trajectory.open(trajectories(dataset)[0])
     with pytest.raises(UsageError, match="has no labels"):
-        render(plain, tmp_path / "out.png", Shot("ego", color="class"))
+        render(plain, tmp_path / "out.png", RenderOptions("ego", color="class"))

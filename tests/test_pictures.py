@@ -377,10 +377,10 @@ def runs_of(line: np.ndarray, color: tuple[int, int, int]) -> list[int]:
 @pytest.mark.parametrize("view", ["ego", "world", "panels"])
 def test_every_view_has_a_colour_bar_in_metres(view, trajectory):
     """The colours are in their order, with lengths in metres below."""
-    from occgen_hub.visual.render import Shot, pictures
+    from occgen_hub.visual.render import RenderOptions, pictures
 
     stops = ramp(np.linspace(0.2, 0.9, 12), OCCUPANCY if view == "world" else RAMP).astype(int)
-    picture = next(pictures(trajectory, Shot(view, (960, 540))))
+    picture = next(pictures(trajectory, RenderOptions(view, (960, 540))))
     foot = picture[400:].astype(int)
     found = []
     for number, line in enumerate(foot):

@@ -217,6 +217,6 @@ def test_push_of_too_many_files_is_refused(hub, tree, tmp_path, monkeypatch):
 
 
 def test_push_with_a_limit_that_splits_a_scene_is_refused(hub, tree, tmp_path):
-    with pytest.raises(UsageError, match="would push a part of a scene"):
+    with pytest.raises(UsageError, match="could push an incomplete scene"):
         build(tree, tmp_path / "out", limit=1)
     assert not hub.asked

@@ -427,7 +427,7 @@ def check_stopped(process: subprocess.Popen[str], number: signal.Signals) -> Non
     os.killpg(process.pid, number)
     done = finish(process)
     assert done.returncode == 128 + number, done.stderr
-    assert "Stopped. What was finished stays; the same command goes on from there." in done.stderr
+    assert "Stopped. Finished work is kept; run the same command again to resume." in done.stderr
     check_clean(done.stderr)
     wait_until(lambda: not alive(family), timeout=2)
 
@@ -495,7 +495,7 @@ def test_interruption_swallowed_by_a_library_stops_the_build(
     code, _, errors = command(source, tmp_path / "out")
     assert (code, tree(tmp_path / "out")) == (130, {})
     assert errors.strip() == (
-        "Stopped. What was finished stays; the same command goes on from there."
+        "Stopped. Finished work is kept; run the same command again to resume."
     )
 
 

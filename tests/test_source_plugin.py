@@ -53,7 +53,7 @@ def test_wrong_entry_points_are_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
     for value, message in (
         ("nowhere:Builder", "cannot be loaded .*nowhere"),
-        ("pathlib:Path", "is no subclass of"),
+        ("pathlib:Path", "is not a subclass of"),
         ("occgen_hub.builder:DatasetBuilder", "lacks the methods episodes, read, sources"),
         ("occgen_hub.builders.video:VideoBuilder", "has the name 'video'; give it name = 'mine'"),
     ):
@@ -116,10 +116,10 @@ def test_check_source_accepts_a_correct_source(root: Path) -> None:
         ({"ids": ("a/a/a", "a/a/a")}, "holds the episode a/a/a twice"),
         ({"depth": False}, "has_depth.* and read gives the contrary"),
         ({"sources": lambda self, ref: []}, "is empty"),
-        ({"sources": lambda self, ref: [self.root / "lost"]}, "lost, no file"),
+        ({"sources": lambda self, ref: [self.root / "lost"]}, "lost, which is not a file"),
         ({"work": lambda self, ref: -1.0}, "return a number of 0 or more"),
         ({"changes": {"id": "other"}}, "is 'other'; give the ref's id"),
-        ({"changes": {"fingerprint": "1"}}, "no SHA-256"),
+        ({"changes": {"fingerprint": "1"}}, "not a SHA-256"),
         ({"changes": {"image_size": (60, 80)}}, "swapped"),
         ({"changes": {"fps": 0.0}}, "fps is 0.0"),
         ({"changes": {"intrinsics": None}}, "intrinsics are missing"),

@@ -379,7 +379,10 @@ def test_unreachable_hub_gives_an_error_of_one_line(tmp_path):
     )
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert "nobody/nothing: is no folder here, and cannot be had from the Hub" in done.stdout
+    assert (
+        "nobody/nothing: is not a local folder, and cannot be downloaded from the Hub"
+        in done.stdout
+    )
     assert len(done.stdout.splitlines()) == 1, done
 
 
@@ -415,7 +418,7 @@ def test_partial_dataset_has_only_the_episodes_that_are_present(many, truth, tmp
         np.testing.assert_array_equal(flat(item["occupancy"]), frame["cells"])
     for path in shards(root):
         path.unlink()
-    with pytest.raises(UsageError, match="files of no episode are here; fetch them"):
+    with pytest.raises(UsageError, match="files of no episode are here; download them"):
         OccupancyDataset(root)
     shutil.rmtree(root / "index")
     with pytest.raises(UsageError, match="has no index; run occgen-hub finalize"):
@@ -435,7 +438,7 @@ def test_partial_dataset_has_only_the_episodes_that_are_present(many, truth, tmp
         ({"shard_starts": (1,)}, "without frames"),
         ({"shard_starts": (0, 1)}, "of unequal length"),
         ({"row_groups": (-1,)}, "without frames"),
-        ({"group_rows": 1 << 20, "frames": 1 << 20}, "larger than any"),
+        ({"group_rows": 1 << 20, "frames": 1 << 20}, "row groups of more than"),
     ],
 )
 def test_invalid_index_is_refused(many, tmp_path, change, problem):

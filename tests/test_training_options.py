@@ -136,9 +136,9 @@ def test_frames_are_selected_by_episode_scene_split_and_quality(scenes, tmp_path
         ({"episodes": ["group/none/run"]}, "has no episode group/none/run"),
         ({"scenes": ["none"]}, "has no scene none"),
         ({"scenes": "group"}, "scenes: group is not a list"),
-        ({"split": "test"}, "split: 'test' is none"),
+        ({"split": "test"}, "split: 'test' is not a split"),
         ({"min_quality": 2}, "min_quality: 2 is not between"),
-        ({"scenes": [], "split": "train"}, "has no episode that is asked for"),
+        ({"scenes": [], "split": "train"}, "episodes is selected by"),
         ({"voxel_stride": 3}, "voxel_stride is 3"),
         ({"image_size": (0, 3)}, "image_size is"),
     ):

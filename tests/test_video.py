@@ -735,7 +735,7 @@ def test_input_without_videos_is_a_usage_error(tmp_path: Path) -> None:
         (lambda: check_paths(tmp_path / "no", tmp_path / "out"), "is not there; give what to"),
         (lambda: check_paths(Path("/dev/null"), tmp_path / "out"), "is not a folder, nor a file"),
         (lambda: check_paths(tmp_path / "in", tmp_path / "in" / "out"), "inside the input"),
-        (lambda: check_paths(tmp_path / "in", tmp_path), "lies inside the output"),
+        (lambda: check_paths(tmp_path / "in", tmp_path), "is inside the output"),
         (lambda: check_paths(tmp_path / "in", tmp_path / "loop"), "cannot be followed"),
         (lambda: check_paths(tmp_path / "clip.mp4", tmp_path / "clip.mp4"), "inside the input"),
         (lambda: check_paths(tmp_path / "clip.mp4", tmp_path / "clip.mp4" / "x"), "inside"),

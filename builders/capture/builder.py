@@ -79,7 +79,7 @@ class CaptureBuilder(DatasetBuilder):
                 "for the last one, name the folders color and depth, and the poses trajectory.txt; "
                 f"{other or 'docs/formats.md has all layouts'}."
             )
-        topics = {"rgb", "depth", "pose", "info"} & set(self._mapping.said())
+        topics = {"rgb", "depth", "pose", "info"} & set(self._mapping.as_json())
         if topics and not any(isinstance(_layout(place), Bag) for place in found):
             raise UsageError(f"--topics: {self.root} has no bag; leave the option out.")
         refs = [EpisodeRef(_id(self.root, place), place) for place in found]

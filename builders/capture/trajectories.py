@@ -57,10 +57,10 @@ def read_trajectory(path: Path, mapping: CameraMapping) -> Trajectory:
         poses = np.array(rows).reshape(len(rows), -1, 4)
         last = np.broadcast_to([[[0.0, 0.0, 0.0, 1.0]]], (len(rows), 1, 4))
         poses = poses if poses.shape[1] == 4 else np.concatenate([poses, last], axis=1)
-        return Trajectory(None, _meant(poses, mapping))
+        return Trajectory(None, _converted(poses, mapping))
     if widths == {3, 4} and len(rows) % 5 == 0 and all(len(row) == 3 for row in rows[::5]):
         poses = np.array([row for n, row in enumerate(rows) if n % 5]).reshape(-1, 4, 4)
-        return Trajectory(None, _meant(poses, mapping))
+        return Trajectory(None, _converted(poses, mapping))
     counts = ", ".join(map(str, sorted(widths)[:5])) or "no"
     problem = f"is not a trajectory (its lines have {counts} numbers)"
     raise SourceError(path, problem, f"give one with {FORMATS}")
@@ -74,7 +74,7 @@ def timed(path: Path, rows: NDArray[np.float64], mapping: CameraMapping) -> Traj
         raise SourceError(path, "has no valid poses", "leave this recording out")
     times, first = np.unique(rows[usable, 0], return_index=True)
     offset = mapping.time_offset or 0.0
-    return Trajectory(times + offset, _meant(poses[usable][first], mapping))
+    return Trajectory(times + offset, _converted(poses[usable][first], mapping))
 
 
 def poses_of(
@@ -90,7 +90,7 @@ def poses_of(
     return poses
 
 
-def _meant(poses: NDArray[np.float64], mapping: CameraMapping) -> NDArray[np.float64]:
+def _converted(poses: NDArray[np.float64], mapping: CameraMapping) -> NDArray[np.float64]:
     """Convert poses from the mapping's conventions. Invalid poses become NaN."""
     usable = known(poses)
     meant = np.full(poses.shape, np.nan)

@@ -51,13 +51,13 @@ def check_mapping(mapping: CameraMapping, info: Info) -> None:
         if key is None:
             continue
         feature = info.features.get(key)
-        said = {"info": "intrinsics"}.get(attribute, attribute)
+        option = {"info": "intrinsics"}.get(attribute, attribute)
         if feature is None:
             known = ", ".join(sorted(info.features))[:600]
-            raise UsageError(f"{said} {key}: {info.path} has no such feature; it has {known}.")
+            raise UsageError(f"{option} {key}: {info.path} has no such feature; it has {known}.")
         if feature.visual != (attribute in ("rgb", "depth")):
             kind = f"{feature.dtype} of shape {list(feature.shape)}"
-            raise UsageError(f"{said} {key}: is {kind}, which cannot be {said}; {MAPPED}.")
+            raise UsageError(f"{option} {key}: is {kind}, which cannot be {option}; {MAPPED}.")
     if mapping.info is not None and mapping.intrinsics is not None:
         raise UsageError(f"intrinsics: both numbers and {mapping.info} are given; {MAPPED}.")
 
@@ -181,7 +181,7 @@ def survey(info: Info) -> CameraSurvey:
         f"{what}: {', '.join(_shown(key, features[key]) for key in keys) or 'none found'}"
         for what, keys in kinds.items()
     ]
-    text = ["# Which columns belong to which camera; docs/formats.md says what may stand here.",
+    text = ["# Which columns belong to which camera; docs/formats.md lists the possible keys.",
             "# The lines are guessed from names: check and correct them.",
             "cameras:"]  # fmt: skip
     for key in colors:
@@ -213,15 +213,15 @@ def _entry(
     *,
     alone: bool,
 ) -> list[str]:
-    """The lines of one camera. What its name leaves open is behind a #."""
+    """The lines of one camera. Uncertain guesses are comments."""
     lines = [f"  - rgb: {_quoted(color)}"]
     for name, keys in (("depth", depths), ("intrinsics", intrinsics), ("pose", poses)):
         own = keys if alone and len(keys) == 1 else _of_camera(color, keys)
         sure = len(own) == 1
         others = [_quoted(key) for key in (own or keys)]
         example = {"intrinsics": "[600, 600, 320, 240]   # fx, fy, cx, cy, pixels"}
-        said = others[0] if sure else " or ".join(others) or example.get(name, "none found")
-        lines.append(f"    {'' if sure else '# '}{name}: {said}")
+        guess = others[0] if sure else " or ".join(others) or example.get(name, "none found")
+        lines.append(f"    {'' if sure else '# '}{name}: {guess}")
         if sure and name == "depth" and not features[own[0]].depth_map:
             usual = "m" if features[own[0]].dtype.startswith("float") else "mm"
             lines.append(f"    depth_unit: {usual}   # m, cm, mm, or metres in one unit")
@@ -231,7 +231,7 @@ def _entry(
             lines.append(f"    pose_layout: {layouts.get(count, 'matrix')}")
             lines.append("    pose_direction: world_from_camera   # or camera_from_world")
             lines.append("    pose_axes: opencv   # or opengl: y up, z backward; ros: x forward")
-    lines.append("    # body_from_camera: 16 numbers, where the poses are those of a moving body")
+    lines.append("    # body_from_camera: 16 numbers, if the poses are those of a moving body")
     return lines
 
 

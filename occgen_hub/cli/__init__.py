@@ -55,8 +55,8 @@ def main() -> None:
         end_with(code)
     except (Stopped, click.Abort, KeyboardInterrupt) as stopped:
         stop_at_once()
-        more = " What was finished stays; the same command goes on from there."
-        click.echo(f"Stopped.{more * getattr(stopped, 'goes_on', False)}", err=True)
+        more = " Finished work is kept; run the same command again to resume."
+        click.echo(f"Stopped.{more * getattr(stopped, 'resumable', False)}", err=True)
         end_at_once(128 + (received[0] if received else signal.SIGINT))
     sys.exit(code)
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 MOST_SHOWN = 10
 """Number of episodes for which an estimate is printed before the build."""
 
-CLUSTERS = {
+CLUSTER_OPTIONS = {
     "datatrove": ("tasks",),
     "slurm": ("tasks", "cpus_per_task", "gpus_per_task", "mem_per_cpu", "slurm"),
     "ray": ("tasks", "cpus_per_task", "gpus_per_task", "mem_per_cpu"),
@@ -51,7 +51,7 @@ CLUSTERS = {
     cls=Examples,
     example="occgen-hub build --source internnav --input traj_data --output out --workers 8\n"
     "occgen-hub build --source lerobot --input my-org/robot --cameras cameras.yaml --output out",
-    goes_on=True,
+    resumable=True,
 )
 @click.option(
     "--source", default="internnav", show_default=True, metavar="NAME",
@@ -242,7 +242,7 @@ def build(
         return _dry_run(options, executor, own, running, verbose)
     if executor == "accelerate" and launched():
         return _build_rank(options)
-    if executor in CLUSTERS:
+    if executor in CLUSTER_OPTIONS:
         return _build_on_cluster(options, executor, running)
     if executor == "accelerate":
         running["workers"] = running["workers"] or threads.gpus() or threads.cores()
@@ -268,7 +268,7 @@ def _check_usage(executor: str, shard: Shard | None, running: dict[str, Any]) ->
     from occgen_hub.runtime.ranks import launched
 
     for name, value in running.items():
-        takers = [key for key, names in CLUSTERS.items() if name in names]
+        takers = [key for key, names in CLUSTER_OPTIONS.items() if name in names]
         if value not in (None, ()) and takers and executor not in takers:
             raise UsageError(
                 f"--{name.replace('_', '-')}: is not used by --executor {executor}; leave it out "
@@ -350,7 +350,7 @@ def _dry_run(
     from occgen_hub.scenes import SceneRef
 
     with without_fetching("expect"):
-        job = _open_cluster_job(options) if executor in CLUSTERS else open_job(**options)
+        job = _open_cluster_job(options) if executor in CLUSTER_OPTIONS else open_job(**options)
     mine = None if shard is None else set(make_plan(job, shard.count).shards[shard.index])
     refs = [ref for ref in job.refs if mine is None or ref.id in mine]
     todo, lines, reasons = [], {}, Counter[str]()
@@ -369,9 +369,9 @@ def _dry_run(
     ):
         for reason, count in reasons.most_common(MOST_SHOWN):
             say(f"{count:,} {reason}")
-    _say_estimate(job, [ref for ref in todo if isinstance(ref, SceneRef)])
-    _say_outlook(job, refs)
-    if executor in CLUSTERS:
+    _print_estimate(job, [ref for ref in todo if isinstance(ref, SceneRef)])
+    _print_network_estimates(job, refs)
+    if executor in CLUSTER_OPTIONS:
         tasks = cluster.make_tasks(job, executor, running["tasks"])
         click.echo(tasks)
         if executor == "slurm" and tasks.todo:
@@ -381,7 +381,7 @@ def _dry_run(
     return 0
 
 
-def _say_estimate(job: Job, scenes: Sequence[SceneRef]) -> None:
+def _print_estimate(job: Job, scenes: Sequence[SceneRef]) -> None:
     """Print an estimate for building these scenes: bytes to fetch, time and disk space."""
     from occgen_hub.scenes import estimate
 
@@ -401,20 +401,20 @@ def _say_estimate(job: Job, scenes: Sequence[SceneRef]) -> None:
     )
 
 
-def _say_outlook(job: Job, refs: Sequence[EpisodeRef | SceneRef]) -> None:
+def _print_network_estimates(job: Job, refs: Sequence[EpisodeRef | SceneRef]) -> None:
     """Print what the network needs for these episodes: windows, memory and time; its licence."""
     from occgen_hub.engines import Auto
     from occgen_hub.engines.network import NetworkEngine
     from occgen_hub.engines.weights import LICENSES, missing_error
-    from occgen_hub.job import outlook
+    from occgen_hub.job import network_estimates
 
     if not job.settings.engine.uses_device():
         return
-    found = outlook(job, refs)
+    found = network_estimates(job, refs)
     if not found:
         return
     for name, own in list(found.items())[:MOST_SHOWN]:
-        windows = f"{own.windows} windows of {own.size} with {own.overlap} in common"
+        windows = f"{own.windows} windows of {own.size} that share {own.overlap}"
         say(
             f"{name}: {own.frames} frames in {windows if own.windows > 1 else '1 window'}, "
             f"{own.memory / 1e9:.1f} GB, about {_duration(own.seconds)}",
@@ -427,7 +427,7 @@ def _say_outlook(job: Job, refs: Sequence[EpisodeRef | SceneRef]) -> None:
     weights = (network and network.weights()) or {}
     license = str(weights.get("license"))
     click.echo(
-        f"In all {sum(own.frames for own in found.values())} frames, about "
+        f"In total {sum(own.frames for own in found.values())} frames, about "
         f"{_duration(sum(own.seconds for own in found.values()))} of {weights.get('network')} on "
         f"{job.device_name()}. Licence of its weights: {LICENSES.get(license, license)}.",
         err=True,
@@ -454,7 +454,7 @@ def _build_here(
     publisher = _publisher(pushing)
     job = open_job(**options)
     if job.settings.engine.uses_device():
-        _say_outlook(job, [ref for ref in job.refs if job.reason_to_build(ref)])
+        _print_network_estimates(job, [ref for ref in job.refs if job.reason_to_build(ref)])
     warm_up()
     shown_codes = set[str]()
     with _progress(len(job.refs) if shard is None else None, shown_codes) as listener:
@@ -556,7 +556,7 @@ def _progress(
             stop_if_asked()
             counts["episodes"] += 1
             counts["failed"] += isinstance(result, Failure)
-            for line in _news(result, shown_codes):
+            for line in _new_lines(result, shown_codes):
                 with turn:
                     bar.write(one_line(line), file=sys.stderr)
             if counted is None:
@@ -575,7 +575,7 @@ def _progress(
             thread.join()
 
 
-def _news(result: Result, shown_codes: set[str] | None) -> list[str]:
+def _new_lines(result: Result, shown_codes: set[str] | None) -> list[str]:
     """Lines to print about an episode: its failure, or its notes with codes not shown before."""
     from occgen_hub.runtime.results import Failure
 

@@ -14,7 +14,7 @@ from occgen_hub.errors import one_line
 from occgen_hub.stopping import Stopped, stop_if_asked
 
 
-class _Place(click.Path):
+class _NonEmptyPath(click.Path):
     """A path that is not empty. An unset shell variable would otherwise mean `.`."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -24,7 +24,7 @@ class _Place(click.Path):
         return super().convert(value, param, ctx)
 
 
-class Source(_Place):
+class Source(_NonEmptyPath):
     """A path, or an address of the Hub, which is not changed."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -38,7 +38,7 @@ MOST_LINES = 20
 """Maximum length of a printed list. Longer lists are replaced by totals."""
 
 SOURCE = Source(file_okay=True, dir_okay=True, path_type=Path)
-FOLDER = _Place(file_okay=True, dir_okay=True, path_type=Path)
+FOLDER = _NonEmptyPath(file_okay=True, dir_okay=True, path_type=Path)
 
 
 def with_options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -62,15 +62,17 @@ def beside(folder: Path, ending: str) -> Path:
 class Examples(click.Command):
     """A command whose help ends with an example.
 
-    goes_on: whether running it again after an interruption resumes it.
+    resumable: whether running it again after an interruption resumes it.
     """
 
-    def __init__(self, *args: Any, example: str = "", goes_on: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, example: str = "", resumable: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.example, self.goes_on = example, goes_on
+        self.example, self.resumable = example, resumable
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run it. Sets `goes_on` of a Stopped exception."""
+        """Run it. Sets `resumable` of a Stopped exception."""
         try:
             try:
                 return super().invoke(ctx)
@@ -78,7 +80,7 @@ class Examples(click.Command):
                 stop_if_asked()
                 raise
         except Stopped as stopped:
-            stopped.goes_on = self.goes_on
+            stopped.resumable = self.resumable
             raise
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -86,17 +86,17 @@ def take_cameras(options: dict[str, Any]) -> tuple[CameraMapping, ...]:
         "intrinsics": None if intrinsics is None else _numbers(intrinsics),
         **({} if topics is None else _topics(topics)),
     }
-    said = {name: value for name, value in values.items() if value is not None}
+    given = {name: value for name, value in values.items() if value is not None}
     if file is not None:
-        listed = {camera.rgb: camera.said() for camera in read_cameras(file)}
+        listed = {camera.rgb: camera.as_json() for camera in read_cameras(file)}
         if unknown := [key for key in keys if key not in listed]:
             raise UsageError(f"--camera {unknown[0]}: is not in {file}; add it, or leave it out.")
-        return tuple(camera_mapping("--", listed[key] | said) for key in keys or listed)
-    if keys and "rgb" in said:
+        return tuple(camera_mapping("--", listed[key] | given) for key in keys or listed)
+    if keys and "rgb" in given:
         raise UsageError("--topics: --camera names the colour images already; leave out rgb.")
     if keys:
-        return tuple(camera_mapping("--", {"rgb": key, **said}) for key in dict.fromkeys(keys))
-    return (camera_mapping("--", said),) if said else ()
+        return tuple(camera_mapping("--", {"rgb": key, **given}) for key in dict.fromkeys(keys))
+    return (camera_mapping("--", given),) if given else ()
 
 
 @click.command(cls=Examples, example="occgen-hub cameras my_robot --output cameras.yaml")

@@ -228,13 +228,13 @@ def render(
     the camera sees, coloured by depth (near ones are bright) or by class. Needs the extra `visual`.
     """
     from occgen_hub.visual.optional_dependencies import need_pyvista
-    from occgen_hub.visual.render import Shot
+    from occgen_hub.visual.render import RenderOptions
     from occgen_hub.visual.render import render as write
     from occgen_hub.visual.viewpoint import Viewpoint
 
     need_pyvista()
     viewpoint = Viewpoint.load(camera) if camera else None
-    shot = Shot(view, size, viewpoint, history_len, history_step, color)
+    shot = RenderOptions(view, size, viewpoint, history_len, history_step, color)
     with (
         _opened(trajectory, root, how) as opened,
         progress_bar("render", unit="frame") as progress,

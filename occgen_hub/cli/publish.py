@@ -88,7 +88,7 @@ def _maker(to: Any, navdp_layout: Any, fps: int | None) -> Callable[..., list[st
 @click.command(
     cls=Examples,
     example="occgen-hub push out --repo-id my-org/rooms-occupancy --private",
-    goes_on=True,
+    resumable=True,
 )
 @click.argument("folder", metavar="DIR", type=FOLDER)
 @click.option("--repo-id", required=True, metavar="ORG/NAME", help="The dataset on the Hub.")
@@ -132,10 +132,10 @@ def push(
             lambda paths: f"{sum(files[path] for path in paths):>14,}  {len(paths):>8,} files",
             verbose=verbose,
         )
-    said = f"{len(files):,} files of {sum(files.values()):,} bytes"
+    total = f"{len(files):,} files of {sum(files.values()):,} bytes"
     if dry_run:
-        say(f"{said} would be pushed to {repo_id}; nothing was sent.")
+        say(f"{total} would be pushed to {repo_id}; nothing was sent.")
         return
     address = hub.push(folder, repo_id, private=private, revision=revision, create_pr=create_pr)
-    say(f"{said} are on the Hub.")
+    say(f"{total} are on the Hub.")
     say(address)

@@ -18,7 +18,7 @@ def weights() -> None:
 NETWORK = click.argument("name", type=click.Choice(["pi3", "pi3x", "da3"]))
 
 
-@weights.command(cls=Examples, example="occgen-hub weights pull pi3x", goes_on=True)
+@weights.command(cls=Examples, example="occgen-hub weights pull pi3x", resumable=True)
 @NETWORK
 @click.option("--revision", help="A commit or tag on the Hub; by default the one in ckpt/.")
 def pull(name: Any, revision: str | None) -> None:
@@ -51,7 +51,7 @@ def check_weights(name: Any, path: Path | None) -> None:
     found = files.find_weights(name, path, missing="raise")
     digest = files.verify(found)
     size = found.path.stat().st_size
-    said = "as published" if found.checkpoint.sha256 else "complete"
-    say(f"{found.path}: {name}, {size / 1e9:.2f} GB, {said}.")
+    state = "as published" if found.checkpoint.sha256 else "complete"
+    say(f"{found.path}: {name}, {size / 1e9:.2f} GB, {state}.")
     say(f"SHA-256: {digest}")
     say(f"Licence: {found.checkpoint.terms}.")

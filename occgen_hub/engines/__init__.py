@@ -34,7 +34,7 @@ class Engine(ABC):
         return None
 
     def check(self, config: Config) -> None:
-        """Raise UsageError if the configuration asks for something that this engine cannot do."""
+        """Raise UsageError if this engine does not support the configuration."""
         if config.condition:
             raise UsageError(
                 f"--condition: the engine {self.name} accepts no conditions; choose --engine pi3x "
@@ -50,7 +50,7 @@ class Engine(ABC):
         return False
 
     def on(self, device: str | None) -> Engine:
-        """The same engine on another device; None takes a GPU if there is one.
+        """The same engine on another device; None for a GPU if there is one.
 
         Raises UsageError if there is no such device.
         """

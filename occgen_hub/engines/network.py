@@ -98,7 +98,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Outlook:
+class NetworkEstimate:
     """An estimate of what a reconstruction needs.
 
     frames: largest number of frames; windows: number of windows of `size` frames, of which
@@ -140,7 +140,7 @@ class NetworkEngine(Engine):
     memory = Memory(150_000)
     attention = Attention(18, 1024)
 
-    def outlook(self, length: int, image_size: tuple[int, int], config: Config) -> Outlook:
+    def estimate(self, length: int, image_size: tuple[int, int], config: Config) -> NetworkEstimate:
         """Estimate frames, memory and time for `length` frames of `image_size` (width, height).
 
         The time is that of the network's matrix products, at the measured speed of one of them.
@@ -157,7 +157,7 @@ class NetworkEngine(Engine):
         memory = weights + seen * self.memory.token
         memory += self.memory.views * tokens * self.memory.head
         seconds = operations / (MATRIX_SHARE * _matrix_rate(self.device))
-        return Outlook(
+        return NetworkEstimate(
             frames, len(windows), len(windows[0]), overlap_of(size, config), memory, seconds
         )
 

@@ -111,7 +111,7 @@ class Assembly:
         self.unscaled = 0
 
     def add(self, window: Window, shared_before: int, shared_after: int) -> None:
-        """Add the next window, which shares so many views with those before and after it."""
+        """Add the next window. The numbers are of views shared with its neighbours."""
         # Relative to its first camera, because the error of a join rotates it about the origin.
         own = _inverse(window.world_from_camera[0]).poses(window.world_from_camera)
         window = replace(window, world_from_camera=own)
@@ -123,8 +123,8 @@ class Assembly:
             start = self.windows[-1].stop - shared_before
         self.windows.append(range(start, start + len(window)))
         self._poses.append(window.world_from_camera)
-        # Shared views take the depth of the window in whose middle they are nearer: views at the
-        # end of a window are seen from fewer directions.
+        # Shared views get the depth of the window with the nearer middle, because views at the end
+        # of a window are seen from fewer directions.
         end = len(window) - shared_after + shared_after // 2
         for view in range(len(self._owner) - start, end):
             self._store_view(window, view)

@@ -1,1 +1,1 @@
-"""What several frames agree on: from views to the static surface, and what moves in each frame."""
+"""Fusion: from views to the static surface that frames agree on, and moving points per frame."""

@@ -1,6 +1,6 @@
-"""Wrong units, axes, directions or times of poses, and swapped focal lengths.
+"""Detect wrong units, axes, directions or times of poses, and swapped focal lengths.
 
-They are told by whether frames agree with one another.
+They are detected by comparing frames with one another.
 """
 
 from __future__ import annotations
@@ -26,63 +26,62 @@ from occgen_hub.geometry.trajectory import poses_at
 from occgen_hub.views import Views
 
 PAIRS = 12
-"""Pairs of frames that are compared."""
+"""Number of pairs of frames to compare."""
 
-MOVED = (0.04, np.radians(4.0))
-"""Share of the median depth, and angle, of which two cameras have to be apart by one at least.
-Frames of a camera that stands still agree whatever is wrong."""
+MIN_BASELINE = (0.04, np.radians(4.0))
+"""Minimum distance between the two cameras of a pair: a share of the median depth, or an angle.
+Frames of a camera that stands still agree under any convention."""
 
 STILL = (0.01, np.radians(0.5))
-"""A camera stands still if it moves by less than that share of the median distance of what it sees,
-and turns by less than that angle."""
+"""A camera stands still if it moves by less than that share of the median distance of the points
+that it sees, and turns by less than that angle."""
 
 STATIC = Note(
     "static camera",
-    "the camera stands still: only surfaces that face it are seen, and no other view tells whether "
-    "its depth, intrinsics and what stands still are right",
+    "the camera stands still: only surfaces that face it are seen, and no other view can confirm "
+    "its depth, intrinsics and static surfaces",
 )
 
-AGREES = (0.03, 0.01)
-"""Share of the depth, and metres: two depths that differ by no more than both together agree.
-Where another unit of depth is tried, the metres are in that unit too, or all near depth agreed."""
+DEPTH_TOLERANCE = (0.03, 0.01)
+"""Share of the depth, and metres: two depths agree if they differ by at most the sum of both. If
+another unit of depth is tried, the metres are scaled too; otherwise all near depth would agree."""
 
-LEAST_POINTS = 200
-"""Compared, for a share of them to say something."""
+MIN_POINTS = 200
+"""Minimum number of compared points for a meaningful share."""
 
-GOOD, POOR, BETTER = 0.6, 0.85, 0.25
-"""Shares of depth that agree: what another convention has to reach to be named; what is so poor
-that other times are tried; and by how much another has to be better."""
+MIN_AGREEMENT, POOR_AGREEMENT, MIN_GAIN = 0.6, 0.85, 0.25
+"""Shares of depth that agree: the minimum for another convention to be named; the share below which
+other times are tried; the minimum advantage of another convention."""
 
-FINE = 0.95
-"""Where that share agrees, nothing else is tried. Swapped focal lengths that differ by a seventh
-leave nearly nine tenths in agreement."""
+FULL_AGREEMENT = 0.95
+"""If that share agrees, nothing else is tried. With swapped focal lengths that differ by a seventh,
+nearly nine tenths still agree."""
 
-NEARLY_ALL, LEFT = 0.9, 1 / 3
-"""A convention by which that share agrees is also better where no more disagrees than that share of
-what disagrees without it: a camera that mostly turns agrees with itself to a good part by any unit
-of depth."""
+HIGH_AGREEMENT, MAX_REMAINING = 0.9, 1 / 3
+"""A convention is also better if the first share agrees with it, and the share that disagrees is at
+most the second share of that without it. If a camera mostly turns, its frames largely agree in any
+unit of depth."""
 
-HARDLY = 0.25
-"""Where less agrees and no other convention is better, that is told."""
+LOW_AGREEMENT = 0.25
+"""If less agrees and no other convention is better, a note says so."""
 
 
-LONGEST_SHIFT = 1.0
-"""Seconds by which the clocks of poses and images may plausibly differ, and no more than
-`MOST_SHIFTED` frames."""
+MAX_SHIFT_SECONDS = 1.0
+"""Largest time offset of the poses that is tried, seconds; at most `MAX_SHIFT_FRAMES` frames."""
 
-MOST_SHIFTED = 30
+MAX_SHIFT_FRAMES = 30
 
-UNEQUAL = 0.02
-"""Focal lengths that differ by less make no difference when they are swapped."""
+MIN_FOCAL_DIFFERENCE = 0.02
+"""Smallest relative difference of focal lengths for which swapping them is tried."""
 
 
 @dataclass(frozen=True)
 class Convention:
-    """Another way in which a recording may have been meant.
+    """Another possible convention of a recording.
 
-    meaning: after "as if"; remedy: what to do; poses: from (T, 4, 4) poses as they are given to
-    those that are meant, nan where there are none; factor: of depth; swapped: whether the focal
-    lengths are; hfov: degrees that the camera sees across, None as given.
+    meaning: continues "as if"; remedy: what to do; poses: converts (T, 4, 4) poses from this
+    convention, NaN for frames without a pose; factor: for depth; swapped: whether the focal lengths
+    are swapped; hfov: horizontal field of view, degrees, None as given.
     """
 
     meaning: str
@@ -96,11 +95,11 @@ class Convention:
 Poses = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
-def _with_axes(meant_from_opencv: NDArray[np.float64]) -> Poses:
-    """From poses of cameras with other axes to those with OpenCV's."""
+def _with_axes(axes_from_opencv: NDArray[np.float64]) -> Poses:
+    """A function that converts poses of cameras with other axes to OpenCV's axes."""
 
     def turn(poses: NDArray[np.float64]) -> NDArray[np.float64]:
-        turned: NDArray[np.float64] = poses @ meant_from_opencv
+        turned: NDArray[np.float64] = poses @ axes_from_opencv
         return turned
 
     return turn
@@ -114,7 +113,7 @@ def _inverse(poses: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _reordered(poses: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of quaternions w, x, y, z that were read as x, y, z, w."""
+    """Correct the rotations of quaternions w, x, y, z that were read as x, y, z, w."""
     read = Rotation.from_matrix(poses[:, :3, :3]).as_quat()
     meant = poses.copy()
     meant[:, :3, :3] = Rotation.from_quat(read[:, [1, 2, 3, 0]]).as_matrix()
@@ -122,7 +121,7 @@ def _reordered(poses: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 USUAL = {"metres": 1.0, "centimetres": 0.01, "millimetres": 0.001, "1/5000 m": 0.0002}
-"""Units of depth that sources assume, and metres in one."""
+"""Units of depth that sources assume, and their lengths in metres."""
 
 
 def _scaled(factor: float) -> Convention:
@@ -135,7 +134,7 @@ def _scaled(factor: float) -> Convention:
 
 
 def _unit_options(factor: float) -> str:
-    """The options that say another unit of depth, by the unit that was assumed."""
+    """The options for another unit of depth, by the assumed unit."""
     found = []
     for taken, metres in USUAL.items():
         unit = metres * factor
@@ -191,7 +190,7 @@ CONVENTIONS = (
 
 
 def _shifted(frames: float, fps: float) -> Convention:
-    """The poses so many frames later, for the images that there are."""
+    """The convention in which each image has the pose so many frames later."""
 
     def shift(poses: NDArray[np.float64]) -> NDArray[np.float64]:
         numbers = np.arange(len(poses), dtype=np.float64)
@@ -208,15 +207,15 @@ def _shifted(frames: float, fps: float) -> Convention:
 
 
 HFOVS = (42, 50, 55, 60, 65, 70, 75, 79, 84, 90, 95, 100, 110, 120)
-"""Degrees, fields of view that are tried where that of the camera is not known."""
+"""Fields of view in degrees that are tried if the camera's is unknown."""
 
-MARGIN = 2 / 3
-"""Another field of view is named in a note where no more disagrees than that share of what
-disagrees with the one assumed."""
+VIEW_MARGIN = 2 / 3
+"""A note names another field of view if the share that disagrees is at most this share of that with
+the assumed field of view."""
 
 
 def stands_still(poses: NDArray[np.float64], cloud: Cloud) -> bool:
-    """Whether a camera stands still. poses: (T, 4, 4) world_from_camera; cloud: what it sees."""
+    """Whether a camera stands still. poses: (T, 4, 4) world_from_camera; cloud: its scene."""
     if len(poses) < 2 or not len(cloud):
         return False
     centres = poses[:, :3, 3]
@@ -237,13 +236,12 @@ def check_conventions(
 ) -> list[Note]:
     """Compare frames that see the same places from different sides.
 
-    fps: frames a second; assumed_view: whether the source does not say what its cameras see, so
-    that other fields of view are tried as well; shifts: whether other times of the poses are tried.
+    fps: frames per second; assumed_view: whether the field of view is only assumed, so that others
+    are tried as well; shifts: whether to try other times of the poses.
 
-    Raises OccGenError where they contradict one another, but agree under other poses, times,
-    intrinsics or another unit of depth, which it names. Returns a note where they contradict one
-    another for another reason. What a network found for itself has no conventions and is not looked
-    at.
+    Raises OccGenError if frames contradict one another, but agree with other poses, times,
+    intrinsics or another unit of depth, which the error names. Returns a note if they contradict
+    one another for another reason. Views of a network have no conventions and are not checked.
     """
     if not views.in_source_world or len(views.frames) < 2:
         return []
@@ -251,19 +249,19 @@ def check_conventions(
     given = _agreement(pairs, Convention("", ""), poses)
     if not pairs:
         return []
-    if given is not None and given >= (POOR if assumed_view else FINE):
+    if given is not None and given >= (POOR_AGREEMENT if assumed_view else FULL_AGREEMENT):
         return _view_note(pairs, given, poses) if assumed_view else []
-    longest = min(MOST_SHIFTED, int(LONGEST_SHIFT * fps), len(poses) - 2) if shifts else 0
-    if given is not None and given >= POOR:
-        longest = 0  # Clocks that are a frame apart are no reason to stop.
+    longest = min(MAX_SHIFT_FRAMES, int(MAX_SHIFT_SECONDS * fps), len(poses) - 2) if shifts else 0
+    if given is not None and given >= POOR_AGREEMENT:
+        longest = 0  # An offset of a frame is not an error.
     others = (*CONVENTIONS, *(_VIEWS if assumed_view else ()))
     tried = [(_agreement(pairs, other, poses), other) for other in others]
     tried += _times(pairs, poses, longest, fps)
     found = [(share, other) for share, other in tried if share is not None]
     if found:
         share, other = max(found, key=lambda row: row[0])
-        clear = share >= NEARLY_ALL and 1 - share <= LEFT * (1 - (given or 0.0))
-        if clear or (given is not None and share >= max(GOOD, given + BETTER)):
+        clear = share >= HIGH_AGREEMENT and 1 - share <= MAX_REMAINING * (1 - (given or 0.0))
+        if clear or (given is not None and share >= max(MIN_AGREEMENT, given + MIN_GAIN)):
             seen = "nothing" if given is None else f"only {given:.0%}"
             raise OccGenError(
                 f"{episode}: frames contradict one another ({seen} of the depth agrees from one "
@@ -272,7 +270,7 @@ def check_conventions(
             )
     if assumed_view and given is not None and (notes := _view_note(pairs, given, poses)):
         return notes
-    if given is None or given >= HARDLY:
+    if given is None or given >= LOW_AGREEMENT:
         return []
     text = (
         f"only {given:.0%} of the depth agrees from one frame to another: check that poses, depth "
@@ -283,7 +281,7 @@ def check_conventions(
     return [Note("frames disagree", text)]
 
 
-def _seen(hfov: float) -> Convention:
+def _with_view(hfov: float) -> Convention:
     return Convention(
         f"cameras saw about {hfov:g} degrees from side to side",
         f"give their field of view, perhaps --hfov {hfov:g}",
@@ -291,15 +289,15 @@ def _seen(hfov: float) -> Convention:
     )
 
 
-_VIEWS = tuple(_seen(hfov) for hfov in HFOVS)
+_VIEWS = tuple(_with_view(hfov) for hfov in HFOVS)
 
 
 def _view_note(pairs: list[Pair], given: float, poses: NDArray[np.float64]) -> list[Note]:
-    """A note where frames agree clearly better under another field of view than the assumed one."""
+    """A note if frames agree clearly better with another field of view than the assumed one."""
     shares = [(_agreement(pairs, view, poses), view) for view in _VIEWS]
     tried = [(share, view) for share, view in shares if share is not None]
     share, best = max(tried, key=lambda row: row[0], default=(0.0, None))
-    if best is None or best.hfov is None or 1 - share > MARGIN * (1 - given):
+    if best is None or best.hfov is None or 1 - share > VIEW_MARGIN * (1 - given):
         return []
     first = pairs[0][0][1]
     K, width = first.K, first.depth.shape[1]
@@ -314,7 +312,7 @@ def _view_note(pairs: list[Pair], given: float, poses: NDArray[np.float64]) -> l
 def _times(
     pairs: list[Pair], poses: NDArray[np.float64], longest: int, fps: float
 ) -> list[tuple[float | None, Convention]]:
-    """What agrees at other times of the poses, to half a frame, by up to `longest` frames."""
+    """The agreement for offsets of the poses of up to `longest` frames, to half a frame."""
     steps = [float(n) for n in range(-longest, longest + 1) if n]
     tried = [(_agreement(pairs, _shifted(step, fps), poses), step) for step in steps]
     if found := [(share, step) for share, step in tried if share is not None]:
@@ -329,7 +327,7 @@ Pair = tuple[tuple[int, DepthMap], tuple[int, DepthMap]]
 
 
 def _pairs(views: Views, config: Config) -> list[Pair]:
-    """Pairs of frames whose cameras are apart, in two steps from each of a few frames."""
+    """Pairs of frames with cameras far enough apart: two pairs for each of a few frames."""
     read = cache(DepthMaps(views, config.confidence, config.depth_edge))
     frames, pairs = views.frames.tolist(), []
     starts = np.unique(np.linspace(0, len(frames) - 2, PAIRS // 2).astype(int))
@@ -340,8 +338,9 @@ def _pairs(views: Views, config: Config) -> list[Pair]:
             continue
         change = np.linalg.inv(here.world_from_camera) @ views.world_from_camera[views.frames]
         apart = np.maximum(
-            np.linalg.norm(change[:, :3, 3], axis=1) / (MOVED[0] * float(np.median(measured))),
-            rotation_angle(np.eye(3), change[:, :3, :3]) / MOVED[1],
+            np.linalg.norm(change[:, :3, 3], axis=1)
+            / (MIN_BASELINE[0] * float(np.median(measured))),
+            rotation_angle(np.eye(3), change[:, :3, :3]) / MIN_BASELINE[1],
         )
         for steps in (1, 3):
             later = np.flatnonzero(apart[start:] >= steps)
@@ -354,26 +353,26 @@ def _pairs(views: Views, config: Config) -> list[Pair]:
 def _agreement(
     pairs: list[Pair], convention: Convention, poses: NDArray[np.float64]
 ) -> float | None:
-    """Share of the compared points that agree; None where too few can be compared."""
+    """The share of the compared points that agree. None if too few can be compared."""
     count = agreeing = 0
-    metres = AGREES[1] * convention.factor
+    metres = DEPTH_TOLERANCE[1] * convention.factor
     meant = convention.poses(poses)
     for pair in pairs:
         if not all(np.isfinite(meant[frame]).all() for frame, _ in pair):
             continue
-        here, there = (_meant(view, convention, meant[frame]) for frame, view in pair)
+        here, there = (_converted(view, convention, meant[frame]) for frame, view in pair)
         z, behind = compare(here, there, farthest=np.inf)
         count += len(z)
-        agreeing += int((np.abs(behind) <= AGREES[0] * z + metres).sum())
-    return agreeing / count if count >= LEAST_POINTS else None
+        agreeing += int((np.abs(behind) <= DEPTH_TOLERANCE[0] * z + metres).sum())
+    return agreeing / count if count >= MIN_POINTS else None
 
 
-def _meant(view: DepthMap, convention: Convention, pose: NDArray[np.float64]) -> DepthMap:
-    """A depth map with its depth and intrinsics as a convention has them, and that pose."""
+def _converted(view: DepthMap, convention: Convention, pose: NDArray[np.float64]) -> DepthMap:
+    """A depth map converted from a convention, with the given pose."""
     factor = np.float32(convention.factor)
     pixels = view.pixels * np.array([factor, 1 / factor, 1 / factor, factor], np.float32)
     K = view.K
-    if convention.swapped and abs(K[0, 0] / K[1, 1] - 1) > UNEQUAL:
+    if convention.swapped and abs(K[0, 0] / K[1, 1] - 1) > MIN_FOCAL_DIFFERENCE:
         K = K.copy()
         K[0, 0], K[1, 1] = view.K[1, 1], view.K[0, 0]
     if convention.hfov is not None:

@@ -1,4 +1,4 @@
-"""A depth map as fusion looks at it: the surface through each pixel, and which pixels to trust."""
+"""A depth map for fusion: the surface through each pixel, and which pixels to trust."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from occgen_hub.jit import njit
 from occgen_hub.views import Views
 
 TURN = 5.0
-"""Degrees by which the normal of a surface has to turn at an edge between two objects."""
+"""Smallest change of the surface normal at an edge between two objects, degrees."""
 
 
 _AROUND = np.array([(-1, 0), (0, 1), (1, 0), (0, -1)])
@@ -23,16 +23,16 @@ _AROUND = np.array([(-1, 0), (0, 1), (1, 0), (0, -1)])
 class DepthMap:
     """One frame's depth, with its camera.
 
-    Near the centre of pixel (u, v) the inverse depth is taken to be
+    Near the centre of pixel (u, v) the inverse depth is assumed to be
     `1 / depth + along_x * du + along_y * dv`, which is exact for a plane at any slant.
 
     Attributes:
         depth: (h, w) float32, metres along the optical axis, 0 for none.
         trusted: (h, w) bool, pixels that lie on a surface, and not between two.
-        pixels: (h, w, 4) float32: the depth, 0 where it is not trusted; `along_x` and `along_y`,
-            the change of the inverse depth per pixel, of which the smaller of the differences to
-            the two neighbours counts, so that a pixel beside an edge stays on its own surface; and
-            the least depth in the 3 x 3 pixels around, trusted or not, 0 where there is none.
+        pixels: (h, w, 4) float32: the depth, 0 if it is not trusted; `along_x` and `along_y`, the
+            change of the inverse depth per pixel (the smaller of the differences to the two
+            neighbours, so that a pixel beside an edge stays on its own surface); and the smallest
+            depth in the 3 x 3 pixels around it, trusted or not, 0 if there is none.
         K: (3, 3) float64, intrinsics in pixels of this map.
         world_from_camera: (4, 4) float64, OpenCV axes, metres.
     """
@@ -50,10 +50,10 @@ class DepthMap:
 
 @dataclass(frozen=True)
 class DepthMaps:
-    """The depth maps of views, made when asked for, from several threads at once if need be.
+    """The depth maps of views, made on demand. Thread-safe.
 
-    confidence: depth that the engine is no surer of counts as none; edge: relative tolerance of the
-    rules that find pixels between two surfaces, 0 trusts every pixel that has depth.
+    confidence: depth with at most this confidence is ignored; edge: relative tolerance of the rules
+    that find pixels between two surfaces, 0 trusts every pixel with depth.
     """
 
     views: Views
@@ -89,7 +89,7 @@ def camera_values(
 
 @njit(nogil=True, error_model="numpy")
 def _fill_row(depth, trusted, row, inverse, least):
-    """Inverse depth of a row, infinite where it is not trusted, and the least of three pixels."""
+    """Inverse depth of a row, infinite if not trusted, and the smallest depth of three pixels."""
     width = depth.shape[1]
     none = np.float32(np.inf)
     for u in range(width):
@@ -108,7 +108,7 @@ def _surface(depth, trusted):
     height, width = depth.shape
     none = np.float32(np.inf)
     pixels = np.zeros((height, width, 4), np.float32)
-    # Of three rows at a time: images may be large.
+    # Three rows at a time, because images may be large.
     inverse, least = np.empty((3, width), np.float32), np.empty((3, width), np.float32)
     _fill_row(depth, trusted, 0, inverse[0], least[0])
     for v in range(height):
@@ -132,7 +132,7 @@ def _surface(depth, trusted):
 
 @njit(nogil=True, inline="always", error_model="numpy")
 def _smaller(before, here, after, has_before, has_after):
-    """The smaller of two differences of inverse depth, infinite where there is no depth."""
+    """The smaller of two differences of inverse depth, infinite without depth."""
     first = here - before if has_before else np.float32(np.inf)
     second = after - here if has_after else np.float32(np.inf)
     smaller = first if abs(first) < abs(second) else second
@@ -141,11 +141,11 @@ def _smaller(before, here, after, has_before, has_after):
 
 @njit(nogil=True, error_model="numpy")
 def _off_ramps(depth, K, tolerance, cosine):
-    """(h, w) bool: pixels not on a ramp that a network drew from one object to another.
+    """(h, w) bool: pixels that are not on a ramp by which a network connects two objects.
 
-    A pixel is on one if the depth in the 3 x 3 pixels around ranges over more than `tolerance` of
-    its own, and the normal of one of them is turned from its own by more than the angle of
-    `cosine`. The first alone would drop floors seen at a grazing angle.
+    A pixel is on a ramp if the range of depth in the 3 x 3 pixels around it exceeds `tolerance`
+    times its depth, and one of their normals differs from its own by more than the angle of
+    `cosine`. The first condition alone would reject floors seen at a grazing angle.
     """
     height, width = depth.shape
     kept = np.zeros((height, width), np.bool_)
@@ -170,9 +170,9 @@ def _off_ramps(depth, K, tolerance, cosine):
 
 @njit(nogil=True, error_model="numpy")
 def _normals(depth, K):
-    """(h, w, 3) float32: the mean normal of the triangles that a pixel spans with its neighbours.
+    """(h, w, 3) float32: the mean normal of the triangles of a pixel and its neighbours.
 
-    They have length 1, or 0 where there is no triangle.
+    Normals have length 1, or 0 without a triangle.
     """
     height, width = depth.shape
     normals = np.zeros((height, width, 3), np.float32)

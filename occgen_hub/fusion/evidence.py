@@ -1,4 +1,4 @@
-"""What the frames say of each point of a surface: seen there, seen through, and by how much off."""
+"""Evidence of frames about points: how many saw a point, saw through it, and its displacement."""
 
 from __future__ import annotations
 
@@ -16,37 +16,36 @@ from occgen_hub.occupancy.point_blocks import PointBlocks
 from occgen_hub.prefetch import prefetch
 
 SIGMAS = 3.0
-"""A depth within so many standard deviations of a point supports it."""
+"""Number of standard deviations within which a depth supports a point."""
 
 SLANT = 1.0
-"""Pixels by which a surface may be displaced in the image, in how far depths may differ: at a
-grazing angle the depth changes a lot from one pixel to the next, and says nothing against a point
-beside it."""
+"""Allowed displacement of a surface in the image, in pixels, when depths are compared. At a grazing
+angle, depth changes a lot from one pixel to the next, which does not contradict a point."""
 
 SLANT_SIGMA = 0.3
-"""Pixels: standard deviation of that displacement, in what a depth weighs."""
+"""Standard deviation of that displacement in pixels, for the weight of a depth."""
 
 FLOOR = 0.1
-"""Share of a cell's edge by which depths may differ whatever their noise."""
+"""Allowed difference of depths besides noise, as a share of a cell's edge."""
 
 NEAREST = 0.05
-"""Metres in front of a camera; what is nearer is not seen."""
+"""Distance from a camera, in metres, below which points are ignored."""
 
-LOOKS = (8, 32)
-"""Frames that say something of a point, at least and at most, before no more are asked."""
+COMPARED_FRAMES = (8, 32)
+"""Smallest and largest number of frames that are compared with a point."""
 
-AVERAGED = 1 / 16
-"""Share of a cell's edge that the error of the mean of that many depths should not exceed."""
+MEAN_ERROR = 1 / 16
+"""Target error of the mean of these depths, as a share of a cell's edge."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What frames say of n points.
+    """The evidence of frames about n points.
 
-    supports: (n,) uint16, frames that measured a surface there; contradictions: (n,) uint16, frames
-    that saw through; doubts: (n,) uint16, frames in which an edge runs past it, so that what they
-    measured says neither; moves: (n, 4) float32, the sum of weights, and of weighted displacements
-    onto the measured surfaces along the rays, world metres.
+    supports: (n,) uint16, number of frames that measured a surface there; contradictions: (n,)
+    uint16, number of frames that saw through the point; doubts: (n,) uint16, number of frames with
+    a depth edge beside the point, which do neither; moves: (n, 4) float32, the sums of weights and
+    of weighted displacements along the rays to the measured surfaces, world metres.
     """
 
     supports: NDArray[np.uint16]
@@ -62,22 +61,22 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a measured depth may be from a point and still be that of the same surface.
+    """The largest distance between a measured depth and a point of the same surface.
 
-    floor: metres, of whatever else is not exact; looks: how many frames are asked of a point. They
-    are taken in an order that spreads them over the recording.
+    floor: metres, for errors other than noise; max_frames: number of frames that are compared with
+    a point, in an order that spreads them over the recording.
     """
 
     noise: NoiseModel
     floor: float
-    looks: int
+    max_frames: int
 
     @classmethod
     def of(cls, noise: NoiseModel, voxel_size: float) -> Tolerance:
-        """The one for cells of an edge, metres: the noisier the depth, the more frames."""
-        needed = (float(noise.sigma(2.0)) / (AVERAGED * voxel_size)) ** 2
-        looks = int(min(max(np.ceil(needed), LOOKS[0]), LOOKS[1]))
-        return cls(noise, FLOOR * voxel_size, looks)
+        """The tolerance for cells of that edge, metres. Noisier depth needs more frames."""
+        needed = (float(noise.sigma(2.0)) / (MEAN_ERROR * voxel_size)) ** 2
+        max_frames = int(min(max(np.ceil(needed), COMPARED_FRAMES[0]), COMPARED_FRAMES[1]))
+        return cls(noise, FLOOR * voxel_size, max_frames)
 
     def values(self) -> NDArray[np.float64]:
         """(4,) float64 for compiled code."""
@@ -90,13 +89,13 @@ def gather_evidence(
     tolerance: Tolerance,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Evidence:
-    """What the depth of every frame says of each point of a cloud.
+    """The evidence of every frame about each point of a cloud.
 
-    A frame supports a point if it measured a depth to trust within the tolerance of it at the
-    point's projection; it contradicts the point if all that it measured in the 3 x 3 pixels around
-    lies behind; if it measured something in front, the point is hidden, which says nothing. So only
-    a frame that saw through a place speaks against it. Frames are taken one after the other and
-    points in parallel: the result does not depend on the number of threads.
+    A frame supports a point if, at the point's projection, it measured a trusted depth within the
+    tolerance. It contradicts the point if all depths in the 3 x 3 pixels around are behind it: the
+    frame saw through. If it measured something in front, the point is hidden, and the frame does
+    not count. Frames are processed in sequence and points in parallel, so the result does not
+    depend on the number of threads.
     """
     count = len(cloud.points)
     found = Evidence(
@@ -106,9 +105,9 @@ def gather_evidence(
         moves=np.zeros((count, 4), np.float32),
     )
     for view in prefetch(maps, spread(maps.frames)):
-        _look(
+        _compare_frame(
             cloud.points, cloud.starts, cloud.lower, cloud.upper, view.pixels, view.camera(),
-            tolerance.values(), tolerance.looks, found.supports, found.contradictions,
+            tolerance.values(), tolerance.max_frames, found.supports, found.contradictions,
             found.doubts, found.moves,
         )  # fmt: skip
         progress(1)
@@ -116,9 +115,9 @@ def gather_evidence(
 
 
 def spread(frames: NDArray[np.int64]) -> Iterator[int]:
-    """Frame numbers in an order whose every beginning is spread over all of them.
+    """Frame numbers in an order in which the first ones are always spread over all of them.
 
-    The order of the van der Corput sequence: by the bits of their places, reversed.
+    This is the order of the van der Corput sequence: by the reversed bits of their positions.
     """
     bits = max(len(frames) - 1, 1).bit_length()
     for n in range(1 << bits):
@@ -129,7 +128,7 @@ def spread(frames: NDArray[np.int64]) -> Iterator[int]:
 
 @njit(nogil=True, inline="always", error_model="numpy")
 def allowed(z, slope, tolerance):
-    """Metres by which a depth may be off at `z`, where it changes by `slope` metres per pixel."""
+    """Tolerance in metres at depth `z`, which changes by `slope` metres per pixel."""
     square = z * z
     variance = tolerance[0] + tolerance[1] * square + tolerance[2] * square * square
     return SIGMAS * np.sqrt(variance) + SLANT * slope + tolerance[3]
@@ -137,7 +136,7 @@ def allowed(z, slope, tolerance):
 
 @njit(nogil=True, error_model="numpy")
 def in_sight(low, high, camera, width, height):
-    """Whether a box of world coordinates may reach into a camera's view."""
+    """Whether a box in world coordinates may be in a camera's view."""
     least, most = np.empty(3), np.empty(3)
     for row in range(3):
         centre, reach = 0.0, 1e-6
@@ -161,7 +160,7 @@ def in_sight(low, high, camera, width, height):
 
 
 @njit(nogil=True, parallel=True, error_model="numpy")
-def _look(
+def _compare_frame(
     points,
     starts,
     low,
@@ -169,14 +168,14 @@ def _look(
     pixels,
     camera,
     tolerance,
-    looks,
+    max_frames,
     supports,
     contradictions,
     doubts,
     moves,
 ):
     height, width = pixels.shape[:2]
-    # In variables of their own: what is read from an array may have changed with every store.
+    # Local variables, because the compiler must reload array elements after every store.
     px, py, pz = camera[9], camera[10], camera[11]
     r00, r10, r20, r01, r11, r21 = camera[0], camera[3], camera[6], camera[1], camera[4], camera[7]
     r02, r12, r22 = camera[2], camera[5], camera[8]
@@ -186,7 +185,7 @@ def _look(
         if not in_sight(low[block], high[block], camera, width, height):
             continue
         for n in range(starts[block], starts[block + 1]):
-            if supports[n] + contradictions[n] >= looks:
+            if supports[n] + contradictions[n] >= max_frames:
                 continue
             x, y, z = points[n, 0] - px, points[n, 1] - py, points[n, 2] - pz
             depth = r02 * x + r12 * y + r22 * z
@@ -214,7 +213,7 @@ def _look(
             if abs(behind) <= within:
                 supports[n] += 1
                 weight = 1 / (variance + (SLANT_SIGMA * slope) ** 2 + 1e-8)
-                # No farther than noise explains: beside edges a slope is that of nothing real.
+                # No farther than noise explains, because slopes beside edges are not real.
                 along_ray = weight * min(max(behind, -noisy), noisy) * nearness
                 moves[n, 0] += weight
                 moves[n, 1] += along_ray * x

@@ -1,4 +1,4 @@
-"""Views of a recording in, what is really there out: a static surface, and what moves."""
+"""Fuse the views of a recording to a static surface and moving points."""
 
 from __future__ import annotations
 
@@ -28,31 +28,31 @@ from occgen_hub.quality import Quality
 from occgen_hub.views import Views
 
 ROUNDS = 2
-"""Times that points are moved to where frames agree and doubtful ones are left out."""
+"""Number of rounds in which points are moved to where frames agree, and doubtful ones removed."""
 
 CONTRADICTED = 0.25
-"""A point goes where more frames saw through it than this share of those that saw it."""
+"""A point is removed if more frames saw through it than this share of those that saw it."""
 
-SURE = 0.2
-"""A point stays where, of the frames that saw a surface there or an edge beside it, this share
-saw the surface: what floats between two surfaces lies beside an edge wherever it is seen from."""
+MIN_SURE = 0.2
+"""A point is kept if, of the frames that saw a surface there or an edge beside it, this share saw
+the surface. Points between two surfaces are beside an edge from every viewpoint."""
 
-STILL = 0.1
-"""Share of a cell's edge: where most points moved less, another round changes nothing."""
+CONVERGED = 0.1
+"""Share of a cell's edge. If most points moved less, there is no further round."""
 
 REFINEMENTS = (0.02, 0.01, 0.005, 0.0)
-"""Metres: how much wider than noise the kernel is, each time that poses are refined and the surface
-is fused anew."""
+"""Width of the robust kernel beyond the noise, in metres, for each refinement of the poses, after
+which the surface is fused again."""
 
-LESS_RESIDUAL = 0.95
-"""Refined poses are kept where the residual falls to this share or less: less may be by chance."""
+MAX_RESIDUAL_RATIO = 0.95
+"""Refined poses are kept if the residual falls to this share or less. Less may be chance."""
 
-MORE_CONTRADICTED = 1.1
-"""Refined poses are kept while the share of contradicted points grows at most by this factor."""
+MAX_CONTRADICTED_RATIO = 1.1
+"""Refined poses are kept if the share of contradicted points grows at most by this factor."""
 
-LESS_SEEN = 0.97
-"""Refined poses are kept while points are seen by at least this share of the frames that saw them
-before, of those that were asked."""
+MIN_SEEN_RATIO = 0.97
+"""Refined poses are kept if the share of the compared frames that see a point is at least this
+share of its value before."""
 
 Progress = Callable[[int], None]
 """Called with the number of frames done since the last call."""
@@ -60,13 +60,13 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Fused:
-    """What fusion makes of views.
+    """The result of fusion.
 
     cloud: the static surface, about one point for each voxel of `Config.fusion_size`, world metres;
-    views: as given, with refined poses where that was asked for; moving: a frame's own points,
-    (n, 3) float32 world metres, None where nothing is looked for; quality: figures; notes: what a
-    user should know; classes: (n,) uint8 of the points of the cloud, see `point_classes`, None
-    where the views have no labels.
+    views: as given, with refined poses if requested; moving: a function from a frame to its own
+    points, (n, 3) float32 world metres, None if they were not searched; quality: figures; notes:
+    for the user; classes: (n,) uint8 of the points of the cloud, see `point_classes`, None without
+    labels.
     """
 
     cloud: Cloud
@@ -78,16 +78,15 @@ class Fused:
 
 
 def fuse(views: Views, config: Config, progress: Progress = lambda _: None) -> Fused:
-    """Decide what is there from what several frames say.
+    """Fuse views to a static surface and moving points.
 
-    A point of the surface is kept if no more frames saw through it than `CONTRADICTED` of those
-    that measured a surface there, and moved along their rays to where they measured it, weighted
-    by the inverse variance of their noise. What other frames contradict, but hangs together in its
-    own, moves and belongs to that frame alone. With `fusion: union` every measured point is kept
-    where it is.
+    A point is kept if the number of frames that saw through it is at most `CONTRADICTED` of the
+    number that measured a surface there. It is moved along their rays to the mean of their
+    measurements, weighted by the inverse variance of the noise. Points that other frames contradict
+    but that are connected in their own frame are moving, and belong to that frame only. With
+    `fusion: union`, every measured point is kept unchanged.
 
-    The result is the same whatever the number of threads. `check_reach` says whether the points can
-    be fused.
+    The result does not depend on the number of threads. Call `check_reach` first.
     """
     maps = DepthMaps(views, config.confidence, config.depth_edge)
     measured = union(maps, config, progress)
@@ -95,7 +94,7 @@ def fuse(views: Views, config: Config, progress: Progress = lambda _: None) -> F
         classes = _classes(measured, maps, config)
         return Fused(measured, views, None, None, classes=classes)
     found = _fused(measured, maps, config)
-    # A network's poses and depth are one estimate, whose errors belong together.
+    # A network estimates poses and depth together, so their errors are correlated.
     doubtful = views.edges == "sensor" and found.quality.poses_are_off(config.voxel_size)
     if config.refine_poses is True or (config.refine_poses == "auto" and doubtful):
         aligned = _aligned(measured, maps, config)
@@ -109,7 +108,7 @@ def fuse(views: Views, config: Config, progress: Progress = lambda _: None) -> F
     cloud = found.agreement.cloud
     moving = replace(moving, only=moving.frames_that_move())
     if moving.only and (attached := moving.attached()).any():
-        cloud, moving = _without(attached, cloud.colors[found.order], moving)
+        cloud, moving = _without_attached(attached, cloud.colors[found.order], moving)
     notes = tuple(found.quality.notes(config.refine_poses))
     classes = _classes(cloud, found.maps, config, found.tolerance)
     return Fused(cloud, found.maps.views, moving, found.quality, notes, classes)
@@ -128,18 +127,18 @@ def _classes(
     return point_classes(cloud.points, maps, tolerance)
 
 
-def _without(
+def _without_attached(
     attached: NDArray[np.bool_], colors: NDArray[np.uint8], moving: MovingPoints
 ) -> tuple[Cloud, MovingPoints]:
-    """The static surface without the points that belong to something that moves.
+    """The static surface without points of moving objects.
 
-    attached: (n,) which; colors: (n, 3), both in the order of the static points.
+    attached: (n,) which points are removed; colors: (n, 3), both in the order of the static points.
     """
     static = moving.static.points
     gone = np.concatenate([moving.seen_through.points, static[attached]])
     cloud = Cloud(static[~attached], colors[~attached])
     static_left, seen_through = into_blocks(cloud.points), into_blocks(gone)
-    # More may move in front of less surface.
+    # With less static surface, more points may be moving.
     return cloud, replace(moving, static=static_left, seen_through=seen_through, only=None)
 
 
@@ -160,17 +159,17 @@ class _Fusion:
     def better_than(self, other: _Fusion) -> bool:
         """Whether frames agree better than in another fusion of the same depth.
 
-        Poses can hide errors of the depth itself, as where each frame has another scale: surfaces
-        then fit in their middle, but frames see through one another at their ends, or no longer see
-        the same.
+        Poses can compensate errors of the depth, such as a different scale in each frame. Surfaces
+        then fit in their middle, but at their ends frames see through one another, or fewer frames
+        see the same points.
         """
         seen, seen_before = (
-            fusion.agreement.supports / fusion.tolerance.looks for fusion in (self, other)
+            fusion.agreement.supports / fusion.tolerance.max_frames for fusion in (self, other)
         )
         return (
-            self.quality.residual < LESS_RESIDUAL * other.quality.residual
-            and self.quality.contradicted <= MORE_CONTRADICTED * other.quality.contradicted
-            and seen >= LESS_SEEN * seen_before
+            self.quality.residual < MAX_RESIDUAL_RATIO * other.quality.residual
+            and self.quality.contradicted <= MAX_CONTRADICTED_RATIO * other.quality.contradicted
+            and seen >= MIN_SEEN_RATIO * seen_before
         )
 
 
@@ -183,9 +182,10 @@ def _fused(measured: Cloud, maps: DepthMaps, config: Config, *, refined: bool = 
 
 
 def _aligned(measured: Cloud, maps: DepthMaps, config: Config) -> DepthMaps:
-    """The same depth with poses that are aligned to the surface that it makes, again and again.
+    """The same depth with poses that are repeatedly aligned to its fused surface.
 
-    Only what two frames saw counts: a frame would be held in a wrong place by its own points.
+    Only points that two frames saw are used, because its own points would hold a frame in a wrong
+    place.
     """
     for n, width in enumerate(REFINEMENTS):
         tolerance = Tolerance.of(noise_model(maps, config.noise), config.voxel_size)
@@ -197,7 +197,7 @@ def _aligned(measured: Cloud, maps: DepthMaps, config: Config) -> DepthMaps:
 
 
 def union(maps: DepthMaps, config: Config, progress: Progress = lambda _: None) -> Cloud:
-    """Every trusted point of every frame, one for each voxel of `Config.fusion_size`."""
+    """All trusted points of all frames, one for each voxel of `Config.fusion_size`."""
     fused = VoxelDownsample(config.fusion_size)
     measured = prefetch(partial(_measured, maps, config.depth_range), maps.frames.tolist())
     for points, colors in measured:
@@ -221,7 +221,7 @@ def agree(
 ) -> Agreement:
     """The points of a cloud that frames agree on, moved to where they measured them.
 
-    supports: how many frames have to have seen a point.
+    supports: minimum number of frames that saw a point.
     """
     removed, contradicted = [], 0.0
     for number in range(ROUNDS):
@@ -229,14 +229,14 @@ def agree(
         evidence = gather_evidence(blocks, maps, tolerance)
         seen = evidence.supports.astype(np.float32)
         seen_through = evidence.contradictions > CONTRADICTED * seen
-        sure = (seen >= supports) & (seen >= SURE * (seen + evidence.doubts))
+        sure = (seen >= supports) & (seen >= MIN_SURE * (seen + evidence.doubts))
         kept = sure & ~seen_through
         removed.append(blocks.points[seen_through])
         if number == 0:
             contradicted = float(seen_through.mean())
         shift = evidence.displacement()[kept]
         cloud = Cloud(blocks.points[kept] + shift, cloud.colors[order][kept])
-        still = np.abs(shift).max(axis=1, initial=0) < STILL * config.voxel_size
+        still = np.abs(shift).max(axis=1, initial=0) < CONVERGED * config.voxel_size
         if not len(cloud) or still.mean() > 0.9:
             break
         cloud = voxel_downsample(cloud, config.fusion_size)
@@ -245,7 +245,7 @@ def agree(
 
 
 def check_reach(views: Views, config: Config, episode: str) -> None:
-    """Raise OccGenError where a camera may see beyond what voxels can number."""
+    """Raise OccGenError if a camera may see beyond the range of voxel coordinates."""
     reach = VoxelDownsample(config.fusion_size).reach
     centres, K = np.abs(views.world_from_camera[:, :3, 3]).max(), views.intrinsics
     size = np.asarray(views.image_size)

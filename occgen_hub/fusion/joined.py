@@ -1,4 +1,4 @@
-"""Several sensors on one clock, fused as if they were one camera that jumped."""
+"""Several cameras with one clock, fused as if one camera jumped between their poses."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from occgen_hub.views import Views
 
 
 def joined_views(cameras: Sequence[Views]) -> Views:
-    """The views of n sensors that ran on one clock, in one world, as if one camera jumped.
+    """The views of n cameras with one clock and one world, as those of one camera that jumps.
 
-    Frame t of camera c is frame t * n + c. Depth, colours and labels are brought to the size of the
-    largest images; each pixel is the nearest one's. Cameras without labels give none.
+    Frame t of camera c is frame t * n + c. Depth, colours and labels are resized to the largest
+    images, by the nearest pixel. Labels of cameras without labels are 0.
     """
     n, length = len(cameras), len(cameras[0].intrinsics)
     size = max((views.image_size for views in cameras), key=prod)
@@ -56,7 +56,7 @@ def joined_views(cameras: Sequence[Views]) -> Views:
 
 
 def _nearest[Pixel: np.generic](image: NDArray[Pixel], size: tuple[int, int]) -> NDArray[Pixel]:
-    """(h, w, ...) pixels resized to `size` (width, height), each the nearest one's."""
+    """(h, w, ...) pixels resized to `size` (width, height), by the nearest pixel."""
     (height, width), (wide, high) = image.shape[:2], size
     if (width, height) == size:
         return image
@@ -67,7 +67,7 @@ def _nearest[Pixel: np.generic](image: NDArray[Pixel], size: tuple[int, int]) ->
 
 @dataclass(frozen=True)
 class MovingInAll:
-    """What moves in a moment, as any of n cameras saw it, from what moves in `joined_views`."""
+    """The moving points of all n cameras at a time, from the moving points of `joined_views`."""
 
     frames: MovingPoints
     cameras: int

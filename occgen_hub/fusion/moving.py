@@ -1,4 +1,4 @@
-"""What moves: connected points of one frame that the static surface does not explain."""
+"""Moving points: connected points of one frame that the static surface does not explain."""
 
 from __future__ import annotations
 
@@ -16,40 +16,39 @@ from occgen_hub.occupancy.point_blocks import PointBlocks
 from occgen_hub.prefetch import prefetch
 from occgen_hub.taxonomy import UNLABELLED
 
-LEAST_AREA = 0.01
-"""Square metres of what moves, as the camera sees it: a hand, and no group of wrong pixels."""
+MIN_AREA = 0.01
+"""Smallest visible area of a moving object in square metres: that of a hand."""
 
-LEAST_PIXELS = 25
-"""Fewer are noise, however far away they are."""
+MIN_PIXELS = 25
+"""Smallest number of pixels of a moving object. Smaller groups are noise at any distance."""
 
-CORE = 0.4
-"""Share of the pixels of what moves whose four neighbours belong to it too. A seam of wrong depths
-along an edge is long and thin and has fewer."""
+MIN_CORE = 0.4
+"""Smallest share of a moving object's pixels with four neighbours that belong to it too. A seam of
+wrong depths along an edge is thin and has fewer."""
 
 REACH = 1.0
-"""Metres that something may extend beyond those of its pixels that are known to move."""
+"""Metres by which a moving object may extend beyond its pixels that are known to move."""
 
 ATTACHED = 0.5
-"""A static point belongs to something that moves if it was connected to what moves in this share of
-the frames that saw it."""
+"""Share of the frames that saw a static point in which it must be connected to moving pixels, for
+it to belong to a moving object. It must also fulfil ABSENT."""
 
 ABSENT = 0.25
-"""And if the frames that looked there and saw nothing are at least this share of those that saw it.
-A floor is connected to the feet on it, but every frame sees it."""
+"""The number of frames that looked there and measured nothing must be at least this share of the
+number that saw the point. A floor is connected to the feet on it, but every frame sees it."""
 
 WIDEST_SPLAT = 64
-"""Pixels that a point of the static surface covers to each side at most."""
+"""Largest number of pixels that a point of the static surface covers to each side."""
 
 
 @dataclass(frozen=True)
 class MovingPoints:
-    """Finds what moves in the frames of a recording.
+    """Finds the moving points in the frames of a recording.
 
-    static: the surface that does not move; seen_through: measured points that other frames saw
-    through, without which nothing moves; maps: the recording; tolerance: of their depth;
-    spacing: metres between the points of the static surface; depth_range: metres, what is nearer
-    or farther counts as not measured; only: the frames in which something moves, None if that is
-    not known.
+    static: the static surface; seen_through: measured points that other frames saw through (without
+    any, nothing moves); maps: the recording; tolerance: of their depth; spacing: metres between the
+    points of the static surface; depth_range: metres, nearer or farther depth is ignored; only: the
+    frames with moving objects, None if unknown.
     """
 
     static: PointBlocks
@@ -61,12 +60,12 @@ class MovingPoints:
     only: frozenset[int] | None = None
 
     def __call__(self, frame: int) -> NDArray[np.float32]:
-        """(n, 3) float32 world metres: the points of a frame that belong to it alone.
+        """(n, 3) float32 world metres: the moving points of a frame.
 
-        A pixel is one if it lies well in front of all static surface in the 3 x 3 pixels around,
-        and so do enough connected pixels around it. Its depth is the mean over those of its 3 x 3
-        neighbours that lie on the same surface, since no other frame tells it better. Empty for a
-        frame without depth. May be called from several threads at once.
+        A pixel is moving if it is well in front of all static surface in the 3 x 3 pixels around
+        it, and so are enough connected pixels. Its depth is the mean over those of its 3 x 3
+        neighbours that lie on the same surface, because no other frame can improve it. Empty for a
+        frame without depth. Thread-safe.
         """
         frames = self.maps.frames
         place = np.searchsorted(frames, frame)
@@ -99,7 +98,7 @@ class MovingPoints:
         return points, np.where(own == 0, np.uint8(UNLABELLED), own)
 
     def frames_that_move(self) -> frozenset[int]:
-        """The frames in which something moves."""
+        """The frames with moving objects."""
         frames = self.maps.frames.tolist()
         found = prefetch(lambda frame: self._may_move(frame) and self._moves(frame), frames)
         return frozenset(frame for frame, moves in zip(frames, found, strict=True) if moves)
@@ -108,11 +107,11 @@ class MovingPoints:
         return bool(self._pixels(self.maps(frame)).any())
 
     def attached(self) -> NDArray[np.bool_]:
-        """(n,) bool: the static points that belong to something that moves.
+        """(n,) bool: the static points that belong to moving objects.
 
-        Where no depth was measured behind something that moves, no frame sees through it, and its
-        points look static. They are connected to its other points in the frames that see them, and
-        other frames see nothing there.
+        If no depth was measured behind a moving object, no frame sees through it, and its points
+        look static. But in the frames that see them they are connected to its other points, and
+        other frames measure nothing there.
         """
         count = len(self.static.points)
         seen, connected, absent = (np.zeros(count, np.uint16) for _ in range(3))
@@ -139,7 +138,7 @@ class MovingPoints:
         return view, _connected_to(view.depth, moving, view.camera(), self.tolerance.values())
 
     def _pixels(self, view: DepthMap) -> NDArray[np.bool_]:
-        """(h, w) bool: the pixels of what moves."""
+        """(h, w) bool: the pixels of moving objects."""
         static, tolerance, camera = self.static, self.tolerance.values(), view.camera()
         surface = _render(
             static.points, static.starts, static.lower, static.upper, camera, view.depth.shape,
@@ -153,7 +152,7 @@ class MovingPoints:
         return kept
 
     def _may_move(self, frame: int) -> bool:
-        """Whether enough of what other frames saw through lies in a frame's sight."""
+        """Whether a frame sees enough points that other frames saw through."""
         if self.only is not None:
             return frame in self.only
         points = self.seen_through
@@ -163,12 +162,12 @@ class MovingPoints:
         visible = _in_image(
             points.points, points.starts, points.lower, points.upper, camera, width, height
         )
-        return bool(visible >= LEAST_PIXELS)
+        return bool(visible >= MIN_PIXELS)
 
 
 @njit(nogil=True, inline="always", error_model="numpy")
 def _projected(point, camera):
-    """Depth of a world point in a camera, metres, and where it falls in the image, pixels."""
+    """Depth of a world point in a camera, metres, and its projection, pixels."""
     x, y, z = point[0] - camera[9], point[1] - camera[10], point[2] - camera[11]
     depth = camera[2] * x + camera[5] * y + camera[8] * z
     u = camera[12] * (camera[0] * x + camera[3] * y + camera[6] * z) / depth + camera[14]
@@ -178,7 +177,7 @@ def _projected(point, camera):
 
 @njit(nogil=True, error_model="numpy")
 def _in_image(points, starts, low, high, camera, width, height):
-    """How many points project into an image, counted up to LEAST_PIXELS."""
+    """The number of points that project into an image, counted up to MIN_PIXELS."""
     count = 0
     for block in range(len(starts) - 1):
         if not in_sight(low[block], high[block], camera, width, height):
@@ -188,7 +187,7 @@ def _in_image(points, starts, low, high, camera, width, height):
             if depth <= NEAREST:
                 continue
             count += 0 <= u < width and 0 <= v < height
-            if count >= LEAST_PIXELS:
+            if count >= MIN_PIXELS:
                 return count
     return count
 
@@ -225,7 +224,7 @@ def _render(points, starts, low, high, camera, shape, spacing):
 def _in_front(pixels, trusted, surface, tolerance, spacing):
     """(h, w) bool: trusted pixels well in front of all static surface around them.
 
-    A point of that stands for all surface in a cube of edge `spacing`, so it may be that far off.
+    A point represents all surface in a cube of edge `spacing`, so it may be off by that much.
     """
     height, width = surface.shape
     found = np.zeros((height, width), np.bool_)
@@ -251,7 +250,7 @@ def _same_surface(first, second, tolerance):
 
 @njit(nogil=True, error_model="numpy")
 def _connected(depth, candidates, camera, tolerance):
-    """The candidates that belong to groups large and thick enough; (h, w) bool."""
+    """(h, w) bool: the candidates in groups that are large and thick enough."""
     height, width = depth.shape
     left, kept = candidates.copy(), np.zeros((height, width), np.bool_)
     stack = np.empty((height * width, 2), np.int32)
@@ -262,7 +261,7 @@ def _connected(depth, candidates, camera, tolerance):
             left[row, column] = False
             stack[0, 0], stack[0, 1] = row, column
             end, done, core, area = 1, 0, 0, 0.0
-            while done < end:  # What is done stays on the stack: it is the group.
+            while done < end:  # Processed pixels stay on the stack: together they are the group.
                 v, u = stack[done]
                 done += 1
                 area += depth[v, u] ** 2 / (camera[12] * camera[13])
@@ -280,7 +279,7 @@ def _connected(depth, candidates, camera, tolerance):
                             left[j, i] = False
                             stack[end, 0], stack[end, 1] = j, i
                             end += 1
-            if end >= LEAST_PIXELS and area >= LEAST_AREA and core >= CORE * end:
+            if end >= MIN_PIXELS and area >= MIN_AREA and core >= MIN_CORE * end:
                 for n in range(end):
                     kept[stack[n, 0], stack[n, 1]] = True
     return kept
@@ -325,8 +324,8 @@ def _connected_to(depth, moving, camera, tolerance):
 def _count_connected(
     points, starts, low, high, pixels, around, camera, tolerance, seen, connected, absent
 ):  # fmt: skip
-    """Count for each point the frames that see it, those of them in which its pixel belongs to
-    `around`, and those that look there and see nothing, or see through it."""
+    """Count for each point the frames that see it, those of them in which its pixel is in `around`,
+    and those that look there and measure nothing, or see through it."""
     height, width = around.shape
     for block in prange(len(starts) - 1):
         if not in_sight(low[block], high[block], camera, width, height):

@@ -1,4 +1,4 @@
-"""How far a depth is off: the noise of a sensor or network, named, given, or estimated."""
+"""The noise of depth from a sensor or network: named, given, or estimated."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from occgen_hub.jit import njit
 from occgen_hub.prefetch import prefetch
 
 PAIRS = 12
-"""Pairs of frames that an estimate compares at most."""
+"""Maximum number of pairs of frames for an estimate."""
 
 STRIDE = 5
-"""Of a frame's rows and columns, every so many are compared."""
+"""Step between the rows and columns of a frame that are compared."""
 
 BIN_EDGES = np.arange(0.25, 20.0, 0.5)
-"""Metres: the spread of differences is taken in such ranges of depth."""
+"""Edges of the ranges of depth in which the spread of differences is computed, metres."""
 
-LEAST_DIFFERENCES = 100
-"""In a range of depth, for its spread to count."""
+MIN_DIFFERENCES = 100
+"""Minimum number of differences for a range of depth to be used."""
 
-LARGEST = 0.25
-"""A difference over this share of the depth is that of another object and says nothing of noise."""
+MAX_DIFFERENCE = 0.25
+"""Differences above this share of the depth are between different objects, and are ignored."""
 
 
 @dataclass(frozen=True)
 class NoiseModel:
     """Standard deviation of a depth: sqrt(constant^2 + (linear z)^2 + (quadratic z^2)^2) metres.
 
-    constant: metres; linear: metres a metre; quadratic: metres a metre squared. A surface seen at
-    a slant is allowed for apart from this, where depths are compared.
+    constant: metres; linear: metres per metre; quadratic: metres per square metre. The slant of a
+    surface is handled separately, when depths are compared.
     """
 
     constant: float
@@ -61,13 +61,13 @@ NAMED = {
     # z^2 s / (f B), for a subpixel error s of 0.1, 425 pixels and a baseline of 5 cm, as Intel's
     # tuning guide for the D400 series gives them.
     "stereo": NoiseModel(0.001, 0.0, 0.0047),
-    # Time of flight: about constant, growing with the square of the distance as light gets less.
+    # Time of flight: nearly constant, growing with the square of the distance as light decreases.
     "tof": NoiseModel(0.003, 0.0, 0.0006),
 }
 
 
 def noise_model(maps: DepthMaps, setting: str | Sequence[float]) -> NoiseModel:
-    """The noise model that a configuration asks for.
+    """The noise model of a configuration.
 
     setting: "auto" estimates it from the depth maps, see `estimate_noise`; else a name of `NAMED`,
     or the three numbers of a `NoiseModel`.
@@ -80,11 +80,12 @@ def noise_model(maps: DepthMaps, setting: str | Sequence[float]) -> NoiseModel:
 
 
 def estimate_noise(maps: DepthMaps) -> NoiseModel | None:
-    """The noise of a recording, from how much the depths of its frames differ from one another.
+    """Estimate the noise of a recording from differences between the depths of its frames.
 
-    Points of one frame are compared with the depth of another, near in time and far. The spread in
-    each range of depth is a robust one, the median of absolute differences; two frames differ by
-    sqrt(2) of what one is off. It holds what poses add to it. None where frames share too little.
+    Points of one frame are compared with the depth of other frames, near and far in time. The
+    spread in each range of depth is robust, the median of absolute differences. Differences between
+    two frames are sqrt(2) times as large as the noise of one. The estimate includes errors of the
+    poses. None if frames overlap too little.
     """
     depths, differences = [], []
     for z, difference in prefetch(
@@ -98,14 +99,14 @@ def estimate_noise(maps: DepthMaps) -> NoiseModel | None:
     rows, variances = [], []
     for low, high in pairwise(BIN_EDGES):
         inside = (z >= low) & (z < high)
-        if np.count_nonzero(inside) < LEAST_DIFFERENCES:
+        if np.count_nonzero(inside) < MIN_DIFFERENCES:
             continue
         middle = float(np.median(z[inside]))
         rows.append([1.0, middle**2, middle**4])
         variances.append((1.4826 * float(np.median(difference[inside]))) ** 2 / 2)
     if not rows:
         return None
-    # Relative errors count alike: the spread of near depths matters as much as that of far ones.
+    # Relative errors have equal weight, so that near depths matter as much as far ones.
     weight = 1 / (np.asarray(variances) + 1e-8)
     fitted, _ = nnls(np.asarray(rows) * weight[:, None], np.asarray(variances) * weight)
     return NoiseModel(*np.sqrt(fitted).tolist())
@@ -123,14 +124,14 @@ def _pairs(frames: NDArray[np.int64]) -> list[tuple[int, int]]:
 
 
 def compare(
-    here: DepthMap, there: DepthMap, stride: int = STRIDE, farthest: float = LARGEST
+    here: DepthMap, there: DepthMap, stride: int = STRIDE, farthest: float = MAX_DIFFERENCE
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """How the points that one depth map measured agree with another.
+    """Compare the points of one depth map with another.
 
     Returns (n,) float64 depths of the points in the other's camera, metres, and (n,) float64
-    metres by which the other's surface lies behind them, for points that fall onto a pixel with
-    depth, on a surface that is not at a grazing angle, and no farther from it than `farthest` of
-    their depth.
+    distances from the points to the other's surface behind them, metres. Only points are used that
+    project onto a pixel with depth, on a surface that is not at a grazing angle, and at a distance
+    of at most `farthest` times their depth.
     """
     return _compare(  # type: ignore[no-any-return]  # compiled
         here.depth, here.camera(), there.pixels, there.camera(), stride, farthest,

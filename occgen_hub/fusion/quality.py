@@ -15,7 +15,7 @@ from occgen_hub.prefetch import prefetch
 from occgen_hub.quality import Quality
 
 FRAMES = 8
-"""Frames whose residual against the scene is measured."""
+"""Number of frames for which the residual is measured."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Agreement:
     """The static surface that frames agree on.
 
     cloud: its points, world metres; seen_through: the measured points that other frames saw
-    through, which are no part of it; supports: median number of frames that saw a point;
+    through, which are not in the cloud; supports: median number of frames that saw a point;
     contradicted: share of the measured points that other frames saw through.
     """
 

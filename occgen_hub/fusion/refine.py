@@ -1,4 +1,4 @@
-"""Poses that drift: each frame is aligned to the surface that all frames agree on."""
+"""Refine poses: each frame is aligned to the surface that all frames agree on."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from occgen_hub.occupancy.point_blocks import PointBlocks, into_blocks
 from occgen_hub.prefetch import prefetch
 
 STEPS = 4
-"""Gauss-Newton steps of a frame against one surface."""
+"""Number of Gauss-Newton steps for a frame and a surface."""
 
 STRIDE = 11
-"""Of the points of a block every so many are used: a frame sees tens of thousands."""
+"""Step between the points of a block that are used, since a frame sees tens of thousands."""
 
 REACH = 0.05
-"""Metres, besides three standard deviations: the farthest a point may be off its surface."""
+"""Largest distance of a point from its surface beyond three standard deviations, metres."""
 
-PRIOR = (0.03, np.radians(0.5))
-"""Metres and radians: how far recorded poses are expected to be off. It holds still the directions
-in which a surface says nothing, as along a corridor."""
+POSE_PRIOR = (0.03, np.radians(0.5))
+"""Expected error of recorded poses, metres and radians. This prior fixes the directions that a
+surface does not determine, such as that along a corridor."""
 
-POINTS = 200.0
-"""Independent measurements that all points together count for, against the prior: neighbouring
-pixels err alike."""
+INDEPENDENT_POINTS = 200.0
+"""Number of independent measurements that all points together count as, against the prior. Errors
+of neighbouring pixels are correlated."""
 
 
 def refine_poses(
     cloud: Cloud, maps: DepthMaps, tolerance: Tolerance, width: float = 0.0
 ) -> NDArray[np.float64]:
-    """(T, 4, 4) float64 world_from_camera of all frames, those with depth aligned to a cloud.
+    """(T, 4, 4) float64 world_from_camera of all frames. Frames with depth are aligned to a cloud.
 
     Point to plane, as in Chen and Medioni, "Object modelling by registration of multiple range
     images", 1992, with projective association: each point of the cloud is compared with the plane
-    through the pixel that it falls onto. Frames without depth keep their poses relative to the
-    frame with depth before them.
+    through the pixel of its projection. Frames without depth keep their poses relative to the
+    previous frame with depth.
     """
     blocks = into_blocks(cloud.points)
     views, frames = maps.views, maps.frames.tolist()
@@ -54,15 +54,15 @@ def refine_poses(
         nearest = views.frames[places[frame]]
         change = refined[nearest] @ np.linalg.inv(views.world_from_camera[nearest])
         refined[frame] = change @ views.world_from_camera[frame]
-    return _in_the_world_of(views.world_from_camera, refined)
+    return _with_average_of(views.world_from_camera, refined)
 
 
-def _in_the_world_of(
+def _with_average_of(
     recorded: NDArray[np.float64], refined: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Refined poses, moved together so that on average they are where the recorded ones are.
+    """Refined poses, moved by one transform so that their average is that of the recorded ones.
 
-    Frames only tell where they are relative to one another. Both (T, 4, 4) world_from_camera.
+    Frames only determine poses relative to one another. Both (T, 4, 4) world_from_camera.
     """
     turns = (
         Rotation.from_matrix(recorded[:, :3, :3]) * Rotation.from_matrix(refined[:, :3, :3]).inv()
@@ -77,8 +77,8 @@ def _in_the_world_of(
 def correction(
     blocks: PointBlocks, view: DepthMap, tolerance: Tolerance
 ) -> tuple[float, float, float]:
-    """How far a frame is off a surface: the median distance of points from its planes, metres, and
-    by how much one step would move it, metres and degrees.
+    """The median distance of a surface's points from a frame's planes, metres, and the motion of
+    the frame in one step, metres and degrees.
     """
     system, distances = _equations(
         blocks.points, blocks.starts, blocks.lower, blocks.upper, view.pixels,
@@ -100,7 +100,9 @@ def _aligned(
             blocks.points, blocks.starts, blocks.lower, blocks.upper, moved.pixels,
             moved.camera(), tolerance.values(), REACH, STRIDE, width,
         )  # fmt: skip
-        change = np.linalg.inv(recorded) @ pose  # So far, in the recorded camera's frame.
+        change = (
+            np.linalg.inv(recorded) @ pose
+        )  # The motion so far, in the recorded camera's frame.
         so_far = np.concatenate([Rotation.from_matrix(change[:3, :3]).as_rotvec(), change[:3, 3]])
         step = _solved(system, so_far)
         # Points move by the step in the camera's frame, so the camera moves the other way.
@@ -115,13 +117,16 @@ def _solved(system: NDArray[np.float64], so_far: NDArray[np.float64]) -> NDArray
     """(6,) rotation vector and translation of points in the camera's frame.
 
     system: (6, 8) normal equations: matrix, right side and, in the corner, the sum of weights;
-    so_far: (6,) how far the camera was moved already, which the prior pulls back.
+    so_far: (6,) the motion of the camera so far, which the prior reduces.
     """
     weights = system[0, 7]
     if weights <= 0:
         return np.zeros(6)
-    normal, right = system[:, :6] * (POINTS / weights), system[:, 6] * (POINTS / weights)
-    prior = 1 / np.repeat([PRIOR[1], PRIOR[0]], 3) ** 2
+    normal, right = (
+        system[:, :6] * (INDEPENDENT_POINTS / weights),
+        system[:, 6] * (INDEPENDENT_POINTS / weights),
+    )
+    prior = 1 / np.repeat([POSE_PRIOR[1], POSE_PRIOR[0]], 3) ** 2
     solution: NDArray[np.float64] = np.linalg.solve(normal + np.diag(prior), right + prior * so_far)
     return solution
 

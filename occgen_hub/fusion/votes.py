@@ -1,4 +1,4 @@
-"""The class of each point of a surface: the votes of the frames that see it."""
+"""The class of each point of a surface, by votes of the frames that see it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from occgen_hub.prefetch import prefetch
 from occgen_hub.taxonomy import UNLABELLED
 
 CANDIDATES = 4
-"""Classes whose votes are counted of a point: the first ones that frames name. A fifth takes the
-place of the weakest."""
+"""Number of classes counted for each point, the first ones that frames give. A fifth class replaces
+the weakest."""
 
 
 def point_classes(
@@ -23,11 +23,11 @@ def point_classes(
 ) -> NDArray[np.uint8]:
     """(n,) uint8 classes of (n, 3) points of a surface, world metres; UNLABELLED without a vote.
 
-    A frame votes for the class of the pixel that a point falls onto, if it measured the point there
-    within the tolerance, with the weight that its depth has: the inverse variance. As many frames
-    are asked of a point as fusion asks, in its order. Pixels without a class give no vote; of equal
-    votes the smallest id wins. Frames are taken one after the other and points in parallel: the
-    result does not depend on the number of threads. The views must have labels.
+    A frame votes for the class of the pixel at a point's projection, if it measured the point there
+    within the tolerance. The weight is that of the depth, the inverse variance. The number and the
+    order of frames are those of fusion. Pixels without a class do not vote; in a tie, the smallest
+    id wins. Frames are processed in sequence and points in parallel, so the result does not depend
+    on the number of threads. The views must have labels.
     """
     read_labels = maps.views.read_labels
     assert read_labels is not None
@@ -42,7 +42,7 @@ def point_classes(
     for view, labels in prefetch(seen, spread(maps.frames)):
         _vote(
             blocks.points, blocks.starts, blocks.lower, blocks.upper, view.pixels, labels,
-            view.camera(), tolerance.values(), tolerance.looks, names, weights, asked,
+            view.camera(), tolerance.values(), tolerance.max_frames, names, weights, asked,
         )  # fmt: skip
     classes = np.empty(count, np.uint8)
     classes[order] = _elected(names, weights, UNLABELLED)
@@ -51,7 +51,7 @@ def point_classes(
 
 @njit(nogil=True, parallel=True, error_model="numpy")
 def _vote(
-    points, starts, low, high, pixels, labels, camera, tolerance, looks, names, weights, asked
+    points, starts, low, high, pixels, labels, camera, tolerance, max_frames, names, weights, asked
 ):  # fmt: skip
     height, width = pixels.shape[:2]
     down, across = labels.shape[0] / height, labels.shape[1] / width
@@ -59,7 +59,7 @@ def _vote(
         if not in_sight(low[block], high[block], camera, width, height):
             continue
         for n in range(starts[block], starts[block + 1]):
-            if asked[n] >= looks:
+            if asked[n] >= max_frames:
                 continue
             x = points[n, 0] - camera[9]
             y = points[n, 1] - camera[10]
@@ -102,7 +102,7 @@ def _vote(
 
 @njit(nogil=True)
 def _elected(names, weights, none):
-    """(n,) the names with the most weight, `none` where nothing has any."""
+    """(n,) the names with the most weight, `none` without any weight."""
     out = np.empty(len(names), np.uint8)
     for n in range(len(names)):
         best = 0

@@ -23,7 +23,7 @@ class Alignment:
 
     sim3: target_from_source; translation_rmse: metres in the target's world; rotation_error: mean,
     degrees, both over all frames including outliers; extent: metres, the diagonal of the box around
-    the target's cameras; inliers: number of frames whose position and rotation are no outliers;
+    the target's cameras; inliers: number of frames with inlying position and rotation;
     scaled: False if too few frames or too little motion left the scale undetermined, which is then
     1.
     """

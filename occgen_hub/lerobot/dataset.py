@@ -1,4 +1,4 @@
-"""A LeRobot dataset whose items hold the occupancy as well. Needs lerobot and torch."""
+"""A LeRobot dataset with the occupancy in its items. Needs lerobot and torch."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class LeRobotOccupancyDataset(LeRobotDataset):  # type: ignore[misc]  # lerobot 
       axes). dense: (nx, ny, nz) bool; else (n, 3) int32, cells (i, j, k), ascending
     - "observation.occ.mask": observed cells, free and occupied alike. dense: (nx, ny, nz) bool;
       else (ceil(nx * ny * nz / 8),) uint8, packed by `np.packbits`
-    - "observation.occ.dynamic": the cells of "observation.occ.view" that hold something that
-      moves, in the same forms
+    - "observation.occ.dynamic": the cells of "observation.occ.view" with moving objects, in the
+      same format
     - "observation.occ.labels": (nx, ny, nz) uint8, as "labels" of OccupancyDataset
 
     `delta_timestamps` may name them too. They are then stacked: (deltas, nx, ny, nz), or, if
@@ -145,10 +145,10 @@ class LeRobotOccupancyDataset(LeRobotDataset):  # type: ignore[misc]  # lerobot 
                 **place,
             )
         except (httpx.HTTPError, OSError, HFValidationError) as error:
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
             raise UsageError(
                 f"{self.root}: has no {FOLDER}/*.parquet, and they cannot be downloaded from the "
-                f"Hub ({said.rstrip('.')}); give a folder written by occgen-hub export."
+                f"Hub ({reason.rstrip('.')}); give a folder written by occgen-hub export."
             ) from error
 
 

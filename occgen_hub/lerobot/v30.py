@@ -231,9 +231,9 @@ def _lerobot_errors(trajectory: Trajectory) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError, av.FFmpegError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise OccGenError(
-            f"{trajectory.path}: LeRobot cannot write it ({said.rstrip('.')}); check its files "
+            f"{trajectory.path}: LeRobot cannot write it ({reason.rstrip('.')}); check its files "
             "with occgen-hub validate."
         ) from error
 

@@ -50,7 +50,7 @@ class Provenance:
     """Where a trajectory comes from: the builder, its version, the engine, and the configuration.
 
     weights: of the engine's network, or None; cameras: the user's settings for the source's
-    cameras, see `CameraMapping.said`; license: of the recording, if the source states it,
+    cameras, see `CameraMapping.as_json`; license: of the recording, if the source states it,
     recorded but not compared; segmenter: the record of the segmenter that makes labels if the
     source has none, or None.
     """

@@ -99,9 +99,9 @@ def decode_grey(content: bytes, path: Path) -> NDArray[Any]:
 
 
 def read_labels(path: Path, size: tuple[int, int]) -> NDArray[Any]:
-    """Read a label image of `size` (width, height) as (H, W) whole numbers, one a pixel.
+    """Read a label image of `size` (width, height) as (H, W) integers, one per pixel.
 
-    Of an image with a palette, these are the places in it. Raises SourceError.
+    For an image with a palette, these are its indices. Raises SourceError.
     """
     with _opened(path, size) as image:
         if image.mode not in ("L", "P", "I;16", "I;16B", "I") or image.format != "PNG":

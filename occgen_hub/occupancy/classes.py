@@ -1,7 +1,6 @@
-"""Classes of cells: the commonest of the points, or of the finer cells, that lie in them. Compiled.
+"""Classes of cells: the most common class of the points or finer cells in them. Compiled.
 
-Of classes that are equally common, the smallest id counts. UNLABELLED counts only where a cell has
-no class.
+In a tie, the smallest id counts. UNLABELLED is used only if a cell has no class.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ class PointLabels:
     moving: Callable[[int], tuple[NDArray[np.float32], NDArray[np.uint8]]] | None = None
 
 
-def commonest(
+def most_common(
     cells: NDArray[np.integer], classes: NDArray[np.uint8]
 ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """The different ones of (n,) cells, ascending, and the commonest of the classes of each.
+    """The distinct ones of (n,) cells, ascending, and the most common class of each.
 
     Cells are numbered from 0 to less than 2^54.
     """
@@ -39,7 +38,7 @@ def commonest(
     keys.sort()
     numbers: NDArray[np.int64] = np.empty(len(keys), np.int64)
     found: NDArray[np.uint8] = np.empty(len(keys), np.uint8)
-    count = _commonest(keys, UNLABELLED, numbers, found)
+    count = _most_common(keys, UNLABELLED, numbers, found)
     return numbers[:count], found[:count]
 
 
@@ -48,12 +47,12 @@ def classes_of_cells(
 ) -> NDArray[np.uint8]:
     """(n,) uint8 classes of cells, ascending, from points in cells `numbers`, of `classes`.
 
-    Points in other cells do not matter. A cell without a point is UNLABELLED.
+    Points in other cells are ignored. A cell without a point is UNLABELLED.
     """
     out = np.full(len(cells), UNLABELLED, np.uint8)
     if not len(cells):
         return out
-    inside, found = commonest(numbers, classes)
+    inside, found = most_common(numbers, classes)
     place = np.searchsorted(cells, inside).clip(0, len(cells) - 1)
     known = cells[place] == inside
     out[place[known]] = found[known]
@@ -63,8 +62,8 @@ def classes_of_cells(
 def joined_classes(labels: NDArray[np.uint8], stride: int) -> NDArray[np.uint8]:
     """Dense labels, (nx, ny, nz) uint8, of cells `stride` times as wide.
 
-    A wide cell has the commonest class of its occupied cells; without any it is free (0) if a cell
-    is free, else unknown (255). The last ones of an axis may reach beyond the grid.
+    A wide cell has the most common class of its occupied cells. Without any, it is free (0) if a
+    cell is free, else unknown (255). The last cells of an axis may extend beyond the grid.
     """
     out: NDArray[np.uint8] = np.empty([-(-n // stride) for n in labels.shape], np.uint8)
     _join(np.ascontiguousarray(labels), stride, UNLABELLED, out)
@@ -84,8 +83,8 @@ def nearest_classes(
 
 
 @njit(nogil=True)
-def _commonest(keys, none, numbers, found):
-    """keys: sorted, a cell and a class each; returns how many cells there are."""
+def _most_common(keys, none, numbers, found):
+    """keys: sorted, each a cell and a class. Returns the number of cells."""
     count, start = 0, 0
     while start < len(keys):
         cell = keys[start] >> 8

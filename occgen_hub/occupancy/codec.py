@@ -41,7 +41,7 @@ class NpzWriter:
 
     def add_bits(self, name: str, packed: NDArray[np.uint8]) -> None:
         """Write a whole array of packed bits, compressed as masks are."""
-        with self.stream(name, np.uint8, packed.shape, _for_bits) as file:
+        with self.stream(name, np.uint8, packed.shape, _bits_compressor) as file:
             file.write(np.ascontiguousarray(packed).tobytes())
 
     @contextmanager
@@ -111,13 +111,13 @@ class CellsWriter:
         index = np.dtype(np.int32 if count < 2**31 else np.int64)
         with self._columns, self._values, NpzWriter(self._path) as out:
             self._columns.seek(0)
-            with out.stream("indices", index, (count,), _for_columns) as file:
+            with out.stream("indices", index, (count,), _columns_compressor) as file:
                 while chunk := self._columns.read(_CHUNK):
                     file.write(np.frombuffer(chunk, np.int32).astype(index, copy=False).tobytes())
             out.add("indptr", np.asarray(self._ends, index))
             out.add("format", np.array(b"csr"))
             out.add("shape", np.array([frames, self._cells], np.int64))
-            with out.stream("data", np.uint8, (count,), _for_bits) as file:
+            with out.stream("data", np.uint8, (count,), _bits_compressor) as file:
                 if self._values.tell():
                     self._values.seek(0)
                     while chunk := self._values.read(_CHUNK):
@@ -134,7 +134,7 @@ class ObservedWriter:
         self._npz = NpzWriter(path)
         self._shape = shape
         width = -(-int(np.prod(shape)) // 8)
-        self._stream = self._npz.stream("data", np.uint8, (frames, width), _for_bits)
+        self._stream = self._npz.stream("data", np.uint8, (frames, width), _bits_compressor)
         self._file = self._stream.__enter__()
 
     def append(self, observed: NDArray[np.uint8]) -> None:
@@ -149,11 +149,11 @@ class ObservedWriter:
         self._npz.__exit__(None, None, None)
 
 
-def _for_bits() -> Any:
+def _bits_compressor() -> Any:
     return zlib_ng.compressobj(5, zlib_ng.DEFLATED, -15)
 
 
-def _for_columns() -> Any:
+def _columns_compressor() -> Any:
     return zlib.compressobj(1, zlib.DEFLATED, -15)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from occgen_hub.occupancy.classes import commonest
+from occgen_hub.occupancy.classes import most_common
 from occgen_hub.occupancy.grid import Grid
 
 
@@ -28,16 +28,16 @@ def moved_classes(
     motion: NDArray[np.float64],
     grid: Grid,
 ) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
-    """Like `moved`, with the commonest class of the cells that come to lie in each."""
+    """Like `moved`, with the most common class of the cells that move into each."""
     inside, columns = _places(cells, motion, grid)
-    numbers, found = commonest(columns, classes[inside])
+    numbers, found = most_common(columns, classes[inside])
     return numbers.astype(np.int32), found
 
 
 def _places(
     cells: NDArray[np.integer], motion: NDArray[np.float64], grid: Grid
 ) -> tuple[NDArray[np.bool_], NDArray[np.int32]]:
-    """(n,) whether cells are in the grid after a motion, and where those are that are."""
+    """(n,) whether cells are in the grid after a motion, and the columns of those that are."""
     camera = grid.camera_in_cells
     centres = np.stack(np.unravel_index(cells, grid.shape), axis=-1) + 0.5 - camera
     places = centres @ motion[:3, :3].T + motion[:3, 3] / grid.voxel_size + camera

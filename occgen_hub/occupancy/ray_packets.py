@@ -172,7 +172,7 @@ def _packet_column(camera, size, origin, shape, left):
                 rays[packet] |= np.uint64(1) << np.uint64(ray)
         for distance in range(starts.min(), ends.max()):
             if total + np.uint64(_EDGE * _EDGE) > np.uint64(len(cells)):
-                cells, crossing = _twice(cells), _twice(crossing)
+                cells, crossing = _doubled(cells), _doubled(crossing)
             total = _add(distance, paths, starts, ends, cells, crossing, total, places)
         lengths[packet] = total - begin
     return cells[:total].copy(), crossing[:total].copy(), lengths, rays
@@ -226,7 +226,7 @@ def _add(distance, paths, starts, ends, cells, crossing, total, places):
 
 
 @njit()
-def _twice(array):
+def _doubled(array):
     longer = np.empty(2 * len(array), array.dtype)
     longer[: len(array)] = array
     return longer

@@ -1,7 +1,7 @@
 """The three states of a scene's cells on the world's grid: occupied, free, unknown. Compiled.
 
-Cells are held in blocks of 32 x 32 x 32, a bit a cell, and only blocks that hold something: memory
-follows the volume that the frames saw, 1 bit a cell, however large the scene is.
+Cells are stored in blocks of 32 x 32 x 32, one bit per cell. Only blocks with known cells are
+stored, so memory grows with the volume that the frames saw.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ BLOCK = 32
 """Cells along each edge of a block."""
 
 BLOCK_BYTES = BLOCK**3 // 8
-"""Of a block, a bit a cell."""
+"""Bytes of a block, with one bit per cell."""
 
 FREE, OCCUPIED, UNKNOWN = np.uint8(0), np.uint8(1), np.uint8(255)
 """The labels of cells."""
 
 _REACH = 1 << 20
-"""Blocks on either side of the world's origin that a block's key can number."""
+"""Number of blocks on each side of the world's origin that fit into a block's key."""
 
 
 @dataclass(frozen=True)
 class SceneStates:
-    """What is known of a scene: B blocks of the world's grid.
+    """The known cells of a scene, in B blocks of the world's grid.
 
     Cell (i, j, k) of the world's grid is the half-open box that starts at `voxel_size * (i, j, k)`,
-    world metres; it is in block (i // 32, j // 32, k // 32). What is neither occupied nor free is
-    unknown.
+    world metres; it is in block (i // 32, j // 32, k // 32). Cells that are neither occupied nor
+    free are unknown.
 
     Attributes:
         voxel_size: edge of a cell, metres.
@@ -62,9 +62,9 @@ class SceneStates:
         occupied: NDArray[np.uint8],
         free: NDArray[np.uint8],
     ) -> SceneStates:
-        """From (B, 4096) uint8 bits as `np.packbits` has them, cells in C order.
+        """From (B, 4096) uint8 bits of `np.packbits`, cells in C order.
 
-        Raises ValueError where blocks do not ascend, or a cell is both occupied and free.
+        Raises ValueError if blocks do not ascend, or a cell is both occupied and free.
         """
         if not len(blocks) == len(occupied) == len(free):
             raise ValueError("has blocks without their cells")
@@ -79,7 +79,7 @@ class SceneStates:
         return cls(voxel_size, blocks, _words(occupied), _words(free))
 
     def part(self, start: int, stop: int) -> SceneStates:
-        """The states of blocks `start` to `stop` alone."""
+        """The states of blocks `start` to `stop` only."""
         kept = slice(start, stop)
         classes = self.classes
         if classes is not None:
@@ -90,22 +90,22 @@ class SceneStates:
         return SceneStates(self.voxel_size, *parts, classes)
 
     def class_ends(self) -> NDArray[np.int64]:
-        """(B + 1,) where the occupied cells of each block begin, in the order of `cells`."""
+        """(B + 1,) the start of each block's occupied cells, in the order of `cells`."""
         counts = np.bitwise_count(self.occupied).sum(axis=(1, 2), dtype=np.int64)
         return np.concatenate([[0], np.cumsum(counts)])
 
     def labelled(self, wanted: bool) -> SceneStates:
-        """The same with classes, UNLABELLED where there were none, or without them."""
+        """The same states without classes or, if `wanted`, with them, by default UNLABELLED."""
         if wanted == (self.classes is not None):
             return self
         unlabelled = np.full(self.class_ends()[-1], UNLABELLED, np.uint8)
         return replace(self, classes=unlabelled if wanted else None)
 
     def with_classes(self, centres: NDArray[np.float32], classes: NDArray[np.uint8]) -> SceneStates:
-        """The same with the classes of the occupied cells, given with their centres, world metres.
+        """The same states with the classes of the occupied cells.
 
-        centres: (n, 3), of all occupied cells in any order; classes: (n,). Raises ValueError where
-        they are not those of the occupied cells.
+        centres: (n, 3) centres of all occupied cells in any order, world metres; classes: (n,).
+        Raises ValueError if they are not those of the occupied cells.
         """
         own = self.cells(OCCUPIED)
         found = np.floor(centres.astype(np.float64) / self.voxel_size).astype(np.int64)
@@ -144,24 +144,24 @@ class SceneStates:
         stride: int = 1,
         seen: tuple[NDArray[np.uint8], NDArray[np.bool_]] | None = None,
     ) -> NDArray[np.uint8]:
-        """(nx, ny, nz) uint8 labels of the cells of a grid that stands in the scene.
+        """(nx, ny, nz) uint8 labels of the cells of a grid in the scene.
 
-        Each cell has the state of the world's cell that its centre lies in. With a stride, cells of
-        so many cells' width are occupied if any of their cells is, else free if any is, else
-        unknown; there are as many as cover the grid.
+        Each cell has the state of the world's cell that contains its centre. With a stride, cells
+        are that many times as wide: occupied if any of their cells is, else free if any is, else
+        unknown. Their number is the smallest that covers the grid.
 
-        Where there are classes, occupied cells have theirs; with a stride the commonest, see
+        With classes, occupied cells have their class, or with a stride the most common one, see
         `classes.joined_classes`.
 
-        world_from_grid: (4, 4), metres; seen: what a frame saw, which counts more: the labels with
-        that stride (without one where there are classes), and (nx, ny, nz) which cells, without a
-        stride, it observed.
+        world_from_grid: (4, 4), metres; seen: the observations of a frame, which take precedence:
+        its labels with that stride (with classes, without it), and (nx, ny, nz) bool, which cells
+        it observed, without a stride.
         """
         if self.classes is not None and stride > 1:
             return joined_classes(self.cut(grid, world_from_grid, 1, seen), stride)
         pose = np.asarray(world_from_grid, np.float64)
         corners = _corners(grid, pose) / (self.voxel_size * BLOCK)
-        # A block more on each side, so that rounding leads to none outside.
+        # One more block on each side, so that rounding cannot lead outside.
         low = np.floor(corners.min(axis=0)).astype(np.int64) - 1
         shape = np.floor(corners.max(axis=0)).astype(np.int64) - low + 2
         table = np.full(shape, -1, np.int32)
@@ -180,12 +180,14 @@ class SceneStates:
             self.occupied, self.free, table, start, steps, np.asarray(grid.shape), shift, known, out
         )
         if self.classes is not None:
-            _name(self.occupied, self._ranks, self.classes, table, start, steps, known, out)
+            _assign_classes(
+                self.occupied, self._ranks, self.classes, table, start, steps, known, out
+            )
         return out
 
     @cached_property
     def _ranks(self) -> NDArray[np.int32]:
-        """(B, 32, 32) int32: how many occupied cells come before those of a word."""
+        """(B, 32, 32) int32: the number of occupied cells before those of a word."""
         counts = np.bitwise_count(self.occupied).astype(np.int32)
         ends = np.cumsum(counts, dtype=np.int32).reshape(counts.shape)
         before: NDArray[np.int32] = ends - counts
@@ -193,10 +195,10 @@ class SceneStates:
 
 
 class FreeSpace:
-    """Gathers what frames observed free, on the world's grid. May be called from several threads.
+    """Collects the free space of frames on the world's grid. Thread-safe.
 
-    A cell of the world is free if its centre lies in a cell that some frame observed and in which
-    that frame has nothing. The order of the frames makes no difference.
+    A cell of the world is free if its centre is in a cell that some frame observed as free. The
+    result does not depend on the order of the frames.
     """
 
     def __init__(self, grid: Grid) -> None:
@@ -207,7 +209,7 @@ class FreeSpace:
         self._lock = threading.Lock()
 
     def add(self, frame: FrameOccupancy, world_from_camera: NDArray[np.float64]) -> None:
-        """Add what a frame observed free. world_from_camera: (4, 4), OpenCV axes, metres."""
+        """Add the free cells of a frame. world_from_camera: (4, 4), OpenCV axes, metres."""
         grid = self._grid
         free = frame.observed.copy()
         _clear(free, frame.visible)
@@ -221,9 +223,9 @@ class FreeSpace:
             )  # fmt: skip
 
     def states(self, points: NDArray[np.float32]) -> SceneStates:
-        """The states of a scene whose surface has these (n, 3) points, world metres.
+        """The states of a scene with these (n, 3) points of its surface, world metres.
 
-        Cells that hold one are occupied, whatever frames observed.
+        Cells with points are occupied, even if frames observed them as free.
         """
         numbers = np.array(list(self._slots), np.int64).reshape(-1, 3)
         words = self._words[: len(numbers)]
@@ -243,15 +245,15 @@ def with_points(
     free_blocks: NDArray[np.int64],
     free: NDArray[np.uint32],
 ) -> SceneStates:
-    """The states of a scene, from (n, 3) points of its surface and blocks of what is free."""
+    """The states of a scene, from (n, 3) points of its surface and blocks of free cells."""
     cells = np.floor(points.astype(np.float64) / voxel_size).astype(np.int64)
     own = _keys(cells // BLOCK)
     keys = np.union1d(own, _keys(free_blocks))
-    if not len(keys):  # A block at least, so that files of it have a row.
+    if not len(keys):  # At least one block, so that its files have a row.
         keys = _keys(np.zeros((1, 3), np.int64))
     occupied, opened = np.zeros((2, len(keys), BLOCK, BLOCK), np.uint32)
     i, j, k = (cells % BLOCK).T
-    # Cells of one word are joined: several points may be in a word.
+    # `at` is needed, because several points may be in the same word.
     bits = np.uint32(1) << (np.uint32(BLOCK - 1) - k.astype(np.uint32))
     np.bitwise_or.at(occupied, (np.searchsorted(keys, own), i, j), bits)
     opened[np.searchsorted(keys, _keys(free_blocks))] = free
@@ -259,12 +261,12 @@ def with_points(
 
 
 def as_written(world_from_camera: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A pose as a trajectory's file holds it, so that a reader finds the same cells free."""
+    """A pose as it is stored in a trajectory, so that a reader computes the same free cells."""
     return world_from_camera.astype(np.float32).astype(np.float64)
 
 
 def _keys(blocks: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(n,) keys of (n, 3) blocks, which ascend as they do."""
+    """(n,) keys of (n, 3) blocks, in the same order."""
     x, y, z = (blocks + _REACH).T
     keys: NDArray[np.int64] = (x << 42) | (y << 21) | z
     return keys
@@ -276,7 +278,7 @@ def _numbers(keys: NDArray[np.int64]) -> NDArray[np.int32]:
 
 
 def _words(packed: NDArray[np.uint8]) -> NDArray[np.uint32]:
-    """(B, 4096) bytes to (B, 32, 32) words, the first byte of each its highest."""
+    """(B, 4096) bytes to (B, 32, 32) words. The first byte of a word is its highest."""
     words = np.ascontiguousarray(packed).view(">u4").astype(np.uint32)
     return words.reshape(-1, BLOCK, BLOCK)
 
@@ -298,14 +300,14 @@ def _corners(grid: Grid, pose: NDArray[np.float64]) -> NDArray[np.float64]:
 def _affine(
     grid: Grid, pose: NDArray[np.float64], voxel_size: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Where the centre of cell (0, 0, 0) is, and (3, 3) steps along the axes, in world cells."""
+    """The centre of cell (0, 0, 0), and (3, 3) steps along the axes, in world cells."""
     first = np.asarray(grid.lower) + 0.5 * grid.voxel_size
     start = (pose[:3, :3] @ first + pose[:3, 3]) / voxel_size
     return start, np.ascontiguousarray(pose[:3, :3] * (grid.voxel_size / voxel_size))
 
 
 def _blocks_near(grid: Grid, pose: NDArray[np.float64]) -> NDArray[np.int64]:
-    """(m, 3) the blocks that may reach into a camera's grid."""
+    """(m, 3) the blocks that may overlap a camera's grid."""
     edge = BLOCK * grid.voxel_size
     corners = _corners(grid, pose) / edge
     low, high = (np.floor(f(corners, axis=0)).astype(np.int64) for f in (np.min, np.max))
@@ -322,16 +324,16 @@ def _blocks_near(grid: Grid, pose: NDArray[np.float64]) -> NDArray[np.int64]:
 
 @njit(nogil=True)
 def _clear(packed, cells):
-    """Unset the bits of cells, as `np.packbits` has them."""
+    """Clear the bits of cells, in the order of `np.packbits`."""
     for cell in cells:
         packed[cell >> 3] &= ~(np.uint8(128) >> np.uint8(cell & 7))
 
 
 @njit(nogil=True)
 def _near_free(free, ny, nz, near):
-    """Mark the cubes of 8 x 8 x 8 cells in and beside which a cell of `free` is set.
+    """Mark the cubes of 8 x 8 x 8 cells that have a cell of `free`, and their neighbours.
 
-    near: bool, a cube more than the grid has on each side.
+    near: bool, with one more cube on each side than the grid.
     """
     for byte in range(len(free)):
         if free[byte] == 0:
@@ -357,7 +359,7 @@ def _near_free(free, ny, nz, near):
 
 @njit(nogil=True, error_model="numpy")
 def _add(free, pose, lower, size, shape, blocks, slots, words):
-    """Set the bits of the cells of `blocks`, at `slots` of `words`, whose centres lie in `free`."""
+    """Set the bits, at `slots` of `words`, of the cells of `blocks` with centres in `free`."""
     nx, ny, nz = shape[0], shape[1], shape[2]
     near = np.zeros(((nx + 7) // 8 + 2, (ny + 7) // 8 + 2, (nz + 7) // 8 + 2), np.bool_)
     near = _near_free(free, ny, nz, near)
@@ -365,7 +367,7 @@ def _add(free, pose, lower, size, shape, blocks, slots, words):
     for n in range(len(blocks)):
         for cube in range(64):
             first_i, first_j, first_k = (cube >> 4) * 8, (cube >> 2 & 3) * 8, (cube & 3) * 8
-            # The middle of 8 x 8 x 8 cells of the world, in cubes of as many cells of the camera:
+            # The middle of 8 x 8 x 8 cells of the world, in cubes of 8 cells of the camera:
             # their cells are less than a cube away.
             x = (blocks[n, 0] * 32 + first_i + 4) * size - pose[0, 3]
             y = (blocks[n, 1] * 32 + first_j + 4) * size - pose[1, 3]
@@ -403,7 +405,7 @@ def _add(free, pose, lower, size, shape, blocks, slots, words):
 
 @njit(nogil=True, error_model="numpy", inline="always")
 def _world_cell(table, x, y, z):
-    """The block of a place, in world cells from the first block of `table`, and the cell in it.
+    """The block at a position, in world cells from the first block of `table`, and the cell in it.
 
     Returns the block's number, -1 for none, the cell's word (i, j), and the shift of its bit.
     """
@@ -415,9 +417,9 @@ def _world_cell(table, x, y, z):
 
 @njit(nogil=True, error_model="numpy")
 def _cut(occupied, free, table, start, steps, shape, shift, known, out):
-    """start: world cells from the first block of `table`, all of whose places are over 0.
+    """start: in world cells from the first block of `table`; all positions are positive.
 
-    known: cells that are passed over, or an empty array.
+    known: cells to skip, or an empty array.
     """
     some_known = known.size > 0
     for i in range(shape[0]):
@@ -443,8 +445,8 @@ def _cut(occupied, free, table, start, steps, shape, shift, known, out):
 
 
 @njit(nogil=True, error_model="numpy")
-def _name(occupied, ranks, classes, table, start, steps, known, out):
-    """Give the occupied cells of `out` that are not known the classes of the world's cells.
+def _assign_classes(occupied, ranks, classes, table, start, steps, known, out):
+    """Give the occupied cells of `out` the classes of the world's cells, except known ones.
 
     The arguments are those of `_cut`; ranks: of a word's first cell in `classes`.
     """

@@ -82,8 +82,8 @@ def observe(
     (3, 3), pixels; size: (width, height) of the image, with a ray through each pixel's centre
     (u + 0.5, v + 0.5); state: a (grid.cells,) uint8 buffer, to save allocating one; moving: (n, 3)
     points that exist in this frame only, world metres; classes: uint8, of the points of the cloud
-    and of the moving ones. A cell has the commonest class of its points, of the moving ones where
-    there are some.
+    and of the moving ones. A cell has the most common class of its moving points, or without any,
+    of its points of the cloud.
     """
     if state is None:
         state = np.empty(grid.cells, np.uint8)
@@ -202,7 +202,7 @@ def _misses(low, high, R, t, lower, voxel_size, shape):
 
 @njit(nogil=True, inline="always")
 def _column(point, R, t, lower, voxel_size, shape):
-    """The column of the cell that a point lies in, -1 for none."""
+    """The column of the cell that contains a point, -1 for none."""
     nx, ny, nz = shape[0], shape[1], shape[2]
     x, y, z = np.float64(point[0]), np.float64(point[1]), np.float64(point[2])
     i = np.floor((R[0, 0] * x + R[0, 1] * y + R[0, 2] * z + t[0] - lower[0]) / voxel_size)
@@ -228,7 +228,7 @@ def _mark_cloud(points, starts, low, high, camera_from_world, lower, voxel_size,
 
 @njit(nogil=True)
 def _visible_points(points, starts, low, high, camera_from_world, lower, voxel_size, shape, state):
-    """Columns (n,) of the points that lie in visible cells, and (n,) the numbers of the points."""
+    """Columns (n,) of the points in visible cells, and (n,) the numbers of the points."""
     R = camera_from_world[:3, :3]
     t = camera_from_world[:3, 3]
     columns: NDArray[np.int64] = np.empty(1 << 16, np.int64)

@@ -41,7 +41,7 @@ def process_group(device: str | None = None) -> Iterator[PartialState]:
 
     if device not in (None, "cpu", "cuda"):
         raise UsageError(
-            f"--device {device}: accelerate gives each process a device of its own; leave it out."
+            f"--device {device}: accelerate gives each process its own device; leave it out."
         )
     if launched() == int(os.environ["WORLD_SIZE"]):  # One host: listen on the loopback only.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

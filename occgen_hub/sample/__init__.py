@@ -26,36 +26,35 @@ def make_sample(
 ) -> list[Path]:
     """Write a recording of furnished houses to `out` in the layout of InternData-N1.
 
-    `out/ground_truth/mesh.ply` is the one true mesh of every scene, in world coordinates (metres,
+    `out/ground_truth/mesh.ply` is the true mesh of all scenes, in world coordinates (metres,
     z up). `out/ground_truth/ID.npz` is the truth of every frame of episode ID, see
-    `occgen_hub.sample.truth`. The same arguments give the same bytes, and trajectory k is the same
-    however many follow.
+    `occgen_hub.sample.truth`. The same arguments give the same bytes, and trajectory k does not
+    depend on the number of trajectories.
 
     Args:
         out: a folder that does not exist yet, or is empty.
-        trajectories: how many; a scene holds two.
-        frames: about how many each has: in turn `frames`, 3/4 and 5/4 of it.
-        seed: another seed gives other houses and other paths.
-        layout: "vln-n1" has a folder for each trajectory; in "vln-n1-scenes", the newer release's
-            way, a scene folder holds its episodes together, and its path.ply is
-            meta/pointcloud.ply. "trajectories" and "scenes" are older names of these. "vln-ce" is
-            that of VLN-CE: two cameras film each trajectory, so it has twice the frames; `faults`
-            and the videos are not for it.
-        faults: the metadata is wrong in the ways that the real release's is.
+        trajectories: number of trajectories. A scene has two.
+        frames: approximate number of frames; in turn `frames`, 3/4 and 5/4 of it.
+        seed: determines houses and paths.
+        layout: "vln-n1" has a folder for each trajectory. In "vln-n1-scenes", the newer layout, a
+            scene's folder has all its episodes, and its path.ply is meta/pointcloud.ply.
+            "trajectories" and "scenes" are older names of these. "vln-ce" is that of VLN-CE: two
+            cameras record each trajectory, so it has twice the frames, no videos, and no `faults`.
+        faults: whether the metadata has the errors of the real release.
         noise: errors of the depth images: any of "flying", "network", "stereo", "kinect" and
             "speckle", which are applied in this order; see `occgen_hub.sample.sensors`.
-        pose_noise: the deviation for each axis, metres and degrees, of an error that each stated
-            pose has of its own.
-        pose_drift: the largest error for each axis, metres and degrees, of a smooth drift of the
-            stated poses, which is nothing at the first.
-        people: how many people are in each trajectory. They walk, or walk and then stand still.
-        labels: whether there are label images beside the depth, of the taxonomy "sample", and
+        pose_noise: standard deviation per axis, metres and degrees, of an independent error of each
+            stated pose.
+        pose_drift: maximum per axis, metres and degrees, of a smooth drift of the stated poses,
+            which is zero at the first pose.
+        people: number of people in each trajectory. They walk, or walk and then stand still.
+        labels: whether to write label images beside the depth, of the taxonomy "sample", and
             `out/ground_truth/mesh_labels.npz` with the class of each triangle of the mesh. Errors
             of the depth do not change them. Not for "vln-ce".
-        progress: called after each frame with the frames done and the frames in all.
+        progress: called after each frame with the frames done and the total number of frames.
 
     Returns:
-        The folders written: one a trajectory, or one a scene.
+        The folders written, one per trajectory or per scene.
 
     Raises:
         UsageError: an argument is out of range, or `out` is not empty.

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from occgen_hub.sample.mesh import Floats
 
 EMPTY = 0
-Box = tuple[Sequence[float], Sequence[float], int]  # lower corner, upper corner, what fills it
+Box = tuple[Sequence[float], Sequence[float], int]  # lower corner, upper corner, label of the solid
 
 
 def surface(boxes: Sequence[Box]) -> tuple[Floats, NDArray[np.int8], NDArray[np.int64], Floats]:
@@ -18,8 +18,8 @@ def surface(boxes: Sequence[Box]) -> tuple[Floats, NDArray[np.int8], NDArray[np.
 
     Returns:
         corners (Q, 4, 3) in metres, counter-clockwise seen from the empty side; the outward
-        direction (Q, 3) as whole numbers; the label of the solid (Q,); and the centre (Q, 3) of
-        the empty cell that the face looks into.
+        direction (Q, 3) as integers; the label of the solid (Q,); and the centre (Q, 3) of the
+        empty cell in front of the face.
     """
     edges = [_edges([c for b in boxes for c in (b[0][a], b[1][a])]) for a in range(3)]
     mid = [(e[1:] + e[:-1]) / 2 for e in edges]
@@ -33,7 +33,7 @@ def surface(boxes: Sequence[Box]) -> tuple[Floats, NDArray[np.int8], NDArray[np.
 
 
 def _edges(values: Sequence[float]) -> Floats:
-    """Distinct coordinates; those within 2 mm are one, so that no face is a sliver."""
+    """Distinct coordinates. Those within 2 mm are merged, so that no face is a sliver."""
     v = np.unique(np.asarray(values, np.float64))
     return np.asarray(v[np.concatenate([[True], np.diff(v) > 2e-3])])
 

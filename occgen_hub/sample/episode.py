@@ -1,4 +1,4 @@
-"""One recorded walk: the camera, its mount, its poses and its instruction."""
+"""A recorded walk: the camera, its mount, its poses and its instruction."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def length_of(number: int, frames: int) -> int:
 def plan_episode(
     renderer: Renderer, camera: Camera, number: int, frames: int, seed: list[int]
 ) -> Episode:
-    """The walk of trajectory `number` through the renderer's scene; `seed` is its own."""
+    """The walk of trajectory `number` through the renderer's scene, with its own `seed`."""
     scene = renderer.scene
     height, pitch = MOUNTS[number % len(MOUNTS)]
     height += float(np.random.default_rng([*seed, 999]).uniform(-0.03, 0.05))
@@ -67,7 +67,7 @@ def plan_cameras(
     seed: list[int],
     mounts: Sequence[tuple[float, float]],
 ) -> list[Episode]:
-    """One walk, filmed by cameras on several mounts: (metres above the floor, degrees upward)."""
+    """One walk, recorded by cameras on several mounts: (metres above the floor, degrees upward)."""
     scene = renderer.scene
     path = walk(scene, renderer, frames, mounts[0][0], seed)
     body = [_body(xy, a) for xy, a in zip(path.position, path.heading, strict=True)]

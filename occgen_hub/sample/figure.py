@@ -37,7 +37,7 @@ class Posed:
 
 
 class Figure:
-    """A person about 1.7 m tall; body axes: x ahead, y left, z up, the floor at z = 0."""
+    """A person about 1.7 m tall. Body axes: x ahead, y left, z up, the floor at z = 0."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         """A person of random height and clothes."""
@@ -62,9 +62,9 @@ class Figure:
         """Vertices (V, 3), metres, and normals (V, 3) of the figure in the house's frame.
 
         Args:
-            xy: (2,) metres, where it stands.
-            heading: radians, where it faces.
-            phase: radians, how far it is in a stride.
+            xy: (2,) metres, its position.
+            heading: radians, its direction.
+            phase: radians, the phase of its stride.
             effort: from 0, standing, to 1, walking.
         """
         points, normals = [], []
@@ -81,7 +81,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Stroll:
-    """Where a figure is and what it does, frame by frame, in the house's frame."""
+    """The position and motion of a figure in each frame, in the house's frame."""
 
     figure: Figure
     xy: Floats  # (T, 2) metres
@@ -98,14 +98,14 @@ class People:
 
     @cached_property
     def faces(self) -> NDArray[np.int32]:
-        """Triangles (F, 3) of all of them, the same in each frame."""
+        """Triangles (F, 3) of all people, the same in each frame."""
         starts = np.cumsum([0, *(len(s.figure.colours) for s in self.strolls)])
         parts = [s.figure.faces + start for s, start in zip(self.strolls, starts, strict=False)]
         return np.asarray(np.concatenate([np.zeros((0, 3), np.int64), *parts]), np.int32)
 
     @cached_property
     def labels(self) -> NDArray[np.int32]:
-        """Which person (F,) each triangle belongs to, from 0."""
+        """The person (F,) of each triangle, from 0."""
         counts = [len(s.figure.faces) for s in self.strolls]
         return np.repeat(np.arange(len(counts), dtype=np.int32), counts)
 
@@ -116,7 +116,7 @@ class People:
         return np.concatenate([np.zeros((0, 3)), *parts]).astype(np.float32)
 
     def at(self, frame: int) -> Posed:
-        """All of them as they are in a frame."""
+        """All people in a frame."""
         posed = [
             s.figure.posed(s.xy[frame], s.heading[frame], s.phase[frame], s.effort[frame])
             for s in self.strolls
@@ -129,7 +129,7 @@ class People:
 
 
 def _joints(phase: float, effort: float) -> list[tuple[str, Floats, Floats]]:
-    """The axis of each capsule, from a to b, in the body's axes; the feet may be off the floor."""
+    """The axis of each capsule, from a to b, in the body's axes. Feet may be above the floor."""
     out = [
         ("head", np.array([0.0, 0, 1.56]), np.array([0.0, 0, 1.6])),
         ("torso", np.array([0.0, 0, 0.98]), np.array([0.0, 0, 1.32])),
@@ -163,7 +163,7 @@ def _hanging(angle: float) -> Floats:
 
 
 def _turn_to(axis: Floats) -> Floats:
-    """A rotation (3, 3) that takes z to the direction of `axis` (3,), in or near the x-z plane."""
+    """A rotation (3, 3) of z to the direction of `axis` (3,), in or near the x-z plane."""
     z = axis / np.linalg.norm(axis)
     x = np.cross([0.0, 1.0, 0.0], z)
     x /= np.linalg.norm(x)

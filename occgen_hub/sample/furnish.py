@@ -41,7 +41,7 @@ IN_THE_MIDDLE: dict[str, tuple[Maker, ...]] = {
 
 @dataclass(frozen=True)
 class Placed:
-    """A piece of furniture where it stands, in the house's frame."""
+    """A piece of furniture and its position in the house's frame."""
 
     furniture: Furniture
     room: int
@@ -59,7 +59,7 @@ class Placed:
 
 
 class FloorMap:
-    """Which 5 cm cells of the floor are free; index (ix, iy), cell (0, 0) at the low corner."""
+    """The free 5 cm cells of the floor, by index (ix, iy). Cell (0, 0) is at the low corner."""
 
     def __init__(self, plan: Plan) -> None:
         """The floor of a house without its furniture."""
@@ -72,14 +72,14 @@ class FloorMap:
             self._paint(_reach(door, 0.1), True)
 
     def covered(self, rect: Rect) -> FloorMap:
-        """The map with a rectangle taken."""
+        """The map with a rectangle occupied."""
         out = object.__new__(FloorMap)
         out.low, out.free = self.low, self.free.copy()
         out._paint(rect, False)
         return out
 
     def clearance(self) -> NDArray[np.float64]:
-        """Metres from each cell's middle to the nearest cell that is not free, its near edge."""
+        """Metres from each cell's middle to the near edge of the nearest occupied cell."""
         d = ndimage.distance_transform_edt(self.free)
         return np.asarray(np.maximum(d - 0.5, 0) * CELL, np.float64)
 
@@ -118,7 +118,7 @@ def furnish(plan: Plan, rng: np.random.Generator) -> list[Placed]:
 
 
 def _at_wall(thing: Furniture, number: int, room: Room, rng: np.random.Generator) -> Placed | None:
-    """The back against a wall of the room, anywhere along it, and often in a corner."""
+    """A position with the back against a wall of the room, often in a corner."""
     side = int(rng.integers(4))
     x0, y0, x1, y1 = room.rect
     w, d, _ = thing.size
@@ -131,7 +131,7 @@ def _at_wall(thing: Furniture, number: int, room: Room, rng: np.random.Generator
         along = spare * rng.choice([-1, 1])
     cx, cy = (x0 + x1) / 2, (y0 + y1) / 2
     back = d / 2 + GAP
-    # Side 0 is the low y wall, from where the front looks along +y; each next is a quarter turn on.
+    # At side 0, the low y wall, the front faces +y. Each further side is a quarter turn.
     x, y = (
         (cx + along, y0 + back), (x1 - back, cy + along),
         (cx - along, y1 - back), (x0 + back, cy - along),
@@ -151,7 +151,7 @@ def _in_the_middle(
 
 
 def _fits(candidate: Placed, plan: Plan, placed: list[Placed]) -> bool:
-    """Whether it stands clear of other things, doorways and, if high, windows."""
+    """Whether it is clear of other objects, doorways and, if high, windows."""
     if any(_overlap(candidate.rect, p.rect, 0.06) for p in placed if p.furniture.blocks):
         return False
     if any(_overlap(candidate.rect, _reach(door, 1.0), 0.1) for door in plan.doors):
@@ -161,7 +161,7 @@ def _fits(candidate: Placed, plan: Plan, placed: list[Placed]) -> bool:
 
 
 def _walkable(floor: FloorMap, plan: Plan) -> bool:
-    """Whether one walker can pass every doorway."""
+    """Whether a walker can pass every doorway."""
     regions, _ = ndimage.label(floor.clearance() > WALK - 0.06, structure=np.ones((3, 3)))
     numbers = set()
     for door in plan.doors:
@@ -203,7 +203,7 @@ def _pictures(plan: Plan, placed: list[Placed], rng: np.random.Generator) -> lis
             spot = _at_wall(thing, number, room, rng)
             if spot is None:
                 continue
-            # Its back goes on to the wall itself, three millimetres off it.
+            # Its back is three millimetres in front of the wall.
             front = np.array([-np.sin(spot.yaw), np.cos(spot.yaw)])
             x, y = np.array(spot.position[:2]) - front * (GAP - 0.003)
             spot = Placed(thing, number, spot.yaw, (x, y, rng.uniform(1.45, 1.6)))
@@ -215,7 +215,7 @@ def _pictures(plan: Plan, placed: list[Placed], rng: np.random.Generator) -> lis
 
 
 def _reach(opening: Opening, by: float) -> Rect:
-    """An opening's rectangle made longer both ways through it."""
+    """An opening's rectangle, extended on both sides of the wall."""
     x, y = (by, 0.0) if opening.axis == 0 else (0.0, by)
     r = opening.rect
     return r[0] - x, r[1] - y, r[2] + x, r[3] + y

@@ -1,7 +1,7 @@
 """Pieces of furniture as solids: x across, y from the back to the front, z up from the floor.
 
-Parts that touch reach a little into one another and feet a little into the floor, so that no two
-faces coincide.
+Touching parts overlap slightly, and feet extend slightly into the floor, so that no two faces
+coincide.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ OTHER_CLASSES = {
     "desk": {2: "objects", 3: "chair", 4: "television"},
     "kitchen counter": {5: "objects"},
 }
-"""The class of the pieces of another class than the furniture, by their places."""
+"""The classes of pieces that differ from the class of the furniture, by their positions."""
 
 
 @dataclass(frozen=True)
 class Furniture:
-    """One piece, its footprint's centre at the origin."""
+    """A piece of furniture. The centre of its footprint is at the origin."""
 
     name: str
     size: tuple[float, float, float]  # across, deep, high; metres
@@ -399,7 +399,7 @@ def wall_picture(rng: Rng) -> Furniture:
 
 
 def ceiling_lamp(rng: Rng) -> Furniture:
-    """A pendant; the light that it gives starts just below it."""
+    """A pendant. Its light source is just below it."""
     cord = join([cylinder(0.06, HEIGHT - 0.03, HEIGHT + 0.01), cylinder(0.016, 2.3, HEIGHT)])
     shade = turned([(0.19, 2.15), (0.17, 2.22), (0.07, 2.32)])
     glow = Material("glow", (0.98, 0.94, 0.84))

@@ -1,4 +1,4 @@
-"""The plan of a house, its rooms, doorways and windows, and the shell that they make."""
+"""The plan of a house with rooms, doorways and windows, and the mesh of its shell."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Piece = tuple[Mesh, Material]
 
 @dataclass(frozen=True)
 class Room:
-    """A room, its inside."""
+    """A room: its inside."""
 
     name: str
     rect: Rect
@@ -33,7 +33,7 @@ class Room:
 
 @dataclass(frozen=True)
 class Opening:
-    """A doorway or a window: the piece of wall it replaces."""
+    """A doorway or a window: the part of a wall that it replaces."""
 
     rect: Rect
     axis: int  # the horizontal axis that leads through it
@@ -43,7 +43,7 @@ class Opening:
 
 @dataclass(frozen=True)
 class Plan:
-    """A house from above, its centre at the origin."""
+    """A house from above. Its centre is at the origin."""
 
     rect: Rect  # inside of the outer walls
     rooms: tuple[Room, ...]
@@ -51,7 +51,7 @@ class Plan:
     windows: tuple[Opening, ...]
 
     def room_at(self, x: float, y: float) -> int:
-        """The number of the room that holds a point, -1 in a wall or doorway or outside."""
+        """The number of the room at a point, -1 in a wall, in a doorway or outside."""
         for i, room in enumerate(self.rooms):
             x0, y0, x1, y1 = room.rect
             if x0 < x < x1 and y0 < y < y1:
@@ -82,9 +82,8 @@ def draw_plan(rng: np.random.Generator) -> Plan:
 
 
 def shell(plan: Plan, rng: np.random.Generator) -> list[tuple[Mesh, Material, list[str]]]:
-    """Floors, walls, ceilings, frames and windows, one mesh for each material.
-
-    With each mesh comes the class of each of its triangles, in the taxonomy "sample".
+    """Floors, walls, ceilings, frames and windows: for each material a mesh, and the class of each
+    of its triangles in the taxonomy "sample".
     """
     corners, outward, label, into = surface(_boxes(plan))
     finishes = [_finishes(room, rng) for room in plan.rooms]
@@ -115,7 +114,7 @@ def shell(plan: Plan, rng: np.random.Generator) -> list[tuple[Mesh, Material, li
 
 
 def _classes(label: NDArray[np.int64], outward: NDArray[np.int8]) -> NDArray[np.str_]:
-    """(Q,) the class of each face, by what it is made of and where it looks."""
+    """(Q,) the class of each face, by its material and direction."""
     names = {TRIM: "wall", SILL: "window", FRAME: "door", BARS: "window", THRESHOLD: "floor"}
     facing = np.array(["ceiling", "wall", "floor"])[np.sign(outward[:, 2]).astype(int) + 1]
     classes = np.where(label > max(names), "window", facing)
@@ -194,7 +193,7 @@ def _boxes(plan: Plan) -> list[Box]:
 
 
 def _doorway(door: Opening) -> list[Box]:
-    """A frame that stands out from the wall, the way through it and a threshold."""
+    """A frame that protrudes from the wall, the opening, and a threshold."""
     wide, thick = CASING
     frame = (thick, wide) if door.axis == 0 else (wide, thick)
     cut = (thick, 0.0) if door.axis == 0 else (0.0, thick)
@@ -231,7 +230,7 @@ def _window(window: Opening, pane: int) -> list[Box]:
 
 
 def _finishes(room: Room, rng: np.random.Generator) -> dict[int, Material]:
-    """The materials of a room by where its faces look: 1 the floor, 0 the walls, -1 the ceiling."""
+    """The materials of a room by direction of the faces: 1 floor, 0 walls, -1 ceiling."""
     seed = int(rng.integers(1 << 16))
     floors = {
         "kitchen": Material("tiles", (0.82, 0.79, 0.73), (0.55, 0.5, 0.47), 0.33, seed),

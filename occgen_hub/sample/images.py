@@ -47,10 +47,10 @@ def depth_picture(units: NDArray[np.uint16]) -> Bytes:
 
 
 class Video:
-    """An mp4 that frames are added to; its sides are rounded up to whole blocks by scaling."""
+    """An mp4 to which frames are added. They are scaled so that sides are whole blocks."""
 
     def __init__(self, path: Path, width: int, height: int) -> None:
-        """Begin the file for frames of this size, pixels."""
+        """Create the file for frames of this size, pixels."""
         import av
 
         self._av: Any = av
@@ -63,7 +63,7 @@ class Video:
         self._stream.options = {"preset": "veryfast", "crf": "20", "x264-params": SAME_BYTES}
 
     def add(self, picture: Bytes) -> None:
-        """One more frame (H, W, 3)."""
+        """Add a frame (H, W, 3)."""
         image = Image.fromarray(picture)
         size = (self._stream.width, self._stream.height)
         if image.size != size:
@@ -72,6 +72,6 @@ class Video:
         self._file.mux(self._stream.encode(frame))
 
     def close(self) -> None:
-        """Write what the encoder still holds, and end the file."""
+        """Write the remaining frames of the encoder, and close the file."""
         self._file.mux(self._stream.encode())
         self._file.close()

@@ -22,7 +22,7 @@ WAYS = {
 
 @dataclass(frozen=True)
 class Task:
-    """An instruction for frames `first` to `last`, both included; `whole` for the entire walk."""
+    """An instruction for frames `first` to `last`, inclusive. whole: whether for the whole walk."""
 
     text: str
     revised: str
@@ -45,7 +45,7 @@ class Task:
 
 
 def tasks_of(scene: Scene, walk: Walk) -> tuple[Task, ...]:
-    """The whole walk's task, and one for each room it leads through."""
+    """The task of the whole walk, and one for each room on its way."""
     stretches = _stretches(scene, walk)
     parts = []
     for i, (first, last, room) in enumerate(stretches):
@@ -58,7 +58,7 @@ def tasks_of(scene: Scene, walk: Walk) -> tuple[Task, ...]:
 
 
 def _stretches(scene: Scene, walk: Walk) -> list[tuple[int, int, int]]:
-    """First frame, last and room, room by room; a doorway belongs to the room before it."""
+    """First frame, last frame and room of each stretch. A doorway belongs to the room before it."""
     rooms = [scene.plan.room_at(x, y) for x, y in walk.position]
     known = [r for r in rooms if r >= 0]
     before = known[0] if known else 0
@@ -75,7 +75,7 @@ def _stretches(scene: Scene, walk: Walk) -> list[tuple[int, int, int]]:
 def _sentences(
     scene: Scene, walk: Walk, first: int, last: int, room: int, onward: int | None
 ) -> tuple[str, str]:
-    """One part of the walk in plain words, and again in more detail."""
+    """One part of the walk in words, briefly and in detail."""
     turned = walk.course[last] - walk.course[first]
     way, livelier = WAYS[0 if abs(turned) < TURNS else int(np.sign(turned))]
     passed = _landmark(scene, walk.position[first], walk.course[first], room)
@@ -98,7 +98,7 @@ def _sentences(
 
 
 def _landmark(scene: Scene, at: Floats, course: float, room: int) -> tuple[str, str] | None:
-    """The nearest thing of the room that is in front, and on which side it is."""
+    """The nearest object of the room in front of the camera, and its side."""
     best: tuple[float, str, str] | None = None
     for p in scene.placed:
         if p.room != room or not p.furniture.blocks:

@@ -19,7 +19,7 @@ TILE = 1024  # texels: the noise repeats after 2.56 m
 
 @dataclass(frozen=True)
 class Material:
-    """What a surface is made of; colours are in 0..1 as on screen."""
+    """The material of a surface. Colours are in 0..1 as on screen."""
 
     kind: str
     colour: Colour = (0.8, 0.8, 0.8)
@@ -58,14 +58,14 @@ def noise_tile() -> Array:
 
 
 def noise(u: Array, v: Array, seed: NDArray[np.uint32]) -> Array:
-    """Cloud noise at (u, v) metres; a seed is a shift of it."""
+    """Cloud noise at (u, v) metres. The seed shifts it."""
     i = (np.floor(u / TEXEL).astype(np.int64) + seed * np.int64(379)) % TILE
     j = (np.floor(v / TEXEL).astype(np.int64) + seed * np.int64(613)) % TILE
     return np.asarray(noise_tile()[j, i])
 
 
 def chance(i: Array, j: Array, seed: NDArray[np.uint32]) -> Array:
-    """A number in 0..1 for each cell (i, j), the same each time."""
+    """A deterministic pseudo-random number in 0..1 for each cell (i, j)."""
     h = i.astype(np.int64).astype(np.uint32) * np.uint32(374761393)
     h += j.astype(np.int64).astype(np.uint32) * np.uint32(668265263)
     h += seed * np.uint32(2246822519)
@@ -80,7 +80,7 @@ def mixed(a: Array, b: Array, share: Array) -> Array:
 
 
 def shows(p: Points, detail: float | NDArray[np.floating[Any]]) -> Array:
-    """How far detail of this size, metres, shows at all: 1 near by, 0 where a pixel covers it."""
+    """Visibility of detail of this size, metres: 1 nearby, 0 if a pixel covers it."""
     return np.clip(1.6 - p.blur / detail, 0, 1).astype(np.float32)
 
 
@@ -247,7 +247,7 @@ TEXTURES: dict[str, Texture] = {
     "tiles": tiles, "carpet": carpet, "rug": rug, "wood": wood, "fabric": fabric, "books": books,
     "leaf": leaf, "picture": picture, "outdoors": outdoors, "screen": screen, "glow": plain,
 }  # fmt: skip
-GLOWING = ("glow", "outdoors")  # these show their own colour, whatever falls on them
+GLOWING = ("glow", "outdoors")  # these show their own colour, independent of light
 KINDS = tuple(TEXTURES)
 
 

@@ -1,4 +1,4 @@
-"""Triangle meshes of simple solids, and putting them together."""
+"""Triangle meshes of simple solids, and their combination."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def yaw_matrix(yaw: float) -> Floats:
 
 
 def flat(vertices: ArrayLike, triangles: ArrayLike) -> Mesh:
-    """A mesh whose triangles are shaded flat."""
+    """A mesh with flat shading."""
     v, f = np.asarray(vertices, np.float64), np.asarray(triangles, np.int64)
     n = _face_normals(v, f)
     n /= np.linalg.norm(n, axis=1, keepdims=True)
@@ -42,7 +42,7 @@ def flat(vertices: ArrayLike, triangles: ArrayLike) -> Mesh:
 
 
 def smooth(vertices: ArrayLike, triangles: ArrayLike) -> Mesh:
-    """A mesh whose normals run smoothly over its edges."""
+    """A mesh with smooth shading."""
     v, f = np.asarray(vertices, np.float64), np.asarray(triangles, np.int64)
     n = np.zeros_like(v)
     for corner in range(3):
@@ -52,7 +52,7 @@ def smooth(vertices: ArrayLike, triangles: ArrayLike) -> Mesh:
 
 
 def join(meshes: Sequence[Mesh]) -> Mesh:
-    """All the meshes as one, in their order."""
+    """All meshes as one, in their order."""
     starts = np.cumsum([0] + [len(m.vertices) for m in meshes[:-1]])
     return Mesh(
         np.concatenate([m.vertices for m in meshes]),
@@ -90,7 +90,7 @@ def cylinder(radius: float, z0: float, z1: float, centre: ArrayLike = (0, 0), n:
 
 
 def ellipsoid(centre: ArrayLike, radii: ArrayLike, power: float = 1.0, n: int = 20) -> Mesh:
-    """A closed ellipsoid; a `power` below 1 fills it out towards a box, as a cushion is."""
+    """A closed ellipsoid. A `power` below 1 makes it more like a box, such as a cushion."""
     lat = np.linspace(-np.pi / 2, np.pi / 2, n // 2 + 1)[1:-1]
     lon = np.arange(n) * 2 * np.pi / n
 

@@ -1,4 +1,4 @@
-"""Walks through a house: smooth, turning, from room to room, and never near anything."""
+"""Walks through a house: smooth, with turns, from room to room, and clear of obstacles."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ATTEMPTS = 60
 
 @dataclass(frozen=True)
 class Walk:
-    """Where a camera is and looks, frame by frame, in the house's frame."""
+    """The position and direction of a camera in each frame, in the house's frame."""
 
     position: Floats  # (T, 2) metres
     heading: Floats  # (T,) radians, of the camera
@@ -33,7 +33,7 @@ class Walk:
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast a walk goes: the frame's whole share of either, or some of both."""
+    """The speed of a walk: in a frame, one of the two motions, or a part of each."""
 
     step: float  # metres
     turn: float  # radians
@@ -64,7 +64,7 @@ def walk(scene: Scene, renderer: Renderer, frames: int, height: float, seed: lis
 
 
 class Planner:
-    """Shortest ways over the floor, keeping to the open."""
+    """Shortest paths over the floor that prefer open space."""
 
     def __init__(self, floor: FloorMap) -> None:
         self.floor = floor
@@ -112,7 +112,7 @@ class Planner:
 
 @dataclass(frozen=True)
 class Route:
-    """A way over the floor, and when a walk is where on it."""
+    """A path over the floor, and the times at which a walk reaches its points."""
 
     xy: Floats  # (N, 2), FINE apart
     course: Floats  # (N,) radians, unwrapped
@@ -138,9 +138,9 @@ def _long_route(
 
 
 def smooth_route(planner: Planner, corners: Floats, pace: Pace) -> Route | None:
-    """The way along `corners` (N, 2), metres, rounded off as much as what is near it allows.
+    """The path along `corners` (N, 2), metres, smoothed as far as obstacles allow.
 
-    None if it comes too near to something even when it is hardly rounded off.
+    None if it is too close to an obstacle with minimal smoothing too.
     """
     even = _every(corners, FINE)
     for radius in (0.3, 0.2, 0.13, 0.08):
@@ -167,7 +167,7 @@ def _every(points: Floats, spacing: float) -> Floats:
 def _best_stretch(
     route: Route, scene: Scene, renderer: Renderer, frames: int, height: float
 ) -> tuple[Floats, Floats] | None:
-    """Positions (T, 2) and courses (T,) of the stretch to film, if one is free throughout."""
+    """Positions (T, 2) and courses (T,) of the stretch to record, if one is free throughout."""
     frame = np.arange(int(route.frame[-1]) + 1)
     xy = np.stack([np.interp(frame, route.frame, route.xy[:, a]) for a in (0, 1)], axis=1)
     course = np.interp(frame, route.frame, route.course)
@@ -191,7 +191,7 @@ def _best_stretch(
 
 
 def _merit(course: Floats, view: NDArray[np.float32], room: NDArray[np.int64]) -> float:
-    """How good a stretch is: about 2.5 degrees of turn a frame, a far view, a doorway."""
+    """The score of a stretch: about 2.5 degrees of turn per frame, a far view, a doorway."""
     turned = float(np.abs(np.diff(course)).sum())
     wanted = np.radians(2.5) * (len(course) - 1)
     turning = -abs(turned - wanted) / max(wanted, 1e-9)

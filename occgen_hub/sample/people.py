@@ -22,13 +22,13 @@ SLOWING = 3.0  # frames from walking to standing
 
 
 def plan_people(renderer: Renderer, episode: Episode, count: int, seed: list[int]) -> People:
-    """People for an episode; every second one walks and then stands still.
+    """People for an episode. Every second one walks and then stands still.
 
-    Raises UsageError when there is no room for so many.
+    Raises UsageError if there is no room for so many.
     """
     strolls: list[Stroll] = []
     if count:
-        stage = _Stage(renderer, episode)
+        stage = _Surroundings(renderer, episode)
         for number in range(count):
             rng = np.random.default_rng([*seed, number])
             found = stage.stroll(strolls, number % 2 == 1, rng)
@@ -41,7 +41,7 @@ def plan_people(renderer: Renderer, episode: Episode, count: int, seed: list[int
     return People(tuple(strolls))
 
 
-class _Stage:
+class _Surroundings:
     """The floor and the camera's view of it."""
 
     def __init__(self, renderer: Renderer, episode: Episode) -> None:
@@ -55,7 +55,7 @@ class _Stage:
         self.visible = [cells[s] for s in seen if s.any()] or [cells]
 
     def stroll(self, others: list[Stroll], stops: bool, rng: np.random.Generator) -> Stroll | None:
-        """The best seen of some strolls; None if none keeps clear of the camera and the others."""
+        """The best visible of some strolls. None if all are too near the camera or other people."""
         best: tuple[float, Stroll] | None = None
         for _ in range(ATTEMPTS):
             found = self._candidate(stops, rng)
@@ -69,7 +69,7 @@ class _Stage:
         return best[1] if best else None
 
     def _candidate(self, stops: bool, rng: np.random.Generator) -> Stroll | None:
-        """To and fro between two places that the camera sees."""
+        """A stroll to and fro between two places that the camera sees."""
         n = len(self.episode)
         pace = Pace(rng.uniform(0.09, 0.13), np.radians(20.0))
         here, there = (
@@ -108,7 +108,7 @@ class _Stage:
         return all(np.linalg.norm(stroll.xy - xy, axis=1).min() > APART for xy in middles)
 
     def _sight(self, frames: NDArray[np.integer], xy: Floats) -> NDArray[np.bool_]:
-        """Whether (N, heights) the camera of frames (N,) sees places (N, 2) at each height."""
+        """(N, heights) bool: whether the camera in frames (N,) sees (N, 2) at each height."""
         poses = self.camera[frames]
         K, camera = self.episode.camera.K, self.episode.camera
         out = []

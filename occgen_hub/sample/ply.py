@@ -24,7 +24,7 @@ Bytes = NDArray[np.uint8]
 
 
 def write_mesh(path: Path, scenes: Sequence[Scene]) -> None:
-    """Every scene in one binary mesh: world coordinates, metres, double; a colour per vertex."""
+    """Write all scenes as one binary mesh: world coordinates, metres, double; vertex colours."""
     points, colours, triangles, start = [], [], [], 0
     for scene in scenes:
         mesh = scene.mesh
@@ -44,10 +44,10 @@ def write_mesh(path: Path, scenes: Sequence[Scene]) -> None:
 
 
 def write_cloud(path: Path, scene: Scene, cloud: Floats, walked: Floats) -> None:
-    """A scene's cloud (N, 3) in the house's frame, after the path walked (T, 3) in the world's.
+    """Write the path (T, 3) in the world's frame and a scene's cloud (N, 3) in the house's frame.
 
-    The path is black and obstacles are grey. The floor is dark blue near obstacles, and runs
-    through light blue to green where it is free.
+    The path is black and obstacles are grey. The floor changes from dark blue near obstacles over
+    light blue to green where it is free.
     """
     low = cloud[:, 2] < STEP
     away, _ = cKDTree(cloud[~low, :2]).query(cloud[low, :2])
@@ -77,7 +77,7 @@ def cloud_of(scene: Scene, rng: np.random.Generator) -> Floats:
 
 
 def to_world(scene: Scene, points: NDArray[np.floating[Any]]) -> Floats:
-    """Points (N, 3) of the house's frame in the world's, metres."""
+    """Points (N, 3) from the house's frame in the world's frame, metres."""
     T = scene.world_from_house
     return np.asarray(points @ T[:3, :3].T + T[:3, 3])
 
@@ -86,13 +86,13 @@ def _seen(scene: Scene, points: Floats, reach: Floats) -> NDArray[np.bool_]:
     """Which points (N, 3) are in the house and, within `reach` (N,) up or down, in the band."""
     x0, y0, x1, y1 = scene.plan.rect
     x, y, z = points.T
-    # Windows are ten centimetres deep; what is farther out is the outside of the walls.
+    # Windows are ten centimetres deep; points farther out are on the outside of the walls.
     inside = (x > x0 - 0.11) & (x < x1 + 0.11) & (y > y0 - 0.11) & (y < y1 + 0.11)
     return np.asarray(inside & (z + reach >= -1e-6) & (z - reach <= BAND))
 
 
 def _thinned(points: Floats) -> Floats:
-    """For each cube of side SPACING the point nearest to its middle."""
+    """The point nearest to the middle of each cube of side SPACING."""
     at = (points + SHIFT) / SPACING
     cube = np.floor(at).astype(np.int64)
     cube -= cube.min(axis=0)

@@ -12,26 +12,26 @@ WAVES = 3  # waves that are summed: a quarter, three and five quarters of one
 
 
 def with_noise(poses: Floats, size: Size, rng: np.random.Generator) -> Floats:
-    """Poses (T, 4, 4), world_from_camera, each with an error of its own.
+    """Poses (T, 4, 4), world_from_camera, each with an independent error.
 
-    size: the deviation of the position, metres, and of the rotation, degrees, for each axis.
+    size: standard deviation per axis of the position, metres, and of the rotation, degrees.
     """
     shift, turn = rng.standard_normal((2, len(poses), 3))
     return _moved(poses, size[0] * shift, np.radians(size[1]) * turn)
 
 
 def with_drift(poses: Floats, size: Size, rng: np.random.Generator) -> Floats:
-    """Poses (T, 4, 4), world_from_camera, whose error changes smoothly along the trajectory.
+    """Poses (T, 4, 4), world_from_camera, with an error that changes smoothly.
 
-    size: the largest error of the position, metres, and of the rotation, degrees, for each axis.
-        The first pose has none.
+    size: largest error per axis of the position, metres, and of the rotation, degrees. The error of
+        the first pose is zero.
     """
     shift, turn = _curves(len(poses), rng), _curves(len(poses), rng)
     return _moved(poses, size[0] * shift, np.radians(size[1]) * turn)
 
 
 def _curves(count: int, rng: np.random.Generator) -> Floats:
-    """Three smooth random curves (count, 3) that start at 0; the largest magnitude of each is 1."""
+    """Three smooth random curves (count, 3) that start at 0 and have a largest magnitude of 1."""
     t = np.linspace(0, 1, count)[:, None]
     waves = np.arange(1, WAVES + 1)
     basis = np.sin(np.pi * (waves - 0.5) * t)  # None of them returns to 0 at the end.
@@ -41,7 +41,7 @@ def _curves(count: int, rng: np.random.Generator) -> Floats:
 
 
 def _moved(poses: Floats, shift: Floats, turn: Floats) -> Floats:
-    """Poses with their positions shifted, (T, 3) metres, and turned about themselves, radians."""
+    """Poses with shifted positions, (T, 3) metres, rotated about their positions, radians."""
     out = poses.copy()
     out[:, :3, :3] = Rotation.from_rotvec(turn).as_matrix() @ poses[:, :3, :3]
     out[:, :3, 3] += shift

@@ -21,10 +21,10 @@ Columns = Mapping[str, NDArray[Any]]
 
 
 class Recorder:
-    """Writes the records of a dataset, episode by episode, and its metadata at the end."""
+    """Writes the tables of a dataset's episodes, and its metadata at the end."""
 
     def __init__(self, folder: Path, faults: bool, image_ranges: bool) -> None:
-        """Write into `folder`; `image_ranges` notes which images are an episode's own."""
+        """Write into `folder`. image_ranges: whether to record the images of each episode."""
         self.folder, self.faults, self.image_ranges = folder, faults, image_ranges
         self.fps = WRONG_FPS if faults else VIDEO_FPS
         self.frames = 0
@@ -33,7 +33,7 @@ class Recorder:
         self.stats: list[dict[str, Any]] = []
 
     def add(self, episode: Episode) -> None:
-        """Write an episode's parquet, and take note of it for the metadata."""
+        """Write an episode's parquet, and collect its metadata."""
         number, n = len(self.episodes), len(episode)
         columns = self._columns(episode, n)
         held = {k: v for k, v in columns.items() if not self.faults or k in ("index", *MATRICES)}
@@ -60,7 +60,7 @@ class Recorder:
         _write_lines(meta / "tasks.jsonl", tasks)
 
     def _columns(self, episode: Episode, n: int) -> dict[str, NDArray[Any]]:
-        """The columns of `n` rows; rows past the episode's own repeat its last pose."""
+        """The columns of `n` rows. Rows after the end of the episode repeat its last pose."""
         rows = np.arange(n)
         own = np.linspace(0, len(episode) - 1, n).round().astype(np.int64)
         return {
@@ -114,7 +114,7 @@ def _write_parquet(path: Path, columns: Columns) -> None:
 
 
 def _hub_feature(values: NDArray[Any]) -> dict[str, Any]:
-    """How Hugging Face's datasets describes a column of such values."""
+    """The description of a column of such values by Hugging Face's datasets."""
     feature: dict[str, Any] = {"dtype": str(values.dtype), "_type": "Value"}
     for _ in range(values.ndim - 1):
         feature = {"feature": feature, "_type": "Sequence"}

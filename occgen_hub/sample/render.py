@@ -1,4 +1,4 @@
-"""Pictures of a scene by ray tracing: colour, and exact depth."""
+"""Render a scene by ray tracing: colour, and exact depth."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ class Renderer:
         self.walls = np.array([r.rect for r in scene.plan.rooms], np.float32)
 
     def distance(self, points: Floats) -> Array:
-        """How far points (N, 3), metres, are from the nearest surface."""
+        """The distance of points (N, 3) to the nearest surface, metres."""
         found = self.tracer.compute_distance(self._tensor(points.astype(np.float32)))
         return np.asarray(found.numpy(), np.float32)
 
     def range(self, origins: Floats, directions: Floats) -> Array:
-        """How many times its direction (N, 3) a ray goes before it meets something."""
+        """The distance to the first hit of each ray, in units of its direction (N, 3)."""
         rays = np.concatenate([origins, directions], axis=1).astype(np.float32)
         return np.asarray(self._cast(self.tracer, rays)["t_hit"], np.float32)
 
@@ -78,8 +78,8 @@ class Renderer:
         """The view of a camera whose pose (4, 4) has OpenCV axes, with people if there are any.
 
         Returns:
-            colour (H, W, 3); depth (H, W) along the optical axis in metres, inf where nothing; and
-            classes (H, W), 0 where nothing.
+            colour (H, W, 3); depth (H, W) along the optical axis in metres, inf without a hit; and
+            classes (H, W), 0 without a hit.
         """
         R, t = house_from_camera[:3, :3], house_from_camera[:3, 3]
         direction = (camera.rays() @ R.T).astype(np.float32)
@@ -133,7 +133,7 @@ class Renderer:
         focal: float,
         moving: Any,
     ) -> Array:
-        """Lit colours (N, 3) of what rays (N, 6) meet; `moving` traces what casts shadows too."""
+        """Lit colours (N, 3) at the hits of rays (N, 6). moving: tracer of people, for shadows."""
         scene, direction = self.scene, rays[:, 3:]
         point = rays[:, :3] + depth[:, None] * direction
         normal = self.normals[triangle, 0]
@@ -162,7 +162,7 @@ class Renderer:
         uv: Array,
         moving: Any,
     ) -> Array:
-        """Lit colours (N, 3) of the people that rays (N, 6) meet."""
+        """Lit colours (N, 3) of the people hit by rays (N, 6)."""
         corners = people.faces[triangle]
         share = np.stack([1 - uv.sum(axis=1), uv[:, 0], uv[:, 1]], axis=1)
         normal = np.einsum("nij,ni->nj", people.normals[corners], share)
@@ -174,7 +174,7 @@ class Renderer:
     def _on_object(
         self, point: Array, normal: Array, part: NDArray[np.int32]
     ) -> tuple[Array, Array]:
-        """Surface coordinates (N,), metres, in the object's own axes: seen from its main face."""
+        """Surface coordinates (N,), metres, in the object's axes, seen from its main face."""
         yaw = self.scene.part_yaw.astype(np.float32)[part]
         q = point - self.scene.part_position.astype(np.float32)[part]
         c, s = np.cos(yaw), np.sin(yaw)
@@ -186,7 +186,7 @@ class Renderer:
         return np.where(side, y, x), np.where(level, y, q[:, 2])
 
     def _light(self, point: Array, normal: Array, moving: Any) -> Array:
-        """How brightly each point (N,) is lit: by its room's lamp, and dimly from all about."""
+        """Brightness of each point (N,): light of its room's lamp, and ambient light."""
         off = point + normal * np.float32(2e-3)
         cell = ((off[:, :2] - self.low.astype(np.float32)) / CELL).astype(np.int64)
         cell = np.clip(cell, 0, np.array(self.rooms.shape) - 1)
@@ -203,7 +203,7 @@ class Renderer:
         return np.asarray(self._ambient(off, normal, room) + lamp, np.float32)
 
     def _ambient(self, point: Array, normal: Array, room: NDArray[np.int8]) -> Array:
-        """Light from all about, less of it towards the edges and corners of a room."""
+        """Ambient light, which decreases towards the edges and corners of a room."""
         x0, y0, x1, y1 = self.walls[room].T
         x, y, z = point.T
         near = (np.minimum(x - x0, x1 - x), np.minimum(y - y0, y1 - y), np.minimum(z, HEIGHT - z))

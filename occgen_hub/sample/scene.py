@@ -1,4 +1,4 @@
-"""A furnished house as one mesh, with what each triangle is made of, and its place in the world."""
+"""A furnished house as one mesh, with the material of each triangle, and its pose in the world."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Scene:
     world_from_house: Floats  # (4, 4)
 
     def floor(self) -> FloorMap:
-        """Where one can walk."""
+        """The free floor."""
         floor = FloorMap(self.plan)
         for p in self.placed:
             if p.furniture.blocks:
@@ -44,7 +44,7 @@ class Scene:
 
 
 def build_scene(seed: int, number: int) -> Scene:
-    """House `number` of a seed; the same whatever other houses there are."""
+    """House `number` of a seed. It does not depend on other houses."""
     rng = np.random.default_rng([seed, number, 0])
     plan = draw_plan(rng)
     walls = shell(plan, rng)
@@ -74,7 +74,7 @@ def build_scene(seed: int, number: int) -> Scene:
 
 
 def room_map(scene: Scene) -> tuple[Floats, NDArray[np.int8]]:
-    """The nearest room to each 5 cm cell of the house: the map's low corner and the map."""
+    """The low corner and a map of the nearest room to each 5 cm cell of the house."""
     from scipy import ndimage
 
     floor = FloorMap(scene.plan)
@@ -90,7 +90,7 @@ def room_map(scene: Scene) -> tuple[Floats, NDArray[np.int8]]:
 
 
 def _world_from_house(number: int, rng: np.random.Generator) -> Floats:
-    """Houses stand on a grid four wide, each turned and with its floor at its own height."""
+    """Pose of a house. Houses are on a grid four wide, with random rotations and floor heights."""
     out = np.eye(4)
     out[:3, :3] = yaw_matrix(rng.uniform(-np.pi, np.pi))
     out[:2, 3] = (number % 4 - 1.5) * PITCH, (number // 4 - 1) * PITCH
@@ -99,5 +99,5 @@ def _world_from_house(number: int, rng: np.random.Generator) -> Floats:
 
 
 def _single(mesh: Mesh) -> Mesh:
-    """The mesh with its corners as float32 can hold them, as rays are traced in float32."""
+    """The mesh with corners rounded to float32, since rays are traced in float32."""
     return Mesh(mesh.vertices.astype(np.float32).astype(np.float64), mesh.triangles, mesh.normals)

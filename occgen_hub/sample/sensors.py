@@ -1,7 +1,7 @@
 """Errors of real depth sensors and networks, applied to exact depth images.
 
-Every model takes a `View` and a depth image (H, W) in metres along the optical axis, 0 where
-there is none, and returns such an image. Each call draws new errors from its generator.
+Every model takes a `View` and a depth image (H, W) in metres along the optical axis, 0 for none,
+and returns such an image. Each call draws new errors from its generator.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ class View:
 
     @cached_property
     def inverse(self) -> Floats:
-        """1 / depth (H, W), 0 where there is nothing. It is linear in the pixels of a plane."""
+        """1 / depth (H, W), 0 for none. It is linear in the pixels of a plane."""
         return _inverse(self.depth)
 
     @cached_property
     def slope(self) -> tuple[Floats, Floats]:
-        """The change of `inverse` a pixel, across (H, W) and down (H, W), within one surface."""
+        """The change of `inverse` per pixel, across (H, W) and down (H, W), within one surface."""
         return _slope(self.inverse, 1), _slope(self.inverse, 0)
 
     @cached_property
@@ -80,8 +80,9 @@ class View:
     def edges(self) -> Bools:
         """The pixels (H, W) on either side of a depth discontinuity.
 
-        Neighbours differ by more than EDGE of their depth, and by as much from what the surface
-        on either side would continue to, so that a floor seen at a grazing angle has none.
+        Neighbours differ by more than EDGE of their depth, both from one another and from the
+        linear continuation of the surface on each side. So a floor seen at a grazing angle has no
+        edges.
         """
         return np.asarray(_jumps(self.inverse) | _jumps(self.inverse.T).T)
 
@@ -90,11 +91,11 @@ Model = Callable[[View, Floats, np.random.Generator], Floats]
 
 
 def flying(view: View, depth: Floats, rng: np.random.Generator) -> Floats:
-    """Flying pixels: about a discontinuity, half of the pixels mix the depth of its two sides.
+    """Flying pixels: half of the pixels at a discontinuity mix the depth of its two sides.
 
-    A pixel there collects light of both surfaces, as in time-of-flight cameras and laser scanners
+    Such a pixel collects light of both surfaces, as in time-of-flight cameras and laser scanners
     (Sabov and Krueger, "Identification and correction of flying pixels in range camera data",
-    2008). The pixels are those on either side.
+    2008). The pixels on both sides of the discontinuity are affected.
     """
     far = ndimage.maximum_filter(depth, 5, mode="nearest")
     near = 1 / ndimage.maximum_filter(_inverse(depth), 5, mode="nearest").clip(1e-6)
@@ -104,16 +105,16 @@ def flying(view: View, depth: Floats, rng: np.random.Generator) -> Floats:
 
 
 def network(view: View, depth: Floats, rng: np.random.Generator) -> Floats:
-    """A network's depth: wrong in scale, wrong smoothly over the image, and blurred at edges.
+    """A network's depth: with errors of scale, smooth errors over the image, and blurred edges.
 
-    Each frame has a scale of its own (deviation 1 %) and a smooth factor with a few bumps across:
-    bicubic between values of deviation 1 % on a coarse grid, so about 2 % to either side.
-    These magnitudes are assumptions, of the order that feed-forward networks reach on rooms after
+    Each frame has its own scale (deviation 1 %) and a smooth factor, which is interpolated
+    bicubically from values of deviation 1 % on a coarse grid, so about 2 % to either side.
+    These magnitudes are assumptions, similar to those of feed-forward networks in rooms after
     their depth is aligned to the world.
     """
     inverse, known = _inverse(depth), (depth > 0).astype(np.float64)
     weight = ndimage.gaussian_filter(known, BLUR, mode="nearest", truncate=3)
-    # Planes are linear in inverse depth, so that the blur leaves them as they are.
+    # Planes are linear in inverse depth, so the blur does not change them.
     blurred = ndimage.gaussian_filter(inverse, BLUR, mode="nearest", truncate=3)
     scale = np.exp(SCALE * rng.standard_normal())
     factor = np.exp(FIELD * smooth_field(depth.shape, NODES, rng))
@@ -121,12 +122,12 @@ def network(view: View, depth: Floats, rng: np.random.Generator) -> Floats:
 
 
 def stereo(view: View, depth: Floats, rng: np.random.Generator) -> Floats:
-    """Stereo matching: disparity errors that hang together over the window, and fat edges.
+    """Stereo matching: disparity errors that are correlated over the window, and wide edges.
 
     The deviation is depth**2 * SUBPIXEL / (focal * BASELINE) (Keselman et al., "Intel RealSense
     stereoscopic depth cameras", 2017). Neighbouring pixels share most of their matching window,
-    so their errors are alike; a coarser component stands for smoothing and lack of texture. In a
-    window with a discontinuity the nearer side wins, so that foreground grows by some pixels.
+    so their errors are correlated; a coarser component models smoothing and lack of texture. In a
+    window with a discontinuity the nearer side wins, so the foreground grows by some pixels.
     """
     inverse = _inverse(depth)
     size = 2 * FATTENING + 1
@@ -135,7 +136,7 @@ def stereo(view: View, depth: Floats, rng: np.random.Generator) -> Floats:
     inverse = np.where(about & (nearest > (1 + EDGE) * inverse), nearest, inverse)
     error = correlated(depth.shape, rng) * stereo_disparity_sigma(view.K, depth.shape[1])
     inverse = inverse + np.where(inverse > 0, error, 0)
-    # A surface whose disparity is about nothing cannot be measured.
+    # A surface with a disparity near zero cannot be measured.
     return _inverse(np.where(inverse > 0.05, inverse, 0))
 
 
@@ -150,8 +151,8 @@ def kinect(view: View, depth: Floats, rng: np.random.Generator) -> Floats:
     Axial and lateral noise are those of Nguyen, Izadi and Lovell, "Modeling Kinect sensor noise
     for improved 3D reconstruction and tracking", 2012. Disparity has steps of 1/8 pixel, as in
     Handa et al., "A benchmark for RGB-D visual odometry, 3D reconstruction and SLAM", 2014. There
-    is no depth under 0.4 m, at grazing angles, and where the projector, which stands beside the
-    camera, throws no light: to the left of near things.
+    is no depth under 0.4 m, at grazing angles, and in the shadow of the projector, which is beside
+    the camera: to the left of near objects.
     """
     angle = np.minimum(view.incidence, np.radians(89.0))
     lost = (view.depth < NEAREST) | (view.incidence > GRAZING) | _shadow(view)
@@ -194,7 +195,7 @@ def speckle(view: View, depth: Floats, rng: np.random.Generator) -> Floats:
     return out
 
 
-# In the order in which they come about: the light, how it is measured, what is matched wrongly.
+# In their physical order: the light, its measurement, wrong matches.
 MODELS: dict[str, Model] = {
     "flying": flying,
     "network": network,
@@ -210,13 +211,13 @@ def corrupt(
     """Depth with the errors of the named models, in the order of MODELS.
 
     Args:
-        depth: (H, W) metres along the optical axis; not finite where there is nothing.
+        depth: (H, W) metres along the optical axis; not finite for none.
         K: (3, 3) intrinsics, pixels.
         noise: names in MODELS.
-        seed: the frame's own; each model derives a generator from it.
+        seed: of the frame; each model derives a generator from it.
 
     Returns:
-        (H, W) metres, 0 where there is no depth.
+        (H, W) metres, 0 for none.
     """
     exact = np.where(np.isfinite(depth), depth, 0).astype(np.float64)
     view, out = View(exact, K), exact
@@ -227,7 +228,7 @@ def corrupt(
 
 
 def correlated(shape: tuple[int, ...], rng: np.random.Generator) -> Floats:
-    """Noise (H, W) of unit variance that hangs together over a matching window and beyond."""
+    """Noise (H, W) of unit variance that is correlated over a matching window and beyond."""
     fine = ndimage.uniform_filter(rng.standard_normal(shape), WINDOW, mode="wrap") * WINDOW
     coarse = ndimage.gaussian_filter(rng.standard_normal(shape), COARSE, mode="wrap")
     coarse *= 2 * np.sqrt(np.pi) * COARSE
@@ -256,7 +257,7 @@ def _inverse(depth: Floats) -> Floats:
 
 
 def _slope(values: Floats, axis: int) -> Floats:
-    """The smaller of the differences to the two neighbours, which stays within one surface."""
+    """The smaller of the differences to the two neighbours, which is within one surface."""
     step = np.diff(values, axis=axis)
     first, last = np.take(step, [0], axis), np.take(step, [-1], axis)
     before = np.concatenate([first, step], axis)
@@ -280,7 +281,7 @@ def _jumps(inverse: Floats) -> Bools:
 
 
 def _shadow(view: View) -> Bools:
-    """The pixels (H, W) that the projector, to the right of the camera, does not light."""
+    """The pixels (H, W) in the shadow of the projector, which is to the right of the camera."""
     height, width = view.depth.shape
     depth = np.where(view.depth > 0, view.depth, np.inf)
     row = np.broadcast_to(np.arange(height)[:, None], depth.shape)
@@ -292,7 +293,7 @@ def _shadow(view: View) -> Bools:
     for side in (low, low + 1):
         np.minimum.at(lit, (row, side), depth)
     nearest = np.minimum(lit[row, low], lit[row, low + 1])
-    # Two pixels beside each other fall into one column; only what is well behind lies in shadow.
+    # Neighbouring pixels may fall into one column; only those well behind are in the shadow.
     hidden = (view.depth > 0) & (nearest < (1 - EDGE) * depth)
     steep = np.abs(view.slope[0]) > EDGE * view.inverse
     return np.asarray(hidden & ~steep)
@@ -301,11 +302,11 @@ def _shadow(view: View) -> Bools:
 def _looked_up(view: View, depth: Floats, offset: Floats) -> Floats:
     """The depth at pixels shifted by offset (2, H, W), down and across.
 
-    Within a surface it is interpolated; across a discontinuity the nearest pixel's is taken.
+    Within a surface it is interpolated; across a discontinuity it is that of the nearest pixel.
     """
     at = np.indices(depth.shape) + offset
     inverse = _inverse(depth)
-    # mode="nearest" keeps to the image where the shift leaves it.
+    # mode="nearest" uses the border if the shift leaves the image.
     between = ndimage.map_coordinates(inverse, at, order=1, mode="nearest")
     nearest = ndimage.map_coordinates(inverse, at, order=0, mode="nearest")
     beside = np.abs(between - nearest) > EDGE * nearest

@@ -1,4 +1,4 @@
-"""The whole tree: which trajectories there are, and each written whole or not at all."""
+"""Write the whole tree of a sample. Each trajectory appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ LAYOUTS = {
     "trajectories": "trajectories",
     "scenes": "scenes",
 }
-"""The names of the layouts, and what is filmed in each."""
+"""The names of the layouts, and how each is recorded."""
 VIDEOS = "videos/chunk-000"
 Tick = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class Corruptions:
-    """What makes a recording other than a perfect one of empty rooms; see `make_sample`."""
+    """The differences of a recording from a perfect one of empty rooms; see `make_sample`."""
 
     noise: tuple[str, ...] = ()
     pose_noise: Size | None = None
@@ -69,7 +69,7 @@ class Corruptions:
     labels: bool = False
 
     def check(self) -> None:
-        """Raises UsageError for values out of range."""
+        """Raise UsageError for values out of range."""
         for name in self.noise:
             if name not in MODELS:
                 raise UsageError(f"noise is {name!r}; give some of {', '.join(MODELS)}.")
@@ -124,15 +124,16 @@ def write_tree(
         for number in range(-(-trajectories // PER_SCENE)):
             mine = range(number * PER_SCENE, min((number + 1) * PER_SCENE, trajectories))
             place = Path(group, f"house_{number:03d}")
-            stage = _Stage(seed, number, frames, faults, corruptions, truth / place, tick)
+            stage = _SceneRecorder(seed, number, frames, faults, corruptions, truth / place, tick)
             scenes.append(stage.scene)
             if layout == "cameras":
-                written.append(stage.film_cameras(out / place, mine))
+                written.append(stage.record_vlnce(out / place, mine))
             elif layout == "scenes":
-                written.append(stage.film_together(out / place, mine))
+                written.append(stage.record_scene(out / place, mine))
             else:
                 written += [
-                    stage.film_alone(out / place / f"trajectory_{k % PER_SCENE}", k) for k in mine
+                    stage.record_trajectory(out / place / f"trajectory_{k % PER_SCENE}", k)
+                    for k in mine
                 ]
         write_mesh(truth / "mesh.ply", scenes)
         if corruptions.labels:
@@ -152,16 +153,16 @@ def _check(out: Path, trajectories: int, frames: int, seed: int, layout: str) ->
 
 
 @dataclass
-class _Shot:
-    """What an episode of a dataset is filmed with."""
+class _EpisodeSetup:
+    """The settings with which an episode is recorded."""
 
     number: int  # the episode's, in its dataset
     first: int  # its first image's number
     camera: int
 
 
-class _Stage:
-    """A scene, ready to be filmed."""
+class _SceneRecorder:
+    """Records trajectories in a scene."""
 
     def __init__(
         self,
@@ -179,26 +180,26 @@ class _Stage:
         self.renderer = Renderer(self.scene)
         self.cloud = cloud_of(self.scene, np.random.default_rng([seed, number, 1]))
 
-    def film_alone(self, folder: Path, trajectory: int) -> Path:
-        """A trajectory in a folder of its own."""
+    def record_trajectory(self, folder: Path, trajectory: int) -> Path:
+        """Write a trajectory into its own folder."""
         with atomic_folder(folder) as part:
             _make_folders(part, labels=self.corruptions.labels)
             recorder = Recorder(part, self.faults, image_ranges=False)
-            episode = self._film(part, trajectory, _Shot(0, 0, trajectory), folder.name)
+            episode = self._film(part, trajectory, _EpisodeSetup(0, 0, trajectory), folder.name)
             recorder.add(episode)
             recorder.close()
             walked = episode.world_from_camera[:, :3, 3]
             write_cloud(part / "data/chunk-000/path.ply", self.scene, self.cloud, walked)
         return folder
 
-    def film_together(self, folder: Path, trajectories: range) -> Path:
-        """Several trajectories as the episodes of one folder, all with the same camera."""
+    def record_scene(self, folder: Path, trajectories: range) -> Path:
+        """Write several trajectories as the episodes of one folder, all with the same camera."""
         with atomic_folder(folder) as part:
             _make_folders(part, labels=self.corruptions.labels)
             recorder = Recorder(part, self.faults, image_ranges=True)
             walked: list[Floats] = []
             for number, trajectory in enumerate(trajectories):
-                shot = _Shot(number, recorder.frames, self.number)
+                shot = _EpisodeSetup(number, recorder.frames, self.number)
                 episode = self._film(part, trajectory, shot, f"episode_{number:06d}")
                 recorder.add(episode)
                 walked.append(episode.world_from_camera[:, :3, 3])
@@ -207,8 +208,8 @@ class _Stage:
             write_cloud(part / "meta/pointcloud.ply", self.scene, self.cloud, path)
         return folder
 
-    def film_cameras(self, folder: Path, trajectories: range) -> Path:
-        """Several trajectories as the episodes of a scene of VLN-CE, each by several cameras."""
+    def record_vlnce(self, folder: Path, trajectories: range) -> Path:
+        """Write several trajectories as episodes of a VLN-CE scene, each with several cameras."""
         camera = vlnce.ce_camera()
         with atomic_folder(folder) as part:
             recorder = vlnce.CeRecorder(part)
@@ -241,10 +242,10 @@ class _Stage:
         self.tick()
         return colour, self._measured(metres, camera.K, [int(pose[2, 3] * 1e4), frame])
 
-    def _film(self, folder: Path, trajectory: int, shot: _Shot, name: str) -> Episode:
+    def _film(self, folder: Path, trajectory: int, shot: _EpisodeSetup, name: str) -> Episode:
         """Render an episode and write its images, its videos and, as `name`, its truth.
 
-        Returns it with the poses that the records state.
+        Returns it with the poses that the tables state.
         """
         camera = CAMERAS[shot.camera % len(CAMERAS)]
         n = length_of(trajectory, self.frames)
@@ -281,12 +282,12 @@ class _Stage:
         return self._stated(episode, trajectory)
 
     def _measured(self, depth: Array, K: Floats, own: list[int]) -> NDArray[np.floating[Any]]:
-        """Depth (H, W), metres, as the sensor measures it; `own` is the frame's seed."""
+        """Depth (H, W), metres, as the sensor measures it. own: the frame's seed."""
         noise = self.corruptions.noise
         return corrupt(depth, K, noise, [self.seed, self.number, 3, *own]) if noise else depth
 
     def _stated(self, episode: Episode, trajectory: int) -> Episode:
-        """The episode with the errors that its stated poses have."""
+        """The episode with the errors of its stated poses."""
         seed = [self.seed, self.number, 4, trajectory]
         poses = episode.world_from_camera
         if self.corruptions.pose_drift:

@@ -6,7 +6,7 @@ Arrays of T frames, V vertices and F triangles:
 - `intrinsics` (3, 3) float64: pixels; pixel (u, v) has its centre at (u + 0.5, v + 0.5).
 - `people_vertices` (T, V, 3) float32: the people's mesh in each frame, world coordinates, metres.
 - `people_faces` (F, 3) int32: its triangles, counter-clockwise seen from outside.
-- `people_labels` (F,) int32: which person a triangle belongs to, from 0.
+- `people_labels` (F,) int32: the person of each triangle, from 0.
 
 The truth of labels is in a file for all scenes: `labels` (F,) uint8, the class of each triangle of
 `mesh.ply`; `person` uint8, the class of people; `taxonomy`, its name.
@@ -29,13 +29,13 @@ from occgen_hub.taxonomy import load_taxonomy
 def write_truth(path: Path, episode: Episode, people: People, vertices: Floats) -> None:
     """Write an episode's truth. Equal content gives equal bytes.
 
-    vertices: (T, V, 3) the people's, world coordinates, metres.
+    vertices: (T, V, 3) of the people, world coordinates, metres.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(
         path,
         world_from_camera=episode.world_from_camera @ OPENCV,
-        # As the records state them, in single precision, and as the rays are cast.
+        # In single precision, as in the tables and as rays are cast.
         intrinsics=episode.camera.K.astype(np.float32).astype(np.float64),
         people_vertices=vertices.astype(np.float32),
         people_faces=people.faces,

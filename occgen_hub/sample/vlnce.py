@@ -1,4 +1,4 @@
-"""The VLN-CE layout: the episodes of a scene, each filmed by several cameras."""
+"""The VLN-CE layout: the episodes of a scene, each recorded by several cameras."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from occgen_hub.sample.render import Camera
 Metres = NDArray[np.floating[Any]]
 GROUP = "sample_r2r"
 HFOV = 79.0
-"""Degrees from side to side; the files do not say it."""
+"""Horizontal field of view in degrees, which the files do not state."""
 
 MOUNTS = {"125cm_0deg": (1.25, 0.0), "125cm_30deg": (1.25, -30.0)}
 """The cameras, by name: metres above the floor, degrees upward."""
@@ -28,17 +28,17 @@ UNITS = 1000
 SEPARATOR = "<INSTRUCTION_SEP>"
 STOP, FORWARD, LEFT, RIGHT = range(4)
 TURN = np.radians(2.0)
-"""Between two frames: what turns by less goes forward."""
+"""Largest rotation between two frames for which the action is forward."""
 
 
 def ce_camera() -> Camera:
-    """The one camera, of the proportions of the data's own, at half the size."""
+    """The camera, with the proportions of the real data, at half the size."""
     focal = 320 / 2 / np.tan(np.radians(HFOV) / 2)
     return Camera(320, 240, float(focal), float(focal))
 
 
 def image_path(folder: Path, kind: str, camera: str, episode: int, frame: int) -> Path:
-    """Where an image goes; kind: "rgb" or "depth"."""
+    """The path of an image. kind: "rgb" or "depth"."""
     suffix = "jpg" if kind == "rgb" else "png"
     place = folder / f"videos/chunk-{episode // 1000:03d}/observation.images.{kind}.{camera}"
     return place / f"episode_{episode:06d}_{frame}.{suffix}"
@@ -57,7 +57,7 @@ def write_frame(
 
 
 class CeRecorder:
-    """Writes the tables of a scene, episode by episode, and its metadata at the end."""
+    """Writes the tables of a scene's episodes, and its metadata at the end."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -123,7 +123,7 @@ def film(
 
 
 def _actions(episode: Episode) -> NDArray[np.int64]:
-    """(T,) what leads to the next frame: forward, or a turn; at last, stop."""
+    """(T,) the action that leads to the next frame: forward or a turn; the last one is stop."""
     forward = -episode.world_from_camera[:, :2, 2]
     heading = np.unwrap(np.arctan2(forward[:, 1], forward[:, 0]))
     turn = np.diff(heading)

@@ -1,7 +1,7 @@
 """A built dataset for PyTorch: any frame by its number, or as a stream. Needs torch.
 
-The index says where each frame is. Occupancy comes from the Parquet shards, whose row groups hold a
-few frames each; images, depth and tasks come from there too, or from the trajectories' folders.
+The index lists the location of each frame. Occupancy is read from the Parquet shards, which have a
+few frames per row group. Images, depth and tasks are read from the shards or the trajectories.
 """
 
 from occgen_hub.training.augment import Augmentation, ColorJitter, Mirror, RotateYaw, View

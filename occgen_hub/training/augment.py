@@ -1,8 +1,8 @@
 """Augmentations that change grid, pose, image and intrinsics of an item together.
 
-Each is called with an item, which it changes, the item's `View` and a random generator, and returns
-the view afterwards. An augmented item is what the camera would have recorded in another world, or
-turned another way: to augment what was observed and to observe what was augmented is the same.
+Each is called with an item, which it changes, the item's `View` and a random generator. It returns
+the new view. An augmented item is what the camera would have recorded in a changed world, or after
+a rotation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Item = dict[str, Any]
 Rng = np.random.Generator
 
 BITS = ("mask", "visible")
-"""Keys of observed cells, which sparse items have as packed bits."""
+"""Keys of observed cells, which are packed bits in sparse items."""
 
 CELLS = ("occupancy", "dynamic", *BITS, "labels")
 
@@ -44,28 +44,28 @@ class View:
 
 
 class Augmentation(Protocol):
-    """What `augment` takes a sequence of."""
+    """An element of `augment`."""
 
     def check(self, grid: Grid) -> None:
-        """Raise UsageError where the grid does not allow it."""
+        """Raise UsageError if it cannot be used with the grid."""
 
     def __call__(self, item: Item, view: View, rng: Rng) -> View:
-        """Change the item, whose keys may be any of OccupancyDataset's, and return its new view."""
+        """Change the item, with any keys of OccupancyDataset, and return its new view."""
 
 
 @dataclass(frozen=True)
 class Mirror:
     """Mirrors the world, and the image with it, with a probability. Text becomes unreadable.
 
-    The world is mirrored in its x axis and the camera in its own, so poses stay rigid and gravity
-    where it was. The grid must be as wide to the left of the camera as to its right. Instructions
-    ("task") that say left or right are left as they are.
+    The world is mirrored along its x axis and the camera along its own, so poses stay rigid and
+    gravity does not change. The grid must be as wide to the left of the camera as to its right.
+    "left" and "right" in instructions ("task") are not swapped.
     """
 
     probability: float = 0.5
 
     def check(self, grid: Grid) -> None:
-        """Raise UsageError where the grid is not symmetric."""
+        """Raise UsageError if the grid is not symmetric."""
         upper = grid.lower[0] + grid.shape[0] * grid.voxel_size
         if abs(upper + grid.lower[0]) > 1e-6 * grid.voxel_size + 1e-9:
             raise UsageError(
@@ -123,11 +123,12 @@ def _mirrored_pose(value: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class RotateYaw:
-    """Turns the camera about the world's vertical by up to `degrees` either way.
+    """Rotates the camera about the world's vertical by up to `degrees` to either side.
 
-    The camera stays where it is. The image is resampled for the turned camera, with the same
-    intrinsics; what it did not see is black, has no depth and is not observed. Each cell takes the
-    state of the one that its centre was in before, so surfaces move by up to half a cell.
+    The position of the camera does not change. The image is resampled for the rotated camera, with
+    the same intrinsics. Parts that were not in the image are black, without depth, and not
+    observed. Each cell gets the state of the old cell that contains its centre, so surfaces move by
+    up to half a cell.
 
     up: (3,) the world's direction away from the ground.
     """
@@ -187,7 +188,7 @@ def _about(axis: NDArray[np.float64], angle: float) -> NDArray[np.float64]:
 
 
 def _turned(pose: NDArray[np.float64], turn: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The pose of a camera that is turned where it stands."""
+    """The pose of a camera that is rotated about its position."""
     turned = pose.copy()
     turned[:3, :3] = turn[:3, :3] @ pose[:3, :3]
     return turned
@@ -208,7 +209,7 @@ def _past_poses(item: Item, view: View) -> list[NDArray[np.float64]]:
 def _relative(
     pose: NDArray[np.float64], past: list[NDArray[np.float64]], item: Item, before: torch.Tensor
 ) -> torch.Tensor:
-    """(H, 4, 4) current_from_past; the identity where there is no such frame."""
+    """(H, 4, 4) current_from_past; the identity if there is no such frame."""
     world = np.linalg.inv(pose)
     relative = [torch.from_numpy(world @ p).to(before.dtype) for p in past]
     valid = item["history_valid"][:, None, None]
@@ -240,7 +241,7 @@ def _turned_cells(
     in_sight: NDArray[np.bool_],
     kind: str,
 ) -> torch.Tensor:
-    """Cells in the grid of the turned camera. moves: one, or one for each past frame."""
+    """Cells in the grid of the rotated camera. moves: one, or one for each past frame."""
     grid, dense = view.grid, value
     sparse = value.shape[-3:] != grid.shape
     if sparse:
@@ -275,7 +276,7 @@ def _turned_grid(
 
 
 def _turned_image(value: torch.Tensor, view: View, move: NDArray[np.float64]) -> torch.Tensor:
-    """An image, (3, H, W) uint8, or depth, (H, W) metres, as the turned camera sees it."""
+    """An image, (3, H, W) uint8, or depth, (H, W) metres, of the rotated camera."""
     height, width = value.shape[-2:]
     u, v = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
     K = view.intrinsics
@@ -301,7 +302,7 @@ def _turned_image(value: torch.Tensor, view: View, move: NDArray[np.float64]) ->
 class ColorJitter:
     """Changes brightness, contrast and saturation of the images by factors, 1 - x to 1 + x.
 
-    Past images are changed as the present one is.
+    Past images are changed like the current one.
     """
 
     brightness: float = 0.3

@@ -13,11 +13,11 @@ from occgen_hub.schema import load_schema
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of sparse items, for a DataLoader's `collate_fn`; dense ones it stacks as usual.
+    """A batch of items, for a DataLoader's `collate_fn`. Dense values are stacked as usual.
 
     Sparse "occupancy" and "dynamic" become (n, 4) int32, rows (b, i, j, k) of item b, and "history"
-    and "history_dynamic" (n, 5), rows (b, h, i, j, k), as libraries of sparse convolution take
-    them. So do the cells of LeRobotOccupancyDataset, by the names that they have there.
+    and "history_dynamic" (n, 5), rows (b, h, i, j, k), the format of sparse convolution libraries.
+    So do the cells of LeRobotOccupancyDataset, under their own names.
     """
     named = [load_schema(SCHEMA).folder(file) for file in ("visible", "dynamic")]
     batch, sparse = {}, ("occupancy", "dynamic", "history", "history_dynamic", *named)

@@ -1,7 +1,7 @@
 """Grids of two or four times the cell size, and grids seen from another camera. Compiled.
 
-A coarse cell is occupied if any of its cells is, and observed if any of them is, and has the
-commonest class of them. The last coarse cells of an axis may reach beyond the grid.
+A coarse cell is occupied if any of its cells is, observed if any of them is, and has their most
+common class. The last coarse cells of an axis may extend beyond the grid.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occgen_hub.jit import njit
-from occgen_hub.occupancy.classes import commonest
+from occgen_hub.occupancy.classes import most_common
 from occgen_hub.occupancy.grid import Grid
 
 STRIDES = (1, 2, 4)
 
 
 def coarse_grid(grid: Grid, stride: int) -> Grid:
-    """The grid whose cells are `stride` cells wide, from the same lower corner."""
+    """The grid with cells that are `stride` cells wide, and the same lower corner."""
     nx, ny, nz = (-(-n // stride) for n in grid.shape)
     return Grid(grid.lower, grid.voxel_size * stride, (nx, ny, nz))
 
@@ -25,7 +25,7 @@ def coarse_grid(grid: Grid, stride: int) -> Grid:
 def coarse_cells(
     cells: NDArray[np.int32], shape: tuple[int, int, int], stride: int
 ) -> NDArray[np.bool_]:
-    """(n,) flat numbers of cells to the dense coarse grid, bool, of those that contain one."""
+    """(n,) flat numbers of cells to a dense coarse grid, bool: which coarse cells contain one."""
     nx, ny, nz = (-(-n // stride) for n in shape)
     out = np.zeros((nx, ny, nz), np.bool_)
     _mark(cells, shape[1], shape[2], stride.bit_length() - 1, out)
@@ -35,23 +35,23 @@ def coarse_cells(
 def coarse_classes(
     cells: NDArray[np.int32], classes: NDArray[np.uint8], shape: tuple[int, int, int], stride: int
 ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """(n,) flat numbers of cells to those of coarse cells, and the commonest class in each."""
+    """(n,) flat numbers of cells to those of coarse cells, and the most common class in each."""
     i, j, k = (axis // stride for axis in np.unravel_index(cells, shape))
     _, ny, nz = (-(-n // stride) for n in shape)
-    return commonest((i * ny + j) * nz + k, classes)
+    return most_common((i * ny + j) * nz + k, classes)
 
 
 def coarse_mask(
     packed: NDArray[np.uint8], shape: tuple[int, int, int], stride: int
 ) -> NDArray[np.bool_]:
-    """A packed mask, as `np.packbits` has it, to the dense coarse grid, bool."""
+    """A mask packed by `np.packbits` to a dense coarse grid, bool."""
     nx, ny, nz = shape
     width = -(-nz // 8)
-    if nz % 8:  # Rows along z begin within a byte: give each row bytes of its own.
+    if nz % 8:  # Rows along z may begin within a byte: give each row its own bytes.
         bits = np.unpackbits(packed, count=nx * ny * nz).reshape(nx, ny, nz)
         packed = np.packbits(bits, axis=-1)
     rows = packed[: nx * ny * width].reshape(nx, ny * width)
-    joined = rows[::stride].copy()  # Whole rows with `or`, as fast as memory.
+    joined = rows[::stride].copy()  # `or` of whole rows is as fast as memory.
     for n in range(1, min(stride, nx)):
         part = rows[n::stride]
         joined[: len(part)] |= part
@@ -65,7 +65,7 @@ def coarse_mask(
 def resampled[Value: np.generic](
     dense: NDArray[Value], grid: Grid, source_from_target: NDArray[np.float64]
 ) -> NDArray[Value]:
-    """(nx, ny, nz) bool or uint8, moved: each cell has the value of that which its centre was in.
+    """Move (nx, ny, nz) bool or uint8: each cell gets the value of the cell at its centre.
 
     source_from_target: (4, 4), metres. Cells whose centres come from outside the grid are 0.
     """
@@ -74,7 +74,7 @@ def resampled[Value: np.generic](
     # In cells: source = R (target + 0.5 - camera) + t / size + camera.
     shift = source_from_target[:3, 3] / grid.voxel_size + camera - rotation @ (camera - 0.5)
     out = np.empty(grid.shape, dense.dtype)
-    _pull(np.ascontiguousarray(dense), rotation, shift, out)
+    _resample(np.ascontiguousarray(dense), rotation, shift, out)
     return out
 
 
@@ -94,7 +94,7 @@ def _mark(cells, ny, nz, shift, out):
 def _pool(rows, stride, out):
     """rows: (nx, ny, bytes); out: (nx, coarse ny, bytes, 8 / stride) 0 or 1.
 
-    The stride divides 8, so that no coarse cell lies in two bytes.
+    The stride divides 8, so no coarse cell is in two bytes.
     """
     keep = np.uint8((1 << stride) - 1)
     for i in range(out.shape[0]):
@@ -110,7 +110,7 @@ def _pool(rows, stride, out):
 
 
 @njit(nogil=True)
-def _pull(dense, rotation, shift, out):
+def _resample(dense, rotation, shift, out):
     nx, ny, nz = out.shape
     for i in range(nx):
         for j in range(ny):

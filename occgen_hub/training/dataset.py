@@ -1,4 +1,4 @@
-"""A built dataset for PyTorch: any frame by its number, decoded alone."""
+"""A built dataset for PyTorch: any frame by its number."""
 
 from __future__ import annotations
 
@@ -23,88 +23,88 @@ from occgen_hub.training.source import fetched_source, place
 
 
 class OccupancyDataset(Dataset[dict[str, Any]]):
-    """The frames of a built dataset, in the order of its trajectories' names and of time.
+    """The frames of a built dataset, sorted by trajectory and time.
 
-    For an item, one row group of occupancy is read and decoded, and one image. Opening reads the
-    index alone. Of a dataset that is only partly in the folder, there are the episodes that are.
-    Processes of a DataLoader, forked or spawned, open the files each for itself.
+    An item needs one row group of occupancy and one image. Opening the dataset reads only the
+    index. If the dataset is only partly in the folder, it has the episodes that are there. Worker
+    processes of a DataLoader, forked or spawned, open the files themselves.
 
     Args:
-        source: the dataset's folder, or its name on the Hub, "org/name", of which what `keys` need
-            is fetched into the Hub's cache.
-        history_len: how many past frames "history" has.
-        history_step: frames between them.
-        align_history: whether past cells are moved into the grid of the current camera, those that
-            leave it left out: occupied ones by their centres; of the mask, each cell is looked up
-            where its centre was.
-        dense: whether cells come as whole grids; see below.
-        target: what "occupancy", "mask" and "labels" have of a frame. "visible": what it saw.
-            "scene": what is there, hidden cells included: where the frame saw nothing, cells have
-            the state of the scene's cell that their centre lies in, occupied, free if some frame
-            of the episode observed it free, else unknown. The history is what past frames saw.
-        upright: whether grids stand upright, turned with the camera about the world's vertical
-            alone; "grid_pose" says where. What a frame saw is moved into them as `align_history`
-            moves what past frames saw. The world's z axis must point up.
-        keys: what an item holds; all but labels, visible, dynamic, grid_pose and
-            depth by default.
+        source: the dataset's folder, or its name on the Hub, "org/name". The files that `keys` need
+            are then downloaded to the Hub's cache.
+        history_len: number of past frames in "history".
+        history_step: step between past frames, in frames.
+        align_history: whether past cells are moved into the grid of the current camera. Occupied
+            cells are moved by their centres; cells of the mask get the value at their centre. Cells
+            outside of the grid are left out.
+        dense: whether cells are whole grids; see below.
+        target: the content of "occupancy", "mask" and "labels". "visible": what the frame saw.
+            "scene": also hidden cells. Cells that the frame did not observe have the state of the
+            scene's cell at their centre: occupied, free if some frame of the episode observed it
+            as free, else unknown. The history has only what past frames saw.
+        upright: whether grids are upright and follow only the camera's rotation about the world's
+            vertical; "grid_pose" is their pose. Observed cells are moved into them as with
+            `align_history`. The world's z axis must point up.
+        keys: the keys of an item; by default all except labels, visible, dynamic, grid_pose and
+            depth.
         revision: of the dataset on the Hub.
-        episodes, scenes: names of those to have, "<group>/<scene>/<trajectory>" and
+        episodes, scenes: names of the episodes or scenes to use, "<group>/<scene>/<trajectory>" and
             "<group>/<scene>"; None for all.
         split: "train" or "validation", fixed for each scene by a hash of its name; None for both.
-        min_quality: the least share of an episode's measured points that no other frame saw
-            through, 0 to 1. Episodes without that figure are left out then.
-        image_size: (width, height) that images and depth are resized to. The intrinsics are those
+        min_quality: minimum share of an episode's measured points that no other frame saw through,
+            0 to 1. Episodes without that figure are left out then.
+        image_size: (width, height) to which images and depth are resized. The intrinsics are those
             of the resized image.
-        voxel_stride: 1, 2 or 4: cells that many times as wide, occupied if any of their cells is,
-            observed if any is, with the commonest class of its occupied cells, of equally common
-            ones the smallest. Where it does not divide the grid, the last cells reach beyond it.
-        history_keys: what an item holds of past frames: some of occupancy, mask, labels, dynamic,
-            intrinsics, image and depth.
-        augment: `Mirror`, `RotateYaw` and `ColorJitter`, done in this order, or others like them;
-            they draw from torch's random generator.
-        transform: called with each item; what it returns is the item.
+        voxel_stride: 1, 2 or 4: cells are that many times as wide. They are occupied if any of
+            their cells is, observed if any is, and have the most common class of their occupied
+            cells, in a tie the smallest id. The last cells may extend beyond the grid.
+        history_keys: the keys of past frames: some of occupancy, mask, labels, dynamic, intrinsics,
+            image and depth.
+        augment: `Mirror`, `RotateYaw`, `ColorJitter` or similar classes, applied in this order.
+            They use torch's random generator.
+        transform: called with each item; its result becomes the item.
 
-    An item is a dict of those of `keys` that were asked for:
+    An item is a dict with the requested `keys`:
 
     - "occupancy": occupied and visible cells of the grid in the camera's frame (OpenCV axes).
       dense: (nx, ny, nz) bool; else (n, 3) int32, cells (i, j, k), ascending
-    - "dynamic": those cells of "occupancy" that hold something that moves, in the same forms. None
-      in shards of earlier versions, which did not tell
+    - "dynamic": the cells of "occupancy" with moving objects, in the same format. Empty for shards
+      of earlier versions
     - "mask": observed cells, free and occupied alike. dense: (nx, ny, nz) bool; else
-      (ceil(nx * ny * nz / 8),) uint8, as `np.packbits` has them
-    - "visible": the cells that the frame itself observed, in the forms of "mask", from which it
+      (ceil(nx * ny * nz / 8),) uint8, packed by `np.packbits`
+    - "visible": the cells that the frame itself observed, in the format of "mask", from which it
       differs with target="scene"
-    - "labels": (nx, ny, nz) uint8: 0 free, 1 occupied, 255 unknown, which is not observed. In a
-      dataset with labels, an occupied cell has its class instead, an id of `taxonomy`, or 254 where
-      no frame says what it is
+    - "labels": (nx, ny, nz) uint8: 0 free, 1 occupied, 255 unknown, that is, not observed. In a
+      dataset with labels, an occupied cell has its class instead, an id of `taxonomy`, or 254
+      without a class
     - "pose": (4, 4) float32, world_from_camera, OpenCV axes, metres
     - "grid_pose": (4, 4) float32, world_from_grid, metres: "pose", unless `upright`. The grid's
-      axes are then x right, y down along gravity, z ahead; its origin is the camera
+      axes are then x right, y down along gravity, z ahead; the origin is the camera
     - "intrinsics": (3, 3) float32, pixels of the image
     - "image": (3, H, W) uint8 RGB, from the shards if they have images, else from the trajectory's
       images or its video
     - "depth": (H, W) float32, metres along the optical axis, 0 for none
-    - "history": occupancy of `history_len` past frames, number h being the one at
-      `(h + 1) * history_step` frames before. dense: (history_len, nx, ny, nz) bool; else (n, 4)
-      int32, rows (h, i, j, k). A frame from before the episode's beginning is empty
+    - "history": occupancy of `history_len` past frames; frame h is `(h + 1) * history_step` frames
+      before the current one. dense: (history_len, nx, ny, nz) bool; else (n, 4) int32, rows
+      (h, i, j, k). Frames before the start of the episode are empty
     - "history_mask", "history_image" and so on, with "history", for the other `history_keys`:
-      (history_len, ...), as of the current frame; 0 where there is no such frame, labels 255.
-      Sparse "history_dynamic" is as sparse "history"
-    - "history_valid", with "history": (history_len,) bool, whether there is such a frame
+      (history_len, ...), in the format of the current frame; 0 for missing frames, 255 for labels.
+      Sparse "history_dynamic" has the format of sparse "history"
+    - "history_valid", with "history": (history_len,) bool, whether the frame exists
     - "history_pose", with "history": (history_len, 4, 4) float32, current_from_past, metres, the
-      identity where there is no such frame
+      identity for missing frames
     - "task": the instruction, in words
     - "episode": "<group>/<scene>/<trajectory>"; "frame_index": its number in the episode
 
-    The default collate_fn of a DataLoader stacks dense items; sparse ones need `collate`. Images of
-    different recorded sizes need an `image_size` to be in one batch.
+    The default collate_fn of a DataLoader stacks dense items; sparse ones need `collate`. If
+    recorded sizes of images differ, batches need an `image_size`.
 
     Attributes: root, the folder; grid, of the items' cells; episodes, their ids in order; starts,
-    (episodes + 1,) int64, the number of each one's first item; taxonomy, the name of that of the
-    labels in `occgen_hub.taxonomy`, None where no episode has labels.
+    (episodes + 1,) int64, the number of each episode's first item; taxonomy, the name of the
+    labels' taxonomy in `occgen_hub.taxonomy`, None without labels.
 
-    Raises UsageError when there is no such dataset, when it has no shards, or no images and they
-    are asked for; DatasetError when a file of it is damaged, here or when an item is asked for.
+    Raises UsageError if there is no such dataset, or if it lacks shards or requested images, and
+    DatasetError for a damaged file, also when an item is read.
     """
 
     def __init__(
@@ -158,11 +158,11 @@ class OccupancyDataset(Dataset[dict[str, Any]]):
         check_augmentations(self._format.augment, self.grid)
 
     def __len__(self) -> int:
-        """How many frames there are."""
+        """The number of frames."""
         return int(self.starts[-1])
 
     def __getitem__(self, number: int) -> Any:
-        """One frame, as the class says; raises IndexError where there is none."""
+        """One frame, see the class. Raises IndexError if there is none."""
         number = operator.index(number)  # TypeError for a slice: see torch.utils.data.Subset
         if not -len(self) <= number < len(self):
             raise IndexError(f"frame {number} of a dataset of {len(self)}")
@@ -172,30 +172,30 @@ class OccupancyDataset(Dataset[dict[str, Any]]):
         return self._format.item(self._reader, number % len(self), rng)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without open files, which are of this process."""
+        """The state without open files, which belong to this process."""
         return {**self.__dict__, "_held": None}
 
     @property
     def _reader(self) -> RandomReader:
-        """What this process has open: one that was forked shares nothing with its parent."""
+        """The open files of this process. A forked process does not share those of its parent."""
         if self._held is None or self._held[0] != os.getpid():
             self._held = os.getpid(), RandomReader(self._index)
         return self._held[1]
 
 
 def check_states(index: FrameIndex, form: ItemFormat) -> None:
-    """Raise UsageError where the states of scenes are asked for and not there, by the first."""
+    """Raise UsageError if states of scenes are needed but missing. Checks the first scene."""
     source = index.source
     name = states_file(index.episodes[0].rpartition("/")[0])
     if form.of_scene and source.address is None and not (source.root / name).is_file():
         raise UsageError(
-            f"{source.root}: has no {name}, which target='scene' needs; fetch it or, where it was "
-            "built, run occgen-hub build into it again."
+            f"{source.root}: has no {name}, which target='scene' needs; download it or, where it "
+            "was built, run occgen-hub build into it again."
         )
 
 
 def check_media(index: FrameIndex, form: ItemFormat) -> None:
-    """Raise UsageError where media that are asked for are not there, by the first frame."""
+    """Raise UsageError if requested media are missing. Checks the first frame."""
     asked = [key for key in form.media if key not in index.in_shards]
     root = index.source.root
     if asked and index.source.address is not None:
@@ -205,8 +205,8 @@ def check_media(index: FrameIndex, form: ItemFormat) -> None:
         )
     if asked and (root / EXPORT).exists():
         raise UsageError(
-            f"{root}: is an export, of which LeRobotOccupancyDataset reads images, depth "
-            f"and tasks; take that one, or leave {', '.join(asked)} out of keys."
+            f"{root}: is an export; use LeRobotOccupancyDataset, which reads its images, depth "
+            f"and tasks, or leave {', '.join(asked)} out of keys."
         )
     for key, files in {"image": ("rgb", "video"), "depth": ("depth",)}.items():
         places = [place(root, index.episodes[0], file, 0) for file in files]

@@ -1,4 +1,4 @@
-"""What an item holds: which keys, at which size of cells and images, with which history."""
+"""The content of an item: its keys, the sizes of cells and images, and the history."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ KEYS = (
     *("occupancy", "mask", "labels", "visible", "dynamic", "pose", "grid_pose", "intrinsics"),
     *("image", "depth", "history", "task", "episode", "frame_index"),
 )
-"""What an item may hold."""
+"""The possible keys of an item."""
 
 DEFAULT_KEYS = tuple(
     key for key in KEYS if key not in ("labels", "visible", "depth", "dynamic", "grid_pose")
 )
 
 HISTORY_KEYS = ("occupancy", "mask", "labels", "dynamic", "intrinsics", "image", "depth")
-"""What an item may hold of past frames, besides their poses."""
+"""The possible keys of past frames, besides their poses."""
 
 UNKNOWN = 255
-"""The label of a cell that was not observed; 0 is free. Others are occupied: 1, or the class."""
+"""The label of a cell that was not observed. 0 is free; others are occupied: 1, or the class."""
 
 COLUMNS_OF = {
     "occupancy": ("occupied",),
@@ -56,23 +56,23 @@ COLUMNS_OF = {
     "depth": ("depth",),
     "task": ("task",),
 }
-"""Which columns of the shards a key of an item is read from."""
+"""The columns of the shards for each key of an item."""
 
 TARGETS = ("visible", "scene")
 
-OF_TARGET = ("occupancy", "mask", "labels")
-"""What `target` speaks of."""
+TARGET_KEYS = ("occupancy", "mask", "labels")
+"""The keys that `target` affects."""
 
-CELLS = (*OF_TARGET, "visible", "dynamic")
+CELLS = (*TARGET_KEYS, "visible", "dynamic")
 
 Transform = Callable[[dict[str, Any]], Any]
 
 
 @dataclass(frozen=True)
 class ItemFormat:
-    """How a frame becomes an item; the fields are arguments of OccupancyDataset, which says them.
+    """The format of items. The fields are the arguments of OccupancyDataset with these names.
 
-    Raises UsageError where they are wrong.
+    Raises UsageError if they are invalid.
     """
 
     keys: tuple[str, ...] = DEFAULT_KEYS
@@ -103,7 +103,7 @@ class ItemFormat:
             raise UsageError(f"target is {self.target!r}; give {' or '.join(TARGETS)}.")
         if (self.of_scene or self.upright) and any(isinstance(a, RotateYaw) for a in self.augment):
             raise UsageError(
-                "RotateYaw turns what a frame saw in its camera's grid; leave it out with "
+                "RotateYaw rotates only what a frame saw in its camera's grid; leave it out with "
                 "target='scene' and with upright=True."
             )
         size = self.image_size
@@ -115,17 +115,17 @@ class ItemFormat:
 
     @property
     def of_scene(self) -> bool:
-        """Whether items hold the scene's cells and not only those that the frame saw."""
-        return self.target == "scene" and not {*OF_TARGET}.isdisjoint(self.keys)
+        """Whether items have the scene's cells and not only those that the frame saw."""
+        return self.target == "scene" and not {*TARGET_KEYS}.isdisjoint(self.keys)
 
     @property
     def past(self) -> int:
-        """How many frames back the history reaches."""
+        """The number of frames that the history goes back."""
         return self.history_len * self.history_step if "history" in self.keys else 0
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns of the shards that items are made from."""
+        """The columns of the shards that items need."""
         keys = [*self.keys, *(self.history_keys if "history" in self.keys else ())]
         needed = [name for key in keys for name in COLUMNS_OF.get(key, ())]
         if self.of_scene:
@@ -136,15 +136,15 @@ class ItemFormat:
 
     @property
     def media(self) -> tuple[str, ...]:
-        """Which of image, depth and task are read, of the frame or of past ones."""
+        """Which of image, depth and task are read, for the frame or for past ones."""
         return tuple(name for name in self.columns if name in ("image", "depth", "task"))
 
     def grid(self, stored: Grid) -> Grid:
-        """The grid of the items of a dataset with that grid."""
+        """The grid of the items, for a dataset with that grid."""
         return coarse_grid(stored, self.voxel_stride)
 
     def item(self, reader: FrameReader, number: int, rng: np.random.Generator | None) -> Any:
-        """Item `number`. rng: what augmentations draw from."""
+        """Item `number`. rng: the random generator for augmentations."""
         index = reader.index
         episode, frame = index.located(number)
         item: dict[str, Any] = {}
@@ -163,7 +163,7 @@ class ItemFormat:
             elif key == "grid_pose":
                 item[key] = torch.from_numpy(self._grid_pose(reader, number).astype(np.float32))
             else:
-                motion = self._own_motion(reader, number) if key in CELLS else None
+                motion = self._grid_from_camera(reader, number) if key in CELLS else None
                 item[key] = torch.from_numpy(self._value(reader, key, number, motion))
         if self.augment:
             assert rng is not None
@@ -183,8 +183,8 @@ class ItemFormat:
         pose = reader.camera(number)[0].astype(np.float64)
         return upright_pose(pose) if self.upright else pose
 
-    def _own_motion(self, reader: FrameReader, number: int) -> NDArray[np.float64] | None:
-        """(4, 4) grid_from_camera of a frame; None where its cells stay in its camera's grid."""
+    def _grid_from_camera(self, reader: FrameReader, number: int) -> NDArray[np.float64] | None:
+        """(4, 4) grid_from_camera of a frame; None if its cells stay in its camera's grid."""
         if not self.upright:
             return None
         pose = reader.camera(number)[0].astype(np.float64)
@@ -192,7 +192,7 @@ class ItemFormat:
 
     def _of_scene(self, reader: FrameReader, number: int) -> dict[str, NDArray[Any]]:
         """The scene's cells around a frame, as "occupancy", "mask" and "labels"."""
-        motion, grid = self._own_motion(reader, number), reader.index.grid
+        motion, grid = self._grid_from_camera(reader, number), reader.index.grid
         observed = np.unpackbits(reader.observed(number), count=grid.cells).view(np.bool_)
         observed = observed.reshape(grid.shape)
         if motion is not None:
@@ -219,7 +219,7 @@ class ItemFormat:
         number: int,
         motion: NDArray[np.float64] | None = None,
     ) -> NDArray[Any]:
-        """What a key has of a frame. motion: (4, 4), moves its cells into another camera's grid."""
+        """The value of a key for a frame. motion: (4, 4), from its grid to another camera's."""
         if key == "image":
             pixels = reader.image(number, self.image_size)
             return np.array(pixels.transpose(2, 0, 1), order="C")
@@ -298,7 +298,7 @@ class ItemFormat:
         return labels
 
     def _intrinsics(self, reader: FrameReader, number: int) -> NDArray[np.float32]:
-        """(3, 3) float32, for the image as it is given out."""
+        """(3, 3) float32, for the returned image."""
         intrinsics = reader.camera(number)[1].copy()
         if self.image_size is not None:
             recorded = reader.index.image_size(reader.index.located(number)[0])
@@ -307,19 +307,19 @@ class ItemFormat:
         return intrinsics
 
     def _history(self, reader: FrameReader, number: int, frame: int) -> dict[str, torch.Tensor]:
-        """The past frames, nearest first, whichever of them there are."""
+        """The existing past frames, nearest first."""
         count = self.history_len
         before = past_frames(frame, count, self.history_step)
         poses = np.tile(np.eye(4, dtype=np.float32), (count, 1, 1))
         found: dict[str, list[NDArray[Any]]] = {key: [] for key in self.history_keys}
         if before:
             camera_from_world = np.linalg.inv(reader.camera(number)[0].astype(np.float64))
-            turn = self._own_motion(reader, number)
+            turn = self._grid_from_camera(reader, number)
         for h, past_frame in enumerate(before):
             past = number - frame + past_frame
             motion = camera_from_world @ reader.camera(past)[0]
             poses[h] = motion
-            move = self._own_motion(reader, past)
+            move = self._grid_from_camera(reader, past)
             if self.align_history:
                 move = motion if turn is None else turn @ motion
             for key in self.history_keys:
@@ -358,11 +358,11 @@ class ItemFormat:
 
 
 def history_name(key: str) -> str:
-    """What an item calls a key of past frames."""
+    """The name of a key of past frames in an item."""
     return "history" if key == "occupancy" else f"history_{key}"
 
 
 def check_augmentations(augment: Sequence[Augmentation], grid: Grid) -> None:
-    """Raise UsageError for an augmentation that the grid does not allow."""
+    """Raise UsageError for an augmentation that cannot be used with the grid."""
     for augmentation in augment:
         augmentation.check(grid)

@@ -1,4 +1,4 @@
-"""What the shards and folders of a dataset hold of a frame, decoded from whole row groups."""
+"""Read frames from the shards and folders of a dataset, by decoding whole row groups."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from occgen_hub.training.selection import FrameIndex
 from occgen_hub.training.shard_file import open_group, open_shard, reading, states_of
 from occgen_hub.training.source import place
 
-HELD = {
+CACHED_GROUPS = {
     **{"occupied": 64, "dynamic": 64, "labels": 64, "observed": 16, "camera": 64},
     **{"image": 8, "depth": 8, "task": 64},
 }
@@ -37,22 +37,21 @@ Of the mask that is 80 MB at the seed's grid."""
 
 MAX_FILES = 64
 MAX_VIDEOS = 4
-"""What a process keeps open."""
+"""Numbers of files that a process keeps open."""
 
 MAX_SCENES = 16
-"""Of how many episodes a process keeps the states of the scene: some 4 MB each."""
+"""Number of episodes for which a process caches the states of the scene, about 4 MB each."""
 
 MAX_EPISODES = 4096
-"""Of how many episodes a process keeps the tasks, and of how many row groups that they are right.
-"""
+"""Number of episodes for which a process caches tasks, and of row groups cached as checked."""
 
 Size = tuple[int, int]
 
 
 class FrameReader(ABC):
-    """Reads the columns of frames by their numbers; not for threads.
+    """Reads the columns of frames by their numbers. Not thread-safe.
 
-    Subclasses say which decoded row groups are at hand. Errors name the shard or file.
+    Subclasses provide decoded row groups. Errors name the shard or file.
     """
 
     def __init__(self, index: FrameIndex) -> None:
@@ -66,18 +65,18 @@ class FrameReader(ABC):
 
     @abstractmethod
     def _decoded(self, name: str, group: int) -> Any:
-        """The columns `name` of a row group, as `COLUMNS[name]` decodes them."""
+        """The columns `name` of a row group, decoded by `COLUMNS[name]`."""
 
     def occupied(self, number: int) -> NDArray[np.int32]:
         """(n,) int32 flat numbers of the occupied visible cells of item `number`, ascending."""
         return self._cells("occupied", number)
 
     def dynamic(self, number: int) -> NDArray[np.int32]:
-        """(n,) int32 flat numbers of those of them that hold something that moves, ascending."""
+        """(n,) int32 flat numbers of the occupied cells with moving objects, ascending."""
         return self._cells("dynamic", number)
 
     def classes(self, number: int) -> NDArray[np.uint8] | None:
-        """(n,) uint8 classes of the occupied cells of item `number`; None in a dataset without."""
+        """(n,) uint8 classes of the occupied cells of item `number`; None without labels."""
         if self.index.taxonomy is None:
             return None
         count = len(self.occupied(number))
@@ -87,7 +86,7 @@ class FrameReader(ABC):
             ends, values = found
             classes: NDArray[np.uint8] = values[ends[row] : ends[row + 1]]
             if len(classes) != count:
-                raise ValueError("labels are not of the occupied cells")
+                raise ValueError("labels do not match the occupied cells")
             return classes
 
     def observed(self, number: int) -> NDArray[np.uint8]:
@@ -107,7 +106,7 @@ class FrameReader(ABC):
         if "image" in self.index.in_shards:
             return decode_rgb(self._file_of("image", number), self._path(number), stored, size)
         path = place(self.index.source.root, self.index.episodes[episode], "rgb", frame)
-        if path.parent.is_dir():  # Then a frame that is missing is a fault.
+        if path.parent.is_dir():  # With images, a missing frame is an error.
             return read_rgb(path, stored, size)
         return fitted(self._video(episode)(frame), size)
 
@@ -140,7 +139,7 @@ class FrameReader(ABC):
         return tasks[index[frame]]
 
     def _file_of(self, name: str, number: int) -> bytes:
-        """The file of an image or depth that the shards have of item `number`."""
+        """The content of the file of an image or depth of item `number` in the shards."""
         with self._row(name, number) as (files, row):
             content = files[row]
         if content is None:
@@ -155,12 +154,12 @@ class FrameReader(ABC):
         return self.index.image_size(episode), episode, frame
 
     def _path(self, number: int) -> Path:
-        """The shard that item `number` is in, for messages."""
+        """The shard with item `number`, for messages."""
         shard = int(self.index.groups[self.index.group_of(number), 0])
         return Path(self.index.source.path(self.index.shards[shard]))
 
     def _cells(self, name: str, number: int) -> NDArray[np.int32]:
-        """A row of a column of cells; raises where they are not sorted or outside the grid."""
+        """A row of a column of cells. Raises if they are not sorted or outside the grid."""
         with self._row(name, number) as ((ends, cells), row):
             found: NDArray[np.int32] = cells[ends[row] : ends[row + 1]]
             inside = not len(found) or 0 <= found[0] <= found[-1] < self.index.grid.cells
@@ -170,7 +169,7 @@ class FrameReader(ABC):
 
     @contextmanager
     def _row(self, name: str, number: int) -> Iterator[tuple[Any, int]]:
-        """The decoded columns of the row group that item `number` is in, and its row there."""
+        """The decoded columns of the row group with item `number`, and its row there."""
         index = self.index
         group = index.group_of(number)
         with reading(index.source.path(index.shards[index.groups[group, 0]])):
@@ -195,7 +194,7 @@ class RandomReader(FrameReader):
         self._is_checked = lru_cache(MAX_EPISODES)(self._check_group)
         self._held = {
             name: lru_cache(count)(lambda group, name=name: self._decode(name, group))
-            for name, count in HELD.items()
+            for name, count in CACHED_GROUPS.items()
         }
         _keep_freed_memory(4 * index.grid.cells)
 
@@ -224,10 +223,10 @@ class RandomReader(FrameReader):
 
 
 class UnitReader(FrameReader):
-    """Reads the frames of a few row groups, all of whose columns are decoded beforehand."""
+    """Reads the frames of a few row groups, with all columns decoded in advance."""
 
     def __init__(self, index: FrameIndex, states: SceneStates | None = None) -> None:
-        """states: of the scene of the frames, where they are needed."""
+        """states: of the frames' scene, if needed."""
         super().__init__(index)
         self._states = states
         self._groups: dict[tuple[str, int], Any] = {}
@@ -263,13 +262,13 @@ class RowGroup:
         self.index, self.file, self.within = index, file, within
         self.first, self.stop = index.group_starts[group : group + 2].tolist()
         if within >= file.num_row_groups:
-            raise ValueError(f"it has no row group {within}, as the index says")
+            raise ValueError(f"it lacks row group {within}, which is in the index")
 
     def __len__(self) -> int:
         return int(self.stop - self.first)
 
     def columns(self, *names: str) -> list[pa.Array]:
-        """Each column in one piece; raises ValueError where a value is missing."""
+        """The columns, each as one array. Raises ValueError if a value is missing."""
         table = plain(self.file.read_row_group(self.within, [*names], use_threads=False))
         arrays = [table[name].combine_chunks() for name in names]
         if table.num_rows != len(self) or any(array.null_count for array in arrays):
@@ -278,7 +277,7 @@ class RowGroup:
 
 
 def check_frames(group: RowGroup) -> None:
-    """Raise ValueError unless a row group has the frames that the index says."""
+    """Raise ValueError unless a row group has the frames that the index lists."""
     index = group.index
     episode, frame = index.located(group.first)
     names = ["episode", "frame_index"]
@@ -287,7 +286,7 @@ def check_frames(group: RowGroup) -> None:
     if table != {"episode": [index.episodes[episode]] * len(frames), "frame_index": frames}:
         name = index.episodes[episode][:80]
         problem = f"row group {group.within} is not of frames {frame} to {frames[-1]} of {name}"
-        raise ValueError(f"{problem}, as the index says")
+        raise ValueError(f"{problem}, as in the index")
 
 
 def _read_occupied(group: RowGroup) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -308,7 +307,7 @@ def _read_labels(group: RowGroup) -> tuple[NDArray[np.int32], NDArray[np.uint8]]
     (lists,) = group.columns("labels")
     values = lists.values.to_numpy()
     if len(values) and not (values.min() > 0 and values.max() <= UNLABELLED):
-        raise ValueError("a cell is of no class")
+        raise ValueError("a cell has an invalid class")
     return lists.offsets.to_numpy(), values
 
 
@@ -359,14 +358,14 @@ COLUMNS: dict[str, Callable[[RowGroup], Any]] = {
     "depth": _read_files("depth"),
     "task": _read_task,
 }
-"""What is decoded together, and how. Each raises ValueError for what is wrong in a row group."""
+"""Functions that decode columns of a row group. They raise ValueError if it is invalid."""
 
 
 def _keep_freed_memory(size: int) -> None:
-    """Have the C library keep some `size` bytes that are freed, for the next item.
+    """Make the C library keep about `size` bytes of freed memory for the next item.
 
-    glibc gives freed memory back to the system from twice the largest block on that it saw freed,
-    up to 32 MB; to have it anew for each dense item takes a third of the item's time.
+    glibc returns freed memory to the system above a threshold, which is twice the largest block
+    freed so far, up to 32 MB. Allocating it again for each dense item takes a third of the time.
     """
     block = np.empty(min(size, 31 << 20), np.uint8)
     del block

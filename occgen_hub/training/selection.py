@@ -1,4 +1,4 @@
-"""Which frames there are and where each is, from the index of a dataset alone."""
+"""The frames of a dataset and their locations, from its index only."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from occgen_hub.training.source import Source
 SPLITS = ("train", "validation")
 
 MEDIA = ("image", "depth", "task")
-"""Keys of an item that come from the trajectories' folders where the shards lack them."""
+"""Keys of an item that are read from the trajectories' folders if the shards lack them."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The episodes of a dataset that were asked for.
+    """The requested episodes of a dataset.
 
-    episodes: their ids; scenes: ids of scenes; split: "train" or "validation", which the index says
-    of each scene; min_quality: the least share, 0 to 1, of an episode's measured points that no
-    other frame saw through. Episodes without that figure are left out then. None: all of them.
+    episodes: their ids; scenes: ids of scenes; split: "train" or "validation", as in the index;
+    min_quality: minimum share, 0 to 1, of an episode's measured points that no other frame saw
+    through; episodes without that figure are left out then. None does not restrict.
     """
 
     episodes: Collection[str] | None = None
@@ -46,12 +46,12 @@ class Selection:
             if isinstance(getattr(self, name), str):
                 raise UsageError(f"{name}: {getattr(self, name)} is not a list of names.")
         if self.split not in (None, *SPLITS):
-            raise UsageError(f"split: {self.split!r} is none; give {' or '.join(SPLITS)}.")
+            raise UsageError(f"split: {self.split!r} is not a split; give {' or '.join(SPLITS)}.")
         if self.min_quality is not None and not 0 <= self.min_quality <= 1:
             raise UsageError(f"min_quality: {self.min_quality} is not between 0 and 1.")
 
     def of(self, table: pa.Table, root: Path) -> pa.Table:
-        """The rows of an index that are asked for; raises UsageError where there are none."""
+        """The requested rows of an index. Raises UsageError if there are none."""
         keep = np.ones(table.num_rows, bool)
         for column, wanted in (("episode", self.episodes), ("scene", self.scenes)):
             if wanted is None:
@@ -71,30 +71,30 @@ class Selection:
             keep &= pc.greater_equal(quality, self.min_quality).to_numpy()
         if table.num_rows and not keep.any():
             raise UsageError(
-                f"{root}: has no episode that is asked for ({self.described()}), of "
-                f"{table.num_rows}; ask for others, by episodes or scenes."
+                f"{root}: none of its {table.num_rows} episodes is selected by "
+                f"{self.described()}; choose others with episodes or scenes."
             )
         return table.filter(pa.array(keep))
 
     def described(self) -> str:
-        """What is asked for, in words."""
-        said = [f"{len(self.episodes)} episodes"] if self.episodes is not None else []
-        said += [f"{len(self.scenes)} scenes"] if self.scenes is not None else []
-        said += [f"split {self.split}"] if self.split is not None else []
+        """The selection in words."""
+        parts = [f"{len(self.episodes)} episodes"] if self.episodes is not None else []
+        parts += [f"{len(self.scenes)} scenes"] if self.scenes is not None else []
+        parts += [f"split {self.split}"] if self.split is not None else []
         if self.min_quality is not None:
-            said.append(f"quality of {self.min_quality} or more")
-        return ", ".join(said)
+            parts.append(f"quality of {self.min_quality} or more")
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
 class FrameIndex:
-    """Where each frame is. Item n is in the last row group that starts at or before it.
+    """The location of each frame. Item n is in the last row group that starts at or before it.
 
     shards: the names of the Parquet files; grid: of all frames; episodes: their ids; starts:
     (episodes + 1,) int64, the number of each one's first item; image_sizes: (episodes, 2) int64,
     width and height of the recorded images, pixels; group_starts: (groups + 1,) int64; groups:
     (groups, 2) int32, the number of the shard and of the row group in it; in_shards: which of MEDIA
-    the shards have; taxonomy: of the labels, None where no episode has labels.
+    the shards have; taxonomy: of the labels, None without labels.
     """
 
     source: Source
@@ -109,12 +109,12 @@ class FrameIndex:
     taxonomy: str | None = None
 
     def located(self, number: int) -> tuple[int, int]:
-        """The number of the episode that item `number` is of, and its frame there."""
+        """The number of the episode of item `number`, and its frame there."""
         episode = bisect_right(self.starts, number) - 1
         return episode, number - int(self.starts[episode])
 
     def group_of(self, number: int) -> int:
-        """The row group that item `number` is in."""
+        """The row group with item `number`."""
         return bisect_right(self.group_starts, number) - 1
 
     def image_size(self, episode: int) -> tuple[int, int]:
@@ -124,11 +124,11 @@ class FrameIndex:
 
 
 def frame_index(source: Source, selection: Selection, keys: Sequence[str]) -> FrameIndex:
-    """Read the index. Of a dataset that is partly here, there are the episodes that are.
+    """Read the index. If a dataset is only partly here, the result has only those episodes.
 
-    keys: of the items; where the shards lack an image, depth or task that is asked for, the folders
-    of the episodes have to be here as well. Raises UsageError where there is nothing to read, and
-    DatasetError where the index is damaged.
+    keys: of the items; if the shards lack a requested image, depth or task, the folders of the
+    episodes have to be here as well. Raises UsageError if there is nothing to read, and
+    DatasetError if the index is damaged.
     """
     root = source.root
     columns = ["episode", "scene", "frames", "shape", "voxel_size", "pc_range", "group_rows"]
@@ -166,8 +166,8 @@ def frame_index(source: Source, selection: Selection, keys: Sequence[str]) -> Fr
             table = table.filter(pa.array(_folders_here(root, table))).combine_chunks()
     if not table.num_rows:
         raise UsageError(
-            f"{root}: has an index, but the files of no episode are here; fetch them or, where it "
-            "was built, run occgen-hub finalize on it."
+            f"{root}: has an index, but the files of no episode are here; download them or, where "
+            "it was built, run occgen-hub finalize on it."
         )
     frames = table["frames"].to_numpy()
     try:
@@ -191,18 +191,18 @@ def frame_index(source: Source, selection: Selection, keys: Sequence[str]) -> Fr
 
 
 def _taxonomy(root: Path, table: pa.Table) -> str | None:
-    """The taxonomy of the episodes that have labels; raises UsageError where there are several."""
+    """The taxonomy of the episodes with labels. Raises UsageError if there are several."""
     names = sorted(set(table["taxonomy"].to_pylist()) - {None})
     if len(names) > 1:
         raise UsageError(
-            f"{root}: has labels of several taxonomies ({', '.join(names)}); ask for episodes or "
-            "scenes of one."
+            f"{root}: has labels of several taxonomies ({', '.join(names)}); choose episodes or "
+            "scenes with one."
         )
     return names[0] if names else None
 
 
 def _shards_here(source: Source, table: pa.Table) -> list[bool]:
-    """Whether each episode's shards are on disk; all of those that are read from the Hub are."""
+    """Whether each episode's shards are available. On the Hub, all of them are."""
     if source.address is not None:
         return [True] * table.num_rows
     lists = table["shards"].to_pylist()
@@ -219,10 +219,10 @@ def _folders_here(root: Path, table: pa.Table) -> list[bool]:
 
 
 def _image_sizes(table: pa.Table) -> NDArray[np.int64]:
-    """(episodes, 2) width and height; raises ValueError where they are none."""
+    """(episodes, 2) width and height. Raises ValueError if they are invalid."""
     sizes = table["image_size"].to_pylist()
     if not all(len(s) == 2 and min(s) > 0 and s[0] * s[1] <= MAX_PIXELS for s in sizes):
-        raise ValueError("it has an episode without a size of images")
+        raise ValueError("it has an episode without a valid image_size")
     return np.array(sizes, np.int64)
 
 
@@ -236,12 +236,12 @@ def _folders(folder: Path) -> frozenset[str]:
 def _row_groups(
     table: pa.Table, frames: NDArray[np.int64]
 ) -> tuple[list[str], NDArray[np.int32], NDArray[np.int64]]:
-    """The shards; (groups, 2) int32, the shard and its row group of each; (groups,) their rows.
+    """The shards; (groups, 2) int32, the shard and row group of each; (groups,) their rows.
 
-    Raises ValueError where frames are not all in row groups.
+    Raises ValueError unless all frames are in row groups.
     """
     lists = table["shards"].combine_chunks()
-    pieces = np.diff(lists.offsets.to_numpy())  # Of each episode.
+    pieces = np.diff(lists.offsets.to_numpy())  # For each episode.
     names, numbers = np.unique(
         lists.flatten().to_numpy(zero_copy_only=False).astype(str), return_inverse=True
     )
@@ -266,12 +266,12 @@ def _row_groups(
     last = np.cumsum(counts) - 1
     sizes[last] = stops - starts - (counts - 1) * per_group
     if per_group.max() > MAX_GROUP_ROWS:
-        raise ValueError("it has row groups larger than any of ours")
+        raise ValueError(f"it has row groups of more than {MAX_GROUP_ROWS} rows")
     return names.tolist(), groups.astype(np.int32), sizes
 
 
 def _grid(root: Path, table: pa.Table) -> Grid:
-    """The grid of all episodes; raises DatasetError where it is none, or they have several."""
+    """The grid of all episodes. Raises DatasetError if it is invalid, or there are several."""
     if not np.isfinite(table["voxel_size"].to_numpy()).all():
         raise DatasetError(root / INDEX, "does not describe a grid", FINALIZE)
     columns = [table[name].to_pylist() for name in ("shape", "voxel_size", "pc_range")]
@@ -280,7 +280,7 @@ def _grid(root: Path, table: pa.Table) -> Grid:
         if not (len(numbers) == 10 and np.isfinite(numbers).all() and min(numbers[:4]) > 0):
             raise DatasetError(root / INDEX, "does not describe a grid", FINALIZE)
     if others:
-        problem = "has episodes of several grids, which no batch can hold together"
+        problem = "has episodes of several grids, which do not fit into one batch"
         raise DatasetError(root / INDEX, problem, "build the whole dataset with one configuration")
     shape, (size, *low) = first[:3], first[3:]
     grid = Grid((*low[:3],), size, tuple(int(n) for n in shape))  # type: ignore[arg-type]  # three

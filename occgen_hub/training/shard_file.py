@@ -1,4 +1,4 @@
-"""A shard, open for reading: from disk, or row group by row group from the Hub."""
+"""Open a shard for reading: from disk, or row group by row group from the Hub."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ TYPES = {name: feature.arrow_type() for name, feature in FEATURES.items()} | {
     "occupied": pa.list_(pa.int32()),
     "observed": pa.binary(),
 }
-"""Of the shards' columns."""
+"""Types of the columns of all shards."""
 
-FURTHER_TYPES = {
+OPTIONAL_TYPES = {
     "dynamic": pa.list_(pa.int32()),
     "labels": pa.list_(pa.uint8()),
     "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
     "depth": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
     "task": pa.string(),
 }
-"""Of columns that a shard may lack."""
+"""Types of optional columns."""
 
 MAX_SHARD_ROWS = 1 << 22
 MAX_GROUP_BYTES = 1 << 30
 MAX_GROUP_ROWS = 1 << 12
-"""Of a row group, which is decoded whole: ours have 8 rows and 6 MB."""
+"""Limits of a row group, which is decoded as a whole. Ours have 8 rows and 6 MB."""
 
 UNREADABLE = f"open the dataset again if it was changed since, fetch it again, or {REMAKE}"
-"""What to do about a shard that is not as the index says."""
+"""The remedy for a shard that does not match the index."""
 
 FOOTER_BYTES = 1 << 17
-"""Of a file on the Hub that are read first: they hold the metadata of some 50 row groups."""
+"""Bytes at the end of a file on the Hub to read first: metadata of about 50 row groups."""
 
 MAX_FOOTER_BYTES = 1 << 28
 
 MAX_STATES_BYTES = 1 << 31
-"""Of the file of a scene's states; that of a house of the sample has 0.1 MB."""
+"""Limit of the file of a scene's states. That of a house of the sample has 0.1 MB."""
 
 
 def open_shard(source: Source, name: str) -> pq.ParquetFile:
-    """A shard, its columns looked at; raises DatasetError where it cannot be read."""
+    """Open a shard and check its columns. Raises DatasetError if it cannot be read."""
     path = source.path(name)
     with reading(path):
         if source.address is not None:
@@ -60,7 +60,7 @@ def open_shard(source: Source, name: str) -> pq.ParquetFile:
 
 
 def open_group(source: Source, name: str, shard: pq.ParquetFile, group: int) -> pq.ParquetFile:
-    """The shard with the bytes of a row group at hand: one request where it is on the Hub."""
+    """The shard with the bytes of a row group. On the Hub, this is one request."""
     if source.address is None:
         return shard
     with reading(source.path(name)):
@@ -68,13 +68,13 @@ def open_group(source: Source, name: str, shard: pq.ParquetFile, group: int) -> 
 
 
 def _open(path: Path) -> pq.ParquetFile:
-    with opened(path):  # No pipe, which would block.
+    with opened(path):  # Rejects a pipe, which would block.
         try:
             file = pq.ParquetFile(path, read_dictionary=["episode"])
         except KeyError as error:
             raise ValueError("it has no column episode") from error
     _check_columns(file)
-    file.scan_contents(["episode", "frame_index"])  # Raises where damaged metadata would abort.
+    file.scan_contents(["episode", "frame_index"])  # Raises for damaged metadata that would abort.
     return _checked(file)
 
 
@@ -86,7 +86,7 @@ def _check_columns(file: pq.ParquetFile) -> None:
     for name, kind in TYPES.items():
         if name not in types.names or types.field(name).type != kind:
             raise ValueError(f"it has no column {name} of {kind}")
-    for name, kind in FURTHER_TYPES.items():
+    for name, kind in OPTIONAL_TYPES.items():
         if name in types.names and types.field(name).type != kind:
             raise ValueError(f"its column {name} is not of {kind}")
 
@@ -96,29 +96,28 @@ def _checked(file: pq.ParquetFile) -> pq.ParquetFile:
     for n in range(file.num_row_groups):
         group = file.metadata.row_group(n)
         if group.num_rows > MAX_GROUP_ROWS or group.total_byte_size > MAX_GROUP_BYTES:
-            raise ValueError(f"row group {n} is larger than any of ours")
+            raise ValueError(f"row group {n} is too large")
     return file
 
 
 class _RemoteShard:
-    """A shard at an address of fsspec's, of which Arrow gets the parts that it needs in memory.
+    """A shard at an address of fsspec. Arrow gets only the parts that it needs, in memory.
 
-    They stand in an array as large as the file, of which only these parts take up memory. Arrow
-    reads from it without calling Python, so no thread of its own is left behind when a process ends
-    early.
+    They are put into an array as large as the file, of which only these parts use memory. Arrow
+    reads it without calling Python, so none of its threads remain if a process ends early.
     """
 
     def __init__(self, address: str, metadata: pq.FileMetaData | None = None) -> None:
         self.address, self.metadata = address, metadata
 
     def whole(self) -> pq.ParquetFile:
-        """The file with its metadata alone."""
+        """The file with only its metadata."""
         size = remote_size(self.address)
         start = max(0, size - FOOTER_BYTES)
         tail = read_range(self.address, start, size)
         length = int.from_bytes(tail[-8:-4], "little") + 8
         if tail[-4:] != b"PAR1" or length > min(size, MAX_FOOTER_BYTES):
-            raise ValueError("it does not end as Parquet does")
+            raise ValueError("it has no Parquet footer")
         if length > len(tail):
             start = size - length
             tail = read_range(self.address, start, size)
@@ -133,14 +132,14 @@ class _RemoteShard:
         ends = [s + c.total_compressed_size for s, c in zip(starts, columns, strict=True)]
         start, end = min(starts), max(ends)
         if not 0 <= start < end <= start + MAX_GROUP_BYTES:
-            raise ValueError(f"row group {group} is larger than any of ours")
+            raise ValueError(f"row group {group} is too large")
         return self._file(end, {start: read_range(self.address, start, end)})
 
     def _file(self, size: int, parts: dict[int, bytes]) -> pq.ParquetFile:
         content = np.zeros(size, np.uint8)
         for start, part in parts.items():
             if len(part) != len(content[start : start + len(part)]):
-                raise ValueError("it is not as long as it was")
+                raise ValueError("its length has changed")
             content[start : start + len(part)] = np.frombuffer(part, np.uint8)
         return pq.ParquetFile(
             pa.BufferReader(pa.py_buffer(content)),
@@ -150,7 +149,7 @@ class _RemoteShard:
 
 
 def states_of(source: Source, episode: str) -> SceneStates:
-    """The states of an episode's scene; raises DatasetError where they cannot be read."""
+    """The states of an episode's scene. Raises DatasetError if they cannot be read."""
     name = states_file(episode.rpartition("/")[0])
     with reading(source.path(name)):
         if source.address is None:
@@ -158,14 +157,14 @@ def states_of(source: Source, episode: str) -> SceneStates:
                 return read_states(file, episode)
         address = f"{source.address}/{name}"
         if (size := remote_size(address)) > MAX_STATES_BYTES:
-            raise ValueError("it is larger than any of ours")
+            raise ValueError(f"it has more than {MAX_STATES_BYTES} bytes")
         content = pa.BufferReader(pa.py_buffer(read_range(address, 0, size)))
         return read_states(pq.ParquetFile(content), episode)
 
 
 @contextmanager
 def reading(path: Path | str) -> Iterator[None]:
-    """Has what goes wrong in reading a shard name it."""
+    """Turn errors of reading a shard into DatasetErrors that name it."""
     try:
         yield
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:

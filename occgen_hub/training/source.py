@@ -1,4 +1,4 @@
-"""Where a built dataset is: a folder, or a repository on the Hub, fetched or read in pieces."""
+"""The location of a built dataset: a folder, or a repository on the Hub, downloaded or streamed."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ HUB = "hf://datasets/"
 
 ATTEMPTS = 6
 FIRST_WAIT = 0.5
-"""Seconds before the second attempt to read; each further wait is twice as long."""
+"""Seconds before the second attempt to read. Each further wait is twice as long."""
 
 _REPO_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset that is read.
+    """The location of a dataset.
 
-    root: the folder with its index; address: of the dataset in fsspec's form, from which shards are
-    read piece by piece, or None where they are below `root`.
+    root: the folder with its index; address: of the dataset for fsspec, from which parts of shards
+    are read; None if shards are below `root`.
     """
 
     root: Path
     address: str | None = None
 
     def path(self, name: str) -> Path | str:
-        """A file of the dataset; for messages also where it is not on disk."""
+        """The path or address of a file of the dataset."""
         return self.root / name if self.address is None else f"{self.address}/{name}"
 
 
 def fetched_source(source: str | Path, keys: Sequence[str], revision: str | None) -> Source:
-    """The dataset in a folder, or on the Hub as "org/name", fetched as far as `keys` need it.
+    """A dataset in a folder, or "org/name" on the Hub, with the files of `keys` downloaded.
 
-    Raises UsageError when it cannot be had.
+    Raises UsageError if it does not exist or cannot be downloaded.
     """
     if Path(source).is_dir():
         return Source(Path(source))
@@ -57,21 +57,21 @@ def fetched_source(source: str | Path, keys: Sequence[str], revision: str | None
 
 
 def streamed_source(source: str | Path, revision: str | None) -> Source:
-    """The dataset in a folder, or on the Hub, of which only the index is fetched.
+    """A dataset in a folder, or on the Hub, from which only the index is downloaded.
 
-    source: a folder, "org/name" or "hf://datasets/org/name[@revision]". Raises UsageError when it
-    cannot be had.
+    source: a folder, "org/name" or "hf://datasets/org/name[@revision]". Raises UsageError if it
+    does not exist or cannot be downloaded.
     """
     if Path(source).is_dir():
         return Source(Path(source))
     repo_id, revision = _repository(source, revision)
     folder = _fetched(repo_id, revision, [f"{INDEX}/*.parquet"])
-    # A snapshot's folder is named by its commit: the shards are those of the index.
+    # A snapshot's folder is named after its commit, so the shards match the index.
     return Source(folder, f"{HUB}{repo_id}@{folder.name}")
 
 
 def read_range(address: str, start: int, end: int) -> bytes:
-    """Bytes `start` to `end` of a file, at an address of fsspec's, tried again when cut off."""
+    """Bytes `start` to `end` of a file at an address of fsspec, with retries."""
     import fsspec
 
     system, path = fsspec.core.url_to_fs(address)
@@ -80,7 +80,7 @@ def read_range(address: str, start: int, end: int) -> bytes:
 
 
 def remote_size(address: str) -> int:
-    """Bytes of a file at an address of fsspec's."""
+    """The size in bytes of a file at an address of fsspec."""
     import fsspec
 
     system, path = fsspec.core.url_to_fs(address)
@@ -88,9 +88,9 @@ def remote_size(address: str) -> int:
 
 
 def retried[Result](work: Callable[[], Result], what: str) -> Result:
-    """The result of `work`, which reads from a network and is tried ATTEMPTS times.
+    """The result of `work`, which reads from a network and is tried up to ATTEMPTS times.
 
-    Raises UsageError when it fails every time, or when there is no such file.
+    Raises UsageError if all attempts fail, or if there is no such file.
     """
     from huggingface_hub.utils import httpx
 
@@ -99,12 +99,12 @@ def retried[Result](work: Callable[[], Result], what: str) -> Result:
         try:
             return work()
         except FileNotFoundError:
-            raise UsageError(f"{what}: is not there; push the dataset again.") from None
+            raise UsageError(f"{what}: does not exist; push the dataset again.") from None
         except (OSError, httpx.HTTPError, EOFError) as error:
             if attempt + 1 == ATTEMPTS:
-                said = in_brief(str(error) or type(error).__name__)
+                reason = in_brief(str(error) or type(error).__name__)
                 raise UsageError(
-                    f"{what}: cannot be read ({said}); check the network and run again."
+                    f"{what}: cannot be read ({reason}); check the network and run again."
                 ) from error
         time.sleep(wait)
         wait *= 2
@@ -112,7 +112,7 @@ def retried[Result](work: Callable[[], Result], what: str) -> Result:
 
 
 def _repository(source: str | Path, revision: str | None) -> tuple[str, str | None]:
-    """The repository's name and the revision that a source says."""
+    """The name of a source's repository, and its revision."""
     name = str(source).removeprefix(HUB).rstrip("/") if isinstance(source, str) else ""
     name, _, stated = name.partition("@")
     if not _REPO_ID.fullmatch(name):
@@ -124,7 +124,7 @@ def _repository(source: str | Path, revision: str | None) -> tuple[str, str | No
 
 
 def _fetched(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
-    """A dataset on the Hub in its cache, as far as the patterns say."""
+    """The folder in the Hub's cache with the files of a dataset that match the patterns."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import httpx
@@ -135,16 +135,16 @@ def _fetched(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
             repo_id, repo_type="dataset", revision=revision, allow_patterns=patterns
         )
     except (httpx.HTTPError, OSError, HFValidationError) as error:
-        said = in_brief(str(error) or type(error).__name__)
+        reason = in_brief(str(error) or type(error).__name__)
         raise UsageError(
-            f"{repo_id}: is no folder here, and cannot be had from the Hub ({said}); check the "
-            "name, the revision and the network."
+            f"{repo_id}: is not a local folder, and cannot be downloaded from the Hub ({reason}); "
+            "check the name, the revision and the network."
         ) from error
     return Path(folder)
 
 
 def _files(key: str) -> tuple[str, ...]:
-    """The schema's files, besides the shards, that a key of an item is read from."""
+    """The files of the schema, besides the shards, that a key of an item needs."""
     needed: dict[str, tuple[str, ...]] = {
         "image": ("record", "rgb", "video"),
         "depth": ("record", "depth"),
@@ -154,7 +154,7 @@ def _files(key: str) -> tuple[str, ...]:
 
 
 def _pattern(file: str) -> str:
-    """All of a file of the schema, for the Hub."""
+    """A pattern for all instances of a file of the schema, for the Hub."""
     schema = load_schema(SCHEMA)
     path: Any = schema.files[file].path
     return "*/" + str(
@@ -163,5 +163,5 @@ def _pattern(file: str) -> str:
 
 
 def place(root: Path, episode: str, file: str, frame: int | None = None) -> Path:
-    """A file of the schema of an episode."""
+    """The path of a file of the schema in an episode."""
     return root / episode / load_schema(SCHEMA).path(file, frame)

@@ -30,39 +30,39 @@ from occgen_hub.training.source import streamed_source
 
 
 class OccupancyStream(IterableDataset[dict[str, Any]]):
-    """The frames of a built dataset, each once an epoch, in an order that is shuffled.
+    """The frames of a built dataset, each once per epoch, in a shuffled order.
 
-    Row groups, of a few frames of one episode, are read in a random order; `shuffle_buffer` frames
-    are held, and each next frame is a random one of them. Ranks and the worker processes of a
-    DataLoader share out the row groups: none is read twice, and none is left out. A thread reads
-    ahead. From the Hub, a row group is one request, tried again when the connection is cut.
+    Row groups, each with a few frames of one episode, are read in a random order into a buffer of
+    `shuffle_buffer` frames, from which the next frame is chosen at random. The row groups are
+    divided among ranks and worker processes of a DataLoader: each is read exactly once. A thread
+    prefetches. From the Hub, a row group is one request, with retries.
 
     Args:
         source: the dataset's folder, "org/name" on the Hub or "hf://datasets/org/name[@revision]".
-            Of the Hub's only the index is fetched; images, depth and tasks must be in the shards
-            then (`occgen-hub build --parquet-images`).
+            From the Hub only the index is downloaded, and images, depth and tasks must be in the
+            shards (`occgen-hub build --parquet-images`).
         shuffle: whether the order is random; else it is that of OccupancyDataset.
         seed: the same seed and epoch give the same order. See `set_epoch`.
-        shuffle_buffer: frames among which the next is chosen, in each worker. They are held
-            compressed as little as decoding needs: 1 MB each at the default grid.
-        prefetch: row groups that are read ahead in each worker.
-        rank, world_size: of this process; by default those of torch.distributed where it is
-            initialized, else of the variables RANK and WORLD_SIZE, else 0 of 1. Frames are shared
-            out here, so accelerate must not share them out again: do not `prepare` the DataLoader.
-        even: whether each worker of each rank gives as many frames as the one that has fewest, so
-            that all ranks have as many batches. Up to a row group of each worker is left out then;
-            another one in each epoch.
+        shuffle_buffer: number of frames from which the next one is chosen, in each worker. A frame
+            takes 1 MB with the default grid.
+        prefetch: number of row groups that are prefetched in each worker.
+        rank, world_size: of this process; by default those of torch.distributed if it is
+            initialized, else of the variables RANK and WORLD_SIZE, else 0 of 1. The frames are
+            already divided among ranks, so do not pass the DataLoader to accelerate's `prepare`.
+        even: whether each worker of each rank gives as many frames as the one with the fewest, so
+            that all ranks have the same number of batches. Up to a row group per worker is left out
+            then, a different one in each epoch.
 
-    The other arguments, and the items, are those of `OccupancyDataset`. Of a history, a few row
+    The other arguments, and the items, are those of `OccupancyDataset`. For a history, a few row
     groups before those of the frames are read as well.
 
-    The order depends on the number of ranks and of workers. `state_dict` and `load_state_dict` say
-    how far it is, to a frame; torchdata's StatefulDataLoader calls them in its workers.
+    The order depends on the number of ranks and of workers. `state_dict` and `load_state_dict` save
+    and restore the position exactly; torchdata's StatefulDataLoader calls them in its workers.
 
     Attributes: root, the folder with the index; grid, of the items' cells; episodes, their ids;
-    num_frames, of all ranks and workers together; epoch; taxonomy, as of OccupancyDataset.
+    num_frames, of all ranks and workers together; epoch; taxonomy, as in OccupancyDataset.
 
-    Raises what OccupancyDataset does.
+    Raises the errors of OccupancyDataset.
     """
 
     def __init__(
@@ -128,22 +128,22 @@ class OccupancyStream(IterableDataset[dict[str, Any]]):
         self.num_frames = int(self._index.starts[-1])
         check_augmentations(self._format.augment, self.grid)
         self._units = _units(self._index, self._format.past)
-        # In memory that workers share, so that those that live longer than an epoch see it change.
+        # In shared memory, so that persistent workers see changes.
         self._epoch: torch.Tensor = torch.zeros(1, dtype=torch.int64)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]
         self._start = self._given = 0
 
     @property
     def epoch(self) -> int:
-        """The number of the epoch, from 0, on which the order depends."""
+        """The number of the epoch, from 0. The order depends on it."""
         return int(self._epoch[0])
 
     def set_epoch(self, epoch: int) -> None:
-        """Have the next iteration be of another epoch; also in workers that are running."""
+        """Set the epoch of the next iteration, also in running workers."""
         self._epoch[0] = epoch
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the latest iteration in this process is: plain numbers."""
+        """The position of the latest iteration in this process, as plain numbers."""
         return {
             "epoch": self.epoch,
             "given": self._given,
@@ -153,9 +153,9 @@ class OccupancyStream(IterableDataset[dict[str, Any]]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Have the next iteration go on from a state of the same place among ranks and workers.
+        """Resume the next iteration from a state of the same rank and worker.
 
-        Raises UsageError where the state is of other frames, another seed or another place.
+        Raises UsageError if the frames, the seed, the rank or the worker differ.
         """
         here = {
             "seed": self._seed,
@@ -165,14 +165,14 @@ class OccupancyStream(IterableDataset[dict[str, Any]]):
         for name, value in here.items():
             if state[name] != value:
                 raise UsageError(
-                    f"load_state_dict: {name} is {value} here and {state[name]} in the state; go "
-                    "on with the same dataset, seed, ranks and workers."
+                    f"load_state_dict: {name} is {value} here and {state[name]} in the state; use "
+                    "the same dataset, seed, ranks and workers."
                 )
         self.set_epoch(state["epoch"])
         self._start = self._given = state["given"]
 
     def __iter__(self) -> Iterator[Any]:
-        """The frames of this rank and worker, from the start or where a loaded state left off."""
+        """The frames of this rank and worker, from the start or from a loaded state."""
         start, self._start = self._start, 0
         self._given = start
         return self._items(start, self.epoch)
@@ -201,7 +201,7 @@ class OccupancyStream(IterableDataset[dict[str, Any]]):
             return unit, self._loaded(units[unit], open_file, scene_states)
 
         readers: dict[int, UnitReader] = {}
-        # Closed at the end, so that a loop that is left early leaves no thread behind.
+        # Closed at the end, so that no thread remains if the loop is left early.
         with closing(prefetch(load, order.to_open(), threads=1, ready=self._prefetch)) as loaded:
             for _ in range(start, frames):
                 unit, frame, is_last = order.draw()
@@ -223,7 +223,7 @@ class OccupancyStream(IterableDataset[dict[str, Any]]):
         open_file: Callable[[int], pq.ParquetFile],
         scene_states: Callable[[int], SceneStates],
     ) -> UnitReader:
-        """The row groups of a unit, and for histories those before it in the episode."""
+        """The row groups of a unit and, for histories, those before it in the episode."""
         index, form = self._index, self._format
         first, stop = unit.tolist()
         episode, _ = index.located(first)
@@ -235,7 +235,7 @@ class OccupancyStream(IterableDataset[dict[str, Any]]):
         return reader
 
     def _consumer(self) -> tuple[int, int]:
-        """The number of this worker of this rank among all of all ranks, and how many there are."""
+        """The number of this worker among the workers of all ranks, and their total number."""
         rank, world_size = self._place or _distributed()
         worker = get_worker_info()
         if worker is None:
@@ -244,20 +244,20 @@ class OccupancyStream(IterableDataset[dict[str, Any]]):
 
 
 def _distributed() -> tuple[int, int]:
-    """The rank of this process and how many there are."""
+    """The rank of this process, and the number of ranks."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-# Who reads what, in which order
+# Distribution and order of the frames
 
 
 def _units(index: FrameIndex, past: int) -> NDArray[np.int64]:
-    """(units, 2) first and last + 1 frame of what is read at once: row groups of one episode.
+    """(units, 2) the first and last + 1 frames of units, which are row groups read together.
 
-    Where histories reach `past` frames back, several row groups are a unit, so that not much more
-    is read than is given out.
+    With histories of `past` frames, a unit has several row groups of an episode, so that few frames
+    are read only for a history.
     """
     bounds = [0]
     ends = {*index.starts.tolist()}
@@ -270,10 +270,10 @@ def _units(index: FrameIndex, past: int) -> NDArray[np.int64]:
 def _shares(
     units: NDArray[np.int64], count: int, seed: list[int] | None
 ) -> list[NDArray[np.int64]]:
-    """The numbers of the units that each of `count` workers has, in the order it reads them.
+    """The numbers of the units of each of `count` workers, in the order of reading.
 
-    With a seed they are shuffled. Each next unit goes to whoever has fewest frames, so that none
-    has more than a unit more than another.
+    With a seed they are shuffled. Each unit is assigned to the worker with the fewest frames, so
+    workers differ by at most one unit.
     """
     sizes = units[:, 1] - units[:, 0]
     if seed is None:
@@ -291,10 +291,10 @@ def _shares(
 
 
 class FrameOrder:
-    """Draws the frames of units in a random order, from a buffer of those that are open.
+    """Draws the frames of units in a random order, from a buffer of open units.
 
-    units: (n, 2) first and last + 1 frames; buffer: frames that are open at least, if there are so
-    many; rng: None for no shuffling. Nothing is read: the order is known without it.
+    units: (n, 2) first and last + 1 frames; buffer: minimum number of open frames, if there are so
+    many; rng: None for no shuffling. It computes the order without reading anything.
     """
 
     def __init__(
@@ -306,7 +306,7 @@ class FrameOrder:
         self._fill()
 
     def to_open(self) -> list[int]:
-        """The units from which frames are still to come, in the order in which they are opened."""
+        """The units with remaining frames, in the order in which they are opened."""
         opened = sorted(unit.number for unit in self._open)
         return [*opened, *range(self._next, len(self._units))]
 
@@ -337,7 +337,7 @@ class FrameOrder:
 
 @dataclass
 class _OpenUnit:
-    """A unit and its frames that were not drawn yet."""
+    """A unit and its remaining frames."""
 
     number: int
     frames: list[int]

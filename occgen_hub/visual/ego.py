@@ -17,7 +17,7 @@ from occgen_hub.visual.colors import FAINT, MOVING, ramp
 from occgen_hub.visual.cubes import cube_faces, framed
 from occgen_hub.visual.frames import Frame
 from occgen_hub.visual.legend import Shade, color_bar, swatch
-from occgen_hub.visual.offscreen import Stage
+from occgen_hub.visual.offscreen import OffscreenRenderer
 
 NEAR = 0.02
 
@@ -53,7 +53,7 @@ class EgoView:
         upper = np.asarray(grid.lower) + np.asarray(grid.shape) * grid.voxel_size
         self._far = float(np.linalg.norm(np.maximum(corner, np.abs(upper))))
         self.deepest = max(float(upper[2]), 2 * grid.voxel_size)
-        self._stage = Stage(drawn, NEAR, self._far + 1)
+        self._stage = OffscreenRenderer(drawn, NEAR, self._far + 1)
 
     def __call__(self, frame: Frame) -> NDArray[np.uint8]:
         """(H, W, 3) uint8."""

@@ -43,7 +43,7 @@ class Picture:
         return np.minimum(z, 1).astype(np.float32)
 
 
-class Stage:
+class OffscreenRenderer:
     """A scene of named meshes and a camera. Adding a mesh replaces the one with the same name.
 
     VTK prints exceptions raised in its Python callbacks instead of raising them, so signals are

@@ -33,7 +33,7 @@ LARGEST = 3840
 
 
 @dataclass(frozen=True)
-class Shot:
+class RenderOptions:
     """Options for rendering a trajectory.
 
     size: (width, height), pixels, None for the view's default; viewpoint: of the world, None to
@@ -71,41 +71,41 @@ class _Renderer(Protocol):
     def __call__(self, frame: Frame, image: NDArray[np.uint8] | None) -> NDArray[np.uint8]: ...
 
 
-def pictures(trajectory: Trajectory, shot: Shot) -> Iterator[NDArray[np.uint8]]:
+def pictures(trajectory: Trajectory, options: RenderOptions) -> Iterator[NDArray[np.uint8]]:
     """Yield (H, W, 3) uint8 of each frame in order, rendered on demand.
 
     Raises UsageError if this machine cannot render, DatasetError if a file is invalid.
     """
-    yield from _drawn(trajectory, shot, 0, None)
+    yield from _drawn(trajectory, options, 0, None)
 
 
 def _drawn(
-    trajectory: Trajectory, shot: Shot, start: int, stop: int | None
+    trajectory: Trajectory, options: RenderOptions, start: int, stop: int | None
 ) -> Iterator[NDArray[np.uint8]]:
     images = trajectory.images()
-    length, shown = (0, False) if shot.view == "ego" else (shot.history_len, True)
-    with _renderer(trajectory, shot) as renderer:
-        for frame in islice(frames(trajectory, length, shot.history_step), start, stop):
+    length, shown = (0, False) if options.view == "ego" else (options.history_len, True)
+    with _renderer(trajectory, options) as renderer:
+        for frame in islice(frames(trajectory, length, options.history_step), start, stop):
             yield renderer(frame, images(frame.number) if shown else None)
 
 
 @contextmanager
-def _renderer(trajectory: Trajectory, shot: Shot) -> Iterator[_Renderer]:
-    size, moving = shot.fitted(trajectory.image_size), trajectory.has_dynamic()
+def _renderer(trajectory: Trajectory, options: RenderOptions) -> Iterator[_Renderer]:
+    size, moving = options.fitted(trajectory.image_size), trajectory.has_dynamic()
     classes: list[Class] = []
-    if shot.color == "class":
-        if shot.view == "world":
+    if options.color == "class":
+        if options.view == "world":
             raise UsageError(
                 "--color class: is of the camera's view; choose --view ego or panels, or leave it "
                 "out."
             )
         classes = seen_classes(trajectory)
-    if shot.view == "world":
+    if options.view == "world":
         foot = legend_height(*size, _world_legend_layout(moving))
-        with closing(WorldView(trajectory, (size[0], size[1] - foot), shot.viewpoint)) as world:
+        with closing(WorldView(trajectory, (size[0], size[1] - foot), options.viewpoint)) as world:
             strip = legend_picture(size[0], foot, size[1], partial(world.legend, moving=moving))
             yield lambda frame, image: with_legend(world(frame, image), size, strip)
-    elif shot.view == "ego":
+    elif options.view == "ego":
         foot = legend_height(*size, _camera_legend_layout(moving, classes))
         inner = _inside(trajectory.image_size, (size[0], size[1] - foot))
         with closing(EgoView(trajectory, inner, classes)) as ego:
@@ -114,10 +114,10 @@ def _renderer(trajectory: Trajectory, shot: Shot) -> Iterator[_Renderer]:
     else:
         legends = _world_legend_layout(moving), _camera_legend_layout(moving, classes)
         panels = Panels(size, trajectory.image_size, legends)
-        name = called(trajectory)
+        name = trajectory_id(trajectory)
         count, fps = len(trajectory.world_from_camera()), rate(trajectory)
         with (
-            closing(WorldView(trajectory, panels.world_size, shot.viewpoint)) as world,
+            closing(WorldView(trajectory, panels.world_size, options.viewpoint)) as world,
             closing(EgoView(trajectory, panels.image_size, classes)) as ego,
         ):
             panels.explain(partial(world.legend, moving=moving), partial(ego.legend, moving=moving))
@@ -153,7 +153,7 @@ def _inside(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, in
     return width, height
 
 
-def called(trajectory: Trajectory) -> str:
+def trajectory_id(trajectory: Trajectory) -> str:
     """The id of a trajectory, from its path."""
     return "/".join(trajectory.path.resolve().parts[-3:])
 
@@ -169,7 +169,7 @@ def rate(trajectory: Trajectory) -> float:
 def render(
     trajectory: Trajectory,
     place: Path,
-    shot: Shot,
+    options: RenderOptions,
     *,
     fps: float | None = None,
     frame: int | None = None,
@@ -186,7 +186,7 @@ def render(
         number = count // 2 if frame is None else frame
         if number >= count:
             raise UsageError(f"--frame {number}: there are {count} frames, numbered from 0.")
-        (drawn,) = _drawn(trajectory, shot, number, number + 1)
+        (drawn,) = _drawn(trajectory, options, number, number + 1)
         with written_for(place) as unfinished:
             Image.fromarray(drawn).save(unfinished, "PNG", optimize=True)
         return
@@ -197,6 +197,6 @@ def render(
         VideoWriter(unfinished, fps or rate(trajectory)) as video,
         background(video.append) as encode,  # Encodes while the next image is rendered.
     ):
-        for done, picture in enumerate(pictures(trajectory, shot), 1):
+        for done, picture in enumerate(pictures(trajectory, options), 1):
             encode(picture)
             progress(done, count)

@@ -26,7 +26,7 @@ from occgen_hub.visual.cubes import cube_faces
 from occgen_hub.visual.frames import Frame, frames
 from occgen_hub.visual.heights import Heights
 from occgen_hub.visual.optional_dependencies import need
-from occgen_hub.visual.render import called, rate
+from occgen_hub.visual.render import rate, trajectory_id
 from occgen_hub.visual.viewpoint import Viewpoint, automatic
 
 APPLICATION = "occgen-hub"
@@ -246,7 +246,7 @@ def save(
 
     The caller makes the write atomic. Raises the errors of `fill`.
     """
-    stream = need("rerun").RecordingStream(APPLICATION, recording_id=called(trajectory))
+    stream = need("rerun").RecordingStream(APPLICATION, recording_id=trajectory_id(trajectory))
     with place.open("wb") as file, _written_to(file) as pipe:
         stream.save(pipe, default_blueprint=_blueprint(trajectory))
         try:

@@ -67,12 +67,12 @@ class Viewpoint:
             view = cls(field_of_view=float(values.get("field_of_view", FIELD_OF_VIEW)), **vectors)  # type: ignore[arg-type]  # lengths are checked below
         except (KeyError, TypeError, ValueError):
             raise UsageError(f"{path}: {_WANTED}.") from None
-        if any(len(v) != 3 for v in vectors.values()) or not view.sound:
+        if any(len(v) != 3 for v in vectors.values()) or not view.is_valid:
             raise UsageError(f"{path}: {_WANTED}.")
         return view
 
     @property
-    def sound(self) -> bool:
+    def is_valid(self) -> bool:
         """Whether the viewpoint is valid for a camera."""
         vectors = np.array((self.position, self.target, self.up))
         if not (np.abs(vectors) <= FARTHEST).all():  # Also rejects NaN.

@@ -27,7 +27,7 @@ from occgen_hub.visual.legend import (
     swatch,
     text_size,
 )
-from occgen_hub.visual.offscreen import Stage
+from occgen_hub.visual.offscreen import OffscreenRenderer
 from occgen_hub.visual.viewpoint import Viewpoint, automatic
 
 MAX_CUBES = 600_000
@@ -80,7 +80,7 @@ class WorldView:
         self._line = 1.5 * SUPERSAMPLED * middle / K[1, 1]
         near = max(0.02, 0.5 * float(np.min(forward)) - 2)
         far = max(1.5 * float(np.max(forward)) + 5, 10 * near)
-        self._stage = Stage(drawn, near, far)
+        self._stage = OffscreenRenderer(drawn, near, far)
         self._stage.look(pose, K)
         shown = self._heights.below_ceiling(cloud.points)
         self._draw_scenery(Cloud(cloud.points[shown], cloud.colors[shown]), edge)
