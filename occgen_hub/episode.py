@@ -115,6 +115,48 @@ class Episode:
     taxonomy: str | None = None
 
 
+FAR_FROM_ORIGIN = 1000.0
+"""Coordinates above this are reduced by `near_origin`, metres. float32 resolves 0.06 mm there."""
+
+
+def near_origin(episode: Episode) -> tuple[Episode, tuple[float, float, float]]:
+    """An episode whose world has its origin near the cameras, and the metres that were subtracted.
+
+    Positions such as UTM coordinates are too large for float32 and for the numbers of voxels. Of
+    each axis on which the median position is farther than FAR_FROM_ORIGIN, the nearest multiple of
+    1000 m is subtracted, so that episodes of one place usually get the same origin. The cameras in
+    `beside` are moved too. Other episodes are returned as they are, with zeros.
+    """
+    cameras = [own.world_from_camera for own in (episode, *episode.beside)]
+    positions = [poses[:, :3, 3] for poses in cameras if poses is not None]
+    if not positions:
+        return episode, (0.0, 0.0, 0.0)
+    median = np.median(np.concatenate(positions), axis=0)
+    origin = np.where(np.abs(median) > FAR_FROM_ORIGIN, np.round(median / 1000) * 1000, 0.0)
+    if not origin.any():
+        return episode, (0.0, 0.0, 0.0)
+
+    def moved(own: Episode) -> Episode:
+        if own.world_from_camera is None:
+            return own
+        poses = own.world_from_camera.copy()
+        poses[:, :3, 3] -= origin
+        return replace(own, world_from_camera=poses)
+
+    found = replace(moved(episode), beside=tuple(map(moved, episode.beside)))
+    x, y, z = map(float, origin)
+    return found, (x, y, z)
+
+
+def origin_notes(origin: tuple[float, float, float]) -> list[Note]:
+    """The note on what `near_origin` subtracted, if anything."""
+    if not any(origin):
+        return []
+    place = ", ".join(f"{value:.0f}" for value in origin)
+    text = f"the world is far from its origin: ({place}) m are subtracted from all positions"
+    return [Note("world origin", text)]
+
+
 def check_episode(episode: Episode) -> Episode:
     """Check an episode, and return it with readers that check each frame. Raises OccGenError.
 

@@ -379,11 +379,16 @@ class Trajectory:
         return values
 
     def world_from_camera(self) -> NDArray[np.float64]:
-        """(T, 4, 4) float64, OpenCV axes, metres."""
+        """(T, 4, 4) float64, OpenCV axes, metres. Add `world_origin` for the source's world."""
         poses = self.column(self.schema.poses).astype(np.float64)
         if not np.isfinite(poses).all():
             raise DatasetError(self.file("frames"), "has poses that are not finite", REBUILD)
         return poses
+
+    @property
+    def world_origin(self) -> NDArray[np.float64]:
+        """(3,) float64, metres that were subtracted from the source's coordinates; mostly zeros."""
+        return np.array(self.record["scene"].get("world_origin", (0.0, 0.0, 0.0)), np.float64)
 
     def intrinsics(self) -> NDArray[np.float64]:
         """(T, 3, 3) float64, pixels of the original image."""

@@ -19,7 +19,7 @@ import numpy as np
 
 from occgen_hub.config import Config
 from occgen_hub.engines import Engine
-from occgen_hub.episode import Episode, Note, check_episode
+from occgen_hub.episode import Episode, Note, check_episode, near_origin, origin_notes
 from occgen_hub.fusion.conventions import STATIC, check_conventions, stands_still
 from occgen_hub.fusion.fuse import check_reach, fuse
 from occgen_hub.fusion.joined import MovingInAll, joined_views
@@ -48,12 +48,12 @@ def reconstruct(
     scratch: Path,
     progress: Progress = lambda _: None,
 ) -> Scene:
-    """The scene of an episode, in the source's world if the source has poses.
+    """The scene of an episode, in the source's world, less `world_origin`, if there are poses.
 
     scratch: a folder that the engine may create, needed as long as the scene is used. Raises
     OccGenError if the episode cannot be reconstructed, or its units, axes or poses are wrong.
     """
-    episode = check_episode(episode)
+    episode, origin = near_origin(check_episode(episode))
     views = engine.reconstruct(episode, config, scratch, progress)
     check_views(views, episode)
     views, alignment = align(replace(views, read_labels=episode.read_labels), episode)
@@ -80,7 +80,8 @@ def reconstruct(
         cloud = poisson_surface(cloud, centres, config.voxel_size, config.mesh_density_cut)
         if classes is not None:
             classes = nearest_classes(fused.cloud.points, classes, cloud.points)
-    notes = [*views.notes, *convention_notes, *fused.notes, *_notes(alignment, len(cloud))]
+    notes = [*views.notes, *origin_notes(origin), *convention_notes, *fused.notes]
+    notes += _notes(alignment, len(cloud))
     views = replace(views, world_from_camera=poses[own::cameras])
     if cameras == 1 and stands_still(poses, cloud):
         notes.append(STATIC)
@@ -94,6 +95,7 @@ def reconstruct(
         quality=fused.quality,
         windows=views.windows,
         notes=tuple(notes),
+        world_origin=origin,
         labels=None if classes is None else PointLabels(classes, moving_labels),
     )
 

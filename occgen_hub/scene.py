@@ -32,6 +32,7 @@ class Scene:
         quality: how well the frames agree; None if they were not compared.
         windows: how a network's windows were joined; None without a network.
         notes: for the user.
+        world_origin: metres that were subtracted from the source's coordinates, see `near_origin`.
     """
 
     cloud: Cloud
@@ -43,4 +44,5 @@ class Scene:
     quality: Quality | None = None
     windows: WindowRecord | None = None
     notes: tuple[Note, ...] = ()
+    world_origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
     labels: PointLabels | None = None

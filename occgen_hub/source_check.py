@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from occgen_hub.builder import DatasetBuilder, EpisodeRef
 from occgen_hub.config import Config
 from occgen_hub.engines import load_engine
-from occgen_hub.episode import Episode, check_episode
+from occgen_hub.episode import Episode, check_episode, near_origin
 from occgen_hub.errors import OccGenError
 from occgen_hub.files import is_file
 from occgen_hub.fusion.conventions import check_conventions
@@ -108,6 +108,7 @@ def _check_files(builder: DatasetBuilder, episode: Episode) -> None:
 def _check_geometry(episode: Episode) -> None:
     """Check that frames agree. Raises OccGenError with the likely cause."""
     config = Config()
+    episode, _ = near_origin(episode)
     with tempfile.TemporaryDirectory(prefix="occgen-") as scratch:
         views = load_engine("rgbd").reconstruct(episode, config, Path(scratch))
     for note in check_conventions(views, episode.id, config, fps=episode.fps):

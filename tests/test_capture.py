@@ -33,6 +33,7 @@ from occgen_hub.geometry.trajectory import poses_at
 from occgen_hub.job import list_episodes
 from occgen_hub.lerobot.writer import Media
 from occgen_hub.loading import Trajectory, trajectories
+from occgen_hub.validation import validate
 
 KINECT = Path(__file__).parent.parent.parent / "shared/data/kinect"
 SMALL = library.Config(pc_range=(-0.4, -0.4, 0.4, 0.4, 0.4, 1.2))
@@ -116,6 +117,27 @@ def test_every_layout_builds_the_same_scene(
         times = trajectory.table()["source_timestamp"].to_numpy()
         assert np.allclose(np.diff(times), 1 / episode.fps, atol=1e-6)
         assert json.loads(trajectory.file("info").read_text())["fps"] == episode.fps
+
+
+def test_world_far_from_its_origin_gives_the_same_cells(
+    episode: Episode, cells: np.ndarray, tmp_path: Path
+) -> None:
+    """Poses in UTM coordinates. float32 resolves only 3 cm at 500 km."""
+    offset = np.array([512_000.0, 5_403_000.0, 0.0])
+    far = episode.world_from_camera.copy()
+    far[:, :3, 3] += offset
+    moved, out = replace(episode, world_from_camera=far), tmp_path / "out"
+    (tmp_path / "room").mkdir()
+    captures.write_tum(moved, tmp_path / "room")
+    K = captures.opencv_intrinsics(episode)
+    found = scene_cells("capture", tmp_path / "room", out, intrinsics=K)
+    assert share_beside(found, cells) >= 0.98
+    assert share_beside(cells, found) >= 0.98
+    trajectory = Trajectory.open(trajectories(out)[0])
+    assert np.array_equal(trajectory.world_origin, offset)
+    assert np.allclose(trajectory.world_from_camera(), episode.world_from_camera, atol=2e-3)
+    assert any("(512000, 5403000, 0) m are subtracted" in n for n in trajectory.record["notes"])
+    assert validate(out).valid
 
 
 def test_plain_folder_is_read(episode: Episode, tmp_path: Path) -> None:

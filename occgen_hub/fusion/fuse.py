@@ -255,6 +255,6 @@ def check_reach(views: Views, config: Config, episode: str) -> None:
     if centres + ray > reach:
         raise OccGenError(
             f"{episode}: a camera may see {centres + ray:.0f} m from the world's origin, beyond "
-            f"the {reach:.0f} m that can be fused; subtract an offset from the source's poses or "
-            "set a larger fusion_voxel_size."
+            f"the {reach:.0f} m that can be fused; cut the recording into parts or set a larger "
+            "fusion_voxel_size."
         )

@@ -285,6 +285,7 @@ class TrajectoryWriter:
                 "image_size": list(self.episode.image_size),
                 "points": len(scene.cloud),
                 "scale": scene.scale,
+                **({"world_origin": list(scene.world_origin)} if any(scene.world_origin) else {}),
                 **({} if scene.alignment is None else {"alignment": _fit(scene.alignment)}),
                 **({} if scene.windows is None else {"windows": asdict(scene.windows)}),
             },
