@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from commands import occgen_hub
-from made_up import share_beside
+from made_up import depth_of, episode_of, room, share_beside
+from made_up import path as side_by_side
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
@@ -138,6 +139,24 @@ def test_world_far_from_its_origin_gives_the_same_cells(
     assert np.allclose(trajectory.world_from_camera(), episode.world_from_camera, atol=2e-3)
     assert any("(512000, 5403000, 0) m are subtracted" in n for n in trajectory.record["notes"])
     assert validate(out).valid
+
+
+def test_images_of_one_pixel_are_built(tmp_path: Path) -> None:
+    place, out = tmp_path / "room", tmp_path / "out"
+    (place / "color").mkdir(parents=True)
+    poses = side_by_side(6)
+    small = episode_of([depth_of(room(), pose, (1, 1)) for pose in poses], poses)
+    for frame in range(small.length):
+        captures.write_depth(small, frame, place / f"depth/{frame}.png", 1000)
+        Image.new("RGB", (1, 1)).save(place / f"color/{frame}.png")
+    lines = [captures.tum_line(frame / 10, pose) for frame, pose in enumerate(poses)]
+    (place / "trajectory.txt").write_text("\n".join(lines))
+    options = ["--source", "capture", "--intrinsics", "1,1,0,0"]
+    result = CliRunner().invoke(build, [*options, "--input", str(place), "--output", str(out)])
+    assert result.exit_code == 0, result.output
+    assert validate(out).valid
+    (found,) = trajectories(out)
+    assert Trajectory.open(found).rgb(5).shape == (1, 1, 3)
 
 
 def test_plain_folder_is_read(episode: Episode, tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ lookahead reads uninitialised memory."""
 class VideoWriter:
     """Writes (H, W, 3) uint8 RGB frames as H.264 that plays in a browser.
 
-    Odd sizes lose a row or a column, since yuv420p needs even ones. Equal frames give equal bytes.
+    Odd sizes lose a row or a column, since yuv420p needs even ones; a single row or column is
+    repeated. Equal frames give equal bytes.
     The file is complete when it is closed.
     """
 
@@ -39,6 +40,9 @@ class VideoWriter:
         """Encode the next frame, (H, W, 3) uint8 RGB."""
         import av
 
+        for axis in (0, 1):
+            if image.shape[axis] == 1:
+                image = image.repeat(2, axis)
         height, width = image.shape[0] // 2 * 2, image.shape[1] // 2 * 2
         if self._stream is None:
             self._stream = self._add_stream(width, height)
