@@ -24,6 +24,7 @@ from occgen_hub.atomic import atomic_file
 from occgen_hub.errors import OccGenError, UsageError, one_line
 from occgen_hub.files import (
     dump_json,
+    has_content,
     leads_out,
     printable,
     read_bytes,
@@ -114,7 +115,7 @@ def write_card(root: Path, shown: Path | None = None) -> Path:
         *_origin(facts, IN_INDEX if facts.packed else RECORDS),
     )
     text = ("\n".join(paragraphs) + "\n").encode()
-    if not card.exists() or card.read_bytes() != text:
+    if not has_content(card, text):
         with atomic_file(card) as partial:
             partial.write_bytes(text)
     return card

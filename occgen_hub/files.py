@@ -125,6 +125,11 @@ def read_bytes(path: Path, limit: int = MAX_DOCUMENT_BYTES) -> bytes:
     return data
 
 
+def has_content(path: Path, content: bytes) -> bool:
+    """Whether a regular file has exactly this content. It is read only if it has that size."""
+    return is_file(path) and path.stat().st_size == len(content) and path.read_bytes() == content
+
+
 def read_json(path: Path, limit: int = MAX_DOCUMENT_BYTES) -> dict[str, Any]:
     """Read a JSON object of at most `limit` bytes. Raises SourceError."""
     return _parse_object(_read_text(path, limit), path, "")

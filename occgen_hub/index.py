@@ -25,6 +25,7 @@ from occgen_hub.files import (
     PARQUET_DAMAGE,
     dataset_files,
     dump_json,
+    has_content,
     parquet_file,
     parquet_problem,
     plain,
@@ -353,7 +354,7 @@ def write_index(root: Path, rows: Iterable[Entry]) -> int:
     for name, part in sorted(by_part.items()):
         content = part_bytes(part)
         place = root / INDEX / name
-        if name in there and place.read_bytes() == content:
+        if name in there and has_content(place, content):
             continue
         place.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(place) as partial:

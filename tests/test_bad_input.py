@@ -660,6 +660,20 @@ def test_file_that_disappears_during_a_build_is_reported(
     assert sorted(p.name for p in (tmp_path / "out" / BAD).parent.iterdir()) == ["trajectory_0"]
 
 
+def test_finalize_reads_no_huge_files(
+    source: Path, tmp_path: Path, run_command: Callable[..., Run]
+) -> None:
+    out = tmp_path / "out"
+    assert run_command("build", "--input", source, "--output", out, *COARSE).code == 0
+    before = contents(out)
+    huge = [*(out / "index").iterdir(), out / "report.json", out / "failures.jsonl"]
+    for path in huge:
+        with path.open("wb") as file:
+            file.truncate(1 << 33)
+    assert run_command("finalize", out).code == 0
+    assert contents(out) == before
+
+
 def test_built_trajectory_is_kept_when_its_source_breaks(
     source: Path, tmp_path: Path, run_command: Callable[..., Run]
 ) -> None:

@@ -747,6 +747,15 @@ def test_malformed_files_of_a_build_are_ignored(
     assert tree(out) == before
 
 
+def test_finalize_refuses_a_plan_with_invalid_values(three: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    build_dataset(job(three, out))
+    path = out / ".logs/build.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"shards": True}))
+    with pytest.raises(UsageError, match=r"has no \.logs/build\.json of a build"):
+        finalize(out)
+
+
 def test_depth_is_looked_up_per_episode_of_a_scene(tmp_path: Path) -> None:
     """Episodes of a scene share image folders; only an episode's own images count."""
     make_sample(tmp_path / "tree", trajectories=3, frames=3, layout="scenes")

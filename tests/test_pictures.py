@@ -188,7 +188,11 @@ def test_viewpoint_file_round_trip(tmp_path):
     view = Viewpoint((1.0, 2.0, 3.0), (0.0, 0.5, 0.0), (0.0, 0.0, 1.0), 40.0)
     view.save(tmp_path / "camera.json")
     assert Viewpoint.load(tmp_path / "camera.json") == view
-    for wrong in ({}, {"position": [0, 0, 1], "target": [0, 0, 0], "up": [0, 0, 1]}):
+    for wrong in (
+        {},
+        {"position": [0, 0, 1], "target": [0, 0, 0], "up": [0, 0, 1]},
+        {"position": [10**400, 0, 1], "target": [0, 0, 0], "up": [0, 1, 0]},
+    ):
         (tmp_path / "camera.json").write_text(json.dumps(wrong))
         with pytest.raises(UsageError, match="is not a viewpoint"):
             Viewpoint.load(tmp_path / "camera.json")

@@ -55,6 +55,9 @@ class Plan:
     parquet_images: bool = False
 
 
+_PLAN = TypeAdapter(Plan)
+
+
 def make_plan(job: Job, count: int) -> Plan:
     """Distribute the episodes of a job over `count` shards. The same job gives the same plan."""
     ids = [ref.id for ref in job.refs]
@@ -81,8 +84,8 @@ def make_plan(job: Job, count: int) -> Plan:
 def read_plan(out: Path) -> Plan | None:
     """The plan of the last build, or None if there is no readable one."""
     try:
-        return Plan(**parse_json(read_bytes(out / LOGS / PLAN, MAX_BYTES)))
-    except (OccGenError, ValueError, TypeError):
+        return _PLAN.validate_python(parse_json(read_bytes(out / LOGS / PLAN, MAX_BYTES)))
+    except (OccGenError, ValueError):
         return None
 
 

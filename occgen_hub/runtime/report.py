@@ -11,7 +11,7 @@ from typing import Any
 
 from occgen_hub.atomic import atomic_file
 from occgen_hub.errors import OccGenError
-from occgen_hub.files import dump_json, parse_json, read_bytes, read_json
+from occgen_hub.files import dump_json, has_content, parse_json, read_bytes, read_json
 from occgen_hub.runtime.results import Failure, Summary
 
 FAILURES = "failures.jsonl"
@@ -77,7 +77,7 @@ def _write(path: Path, content: bytes) -> None:
     if not content:
         if path.exists():  # In a read-only folder, removing a missing file is an error too.
             path.unlink()
-    elif not path.is_file() or path.read_bytes() != content:
+    elif not has_content(path, content):
         with atomic_file(path) as partial:
             partial.write_bytes(content)
 

@@ -65,7 +65,7 @@ class Viewpoint:
                 name: tuple(float(v) for v in values[name]) for name in ("position", "target", "up")
             }
             view = cls(field_of_view=float(values.get("field_of_view", FIELD_OF_VIEW)), **vectors)  # type: ignore[arg-type]  # lengths are checked below
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise UsageError(f"{path}: {_WANTED}.") from None
         if any(len(v) != 3 for v in vectors.values()) or not view.is_valid:
             raise UsageError(f"{path}: {_WANTED}.")
