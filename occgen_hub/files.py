@@ -113,12 +113,13 @@ def read_bytes(path: Path, limit: int = MAX_DOCUMENT_BYTES) -> bytes:
     """Read a whole file of at most `limit` bytes. Raises SourceError."""
     with opened(path) as file:
         try:
-            data = file.read(limit + 1)
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(limit + 1) if size <= limit else b""
         except OSError as error:
             raise SourceError(
                 path, f"cannot be read ({error.strerror})", "restore it from the source"
             ) from error
-    if len(data) > limit:
+    if max(size, len(data)) > limit:
         raise SourceError(
             path, f"is larger than {limit >> 10} kB", "check that it is the right file"
         )

@@ -666,12 +666,15 @@ def test_finalize_reads_no_huge_files(
     out = tmp_path / "out"
     assert run_command("build", "--input", source, "--output", out, *COARSE).code == 0
     before = contents(out)
-    huge = [*(out / "index").iterdir(), out / "report.json", out / "failures.jsonl"]
-    for path in huge:
+    files = [*(out / "index").iterdir(), out / "report.json", out / "failures.jsonl"]
+    for path in files:
         with path.open("wb") as file:
             file.truncate(1 << 33)
     assert run_command("finalize", out).code == 0
     assert contents(out) == before
+    with (out / ".logs/shard-0.jsonl").open("wb") as file:
+        file.truncate(1 << 33)
+    assert "did not finish" in run_command("finalize", out).out
 
 
 def test_built_trajectory_is_kept_when_its_source_breaks(

@@ -30,8 +30,8 @@ from occgen_hub.scenes import scene_of
 PLAN = "build.json"
 RECORD = "shard-{}.jsonl"
 
-MAX_BYTES = 1 << 32
-"""Maximum size of a plan or a record. Tens of millions of episodes need less."""
+MAX_BYTES = 1 << 30
+"""Maximum size of a plan or a record. Millions of episodes need less."""
 
 _RESULT: TypeAdapter[Result] = TypeAdapter(Result)
 
