@@ -38,7 +38,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     voxel_size: Annotated[float, Field(ge=1e-4, le=100, allow_inf_nan=False)] = Field(
-        0.02, description="edge of an occupancy cell"
+        0.02, description="edge of an occupancy cell, metres"
     )
     pc_range: tuple[Finite, Finite, Finite, Finite, Finite, Finite] = Field(
         (-2.0, -1.5, -0.5, 2.0, 1.0, 3.5),
@@ -120,6 +120,8 @@ class Config(BaseModel):
             raise ValueError("depth_range must be (nearest, farthest), nearest first")
         if any(low >= high for low, high in zip(self.pc_range, self.pc_range[3:], strict=False)):
             raise ValueError("each minimum of pc_range must be below its maximum")
+        if max(self.grid_shape) < 2:
+            raise ValueError("voxel_size must be smaller than the grid; it is in metres")
         if math.prod(self.grid_shape) > MAX_CELLS:
             raise ValueError(
                 f"pc_range / voxel_size gives a grid of {self.grid_shape} cells, over the limit of "

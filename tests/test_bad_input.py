@@ -804,6 +804,7 @@ CONFIGS: dict[str, str | bytes] = {
     "a reversed range": "pc_range: [2, -1.5, -0.5, -2, 1, 3.5]",
     "a short range": "pc_range: [1, 2, 3]",
     "an enormous grid": "voxel_size: 0.0001",
+    "a cell larger than the grid": "voxel_size: 4",
     "an endless grid": "pc_range: [-1.0e+308, -1, -1, 1.0e+308, 1, 1]",
     "a denormal grid": "voxel_size: 5.0e-324",
     "a reversed depth range": "depth_range: [5, 1]",

@@ -344,6 +344,30 @@ def test_frames_without_depth_or_pose_are_left_out(tum: Path, episode: Episode, 
     assert np.allclose(found.world_from_camera, episode.world_from_camera[kept], atol=1e-4)
 
 
+def test_times_of_poses_may_be_nanoseconds_and_gaps_are_named(
+    episode: Episode, tmp_path: Path
+) -> None:
+    """Every tenth pose, as a SLAM system writes keyframes, next to the poses of all frames."""
+    captures.write_plain(episode, tmp_path)
+    K = captures.opencv_intrinsics(episode)
+    file = tmp_path / "trajectory.txt"
+    rows = [line.split() for line in file.read_text().splitlines()]
+    lines = [" ".join([f"{float(row[0]) * 1e9:.0f}", *row[1:]]) for row in rows]
+    file.rename(tmp_path / "unused")
+    (tmp_path / "CameraTrajectory.txt").write_text("\n".join(lines))
+    (tmp_path / "KeyFrameTrajectory.txt").write_text("\n".join(lines[::10]))
+    found = read(tmp_path, intrinsics=K)
+    check_equal(found, episode)
+    assert (
+        "those of CameraTrajectory.txt; KeyFrameTrajectory.txt is not used" in found.notes[0].text
+    )
+    (tmp_path / "CameraTrajectory.txt").unlink()
+    found = read(tmp_path, intrinsics=K)
+    (note,) = (note.text for note in found.notes if note.code == "left out")
+    assert "without a pose at their time (gaps over 0.25 s are not interpolated)" in note
+    assert "without depth" not in note
+
+
 def test_frames_with_lost_tracking_are_left_out(
     seven: Path, episode: Episode, tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from commands import occgen_hub
 from PIL import Image
 from scipy import sparse
 
@@ -359,6 +360,20 @@ def test_voxel_size_scale_thins_the_cloud(sample_tree, tmp_path):
     voxels = np.floor(points.astype(float) / (np.cbrt(volume) / 20)).astype(int)
     # Rounding may move a mean into the next voxel: nearly one point per voxel.
     assert len(np.unique(voxels, axis=0)) > 0.99 * len(points)
+
+
+def test_surface_below_the_grid_gives_a_note(sample_tree, tmp_path):
+    """Cameras of the sample are less than a metre above the floor."""
+    for y_max, expected in (("1.0", 0), ("0.3", 1)):
+        out = tmp_path / y_max
+        settings = ["--set", "voxel_size=0.1", "--set", f"pc_range=[-2,-1.5,-0.5,2,{y_max},3.5]"]
+        done = occgen_hub(
+            "build", "--input", sample_tree, "--output", out, "--limit", "1", *settings
+        )
+        assert done.returncode == 0, done.stderr
+        assert (
+            done.stderr.count("% of the surface ahead of the camera is below the grid") == expected
+        )
 
 
 def test_interval_uses_every_nth_frame_and_still_writes_every_frame(sample_tree, tmp_path):

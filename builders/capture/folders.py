@@ -8,10 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occgen_hub.camera_mapping import CameraMapping
+from occgen_hub.episode import Note
 from occgen_hub.errors import SourceError
+from occgen_hub.files import is_file
 from occgen_hub.media import image_size, read_rgb
 
 from .recording import (
+    LONGEST_GAP,
     Layout,
     Recording,
     depth_reader,
@@ -57,10 +60,11 @@ class PlainFolder(Layout):
         """
         folder, depth_folder = folder_among(place, COLORS), folder_among(place, DEPTHS)
         assert folder is not None
-        path = file_among(place, TRAJECTORIES)
-        if path is None:
+        candidates = [place / name for name in TRAJECTORIES if is_file(place / name)]
+        if not candidates:
             problem = f"has no trajectory ({', '.join(TRAJECTORIES)})"
             raise SourceError(place, problem, f"give yours one of these names, with {FORMATS}")
+        path, *others = candidates
         trajectory = read_trajectory(path, mapping)
         colors = images_in(folder)
         depths = images_in(depth_folder, (".png", ".npy")) if depth_folder else None
@@ -72,11 +76,16 @@ class PlainFolder(Layout):
         if trajectory.times is not None:
             times = matched_times([image.stem for image in colors], trajectory, path)
         if times is not None:
-            chosen, when, poses = _by_time(path, trajectory, times, colors, depths)
+            chosen, when, poses, paired = _by_time(path, trajectory, times, colors, depths)
         else:
             chosen, poses = _by_order(path, trajectory, colors, depths)
-            when = _own_times(trajectory, chosen[:, 0])
+            when, paired = _own_times(trajectory, chosen[:, 0]), total
         colors = [colors[n] for n in chosen[:, 0]]
+        reasons = {
+            "without depth": total - paired,
+            f"without a pose at their time (gaps over {LONGEST_GAP} s are not interpolated)": paired
+            - len(colors),
+        }
         chosen_depths = [] if depths is None else [depths[n] for n in chosen[:, 1]]
         size = image_size(colors[0])
         lens, files = needed_lens(place, size, mapping)
@@ -92,7 +101,7 @@ class PlainFolder(Layout):
             read_depth=reader,
             depth_size=own_size,
             times=when,
-            notes=tuple(left_out(total, without_depth_or_pose=total - len(colors))),
+            notes=(*_notes(path, others), *left_out(total, **reasons)),
         )
 
 
@@ -102,10 +111,11 @@ def _by_time(
     times: tuple[NDArray[np.float64], float],
     colors: list[Path],
     depths: list[Path] | None,
-) -> tuple[NDArray[np.int64], NDArray[np.float64] | None, NDArray[np.float64]]:
+) -> tuple[NDArray[np.int64], NDArray[np.float64] | None, NDArray[np.float64], int]:
     """(n, 2) numbers of colour and depth images, their (n,) times, and (n, 4, 4) poses.
 
-    The times are None if they are frame numbers instead of seconds.
+    The times are None if they are frame numbers instead of seconds. The last value is the number of
+    colour images with depth, with or without a pose.
     """
     moments, unit = times
     order = np.argsort(moments, kind="stable")
@@ -128,7 +138,15 @@ def _by_time(
     assert trajectory.times is not None
     check_tracked(path, tracked, when, trajectory.times)
     counted = all(image.stem.isdecimal() for image in colors) and unit == 1.0
-    return pairs[tracked], None if counted else when[tracked], poses[tracked]
+    return pairs[tracked], None if counted else when[tracked], poses[tracked], len(pairs)
+
+
+def _notes(path: Path, others: list[Path]) -> list[Note]:
+    """A note that other trajectories are not used."""
+    if not others:
+        return []
+    names = " and ".join(other.name for other in others)
+    return [Note("trajectory", f"the poses are those of {path.name}; {names} is not used")]
 
 
 def _own_times(trajectory: Trajectory, chosen: NDArray[np.int64]) -> NDArray[np.float64] | None:

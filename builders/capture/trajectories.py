@@ -21,6 +21,9 @@ MAX_BYTES = 1 << 28
 EPOCH = 1e8
 """Names of at least so many seconds, or smaller units, are times since 1970."""
 
+YEARS = (9.5e8, 4.1e9)
+"""Seconds since 1970 of the years 2000 and 2100."""
+
 FORMATS = (
     "lines of 'time tx ty tz qx qy qz qw' (TUM), of 12 or 16 numbers of a matrix, or Open3D's .log"
 )
@@ -72,9 +75,17 @@ def timed(path: Path, rows: NDArray[np.float64], mapping: CameraMapping) -> Traj
     usable = known(poses) & np.isfinite(rows[:, 0])
     if not usable.any():
         raise SourceError(path, "has no valid poses", "leave this recording out")
-    times, first = np.unique(rows[usable, 0], return_index=True)
+    times, first = np.unique(_seconds(rows[usable, 0]), return_index=True)
     offset = mapping.time_offset or 0.0
     return Trajectory(times + offset, _converted(poses[usable][first], mapping))
+
+
+def _seconds(times: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Times in seconds. Times since 1970 may be in ms, us or ns; their size shows the unit."""
+    for unit in (1e-3, 1e-6, 1e-9):
+        if YEARS[0] < np.median(times) * unit < YEARS[1]:
+            return times * unit
+    return times
 
 
 def poses_of(

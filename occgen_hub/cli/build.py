@@ -98,7 +98,11 @@ CLUSTER_OPTIONS = {
 @click.option("--segmenter-weights", type=FOLDER, help="The weights of its network.")
 @click.option("--config", type=FOLDER, help="A YAML file of settings.")
 @click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="One setting; repeatable."
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="One setting, such as voxel_size=0.05 (metres); repeatable. docs/settings.md lists them.",
 )
 @click.option(
     "--media",

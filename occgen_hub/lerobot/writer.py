@@ -84,6 +84,10 @@ class Provenance:
         }
 
 
+MAX_BELOW = 0.1
+"""Share of the surface ahead of the camera below the grid above which a note says so."""
+
+
 class TrajectoryWriter:
     """Writes a trajectory into an empty folder: occupancy first, `finish` last."""
 
@@ -132,6 +136,14 @@ class TrajectoryWriter:
         self.cells = cells = scene_grid(scene.cloud.points, config.voxel_size)
         thinned = voxel_downsample(scene.cloud, cloud_voxel_size(cells.shape, config))
         write_ply(self.path("scene_cloud"), thinned)
+        below = self.grid.share_below(scene.cloud.points, scene.world_from_camera)
+        if below > MAX_BELOW:
+            depth = config.pc_range[4]
+            text = (
+                f"{below:.0%} of the surface ahead of the camera is below the grid, which ends "
+                f"{depth:g} m below the camera; increase y_max of pc_range to include it"
+            )
+            self.notes.append(Note("below grid", text))
 
     def write_states(self, scene: Scene, free: FreeSpace) -> None:
         """Write the scene's cells. Call it after `write_scene`, with all frames added to `free`."""

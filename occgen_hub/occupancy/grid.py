@@ -52,6 +52,25 @@ class Grid:
         ).astype(np.float32)
         return centres
 
+    def share_below(
+        self, points: NDArray[np.floating], world_from_camera: NDArray[np.float64]
+    ) -> float:
+        """The share of the surface ahead of the cameras that is below their grids, 0 to 1.
+
+        Of the points within the grid's range to the sides and ahead, those below it. points:
+        (n, 3) world metres; world_from_camera: (T, 4, 4). Only some points and frames are used.
+        """
+        points = points[:: max(1, len(points) // 20_000)].astype(np.float64)
+        frames = np.unique(np.linspace(0, len(world_from_camera) - 1, 16).astype(np.intp))
+        high = np.asarray(self.lower) + self.voxel_size * np.asarray(self.shape)
+        within = below = 0
+        for pose in world_from_camera[frames]:
+            x, y, z = ((points - pose[:3, 3]) @ pose[:3, :3]).T
+            ahead = (x >= self.lower[0]) & (x < high[0]) & (z > 0) & (z < high[2])
+            below += np.count_nonzero(ahead & (y >= high[1]))
+            within += np.count_nonzero(ahead & (y >= self.lower[1]) & (y < high[1]))
+        return below / max(below + within, 1)
+
     def columns(self, places: NDArray[np.floating]) -> tuple[NDArray[np.bool_], NDArray[np.int32]]:
         """(n,) bool: whether places lie in the grid, and (m,) int32 columns of those that do.
 

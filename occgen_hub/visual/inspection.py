@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from occgen_hub.atomic import atomic_file
 from occgen_hub.errors import SourceError, UsageError
 from occgen_hub.files import files_under
@@ -25,7 +28,8 @@ def describe(root: Path, trajectory: str | None = None) -> Iterator[str]:
     path = _chosen(root, found, trajectory)
     opened = Trajectory.open(path)
     grid, record = opened.grid, opened.record
-    low, high = record["grid"]["pc_range"][:3], record["grid"]["pc_range"][3:]
+    low = np.array(record["grid"]["pc_range"][:3])
+    high = low + grid.voxel_size * np.array(grid.shape)
     size = sum(file.stat().st_size for file in files_under(root))
     ending = "y" if len(found) == 1 else "ies"
     yield f"{root}: {len(found)} trajector{ending}, {size / 1e6:.1f} MB"
@@ -40,12 +44,17 @@ def describe(root: Path, trajectory: str | None = None) -> Iterator[str]:
     )
     yield (
         f"  grid: {' x '.join(map(str, grid.shape))} cells of {grid.voxel_size} m, "
-        f"from {tuple(low)} to {tuple(high)} m in the camera's frame (x right, y down, z forward)"
+        f"from {_numbers(low)} to {_numbers(high)} m in the camera's frame (x right, y down, z "
+        "forward)"
     )
     yield from _origin(record)
     yield from _agreement(record)
     yield from (f"  note: {note}" for note in record["notes"])
     yield from (f"  task: {task}" for task in opened.tasks())
+
+
+def _numbers(values: NDArray[np.float64]) -> str:
+    return f"({', '.join(f'{value:g}' for value in values)})"
 
 
 def _origin(record: dict[str, Any]) -> Iterator[str]:
@@ -71,9 +80,10 @@ def _agreement(record: dict[str, Any]) -> Iterator[str]:
     noise = " / ".join(f"{1000 * value:.1f}" for value in quality.sigma)
     yield (
         f"  frames: depth noise {noise} mm at 1 / 2 / 4 m; {quality.contradicted:.1%} of the "
-        f"measured points seen through by other frames; each point of the scene seen by "
-        f"{quality.supports:.0f} frames, {1000 * quality.residual:.1f} mm off their depth; frames "
-        f"{1000 * quality.shift:.1f} mm and {quality.turn:.2f} degrees off the scene (medians)"
+        "measured points contradicted by other frames (below 30% is fine); each point of the scene "
+        f"seen by {quality.supports:.0f} frames, {1000 * quality.residual:.1f} mm off their depth; "
+        f"frames {1000 * quality.shift:.1f} mm and {quality.turn:.2f} degrees off the scene "
+        "(medians)"
     )
 
 

@@ -279,7 +279,7 @@ def _above(
     heights = cells[:, axis] * sign
     # Ceilings are left out, because they would hide the room.
     shown = heights < (poses[:, axis, 3] * sign).max() + 0.6
-    legend = [_bar("height", *limits(heights[shown]))] if shown.any() else []
+    legend = [_bar("height in the world", *limits(heights[shown]))] if shown.any() else []
     legend += [swatch("observed", OBSERVED, TEXT), swatch("path", PATH, TEXT, line=True)]
     legend.append(swatch("camera", INK, TEXT, line=True))
     if trajectory.has_dynamic():
@@ -322,5 +322,6 @@ def _above(
     draw_scale_bar(draw, (width - (BAR + 1) * TEXT, height - TEXT), scale, TEXT)
     directions = np.zeros((3, 2))
     directions[across, 0], directions[along, 1] = sign, -1
-    draw_axes(draw, (3 * TEXT, height - 3 * TEXT), directions, TEXT)
+    left = (3 if sign > 0 else 5) * TEXT  # Room for an axis to the left and its name.
+    draw_axes(draw, (left, height - 3 * TEXT), directions, TEXT)
     return _panel(image, "scene from above", legend, size)

@@ -242,7 +242,7 @@ def _totals(rows: list[Row], failures: list[dict[str, str]]) -> dict[str, Any]:
     frames = total("frames")
     occupied = sum((r.values["occupied"] or 0) * (r.values["frames"] or 0) for r in sound)
     return {
-        "trajectories": f"{len(rows):,}",
+        "trajectory" if len(rows) == 1 else "trajectories": f"{len(rows):,}",
         "frames": f"{frames:,.0f}",
         "path, m": f"{total('length'):,.1f}",
         "occupied cells per frame": f"{occupied / frames if frames else 0:,.0f}",
