@@ -136,7 +136,7 @@ def test_inspect_without_media_shows_the_cloud(sample_tree, tmp_path):
         (["build", "--input", "EMPTY", "--output", "OUT", "--set", "voxelsize=1"], "voxel_size"),
         (
             ["build", "--input", "EMPTY", "--output", "OUT", "--set", "voxel_size=-1"],
-            "voxel_size: must be greater than or equal to 0.0001 (edge of an occupancy cell, metres)",
+            "voxel_size: must be greater than or equal to 0.0001 (edge of an occupancy cell, met",
         ),
         (
             ["build", "--input", "EMPTY", "--output", "OUT", "--set", "pc_range=[1,2]"],
