@@ -27,6 +27,8 @@ PARITY = ROOT.parent / "shared" / "parity"
 STORED_PART = Path(__file__).parent / "data" / "parity.npz"
 """Every seventh row and column of the maps in pi3x.all.npz, used where the full file is missing."""
 
+STORED_SMALL = Path(__file__).parent / "data" / "small_networks.npz"
+
 INPUTS = {"in_depths": "depths", "in_intrinsics": "intrinsics", "in_poses": "poses"}
 
 
@@ -51,7 +53,7 @@ def outputs(network, images, **known):
     [
         pytest.param("pi3", False, marks=pytest.mark.long),
         pytest.param("pi3x", False, marks=pytest.mark.long),
-        ("pi3x", True),
+        pytest.param("pi3x", True, marks=pytest.mark.long),
     ],
     ids=["pi3", "pi3x", "pi3x, stored part"],
 )
@@ -89,6 +91,39 @@ def test_stored_part_matches_the_reference_vectors():
             kept[key], values if values.shape == kept[key].shape else values[:, ::7, ::7]
         )
     assert STORED_PART.stat().st_size < 1e6
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_small_networks_keep_their_outputs(name):
+    """The stored outputs are of code whose full-size outputs equal the published ones.
+
+    So a change of the arithmetic is noticed without minutes of full size. After an intended change,
+    run the tests marked `long`, and store what `small_outputs` returns with np.savez_compressed.
+    """
+    stored = np.load(STORED_SMALL)
+    found = small_outputs(name)
+    assert {f"{name}.{key}" for key in found} == {k for k in stored if k.startswith(f"{name}.")}
+    for key, values in found.items():
+        expected = stored[f"{name}.{key}"]
+        assert np.linalg.norm(values - expected) <= 1e-4 * np.linalg.norm(expected), key
+
+
+def small_outputs(name):
+    """Outputs of a tiny network for three views, with all conditions that it takes."""
+    with torch.device("meta"):
+        shapes = {k: tuple(v.shape) for k, v in NETWORKS[name](TINY).state_dict().items()}
+    network = load_network(name, random_tensors(shapes), sizes=TINY)
+    random = np.random.Generator(np.random.Philox(key=7))
+    n, h, w = 3, 56, 84
+    known = {}
+    if name == "pi3x":
+        known["depths"] = random.uniform(1, 3, (n, h, w))
+        known["intrinsics"] = np.tile([[70.0, 0, w / 2], [0, 70, h / 2], [0, 0, 1]], (n, 1, 1))
+        known["poses"] = np.tile(np.eye(4), (n, 1, 1))
+        known["poses"][:, 0, 3] = np.arange(n)
+    images = random.random((n, 3, h, w), dtype=np.float32)
+    found = outputs(network, images, **known)
+    return {k: v[:, ::7, ::7] if v.ndim == 4 else v for k, v in found.items()}
 
 
 # Properties of the networks

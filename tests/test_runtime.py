@@ -433,7 +433,12 @@ def check_stopped(process: subprocess.Popen[str], number: signal.Signals) -> Non
 
 
 @pytest.mark.parametrize(
-    ("workers", "number"), [(1, signal.SIGINT), (2, signal.SIGINT), (1, signal.SIGTERM)]
+    ("workers", "number"),
+    [
+        (1, signal.SIGINT),
+        (2, signal.SIGINT),
+        pytest.param(1, signal.SIGTERM, marks=pytest.mark.long),
+    ],
 )
 def test_resume_after_interruption(
     source: Path, expected: Tree, tmp_path: Path, workers: int, number: signal.Signals
@@ -455,14 +460,9 @@ def test_interruption_while_workers_start(source: Path, tmp_path: Path) -> None:
     check_stopped(process, signal.SIGINT)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
-    ("workers", "number"),
-    [
-        pytest.param(1, signal.SIGINT, marks=pytest.mark.long),
-        (2, signal.SIGINT),
-        pytest.param(2, signal.SIGTERM, marks=pytest.mark.long),
-    ],
+    ("workers", "number"), [(1, signal.SIGINT), (2, signal.SIGINT), (2, signal.SIGTERM)]
 )
 def test_resume_after_interruptions_at_many_moments(
     source: Path, tmp_path: Path, workers: int, number: signal.Signals

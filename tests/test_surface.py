@@ -207,7 +207,9 @@ def test_cloud_without_area_is_unchanged(points):
         np.random.default_rng(2).random((1000, 3)) * 1e-3,
         np.linspace(0, 1, 500)[:, None] * [1.0, 2.0, 3.0]
         + np.random.default_rng(3).normal(0, 1e-3, (500, 3)),
-        np.concatenate([plate(0.5, 0.5), [[1000.0, 0.0, 0.0]]]),
+        pytest.param(
+            np.concatenate([plate(0.5, 0.5), [[1000.0, 0.0, 0.0]]]), marks=pytest.mark.long
+        ),
         np.concatenate([plate(0.5, 0.5)] * 2),
     ],
     ids=[

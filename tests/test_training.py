@@ -152,7 +152,7 @@ def test_changing_an_item_does_not_change_the_dataset(many):
 # Processes
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.long)])
 def test_loader_processes_give_the_same_items(many, method):
     frames = OccupancyDataset(many, dense=False, keys=KEYS, history_len=2, history_step=1)
     order = np.random.default_rng(0).permutation(len(frames)).tolist()
