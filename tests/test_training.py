@@ -34,7 +34,7 @@ from occgen_hub.training import KEYS, OccupancyDataset, collate
 
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 
-from bench_opening import make_up, opening
+from bench_opening import measure_opening, write_synthetic_index
 
 COLUMNS = {
     "pose": "observation.camera_extrinsic_occ",
@@ -593,8 +593,8 @@ def test_reading_one_item_reads_few_bytes(many):
 
 def test_large_dataset_opens_quickly(tmp_path):
     """20,000 episodes with an index and empty shard files."""
-    make_up(tmp_path, 20_000)
-    found = opening(tmp_path)
+    write_synthetic_index(tmp_path, 20_000)
+    found = measure_opening(tmp_path)
     assert (found["episodes"], found["frames"]) == (20_000, 76 * 20_000)
     assert found["core_seconds"] < 2  # CPU time, since other processes may use the cores.
     assert found["bytes_more"] < 300e6
