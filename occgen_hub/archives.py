@@ -25,7 +25,7 @@ SUFFIXES = (".tar.gz", ".tgz", ".tar", ".zip")
 """The suffixes of archives, in lower or upper case."""
 
 BLOCK = 4096
-"""Bytes counted for each entry besides its content, so that empty files count too."""
+"""Bytes counted for each entry in addition to its content, so that empty files count too."""
 
 MAX_ENTRIES = 4_000_000
 MAX_LEVELS = 32

@@ -51,7 +51,7 @@ class CameraMapping(BaseModel):
             quaternion.
         pose_direction: the direction of the poses.
         pose_axes: the camera's axes. OpenCV: x right, y down, z forward; OpenGL: x right, y up,
-            z backward; ROS: those of a body, x forward, y left, z up.
+            z backward; ROS: body axes, x forward, y left, z up.
         body_from_camera: the camera's pose on the moving body that the poses describe, or, without
             poses, in the world: 16 numbers of a row-major (4, 4) matrix. Its camera has axes
             `pose_axes`.

@@ -157,7 +157,7 @@ def write_frames_card(out: Path, facts: Facts, layout: str, remarks: Iterable[st
     parts = (
         _front_matter(facts, []),
         *_introduction(facts, picture=False, layout=_FRAME_FILES),
-        "## What is in it\n",
+        "## Contents\n",
         layout,
         *(f"In the export, {remark}.\n" for remark in remarks),
         *_quality(facts),
@@ -349,7 +349,7 @@ def _introduction(facts: Facts, *, picture: bool, layout: str = _TRAJECTORIES) -
     yield (
         f"{_count(facts.frames, 'frame')} of {_count(facts.trajectories, 'trajectory')} in "
         f"{_count(len(facts.scenes), 'scene')}. For every frame: the occupied cells that the "
-        "camera sees, all the cells that it observed, free and occupied alike, its pose and its "
+        "camera sees, all the free and occupied cells that it observed, its pose and its "
         f"intrinsics{layout}\n"
     )
     if picture:
@@ -464,7 +464,7 @@ observed = frames[0]["{schema.folder("observed")}"]  # (nx, ny, nz) bool
 
 
 def _columns(features: dict[str, Feature]) -> Iterator[str]:
-    yield "## What is in it\n"
+    yield "## Contents\n"
     yield "The columns of the frames:\n"
     yield "| column | type | shape |\n| --- | --- | --- |"
     for name, feature in features.items():
@@ -535,9 +535,9 @@ def _quality(facts: Facts) -> Iterator[str]:
         )
 
 
-IN_INDEX = "The index says how, with the fingerprint of each trajectory's source"
-RECORDS = "Each trajectory's `meta/occgen.json` says how,"
-EXPORT_RECORD = f"`{RECORD}` says which trajectory each episode is,"
+IN_INDEX = "The index records how, with the fingerprint of each trajectory's source"
+RECORDS = "Each trajectory's `meta/occgen.json` records how,"
+EXPORT_RECORD = f"`{RECORD}` records the trajectory of each episode,"
 
 
 def _origin(facts: Facts, records: str) -> Iterator[str]:
@@ -556,17 +556,17 @@ def _origin(facts: Facts, records: str) -> Iterator[str]:
     yield "## Licence\n"
     known = sorted(licence for licence in facts.source_licences if licence)
     if known:
-        yield f"What was recorded is under the licence {', '.join(known)} of its source."
+        yield f"The recorded data is under the licence {', '.join(known)} of its source."
     if None in facts.source_licences:
         yield (
-            f"{'Other parts keep' if known else 'What was recorded keeps'} the licence of the "
+            f"{'Other parts keep' if known else 'The recorded data keeps'} the licence of the "
             "source; please look it up there."
         )
     from occgen_hub.engines.weights import COMMERCIAL  # Engines are slow to import.
 
     yield "OccGen Hub itself adds no conditions."
     for network, licence in sorted(facts.licences):
-        phrase = f"{network}, whose weights are under the licence {licence}"
+        phrase = f"{network} with weights under the licence {licence}"
         if licence in COMMERCIAL:
             yield f"\nThe occupancy was reconstructed by {phrase}, which allows commercial use."
             continue

@@ -97,7 +97,7 @@ class Config(BaseModel):
         "false, or auto, for videos of four windows or more",
     )
     condition: tuple[Condition, ...] = Field(
-        (), description="pi3x: inputs besides the images: depth, intrinsics, poses"
+        (), description="pi3x: inputs in addition to images: depth, intrinsics, poses"
     )
     hfov: Annotated[float, Field(ge=5, le=170)] | None = Field(
         None,

@@ -122,8 +122,8 @@ def update_export(root: str | Path, out: str | Path) -> list[str]:
     """Bring the occupancy of an export up to date, as `occgen-hub export --update` does.
 
     root: the folder that `build` wrote; out: its export after LeRobot's tools deleted, split or
-    merged episodes or changed tasks or statistics. The column "episode" says which trajectory an
-    episode is. Tables and videos are not changed.
+    merged episodes or changed tasks or statistics. The column "episode" has the trajectory of each
+    episode. Tables and videos are not changed.
 
     Returns remarks for the user. Raises UsageError if the episodes are not distinct trajectories
     of `root`, and OccGenError if a file cannot be read or written.
@@ -249,17 +249,19 @@ def plan_export(root: Path, fps: int | None = None) -> Plan:
 
 
 def _long_enough(root: Path, remarks: list[str]) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """The trajectories of several frames, and those of one frame, which LeRobot cannot hold.
+    """The trajectories of several frames, and those of one frame, which LeRobot does not support.
 
     LeRobot's statistics of a single frame have other shapes than those of several frames.
     """
     found = trajectories(root)
     single = tuple(path for path in found if Trajectory.open(path).info().get("total_frames") == 1)
     if len(single) == len(found):
-        raise UsageError(f"{root}: has only trajectories of one frame, which LeRobot cannot hold.")
+        raise UsageError(
+            f"{root}: has only trajectories of one frame, which LeRobot does not support."
+        )
     if single:
         of = f"{len(single)} of {len(found)} trajectories, for example {single[0]}"
-        remarks.append(f"LeRobot cannot hold episodes of one frame, which leaves out {of}")
+        remarks.append(f"LeRobot does not support episodes of one frame, which leaves out {of}")
     return tuple(path for path in found if path not in single), single
 
 

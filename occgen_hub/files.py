@@ -46,7 +46,7 @@ MAX_TABLE_ROWS = 1 << 20
 """Limit of an episode's frames: ten hours, with about 200 MB of matrices."""
 
 MAX_BUILT_BYTES = 1 << 36
-"""Limit of a file of a dataset or an export. A sparse file may claim more than a disk holds."""
+"""Limit of a file of a dataset or an export. A sparse file may be larger than the disk."""
 
 MAX_SOURCE_BYTES = 1 << 39
 """Limit of a file of a recording. Bags and videos may be large."""

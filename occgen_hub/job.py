@@ -62,8 +62,8 @@ License = Literal["any", "commercial"]
 def check_paths(root: Path, out: Path) -> None:
     """Raise UsageError unless `root` can be read and `out` be written."""
     if not (root.is_dir() or root.is_file()):
-        problem = "is not a folder, nor a file" if root.exists() else "is not there"
-        raise UsageError(f"{root}: {problem}; give what to read as --input.")
+        problem = "is not a folder or a file" if root.exists() else "does not exist"
+        raise UsageError(f"{root}: {problem}; give the input as --input.")
     try:
         source, target = root.resolve(), out.resolve()
     except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself.

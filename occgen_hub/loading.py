@@ -44,7 +44,7 @@ from occgen_hub.schema import Schema, load_schema
 from occgen_hub.taxonomy import load_taxonomy, taxonomy_names
 
 REBUILD = "remove this trajectory's folder and build it again"
-NOT_BUILT = "give the folder that occgen-hub build wrote or, if it is that, run the build again"
+NOT_BUILT = "give a folder written by occgen-hub build; if it is one, run the build again"
 EXPORT = "meta/occgen_export.json"
 """The record of an export, see `lerobot.export_check`."""
 
@@ -482,7 +482,7 @@ class Trajectory:
             raise DatasetError(self.file(key), "has columns outside the grid", REBUILD)
 
     def observed(self) -> Iterator[NDArray[np.bool_]]:
-        """Yield for each frame (cells,) bool: whether observed, free and occupied alike."""
+        """Yield for each frame (cells,) bool: whether a cell is observed, free or occupied."""
         cells = self.grid.cells
         for row in self.observed_packed():
             yield unpack(row, cells)

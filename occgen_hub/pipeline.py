@@ -35,7 +35,7 @@ from occgen_hub.scene import Scene
 from occgen_hub.views import Views, check_views
 
 MIN_SCENE_POINTS = 100
-"""Number of points of a scene below which a note says that hardly anything was measured."""
+"""If a scene has fewer points, a note says that hardly anything was measured."""
 
 Progress = Callable[[int], None]
 """Called with the number of frames done since the last call."""

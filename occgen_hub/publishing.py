@@ -434,7 +434,7 @@ def check_job(job: Job) -> None:
 
 
 def _unit(ref: EpisodeRef | SceneRef) -> str:
-    """The name of what is built and pushed together: a scene, or an archive."""
+    """The name of the unit that is built and pushed together: a scene or an archive."""
     return ref.id if isinstance(ref, SceneRef) else ref.id.rpartition("/")[0]
 
 

@@ -191,7 +191,7 @@ def unpack_scene(ref: SceneRef, path: Path, room: Room) -> FetchedScene:
 
 
 def _only(folder: Path, names: Sequence[str]) -> Path | None:
-    """The folder at these names, if there is nothing beside it at any level."""
+    """The folder at these names, if it is the only entry at each level."""
     for name in names:
         if not (folder / name).is_dir() or _visible(folder) != [name]:
             return None
@@ -215,7 +215,7 @@ def _visible(folder: Path) -> list[str]:
 
 
 def write_scene(out: Path, record: SceneRecord) -> None:
-    """Record what was built of a scene. Raises OSError."""
+    """Record the built parts of a scene. Raises OSError."""
     path = _record_path(out, record.id)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as partial:

@@ -70,7 +70,7 @@ class Scratch:
             self._changed.notify_all()
 
     def fits(self, size: int) -> bool:
-        """Whether so many bytes are free now."""
+        """Whether this many bytes are free now."""
         with self._changed:
             return self._held() + size <= self.place.limit
 
@@ -109,14 +109,14 @@ class Room:
         self.bytes, self.name = 0, "the scene"
 
     def reserve(self, size: int) -> None:
-        """Reserve so many bytes, waiting for other rooms to close.
+        """Reserve this many bytes, waiting for other rooms to close.
 
         Raises SourceError if they exceed the limit, and ScratchClosedError.
         """
         self.scratch._take(self, size)
 
     def give_back(self, size: int) -> None:
-        """Release so many bytes, after files were removed."""
+        """Release this many bytes, after files were removed."""
         self.scratch._give(self, size)
 
     def close(self) -> None:

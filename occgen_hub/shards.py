@@ -244,7 +244,7 @@ def remove_shards(root: Path) -> None:
 
 
 def _known(out: Path) -> tuple[dict[str, Entry], dict[str, Entry]]:
-    """All entries of the index, and those of parts that are byte for byte as written.
+    """All entries of the index, and the entries of parts that are byte for byte as written.
 
     Damaged parts are ignored. They are written again.
     """

@@ -463,8 +463,8 @@ def test_trajectories_of_one_frame_are_left_out_with_a_remark(built, tmp_path):
     for name in ("a", "z"):
         shutil.copytree(one / "sample_zed", mine / name)
     remarks = export(mine, tmp_path / "out")
-    assert any(r.startswith("LeRobot cannot hold episodes of one frame, which leaves out 2 of 5 ")
-               for r in remarks)  # fmt: skip
+    start = "LeRobot does not support episodes of one frame, which leaves out 2 of 5 "
+    assert any(remark.startswith(start) for remark in remarks)
     ours, frames = OccupancyDataset(built), with_occupancy(tmp_path / "out")
     assert len(frames) == len(ours)
     assert torch.equal(frames[3][VIEW], ours[3]["occupancy"])

@@ -732,8 +732,8 @@ def test_input_without_videos_is_a_usage_error(tmp_path: Path) -> None:
         (lambda: list_episodes(load_builder("internnav", tmp_path / "in" / "a.txt")),
          "is not a folder; give the root of the source tree as --input, or another --source than "
          "internnav: capture, internnav"),
-        (lambda: check_paths(tmp_path / "no", tmp_path / "out"), "is not there; give what to"),
-        (lambda: check_paths(Path("/dev/null"), tmp_path / "out"), "is not a folder, nor a file"),
+        (lambda: check_paths(tmp_path / "no", tmp_path / "out"), "does not exist; give the input"),
+        (lambda: check_paths(Path("/dev/null"), tmp_path / "out"), "is not a folder or a file"),
         (lambda: check_paths(tmp_path / "in", tmp_path / "in" / "out"), "inside the input"),
         (lambda: check_paths(tmp_path / "in", tmp_path), "is inside the output"),
         (lambda: check_paths(tmp_path / "in", tmp_path / "loop"), "cannot be followed"),

@@ -103,7 +103,7 @@ class Bag(Layout):
                 depth_lens = None if mapping.intrinsics else own
             lens = lens or (depth_lens.resized(size) if depth_lens else None)
             if lens is None:
-                raise SourceError(place, "does not say the camera's intrinsics", GIVE)
+                raise SourceError(place, "does not state the camera's intrinsics", GIVE)
         source = _Source(place)
         return Recording(
             read_color=lambda frame: source.read(lambda bag: bag.color(color, chosen[frame])),
@@ -127,7 +127,7 @@ class Bag(Layout):
 
 
 class _Source:
-    """A bag that is opened when the first frame is read, and stays open."""
+    """A bag that is opened when the first frame is read and then kept open."""
 
     def __init__(self, place: Path) -> None:
         self._place, self._turn = place, threading.Lock()

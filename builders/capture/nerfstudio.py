@@ -151,7 +151,7 @@ def _lens(
     guess = width / 2 / np.tan(angle / 2) if isinstance(angle, float) and 0 < angle < 3.14 else 0.0
     fx = _number(values, "fl_x", guess, path)
     if fx <= 0:
-        raise SourceError(path, "does not say the focal length (fl_x)", GIVE)
+        raise SourceError(path, "does not state the focal length (fl_x)", GIVE)
     fy = _number(values, "fl_y", fx, path)
     cx = _number(values, "cx", width / 2, path)
     cy = _number(values, "cy", height / 2, path)

@@ -27,7 +27,7 @@ LONGEST_GAP = 0.25
 was lost."""
 
 NONE = 65535
-"""A value besides 0 that sensors write for no measurement."""
+"""A value, other than 0, that sensors write for no measurement."""
 
 IMAGES = (".jpg", ".jpeg", ".png")
 

@@ -19,7 +19,7 @@ MAX_BYTES = 1 << 28
 """Limit of a trajectory file in bytes. An hour at 200 Hz has 100 MB."""
 
 EPOCH = 1e8
-"""Names of at least so many seconds, or smaller units, are times since 1970."""
+"""Names of at least this many seconds, or smaller units, are times since 1970."""
 
 FORMATS = (
     "lines of 'time tx ty tz qx qy qz qw' (TUM), of 12 or 16 numbers of a matrix, or Open3D's .log"

@@ -89,7 +89,7 @@ CLUSTER_OPTIONS = {
 @click.option(
     "--condition",
     metavar="LIST",
-    help="Inputs of pi3x besides the images: any of depth, intrinsics and poses.",
+    help="Inputs of pi3x in addition to images: any of depth, intrinsics and poses.",
 )
 @click.option(
     "--segmenter", metavar="NAME",
@@ -175,7 +175,7 @@ CLUSTER_OPTIONS = {
     "all machines.  [default: 300]",
 )  # fmt: skip
 @click.option("--private", is_flag=True, help="With --push-to: create the dataset as private.")
-@click.option("--dry-run", is_flag=True, help="Only print what would be built, and where.")
+@click.option("--dry-run", is_flag=True, help="Only print what would be built and where.")
 @click.option(
     "--verbose", is_flag=True, help="With --dry-run: list every episode, not only totals."
 )

@@ -147,7 +147,7 @@ def visualize(
 
 
 def _ask(out: Path, size: int) -> None:
-    """Ask whether to write so many bytes. Raises UsageError if there is no terminal."""
+    """Ask whether to write this many bytes. Raises UsageError if there is no terminal."""
     if not _can_answer():
         raise UsageError(
             f"{out}: about {size / 1e9:.1f} GB would be written; add --yes, or write less with "

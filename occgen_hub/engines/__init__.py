@@ -97,7 +97,7 @@ class Auto(Engine):
     """
 
     network: Engine | None = None
-    missing: str = "there are no weights for a network, which would do without"
+    missing: str = "there are no weights for a network, which needs no depth"
     name = AUTO
 
     def check(self, config: Config) -> None:

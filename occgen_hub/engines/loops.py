@@ -46,7 +46,7 @@ GATE = 3.0
 
 @dataclass(frozen=True)
 class Candidate:
-    """Two views that look alike and are far apart in the video. likeness: in [-1, 1]."""
+    """Two views that look similar and are far apart in the video. likeness: in [-1, 1]."""
 
     first: int
     second: int

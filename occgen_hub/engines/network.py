@@ -271,7 +271,7 @@ def overlap_of(size: int, config: Config) -> int:
 
 
 def closes_loops(config: Config, windows: int) -> bool:
-    """Whether loops are searched in a video of so many windows."""
+    """Whether loops are searched in a video of this many windows."""
     if config.loop_closure == "auto":
         return windows >= MIN_WINDOWS
     return bool(config.loop_closure)

@@ -1,4 +1,4 @@
-"""Several cameras with one clock, fused as if one camera jumped between their poses."""
+"""Several cameras with one clock, fused like one camera that jumps between their poses."""
 
 from __future__ import annotations
 

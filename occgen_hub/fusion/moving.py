@@ -17,7 +17,7 @@ from occgen_hub.prefetch import prefetch
 from occgen_hub.taxonomy import UNLABELLED
 
 MIN_AREA = 0.01
-"""Smallest visible area of a moving object in square metres: that of a hand."""
+"""Smallest visible area of a moving object in square metres: about a hand."""
 
 MIN_PIXELS = 25
 """Smallest number of pixels of a moving object. Smaller groups are noise at any distance."""

@@ -10,7 +10,7 @@ chosen on the way. The lists come from `rays.follow` and are as exact.
 
 For the camera and grid of docs/performance.md, the lists have 4.5 million cells, of which a frame
 needs 1.9 million. Single rays cross 30.2 million cells, 17.2 million of them before they hit.
-Packets of 4 x 4 would need half as many cells again; those of 16 x 16 a fifth fewer, with four
+Packets of 4 x 4 would need half as many cells again; packets of 16 x 16 a fifth fewer, with four
 words for each.
 """
 

@@ -12,7 +12,7 @@ from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.files import opened, try_lock
 
 LOGS = ".logs"
-"""A hidden folder, since any other name may be that of a group of the source."""
+"""A hidden folder, since a group of the source may have any other name."""
 
 LOCK = "lock"
 _PAUSES = (0, 0.01, 0.05, 0.2, 0.5, 1.0)

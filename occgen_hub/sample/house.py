@@ -205,7 +205,7 @@ def _doorway(door: Opening) -> list[Box]:
 
 
 def _window(window: Opening, pane: int) -> list[Box]:
-    """A niche with a sill that stands out, a pane at its back and a cross of bars before it."""
+    """A niche with a protruding sill, a pane at its back and a cross of bars in front of it."""
     axis, side = window.axis, window.side
     inner, outer = (1, 0) if side < 0 else (0, 1)
     wall = window.rect[axis + 2 * inner], window.rect[axis + 2 * outer]

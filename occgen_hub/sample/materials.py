@@ -280,6 +280,6 @@ class Palette:
 
 
 def _in_area(p: Points) -> tuple[Array, Array]:
-    """Where in its picture a point lies, 0..1 to the right and up."""
+    """The position of a point in its picture, 0..1 to the right and up."""
     u0, v0, u1, v1 = p.area.T
     return (p.u - u0) / (u1 - u0), (p.v - v0) / (v1 - v0)

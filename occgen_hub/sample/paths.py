@@ -196,5 +196,5 @@ def _merit(course: Floats, view: NDArray[np.float32], room: NDArray[np.int64]) -
     wanted = np.radians(2.5) * (len(course) - 1)
     turning = -abs(turned - wanted) / max(wanted, 1e-9)
     _, counts = np.unique(room[room >= 0], return_counts=True)
-    rooms = int((counts > 0.15 * len(room)).sum())  # a glimpse of another room is no visit
+    rooms = int((counts > 0.15 * len(room)).sum())  # a glimpse of another room is not a visit
     return float(turning + 1.2 * np.mean(view) / 3.0 + 0.8 * (rooms > 1))

@@ -16,7 +16,7 @@ from occgen_hub.sample.scene import Scene
 SPACING = 0.05  # metres between the cloud's points
 SHIFT = np.array([0.013, 0.017, 0.021])  # so that no floor lies between two cubes
 BAND = 0.9  # metres above the floor
-STEP = 0.1  # metres: what is lower counts as floor
+STEP = 0.1  # metres: everything lower counts as floor
 FLOOR, FREE, OBSTACLE, PATH = (0, 0, 128), (125, 255, 122), (102, 102, 102), (0, 0, 0)
 NARROW, WIDE = 0.3, 0.6  # metres from an obstacle: between these the floor's colour runs
 

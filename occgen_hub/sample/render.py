@@ -39,7 +39,7 @@ class Camera:
     def rays(self) -> Floats:
         """Directions (H*W, 3) through the pixel centres, OpenCV axes, one metre long along z."""
         v, u = np.mgrid[: self.height, : self.width]
-        K = self.K.astype(np.float32).astype(np.float64)  # what the file will say
+        K = self.K.astype(np.float32).astype(np.float64)  # as rounded in the file
         x = (u.ravel() + 0.5 - K[0, 2]) / K[0, 0]
         y = (v.ravel() + 0.5 - K[1, 2]) / K[1, 1]
         return np.stack([x, y, np.ones_like(x)], axis=1)

@@ -144,7 +144,7 @@ def _fetched(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
 
 
 def _files(key: str) -> tuple[str, ...]:
-    """The files of the schema, besides the shards, that a key of an item needs."""
+    """The files of the schema, except shards, that a key of an item needs."""
     needed: dict[str, tuple[str, ...]] = {
         "image": ("record", "rgb", "video"),
         "depth": ("record", "depth"),
