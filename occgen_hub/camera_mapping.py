@@ -10,7 +10,7 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from occgen_hub.errors import UsageError, in_brief
+from occgen_hub.errors import UsageError, shorten_message
 from occgen_hub.files import read_bytes
 from occgen_hub.geometry.lens import Lens, opencv_matrix
 from occgen_hub.geometry.poses import (
@@ -169,7 +169,7 @@ def read_cameras(path: Path) -> tuple[CameraMapping, ...]:
     try:
         document = yaml.safe_load(read_bytes(path, 1 << 20))
     except (yaml.YAMLError, RecursionError) as error:
-        problem = in_brief(str(error).replace("\n", " "))
+        problem = shorten_message(str(error).replace("\n", " "))
         raise UsageError(f"{path}: is not YAML ({problem}); correct it.") from None
     rows = document.get("cameras") if isinstance(document, dict) else None
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
@@ -183,7 +183,7 @@ def _from_file(where: str, row: dict[str, Any]) -> CameraMapping:
     K = row.get("intrinsics")
     if isinstance(K, list) and len(K) == 3 and all(isinstance(r, list) and len(r) == 3 for r in K):
         row = {**row, "intrinsics": [K[0][0], K[1][1], K[0][2], K[1][2]]}
-    values = {str(key): _flat(value) for key, value in row.items()}
+    values = {str(key): _flatten(value) for key, value in row.items()}
     if isinstance(values.get("intrinsics"), str):
         if values.get("info"):
             raise UsageError(f"{where}intrinsics: info says the same; leave one of them out.")
@@ -195,7 +195,7 @@ def _from_file(where: str, row: dict[str, Any]) -> CameraMapping:
     return camera_mapping(where, values)
 
 
-def _flat(value: Any) -> Any:
+def _flatten(value: Any) -> Any:
     """Rows of numbers as one list."""
     if isinstance(value, list) and value and all(isinstance(row, list) for row in value):
         return [number for row in value for number in row]

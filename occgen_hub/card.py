@@ -24,7 +24,7 @@ from occgen_hub.atomic import atomic_file
 from occgen_hub.errors import OccGenError, UsageError, one_line
 from occgen_hub.files import (
     dump_json,
-    leads_out,
+    leaves_folder,
     printable,
     read_bytes,
     sha256,
@@ -175,7 +175,7 @@ def _plain(feature: dict[str, Any]) -> dict[str, Any]:
 
 def is_own(card: Path) -> bool:
     """Whether a card may be written there: there is none, or it has our mark."""
-    if leads_out(card, card.parent):
+    if leaves_folder(card, card.parent):
         return False
     if not card.exists() and not card.is_symlink():
         return True
@@ -235,7 +235,7 @@ def _picture(place: Path, path: Path) -> bool:
 
     A user's own picture is kept. A link out of the dataset is kept, but does not count.
     """
-    if leads_out(place, place.parent):
+    if leaves_folder(place, place.parent):
         return False
     if not path.is_dir():  # Only a part of the dataset is here.
         return place.exists()
@@ -347,8 +347,8 @@ def _config(name: str, path: str) -> dict[str, Any]:
 def _introduction(facts: Facts, *, picture: bool, layout: str = _TRAJECTORIES) -> Iterator[str]:
     yield "# 4D occupancy\n"
     yield (
-        f"{_count(facts.frames, 'frame')} of {_count(facts.trajectories, 'trajectory')} in "
-        f"{_count(len(facts.scenes), 'scene')}. For every frame: the occupied cells that the "
+        f"{_plural(facts.frames, 'frame')} of {_plural(facts.trajectories, 'trajectory')} in "
+        f"{_plural(len(facts.scenes), 'scene')}. For every frame: the occupied cells that the "
         "camera sees, all the free and occupied cells that it observed, its pose and its "
         f"intrinsics{layout}\n"
     )
@@ -359,7 +359,7 @@ def _introduction(facts: Facts, *, picture: bool, layout: str = _TRAJECTORIES) -
 def _splits(facts: Facts) -> Iterator[str]:
     """The split by scene."""
     counts = " and ".join(
-        f"{_count(facts.splits.get(name, 0), 'trajectory')} in `{name}`"
+        f"{_plural(facts.splits.get(name, 0), 'trajectory')} in `{name}`"
         for name in ("train", "validation")
     )
     yield (
@@ -468,7 +468,7 @@ def _columns(features: dict[str, Feature]) -> Iterator[str]:
     yield "The columns of the frames:\n"
     yield "| column | type | shape |\n| --- | --- | --- |"
     for name, feature in features.items():
-        yield f"| {_code(name)} | {feature.dtype} | {_by(feature.shape)} |"
+        yield f"| {_code(name)} | {feature.dtype} | {_dims(feature.shape)} |"
     yield ""
 
 
@@ -492,7 +492,7 @@ def _partial(facts: Facts) -> Iterator[str]:
 def _grids(facts: Facts) -> Iterator[str]:
     for shape, voxel_size, pc_range in sorted(facts.grids):
         yield (
-            f"The grid: {_by(shape)} cells of {voxel_size} m, in the camera's frame (x right, y "
+            f"The grid: {_dims(shape)} cells of {voxel_size} m, in the camera's frame (x right, y "
             f"down, z forward), from {pc_range[:3]} to {pc_range[3:]} m. Cell (i, j, k) "
             "is the half-open box that starts at `pc_range[:3] + voxel_size * (i, j, k)`.\n"
         )
@@ -509,7 +509,7 @@ def _classes(facts: Facts) -> Iterator[str]:
         classes = load_taxonomy(name).classes.values()
         listed = ", ".join(f"{one.id} {one.name.replace('_', ' ')}" for one in classes)
         yield (
-            f"Occupied cells of {_count(count, 'trajectory')} have classes of the taxonomy "
+            f"Occupied cells of {_plural(count, 'trajectory')} have classes of the taxonomy "
             f"`{name}`: `labels`, one for each occupied cell. {UNLABELLED} means that no frame "
             f"gives a class. The classes: {listed}.\n"
         )
@@ -519,7 +519,7 @@ def _quality(facts: Facts) -> Iterator[str]:
     """How well the frames agree, and what moves."""
     if facts.moving:
         yield (
-            f"Something moves in {_count(facts.moving, 'trajectory')}: `dynamic` has the occupied "
+            f"Something moves in {_plural(facts.moving, 'trajectory')}: `dynamic` has the occupied "
             "cells with moving objects.\n"
         )
     if facts.quality:
@@ -581,11 +581,11 @@ def _python(code: str) -> str:
     return f"```python\n{code}```\n"
 
 
-def _by(shape: tuple[int, ...]) -> str:
+def _dims(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _count(number: int, what: str) -> str:
+def _plural(number: int, what: str) -> str:
     many = what.removesuffix("y") + "ies" if what.endswith("y") else f"{what}s"
     return f"{number:,} {what if number == 1 else many}"
 

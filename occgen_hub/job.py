@@ -27,7 +27,7 @@ from occgen_hub.engines import (
     check_license,
     load_engine,
     network_engine,
-    without_fetching,
+    without_downloads,
 )
 from occgen_hub.episode_build import Settings, why_outdated
 from occgen_hub.errors import OccGenError, UsageError
@@ -202,7 +202,7 @@ def choose_engine(
     have = [builder.has_depth(ref) for ref in refs if isinstance(ref, EpisodeRef)]
     if len(have) < len(refs):
         try:
-            with without_fetching():
+            with without_downloads():
                 auto = Auto(network_engine(weights, device, commercial=commercial))
             if commercial:
                 check_license(auto)

@@ -28,7 +28,7 @@ from occgen_hub.errors import DatasetError, SourceError, UsageError
 from occgen_hub.files import (
     MAX_RECORD_BYTES,
     PUT_FILE,
-    leads_out,
+    leaves_folder,
     opened,
     read_json,
     read_jsonl,
@@ -254,7 +254,7 @@ def npz_array(path: Path, name: str) -> NpzArray:
 def _place(folder: Path, name: str) -> Path:
     """The path of a file of a trajectory. Raises DatasetError for a link out of the folder."""
     place = folder / name
-    if leads_out(place, folder):
+    if leaves_folder(place, folder):
         raise DatasetError(place, "is a link that leads out of the trajectory", PUT_FILE)
     return place
 

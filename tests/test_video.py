@@ -966,7 +966,7 @@ def test_rotation_angle_and_display_matrix_agree(
     with av.open(str(path)) as container:
         frame = next(container.decode(video=0))
         by_angle = video._QUARTERS.get(frame.rotation % 360, (False, False, False))
-        assert by_angle == video._turn(frame)
+        assert by_angle == video._orientation(frame)
 
 
 # HDR

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from occgen_hub.camera_mapping import CameraMapping
-from occgen_hub.errors import OccGenError, SourceError, UsageError, in_brief, install_extra
+from occgen_hub.errors import OccGenError, SourceError, UsageError, install_extra, shorten_message
 from occgen_hub.files import MAX_TABLE_ROWS, is_file, opened
 from occgen_hub.geometry.lens import Lens, opencv_matrix
 from occgen_hub.media import MAX_PIXELS
 
-from .recording import GIVE, TOLERANCE, Layout, Recording, in_metres, left_out, pair_up
+from .recording import GIVE, TOLERANCE, Layout, Recording, in_metres, left_out_note, pair_up
 from .transforms import Transforms, odometry
 from .tum import check_tracked
 
@@ -117,7 +117,7 @@ class Bag(Layout):
             depth_size=depth_size,
             times=times[kept],
             notes=(
-                *left_out(
+                *left_out_note(
                     len(colors),
                     without_depth=len(colors) - paired,
                     without_a_pose=paired - len(kept),
@@ -170,7 +170,7 @@ def _named_errors(place: Path) -> Iterator[None]:
     except (OccGenError, MemoryError):
         raise
     except Exception as error:  # rosbags raises any kind of error for a damaged file.
-        reason = in_brief(str(error) or type(error).__name__)
+        reason = shorten_message(str(error) or type(error).__name__)
         raise SourceError(
             place, f"cannot be read ({reason})", "restore it from the source"
         ) from None

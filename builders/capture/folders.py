@@ -18,10 +18,10 @@ from .recording import (
     file_among,
     folder_among,
     images_in,
-    known,
-    left_out,
+    left_out_note,
     needed_lens,
     pair_up,
+    valid_poses,
 )
 from .trajectories import FORMATS, Trajectory, matched_times, read_trajectory
 from .tum import check_tracked
@@ -92,7 +92,7 @@ class PlainFolder(Layout):
             read_depth=reader,
             depth_size=own_size,
             times=when,
-            notes=tuple(left_out(total, without_depth_or_pose=total - len(colors))),
+            notes=tuple(left_out_note(total, without_depth_or_pose=total - len(colors))),
         )
 
 
@@ -150,7 +150,7 @@ def _by_order(
             f"{'no' if depths is None else len(depths)} depth images"
         )
         raise SourceError(path, problem, "name the images by times, or give equal numbers")
-    tracked = np.flatnonzero(known(trajectory.poses))
+    tracked = np.flatnonzero(valid_poses(trajectory.poses))
     if not len(tracked):
         raise SourceError(path, "has no usable pose", "leave this recording out")
     return np.stack([tracked, tracked], axis=1), trajectory.poses[tracked]

@@ -80,7 +80,7 @@ def missing_weights() -> MissingWeights:
 
 
 @contextmanager
-def without_fetching(missing: MissingWeights = "raise") -> Iterator[None]:
+def without_downloads(missing: MissingWeights = "raise") -> Iterator[None]:
     """Download no weights for engines opened in this block."""
     token = _MISSING.set(missing)
     try:

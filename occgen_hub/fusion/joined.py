@@ -66,7 +66,7 @@ def _nearest[Pixel: np.generic](image: NDArray[Pixel], size: tuple[int, int]) ->
 
 
 @dataclass(frozen=True)
-class MovingInAll:
+class JoinedMovingPoints:
     """The moving points of all n cameras at a time, from the moving points of `joined_views`."""
 
     frames: MovingPoints

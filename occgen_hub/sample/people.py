@@ -77,7 +77,7 @@ class _Surroundings:
         )
         if np.linalg.norm(np.subtract(*self.planner.cells[[here, there]])) * 0.05 < 1.0:
             return None
-        way = self.planner.way(here, there)
+        way = self.planner.shortest_path(here, there)
         cells = way + way[-2::-1] + way[1:]
         while True:
             route = smooth_route(

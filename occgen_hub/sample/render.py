@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from occgen_hub.sample.figure import Posed
+from occgen_hub.sample.figure import PosedMesh
 from occgen_hub.sample.furnish import CELL
 from occgen_hub.sample.house import HEIGHT
 from occgen_hub.sample.materials import Array
@@ -73,7 +73,7 @@ class Renderer:
         return np.asarray(self._cast(self.tracer, rays)["t_hit"], np.float32)
 
     def picture(
-        self, camera: Camera, house_from_camera: Floats, people: Posed | None = None
+        self, camera: Camera, house_from_camera: Floats, people: PosedMesh | None = None
     ) -> tuple[Bytes, Array, Bytes]:
         """The view of a camera whose pose (4, 4) has OpenCV axes, with people if there are any.
 
@@ -155,7 +155,7 @@ class Renderer:
 
     def _shade_people(
         self,
-        people: Posed,
+        people: PosedMesh,
         rays: Array,
         depth: Array,
         triangle: NDArray[np.int64],
