@@ -323,7 +323,7 @@ def _dataset_folders(root: Path, skip_unlisted: Callable[[Path, OSError], None])
                 continue
             ways[here] += 1
             if ways[here] > MAX_WAYS:
-                raise OSError(errno.ELOOP, f"links lead there in more than {MAX_WAYS} ways")
+                raise OSError(errno.ELOOP, f"more than {MAX_WAYS} links lead to it")
             names = _folders_in(folder, skip_unlisted)
         except OSError as error:
             skip_unlisted(folder, error)
@@ -844,7 +844,7 @@ def _format_notes(rgb: tuple[Path, ...]) -> list[Note]:
     """A note if the images are not in the format of their suffix. Checks the first one."""
     if not rgb or is_jpeg(rgb[0]):
         return []
-    text = f"{rgb[0].name} is a PNG in spite of its name: such images are stored as JPEG"
+    text = f"{rgb[0].name} is a PNG despite its name: such images are stored as JPEG"
     return [Note("image format", text)]
 
 

@@ -106,7 +106,7 @@ class CameraMapping(BaseModel):
         count = flat.shape[1]
         layout: str = self.pose_layout or next((k for k, n in POSES.items() if count in n), "")
         if count not in POSES.get(layout, ()):
-            raise ValueError(f"has {count} numbers, which {layout or 'no layout of poses'} has not")
+            raise ValueError(f"has {count} numbers, which do not fit {layout or 'any pose_layout'}")
         poses = np.tile(np.eye(4), (len(flat), 1, 1))
         if layout == "matrix":
             poses[:, : count // 4] = flat.reshape(-1, count // 4, 4)

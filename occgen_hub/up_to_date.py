@@ -75,7 +75,7 @@ def check_replaceable(place: Path, schema: Schema) -> None:
     kind = "folder" if place.is_dir() else "file"
     raise UsageError(
         f"{place}: is a {kind} that occgen-hub did not build (it has no {schema.path('record')}), "
-        "and is left as it is; choose another --output, or move it away."
+        "and is not changed; choose another --output, or move it away."
     )
 
 

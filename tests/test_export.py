@@ -733,7 +733,7 @@ def test_occupancy_of_other_frames_is_refused(built, mine, tmp_path):
     with pytest.raises(OccGenError, match="is not the occupancy of these episodes"):
         with_occupancy(mine)
     shutil.rmtree(mine / "occupancy")
-    with pytest.raises(UsageError, match="files of no episode are here"):
+    with pytest.raises(UsageError, match="no files of its episodes"):
         with_occupancy(mine)
 
 

@@ -335,7 +335,7 @@ def test_any_frame_of_a_video_can_be_read(tmp_path, options):
 def test_error_for_missing_shards_names_the_remedy(dataset, tmp_path):
     root = linked_copy(dataset, tmp_path / "npz")
     shutil.rmtree(root / "occupancy")
-    with pytest.raises(UsageError, match=r"files of no episode are here.* run occgen-hub finalize"):
+    with pytest.raises(UsageError, match=r"no files of its episodes.* run occgen-hub finalize"):
         OccupancyDataset(root)
     remove_shards(root)
     with pytest.raises(UsageError, match=r"has no occupancy as Parquet.* run occgen-hub build"):
@@ -418,7 +418,7 @@ def test_partial_dataset_has_only_the_episodes_that_are_present(many, truth, tmp
         np.testing.assert_array_equal(flat(item["occupancy"]), frame["cells"])
     for path in shards(root):
         path.unlink()
-    with pytest.raises(UsageError, match="files of no episode are here; download them"):
+    with pytest.raises(UsageError, match="no files of its episodes; download them"):
         OccupancyDataset(root)
     shutil.rmtree(root / "index")
     with pytest.raises(UsageError, match="has no index; run occgen-hub finalize"):

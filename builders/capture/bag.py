@@ -358,7 +358,7 @@ class OpenBag:
         if own is None and not tree.moves(frame):
             found = self.topics(*POSES)
             if len(found) != 1:
-                what = f"one topic of poses, nor a moving frame above {frame!r} in /tf,"
+                what = f"one topic of poses or a moving frame above {frame!r} in /tf"
                 raise self.lacks(what, "pose=TOPIC")
             own = found[0]
         if own is not None and self.types.get(own) != TF:
