@@ -154,7 +154,7 @@ class InternNavBuilder(DatasetBuilder):
             return vlnce.has_depth(ref, camera)
         if not _is_scene(ref.path, _parquets(ref.path)):
             depth = ref.path.glob("videos/chunk-*/observation.images.depth")
-            return any(map(_may_hold_depth, depth))
+            return any(map(_may_have_depth, depth))
         try:
             return bool(_scene_depth(ref))
         except (OccGenError, KeyError):
@@ -297,7 +297,7 @@ class InternNavBuilder(DatasetBuilder):
 # Finding the files
 
 
-def _may_hold_depth(folder: Path) -> bool:
+def _may_have_depth(folder: Path) -> bool:
     try:
         return any(path.suffix == ".png" for path in folder.iterdir())
     except OSError:
@@ -323,7 +323,7 @@ def _dataset_folders(root: Path, skip_unlisted: Callable[[Path, OSError], None])
                 continue
             ways[here] += 1
             if ways[here] > MAX_WAYS:
-                raise OSError(errno.ELOOP, f"links lead there in more than {MAX_WAYS} ways")
+                raise OSError(errno.ELOOP, f"more than {MAX_WAYS} links lead to it")
             names = _folders_in(folder, skip_unlisted)
         except OSError as error:
             skip_unlisted(folder, error)
@@ -844,7 +844,7 @@ def _format_notes(rgb: tuple[Path, ...]) -> list[Note]:
     """A note if the images are not in the format of their suffix. Checks the first one."""
     if not rgb or is_jpeg(rgb[0]):
         return []
-    text = f"{rgb[0].name} is a PNG in spite of its name: such images are stored as JPEG"
+    text = f"{rgb[0].name} is a PNG despite its name: such images are stored as JPEG"
     return [Note("image format", text)]
 
 
@@ -947,8 +947,8 @@ def _tasks(
     "sum_indexes": [first, last]}. Then its text is extracted, and the object is kept as its source.
     """
     numbered, texts = _task_texts(files, ref)
-    sources = [_inner_object(text) for text in texts]
-    tasks = [Task(_words(s) or text, s) for text, s in zip(texts, sources, strict=True)]
+    sources = [_parse_nested_json(text) for text in texts]
+    tasks = [Task(_instruction(s) or text, s) for text, s in zip(texts, sources, strict=True)]
     notes = []
     if any(sources):
         text = "tasks.jsonl has JSON inside strings: the text of the instruction is extracted"
@@ -961,7 +961,7 @@ def _tasks(
     if index is None:
         index = np.zeros(length, np.int64)
         for number in reversed(range(len(tasks))):
-            first, last = _span(tasks[number].source, length)
+            first, last = _frame_range(tasks[number].source, length)
             index[first : last + 1] = number
     return tuple(tasks), index, notes
 
@@ -989,7 +989,7 @@ def _given_tasks(
     return np.asarray(own, np.int64)[places] if len(own) == len(used) else None
 
 
-def _inner_object(text: str) -> dict[str, Any]:
+def _parse_nested_json(text: str) -> dict[str, Any]:
     if not text.lstrip().startswith("{"):
         return {}
     try:
@@ -998,7 +998,7 @@ def _inner_object(text: str) -> dict[str, Any]:
         return {}
 
 
-def _words(source: dict[str, Any]) -> str | None:
+def _instruction(source: dict[str, Any]) -> str | None:
     """The value whose key ends in `instruction`. A revised one is used only without others."""
     keys = sorted(
         (key for key in source if key.endswith("instruction")), key=lambda k: ("revised" in k, k)
@@ -1007,7 +1007,7 @@ def _words(source: dict[str, Any]) -> str | None:
     return next((text for text in words if isinstance(text, str) and text.strip()), None)
 
 
-def _span(source: dict[str, Any], length: int) -> tuple[int, int]:
+def _frame_range(source: dict[str, Any], length: int) -> tuple[int, int]:
     """First and last frame of an instruction, both inclusive. All frames if not stated."""
     for key, value in source.items():
         if re.search(r"index(es)?$", key) and isinstance(value, list) and len(value) == 2:

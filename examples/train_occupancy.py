@@ -1,11 +1,11 @@
-"""Trains a small network to see occupancy in one image, on whole scenes that are held out.
+"""Trains a small network to predict occupancy from one image, and tests it on held-out scenes.
 
     python examples/train_occupancy.py DATASET --steps 500 --picture prediction.png
 
-DATASET is a folder that occgen-hub build wrote, or org/name on the Hub. A 2D encoder says where
-the ray of each pixel ends, features are lifted along the rays into the grid of 8 cm cells, and a
-3D decoder says what is occupied and, if there are labels, by which class. Figures are of visible
-cells, which the frame observed, and of hidden cells, which only other frames did.
+DATASET is a folder written by occgen-hub build, or org/name on the Hub. A 2D encoder predicts where
+the ray of each pixel ends, features are lifted along the rays into a grid of 8 cm cells, and a 3D
+decoder predicts occupancy and, if there are labels, classes. Scores are for visible cells, which
+the frame observed, and for hidden cells, which only other frames observed.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ KEYS = ("image", "depth", "intrinsics", "labels", "visible")
 
 
 def convolution(before: int, after: int, stride: int = 1, dimensions: int = 2) -> nn.Sequential:
-    """A convolution of 3 x 3 or 3 x 3 x 3, normalized. CPUs are fast at multiples of 16."""
+    """A normalized 3 x 3 or 3 x 3 x 3 convolution. CPUs are fast with multiples of 16 channels."""
     layer = (nn.Conv2d if dimensions == 2 else nn.Conv3d)(before, after, 3, stride, 1)
     return nn.Sequential(layer, nn.GroupNorm(4, after), nn.ReLU(inplace=True))
 
 
 class ImageToOccupancy(nn.Module):
-    """(B, 3, H, W) images and (B, 3, 3) intrinsics to logits of three things.
+    """Predicts three kinds of logits from (B, 3, H, W) images and (B, 3, 3) intrinsics.
 
-    Occupancy, (B, nx, ny, nz); the class of what is occupied, (B, C, nx, ny, nz); the depth at
-    which a ray ends, (B, BINS, H / 4, W / 4), from 0 to the end of the grid. often: (C, nx, ny, nz)
-    how often each cell of the training set is occupied by each class.
+    Occupancy, (B, nx, ny, nz); the class of occupied cells, (B, C, nx, ny, nz); the depth at which
+    each ray ends, (B, BINS, H / 4, W / 4), from 0 to the end of the grid. often: (C, nx, ny, nz)
+    how often each class occupies each cell in the training set.
     """
 
     def __init__(self, grid, often: Tensor) -> None:
@@ -48,8 +48,8 @@ class ImageToOccupancy(nn.Module):
         axes = [low + (torch.arange(n) + 0.5) * grid.voxel_size for low, n in sides]
         prior = torch.logit(often.sum(0).clamp(0.001, 0.999))
         fine = torch.stack([*torch.meshgrid(*axes, indexing="ij"), prior])
-        self.register_buffer("fine", fine)  # Centres and prior of the cells,
-        self.register_buffer("coarse", F.avg_pool3d(fine, 2, ceil_mode=True))  # and of 2 x 2 x 2.
+        self.register_buffer("fine", fine)  # Centres and prior of cells,
+        self.register_buffer("coarse", F.avg_pool3d(fine, 2, ceil_mode=True))  # of 2 x 2 x 2 cells.
         self.register_buffer("classes", (often + 1e-3).log())
         self.stem = nn.Sequential(convolution(3, 16, 2), convolution(16, 32, 2))
         self.middle = nn.Sequential(convolution(32, 64, 2), convolution(64, 64))
@@ -81,7 +81,7 @@ class ImageToOccupancy(nn.Module):
         return logits[:, 0] + self.fine[3], logits[:, 1:] + self.classes, depth
 
     def lift(self, ends: Tensor, K: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 4, ...): whether rays end in cells and before them, depth, prior; and (B, ..., 2)."""
+        """(B, 4, ...): rays that end in the cell or before it, depth, prior; (B, ..., 2): uv."""
         x, y, z, prior = cells
         uv = [K[:, n, n, None, None, None] * c / z.clamp(min=0.05) for n, c in enumerate((x, y))]
         place = 2 * (torch.stack(uv, -1) + K[:, None, None, None, :2, 2]) - 1  # From -1 to 1.
@@ -92,7 +92,7 @@ class ImageToOccupancy(nn.Module):
 
 
 def loss_of(model: nn.Module, batch: dict[str, Tensor], farthest: float) -> Tensor:
-    """How far the network is from the known cells, their classes and the measured depth."""
+    """The loss on known cells, their classes and the measured depth."""
     logits, classes, depth = model(batch["image"], batch["intrinsics"])
     labels, metres = batch["labels"].long(), batch["depth"][:, 2::4, 2::4]
     known, occupied = labels != UNKNOWN, (labels > 0) & (labels != UNKNOWN)
@@ -105,21 +105,21 @@ def loss_of(model: nn.Module, batch: dict[str, Tensor], farthest: float) -> Tens
 
 
 def frequencies(loader: DataLoader, n: int) -> Tensor:
-    """(n - 1, nx, ny, nz): how often each cell is occupied by each class, where that is known."""
+    """(n - 1, nx, ny, nz): how often each class occupies each cell, where this is known."""
     labels = (batch["labels"].long().clamp(max=n) for batch in loader)
     counts = sum(F.one_hot(each, n + 1).sum(0) for each in labels)[..., :n]
     return (counts[..., 1:] / counts.sum(-1, keepdim=True).clamp(min=1)).movedim(-1, 0)
 
 
 def guessed(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """(B, nx, ny, nz): 0 where the network sees nothing, else the class."""
+    """(B, nx, ny, nz): 0 where the network predicts no occupancy, else the class."""
     logits, classes, _ = model(batch["image"], batch["intrinsics"])
     return (logits > 0) * (classes.argmax(1) + 1)
 
 
 @torch.no_grad()
 def scores(guess: Callable, batches: list[dict[str, Tensor]], n: int) -> list[float]:
-    """IoU of what is occupied and mIoU of its classes, of visible cells, then of hidden ones."""
+    """IoU of occupancy and mIoU of classes, for visible cells, then for hidden cells."""
     counts = torch.zeros(2, n, n).double()
     for batch in batches:
         labels = batch["labels"].long()
@@ -136,7 +136,7 @@ def scores(guess: Callable, batches: list[dict[str, Tensor]], n: int) -> list[fl
 
 @torch.no_grad()
 def draw(model: nn.Module, batch: dict[str, Tensor], path: str) -> None:
-    """A picture: the image, and seen from above, the highest occupied cell of truth and network."""
+    """Save a picture: the image, and the highest occupied cells of truth and network from above."""
     truth, found = batch["labels"][0].cpu(), guessed(model, batch)[0].cpu()
     known, height = truth != UNKNOWN, torch.arange(truth.shape[1], 0, -1)
     _, axes = plt.subplots(1, 3, figsize=(13, 3.5), layout="tight")
@@ -165,7 +165,7 @@ def main() -> None:
     held_out = OccupancyDataset(options.dataset, split="validation", **common)
     common |= {"split": "train", "augment": (Mirror(), ColorJitter()), "even": True}
     stream = OccupancyStream(options.dataset, **common)
-    # The stream shares the frames out among the ranks itself: the loader is not prepared.
+    # The stream itself splits the frames among the ranks, so the loader is not prepared.
     loader = DataLoader(stream, options.batch, num_workers=options.workers, drop_last=True)
     batches = (b for epoch in itertools.count() for b in (stream.set_epoch(epoch) or loader))
     model = ImageToOccupancy(still.grid, often)

@@ -181,7 +181,7 @@ class Frame:
 
     @property
     def mask(self) -> NDArray[np.bool_]:
-        """(nx, ny, nz) bool: observed, free and occupied alike."""
+        """(nx, ny, nz) bool: observed, whether free or occupied."""
         return unpack(self.packed, self.grid.cells).reshape(self.grid.shape)
 
     def _dense(self, columns: NDArray[np.integer]) -> NDArray[np.bool_]:

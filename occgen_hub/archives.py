@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from occgen_hub.errors import SourceError, in_brief
+from occgen_hub.errors import SourceError, shorten_message
 from occgen_hub.files import opened, printable, sha256
 
 SUFFIXES = (".tar.gz", ".tgz", ".tar", ".zip")
 """The suffixes of archives, in lower or upper case."""
 
 BLOCK = 4096
-"""Bytes counted for each entry besides its content, so that empty files count too."""
+"""Bytes counted for each entry in addition to its content, so that empty files count too."""
 
 MAX_ENTRIES = 4_000_000
 MAX_LEVELS = 32
@@ -121,7 +121,9 @@ def _damage(name: str) -> Iterator[None]:
         tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError,
         NotImplementedError, RuntimeError, ValueError, OverflowError, UnicodeError,
     ) as error:  # fmt: skip
-        problem = f"is damaged ({in_brief(printable(str(error)) or type(error).__name__, 120)})"
+        problem = (
+            f"is damaged ({shorten_message(printable(str(error)) or type(error).__name__, 120)})"
+        )
         raise SourceError(name, problem, DOWNLOAD_AGAIN) from None
 
 

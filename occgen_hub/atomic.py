@@ -64,8 +64,8 @@ def atomic_folder(
 ) -> Iterator[Path]:
     """Yield a new, empty folder beside `path`, which replaces `path` if the block succeeds.
 
-    What is at `path` is then moved aside and removed; if a process is killed in between, the next
-    one moves it back. Everything in the folder is flushed to disk before, as are its parents.
+    The old content of `path` is then moved aside and removed; if a process is killed in between,
+    the next one moves it back. The folder's files and its parents are flushed to disk before.
     Missing parents are created, and removed again if the block fails. Raises OSError.
 
     flushing: creates a context entered while waiting for the disk, for example a stopwatch.
@@ -101,11 +101,11 @@ def atomic_folder(
 
 
 def clear_leftovers(path: Path, *, exclusive: bool = False) -> None:
-    """Remove what processes that were killed while writing to `path` left beside it.
+    """Remove files that killed processes left beside `path` while writing to it.
 
-    What they had moved aside is moved back if `path` does not exist. Files of running processes, on
-    this machine or another, are kept. exclusive: whether the caller holds a lock that excludes
-    other writers, so that all leftovers are those of killed processes.
+    Old content that they moved aside is moved back if `path` does not exist. Files of running
+    processes, on this machine or another, are kept. exclusive: whether the caller holds a lock that
+    excludes other writers, so that all leftovers are from killed processes.
     """
     leftovers = list(_leftovers(path))
     alive = {
@@ -124,10 +124,10 @@ def clear_leftovers(path: Path, *, exclusive: bool = False) -> None:
 
 
 def clear_all_leftovers(folder: Path) -> None:
-    """Call `clear_leftovers` for everything in a folder to which no other process writes.
+    """Call `clear_leftovers` for every path in a folder to which no other process writes.
 
-    This also removes leftovers of paths that nothing writes again, such as a trajectory whose
-    source was deleted.
+    This also removes leftovers of paths that are not written again, such as a trajectory with a
+    deleted source.
     """
     named = re.compile(rb"\.(.+?)(?:\.[0-9a-f]{16})?\.(?:partial|old)")
     names = set()
@@ -140,7 +140,7 @@ def clear_all_leftovers(folder: Path) -> None:
 
 
 def _leftovers(path: Path) -> Iterator[tuple[str, str, Path]]:
-    """Token, kind and path of each leftover. Those of earlier versions have no token."""
+    """Token, kind and path of each leftover. Leftovers of earlier versions have no token."""
     stem = re.escape(os.fsencode(_stem(path)))
     named = re.compile(rb"\." + stem + rb"(?:\.([0-9a-f]{16}))?\.(partial|old)")
     with suppress(OSError), os.scandir(path.parent) as entries:
@@ -170,7 +170,7 @@ def _lock(handle: int) -> None:
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Whether no process writes there any more. A process that does holds a lock."""
+    """Whether no process is writing to a path. A writing process holds a lock on it."""
     try:
         if path.is_symlink():
             return True

@@ -172,8 +172,8 @@ class DatasetBuilder(ABC):
     def fingerprint(self, sources: Iterable[Path]) -> str:
         """SHA-256 over the names and contents of files, in order.
 
-        Names are relative to the common folder of all files, so that neither the place of the tree
-        nor the choice of `root` matters.
+        Names are relative to the common folder of all files, so the result does not depend on the
+        location of the tree or the choice of `root`.
         """
         paths = list(sources)
         shared = os.path.commonpath([path.parent for path in paths])

@@ -10,7 +10,7 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from occgen_hub.errors import UsageError, in_brief
+from occgen_hub.errors import UsageError, shorten_message
 from occgen_hub.files import read_bytes
 from occgen_hub.geometry.lens import Lens, opencv_matrix
 from occgen_hub.geometry.poses import (
@@ -51,7 +51,7 @@ class CameraMapping(BaseModel):
             quaternion.
         pose_direction: the direction of the poses.
         pose_axes: the camera's axes. OpenCV: x right, y down, z forward; OpenGL: x right, y up,
-            z backward; ROS: those of a body, x forward, y left, z up.
+            z backward; ROS: body axes, x forward, y left, z up.
         body_from_camera: the camera's pose on the moving body that the poses describe, or, without
             poses, in the world: 16 numbers of a row-major (4, 4) matrix. Its camera has axes
             `pose_axes`.
@@ -106,7 +106,7 @@ class CameraMapping(BaseModel):
         count = flat.shape[1]
         layout: str = self.pose_layout or next((k for k, n in POSES.items() if count in n), "")
         if count not in POSES.get(layout, ()):
-            raise ValueError(f"has {count} numbers, which {layout or 'no layout of poses'} has not")
+            raise ValueError(f"has {count} numbers, which do not fit {layout or 'any pose_layout'}")
         poses = np.tile(np.eye(4), (len(flat), 1, 1))
         if layout == "matrix":
             poses[:, : count // 4] = flat.reshape(-1, count // 4, 4)
@@ -169,7 +169,7 @@ def read_cameras(path: Path) -> tuple[CameraMapping, ...]:
     try:
         document = yaml.safe_load(read_bytes(path, 1 << 20))
     except (yaml.YAMLError, RecursionError) as error:
-        problem = in_brief(str(error).replace("\n", " "))
+        problem = shorten_message(str(error).replace("\n", " "))
         raise UsageError(f"{path}: is not YAML ({problem}); correct it.") from None
     rows = document.get("cameras") if isinstance(document, dict) else None
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
@@ -183,7 +183,7 @@ def _from_file(where: str, row: dict[str, Any]) -> CameraMapping:
     K = row.get("intrinsics")
     if isinstance(K, list) and len(K) == 3 and all(isinstance(r, list) and len(r) == 3 for r in K):
         row = {**row, "intrinsics": [K[0][0], K[1][1], K[0][2], K[1][2]]}
-    values = {str(key): _flat(value) for key, value in row.items()}
+    values = {str(key): _flatten(value) for key, value in row.items()}
     if isinstance(values.get("intrinsics"), str):
         if values.get("info"):
             raise UsageError(f"{where}intrinsics: info says the same; leave one of them out.")
@@ -195,7 +195,7 @@ def _from_file(where: str, row: dict[str, Any]) -> CameraMapping:
     return camera_mapping(where, values)
 
 
-def _flat(value: Any) -> Any:
+def _flatten(value: Any) -> Any:
     """Rows of numbers as one list."""
     if isinstance(value, list) and value and all(isinstance(row, list) for row in value):
         return [number for row in value for number in row]

@@ -25,7 +25,7 @@ from occgen_hub.errors import OccGenError, UsageError, one_line
 from occgen_hub.files import (
     dump_json,
     has_content,
-    leads_out,
+    leaves_folder,
     printable,
     read_bytes,
     sha256,
@@ -158,7 +158,7 @@ def write_frames_card(out: Path, facts: Facts, layout: str, remarks: Iterable[st
     parts = (
         _front_matter(facts, []),
         *_introduction(facts, picture=False, layout=_FRAME_FILES),
-        "## What is in it\n",
+        "## Contents\n",
         layout,
         *(f"In the export, {remark}.\n" for remark in remarks),
         *_quality(facts),
@@ -176,7 +176,7 @@ def _plain(feature: dict[str, Any]) -> dict[str, Any]:
 
 def is_own(card: Path) -> bool:
     """Whether a card may be written there: there is none, or it has our mark."""
-    if leads_out(card, card.parent):
+    if leaves_folder(card, card.parent):
         return False
     if not card.exists() and not card.is_symlink():
         return True
@@ -236,7 +236,7 @@ def _picture(place: Path, path: Path) -> bool:
 
     A user's own picture is kept. A link out of the dataset is kept, but does not count.
     """
-    if leads_out(place, place.parent):
+    if leaves_folder(place, place.parent):
         return False
     if not path.is_dir():  # Only a part of the dataset is here.
         return place.exists()
@@ -348,9 +348,9 @@ def _config(name: str, path: str) -> dict[str, Any]:
 def _introduction(facts: Facts, *, picture: bool, layout: str = _TRAJECTORIES) -> Iterator[str]:
     yield "# 4D occupancy\n"
     yield (
-        f"{_count(facts.frames, 'frame')} of {_count(facts.trajectories, 'trajectory')} in "
-        f"{_count(len(facts.scenes), 'scene')}. For every frame: the occupied cells that the "
-        "camera sees, all the cells that it observed, free and occupied alike, its pose and its "
+        f"{_plural(facts.frames, 'frame')} of {_plural(facts.trajectories, 'trajectory')} in "
+        f"{_plural(len(facts.scenes), 'scene')}. For every frame: the occupied cells that the "
+        "camera sees, all the free and occupied cells that it observed, its pose and its "
         f"intrinsics{layout}\n"
     )
     if picture:
@@ -360,7 +360,7 @@ def _introduction(facts: Facts, *, picture: bool, layout: str = _TRAJECTORIES) -
 def _splits(facts: Facts) -> Iterator[str]:
     """The split by scene."""
     counts = " and ".join(
-        f"{_count(facts.splits.get(name, 0), 'trajectory')} in `{name}`"
+        f"{_plural(facts.splits.get(name, 0), 'trajectory')} in `{name}`"
         for name in ("train", "validation")
     )
     yield (
@@ -465,11 +465,11 @@ observed = frames[0]["{schema.folder("observed")}"]  # (nx, ny, nz) bool
 
 
 def _columns(features: dict[str, Feature]) -> Iterator[str]:
-    yield "## What is in it\n"
+    yield "## Contents\n"
     yield "The columns of the frames:\n"
     yield "| column | type | shape |\n| --- | --- | --- |"
     for name, feature in features.items():
-        yield f"| {_code(name)} | {feature.dtype} | {_by(feature.shape)} |"
+        yield f"| {_code(name)} | {feature.dtype} | {_dims(feature.shape)} |"
     yield ""
 
 
@@ -493,7 +493,7 @@ def _partial(facts: Facts) -> Iterator[str]:
 def _grids(facts: Facts) -> Iterator[str]:
     for shape, voxel_size, pc_range in sorted(facts.grids):
         yield (
-            f"The grid: {_by(shape)} cells of {voxel_size} m, in the camera's frame (x right, y "
+            f"The grid: {_dims(shape)} cells of {voxel_size} m, in the camera's frame (x right, y "
             f"down, z forward), from {pc_range[:3]} to {pc_range[3:]} m. Cell (i, j, k) "
             "is the half-open box that starts at `pc_range[:3] + voxel_size * (i, j, k)`.\n"
         )
@@ -510,7 +510,7 @@ def _classes(facts: Facts) -> Iterator[str]:
         classes = load_taxonomy(name).classes.values()
         listed = ", ".join(f"{one.id} {one.name.replace('_', ' ')}" for one in classes)
         yield (
-            f"Occupied cells of {_count(count, 'trajectory')} have classes of the taxonomy "
+            f"Occupied cells of {_plural(count, 'trajectory')} have classes of the taxonomy "
             f"`{name}`: `labels`, one for each occupied cell. {UNLABELLED} means that no frame "
             f"gives a class. The classes: {listed}.\n"
         )
@@ -520,7 +520,7 @@ def _quality(facts: Facts) -> Iterator[str]:
     """How well the frames agree, and what moves."""
     if facts.moving:
         yield (
-            f"Something moves in {_count(facts.moving, 'trajectory')}: `dynamic` has the occupied "
+            f"Something moves in {_plural(facts.moving, 'trajectory')}: `dynamic` has the occupied "
             "cells with moving objects.\n"
         )
     if facts.quality:
@@ -536,9 +536,9 @@ def _quality(facts: Facts) -> Iterator[str]:
         )
 
 
-IN_INDEX = "The index says how, with the fingerprint of each trajectory's source"
-RECORDS = "Each trajectory's `meta/occgen.json` says how,"
-EXPORT_RECORD = f"`{RECORD}` says which trajectory each episode is,"
+IN_INDEX = "The index records how, with the fingerprint of each trajectory's source"
+RECORDS = "Each trajectory's `meta/occgen.json` records how,"
+EXPORT_RECORD = f"`{RECORD}` records the trajectory of each episode,"
 
 
 def _origin(facts: Facts, records: str) -> Iterator[str]:
@@ -557,17 +557,17 @@ def _origin(facts: Facts, records: str) -> Iterator[str]:
     yield "## Licence\n"
     known = sorted(licence for licence in facts.source_licences if licence)
     if known:
-        yield f"What was recorded is under the licence {', '.join(known)} of its source."
+        yield f"The recorded data is under the licence {', '.join(known)} of its source."
     if None in facts.source_licences:
         yield (
-            f"{'Other parts keep' if known else 'What was recorded keeps'} the licence of the "
+            f"{'Other parts keep' if known else 'The recorded data keeps'} the licence of the "
             "source; please look it up there."
         )
     from occgen_hub.engines.weights import COMMERCIAL  # Engines are slow to import.
 
     yield "OccGen Hub itself adds no conditions."
     for network, licence in sorted(facts.licences):
-        phrase = f"{network}, whose weights are under the licence {licence}"
+        phrase = f"{network} with weights under the licence {licence}"
         if licence in COMMERCIAL:
             yield f"\nThe occupancy was reconstructed by {phrase}, which allows commercial use."
             continue
@@ -582,11 +582,11 @@ def _python(code: str) -> str:
     return f"```python\n{code}```\n"
 
 
-def _by(shape: tuple[int, ...]) -> str:
+def _dims(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _count(number: int, what: str) -> str:
+def _plural(number: int, what: str) -> str:
     many = what.removesuffix("y") + "ies" if what.endswith("y") else f"{what}s"
     return f"{number:,} {what if number == 1 else many}"
 

@@ -97,7 +97,7 @@ class Config(BaseModel):
         "false, or auto, for videos of four windows or more",
     )
     condition: tuple[Condition, ...] = Field(
-        (), description="pi3x: inputs besides the images: depth, intrinsics, poses"
+        (), description="pi3x: inputs in addition to images: depth, intrinsics, poses"
     )
     hfov: Annotated[float, Field(ge=5, le=170)] | None = Field(
         None,
@@ -181,7 +181,7 @@ def _config(values: dict[str, Any], path: Path | None) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UsageError(place + _explain(error)) from None
+        raise UsageError(place + _first_error(error)) from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _explain(error: ValidationError) -> str:
+def _first_error(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False)[0]
     if not first["loc"]:
         return f"{first['msg'].removeprefix('Value error, ')[:300]}."

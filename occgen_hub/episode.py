@@ -166,7 +166,7 @@ def check_episode(episode: Episode) -> Episode:
     labels are uint8, and 0 for pixels without a class.
     """
     T, (width, height) = episode.length, episode.image_size
-    wrong = partial(_wrong, episode.id)
+    wrong = partial(_source_error, episode.id)
     if T < 1:
         raise wrong("length", f"is {T}", "at least one frame")
     if width < 1 or height < 1:
@@ -215,7 +215,7 @@ def check_episode(episode: Episode) -> Episode:
     def rgb(frame: int) -> NDArray[np.uint8]:
         image = np.asarray(read_rgb(frame))
         if image.dtype != np.uint8 or image.shape != (height, width, 3):
-            found = _described(image, width, height)
+            found = _describe(image, width, height)
             raise wrong(f"read_rgb({frame})", found, f"uint8 {(height, width, 3)}")
         return image
 
@@ -223,7 +223,7 @@ def check_episode(episode: Episode) -> Episode:
         assert read_depth is not None
         metres = np.asarray(read_depth(frame))
         if metres.dtype.kind != "f" or metres.shape != (height, width):
-            found = _described(metres, width, height)
+            found = _describe(metres, width, height)
             raise wrong(f"read_depth({frame})", found, f"float metres {(height, width)}")
         if not np.isfinite(metres).all() or metres.min(initial=0) < 0:
             expected = "finite metres, 0 for none"
@@ -234,7 +234,7 @@ def check_episode(episode: Episode) -> Episode:
         assert read_labels is not None and taxonomy is not None  # noqa: PT018  # for mypy
         image = np.asarray(read_labels(frame))
         if image.shape != (height, width):
-            found = _described(image, width, height)
+            found = _describe(image, width, height)
             raise wrong(f"read_labels({frame})", found, f"classes {(height, width)}")
         try:
             return taxonomy.checked(image)
@@ -255,7 +255,7 @@ def _taxonomy(wrong: Callable[[str, str, str], OccGenError], name: str) -> Taxon
     return load_taxonomy(name)
 
 
-def _wrong(episode: str, name: str, found: str, expected: str) -> OccGenError:
+def _source_error(episode: str, name: str, found: str, expected: str) -> OccGenError:
     return OccGenError(f"{episode}: {name} {found}; the source has to give {expected}.")
 
 
@@ -271,7 +271,7 @@ def _check_array(
         raise wrong(name, f"is {array.dtype} of shape {array.shape}", f"float64 of shape {shape}")
 
 
-def _described(image: NDArray[Any], width: int, height: int) -> str:
+def _describe(image: NDArray[Any], width: int, height: int) -> str:
     """Describe an image, and what may be wrong with its size."""
     found = f"gives {image.dtype} of shape {image.shape}"
     if image.shape[:2] == (width, height) and width != height:

@@ -27,6 +27,7 @@ from occgen_hub.schema import Schema, load_schema
 from occgen_hub.segmenters import Segmenter, with_labels
 from occgen_hub.stopwatch import Stopwatch
 from occgen_hub.up_to_date import (
+    MISSING,
     check_replaceable,
     outdated,
     remember,
@@ -72,7 +73,7 @@ class ChangedError(SourceError):
 class ReconstructedEpisode:
     """An episode that was read and reconstructed, but not yet written.
 
-    stamps: of its sources before they were read; reason: why it is built, "is not there" if it is
+    stamps: of its sources before they were read; reason: why it is built, `MISSING` if it is
     new; clock: the seconds spent on it.
     """
 
@@ -162,7 +163,7 @@ def write_episode(
             remember(folder, source_stamp(done.sources))
     finally:
         remove_scratch(place)
-    if done.reason not in (None, "is not there"):
+    if done.reason not in (None, MISSING):
         notes = (Note("built again", f"the existing trajectory {done.reason}: built again"), *notes)
     return Built(ref.id, "built", episode.length, notes, clock.seconds)
 

@@ -46,7 +46,7 @@ def install_extra(extra: str) -> str:
     )
 
 
-def in_brief(text: str, limit: int = 160) -> str:
+def shorten_message(text: str, limit: int = 160) -> str:
     """The first line of a library's message without the full stop, shortened between words."""
     line = (text.strip().splitlines() or [""])[0].rstrip(". ")
     if len(line) <= limit:

@@ -28,7 +28,7 @@ from occgen_hub.files import (
     PUT_FILE,
     dump_json,
     files_under,
-    links_out,
+    links_leaving_folder,
     printable,
     read_json,
     sha256,
@@ -36,7 +36,7 @@ from occgen_hub.files import (
 )
 from occgen_hub.frame_exports import EXPORTS, write_frames
 from occgen_hub.index import describe, parts
-from occgen_hub.lerobot.export_check import RECORD, check_content, exported, held_episodes
+from occgen_hub.lerobot.export_check import RECORD, check_content, exported, read_exported_episodes
 from occgen_hub.lerobot.v30 import CODEBASE, DEPTH_MAX, OWN, RESERVED, STATE, Fit, Layout, write
 from occgen_hub.loading import REBUILD, SCHEMA, Trajectory, built, trajectories
 from occgen_hub.scene_states import states_files
@@ -103,7 +103,7 @@ def export(
         return _export_frames(root, out, to, overwrite=overwrite, progress=progress)
     plan = plan_export(root, fps)
     count = frame_counter(plan.facts.frames, progress)
-    with staged(out) as folder:
+    with staging_folder(out) as folder:
         check_places(root, out, overwrite=overwrite)  # Another export may have finished.
         write(folder, plan.layout, (Trajectory.open(path) for _, path in plan.names), count)
         _add_occupancy(root, folder, plan.leave_out)
@@ -122,8 +122,8 @@ def update_export(root: str | Path, out: str | Path) -> list[str]:
     """Bring the occupancy of an export up to date, as `occgen-hub export --update` does.
 
     root: the folder that `build` wrote; out: its export after LeRobot's tools deleted, split or
-    merged episodes or changed tasks or statistics. The column "episode" says which trajectory an
-    episode is. Tables and videos are not changed.
+    merged episodes or changed tasks or statistics. The column "episode" has the trajectory of each
+    episode. Tables and videos are not changed.
 
     Returns remarks for the user. Raises UsageError if the episodes are not distinct trajectories
     of `root`, and OccGenError if a file cannot be read or written.
@@ -154,7 +154,7 @@ def update_export(root: str | Path, out: str | Path) -> list[str]:
 def _plan_update(root: Path, out: Path, info: dict[str, Any], features: dict[str, Any]) -> Plan:
     """What an edited export holds. Raises UsageError if its trajectories cannot be identified."""
     found = {printable(path.relative_to(root).as_posix()): path for path in trajectories(root)}
-    held = held_episodes(out)
+    held = read_exported_episodes(out)
     again = "export the dataset again with --overwrite, and edit the new export"
     for name, count in Counter(name for name, _ in held).items():
         if name not in found:
@@ -196,14 +196,14 @@ def _export_frames(
     progress: Callable[[int, int], None],
 ) -> list[str]:
     """Write the files of OccScanNet or Occ3D. Arguments, result and errors as in `export`."""
-    for link in links_out(root):
+    for link in links_leaving_folder(root):
         raise DatasetError(link, LINK_OUT, PUT_FILE)
     names = sorted((path.relative_to(root).as_posix(), path) for path in trajectories(root))
     facts = survey(describe(printable(name), path) for name, path in names)
     if len(facts.grids) > 1:
         raise UsageError(_several_grids(root, facts))
     count = frame_counter(facts.frames, progress)
-    with staged(out) as folder:
+    with staging_folder(out) as folder:
         check_places(root, out, overwrite=overwrite)  # Another export may have finished.
         folder.mkdir()
         remarks = write_frames(folder, to, names, count)
@@ -227,10 +227,10 @@ def plan_export(root: Path, fps: int | None = None) -> Plan:
     Raises UsageError if the trajectories do not fit into one dataset, and DatasetError if a link
     leads out of the dataset.
     """
-    for link in links_out(root):
+    for link in links_leaving_folder(root):
         raise DatasetError(link, LINK_OUT, PUT_FILE)
     remarks: list[str] = []
-    kept, leave_out = _long_enough(root, remarks)
+    kept, leave_out = _split_by_length(root, remarks)
     names = tuple(sorted((path.relative_to(root).as_posix(), path) for path in kept))
     facts = survey(describe(printable(name), path) for name, path in names)
     if len(facts.grids) > 1:
@@ -248,18 +248,20 @@ def plan_export(root: Path, fps: int | None = None) -> Plan:
     return Plan(names, leave_out, facts, layout, tuple(remarks))
 
 
-def _long_enough(root: Path, remarks: list[str]) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """The trajectories of several frames, and those of one frame, which LeRobot cannot hold.
+def _split_by_length(root: Path, remarks: list[str]) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """The trajectories of several frames, and those of one frame, which LeRobot does not support.
 
     LeRobot's statistics of a single frame have other shapes than those of several frames.
     """
     found = trajectories(root)
     single = tuple(path for path in found if Trajectory.open(path).info().get("total_frames") == 1)
     if len(single) == len(found):
-        raise UsageError(f"{root}: has only trajectories of one frame, which LeRobot cannot hold.")
+        raise UsageError(
+            f"{root}: has only trajectories of one frame, which LeRobot does not support."
+        )
     if single:
         of = f"{len(single)} of {len(found)} trajectories, for example {single[0]}"
-        remarks.append(f"LeRobot cannot hold episodes of one frame, which leaves out {of}")
+        remarks.append(f"LeRobot does not support episodes of one frame, which leaves out {of}")
     return tuple(path for path in found if path not in single), single
 
 
@@ -434,7 +436,7 @@ def check_places(
 
 
 @contextmanager
-def staged(out: Path) -> Iterator[Path]:
+def staging_folder(out: Path) -> Iterator[Path]:
     """A path beside `out` for a new folder, which replaces `out` if the block succeeds.
 
     Raises UsageError if another export is writing there, OccGenError for errors of the disk.

@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from occgen_hub.errors import DatasetError, MachineError, SourceError, in_brief
+from occgen_hub.errors import DatasetError, MachineError, SourceError, shorten_message
 
 MAX_DOCUMENT_BYTES = 64 << 20
 """Limit of a JSON file. Real ones have a few kilobytes per trajectory."""
@@ -46,7 +46,7 @@ MAX_TABLE_ROWS = 1 << 20
 """Limit of an episode's frames: ten hours, with about 200 MB of matrices."""
 
 MAX_BUILT_BYTES = 1 << 36
-"""Limit of a file of a dataset or an export. A sparse file may claim more than a disk holds."""
+"""Limit of a file of a dataset or an export. A sparse file may be larger than the disk."""
 
 MAX_SOURCE_BYTES = 1 << 39
 """Limit of a file of a recording. Bags and videos may be large."""
@@ -57,7 +57,7 @@ def opened(path: Path) -> BufferedReader:
     MachineError for a fault of the machine.
     """
     try:
-        file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115  # the caller closes it
+        file = open(path, "rb", opener=_open_nonblocking)  # noqa: SIM115  # the caller closes it
         kind = os.fstat(file.fileno()).st_mode
     except FileNotFoundError:
         raise SourceError(path, "is missing", ABSENT) from None
@@ -77,7 +77,7 @@ def opened(path: Path) -> BufferedReader:
     return file
 
 
-def _without_waiting(path: str, flags: int) -> int:
+def _open_nonblocking(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
@@ -246,7 +246,7 @@ PARQUET_DAMAGE = (pa.ArrowException, OSError, ValueError, MemoryError)
 
 def parquet_problem(error: BaseException) -> str:
     """The problem of a file for which Arrow raised one of PARQUET_DAMAGE."""
-    message = in_brief(str(error) or type(error).__name__, 120)
+    message = shorten_message(str(error) or type(error).__name__, 120)
     return f"is not a readable Parquet file ({message})"
 
 
@@ -257,7 +257,7 @@ def dataset_files(root: Path, folder: str, pattern: str = IN_BUCKETS) -> list[Pa
     """
     found = sorted((root / folder).glob(pattern))
     for path in (root / folder, *found):
-        if leads_out(path, root):
+        if leaves_folder(path, root):
             raise DatasetError(path, LINK_OUT, PUT_FILE)
     return found
 
@@ -349,7 +349,7 @@ def sha256(path: Path, limit: int | None = None) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def leads_out(path: Path, folder: Path) -> bool:
+def leaves_folder(path: Path, folder: Path) -> bool:
     """Whether `path`, which is below `folder`, is or is below a symbolic link out of it.
 
     This rule applies to everything that reads, copies or uploads a dataset: a link is followed if
@@ -374,18 +374,18 @@ def _blobs(folder: Path) -> Iterator[Path]:
             yield repository / "blobs"
 
 
-def links_out(root: Path) -> Iterator[Path]:
-    """The links below `root` that lead out of it (see `leads_out`), sorted, without hidden ones."""
+def links_leaving_folder(root: Path) -> Iterator[Path]:
+    """The visible links below `root` that lead out of it (see `leaves_folder`), sorted."""
     for parent, folders, names in os.walk(root):
         for name in sorted((*folders, *names)):
             path = Path(parent, name)
-            if not name.startswith(".") and path.is_symlink() and leads_out(path, root):
+            if not name.startswith(".") and path.is_symlink() and leaves_folder(path, root):
                 yield path
         folders[:] = sorted(name for name in folders if not name.startswith("."))
 
 
 LINK_OUT = "is a link that leads out of the dataset"
-"""The problem of a file for which `leads_out` is true."""
+"""The problem of a file for which `leaves_folder` is true."""
 
 PUT_FILE = "replace it with the file itself, or remove the link"
 """The remedy for such a link."""
@@ -400,14 +400,14 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
 def files_under(folder: Path) -> Iterator[Path]:
     """Every regular file below `folder`, sorted by its path.
 
-    Links to files are included, except those that lead out of `folder` (see `leads_out`). Links to
-    folders are not followed.
+    Links to files are included, except those that lead out of `folder` (see `leaves_folder`). Links
+    to folders are not followed.
     """
     for parent, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names):
             path = Path(parent, name)
-            if path.is_file() and not (path.is_symlink() and leads_out(path, folder)):
+            if path.is_file() and not (path.is_symlink() and leaves_folder(path, folder)):
                 yield path
 
 

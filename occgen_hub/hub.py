@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from occgen_hub.card import write_card
 from occgen_hub.errors import OccGenError, UsageError
-from occgen_hub.files import files_under, links_out
+from occgen_hub.files import files_under, links_leaving_folder
 from occgen_hub.hub_token import check_sendable
 from occgen_hub.index import (
     INDEX,
@@ -186,8 +186,8 @@ def push(
 
     api = HfApi(library_name="occgen-hub")
     # `prepare` found none, but the Hub's client would follow one that was added since.
-    links = [glob.escape(path.relative_to(root).as_posix()) for path in links_out(root)]
-    with quiet(), hub_errors(repo_id, api.endpoint):
+    links = [glob.escape(path.relative_to(root).as_posix()) for path in links_leaving_folder(root)]
+    with quiet_libraries(), hub_errors(repo_id, api.endpoint):
         make_repository(api, repo_id, private)
         target, page = MAIN, ""
         if create_pr:
@@ -356,7 +356,7 @@ def move_tag(api: HfApi, repo_id: str, commit: str, version: str) -> None:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Silence the Hub client's messages on each attempt. The final result is reported once."""
     logger = logging.getLogger("huggingface_hub")
     before = logger.level

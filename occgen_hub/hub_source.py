@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from occgen_hub.archives import archive_stem
 from occgen_hub.builder import plain_license
-from occgen_hub.errors import OccGenError, SourceError, UsageError, in_brief
+from occgen_hub.errors import OccGenError, SourceError, UsageError, shorten_message
 from occgen_hub.scenes import (
     PARTS,
     FetchedScene,
@@ -246,7 +246,7 @@ class HubSource:
         if len(file.oid) == 64 and file.oid != scene_read.sha256:
             raise SourceError(ref.name, "differs in SHA-256 from the Hub's listing", AGAIN)
         (place / file.path).unlink()
-        room.give_back(max(file.bytes, BLOCK))
+        room.release(max(file.bytes, BLOCK))
         return scene_read
 
 
@@ -285,7 +285,7 @@ def _hub_errors(source: HubSource, endpoint: str, ref: SceneRef | None = None) -
             if isinstance(cause, errors.HfHubHTTPError) and cause.response is not None:
                 raise _http_error(name, source, endpoint, cause) from error
             if isinstance(cause, httpx.HTTPError):
-                reason = in_brief(str(cause) or type(cause).__name__)
+                reason = shorten_message(str(cause) or type(cause).__name__)
                 raise HubSourceError(
                     f"{name}: the connection to {endpoint} failed ({reason}); {AGAIN}."
                 ) from error
@@ -293,7 +293,7 @@ def _hub_errors(source: HubSource, endpoint: str, ref: SceneRef | None = None) -
             raise
         if isinstance(error, errors.HFValidationError):
             raise UsageError(f"{name}: is not a dataset name; give {FORM}.") from error
-        reason = in_brief(str(error) or type(error).__name__)
+        reason = shorten_message(str(error) or type(error).__name__)
         raise HubSourceError(
             f"{name}: the download was interrupted ({reason}); {AGAIN}."
         ) from error
@@ -314,7 +314,7 @@ def _http_error(
     from huggingface_hub import errors
 
     status = error.response.status_code
-    reason = in_brief(f"{status}, {error.server_message or error.response.reason_phrase}")
+    reason = shorten_message(f"{status}, {error.server_message or error.response.reason_phrase}")
     page = f"{endpoint}/datasets/{source.repo_id}"
     if isinstance(error, errors.GatedRepoError):
         problem = "is gated, and this token has no access"

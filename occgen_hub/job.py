@@ -27,7 +27,7 @@ from occgen_hub.engines import (
     check_license,
     load_engine,
     network_engine,
-    without_fetching,
+    without_downloads,
 )
 from occgen_hub.episode_build import Settings, why_outdated
 from occgen_hub.errors import OccGenError, UsageError
@@ -62,8 +62,8 @@ License = Literal["any", "commercial"]
 def check_paths(root: Path, out: Path) -> None:
     """Raise UsageError unless `root` can be read and `out` be written."""
     if not (root.is_dir() or root.is_file()):
-        problem = "is not a folder, nor a file" if root.exists() else "is not there"
-        raise UsageError(f"{root}: {problem}; give what to read as --input.")
+        problem = "is not a folder or a file" if root.exists() else "does not exist"
+        raise UsageError(f"{root}: {problem}; give the input as --input.")
     try:
         source, target = root.resolve(), out.resolve()
     except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself.
@@ -202,7 +202,7 @@ def choose_engine(
     have = [builder.has_depth(ref) for ref in refs if isinstance(ref, EpisodeRef)]
     if len(have) < len(refs):
         try:
-            with without_fetching():
+            with without_downloads():
                 auto = Auto(network_engine(weights, device, commercial=commercial))
             if commercial:
                 check_license(auto)

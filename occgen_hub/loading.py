@@ -28,7 +28,7 @@ from occgen_hub.errors import DatasetError, SourceError, UsageError
 from occgen_hub.files import (
     MAX_RECORD_BYTES,
     PUT_FILE,
-    leads_out,
+    leaves_folder,
     opened,
     read_json,
     read_jsonl,
@@ -44,7 +44,7 @@ from occgen_hub.schema import Schema, load_schema
 from occgen_hub.taxonomy import load_taxonomy, taxonomy_names
 
 REBUILD = "remove this trajectory's folder and build it again"
-NOT_BUILT = "give the folder that occgen-hub build wrote or, if it is that, run the build again"
+NOT_BUILT = "give a folder written by occgen-hub build; if it is one, run the build again"
 EXPORT = "meta/occgen_export.json"
 """The record of an export, see `lerobot.export_check`."""
 
@@ -254,7 +254,7 @@ def npz_array(path: Path, name: str) -> NpzArray:
 def _place(folder: Path, name: str) -> Path:
     """The path of a file of a trajectory. Raises DatasetError for a link out of the folder."""
     place = folder / name
-    if leads_out(place, folder):
+    if leaves_folder(place, folder):
         raise DatasetError(place, "is a link that leads out of the trajectory", PUT_FILE)
     return place
 
@@ -487,7 +487,7 @@ class Trajectory:
             raise DatasetError(self.file(key), "has columns outside the grid", REBUILD)
 
     def observed(self) -> Iterator[NDArray[np.bool_]]:
-        """Yield for each frame (cells,) bool: whether observed, free and occupied alike."""
+        """Yield for each frame (cells,) bool: whether a cell is observed, free or occupied."""
         cells = self.grid.cells
         for row in self.observed_packed():
             yield unpack(row, cells)

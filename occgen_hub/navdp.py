@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from occgen_hub.errors import DatasetError, UsageError
-from occgen_hub.exporting import check_places, frame_counter, staged
-from occgen_hub.files import LINK_OUT, PUT_FILE, dump_json, links_out, printable, sha256
+from occgen_hub.exporting import check_places, frame_counter, staging_folder
+from occgen_hub.files import LINK_OUT, PUT_FILE, dump_json, links_leaving_folder, printable, sha256
 from occgen_hub.geometry.cloud import Cloud
 from occgen_hub.geometry.ply import read_ply, write_ply
 from occgen_hub.loading import Trajectory, built
@@ -65,16 +65,18 @@ def export_navdp(
     root, out = Path(root), Path(out)
     if layout not in get_args(NavLayout):
         raise UsageError(f"layout: got {layout}; give one of {', '.join(get_args(NavLayout))}.")
-    check_places(root, out, overwrite=overwrite, ours=_is_ours)
-    for link in links_out(root):
+    check_places(root, out, overwrite=overwrite, ours=_is_navdp_export)
+    for link in links_leaving_folder(root):
         raise DatasetError(link, LINK_OUT, PUT_FILE)
-    found, remarks = _usable(root)
+    found, remarks = _supported_trajectories(root)
     count = frame_counter(sum(trajectory.table().num_rows for trajectory in found), progress)
     scenes: dict[Path, list[Trajectory]] = {}
     for trajectory in found:
         scenes.setdefault(trajectory.path.parent.relative_to(root), []).append(trajectory)
-    with staged(out) as folder:
-        check_places(root, out, overwrite=overwrite, ours=_is_ours)  # Another may have finished.
+    with staging_folder(out) as folder:
+        check_places(
+            root, out, overwrite=overwrite, ours=_is_navdp_export
+        )  # Another may have finished.
         for name, members in scenes.items():
             if layout == "scenes":
                 _write_scene(folder / name, members)
@@ -85,7 +87,7 @@ def export_navdp(
     return remarks
 
 
-def _is_ours(out: Path) -> bool:
+def _is_navdp_export(out: Path) -> bool:
     """Whether a folder is a NavDP export and has nothing else in it."""
     places = [place for place in out.glob("*/*") if place.is_dir()]
     marked = all(any(p.glob(MARK)) or any(p.glob(f"*/{MARK}")) for p in places)
@@ -93,7 +95,7 @@ def _is_ours(out: Path) -> bool:
     return bool(places) and marked and not files
 
 
-def _usable(root: Path) -> tuple[list[Trajectory], list[str]]:
+def _supported_trajectories(root: Path) -> tuple[list[Trajectory], list[str]]:
     """The sorted trajectories that the loader can read, and remarks on the others."""
     good, lacking = [], Counter[str]()
     example: dict[str, Path] = {}

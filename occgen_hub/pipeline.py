@@ -22,7 +22,7 @@ from occgen_hub.engines import Engine
 from occgen_hub.episode import Episode, Note, check_episode, near_origin, origin_notes
 from occgen_hub.fusion.conventions import STATIC, check_conventions, stands_still
 from occgen_hub.fusion.fuse import check_reach, fuse
-from occgen_hub.fusion.joined import MovingInAll, joined_views
+from occgen_hub.fusion.joined import JoinedMovingPoints, joined_views
 from occgen_hub.fusion.moving import MovingPoints
 from occgen_hub.geometry.alignment import Alignment, align_poses
 from occgen_hub.geometry.surface import poisson_surface
@@ -35,7 +35,7 @@ from occgen_hub.scene import Scene
 from occgen_hub.views import Views, check_views
 
 MIN_SCENE_POINTS = 100
-"""Number of points of a scene below which a note says that hardly anything was measured."""
+"""If a scene has fewer points, a note says that hardly anything was measured."""
 
 Progress = Callable[[int], None]
 """Called with the number of frames done since the last call."""
@@ -71,9 +71,9 @@ def reconstruct(
     if cameras > 1:
         progress(len(views.frames))
     cloud, poses, classes = fused.cloud, fused.views.world_from_camera, fused.classes
-    moving: MovingPoints | MovingInAll | None = fused.moving
+    moving: MovingPoints | JoinedMovingPoints | None = fused.moving
     if fused.moving is not None and cameras > 1:
-        moving = MovingInAll(fused.moving, cameras)
+        moving = JoinedMovingPoints(fused.moving, cameras)
     moving_labels = None if moving is None else moving.labelled
     if config.mesh:
         centres = poses[:, :3, 3]

@@ -8,7 +8,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Literal
 
-from occgen_hub.errors import UsageError, in_brief
+from occgen_hub.errors import UsageError, shorten_message
 
 Kind = Literal["source", "engine", "segmenter"]
 """What an entry point adds. Each has an option of this name."""
@@ -45,7 +45,7 @@ def load_plugin(kind: Kind, name: str) -> tuple[Any, str]:
     try:
         return point.load(), place
     except (ImportError, AttributeError) as error:
-        problem = in_brief(str(error))
+        problem = shorten_message(str(error))
         raise UsageError(f"{place} cannot be loaded ({problem}); correct that package.") from error
 
 
@@ -66,7 +66,7 @@ def open_plugin(
     try:
         plugin = opener(weights, device)
     except (ImportError, AttributeError, TypeError) as error:
-        problem = in_brief(str(error))
+        problem = shorten_message(str(error))
         raise UsageError(f"{place} cannot be opened ({problem}); correct that package.") from error
     if not isinstance(plugin, base):
         raise UsageError(

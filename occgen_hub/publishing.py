@@ -32,7 +32,7 @@ from occgen_hub.hub import (
     hub_errors,
     make_repository,
     move_tag,
-    quiet,
+    quiet_libraries,
 )
 from occgen_hub.index import (
     INDEX,
@@ -147,7 +147,7 @@ class HubPublisher:
         self._copy = job.out / LOGS / f"push-{shard}-index"
         shutil.rmtree(self._copy, ignore_errors=True)
         self._copy.mkdir(parents=True)
-        with quiet(), hub_errors(self.repo_id, self._api.endpoint):
+        with quiet_libraries(), hub_errors(self.repo_id, self._api.endpoint):
             make_repository(self._api, self.repo_id, self._private)
             self._hub = _HubIndex(self._api, self.repo_id, self._copy)
             self._hub.refresh()
@@ -198,7 +198,7 @@ class HubPublisher:
 
         Waits while too many scenes are queued. Raises errors of earlier pushes.
         """
-        self._raise()
+        self._raise_error()
         self._waiting.put((scene, whole))
 
     def end(self) -> list[Failure]:
@@ -207,7 +207,7 @@ class HubPublisher:
         self._waiting.put(_END)
         while self._thread.is_alive():
             self._thread.join(0.2)
-        self._raise()
+        self._raise_error()
         return self._failures
 
     def stop(self) -> None:
@@ -219,7 +219,7 @@ class HubPublisher:
             self._thread.join(GRACE)
             shutil.rmtree(self._copy, ignore_errors=True)
 
-    def _raise(self) -> None:
+    def _raise_error(self) -> None:
         if self._error is not None:
             raise self._error
 
@@ -258,13 +258,13 @@ class HubPublisher:
         """Call `action`, and retry it after pauses while the Hub is not available."""
         for pause in PAUSES:
             try:
-                with quiet(), hub_errors(self.repo_id, self._api.endpoint):
+                with quiet_libraries(), hub_errors(self.repo_id, self._api.endpoint):
                     return action()
             except HubBusyError as error:
                 self._tell(f"{error} Trying again in {pause:.0f} s.")
                 if self._stopped.wait(pause):
                     raise
-        with quiet(), hub_errors(self.repo_id, self._api.endpoint):
+        with quiet_libraries(), hub_errors(self.repo_id, self._api.endpoint):
             return action()
 
     def _bytes(self, scene: str) -> int:
@@ -434,7 +434,7 @@ def check_job(job: Job) -> None:
 
 
 def _unit(ref: EpisodeRef | SceneRef) -> str:
-    """The name of what is built and pushed together: a scene, or an archive."""
+    """The name of the unit that is built and pushed together: a scene or an archive."""
     return ref.id if isinstance(ref, SceneRef) else ref.id.rpartition("/")[0]
 
 
@@ -461,13 +461,13 @@ class _HubIndex:
         for path in parts(self.root):
             if path.relative_to(self.root).as_posix() not in names:
                 path.unlink()
-        missing = [name for name, digest in names.items() if not self._holds(name, digest)]
+        missing = [name for name, digest in names.items() if not self._has_content(name, digest)]
         for _ in prefetch(self._fetch, missing, threads=8):
             pass
         self._held = names
         return self._head
 
-    def _holds(self, name: str, digest: str) -> bool:
+    def _has_content(self, name: str, digest: str) -> bool:
         path = self.root / name
         if not path.is_file():
             return False

@@ -17,7 +17,7 @@ WORTH_REFINING = 1 / 16
 scene."""
 
 POOR_CONTRADICTED = 0.3
-"""Fraction of contradicted points above which a note says that the frames disagree."""
+"""If more than this fraction of points is contradicted, a note says that the frames disagree."""
 
 
 @dataclass(frozen=True)

@@ -176,12 +176,12 @@ def unpack_scene(ref: SceneRef, path: Path, room: Room) -> FetchedScene:
     parts = ref.id.split("/")
     inner = content
     for start in (len(parts) - 1, len(parts) - 2):
-        if start >= 0 and (found := _only(content, parts[start:])) is not None:
+        if start >= 0 and (found := _single_path(content, parts[start:])) is not None:
             inner = found
             break
     else:
         names = _visible(content)
-        if len(names) == 1 and any(map(_holds_parts, _folders(content / names[0]))):
+        if len(names) == 1 and any(map(_has_parts, _folders(content / names[0]))):
             inner = content / names[0]
     root = room.folder / "tree"
     place = root.joinpath(*parts)
@@ -190,8 +190,8 @@ def unpack_scene(ref: SceneRef, path: Path, room: Room) -> FetchedScene:
     return FetchedScene(ref, room, root, archive.name, archive.bytes, archive.sha256)
 
 
-def _only(folder: Path, names: Sequence[str]) -> Path | None:
-    """The folder at these names, if there is nothing beside it at any level."""
+def _single_path(folder: Path, names: Sequence[str]) -> Path | None:
+    """The folder at these names, if it is the only entry at each level."""
     for name in names:
         if not (folder / name).is_dir() or _visible(folder) != [name]:
             return None
@@ -199,7 +199,7 @@ def _only(folder: Path, names: Sequence[str]) -> Path | None:
     return folder
 
 
-def _holds_parts(folder: Path) -> bool:
+def _has_parts(folder: Path) -> bool:
     return len(PARTS & {path.name for path in _folders(folder)}) >= 2
 
 
@@ -215,7 +215,7 @@ def _visible(folder: Path) -> list[str]:
 
 
 def write_scene(out: Path, record: SceneRecord) -> None:
-    """Record what was built of a scene. Raises OSError."""
+    """Record the built parts of a scene. Raises OSError."""
     path = _record_path(out, record.id)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as partial:

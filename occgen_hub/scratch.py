@@ -70,18 +70,22 @@ class Scratch:
             self._changed.notify_all()
 
     def fits(self, size: int) -> bool:
-        """Whether so many bytes are free now."""
+        """Whether this many bytes are free now."""
         with self._changed:
-            return self._held() + size <= self.place.limit
+            return self._reserved() + size <= self.place.limit
 
-    def _held(self) -> int:
+    def _reserved(self) -> int:
         return sum(room.bytes for room in self._rooms)
 
-    def _take(self, room: Room, size: int) -> None:
+    def _reserve(self, room: Room, size: int) -> None:
         limit = self.place.limit
         with self._changed:
             self._rooms.add(room)
-            while not self._closed and self._held() + size > limit and self._held() > room.bytes:
+            while (
+                not self._closed
+                and self._reserved() + size > limit
+                and self._reserved() > room.bytes
+            ):
                 self._changed.wait()  # Until the previous scene is written and its room closed.
             if self._closed:
                 raise ScratchClosedError(f"{self.folder}: the build was stopped; run it again.")
@@ -93,7 +97,7 @@ class Scratch:
                 )
             room.bytes += size
 
-    def _give(self, room: Room, size: int) -> None:
+    def _release(self, room: Room, size: int) -> None:
         with self._changed:
             room.bytes -= size
             if room.bytes <= 0:
@@ -109,20 +113,20 @@ class Room:
         self.bytes, self.name = 0, "the scene"
 
     def reserve(self, size: int) -> None:
-        """Reserve so many bytes, waiting for other rooms to close.
+        """Reserve this many bytes, waiting for other rooms to close.
 
         Raises SourceError if they exceed the limit, and ScratchClosedError.
         """
-        self.scratch._take(self, size)
+        self.scratch._reserve(self, size)
 
-    def give_back(self, size: int) -> None:
-        """Release so many bytes, after files were removed."""
-        self.scratch._give(self, size)
+    def release(self, size: int) -> None:
+        """Release this many bytes, after files were removed."""
+        self.scratch._release(self, size)
 
     def close(self) -> None:
         """Remove the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.scratch._give(self, self.bytes)
+        self.scratch._release(self, self.bytes)
 
 
 @contextmanager

@@ -191,7 +191,7 @@ def write_shards(
     folder = out / FOLDER
     for partial in folder.rglob(".*.partial"):
         partial.unlink()
-    known, trusted = _known(out)
+    known, trusted = _existing_entries(out)
     scenes = _scenes(root, leave_out, only)
     plan = [
         shard
@@ -210,13 +210,13 @@ def write_shards(
             missing.append((place, shard.pieces))
             digests.pop(shard.name, None)
     _write_all(missing, workers)
-    kept = [] if drop_missing else _elsewhere(known, scenes)
+    kept = [] if drop_missing else _entries_of_other_scenes(known, scenes)
     rows = [
         describe(episode, path, trusted.get(episode))
         for found in scenes.values()
         for episode, path in found
     ]
-    write_index(out, [*kept, *_placed(out, rows, plan, digests)])
+    write_index(out, [*kept, *_with_shards(out, rows, plan, digests)])
     needed = {out / shard.name for shard in plan} | {out / n for row in kept for n in row.shards}
     remove_bucket_files(there - needed, folder)
     others = {row.scene for row in kept if row.shards}
@@ -227,14 +227,14 @@ def write_shards(
 def remove_shards(root: Path) -> None:
     """Remove the shards of the scenes that are here, and update the index."""
     folder = root / FOLDER
-    known, trusted = _known(root)
+    known, trusted = _existing_entries(root)
     scenes = _scenes(root, ())
     rows = [
         describe(episode, path, trusted.get(episode)).without_shards()
         for found in scenes.values()
         for episode, path in found
     ]
-    kept = _elsewhere(known, scenes)
+    kept = _entries_of_other_scenes(known, scenes)
     for path in folder.rglob(".*.partial"):
         path.unlink()
     own = set(_own_shards(root))
@@ -244,8 +244,8 @@ def remove_shards(root: Path) -> None:
     remove_bucket_files({*states_files(root)} - others, root / STATES)
 
 
-def _known(out: Path) -> tuple[dict[str, Entry], dict[str, Entry]]:
-    """All entries of the index, and those of parts that are byte for byte as written.
+def _existing_entries(out: Path) -> tuple[dict[str, Entry], dict[str, Entry]]:
+    """All entries of the index, and the entries of parts that are byte for byte as written.
 
     Damaged parts are ignored. They are written again.
     """
@@ -259,7 +259,7 @@ def _known(out: Path) -> tuple[dict[str, Entry], dict[str, Entry]]:
     return known, trusted
 
 
-def _elsewhere(known: dict[str, Entry], scenes: Collection[str]) -> list[Entry]:
+def _entries_of_other_scenes(known: dict[str, Entry], scenes: Collection[str]) -> list[Entry]:
     """The entries of scenes without trajectories here."""
     return [row for row in known.values() if row.scene not in scenes]
 
@@ -273,7 +273,7 @@ def _digests(known: dict[str, Entry]) -> dict[str, str]:
     }
 
 
-def _placed(
+def _with_shards(
     out: Path, rows: Iterable[Entry], plan: Iterable[Shard], digests: dict[str, str]
 ) -> Iterator[Entry]:
     """The entries with the shards of their frames. digests: of shards that were not written."""

@@ -60,7 +60,7 @@ def _check_episode(builder: DatasetBuilder, ref: EpisodeRef) -> Episode:
         problem = "is not a SHA-256, or differs from call to call"
         raise _wrong(builder, "fingerprint", problem, "use self.fingerprint(self.sources(ref))")
     if (episode.read_depth is not None) != builder.has_depth(ref):
-        problem = f"is {builder.has_depth(ref)}, and read gives the contrary"
+        problem = f"is {builder.has_depth(ref)}, but read returns the opposite"
         raise _wrong(builder, f"has_depth({ref.id})", problem, "return whether read gives depth")
     for frame in sorted({0, episode.length // 2, episode.length - 1}):
         episode.read_rgb(frame)
@@ -71,7 +71,7 @@ def _check_episode(builder: DatasetBuilder, ref: EpisodeRef) -> Episode:
     _check_files(builder, episode)
     if not (episode.read_depth is None or episode.world_from_camera is None):
         if episode.intrinsics is None:
-            raise _wrong(builder, "intrinsics", "are missing", "give (T, 3, 3) beside depth")
+            raise _wrong(builder, "intrinsics", "are missing", "give (T, 3, 3) with depth")
         _check_geometry(episode)
     return episode
 
@@ -81,7 +81,7 @@ def _check_reach(builder: DatasetBuilder, depth: NDArray[np.float64], frame: int
     near, far = Config().depth_range
     measured = depth[depth > 0]
     if len(measured) and not ((measured >= near) & (measured <= far)).any():
-        found = f"is {np.median(measured):.3g} in the median, none from {near} to {far}"
+        found = f"is {np.median(measured):.3g} in the median, and never from {near} to {far}"
         raise _wrong(builder, f"read_depth({frame})", found, "give metres")
 
 

@@ -29,7 +29,7 @@ class Class:
 
 @dataclass(frozen=True)
 class Taxonomy:
-    """Classes by id, 1 to 253. void: ids of pixels without a class, besides 0."""
+    """Classes by id, 1 to 253. void: ids of pixels without a class, in addition to 0."""
 
     name: str
     classes: dict[int, Class]

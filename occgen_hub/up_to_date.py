@@ -15,19 +15,22 @@ from occgen_hub.files import MAX_RECORD_BYTES, read_json
 from occgen_hub.lerobot.writer import Provenance
 from occgen_hub.schema import Schema, load_schema
 
+MISSING = "does not exist"
+"""The reason to build a new episode."""
+
 
 def outdated(
     builder: DatasetBuilder, ref: EpisodeRef, out: Path, provenance: Provenance
 ) -> tuple[str | None, int]:
     """Why `out / ref.id` has to be built, according to its record, and the stamp of its sources.
 
-    provenance: of the new build. The reason is None if it is up to date, and "is not there" if
-    nothing is there. The stamp (see `remember`) is 0 if it was not needed. Sources are read only if
-    sizes and times do not show that they are unchanged.
+    provenance: of the new build. The reason is None if it is up to date, and `MISSING` if it does
+    not exist. The stamp (see `remember`) is 0 if it was not needed. Sources are read only if sizes
+    and times do not show that they are unchanged.
     """
     place, schema = out / ref.id, load_schema(builder.schema)
     if not place.exists():
-        return "is not there", 0
+        return MISSING, 0
     try:
         record = read_json(place / schema.path("record"), MAX_RECORD_BYTES)
         recorded = str(record["source"]["fingerprint"])
@@ -72,7 +75,7 @@ def check_replaceable(place: Path, schema: Schema) -> None:
     kind = "folder" if place.is_dir() else "file"
     raise UsageError(
         f"{place}: is a {kind} that occgen-hub did not build (it has no {schema.path('record')}), "
-        "and is left as it is; choose another --output, or move it away."
+        "and is not changed; choose another --output, or move it away."
     )
 
 
@@ -96,9 +99,9 @@ def sizes_and_times(paths: Iterable[Path]) -> list[tuple[int, int]]:
 def source_stamp(paths: Iterable[Path]) -> int:
     """A time in nanoseconds that depends on the names, sizes and times of files.
 
-    Its seconds are those of the latest change. The nanoseconds are a checksum over all files and
-    their folders, because the latest time alone would hide changes once it is in the future. It
-    includes change times, which programs cannot set back.
+    Its seconds are the time of the latest change. The nanoseconds are a checksum over all files and
+    their folders, because the latest time alone would hide changes if it is in the future. The
+    checksum includes change times, which programs cannot set back.
     """
     files = list(paths)
     shared = os.path.commonpath([path.parent for path in files])

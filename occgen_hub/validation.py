@@ -19,7 +19,7 @@ from occgen_hub.files import (
     MAX_BUILT_BYTES,
     PUT_FILE,
     files_under,
-    links_out,
+    links_leaving_folder,
     printable,
     sha256,
 )
@@ -99,7 +99,9 @@ def validate(
     Trajectories with poor agreement between frames, according to their records, are warnings.
     """
     root = Path(root)
-    links = {str(path): Finding(str(path), LINK_OUT, PUT_FILE) for path in links_out(root)}
+    links = {
+        str(path): Finding(str(path), LINK_OUT, PUT_FILE) for path in links_leaving_folder(root)
+    }
     if exported(root):
         return _exported(root, tuple(links.values()), progress)
     findings: list[Finding] = []
@@ -110,7 +112,7 @@ def validate(
         found = trajectories(root)
     except SourceError as error:
         findings.append(Finding(error.path, error.problem, error.remedy))
-    packed = [row for row in _packed(root) if not found]
+    packed = [row for row in _lengths_in_shards(root) if not found]
     if not found and not findings and not packed:
         problem = "has no trajectories" if root.is_dir() else "is not a folder"
         findings.append(Finding(str(root), problem, "give the folder that occgen-hub build wrote"))
@@ -128,17 +130,17 @@ def validate(
             with suppress(SourceError):  # It has a finding of its own.
                 grids.append((path, check.trajectory.grid))
         progress(number + 1, len(found))
-    findings += _unlike(grids)
+    findings += _different_grid(grids)
     shard_findings, notes = _shards(root, findings)
     findings += shard_findings
     findings += _leftovers(root)
     others = (finding for finding in findings if finding.file not in links)
-    warnings = (*(_warning(*texts) for texts in poor.values()), *notes)
+    warnings = (*(_with_count(*texts) for texts in poor.values()), *notes)
     count, frames = len(found) + len(packed), frames + sum(packed)
     return Report(str(root), count, frames, (*links.values(), *others), warnings)
 
 
-def _packed(root: Path) -> list[int]:
+def _lengths_in_shards(root: Path) -> list[int]:
     """The number of frames of each trajectory that has only shards, if all of them are here."""
     try:
         rows = read_index(root, ["files", "frames", "shards"]).to_pylist()
@@ -150,7 +152,7 @@ def _packed(root: Path) -> list[int]:
 
 def check_trajectory(path: Path) -> tuple[Finding, ...]:
     """The findings of `validate` for one trajectory."""
-    findings = [Finding(str(link), LINK_OUT, PUT_FILE) for link in links_out(path)]
+    findings = [Finding(str(link), LINK_OUT, PUT_FILE) for link in links_leaving_folder(path)]
     if findings:
         return tuple(findings)
     try:
@@ -187,11 +189,11 @@ def _disagreement(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield from ((note.code, note.text) for note in quality.notes(setting))
 
 
-def _warning(first: str, *more: str) -> str:
+def _with_count(first: str, *more: str) -> str:
     return f"{first} (and {len(more)} more trajectories)." if more else f"{first}."
 
 
-def _unlike(grids: list[tuple[Path, Grid]]) -> Iterator[Finding]:
+def _different_grid(grids: list[tuple[Path, Grid]]) -> Iterator[Finding]:
     """The first trajectory with a different grid: it does not fit into a batch with the others."""
     for path, grid in grids[1:]:
         if grid != grids[0][1]:
@@ -238,36 +240,38 @@ class _Check:
 
     def run(self) -> None:
         """Run all checks, fast ones first."""
-        self._step(self._record)
-        self._step(self._documents)
-        self._step(self._table)
+        self._run_step(self._record)
+        self._run_step(self._documents)
+        self._run_step(self._table)
         for key, spec in self.schema.files.items():
-            self._step(lambda key=key, spec=spec: self._file(key, spec))  # type: ignore[misc]  # bound now
+            self._run_step(lambda key=key, spec=spec: self._file(key, spec))  # type: ignore[misc]  # bound now
         if not self.findings:  # The next checks need valid files.
-            self._step(self._counts)
+            self._run_step(self._counts)
             counted = len(self.findings)
-            self._step(self._geometry)
+            self._run_step(self._geometry)
             if len(self.findings) == counted:
-                self._step(self._visibility)
-        self._step(self._checksums)
+                self._run_step(self._visibility)
+        self._run_step(self._checksums)
 
-    def say(self, path: Path, problem: str, remedy: str = REBUILD) -> None:
+    def add_finding(self, path: Path, problem: str, remedy: str = REBUILD) -> None:
         self.findings.append(Finding(str(path), problem, remedy))
 
-    def _step(self, step: Callable[[], None]) -> None:
+    def _run_step(self, step: Callable[[], None]) -> None:
         try:
             step()
         except SourceError as error:
             self.findings.append(Finding(error.path, error.problem, RESTORE))
         except OSError as error:
-            self.say(
+            self.add_finding(
                 Path(error.filename or self.trajectory.path), f"cannot be read ({error.strerror})"
             )
 
     # Meta files
 
     def _record(self) -> None:
-        self._against("record", self.trajectory.record, self.trajectory.file("record"), "")
+        self._check_json_schema(
+            "record", self.trajectory.record, self.trajectory.file("record"), ""
+        )
 
     def _documents(self) -> None:
         for key, spec in self.schema.files.items():
@@ -276,17 +280,19 @@ class _Check:
             path, found = self.trajectory.file(key), len(self.findings)
             for number, row in enumerate(self.trajectory.document(key), 1):
                 where = "" if spec.kind == "json" else f"line {number}: "
-                self._against(spec.json_schema, row, path, where)
+                self._check_json_schema(spec.json_schema, row, path, where)
                 if len(self.findings) - found >= MAX_FINDINGS:
-                    self.say(path, f"has too many problems; line {number} is the last one checked")
+                    self.add_finding(
+                        path, f"has too many problems; line {number} is the last one checked"
+                    )
                     break
 
-    def _against(self, name: str, value: Any, path: Path, where: str) -> None:
+    def _check_json_schema(self, name: str, value: Any, path: Path, where: str) -> None:
         validator = Draft202012Validator(self.schema.json_schemas[name])
         for error in sorted(validator.iter_errors(value), key=lambda e: list(map(str, e.path)))[:5]:
             place = ".".join(str(part) for part in error.absolute_path)
             message = error.message if len(error.message) < 160 else error.message[:157] + "..."
-            self.say(path, f"{where}{place + ': ' if place else ''}{message}")
+            self.add_finding(path, f"{where}{place + ': ' if place else ''}{message}")
 
     # The parquet
 
@@ -296,18 +302,20 @@ class _Check:
         self.frames = table.num_rows
         declared = self._declared()
         for name in sorted(set(declared) - set(table.column_names)):
-            self.say(path, f"lacks the column {name}, which info.json declares")
+            self.add_finding(path, f"lacks the column {name}, which info.json declares")
         for name in sorted(set(table.column_names) - set(declared)):
-            self.say(path, f"has a column {name}, which info.json does not declare")
+            self.add_finding(path, f"has a column {name}, which info.json does not declare")
         for name, feature in self.schema.features.items():
             if feature.required and name not in declared:
-                self.say(self.trajectory.file("info"), f"does not declare the feature {name}")
+                self.add_finding(
+                    self.trajectory.file("info"), f"does not declare the feature {name}"
+                )
             elif (
                 name in declared
                 and declared[name].info() != feature.info()
                 and not feature.other_kinds
             ):
-                self.say(
+                self.add_finding(
                     self.trajectory.file("info"), f"declares {name} differently from the schema"
                 )
         for name, feature in declared.items():
@@ -315,12 +323,14 @@ class _Check:
                 continue
             if table.schema.field(name).type != feature.arrow_type():
                 kind = table.schema.field(name).type
-                self.say(path, f"column {name} is {kind}, but info.json has {feature.info()}")
+                self.add_finding(
+                    path, f"column {name} is {kind}, but info.json has {feature.info()}"
+                )
                 continue
             try:
                 feature.to_numpy(table[name])
             except ValueError as error:
-                self.say(path, f"column {name}: {error}")
+                self.add_finding(path, f"column {name}: {error}")
 
     def _declared(self) -> dict[str, Feature]:
         declared: dict[str, Feature] = {}
@@ -334,7 +344,9 @@ class _Check:
                     continue
             except (ValueError, KeyError):
                 pass
-            self.say(self.trajectory.file("info"), f"feature {name} has an invalid description")
+            self.add_finding(
+                self.trajectory.file("info"), f"feature {name} has an invalid description"
+            )
         return declared
 
     # Files
@@ -348,7 +360,7 @@ class _Check:
         path = self.trajectory.file(key)
         if not path.is_file():
             if spec.required:
-                self.say(path, "is missing", ABSENT)
+                self.add_finding(path, "is missing", ABSENT)
             return
         if spec.kind in ("npz", "mask"):
             labelled = self.trajectory.taxonomy is not None
@@ -360,11 +372,13 @@ class _Check:
             if spec.media:  # Copied from the source, not used in computations.
                 check_ply(path)
             elif not np.isfinite(read_ply(path).points).all():
-                self.say(path, "has points that are not finite")
+                self.add_finding(path, "has points that are not finite")
         elif spec.kind == "video":
             facts = video_facts(path)
             if facts.frames != self.frames:
-                self.say(path, f"has {facts.frames} frames, but the table has {self.frames}")
+                self.add_finding(
+                    path, f"has {facts.frames} frames, but the table has {self.frames}"
+                )
 
     def _images(self, key: str, spec: FileSpec) -> None:
         """Check that all images or none are present, and decode each."""
@@ -374,7 +388,7 @@ class _Check:
             return
         for path, exists in zip(paths, there, strict=True):
             if not exists:
-                self.say(path, "is missing", ABSENT)
+                self.add_finding(path, "is missing", ABSENT)
         size, read = self.trajectory.image_size, read_rgb if "RGB" in spec.modes else read_depth
 
         def problem(path: Path) -> SourceError | None:
@@ -387,7 +401,7 @@ class _Check:
         held = [path for path, exists in zip(paths, there, strict=True) if exists]
         for error in prefetch(problem, held):
             if error is not None:
-                self.say(Path(error.path), error.problem, RESTORE)
+                self.add_finding(Path(error.path), error.problem, RESTORE)
 
     def _sizes(self) -> dict[str, int]:
         cells = self.trajectory.grid.cells
@@ -399,13 +413,13 @@ class _Check:
             array = arrays[name]
             kind = "str" if array.dtype.kind == "U" else array.dtype.name
             if kind != spec.dtype:
-                self.say(path, f"array {name} is {kind}, expected {spec.dtype}")
+                self.add_finding(path, f"array {name} is {kind}, expected {spec.dtype}")
             expected = tuple(names.get(n, -1) if isinstance(n, str) else n for n in spec.shape)
             fits = len(array.shape) == len(expected) and all(
                 a == b or b == -1 for a, b in zip(array.shape, expected, strict=True)
             )
             if not fits:
-                self.say(
+                self.add_finding(
                     path, f"array {name} has shape {array.shape}, expected {spec.shape} {names}"
                 )
 
@@ -415,61 +429,65 @@ class _Check:
         data = npz_array(path, "data").check("u", None)
         expected = tuple(self._sizes()[str(n)] for n in spec.shape)
         if shape != expected:
-            self.say(path, f"is a matrix of {shape}, expected {expected}")
+            self.add_finding(path, f"is a matrix of {shape}, expected {expected}")
         if data.dtype != np.dtype(spec.dtype):
-            self.say(path, f"is {data.dtype.name}, expected {spec.dtype}")
+            self.add_finding(path, f"is {data.dtype.name}, expected {spec.dtype}")
         ends = self.trajectory.row_ends(key)
         if len(ends) != self.frames + 1 or data.shape != (ends[-1],):
-            self.say(
+            self.add_finding(
                 path, f"has {len(ends) - 1} rows and {data.shape} values for {self.frames} frames"
             )
         if file.classes:
             for _ in self.trajectory.label_frames():  # Raises where they are wrong.
                 pass
         elif not all((row == 1).all() for row in data.pieces(ends, self.trajectory.grid.cells)):
-            self.say(path, "has values other than 1")
+            self.add_finding(path, "has values other than 1")
 
     # Consistency
 
     def _counts(self) -> None:
         info = self.trajectory.info()
         if info["total_frames"] != self.frames:
-            self.say(
+            self.add_finding(
                 self.trajectory.file("info"),
                 f"has {info['total_frames']} total_frames, but the table has {self.frames}",
             )
         episodes = self.trajectory.file("episodes")
         rows = self.trajectory.document("episodes")
         if len(rows) != 1 or rows[0]["length"] != self.frames:
-            self.say(episodes, f"does not describe one episode of {self.frames} frames")
+            self.add_finding(episodes, f"does not describe one episode of {self.frames} frames")
         tasks = self.trajectory.document("tasks")
         if [row["task_index"] for row in tasks] != list(range(info["total_tasks"])):
-            self.say(
+            self.add_finding(
                 self.trajectory.file("tasks"), f"does not have {info['total_tasks']} numbered tasks"
             )
         index = self.trajectory.column("task_index")
         if index.min() < 0 or index.max() >= len(tasks):
-            self.say(self.trajectory.file("frames"), "has a task_index that tasks.jsonl lacks")
+            self.add_finding(
+                self.trajectory.file("frames"), "has a task_index that tasks.jsonl lacks"
+            )
         for name in ("frame_index", "index"):
             if not np.array_equal(self.trajectory.column(name), np.arange(self.frames)):
-                self.say(self.trajectory.file("frames"), f"column {name} does not count the frames")
+                self.add_finding(
+                    self.trajectory.file("frames"), f"column {name} does not count the frames"
+                )
         episode = str(self.trajectory.record["source"]["episode"])
         for name, value in (("episode", episode), ("scene", episode.rpartition("/")[0])):
             if not (self.trajectory.column(name) == printable(value)).all():
                 problem = f"column {name} is not {value}, as in the record"
-                self.say(self.trajectory.file("frames"), problem)
+                self.add_finding(self.trajectory.file("frames"), problem)
         time = self.trajectory.column("timestamp")
         with np.errstate(over="ignore"):
             follows = np.abs(time - np.arange(self.frames) / info["fps"]).max() <= 1e-3
         if not follows:
-            self.say(self.trajectory.file("frames"), "column timestamp does not match fps")
+            self.add_finding(self.trajectory.file("frames"), "column timestamp does not match fps")
         self._stats()
 
     def _stats(self) -> None:
         path = self.trajectory.file("stats")
         rows = self.trajectory.document("stats")
         if len(rows) != 1:
-            self.say(path, "does not describe one episode")
+            self.add_finding(path, "does not describe one episode")
             return
         table = self.trajectory.table()
         for name, feature in self._declared().items():
@@ -477,7 +495,7 @@ class _Check:
                 continue
             stats = rows[0]["stats"].get(name)
             if stats is None:
-                self.say(path, f"lacks the feature {name}")
+                self.add_finding(path, f"lacks the feature {name}")
                 continue
             values = feature.to_numpy(table[name]).reshape(self.frames, *feature.shape)
             wide = values.astype(np.float64)
@@ -488,20 +506,22 @@ class _Check:
                 "std": wide.std(0),
             }
             for key, value in expected.items():
-                if not _close(stats[key], value):
-                    self.say(path, f"{key} of {name} does not match the column")
+                if not _is_close(stats[key], value):
+                    self.add_finding(path, f"{key} of {name} does not match the column")
             if stats["count"] != [self.frames]:
-                self.say(path, f"count of {name} is {stats['count']}, expected [{self.frames}]")
+                self.add_finding(
+                    path, f"count of {name} is {stats['count']}, expected [{self.frames}]"
+                )
 
     def _geometry(self) -> None:
         path = self.trajectory.file("frames")
         error = rigidity_error(self.trajectory.column(self.schema.poses))
         for frame in np.flatnonzero(~(error <= RIGID))[:5]:
             what = "is not finite" if np.isinf(error[frame]) else "is not rigid"
-            self.say(path, f"the pose of frame {frame} {what}")
+            self.add_finding(path, f"the pose of frame {frame} {what}")
         for frame, K in enumerate(self.trajectory.column(self.schema.intrinsics)):
             if problem := intrinsics_problem(K):
-                self.say(path, f"the intrinsics of frame {frame}: the matrix {problem}")
+                self.add_finding(path, f"the intrinsics of frame {frame}: the matrix {problem}")
                 break
         self.trajectory.scene_cells()
 
@@ -511,7 +531,7 @@ class _Check:
         intrinsics = self.trajectory.intrinsics()
         shape = npz_array(self.trajectory.file("observed"), "shape").check("i", 3).load()
         if tuple(shape.tolist()) != grid.shape:
-            self.say(
+            self.add_finding(
                 self.trajectory.file("observed"), f"has a grid of {shape}, expected {grid.shape}"
             )
             return
@@ -529,14 +549,16 @@ class _Check:
             free.add(FrameOccupancy(visible.astype(np.int32), packed), poses[frame])
             for key, columns in (("visible", visible), ("dynamic", dynamic)):
                 if not (columns[1:] > columns[:-1]).all():
-                    self.say(self.trajectory.file(key), f"frame {frame}: columns are not sorted")
+                    self.add_finding(
+                        self.trajectory.file(key), f"frame {frame}: columns are not sorted"
+                    )
             if not np.isin(dynamic, visible).all():
-                self.say(
+                self.add_finding(
                     self.trajectory.file("dynamic"),
                     f"frame {frame}: moving cells are not visible in occ.view",
                 )
             if not observed[visible].all():
-                self.say(
+                self.add_finding(
                     self.trajectory.file("visible"),
                     f"frame {frame}: visible cells are not observed in occ.mask",
                 )
@@ -545,7 +567,7 @@ class _Check:
             state[visible] = OCCUPIED
             trace(grid, K, size, state)
             if not np.array_equal((state & OBSERVED) > 0, observed):
-                self.say(
+                self.add_finding(
                     self.trajectory.file("observed"),
                     f"frame {frame}: differs from the cells that the camera's rays observe",
                 )
@@ -559,7 +581,9 @@ class _Check:
         for name in ("blocks", "occupied", "free"):
             if not np.array_equal(getattr(found, name), getattr(expected, name)):
                 what = "free" if name == "free" else "occupied"
-                self.say(path, f"its {what} cells do not match its centres and frames ({name})")
+                self.add_finding(
+                    path, f"its {what} cells do not match its centres and frames ({name})"
+                )
                 return
 
     def _checksums(self) -> None:
@@ -572,17 +596,21 @@ class _Check:
             for p in files_under(self.trajectory.path)
         }
         for name in sorted(held - set(files) - {mark.relative_to(self.trajectory.path).as_posix()}):
-            self.say(self.trajectory.path / name, "is not listed in the record", "remove it")
+            self.add_finding(
+                self.trajectory.path / name, "is not listed in the record", "remove it"
+            )
         for name, digest in files.items():
             if name not in held:
                 path = self.trajectory.path / name
                 if str(path) not in {finding.file for finding in self.findings}:
-                    self.say(path, "is listed in the record but missing", ABSENT)
+                    self.add_finding(path, "is listed in the record but missing", ABSENT)
             elif sha256(self.trajectory.path / name, MAX_BUILT_BYTES) != digest:
-                self.say(self.trajectory.path / name, "has changed since it was built", RESTORE)
+                self.add_finding(
+                    self.trajectory.path / name, "has changed since it was built", RESTORE
+                )
 
 
-def _close(stated: Any, expected: NDArray[np.float64]) -> bool:
+def _is_close(stated: Any, expected: NDArray[np.float64]) -> bool:
     try:
         array = np.asarray(stated, np.float64)
     except (TypeError, ValueError, OverflowError):

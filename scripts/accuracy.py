@@ -1,14 +1,14 @@
-"""Built occupancy against the truth of made-up rooms: kinds of corruption against methods.
+"""Accuracy of built occupancy on synthetic rooms, by kind of corruption and by method.
 
-Each row is a kind of corruption of made-up recordings, each line of it a method: ours with the
-settings `fusion: union` and `evidence`, OctoMap, Open3D's TSDF and DUFOMap. All methods of a row
-get the same recordings and are looked at through the same exact visibility. accuracy_metrics.py
-defines the columns. Figures of our default are held to targets; the exit status is 1 if one is
-missed.
+A row is a kind of corruption of the synthetic recordings. Each line of a row is a method: ours with
+the settings `fusion: union` and `evidence`, OctoMap, Open3D's TSDF and DUFOMap. All methods of a
+row get the same recordings, and the same exact visibility is applied to their results.
+accuracy_metrics.py defines the columns. Our default has targets; the exit status is 1 if it misses
+one.
 
 With --labels, the classes of visible cells are compared with those of the mesh instead, on samples
-with labels. With --kinect FOLDER, real frames are built instead and compared with the depth that
-they measured.
+with labels. With --kinect FOLDER, real frames are built instead and compared with their measured
+depth.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def measure_row(
     settings: tuple[str, ...] = (),
     bounds: int = 0,
 ) -> dict[str, Counts]:
-    """Make the recordings of a row with a seed, and evaluate each method on them."""
+    """Make the recordings of a row with a seed and evaluate each method on them."""
     kind, found = ROWS[row], {}
     with tempfile.TemporaryDirectory() as folder:
         sample = Path(folder, "sample")
@@ -74,8 +74,8 @@ def measure_row(
 
 
 @contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Processes that are started in the block have one thread of each kind, not one a core."""
+def single_threaded_processes() -> Iterator[None]:
+    """In this block, new processes use one thread per library instead of one per core."""
     names = ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))
@@ -90,11 +90,11 @@ def one_thread_each() -> Iterator[None]:
 
 
 def measure_table(options: argparse.Namespace) -> dict[str, Any]:
-    """All rows and methods asked for; some rows at once, a process each."""
+    """Measure the requested rows and methods. Rows run in parallel, one process each."""
     methods = []
     for name in options.method or METHODS:
         if missing := METHODS[name].missing:
-            print(f"{name} is left out: {missing}", file=sys.stderr)
+            print(f"{name} is skipped: {missing}", file=sys.stderr)
         else:
             methods.append(name)
     rows = options.row or list(ROWS)
@@ -104,7 +104,7 @@ def measure_table(options: argparse.Namespace) -> dict[str, Any]:
     }
     context = multiprocessing.get_context("spawn")
     with (
-        one_thread_each(),
+        single_threaded_processes(),
         ProcessPoolExecutor(options.processes, mp_context=context) as pool,
         tqdm(total=len(rows) * len(seeds), unit="sample", desc="accuracy") as bar,
     ):
@@ -122,7 +122,9 @@ def measure_table(options: argparse.Namespace) -> dict[str, Any]:
                     counts[row][name][seed] = found
                 bar.set_postfix_str(f"{row}, seed {seed}")
                 bar.update()
-                _write(options.json, report(options, counts))  # What is there, if it is stopped.
+                _write_figures(
+                    options.json, report(options, counts)
+                )  # Keeps results if interrupted.
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -132,7 +134,7 @@ def measure_table(options: argparse.Namespace) -> dict[str, Any]:
 def report(
     options: argparse.Namespace, counts: dict[str, dict[str, dict[int, Counts]]]
 ) -> dict[str, Any]:
-    """The figures from the counts by row, method and seed, and the options of the run."""
+    """Compute the figures from the counts by row, method and seed, and add the run's options."""
     done = {row: {name: by for name, by in of.items() if by} for row, of in counts.items()}
     done = {row: of for row, of in done.items() if of}
     return {
@@ -151,8 +153,8 @@ def report(
     }
 
 
-def show(table: Table, *, markdown: bool, details: bool) -> bool:
-    """Print everything; whether ours meets all of its targets."""
+def print_report(table: Table, *, markdown: bool, details: bool) -> bool:
+    """Print all tables. Returns whether our method meets all of its targets."""
     print_table(table, markdown=markdown)
     if details:
         print_details(table, markdown=markdown)
@@ -169,7 +171,7 @@ def show(table: Table, *, markdown: bool, details: bool) -> bool:
 
 
 def show_kinect(found: dict[str, float]) -> bool:
-    """Print the figures of real frames; whether they meet their targets."""
+    """Print the figures of real frames. Returns whether they meet their targets."""
     lines = (
         ("in_front", "visible cells more than 4 cm in front of the measured depth", ".2%"),
         ("median", "visible cells in front of the measured depth, median, m", ".4f"),
@@ -207,24 +209,37 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--row", action="append", type=_row, metavar="NAME",
-        help=f"only this row, by how its name begins; repeatable: {'; '.join(ROWS)}")  # fmt: skip
-    add("--method", action="append", choices=list(METHODS), help="only this one; repeatable")
-    add("--seeds", type=int, default=3, help="how many samples of each row")
-    add("--seed", type=int, default=401, help="the first of the seeds")
-    add("--trajectories", type=int, default=2, help="of each sample")
-    add("--frames", type=int, default=24, help="about how many a trajectory has")
-    add("--bounds", type=int, default=1, help="row none: frames a trajectory to bound recall on")
-    add("--processes", type=int, default=PROCESSES, help="samples that are worked on at once")
-    add("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE",
-        help="a setting of ours, as for occgen-hub build")  # fmt: skip
-    add("--details", action="store_true", help="print figures by range and incidence as well")
-    add("--markdown", action="store_true", help="print tables in Markdown")
-    add("--json", type=Path, help="write the figures here as well")
-    add("--from", dest="source", type=Path, help="print the figures of such a file; measure none")
+        help=f"only rows with this prefix; repeatable: {'; '.join(ROWS)}")  # fmt: skip
+    add("--method", action="append", choices=list(METHODS), help="only this method; repeatable")
+    add("--seeds", type=int, default=3, help="number of samples per row")
+    add("--seed", type=int, default=401, help="first seed")
+    add("--trajectories", type=int, default=2, help="trajectories per sample")
+    add("--frames", type=int, default=24, help="approximate frames per trajectory")
     add(
-        "--kinect", type=Path, metavar="FOLDER", help="measure on real frames, as 7-Scenes has them"
+        "--bounds",
+        type=int,
+        default=1,
+        help="row none: frames per trajectory on which recall's bound is measured",
     )
-    add("--labels", action="store_true", help="measure the classes of cells, on Kinect noise")
+    add("--processes", type=int, default=PROCESSES, help="samples processed in parallel")
+    add("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE",
+        help="a setting of our method, as in occgen-hub build")  # fmt: skip
+    add("--details", action="store_true", help="also print figures by range and incidence")
+    add("--markdown", action="store_true", help="print tables in Markdown")
+    add("--json", type=Path, help="also write the figures to this file")
+    add(
+        "--from",
+        dest="source",
+        type=Path,
+        help="print the figures of such a file and measure nothing",
+    )
+    add(
+        "--kinect",
+        type=Path,
+        metavar="FOLDER",
+        help="measure on real frames in the layout of 7-Scenes",
+    )
+    add("--labels", action="store_true", help="measure the classes of cells, with Kinect noise")
     options = parser.parse_args(arguments)
     for name in ("seeds", "trajectories", "frames", "processes"):
         if getattr(options, name) < 1:
@@ -249,26 +264,28 @@ def main(arguments: list[str] | None = None) -> int:
             met = show_labels(by_seed)
             found = {"labels": by_seed}
         else:
-            found = _read(options.source) if options.source else measure_table(options)
-            met = show(found["table"], markdown=options.markdown, details=options.details)
+            found = _read_figures(options.source) if options.source else measure_table(options)
+            met = print_report(found["table"], markdown=options.markdown, details=options.details)
     except OccGenError as error:
         print(error, file=sys.stderr)
         return 2
-    _write(options.json, found)
+    _write_figures(options.json, found)
     return 0 if met else 1
 
 
-def _write(path: Path | None, found: dict[str, Any]) -> None:
+def _write_figures(path: Path | None, found: dict[str, Any]) -> None:
     if path is not None:
         path.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_figures(path: Path) -> dict[str, Any]:
     try:
         report = json.loads(path.read_text())
         report["table"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise OccGenError(f"{path}: holds no table of figures ({error}); use --json's.") from error
+        raise OccGenError(
+            f"{path}: has no table of figures ({error}); use a file of --json."
+        ) from error
     return dict(report)
 
 

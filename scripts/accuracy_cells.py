@@ -1,6 +1,6 @@
-"""Which cells of a grid a triangle mesh crosses, exactly, and which cells are next to others.
+"""Cells of a grid that a triangle mesh crosses, exactly, and cells near set cells.
 
-A part of scripts/accuracy. Compiled: a frame's grid has five million cells.
+Part of scripts/accuracy. The code is compiled because a frame's grid has five million cells.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from numba import njit
 from numpy.typing import NDArray
 
 TOUCH = 1e-9
-"""Metres within which a triangle that touches a cell counts as crossing it."""
+"""Tolerance in metres: a triangle within it of a cell counts as crossing the cell."""
 
 
 def crosses(
     lower: NDArray[np.float64], upper: NDArray[np.float64], triangles: NDArray[np.float64]
 ) -> NDArray[np.bool_]:
-    """(n, 3) closed boxes and (n, 3, 3) triangles, pair by pair: whether they share a point."""
+    """(n,) bool: whether a closed box, (n, 3), and its triangle, (n, 3, 3), share a point."""
     return _pairs_cross(
         np.asarray(lower, np.float64),
         np.asarray(upper, np.float64),
@@ -29,7 +29,7 @@ def crosses(
 def crossed_cells(
     lower: NDArray[np.float64], size: float, shape: tuple[int, ...], triangles: NDArray[np.float64]
 ) -> NDArray[np.bool_]:
-    """(nx, ny, nz) bool: the cells of a grid that some triangle of (m, 3, 3) crosses.
+    """(nx, ny, nz) bool: the cells of a grid that any of the (m, 3, 3) triangles crosses.
 
     lower: (3,) the grid's lower corner, in the triangles' frame; size: edge of a cell, metres.
     """
@@ -41,21 +41,23 @@ def crossed_cells(
     return out
 
 
-def beside(
+def near_set_cells(
     cells: NDArray[np.bool_], columns: NDArray[np.integer], reach: int = 1
 ) -> NDArray[np.bool_]:
-    """(n,) whether a cell, or another at most `reach` cells away, is set in `cells`, (nx, ny, nz).
+    """(n,) bool: whether `cells`, (nx, ny, nz), is set within `reach` cells of each given cell.
 
-    columns: (n,) cells of that grid, counted as the dataset counts them (the last axis runs
-    fastest). Cells are also counted as one away from those that touch them at a corner.
+    columns: (n,) cell numbers as in the dataset (the last axis varies fastest). Cells that touch
+    at a corner have distance one.
     """
-    found: NDArray[np.bool_] = _beside(cells, np.ascontiguousarray(columns, np.int64), reach)
+    found: NDArray[np.bool_] = _near_set_cells(
+        cells, np.ascontiguousarray(columns, np.int64), reach
+    )
     return found
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _apart(x0, y0, z0, x1, y1, z1, x2, y2, z2, ax, ay, az, half):
-    """Whether an axis separates a triangle from a cube of half edges (3,) around the origin."""
+def _separates(x0, y0, z0, x1, y1, z1, x2, y2, z2, ax, ay, az, half):
+    """Whether an axis separates a triangle from a box with half edges (3,) around the origin."""
     reach = half[0] * abs(ax) + half[1] * abs(ay) + half[2] * abs(az) + TOUCH
     a = x0 * ax + y0 * ay + z0 * az
     b = x1 * ax + y1 * ay + z1 * az
@@ -64,7 +66,7 @@ def _apart(x0, y0, z0, x1, y1, z1, x2, y2, z2, ax, ay, az, half):
 
 
 @njit(cache=True, nogil=True)
-def _cross(triangle, cx, cy, cz, half):
+def _triangle_crosses_box(triangle, cx, cy, cz, half):
     """Whether a triangle (3, 3) and the box around (cx, cy, cz) share a point.
 
     Separating axes: three of the box, the triangle's normal, nine cross products (T.
@@ -74,7 +76,7 @@ def _cross(triangle, cx, cy, cz, half):
     x1, y1, z1 = triangle[1, 0] - cx, triangle[1, 1] - cy, triangle[1, 2] - cz
     x2, y2, z2 = triangle[2, 0] - cx, triangle[2, 1] - cy, triangle[2, 2] - cz
     for ex, ey, ez in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)):
-        if _apart(x0, y0, z0, x1, y1, z1, x2, y2, z2, ex, ey, ez, half):
+        if _separates(x0, y0, z0, x1, y1, z1, x2, y2, z2, ex, ey, ez, half):
             return False
     edges = (
         (x1 - x0, y1 - y0, z1 - z0),
@@ -83,14 +85,14 @@ def _cross(triangle, cx, cy, cz, half):
     )
     (ax, ay, az), (bx, by, bz) = edges[0], edges[1]
     nx, ny, nz = ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx
-    if _apart(x0, y0, z0, x1, y1, z1, x2, y2, z2, nx, ny, nz, half):
+    if _separates(x0, y0, z0, x1, y1, z1, x2, y2, z2, nx, ny, nz, half):
         return False
     for ex, ey, ez in edges:
-        if _apart(x0, y0, z0, x1, y1, z1, x2, y2, z2, 0.0, -ez, ey, half):
+        if _separates(x0, y0, z0, x1, y1, z1, x2, y2, z2, 0.0, -ez, ey, half):
             return False
-        if _apart(x0, y0, z0, x1, y1, z1, x2, y2, z2, ez, 0.0, -ex, half):
+        if _separates(x0, y0, z0, x1, y1, z1, x2, y2, z2, ez, 0.0, -ex, half):
             return False
-        if _apart(x0, y0, z0, x1, y1, z1, x2, y2, z2, -ey, ex, 0.0, half):
+        if _separates(x0, y0, z0, x1, y1, z1, x2, y2, z2, -ey, ex, 0.0, half):
             return False
     return True
 
@@ -101,13 +103,13 @@ def _pairs_cross(lower, upper, triangles):
     for n in range(len(lower)):
         half = (upper[n] - lower[n]) / 2
         c = (upper[n] + lower[n]) / 2
-        out[n] = _cross(triangles[n], c[0], c[1], c[2], half)
+        out[n] = _triangle_crosses_box(triangles[n], c[0], c[1], c[2], half)
     return out
 
 
 @njit(cache=True, nogil=True)
 def _mark_crossed(lower, size, triangles, out):
-    """Along the axis that a triangle faces most, only the cells that its plane passes are tried."""
+    """Test only the cells near a triangle's plane, along the main axis of its normal."""
     half = np.full(3, size / 2)
     first, last = np.zeros(3, np.int64), np.zeros(3, np.int64)
     cell = np.zeros(3, np.int64)
@@ -131,8 +133,8 @@ def _mark_crossed(lower, size, triangles, out):
             for q in range(first[j], last[j] + 1):
                 low, high = first[along], last[along]
                 if steep > 1e-12:
-                    # Where the plane passes the middle of this row of cells, and how far it gets
-                    # from there within the row; the two slopes are at most 1.
+                    # The plane's position at the middle of this row of cells, and its largest
+                    # offset within the row; both slopes are at most 1.
                     a = lower[i] + (p + 0.5) * size - t[0, i]
                     b = lower[j] + (q + 0.5) * size - t[0, j]
                     middle = t[0, along] - (a * normal[i] + b * normal[j]) / normal[along]
@@ -146,12 +148,12 @@ def _mark_crossed(lower, size, triangles, out):
                     x = lower[0] + (cell[0] + 0.5) * size
                     y = lower[1] + (cell[1] + 0.5) * size
                     z = lower[2] + (cell[2] + 0.5) * size
-                    if _cross(t, x, y, z, half):
+                    if _triangle_crosses_box(t, x, y, z, half):
                         out[cell[0], cell[1], cell[2]] = True
 
 
 @njit(cache=True, nogil=True)
-def _beside(cells, columns, reach):
+def _near_set_cells(cells, columns, reach):
     nx, ny, nz = cells.shape
     out = np.zeros(len(columns), np.bool_)
     for n in range(len(columns)):
@@ -170,10 +172,10 @@ def _beside(cells, columns, reach):
 def thin_pixels(depth: Any, fx: float, fy: float, thickness: float, step: float) -> Any:
     """(H, W) bool: pixels of objects that are narrower than `thickness`.
 
-    Along the row, the column or a diagonal the surface falls away on both sides (the next pixel is
-    more than `step` metres farther, or shows nothing), and the piece between is narrower than
-    `thickness` metres. So the legs of chairs, cables and the edge of a table seen from the side are
-    thin; a table's top is not. depth: (H, W) metres along the optical axis, infinite for none.
+    An object is thin if, along the row, the column or a diagonal, it is narrower than `thickness`
+    metres and ends on both sides: the next pixel is more than `step` metres farther or has no
+    depth. Chair legs, cables and the edge of a table seen from the side are thin; a table's top is
+    not. depth: (H, W) metres along the optical axis, infinite for none.
     """
     height, width = depth.shape
     thin = np.zeros((height, width), np.bool_)

@@ -1,9 +1,9 @@
 """Compare built cells with the measured depth of a real camera, for data without ground truth.
 
-A part of scripts/accuracy. Reads a folder as 7-Scenes lays one out: frame-NNNNNN.depth.png (uint16
+Part of scripts/accuracy. Reads a folder in the layout of 7-Scenes: frame-NNNNNN.depth.png (uint16
 millimetres, 0 and 65535 for none), frame-NNNNNN.color.jpg or .png, frame-NNNNNN.pose.txt (4 x 4
 world_from_camera, OpenCV axes, metres), all with the same numbers, and camera-intrinsics.txt
-(3 x 3, pixels) beside them or in the folder above.
+(3 x 3, pixels) in the same folder or its parent.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from accuracy_cells import beside
+from accuracy_cells import near_set_cells
 from accuracy_methods import build, tsdf_surface
 from numpy.typing import NDArray
 
@@ -27,7 +27,7 @@ from occgen_hub.occupancy.grid import Grid, cell_numbers
 from occgen_hub.occupancy.visibility import OCCUPIED, first_occupied
 
 FRONT = 0.04
-"""Distance in front of the measured depth, in metres, from which a cell counts as wrong."""
+"""A cell that is farther in front of the measured depth than this is wrong, metres."""
 
 NONE = 65535
 FPS = 30.0
@@ -39,7 +39,7 @@ class KinectFolder(DatasetBuilder):
     name = "kinect"
 
     def episodes(self) -> Iterator[EpisodeRef]:
-        """The one episode."""
+        """Yield the only episode."""
         yield EpisodeRef("kinect/scene/trajectory_0", self.root)
 
     def has_depth(self, ref: EpisodeRef) -> bool:
@@ -50,7 +50,7 @@ class KinectFolder(DatasetBuilder):
         """The intrinsics, then colour, depth and pose of each frame."""
         depth = sorted(ref.path.glob("frame-*.depth.png"))
         if not depth:
-            raise SourceError(ref.path, "holds no frame-*.depth.png", "give a folder that does")
+            raise SourceError(ref.path, "has no frame-*.depth.png", "give a folder with such files")
         files = [self._intrinsics(ref.path)]
         for path in depth:
             stem = path.name.removesuffix(".depth.png")
@@ -58,7 +58,7 @@ class KinectFolder(DatasetBuilder):
             colour = next((name for name in colours if name.is_file()), colours[0])
             for file in (colour, path, path.with_name(f"{stem}.pose.txt")):
                 if not file.is_file():
-                    raise SourceError(file, "is missing", "restore it or leave the frame out")
+                    raise SourceError(file, "is missing", "restore it, or remove the frame")
                 files.append(file)
         return files
 
@@ -70,7 +70,7 @@ class KinectFolder(DatasetBuilder):
         return found
 
     def read(self, ref: EpisodeRef) -> Episode:
-        """The episode; frames are decoded when asked for."""
+        """Read the episode. Frames are decoded on access."""
         files = self.sources(ref)
         colour, depth, poses = files[1::3], files[2::3], files[3::3]
         K, size, length = _matrix(files[0], 3), image_size(depth[0]), len(depth)
@@ -101,9 +101,9 @@ def _matrix(path: Path, n: int) -> NDArray[np.float64]:
     try:
         matrix = np.loadtxt(path)
     except (OSError, ValueError) as error:
-        raise SourceError(path, f"is no matrix ({error})", "restore it") from error
+        raise SourceError(path, f"is not a matrix ({error})", "restore it") from error
     if matrix.shape != (n, n) or not np.isfinite(matrix).all():
-        raise SourceError(path, f"is no finite {n} x {n} matrix", "restore it")
+        raise SourceError(path, f"is not a finite {n} x {n} matrix", "restore it")
     return matrix
 
 
@@ -112,9 +112,9 @@ def in_front(
 ) -> NDArray[np.float64]:
     """(m,) metres by which visible cells lie in front of the measured depth.
 
-    Each is measured along the optical axis, from the cell's centre to what the pixel measured that
-    the centre falls into. visible: (n,) columns; depth: (H, W), metres, 0 for none. Cells without a
-    measured pixel are left out.
+    The distance is along the optical axis, from the cell's centre to the depth of the pixel that
+    the centre projects to. visible: (n,) cell numbers; depth: (H, W), metres, 0 for none. Cells
+    without a measured pixel are skipped.
     """
     height, width = depth.shape
     x, y, z = grid.centres(visible).astype(np.float64).T
@@ -129,10 +129,9 @@ def in_front(
 def in_front_by_rays(
     grid: Grid, K: NDArray[np.float64], visible: NDArray[np.integer], depth: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """As `in_front`, but to the median of what was measured at all pixels whose rays end in a cell.
+    """Like `in_front`, but against the median depth of all pixels with a ray that ends in the cell.
 
-    It is greater on slanted surfaces: of the rays through a cell, those that end in it are those
-    that the cells before it let pass.
+    The distance is larger on slanted surfaces, where earlier cells stop some of the rays.
     """
     height, width = depth.shape
     state = np.zeros(grid.cells, np.uint8)
@@ -155,19 +154,19 @@ def measured_found(
     depth: NDArray[np.float64],
     depth_range: tuple[float, float],
 ) -> tuple[int, int]:
-    """How many cells hold a measured point, and how many of them have a visible cell within two."""
+    """Count the cells with a measured point, and those of them near (two cells) a visible one."""
     points, _ = unproject(depth, K, depth_range)
     places = (points - np.asarray(grid.lower)) / grid.voxel_size
     measured = np.unique(grid.columns(places)[1])
     occupied = np.zeros(grid.shape, np.bool_)
     occupied.reshape(-1)[visible] = True
-    return len(measured), int(beside(occupied, measured, 2).sum())
+    return len(measured), int(near_set_cells(occupied, measured, 2).sum())
 
 
 def measure_kinect(
     folder: Path, out: Path, config: Config, progress: Callable[[], object] = lambda: None
 ) -> dict[str, float]:
-    """Figures of a folder, built into `out`: shares, metres and numbers of cells."""
+    """Build a folder into `out` and return its figures: shares, metres and numbers of cells."""
     if not folder.is_dir():
         raise UsageError(f"{folder}: is not a folder; give one with frame-NNNNNN.depth.png files.")
     builder = KinectFolder(folder)

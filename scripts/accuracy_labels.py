@@ -1,9 +1,9 @@
-"""Classes of visible cells against those of the true mesh, on samples with labels and noise.
+"""Classes of visible cells compared with the true mesh, on samples with labels and noise.
 
-A part of scripts/accuracy. The truth of a visible cell is the class of the true surface that its
-frame sees there: of the true first hit, of any ray of the frame, that is nearest to its centre. So
-errors of occupancy count as well: a cell in front of a surface has the class of that surface. The
-IoU of a class is over all frames of a sample; mIoU is the mean over the classes of the truth.
+Part of scripts/accuracy. The true class of a visible cell is the class of the true first hit, among
+all rays of the frame, that is nearest to the cell's centre. So errors of occupancy count too: a
+cell in front of a surface has the class of that surface. The IoU of a class is over all frames of a
+sample; mIoU is the mean over the true classes.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from occgen_hub.taxonomy import load_taxonomy
 
 NOISE = ("kinect", "speckle")
 TARGET = 0.9
-"""mIoU of visible cells' classes on each seed."""
+"""Required mIoU of the classes of visible cells, for each seed."""
 
 
 def confusion(
     sample: Path, path: Path, episode: str, frames: range | None = None
 ) -> NDArray[np.int64]:
-    """(256, 256) how many visible cells of a true class, by row, have a class.
+    """(256, 256) number of visible cells, by true class (row) and built class (column).
 
-    sample: with labels; path: the trajectory that was built of its episode; frames: some only.
+    sample: has labels; path: the trajectory built from its episode; frames: only these.
     """
     trajectory = Trajectory.open(path)
     poses, K = trajectory.world_from_camera(), trajectory.intrinsics()
@@ -67,7 +67,7 @@ def _first_hits(
     classes: NDArray[np.uint8],
     view: View,
 ) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
-    """(n, 3) where the rays of a camera at the origin meet the mesh first, metres, and classes."""
+    """The first hits of the rays of a camera at the origin, (n, 3) metres, and their classes."""
     scene = o3d.t.geometry.RaycastingScene(nthreads=1)
     scene.add_triangles(vertices.astype(np.float32), faces.astype(np.uint32))
     rays = view.directions().reshape(-1, 3)
@@ -79,7 +79,7 @@ def _first_hits(
 
 
 def ious(counts: NDArray[np.int64], taxonomy: str = "sample") -> dict[str, float]:
-    """The IoU of each class of the truth, by name."""
+    """The IoU of each true class, by name."""
     found = {}
     for one in load_taxonomy(taxonomy).classes.values():
         if true := counts[one.id].sum():
@@ -91,7 +91,7 @@ def ious(counts: NDArray[np.int64], taxonomy: str = "sample") -> dict[str, float
 def measure_labels(
     seeds: range, trajectories: int, frames: int, progress: Callable[[], object] = lambda: None
 ) -> dict[int, dict[str, float]]:
-    """The IoU of each class, and "mean", on a sample of each seed."""
+    """The IoU of each class and their "mean", on one sample per seed."""
     found = {}
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
@@ -113,7 +113,7 @@ def measure_labels(
 
 
 def show_labels(found: dict[int, dict[str, float]]) -> bool:
-    """Print the figures of each seed; whether all reach the target."""
+    """Print the figures of each seed. Returns whether all reach the target."""
     names = sorted({name for by in found.values() for name in by} - {"mean"})
     print("| class |" + "".join(f" seed {seed} |" for seed in found))
     print("| --- |" + " --- |" * len(found))

@@ -1,8 +1,8 @@
 """The methods that scripts/accuracy compares: ours with its settings, and others.
 
-A part of scripts/accuracy. Each of the others gets the depth images after the same filter of pixels
-at edges, the recorded poses, and the same range of depth; it gives points of the surface in the
-recorded world, which our exact visibility then turns into the cells that each frame sees.
+Part of scripts/accuracy. All other methods get the depth images after the same edge filter, the
+recorded poses and the same depth range. They return surface points in the recorded world, and our
+exact visibility computes the cells that each frame sees.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import open3d as o3d
-from accuracy_metrics import Counts, SampleTruth, Seen, View, measure
+from accuracy_metrics import Counts, FrameResult, SampleTruth, View, measure
 from numpy.typing import NDArray
 
 from occgen_hub.builder import DatasetBuilder, EpisodeRef, load_builder
@@ -35,16 +35,16 @@ from occgen_hub.prefetch import own_threads
 from occgen_hub.runtime.build import build_dataset
 
 HIT, MISS = 0.7, 0.4
-"""OctoMap's own defaults of its sensor model, as are its clamping limits and its threshold."""
+"""OctoMap's defaults for its sensor model. Its clamping limits and threshold are defaults too."""
 
 TRUNCATION, LEAST_WEIGHT = 4.0, 3.0
-"""TSDF: voxels within which a depth counts, and how many frames have to have seen a voxel (Open3D's
+"""TSDF: truncation distance in voxels, and the number of frames that have to see a voxel (Open3D's
 default)."""
 
 DUFO_VOXEL, DUFO_HIT, DUFO_UNKNOWN = 0.02, 0.04, 1
-"""DUFOMap: edge of its voxels and how far a hit reaches along its ray, metres; by how many voxels
-the unknown is grown. The authors' values for lidar are 0.1, 0.2 and 1; these are the same for
-voxels of 2 cm, which found more of what moves in rooms than theirs did.
+"""DUFOMap: voxel size and length of a hit along its ray, metres; dilation of the unknown, voxels.
+The authors' values for lidar are 0.1, 0.2 and 1. These are the same for voxels of 2 cm; they found
+more moving points in rooms.
 """
 
 Points = NDArray[np.float32]
@@ -52,8 +52,8 @@ Points = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Method:
-    """settings: of ours, as for --set; surface: of another, an episode's points in the recorded
-    world; package: what has to be installed for it.
+    """settings: of our method, as for --set; surface: of another method, computes an episode's
+    points in the recorded world; package: the package that it needs.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Method:
 
     @property
     def ours(self) -> bool:
-        """Whether it is a build of this project."""
+        """Whether this is our own method."""
         return self.surface is None
 
     @property
@@ -74,7 +74,7 @@ class Method:
         return f"{self.package} is not installed: .venv/bin/pip install -e '.[bench]'"
 
     def with_settings(self, settings: tuple[str, ...]) -> Method:
-        """The same with further settings, which go before its own; they concern ours only."""
+        """A copy with further settings before its own. Only our method uses settings."""
         return replace(self, settings=(*settings, *self.settings))
 
     def measure(
@@ -84,7 +84,7 @@ class Method:
         bounds: int = 0,
         progress: Callable[[], object] = lambda: None,
     ) -> dict[str, Counts]:
-        """Build or reconstruct every episode of a sample, and count; ours is built into `out`."""
+        """Count the results of every episode of a sample. Our method is built into `out`."""
         builder = load_builder("internnav", truth.sample)
         config = load_config(None, self.settings)
         if self.surface is None:
@@ -95,13 +95,13 @@ class Method:
             episode = builder.read(ref)
             poses, K = _cameras(episode)
             views = [View(Grid.of(config), one, episode.image_size) for one in K]
-            seen = observed(episode, self.surface(episode, config), config)
+            seen = observe_frames(episode, self.surface(episode, config), config)
             found[ref.id] = truth.counts(ref.id, poses, views, seen, bounds, progress=progress)
         return found
 
 
 def build(builder: DatasetBuilder, out: Path, config: Config) -> None:
-    """Build every episode of a source with sensor depth; raises OccGenError where one fails."""
+    """Build every episode of a source with sensor depth. Raises OccGenError if one fails."""
     settings = Settings(config, load_engine("rgbd"), media="none")
     refs: list[EpisodeRef] = list_episodes(builder)
     summary = build_dataset(Job(builder, refs, out, settings, parquet_occupancy=False))
@@ -109,24 +109,24 @@ def build(builder: DatasetBuilder, out: Path, config: Config) -> None:
         raise OccGenError(summary.failures[0].reason)
 
 
-def observed(episode: Episode, points: Points, config: Config) -> Iterator[Seen]:
-    """The occupancy of each frame for (n, 3) points, world metres, with the recorded poses."""
+def observe_frames(episode: Episode, points: Points, config: Config) -> Iterator[FrameResult]:
+    """Yield each frame's occupancy, from (n, 3) points in world metres and the recorded poses."""
     cloud, grid = into_blocks(points), Grid.of(config)
     for pose, K in zip(*_cameras(episode), strict=True):
         frame = observe(grid, cloud, pose, K, episode.image_size)
-        yield Seen(frame.visible, frame.observed)
+        yield FrameResult(frame.visible, frame.observed)
 
 
 def _cameras(episode: Episode) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The recorded poses, and the intrinsics as a dataset stores them."""
     poses, intrinsics = episode.world_from_camera, episode.intrinsics
     if poses is None or intrinsics is None or episode.read_depth is None:
-        raise OccGenError(f"{episode.id}: has no depth, poses or intrinsics, which are needed.")
+        raise OccGenError(f"{episode.id}: has no depth, poses or intrinsics; all are required.")
     return poses, intrinsics.astype(np.float32).astype(np.float64)
 
 
-def _measured(episode: Episode, config: Config) -> Iterator[tuple[int, NDArray[np.float64]]]:
-    """The number of each frame, and the (n, 3) points that it measured, camera frame."""
+def _measured_points(episode: Episode, config: Config) -> Iterator[tuple[int, NDArray[np.float64]]]:
+    """Yield each frame's number and its (n, 3) measured points, in the camera frame."""
     _, K = _cameras(episode)
     assert episode.read_depth is not None
     for t in range(0, episode.length, config.interval):
@@ -134,8 +134,8 @@ def _measured(episode: Episode, config: Config) -> Iterator[tuple[int, NDArray[n
         yield t, points
 
 
-def _solid(numbers: NDArray[np.int64], voxel_size: float) -> Points:
-    """Eight points in each cell: a camera's turned cells would fall between single ones."""
+def _fill_cells(numbers: NDArray[np.int64], voxel_size: float) -> Points:
+    """Eight points per cell: a rotated camera grid would have gaps with only one."""
     quarter = voxel_size / 4
     corners = np.stack(np.meshgrid(*[[-quarter, quarter]] * 3), axis=-1).reshape(-1, 3)
     centres = cell_centres(numbers, voxel_size)
@@ -144,7 +144,7 @@ def _solid(numbers: NDArray[np.int64], voxel_size: float) -> Points:
 
 
 def octomap_surface(episode: Episode, config: Config) -> Points:
-    """The cells that OctoMap holds for occupied."""
+    """Points in the cells that are occupied according to OctoMap."""
     import octomap
 
     size, poses = config.voxel_size, _cameras(episode)[0]
@@ -152,21 +152,21 @@ def octomap_surface(episode: Episode, config: Config) -> Points:
     tree.setProbHit(HIT)
     tree.setProbMiss(MISS)
     hit = np.zeros(0, np.int64)
-    for t, points in _measured(episode, config):
-        # Of the points of a cell one is enough: a cell is updated once a frame anyhow.
+    for t, points in _measured_points(episode, config):
+        # One point per cell is enough: OctoMap updates a cell once per frame.
         numbers = np.unique(cell_numbers(transform(poses[t], points), size))
         ends = cell_centres(numbers, size).astype(np.float64)
         tree.insertPointCloud(
             ends, poses[t, :3, 3].copy(), maxrange=config.depth_range[1], lazy_eval=True
         )
         hit = np.union1d(hit, numbers)
-    # Nothing is occupied where no point ever was.
+    # Only cells that had a point can be occupied.
     occupied = np.asarray(tree.getLabels(cell_centres(hit, size).astype(np.float64))) == 1
-    return _solid(hit[occupied], size)
+    return _fill_cells(hit[occupied], size)
 
 
 def tsdf_surface(episode: Episode, config: Config) -> Points:
-    """Points of the surface of Open3D's TSDF, one for each voxel of half a cell."""
+    """Points of the surface of Open3D's TSDF, one per voxel of half a cell."""
     size, poses, K = config.voxel_size, *_cameras(episode)
     assert episode.read_depth is not None
     volume = o3d.t.geometry.VoxelBlockGrid(
@@ -179,7 +179,7 @@ def tsdf_surface(episode: Episode, config: Config) -> Points:
         if config.depth_edge > 0:
             kept &= continues(metres, config.depth_edge)
         image = o3d.t.geometry.Image(np.where(kept, metres, 0).astype(np.float32))
-        # Open3D has a pixel's centre at whole numbers.
+        # Open3D puts pixel centres at integer coordinates.
         intrinsic = o3d.core.Tensor(K[t] - [[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])
         extrinsic = o3d.core.Tensor(np.linalg.inv(poses[t]))
         blocks = volume.compute_unique_block_coordinates(
@@ -190,28 +190,28 @@ def tsdf_surface(episode: Episode, config: Config) -> Points:
     if not len(mesh.vertex.positions):
         return np.zeros((0, 3), np.float32)
     corners = mesh.vertex.positions.numpy()[mesh.triangle.indices.numpy()].astype(np.float64)
-    # Triangles are at most a voxel across: with their middles and edges, points are half a cell
-    # apart at most.
+    # Triangles are at most a voxel wide. With the centres of triangles and edges added, points are
+    # at most half a cell apart.
     edges = (corners + np.roll(corners, 1, axis=1)) / 2
     points = np.concatenate([corners.reshape(-1, 3), edges.reshape(-1, 3), corners.mean(axis=1)])
-    return _thinned([points], config)
+    return _downsampled([points], config)
 
 
 def dufomap_surface(episode: Episode, config: Config) -> Points:
-    """The points that DUFOMap does not hold for moving, one for each voxel of half a cell."""
-    os.environ.setdefault("GLOG_minloglevel", "1")  # It says its parameters each time.
+    """The points that are static according to DUFOMap, one per voxel of half a cell."""
+    os.environ.setdefault("GLOG_minloglevel", "1")  # Hides DUFOMap's list of parameters.
     from dufomap import dufomap
 
     poses = _cameras(episode)[0]
     moving = dufomap(DUFO_VOXEL, DUFO_HIT, DUFO_UNKNOWN, num_threads=own_threads())
     frames = [
         (transform(poses[t], points).astype(np.float32), poses[t])
-        for t, points in _measured(episode, config)
+        for t, points in _measured_points(episode, config)
     ]
     for points, pose in frames:
         moving.run(points, pose, cloud_transform=False)
     moving.oncePropagateCluster(if_propagate=True, if_cluster=False)
-    return _thinned(
+    return _downsampled(
         (
             points[moving.segment(points, pose, cloud_transform=False) == 0].astype(np.float64)
             for points, pose in frames
@@ -220,7 +220,7 @@ def dufomap_surface(episode: Episode, config: Config) -> Points:
     )
 
 
-def _thinned(clouds: Iterable[NDArray[np.float64]], config: Config) -> Points:
+def _downsampled(clouds: Iterable[NDArray[np.float64]], config: Config) -> Points:
     thinned = VoxelDownsample(config.fusion_size)
     for points in clouds:
         thinned.add(points, np.zeros((len(points), 3), np.uint8))
@@ -228,7 +228,7 @@ def _thinned(clouds: Iterable[NDArray[np.float64]], config: Config) -> Points:
 
 
 EVIDENCE = "fusion" in Config.model_fields
-"""Whether this version has other fusion than the union of all points."""
+"""Whether this version has a fusion other than the union of all points."""
 
 OURS = "evidence" if EVIDENCE else "union"
 

@@ -1,27 +1,26 @@
 """Accuracy metrics of a frame's cells against the true meshes, and of a whole built dataset.
 
-A part of scripts/accuracy. Everything is measured in the frame of the true camera: the true mesh,
-and the people of that moment, are moved there by the true pose, and the frame's cells are taken as
-they are stored, in the camera's grid. So nothing depends on where a method puts its world.
+Part of scripts/accuracy. Everything is measured in the frame of the true camera: the true pose
+moves the true mesh and the people of that moment there, and the frame's cells are used as stored,
+in the camera's grid. So the results do not depend on a method's world frame.
 
-- exact: visible occupied cells that the truth crosses (triangle against box, exactly).
-- near: those that the truth crosses, or one of whose 26 neighbours it crosses.
-- within_2cm: visible cells whose centre is within 2 cm of the truth.
-- ghosts: visible cells whose centre is more than 10 cm from the truth.
-- recall: of the cells that hold a ray's true first hit, those that have a visible occupied cell
-  within one cell; recall_strict: that are one.
-- leaks: visible cells that lie more than two cells behind the true first hit of every ray that ends
-  in them.
-- false_free: of the cells that are observed and not occupied, those that the truth crosses;
-  false_free_alone: that it crosses where no visible occupied cell is within one cell.
-- people: recall of the cells of first hits on people, in their own frame; none without people.
-- thin: recall of the cells of first hits on what is narrower than 4 cm in the image, see
-  `thin_pixels`; people do not count.
-- recall_bound, recall_bounded: on some of the frames, the recall that the true mesh itself has when
-  every cell that it crosses is occupied and the same rays are followed, and the method's own recall
-  there. Where a surface is seen at a grazing angle a ray ends in the first cell of a step of the
-  staircase that the surface becomes, and a cell on a silhouette hides what passes beside the
-  surface in it; so no exact visibility finds every cell of a first hit.
+- exact: visible occupied cells that the truth crosses (exact test of triangle and box).
+- near: visible cells where the truth crosses the cell or one of its 26 neighbours.
+- within_2cm: visible cells with a centre within 2 cm of the truth.
+- ghosts: visible cells with a centre more than 10 cm from the truth.
+- recall: of the cells with a ray's true first hit, those with a visible occupied cell within one
+  cell; recall_strict: those that are visible and occupied themselves.
+- leaks: visible cells more than two cells behind the true first hit of every ray that ends in them.
+- false_free: of the observed cells that are not occupied, those that the truth crosses;
+  false_free_alone: those of them without a visible occupied cell within one cell.
+- people: recall of the cells of first hits on people, in their own frame; absent without people.
+- thin: recall of the cells of first hits on objects narrower than 4 cm in the image, see
+  `thin_pixels`; people are excluded.
+- recall_bound: on some of the frames, the recall of the true mesh itself, when every cell that it
+  crosses is occupied and the same rays are followed; recall_bounded: the method's recall on these
+  frames. No exact visibility finds every cell of a first hit, for two reasons. A surface at a
+  grazing angle becomes a staircase, and a ray ends in the first cell of a step. A cell on a
+  silhouette also stops rays that pass the surface without touching it.
 
 near and recall are also counted by range (metres along the optical axis) and by incidence (degrees
 between a ray and the true surface's normal, averaged over the rays that end in a cell).
@@ -40,7 +39,7 @@ from typing import Self
 import numba
 import numpy as np
 import open3d as o3d
-from accuracy_cells import beside, crossed_cells, thin_pixels
+from accuracy_cells import crossed_cells, near_set_cells, thin_pixels
 from numpy.typing import NDArray
 
 from occgen_hub.loading import Trajectory, trajectories
@@ -50,11 +49,11 @@ from occgen_hub.occupancy.visibility import OBSERVED, OCCUPIED, first_occupied, 
 from occgen_hub.prefetch import own_threads
 
 NEAR, GHOST = 0.02, 0.1
-"""Metres between a cell's centre and the truth: within the first it is right, beyond the second it
-is a ghost."""
+"""Distances of a cell's centre from the truth, metres: a cell within the first is correct, a cell
+beyond the second is a ghost."""
 
 THIN, FALLS_AWAY = 0.04, 0.05
-"""Metres: the width below which objects are thin, and the depth jump at a surface's edge."""
+"""The width below which objects are thin, and the depth jump at a surface's edge, metres."""
 
 RANGES = (0.0, 1.0, 2.0, 3.5)
 INCIDENCES = (0.0, 45.0, 70.0, 90.0)
@@ -64,10 +63,10 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Seen:
+class FrameResult:
     """The result of a method for one frame, in the camera's grid.
 
-    visible: (n,) columns of the visible occupied cells; observed: (ceil(cells / 8),) uint8,
+    visible: (n,) numbers of the visible occupied cells; observed: (ceil(cells / 8),) uint8,
     `np.packbits` of the observed cells, free and occupied.
     """
 
@@ -84,7 +83,7 @@ class View:
     size: tuple[int, int]
 
     def directions(self) -> Floats:
-        """(H, W, 3) of the rays through the pixels' centres, of depth 1."""
+        """(H, W, 3) directions of the rays through the pixel centres, with depth 1."""
         v, u = np.mgrid[: self.size[1], : self.size[0]] + 0.5
         x, y = (u - self.K[0, 2]) / self.K[0, 0], (v - self.K[1, 2]) / self.K[1, 1]
         return np.stack([x, y, np.ones_like(u)], axis=-1)
@@ -92,11 +91,12 @@ class View:
 
 @dataclass(frozen=True)
 class FrameTruth:
-    """The ground truth of one frame in its true camera's frame, and the hits of its rays.
+    """The ground truth of one frame in the frame of its true camera, and its first hits.
 
-    crossed: packed bits of the cells that the truth crosses, of the grid and a layer around it;
-    scene: of the triangles, None without any; the others are (H, W), of the first hits: depth
-    (metres along the optical axis, infinite for none), cosine of incidence, on a person, thin.
+    crossed: packed bits of the cells that the truth crosses, in the grid and one layer around it;
+    scene: of the triangles, None without any. The others are (H, W) and describe the first hits:
+    depth (metres along the optical axis, infinite for none), cosine of incidence, whether the hit
+    is on a person, whether it is thin.
     """
 
     crossed: NDArray[np.uint8]
@@ -108,7 +108,7 @@ class FrameTruth:
 
     @classmethod
     def of(cls, view: View, triangles: Floats, person: NDArray[np.bool_] | None = None) -> Self:
-        """Of (m, 3, 3) triangles, metres, OpenCV axes; person: (m,) which of them are of people."""
+        """From (m, 3, 3) triangles, metres, OpenCV axes; person: (m,) those of people."""
         if person is None:
             person = np.zeros(len(triangles), np.bool_)
         grid, size = view.grid, view.grid.voxel_size
@@ -120,8 +120,8 @@ class FrameTruth:
         return cls(crossed, scene, depth, cosine, on_person, thin)
 
     def around(self, grid: Grid) -> NDArray[np.bool_]:
-        """(nx + 2, ny + 2, nz + 2) bool: the cells that the truth crosses, with a layer around the
-        grid, as a neighbour of a cell at its edge lies there.
+        """(nx + 2, ny + 2, nz + 2) bool: the cells that the truth crosses. The extra layer around
+        the grid has the neighbours of cells at its edge.
         """
         shape = np.asarray(grid.shape) + 2
         bits: NDArray[np.bool_] = np.unpackbits(self.crossed, count=shape.prod()).astype(np.bool_)
@@ -132,7 +132,7 @@ class FrameTruth:
 class Truth:
     """The ground truth of a trajectory, world metres.
 
-    vertices: (V, 3), faces: (F, 3) of what stands still; world_from_camera: (T, 4, 4) the true
+    vertices: (V, 3) and faces: (F, 3) of the static mesh; world_from_camera: (T, 4, 4) the true
     poses, OpenCV axes; people_vertices: (T, P, 3) and people_faces: (Q, 3), empty without people.
     """
 
@@ -158,9 +158,9 @@ class Truth:
 
 
 def _around(grid: Grid, triangles: Floats) -> Floats:
-    """Those of (m, 3, 3) triangles that reach into a grid or its surroundings.
+    """The (m, 3, 3) triangles that reach into a grid or its surroundings.
 
-    What lies outside cannot stop a ray that ends inside, as a grid is convex and holds its camera.
+    Triangles outside cannot stop a ray that ends inside: a grid is convex and contains its camera.
     """
     lower = np.asarray(grid.lower)
     upper = lower + np.asarray(grid.shape) * grid.voxel_size
@@ -171,10 +171,10 @@ def _around(grid: Grid, triangles: Floats) -> Floats:
 
 
 def read_truth(sample: Path, episode: str, recorded: Floats) -> Truth:
-    """The truth of an episode of a sample.
+    """Read the truth of an episode of a sample.
 
-    recorded: (T, 4, 4) its poses in the dataset, which are the true ones where the sample has no
-    file of true poses for it.
+    recorded: (T, 4, 4) its poses in the dataset. They are the true poses if the sample has no file
+    of true poses for the episode.
     """
     mesh = o3d.io.read_triangle_mesh(str(sample / "ground_truth" / "mesh.ply"))
     vertices, faces = np.asarray(mesh.vertices), np.asarray(mesh.triangles).astype(np.int64)
@@ -191,8 +191,10 @@ def read_truth(sample: Path, episode: str, recorded: Floats) -> Truth:
         return Truth(vertices, faces, stored["world_from_camera"].astype(np.float64), *people)
 
 
-def frame_counts(view: View, truth: FrameTruth, seen: Seen, *, with_bound: bool = False) -> Counts:
-    """The counts from which figures are computed, per frame. They can be added up."""
+def frame_counts(
+    view: View, truth: FrameTruth, seen: FrameResult, *, with_bound: bool = False
+) -> Counts:
+    """The counts of one frame from which figures are computed. Counts can be summed."""
     grid, size = view.grid, view.grid.voxel_size
     lower, shape = np.asarray(grid.lower), np.asarray(grid.shape)
     around = truth.around(grid)
@@ -203,7 +205,7 @@ def frame_counts(view: View, truth: FrameTruth, seen: Seen, *, with_bound: bool 
     free = unpack(seen.observed, grid.cells) & ~occupied
     visible = np.asarray(seen.visible, np.int64)
     place = np.stack(np.unravel_index(visible, grid.shape), axis=-1)
-    near = beside(around, np.ravel_multi_index((place + 1).T, tuple(shape + 2)))
+    near = near_set_cells(around, np.ravel_multi_index((place + 1).T, tuple(shape + 2)))
     centres = lower + (place + 0.5) * size
     distance = _distances(truth.scene, centres)
     free_crossed = np.flatnonzero(crossed.ravel() & free)
@@ -215,14 +217,14 @@ def frame_counts(view: View, truth: FrameTruth, seen: Seen, *, with_bound: bool 
         ghosts=int((distance > GHOST).sum()),
         free=int(free.sum()),
         false_free=len(free_crossed),
-        false_free_alone=int((~beside(occupied.reshape(grid.shape), free_crossed)).sum()),
+        false_free_alone=int((~near_set_cells(occupied.reshape(grid.shape), free_crossed)).sum()),
     )
 
-    # The true first hits, and where the rays of the method end.
+    # The true first hits, and the ends of the method's rays.
     directions, depth, cosine = view.directions(), truth.depth, truth.cosine
     ends = first_occupied(grid, view.K, view.size, occupied.astype(np.uint8) * OCCUPIED)
     ended = ends >= 0
-    behind = _entries(grid, ends[ended], directions[ended]) - depth[ended]
+    behind = _entry_depths(grid, ends[ended], directions[ended]) - depth[ended]
     behind *= np.linalg.norm(directions[ended], axis=-1)
     honest = np.unique(ends[ended][~(behind > 2 * size)])
     counts["leaks"] = len(np.setdiff1d(visible, honest))
@@ -234,7 +236,7 @@ def frame_counts(view: View, truth: FrameTruth, seen: Seen, *, with_bound: bool 
     inside = np.isfinite(depth) & ((cell >= 0) & (cell < shape)).all(axis=-1)
     hit_of_ray = np.ravel_multi_index(cell[inside].astype(np.int64).T, grid.shape)
     hits = np.unique(hit_of_ray)
-    found = beside(occupied.reshape(grid.shape), hits)
+    found = near_set_cells(occupied.reshape(grid.shape), hits)
     counts["hits"], counts["recall"] = len(hits), int(found.sum())
     counts["recall_strict"] = int(occupied[hits].sum())
     angle = _mean_of_cells(hit_of_ray, np.degrees(np.arccos(cosine[inside])), hits)
@@ -247,7 +249,7 @@ def frame_counts(view: View, truth: FrameTruth, seen: Seen, *, with_bound: bool 
         perfect = crossed.ravel() * np.uint8(OCCUPIED)
         trace(grid, view.K, view.size, perfect)
         best = (perfect == OCCUPIED | OBSERVED).reshape(grid.shape)
-        counts["bound_hits"], counts["bound"] = len(hits), int(beside(best, hits).sum())
+        counts["bound_hits"], counts["bound"] = len(hits), int(near_set_cells(best, hits).sum())
         counts["bounded"] = int(found.sum())
     return counts
 
@@ -275,7 +277,7 @@ def _first_hits(
     of_person: NDArray[np.bool_],
     directions: Floats,
 ) -> tuple[Floats, Floats, NDArray[np.bool_]]:
-    """(H, W) each: depth of the first hit (infinite for none), cosine of incidence, on a person."""
+    """First hits, (H, W) each: depth (infinite for none), cosine of incidence, on a person."""
     if scene is None:
         none = np.full(directions.shape[:2], np.inf)
         return none, np.ones_like(none), np.zeros(none.shape, np.bool_)
@@ -290,8 +292,8 @@ def _first_hits(
     return depth, np.clip(np.where(hit, cosine, 1.0), 0, 1), person
 
 
-def _entries(grid: Grid, columns: NDArray[np.integer], directions: Floats) -> Floats:
-    """(n,) depth at which rays from the camera, (n, 3) of depth 1, enter the cells (n,)."""
+def _entry_depths(grid: Grid, columns: NDArray[np.integer], directions: Floats) -> Floats:
+    """(n,) depth at which rays from the camera, (n, 3) with depth 1, enter the (n,) cells."""
     size = grid.voxel_size
     box = np.asarray(grid.lower) + np.stack(np.unravel_index(columns, grid.shape), axis=-1) * size
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -304,7 +306,7 @@ def _entries(grid: Grid, columns: NDArray[np.integer], directions: Floats) -> Fl
 def _mean_of_cells(
     cells: NDArray[np.integer], values: Floats, wanted: NDArray[np.integer]
 ) -> Floats:
-    """(n,) mean of the values in each wanted cell, NaN if there are none."""
+    """(n,) mean of the values in each wanted cell, NaN without values."""
     wanted_order = np.argsort(wanted)
     place = np.searchsorted(wanted, cells, sorter=wanted_order)
     place = np.minimum(place, max(len(wanted) - 1, 0))
@@ -339,11 +341,11 @@ OF = {
     "people": "people_hits",
     "thin": "thin_hits",
 }
-"""The count that is the denominator of each figure."""
+"""The denominator of each figure."""
 
 
 def figures(counts: Counts) -> dict[str, float]:
-    """The figures from the counts of frames, without those whose denominator is 0."""
+    """Compute the figures from counts. Figures with a denominator of 0 are omitted."""
     found = {name: counts[name] / counts[of] for name, of in OF.items() if counts[of]}
     for label in sorted(counts):
         if label.endswith(" all") and counts[label]:
@@ -358,7 +360,7 @@ def figures(counts: Counts) -> dict[str, float]:
 
 @dataclass
 class SampleTruth:
-    """The truth of a sample, each frame worked out once for all methods that are measured on it."""
+    """The truth of a sample. Each frame is computed once and shared by all methods."""
 
     sample: Path
     _frames: dict[tuple[str, int], FrameTruth] = field(default_factory=dict)
@@ -368,23 +370,23 @@ class SampleTruth:
         episode: str,
         recorded: Floats,
         views: list[View],
-        seen: Iterable[Seen],
+        seen: Iterable[FrameResult],
         bounds: int = 0,
         frames: Iterable[int] | None = None,
         progress: Callable[[], object] = lambda: None,
     ) -> Counts:
-        """The counts of a method for the frames of an episode, added up.
+        """The sum of a method's counts over the frames of an episode.
 
-        recorded: (T, 4, 4) the episode's poses, which are the true ones where the sample has no
-        file of true poses; views: the frames' cameras; bounds: on how many frames recall's bound is
-        measured; frames: numbers of those to measure, all if None; progress: called after each.
+        recorded: (T, 4, 4) the episode's poses, used as the true poses if the sample has no file
+        of them; views: the frames' cameras; bounds: number of frames on which recall's bound is
+        measured; frames: the frames to measure, all if None; progress: called after each frame.
         """
         truth = read_truth(self.sample, episode, recorded)
         wanted = set(range(len(views)) if frames is None else frames)
         bounded = set(np.linspace(0, len(views) - 1, bounds + 2)[1:-1].astype(int).tolist())
 
-        def one(t: int, frame: Seen) -> Counts:
-            numba.set_num_threads(1)  # Of this thread's calls.
+        def one(t: int, frame: FrameResult) -> Counts:
+            numba.set_num_threads(1)  # Applies to calls from this thread.
             if (episode, t) not in self._frames:
                 self._frames[episode, t] = truth.frame(t, views[t])
             found = frame_counts(views[t], self._frames[episode, t], frame, with_bound=t in bounded)
@@ -403,7 +405,7 @@ def measure(
     frames: Iterable[int] | None = None,
     progress: Callable[[], object] = lambda: None,
 ) -> dict[str, Counts]:
-    """Counts of each trajectory of a dataset that was built from a sample, by its id.
+    """The counts of each trajectory, by id, of a dataset built from a sample.
 
     The other arguments are those of `SampleTruth.counts`.
     """
@@ -416,7 +418,7 @@ def measure(
             name,
             trajectory.world_from_camera(),
             views,
-            stored(trajectory),
+            stored_results(trajectory),
             bounds,
             frames,
             progress,
@@ -424,19 +426,19 @@ def measure(
     return counts
 
 
-def stored(trajectory: Trajectory) -> Iterator[Seen]:
+def stored_results(trajectory: Trajectory) -> Iterator[FrameResult]:
     """Yield the occupancy of each frame of a built trajectory, in order."""
     rows = zip(trajectory.visible_frames(), trajectory.observed_packed(), strict=True)
     for visible, observed in rows:
-        yield Seen(visible, observed)
+        yield FrameResult(visible, observed)
 
 
 def evaluate(
     sample: Path, dataset: Path, frames: Iterable[int] | None = None
 ) -> dict[str, dict[str, float]]:
-    """The figures of each trajectory of a dataset built from a sample, by its id, and of "all".
+    """The figures of each trajectory, by id, and of "all", of a dataset built from a sample.
 
-    frames: numbers of those to measure, all if None.
+    frames: the frames to measure, all if None.
     """
     counts = measure(SampleTruth(sample), dataset, frames=frames)
     found = {name: figures(value) for name, value in counts.items()}

@@ -1,6 +1,6 @@
-"""The rows of scripts/accuracy, their required results, and printing of the table.
+"""The rows of scripts/accuracy, their targets, and printing of the table.
 
-A part of scripts/accuracy.
+Part of scripts/accuracy.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from occgen_hub.config import Config
 
 @dataclass(frozen=True)
 class Row:
-    """A kind of corruption. sample: arguments of `make_sample`; settings: of ours, in this row;
-    targets: the least or, of ghosts, the greatest that ours has to show.
+    """A kind of corruption. sample: arguments of `make_sample`; settings: of our method in this
+    row; targets: the required minimum of each figure, or the maximum for ghosts.
     """
 
     sample: dict[str, Any] = field(default_factory=dict)
@@ -58,10 +58,10 @@ ROWS = {
 IN_EVERY_ROW = {"leaks": 0.005, "false_free": 0.0005}
 AT_MOST = ("ghosts", "leaks", "false_free")
 RECALL_LOST, THIN_LOST = 0.003, 0.03
-"""How much less than union's recall and thin may be on clean depth."""
+"""How far recall and thin may be below those of union on clean depth."""
 
 KINECT = {"in_front": 0.08, "median": 0.01, "measured_found": 0.9}
-"""Of real frames: at most, at most, at least."""
+"""Targets on real frames: maximum, maximum, minimum."""
 
 COLUMNS = {
     "near": ("near", ".4f"),
@@ -81,7 +81,7 @@ Table = dict[str, dict[str, dict[str, float]]]
 
 @dataclass(frozen=True)
 class Check:
-    """A figure of ours beside its target. most: whether the target is the greatest allowed."""
+    """A figure of our method and its target. most: whether the target is a maximum."""
 
     row: str
     name: str
@@ -92,14 +92,14 @@ class Check:
 
     @property
     def met(self) -> bool:
-        """Whether the figure meets the requirement."""
+        """Whether the figure meets the target."""
         return self.value <= self.target if self.most else self.value >= self.target
 
 
 def checks(table: Table) -> Iterator[Check]:
-    """Every figure of ours that has a target, of the rows and methods that were measured.
+    """Yield every figure of our method that has a target, in the measured rows.
 
-    There are none where this version has no other method than the union of all points.
+    There are none if this version has only the union of all points.
     """
     for row, methods in table.items():
         ours = methods.get(OURS)
@@ -122,7 +122,7 @@ def checks(table: Table) -> Iterator[Check]:
 
 
 def print_table(table: Table, *, markdown: bool) -> None:
-    """Print the figures, a line a row and method."""
+    """Print the figures, one line per row and method."""
     header = ["corruption", "method", *(title for title, _ in COLUMNS.values())]
     lines = [
         ["" if n else row, method, *_cells(found)]
@@ -137,7 +137,7 @@ def _cells(found: dict[str, float]) -> list[str]:
 
 
 def print_checks(found: list[Check], *, markdown: bool) -> None:
-    """Print the figures of ours beside their targets."""
+    """Print the figures of our method and their targets."""
     lines = []
     for check in found:
         spec = ".4%" if check.name in AT_MOST else ".4f"

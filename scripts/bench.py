@@ -1,8 +1,8 @@
-"""How fast and how large: kernel, whole build by stage, memory, bytes on disk, loading, pictures,
-visibility next to other ways, networks, processes and threads.
+"""Benchmarks: kernel, build stages, memory, bytes on disk, loading, pictures, visibility compared
+with other methods, networks, processes and threads.
 
-Times on a shared machine differ from run to run by half; what is compared here was measured in one
-run. The exactness of the kernel is a matter of the tests, not of this script.
+Times on a shared machine differ by half between runs, so all compared figures are measured in one
+run. The tests check the exactness of the kernel, not this script.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ REAL = Path(__file__).parent.parent.parent / "shared" / "data" / "internnav" / "
 
 
 def memory(which: str) -> float:
-    """Megabytes of this process in memory: VmRSS now, VmHWM at most since the last `forget`."""
+    """Memory of this process in MB: VmRSS is current, VmHWM the peak since `reset_peak_memory`."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith(which))
 
 
-def forget() -> None:
-    """Let VmHWM begin again from here."""
+def reset_peak_memory() -> None:
+    """Reset VmHWM to the current memory."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def kernel(source: Path, repeats: int) -> dict[str, Any]:
-    """Milliseconds a frame: median over frames and repeats, after one frame to warm up."""
+    """Milliseconds per frame: median over frames and repeats, after one warm-up frame."""
     config = Config()
     builder = load_builder("internnav", source)
     episode = builder.read(next(builder.episodes()))
@@ -58,7 +58,7 @@ def kernel(source: Path, repeats: int) -> dict[str, Any]:
     assert episode.intrinsics is not None
     grid, cloud = Grid.of(config), into_blocks(scene.cloud.points)
     warm_up()
-    forget()
+    reset_peak_memory()
     before = memory("VmRSS")
     state = np.empty(grid.cells, np.uint8)
     whole, rays, visits = [], [], []
@@ -91,7 +91,7 @@ def kernel(source: Path, repeats: int) -> dict[str, Any]:
 
 
 def build(source: Path, workers: int) -> dict[str, Any]:
-    """The whole build, in a process of its own so that its peak memory is its own."""
+    """Measure the whole build in a separate process, to get its own peak memory."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--build", str(source), folder, str(workers)]
         result = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -127,7 +127,7 @@ def build_here(source: Path, out: Path, workers: int) -> dict[str, Any]:
 
 
 def networks(views: list[int]) -> list[dict[str, Any]]:
-    """Both networks at full size, each in a process of its own."""
+    """Measure both networks at full size, each in a separate process."""
     script = str(Path(__file__).with_name("bench_networks.py"))
     found = []
     for name in ("pi3", "pi3x"):
@@ -138,7 +138,7 @@ def networks(views: list[int]) -> list[dict[str, Any]]:
     return found
 
 
-def _known(value: float | None, how: str) -> str:
+def _or_dash(value: float | None, how: str) -> str:
     return "-" if value is None else format(value, how)
 
 
@@ -152,10 +152,11 @@ def network_table(found: list[dict[str, Any]]) -> None:
         for row in part["rows"]:
             print(
                 f"  {row['views']:>5}  {row['seconds_a_frame']:>9.3f}  "
-                f"{_known(row['plain_seconds_a_frame'], '.3f'):>7}  {row['peak_memory_mb']:>8.0f}  "
-                f"{_known(row['plain_peak_memory_mb'], '.0f'):>7}  "
+                f"{_or_dash(row['plain_seconds_a_frame'], '.3f'):>7}  "
+                f"{row['peak_memory_mb']:>8.0f}  "
+                f"{_or_dash(row['plain_peak_memory_mb'], '.0f'):>7}  "
                 f"{row['share_of_matrix_product']:>19.0%}  "
-                f"{_known(row['plain_differs_by'], '.1e'):>10}"
+                f"{_or_dash(row['plain_differs_by'], '.1e'):>10}"
             )
 
 
@@ -181,7 +182,7 @@ def main() -> int:
     if sys.argv[1:2] == ["--build"]:
         print(json.dumps(build_here(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))))
         return 0
-    # Here, since they load torch and more, which is not to count for a build's memory.
+    # Imported here: these load torch and more, which must not count towards a build's memory.
     import bench_fusion
     import bench_runtime
     import bench_visibility
@@ -189,13 +190,19 @@ def main() -> int:
     from bench_visual import visual, visual_table
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--frames", type=int, default=24, help="of the sample trajectory")
+    parser.add_argument("--frames", type=int, default=24, help="frames of the sample trajectory")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--input", type=Path, help="another InternData-N1 tree to measure as well")
+    parser.add_argument("--input", type=Path, help="also measure this InternData-N1 tree")
     parser.add_argument(
-        "--views", type=int, nargs="*", default=[2, 4, 8], help="of the networks; none: no networks"
+        "--views",
+        type=int,
+        nargs="*",
+        default=[2, 4, 8],
+        help="numbers of views for the networks; empty: skip them",
     )
-    parser.add_argument("--json", type=Path, default=Path("bench.json"), help="where figures go")
+    parser.add_argument(
+        "--json", type=Path, default=Path("bench.json"), help="file for the figures"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         sample = Path(folder, "sample")

@@ -1,10 +1,10 @@
-"""What a scene of many episodes costs a frame, and what a build costs when nothing is to do.
+"""Cost per frame in a scene of many episodes, and cost of a build with nothing to do.
 
     .venv/bin/python scripts/bench_episodes.py [--episodes 50 800] [--frames 2]
 
-Each build is a process of its own, with one worker; the start of a process, which is that of a
-scene of one episode where nothing is to do, is subtracted from the cost of a frame. That cost is in
-processor time, which other work on the machine disturbs less.
+Each build is a separate process with one worker. The cost of starting a process is subtracted from
+the cost per frame; it is measured on a scene of one episode with nothing to do. The cost per frame
+is processor time, which is less sensitive to other load.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from test_hard_conditions import many_episodes
 
 
 def build(tree: Path, out: Path) -> tuple[float, float]:
-    """Seconds of a build, and of processor time."""
+    """Run a build. Returns its wall time and processor time, seconds."""
     options = ("--set", "voxel_size=0.25", "--workers", "1")
     command = ["build", "--input", str(tree), "--output", str(out), *options]
     begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -40,7 +40,7 @@ def build(tree: Path, out: Path) -> tuple[float, float]:
 
 
 def measure(place: Path, episodes: int, frames: int) -> tuple[tuple[float, float], ...]:
-    """What `build` gives of a scene, and of the same again."""
+    """Build a scene, then build it again. Returns the times of both."""
     make_sample(place / "tree", trajectories=1, frames=frames, layout="vln-n1-scenes", seed=3)
     (scene,) = (path.parent for path in (place / "tree").rglob("meta"))
     many_episodes(scene, episodes)

@@ -1,6 +1,6 @@
 """Benchmark of fusion: time per frame and step compared with `fusion: union`, and peak memory.
 
-A part of scripts/bench; alone it prints the figures as JSON: bench_fusion.py TREE.
+Part of scripts/bench. Run directly, it prints the figures as JSON: bench_fusion.py TREE.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from occgen_hub.occupancy.point_blocks import into_blocks
 from occgen_hub.views import Views
 
 LENGTHS = (10, 100, 500)
-"""Frames of the recordings whose peak memory is compared."""
+"""Lengths of the recordings for which peak memory is compared, in frames."""
 
 
-def recorded(source: Path, length: int | None = None) -> Views:
-    """The views of the first episode; with `length`, so many, walked there and back again."""
+def read_views(source: Path, length: int | None = None) -> Views:
+    """The views of the first episode, repeated forwards and backwards up to `length`, if given."""
     builder = load_builder("internnav", source)
     episode = builder.read(next(builder.episodes()))
     views = SensorDepth().reconstruct(episode, Config(), Path(os.devnull))
@@ -51,9 +51,9 @@ def recorded(source: Path, length: int | None = None) -> Views:
 
 
 def steps(source: Path, repeats: int) -> dict[str, float]:
-    """Milliseconds a frame of each step, the best of some runs."""
-    config, views = Config(), recorded(source)
-    fuse(views, config)  # Compiled, and files in the cache.
+    """Milliseconds per frame of each step, best of `repeats` runs."""
+    config, views = Config(), read_views(source)
+    fuse(views, config)  # Compiles the code and fills the file cache.
     found: dict[str, list[float]] = {}
     for _ in range(repeats):
         marks = [time.perf_counter()]
@@ -74,14 +74,14 @@ def steps(source: Path, repeats: int) -> dict[str, float]:
 
 
 def peak_memory(source: Path, length: int) -> float:
-    """Megabytes that a process which fuses so many frames has at most."""
+    """Peak memory in MB of a process that fuses `length` frames."""
     command = [sys.executable, __file__, str(source), str(length)]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(result.stdout.splitlines()[-1])
 
 
 def measure(source: Path, repeats: int) -> dict[str, Any]:
-    """Everything, of the first episode of a tree."""
+    """Measure time and memory on the first episode of a tree."""
     return {
         "ms_a_frame": steps(source, repeats),
         "peak_memory_mb": {str(n): peak_memory(source, n) for n in LENGTHS},
@@ -100,7 +100,7 @@ def fusion_table(part: dict[str, Any]) -> None:
 def main() -> int:
     source = Path(sys.argv[1])
     if len(sys.argv) > 2:
-        fuse(recorded(source, int(sys.argv[2])), Config())
+        fuse(read_views(source, int(sys.argv[2])), Config())
         status = Path("/proc/self/status").read_text()
         print(int(status.split("VmHWM:")[1].split()[0]) / 1e3)
     else:

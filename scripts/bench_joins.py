@@ -1,12 +1,12 @@
-"""How far off a long video's path is, joined from windows with systematic errors.
+"""Error of a long video's path, joined from windows with systematic errors.
 
     .venv/bin/python scripts/bench_joins.py [--seeds 20]
 
-480 frames along 20 m: a loop that ends where it began. Each window's scale is 1 % off, its inner
-scale bent by 2 % and its cameras turn slowly by 0.5 degrees, which no number of points averages
-out; points have 1 % of noise besides, a tenth of them are wrong. `plain` is what was there before:
-windows that share eight frames, joined by a Sim3. Errors are the RMSE of camera centres after the
-best rigid alignment (of a metric network; else Sim3), as a share of the path.
+The path has 480 frames along 20 m and is a closed loop. In each window the scale is off by 1 %,
+changes by 2 % along the window, and the cameras slowly rotate by 0.5 degrees. More points do not
+average these errors out. Points also have 1 % noise, and a tenth of them are wrong. `plain` is the
+former method: windows that share eight frames, joined by a Sim3. Errors are the RMSE of camera
+centres after the best alignment (rigid for a metric network, else Sim3), as a share of the path.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from occgen_hub.geometry.sim3 import Sim3
 FRAMES, PATH = 480, 20.0
 SCALE, BEND, TURN = 0.01, 0.02, np.radians(0.5)
 POINTS = 60
-"""Of a frame."""
+"""Points per frame."""
 
 MEDIAN_DEPTH = 3.5
 
 
 @dataclass(frozen=True)
-class Made:
+class Window:
     """A window: poses (n, 4, 4) and points (n, POINTS, 3) in its own world."""
 
     poses: NDArray[np.float64]
@@ -46,7 +46,7 @@ class Made:
 
 
 def truth(rng: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """A closed path through a room, (T, 4, 4), and what each camera sees, (T, POINTS, 3) local."""
+    """A closed path through a room, (T, 4, 4), and each camera's points, (T, POINTS, 3) local."""
     angle = np.linspace(0, 2 * np.pi, FRAMES)
     place = np.stack([np.cos(angle), 0.05 * np.sin(3 * angle), 0.7 * np.sin(angle)], axis=1)
     place *= PATH / np.linalg.norm(np.diff(place, axis=0), axis=1).sum()
@@ -59,18 +59,22 @@ def truth(rng: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.flo
     return poses, np.concatenate([slope * depth, depth], axis=2)
 
 
-def bent(
-    poses: NDArray[np.float64], local: NDArray[np.float64], rng: np.random.Generator, *, alike: bool
-) -> Made:
-    """A simulated prediction of a network: lengths and rotations with small systematic errors.
+def simulate_window(
+    poses: NDArray[np.float64],
+    local: NDArray[np.float64],
+    rng: np.random.Generator,
+    *,
+    same_sign: bool,
+) -> Window:
+    """Simulate a network's prediction: lengths and rotations with small systematic errors.
 
-    alike: whether every window is bent the same way, which adds up along the path.
+    same_sign: whether the errors of all windows have the same sign and add up along the path.
     """
     count = len(poses)
     along = np.linspace(-0.5, 0.5, count)
-    signs = np.ones(3) if alike else rng.choice([-1.0, 1.0], 3)
+    signs = np.ones(3) if same_sign else rng.choice([-1.0, 1.0], 3)
     scale = np.exp(SCALE * rng.choice([-1.0, 1.0]) + signs[0] * BEND * along)
-    axis = rng.normal(size=3) if not alike else np.array([0.0, 1.0, 0.0])
+    axis = rng.normal(size=3) if not same_sign else np.array([0.0, 1.0, 0.0])
     turn = signs[1] * TURN * along[:, None] * axis / np.linalg.norm(axis)
     R = poses[:, :3, :3] @ Rotation.from_rotvec(turn).as_matrix()
     wrong = R @ poses[:, :3, :3].transpose(0, 2, 1)
@@ -84,28 +88,30 @@ def bent(
     points = np.einsum("nij,nkj->nki", R, seen) + made[:, None, :3, 3]
     false = rng.random(points.shape[:2]) < 0.1
     points[false] += rng.normal(0.5, 2, (int(false.sum()), 3))
-    return Made(made, points)
+    return Window(made, points)
 
 
-def windows(seed: int, size: int, overlap: int, *, alike: bool) -> Iterator[tuple[range, Made]]:
+def windows(
+    seed: int, size: int, overlap: int, *, same_sign: bool
+) -> Iterator[tuple[range, Window]]:
     rng = np.random.default_rng(seed)
     poses, local = truth(np.random.default_rng(0))
     for window in plan(FRAMES, size, overlap):
         part = slice(window.start, window.stop)
         gauge = Sim3(1.0, Rotation.random(random_state=seed).as_matrix(), rng.normal(size=3))
-        made = bent(poses[part], local[part], rng, alike=alike)
-        yield window, Made(gauge.poses(made.poses), gauge.points(made.points))
+        made = simulate_window(poses[part], local[part], rng, same_sign=same_sign)
+        yield window, Window(gauge.poses(made.poses), gauge.points(made.points))
 
 
-def closure(seed: int, world: NDArray[np.float64], *, metric: bool, alike: bool) -> Sim3:
-    """A simulated prediction for both ends of a loop: the correction of the end's pose.
+def closure(seed: int, world: NDArray[np.float64], *, metric: bool, same_sign: bool) -> Sim3:
+    """Simulate a prediction for both ends of a loop: the correction of the end's pose.
 
-    That is start_from_end, of the path as it was put together; both views of 20 frames err too.
+    It is start_from_end for the assembled path. The 20 frames of each end have errors too.
     """
     rng = np.random.default_rng(seed + 1000)
     poses, local = truth(np.random.default_rng(0))
     ends = np.r_[0:20, FRAMES - 20 : FRAMES]
-    made = bent(poses[ends], local[ends], rng, alike=alike)
+    made = simulate_window(poses[ends], local[ends], rng, same_sign=same_sign)
     fits = []
     for part in (slice(0, 20), slice(20, 40)):
         old = world[ends[part]]
@@ -116,10 +122,10 @@ def closure(seed: int, world: NDArray[np.float64], *, metric: bool, alike: bool)
 
 
 def assembled(
-    seed: int, size: int, overlap: int, *, metric: bool, loop: bool, alike: bool
+    seed: int, size: int, overlap: int, *, metric: bool, loop: bool, same_sign: bool
 ) -> NDArray[np.float64]:
-    """(T, 4, 4) the path, put together from windows."""
-    made = list(windows(seed, size, overlap, alike=alike))
+    """(T, 4, 4) the path, assembled from windows."""
+    made = list(windows(seed, size, overlap, same_sign=same_sign))
     nodes, edges = [Sim3.identity()], list[Edge]()
     for number, ((before, earlier), (now, later)) in enumerate(itertools.pairwise(made)):
         shared = before.stop - now.start
@@ -136,14 +142,14 @@ def assembled(
     poses = [(window, m.poses) for window, m in made]
     world = merged(nodes, poses)
     if loop:
-        found = closure(seed, world, metric=metric, alike=alike)
+        found = closure(seed, world, metric=metric, same_sign=same_sign)
         last = len(nodes) - 1
         if not plausible(nodes, edges, 0, last, found, world[-1, :3, 3]):
-            raise SystemExit("the loop was taken to be false")
+            raise SystemExit("the loop was rejected as implausible")
         edges.append(closure_edge(nodes, 0, last, found, MEDIAN_DEPTH))
         nodes, kept = optimise(nodes, edges)
         if not kept[-1]:
-            raise SystemExit("the loop was left out")
+            raise SystemExit("the loop was not used")
         world = merged(nodes, poses)
     return world
 
@@ -159,8 +165,8 @@ def error(world: NDArray[np.float64], *, scaled: bool) -> float:
     return float(np.sqrt(((q - scale * p @ R.T) ** 2).sum(axis=1).mean())) / PATH
 
 
-def measure(seeds: int, *, alike: bool) -> dict[str, float]:
-    """Median error of each way over the seeds, by its name."""
+def measure(seeds: int, *, same_sign: bool) -> dict[str, float]:
+    """Median error of each method over the seeds, by name."""
     found: dict[str, list[float]] = {}
     for seed in range(seeds):
         for size, overlap, metric, loop in (
@@ -175,7 +181,7 @@ def measure(seeds: int, *, alike: bool) -> dict[str, float]:
         ):
             kind = "metric prior" if metric else "plain" if overlap == 8 else "Sim3"
             name = f"{kind}, {size}/{overlap}{', loop' if loop else ''}"
-            world = assembled(seed, size, overlap, metric=metric, loop=loop, alike=alike)
+            world = assembled(seed, size, overlap, metric=metric, loop=loop, same_sign=same_sign)
             found.setdefault(name, []).append(error(world, scaled=kind != "metric prior"))
     return {name: float(np.median(values)) for name, values in found.items()}
 
@@ -184,9 +190,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=20)
     seeds = parser.parse_args().seeds
-    for alike in (False, True):
-        print(f"windows bent {'all the same way' if alike else 'either way'}:")
-        for name, value in measure(seeds, alike=alike).items():
+    for same_sign in (False, True):
+        print(f"errors of windows {'with the same sign' if same_sign else 'with random signs'}:")
+        for name, value in measure(seeds, same_sign=same_sign).items():
             print(f"  {name:28} {value:.3%}")
 
 

@@ -1,4 +1,4 @@
-"""How fast a trainer gets frames of a built dataset, on one core, beside other loaders."""
+"""Speed of loading frames of a built dataset on one core, compared with other loaders."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WANTED = {
     "the same with the image": {"keys": (*GRID, "pose", "image")},
     "sparse occupancy + mask": {"dense": False, "keys": GRID},
 }
-"""Of OccupancyDataset, in random order."""
+"""Arguments of OccupancyDataset. Frames are read in random order."""
 
 STREAMED = {
     "OccupancyStream, with image, stride 1": {"keys": (*GRID, "image"), "voxel_stride": 1},
@@ -31,8 +31,8 @@ STREAMED = {
 def loading(source: Path, seconds: float = 2.0) -> dict[str, float]:
     """Frames per second of CPU time when loading a dataset, by the items that are read.
 
-    Each kind is measured for `seconds`, in turns of a quarter of that, and its best turn counts: a
-    machine that others use is slow for moments.
+    Each kind is measured for `seconds` in four rounds, and the best round counts: a shared machine
+    is sometimes slow.
     """
     from occgen_hub import OccupancyDataset, OccupancyStream, build
 
@@ -45,11 +45,11 @@ def loading(source: Path, seconds: float = 2.0) -> dict[str, float]:
         numbers = np.random.default_rng(0)
         kinds: dict[str, Iterator[Any]] = {}
         for name, how in WANTED.items():
-            kinds[name] = _random(OccupancyDataset(out, **how), numbers)
+            kinds[name] = _random_frames(OccupancyDataset(out, **how), numbers)
         for name, how in STREAMED.items():
-            kinds[name] = _endless(OccupancyStream(out, **how))
-        kinds["datasets, streaming, cells as lists"] = _endless(_plain(out))
-        kinds["StreamingLeRobotDataset, image only"] = _endless(_lerobot(images))
+            kinds[name] = _repeat(OccupancyStream(out, **how))
+        kinds["datasets, streaming, cells as lists"] = _repeat(_stream_rows(out))
+        kinds["StreamingLeRobotDataset, image only"] = _repeat(_stream_lerobot(images))
         found = dict.fromkeys(kinds, 0.0)
         os.sched_setaffinity(0, {min(cores)})
         try:
@@ -61,17 +61,17 @@ def loading(source: Path, seconds: float = 2.0) -> dict[str, float]:
     return found
 
 
-def _random(dataset: Any, numbers: np.random.Generator) -> Iterator[Any]:
+def _random_frames(dataset: Any, numbers: np.random.Generator) -> Iterator[Any]:
     while True:
         yield dataset[int(numbers.integers(len(dataset)))]
 
 
-def _endless(frames: Any) -> Iterator[Any]:
+def _repeat(frames: Any) -> Iterator[Any]:
     return itertools.chain.from_iterable(itertools.repeat(frames))
 
 
-def _plain(root: Path) -> Any:
-    """The rows of the shards as `datasets` streams them; images stay undecoded."""
+def _stream_rows(root: Path) -> Any:
+    """Stream the rows of the shards with `datasets`. Images are not decoded."""
     from datasets import load_dataset
 
     files = [str(path) for path in sorted(root.glob("occupancy/*/*.parquet"))]
@@ -81,9 +81,9 @@ def _plain(root: Path) -> Any:
 
 
 def _write_lerobot(root: Path, out: Path) -> None:
-    """The images of a built dataset as LeRobot has them in Parquet, PNG without loss.
+    """Write the images of a built dataset as a LeRobot dataset with PNG images in Parquet.
 
-    Not as video, which LeRobot's streaming decodes with the FFmpeg of the system alone.
+    Video is not used: LeRobot's streaming can decode it only with the system's FFmpeg.
     """
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
@@ -109,7 +109,7 @@ def _write_lerobot(root: Path, out: Path) -> None:
     written.finalize()
 
 
-def _lerobot(root: Path) -> Any:
+def _stream_lerobot(root: Path) -> Any:
     from lerobot.datasets.streaming_dataset import StreamingLeRobotDataset
 
     return StreamingLeRobotDataset("bench/rooms", root=root)
@@ -132,7 +132,7 @@ def loading_table(found: dict[str, float]) -> None:
 
 
 def main() -> None:
-    """Measure a sample, or the tree that is given."""
+    """Measure the given tree, or a sample."""
     import sys
 
     from occgen_hub.sample import make_sample

@@ -1,6 +1,6 @@
-"""How fast and how large the networks are: full size, with stand-in weights, which cost the same.
+"""Time and memory of the networks at full size, with random weights, which cost the same.
 
-Run by scripts/bench, a process for each network so that its peak memory is its own.
+scripts/bench runs one process per network, to get the peak memory of each.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SIZE = (224, 308)
 
 
 def network(name: str, device: str) -> torch.nn.Module:
-    """The network with random weights of an ordinary size."""
+    """The network with random weights of typical magnitude."""
     with torch.device("meta"):
         shapes = NETWORKS[name](published(name).sizes).state_dict()
     weights = {k: torch.empty(v.shape).normal_(0, 0.02) for k, v in shapes.items()}
@@ -34,17 +34,17 @@ def network(name: str, device: str) -> torch.nn.Module:
 
 
 class Memory:
-    """The peak memory of a block above that at its start, in megabytes."""
+    """Peak memory of a block, relative to its start, in megabytes."""
 
     def __init__(self, device: str) -> None:
         self.device, self.peak = device, 0.0
 
     def __enter__(self) -> Memory:
-        if self.device == "cpu":  # What the allocator keeps from before would be had for nothing.
+        if self.device == "cpu":  # Returns memory that malloc kept from earlier work.
             ctypes.CDLL(None).malloc_trim(0)
-        self._before, self._done = self._now(), False
+        self._before, self._done = self._current(), False
         if self.device == "cpu":
-            self._watch = threading.Thread(target=self._look, daemon=True)
+            self._watch = threading.Thread(target=self._sample, daemon=True)
             self._watch.start()
         else:
             torch.cuda.reset_peak_memory_stats()
@@ -57,12 +57,12 @@ class Memory:
         else:
             self.peak = torch.cuda.max_memory_allocated() / 1e6 - self._before
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         while not self._done:
-            self.peak = max(self.peak, self._now() - self._before)
+            self.peak = max(self.peak, self._current() - self._before)
             time.sleep(0.005)
 
-    def _now(self) -> float:
+    def _current(self) -> float:
         if self.device != "cpu":
             return torch.cuda.memory_allocated() / 1e6
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -70,7 +70,7 @@ class Memory:
 
 
 def rate(device: str) -> float:
-    """Floating-point operations a second of a plain matrix product, as the trunk has them."""
+    """Floating-point operations per second of a matrix product in the trunk's data type."""
     kind = torch.float32 if device == "cpu" else torch.bfloat16
     n = 2048 if device == "cpu" else 8192
     a, b = (torch.randn(n, n, device=device, dtype=kind) for _ in range(2))
@@ -85,7 +85,7 @@ def rate(device: str) -> float:
 def timed(
     run: Callable[[torch.Tensor], dict[str, torch.Tensor]], images: torch.Tensor, device: str
 ) -> tuple[dict[str, torch.Tensor], float, float]:
-    """A network's output for images, with the time in seconds and the additional megabytes."""
+    """Run a network. Returns its output, the time in seconds and the additional megabytes."""
     with Memory(device) as memory:
         start = time.perf_counter()
         found = run(images)
@@ -94,14 +94,14 @@ def timed(
     return found, seconds, memory.peak
 
 
-def apart(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    """The largest relative difference ||ours - theirs|| / ||theirs|| over all common outputs."""
+def relative_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """The largest ||ours - theirs|| / ||theirs|| over all common outputs."""
     pairs = [(ours[name].double(), theirs[name].double()) for name in theirs]
     return max(float((a - b).norm() / b.norm()) for a, b in pairs)
 
 
 def measure(model: torch.nn.Module, views: int, device: str) -> dict[str, float | None]:
-    """Ours and the plain one by turns, the faster run of two of each; memory of the first."""
+    """Time our network and the plain one: best of two alternating runs, memory of the first."""
     images = torch.rand(1, views, 3, *SIZE, device=device)
     with FlopCounterMode(display=False) as counted:
         model(images)
@@ -112,7 +112,7 @@ def measure(model: torch.nn.Module, views: int, device: str) -> dict[str, float 
     )
     try:
         theirs, plain_seconds, plain_peak = timed(plainly, images, device)
-        difference = apart(ours, theirs)
+        difference = relative_difference(ours, theirs)
         del ours, theirs
         plain_seconds = min(plain_seconds, timed(plainly, images, device)[1])
         against = {
@@ -121,7 +121,7 @@ def measure(model: torch.nn.Module, views: int, device: str) -> dict[str, float 
             "plain_differs_by": difference,
         }
     except torch.OutOfMemoryError:
-        pass  # Its attention's weights alone grow with the square of the views.
+        pass  # Its attention weights grow with the square of the number of views.
     seconds = min(seconds, timed(model, images, device)[1])
     return {
         "views": views,

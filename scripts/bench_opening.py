@@ -1,4 +1,4 @@
-"""How long it takes to open a dataset of many episodes, and in how much memory."""
+"""Time and memory to open a dataset of many episodes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ print(json.dumps({"frames": len(frames), "episodes": len(frames.episodes), "seco
 """
 
 
-def made_up_entries(episodes: int, per_scene: int = 100, frames: int = 76) -> Iterator[Entry]:
-    """The rows of a made-up dataset, like those of InternData-N1: half a shard a scene."""
+def synthetic_entries(episodes: int, per_scene: int = 100, frames: int = 76) -> Iterator[Entry]:
+    """Index rows of a synthetic dataset like InternData-N1, with half a shard per scene."""
     sums = [f"{n:064x}" for n in range(7)]
     for number in range(episodes):
         scene = f"group_{number // per_scene % 4}/scene_{number // per_scene:05d}"
@@ -43,20 +43,20 @@ def made_up_entries(episodes: int, per_scene: int = 100, frames: int = 76) -> It
         )  # fmt: skip
 
 
-def make_up(root: Path, episodes: int, per_scene: int = 100) -> None:
-    """Write the index of such a dataset, and an empty file for each of its shards."""
-    rows = list(made_up_entries(episodes, per_scene))
+def write_synthetic_index(root: Path, episodes: int, per_scene: int = 100) -> None:
+    """Write the index of a synthetic dataset and an empty file for each shard."""
+    rows = list(synthetic_entries(episodes, per_scene))
     write_index(root, rows)
     for name in {name for row in rows for name in row.shards}:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
 
 
-def opening(root: Path) -> dict[str, float]:
-    """Open the dataset in a process of its own.
+def measure_opening(root: Path) -> dict[str, float]:
+    """Open the dataset in a separate process.
 
-    Returns its frames and episodes, seconds and those of them on a core, bytes of memory, and how
-    many more they are than after the imports.
+    Returns its frames and episodes, seconds, core_seconds (processor time), bytes of memory, and
+    bytes_more (the increase since the imports).
     """
     command = [sys.executable, "-c", OPEN, str(root)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -69,12 +69,12 @@ if __name__ == "__main__":
 
     for count in (20_000, 830_000):
         with tempfile.TemporaryDirectory() as folder:
-            make_up(Path(folder), count, 100 if count < 100_000 else 280)
+            write_synthetic_index(Path(folder), count, 100 if count < 100_000 else 280)
             size = sum(path.stat().st_size for path in Path(folder, "index").iterdir())
-            found = opening(Path(folder))
+            found = measure_opening(Path(folder))
             print(
                 f"{count:,} episodes: index {size / 1e6:.1f} MB, "
-                f"opened in {found['seconds']:.2f} s ({found['core_seconds']:.2f} s on a core), "
+                f"opened in {found['seconds']:.2f} s ({found['core_seconds']:.2f} s of CPU), "
                 f"{found['bytes'] / 1e6:.0f} MB in all, {found['bytes_more'] / 1e6:.0f} MB of them "
                 "for it"
             )

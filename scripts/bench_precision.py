@@ -1,10 +1,11 @@
-"""Whether 16-bit weights or quantised linear layers make a network faster on this CPU.
+"""Speed of a network on this CPU with 16-bit weights and with quantised linear layers.
 
     .venv/bin/python scripts/bench_precision.py
 
-pi3 of full width with fewer blocks (2 of the encoder, 4 of the decoder, 1 of each head) and random
-weights, two views. Each way by turns, the fastest of three runs; and how far depth is off that of
-float32: where that is more than a cell, cells are not the same.
+The network is pi3 at full width with fewer blocks (2 of the encoder, 4 of the decoder, 1 of each
+head), random weights and two views. The variants run in turn, and the fastest of three runs counts.
+The script also prints the depth error relative to float32: an error above the size of a cell
+changes cells.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def network() -> Pi3:
 
 
 def quantised(model: nn.Module) -> nn.Module:
-    """Linear layers of 8-bit integers, in the trunk; the heads' last ones stay."""
+    """Use 8-bit integer linear layers in the trunk. The last layers of the heads are unchanged."""
     copied = copy.deepcopy(model)
     for part in ("encoder", "decoder", "point_decoder", "conf_decoder", "camera_decoder"):
         inner = getattr(copied, part)

@@ -1,11 +1,11 @@
 """Benchmark of processes and threads, of flushing, and of memory over many episodes.
 
-Called by scripts/bench; alone, `python scripts/bench_runtime.py` prints the same figures.
+Part of scripts/bench. Run directly, `python scripts/bench_runtime.py` prints the same figures.
 
-Three ways to build the same episodes are timed in turn, several rounds of them, and the best of
-each is taken, since others on the machine only ever take away: one process on one core, two such
-processes that share the episodes out, and one process with both cores. Processes start together
-when all have loaded and compiled what they need.
+The same episodes are built in three ways: by one process on one core, by two such processes that
+share the episodes, and by one process on both cores. Several rounds are timed in turn, and the best
+of each counts, because other load only slows a build down. Processes start together when all have
+finished loading and compiling.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from occgen_hub.sample import make_sample
 def build_share(
     source: str, out: str, shares: int, number: int, cores: list[int], begin: Any, results: Any
 ) -> None:
-    """In a process of its own: build one share of the episodes, on these cores."""
+    """Build one share of the episodes on these cores. Runs in a separate process."""
     os.sched_setaffinity(0, cores)
     os.environ["NUMBA_NUM_THREADS"] = str(len(cores))
     from occgen_hub.builder import load_builder
@@ -54,7 +54,7 @@ def build_share(
 
 
 def build(source: Path, groups: list[list[int]]) -> dict[str, Any]:
-    """Frames a second of processes with these cores, from their common start to the last's end."""
+    """Frames per second of processes on these cores, from the common start to the last end."""
     context = multiprocessing.get_context("spawn")
     begin, results = context.Barrier(len(groups)), context.Queue()
     with tempfile.TemporaryDirectory() as out:
@@ -80,7 +80,7 @@ def build(source: Path, groups: list[list[int]]) -> dict[str, Any]:
 
 
 def throughput(source: Path, rounds: int) -> dict[str, Any]:
-    """One core, two processes of one core, one process of both."""
+    """Time one process on one core, two processes on one core each, and one on both cores."""
     cores = sorted(os.sched_getaffinity(0))[:2]
     ways = {
         "one process, one core": [cores[:1]],
@@ -105,7 +105,7 @@ def throughput(source: Path, rounds: int) -> dict[str, Any]:
 
 
 def peak_memory(source: Path, out: Path) -> int:
-    """Of `occgen-hub build` in a process of its own, in bytes, by its own report."""
+    """Run `occgen-hub build` in a separate process. Returns its peak memory, bytes, as reported."""
     command = ["-m", "occgen_hub", "build", "--input", str(source), "--output", str(out)]
     subprocess.run(
         [sys.executable, *command, "--set", "voxel_size=0.1", "--media", "link"],
@@ -117,8 +117,8 @@ def peak_memory(source: Path, out: Path) -> int:
     return int(process["peak_memory"])
 
 
-def many(counts: tuple[int, int] = (20, 200), frames: int = 6) -> dict[str, Any]:
-    """Peak memory of a build of few episodes and of many: copies of four."""
+def memory_by_episodes(counts: tuple[int, int] = (20, 200), frames: int = 6) -> dict[str, Any]:
+    """Peak memory of a build of few and of many episodes, which are copies of four."""
     with tempfile.TemporaryDirectory() as folder:
         four = Path(folder, "four")
         make_sample(four, trajectories=4, frames=frames)
@@ -135,7 +135,7 @@ def many(counts: tuple[int, int] = (20, 200), frames: int = 6) -> dict[str, Any]
 
 
 def repeat_scene(scene: Path, out: Path, count: int) -> None:
-    """A scene's folder of `count` episodes, all equal to the only one of `scene`, by hard links."""
+    """Write a scene of `count` episodes, all hard links to the only episode of `scene`."""
     (out / "meta").mkdir(parents=True)
     for path in scene.rglob("*"):
         if path.is_dir():
@@ -164,9 +164,9 @@ def repeat_scene(scene: Path, out: Path, count: int) -> None:
                 file.write(json.dumps(row) + "\n")
 
 
-def scenes(counts: tuple[int, int] = (50, 800), frames: int = 6) -> dict[str, Any]:
-    """Seconds that a build takes for a frame, and a rerun with nothing to do, by episodes of a
-    scene.
+def time_by_episodes(counts: tuple[int, int] = (50, 800), frames: int = 6) -> dict[str, Any]:
+    """Seconds per frame of a build, and seconds of a rerun with nothing to do, by the number of
+    episodes in a scene.
     """
     found: dict[str, Any] = {"milliseconds_per_frame": {}, "rerun_seconds": {}}
     with tempfile.TemporaryDirectory() as folder:
@@ -199,11 +199,11 @@ def measure(trajectories: int = 12, frames: int = 10, rounds: int = 3) -> dict[s
     with tempfile.TemporaryDirectory() as folder:
         make_sample(Path(folder, "source"), trajectories=trajectories, frames=frames)
         figures = throughput(Path(folder, "source"), rounds)
-    return {**figures, "many": many()}
+    return {**figures, "many": memory_by_episodes()}
 
 
 def runtime_table(figures: dict[str, Any]) -> None:
-    """Print them."""
+    """Print the results of `measure`."""
     print(f"\nprocesses and threads, {figures['frames']} frames")
     for name, speed in figures["frames_per_second"].items():
         print(f"  {name:<30} {speed:>6.1f} frames/s")
@@ -221,7 +221,9 @@ def runtime_table(figures: dict[str, Any]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trajectories", type=int, default=12)
-    parser.add_argument("--frames", type=int, default=10, help="of the first; the others differ")
+    parser.add_argument(
+        "--frames", type=int, default=10, help="frames of the first trajectory; others differ"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     runtime_table(measure(options.trajectories, options.frames, options.rounds))

@@ -1,8 +1,8 @@
-"""Occupancy and visibility of a frame against other ways, in one run, and how its time grows.
+"""Occupancy and visibility of a frame compared with other methods, and growth of its time.
 
-A part of scripts/bench. What is compared gets the same rays and the same cells; whether ours is
-exact is checked in the same run, by rational arithmetic for a sample of rays and, for the whole
-frame, against rays that are followed one by one.
+Part of scripts/bench. All methods get the same rays and the same cells, in one run. The run also
+checks that ours is exact: a sample of rays by rational arithmetic, and the whole frame against rays
+that are followed one by one.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ class Scene:
         self.size: Size = episode.image_size
 
 
-def best(
+def best_time(
     run: Callable[[], object], repeats: int, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """The time of the fastest of several calls in seconds, to exclude effects of other load."""
+    """The time of the fastest of several calls, seconds, to exclude effects of other load."""
     times = []
     for _ in range(repeats):
         start = clock()
@@ -68,11 +68,11 @@ def best(
 
 
 def measure(source: Path, repeats: int) -> dict[str, Any]:
-    """All figures, as a dictionary that JSON takes."""
+    """All figures, as a dictionary for JSON."""
     warm_up()
     scene, grid, threads = Scene(source), Grid.of(Config()), numba.get_num_threads()
-    compared = _compared(scene, grid, repeats)
-    numba.set_num_threads(1)  # How time grows is asked of the processor's clock, on one core.
+    compared = _compare(scene, grid, repeats)
+    numba.set_num_threads(1)  # Growth is measured as processor time of one core.
     try:
         growth = {
             "rays": _growth_with_rays(scene, repeats),
@@ -90,23 +90,23 @@ def measure(source: Path, repeats: int) -> dict[str, Any]:
     }
 
 
-def _known(scene: Scene, grid: Grid, K: np.ndarray, size: Size) -> float:
-    """Have the camera's packets made; how much its first frames take beyond later ones, in seconds
-    of the processor.
+def _setup_seconds(scene: Scene, grid: Grid, K: np.ndarray, size: Size) -> float:
+    """Processor seconds that a camera's first frames take beyond later ones, to make its ray
+    packets.
     """
     state = np.empty(grid.cells, np.uint8)
 
     def frame() -> None:
         observe(grid, scene.cloud, scene.poses[0], K, size, state)
 
-    first = best(lambda: [frame() for _ in range(6)], 1, time.process_time)
-    return first - 6 * best(frame, 3, time.process_time)
+    first = best_time(lambda: [frame() for _ in range(6)], 1, time.process_time)
+    return first - 6 * best_time(frame, 3, time.process_time)
 
 
 # Ours and others, on frame 0
 
 
-def _compared(scene: Scene, grid: Grid, repeats: int) -> dict[str, Any]:
+def _compare(scene: Scene, grid: Grid, repeats: int) -> dict[str, Any]:
     K, size = scene.K, scene.size
     packets = RayPackets.of(grid, K, size)
     assert packets is not None
@@ -114,17 +114,17 @@ def _compared(scene: Scene, grid: Grid, repeats: int) -> dict[str, Any]:
     observe(grid, scene.cloud, scene.poses[0], K, size, state)
     blank = state & OCCUPIED
 
-    _known(scene, grid, K, size)
+    _setup_seconds(scene, grid, K, size)
     seconds = {
-        "ours: voxelise, see, pack": best(
+        "ours: voxelise, see, pack": best_time(
             lambda: observe(grid, scene.cloud, scene.poses[0], K, size, state), 10 * repeats
         )
     }
-    # What is observed already costs what it cost the first time, so one state serves all calls.
+    # Observed cells cost the same as unobserved ones, so all calls can use one state.
     ours, single = blank.copy(), blank.copy()
-    seconds["ours: see only"] = best(lambda: follow_packets(packets, ours), 10 * repeats)
+    seconds["ours: see only"] = best_time(lambda: follow_packets(packets, ours), 10 * repeats)
     ends = first_occupied(grid, K, size, single)
-    seconds["single exact rays: see only"] = best(
+    seconds["single exact rays: see only"] = best_time(
         lambda: first_occupied(grid, K, size, single), repeats
     )
     marched, solid = np.zeros(grid.cells, bool), torch.from_numpy(blank > 0)
@@ -132,10 +132,10 @@ def _compared(scene: Scene, grid: Grid, repeats: int) -> dict[str, Any]:
     def march() -> None:
         marched[:] = fixed_stride(grid, K, size, solid).numpy()
 
-    seconds["fixed stride in PyTorch: see only"] = best(march, 2)
+    seconds["fixed stride in PyTorch: see only"] = best_time(march, 2)
     octomap = _octomap(grid, K, size, ends)
     if octomap is not None:
-        seconds["OctoMap, insertPointCloud: see only"] = best(octomap, 3)
+        seconds["OctoMap, insertPointCloud: see only"] = best_time(octomap, 3)
     seen, occupied = (ours & OBSERVED) > 0, blank > 0
     whole = seconds["ours: voxelise, see, pack"]
     return {
@@ -145,7 +145,7 @@ def _compared(scene: Scene, grid: Grid, repeats: int) -> dict[str, Any]:
         "cells_that_differ_from_single_rays": int((ours != single).sum()),
         "rays_checked_rationally": RATIONAL_RAYS,
         "rays_that_differ_from_rational": _wrong_rays(grid, K, occupied, seen, ends),
-        # Of the occupied cells that each calls visible.
+        # Shares of the occupied cells that each method calls visible.
         "fixed_stride_hidden_share": _share(occupied & marched, ~seen),
         "fixed_stride_missed_share": _share(occupied & seen, ~marched),
     }
@@ -158,7 +158,7 @@ def _share(cells: np.ndarray, wrong: np.ndarray) -> float:
 def _octomap(
     grid: Grid, K: np.ndarray, size: Size, ends: np.ndarray
 ) -> Callable[[], object] | None:
-    """A function that traces the same rays with OctoMap; None without OctoMap."""
+    """A function that traces the same rays with OctoMap; None if it is not installed."""
     try:
         import octomap
     except ImportError:
@@ -166,7 +166,7 @@ def _octomap(
     u, v = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
     x, y = (u + 0.5 - K[0, 2]) / K[0, 0], (v + 0.5 - K[1, 2]) / K[1, 1]
     rays = np.stack([x, y, np.ones_like(x)], -1).astype(np.float64)
-    # A ray that meets nothing ends where it leaves the grid.
+    # A ray without a hit ends at the edge of the grid.
     lower = np.asarray(grid.lower)
     upper = lower + np.asarray(grid.shape) * grid.voxel_size
     with np.errstate(divide="ignore"):
@@ -187,9 +187,9 @@ def _octomap(
 def _wrong_rays(
     grid: Grid, K: np.ndarray, occupied: np.ndarray, seen: np.ndarray, ends: np.ndarray
 ) -> int:
-    """Of a sample of rays, how many rational arithmetic sees otherwise."""
+    """Number of rays of a sample for which rational arithmetic gives another result."""
     sys.path.append(str(Path(__file__).parent.parent / "tests"))
-    from test_visibility import crossed_cells  # The oracle of the tests of exactness.
+    from test_visibility import crossed_cells  # The reference of the tests of exactness.
 
     fx, fy, cx, cy = (Fraction(float(K[i])) for i in ((0, 0), (1, 1), (0, 2), (1, 2)))
     half, wrong = Fraction(1, 2), 0
@@ -225,10 +225,10 @@ def _growth_with_cells(scene: Scene, repeats: int) -> list[dict[str, float]]:
 
 
 def _frame(scene: Scene, grid: Grid, K: np.ndarray, size: Size, repeats: int) -> dict[str, float]:
-    """Milliseconds of frame 0 and of a camera's beginning, on one core; megabytes that it keeps."""
-    beginning = _known(scene, grid, K, size)
+    """Milliseconds of frame 0 and of a camera's setup on one core, and the megabytes it keeps."""
+    beginning = _setup_seconds(scene, grid, K, size)
     state = np.empty(grid.cells, np.uint8)
-    seconds = best(
+    seconds = best_time(
         lambda: observe(grid, scene.cloud, scene.poses[0], K, size, state),
         4 * repeats,
         time.process_time,
@@ -239,9 +239,9 @@ def _frame(scene: Scene, grid: Grid, K: np.ndarray, size: Size, repeats: int) ->
 
 
 def _growth_with_frames(scene: Scene, grid: Grid) -> list[dict[str, float]]:
-    """Milliseconds a frame of ever longer walks, up and down the trajectory, on one core."""
+    """Milliseconds per frame on one core, for longer and longer walks along the trajectory."""
     state, rows = np.empty(grid.cells, np.uint8), []
-    # So that any ten frames in a row are of the same kind: every fifth, then those beside them.
+    # Every fifth frame, then their neighbours, so that any ten frames in a row are comparable.
     spread = [scene.poses[t] for start in range(5) for t in range(start, len(scene.poses), 5)]
 
     def walk(frames: int) -> None:
@@ -249,9 +249,9 @@ def _growth_with_frames(scene: Scene, grid: Grid) -> list[dict[str, float]]:
             pose = spread[t % len(spread)]
             observe(grid, scene.cloud, pose, scene.K, scene.size, state)
 
-    _known(scene, grid, scene.K, scene.size)
+    _setup_seconds(scene, grid, scene.K, scene.size)
     for frames in (10, 50, 100, 500):
-        seconds = best(partial(walk, frames), max(3, 500 // frames), time.process_time)
+        seconds = best_time(partial(walk, frames), max(3, 500 // frames), time.process_time)
         rows.append({"frames": frames, "frame_ms": 1e3 * seconds / frames})
     return rows
 

@@ -1,6 +1,6 @@
-"""How many frames a second `render` makes of each view, encoding included.
+"""Frames per second of `render` for each view, including encoding.
 
-Called by scripts/bench; alone, `python scripts/bench_visual.py` prints the same figures.
+Part of scripts/bench. Run directly, `python scripts/bench_visual.py` prints the same figures.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SIZE = (1280, 480)
 
 
 def visual(source: Path, size: tuple[int, int] = SIZE) -> dict[str, dict[str, float]]:
-    """Times for the first trajectory of a source, with the start-up separate from the frames."""
+    """Times for the first trajectory of a source. Start-up is measured separately."""
     with tempfile.TemporaryDirectory() as folder:
         summary = build("internnav", source, folder, limit=1)
         assert not summary.failures, summary.failures
@@ -52,7 +52,9 @@ def visual_table(found: dict[str, dict[str, float]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("input", type=Path, nargs="?", help="an InternData-N1 tree; else a sample")
+    parser.add_argument(
+        "input", type=Path, nargs="?", help="an InternData-N1 tree; default: a sample"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         source = options.input

@@ -1,4 +1,4 @@
-"""What MkDocs asks for while it builds the site."""
+"""Hooks for MkDocs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ ROOT = Path(__file__).parent.parent
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the list of changes, which lies beside the README."""
+    """Add CHANGELOG.md, which is outside docs/."""
     text = (ROOT / "CHANGELOG.md").read_text()
     files.append(File.generated(config, "changes.md", content=text))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """GitHub wants bars inside of code escaped in tables; Python-Markdown shows the backslash."""
+    """Remove the backslash from `\\|` in tables: GitHub needs it, Python-Markdown shows it."""
     return re.sub(r"`[^`\n]*`", lambda code: code[0].replace("\\|", "|"), markdown)

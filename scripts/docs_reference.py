@@ -1,6 +1,6 @@
-"""The parts of docs/settings.md and docs/commands.md that are made from the code.
+"""Generate the parts of docs/settings.md and docs/commands.md that come from the code.
 
-usage: python scripts/docs_reference.py            # scripts/docs runs it before it builds the site
+usage: python scripts/docs_reference.py            # scripts/docs runs this before building the site
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def updated(page: str, name: str) -> str:
-    """The text of a page with its part made anew, between <!-- name --> and <!-- end -->."""
+    """A page's text with the part between <!-- name --> and <!-- end --> generated again."""
     begin, end = f"<!-- {name}: made by scripts/docs -->", "<!-- end -->"
     before, _, rest = page.partition(begin)
     _, marker, after = rest.partition(end)
@@ -71,7 +71,7 @@ def _sections(command: click.Command, name: str, parent: click.Context) -> list[
 
 
 def _escaped(text: str) -> str:
-    """Words in which Markdown finds no links, columns or emphasis."""
+    """Escape text so that Markdown finds no links, columns or emphasis in it."""
     return re.sub(r"([\[\]|*_<>])", r"\\\1", inspect.cleandoc(text))
 
 
@@ -95,7 +95,7 @@ def _default(value: Any) -> str:
 
 
 def _values(annotation: Any) -> list[str]:
-    """What an annotation takes, in words."""
+    """Describe the values of an annotation."""
     names = {float: "number", int: "whole number", bool: "`true`, `false`"}
     if annotation is type(None):  # Not set.
         return []
@@ -114,11 +114,11 @@ def _values(annotation: Any) -> list[str]:
         return [f"{inner}, {limits}" if limits else inner]
     if origin is Union or type(annotation).__name__ == "UnionType":
         return [words for argument in arguments for words in _values(argument)]
-    raise TypeError(f"{annotation}: say in settings_table what it takes")
+    raise TypeError(f"{annotation}: _values cannot describe it; add it there")
 
 
 def _limit(constraint: Any) -> str:
-    """A bound in words; of pydantic's FieldInfo those that it holds."""
+    """Describe a bound, or the bounds in a pydantic FieldInfo."""
     if hasattr(constraint, "metadata"):
         return ", ".join(filter(None, map(_limit, constraint.metadata)))
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -130,7 +130,7 @@ def _limit(constraint: Any) -> str:
 
 
 PARTS = {"settings": settings_table, "commands": command_reference}
-"""The pages that have such a part, and what makes it."""
+"""The pages with generated parts, and the functions that generate them."""
 
 
 if __name__ == "__main__":

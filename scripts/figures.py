@@ -1,9 +1,9 @@
-"""The figures of the documentation: concepts, and plots of the tables of measurements.
+"""The figures of the documentation: drawings of concepts, and plots of the measurements.
 
-    .venv/bin/python scripts/figures.py [FOLDER]     docs/figures if not given
+    .venv/bin/python scripts/figures.py [FOLDER]     default: docs/figures
 
-Rays are followed by the project's own kernel, and numbers are read from the defaults and from the
-tables in docs/, so that a figure says what the code does.
+The project's own kernel follows the rays, and numbers come from the defaults and from the tables in
+docs/, so that the figures match the code.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _extent(
 
 
 def _camera(axes: Axes, place: tuple[float, float], angle: float, size: float = 0.3) -> None:
-    """A camera from above, or from the side: a wedge that opens along its view, radians."""
+    """A camera from above or from the side: a wedge that opens in its direction, radians."""
     turned = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     corners = np.array([[0, 0], [size, 0.55 * size], [size, -0.55 * size]]) @ turned.T
     axes.add_patch(Polygon(corners + place, closed=True, color="0.15"))
@@ -92,7 +92,7 @@ def grid() -> Figure:
         (_plain(side, (z0 - 0.9, z1 + 0.5), (-y1 - 0.8, -y0 + 0.5)), y0, y1, "from the side"),
         (_plain(above, (z0 - 0.9, z1 + 0.5), (-x1 - 0.8, -x0 + 0.5)), x0, x1, "from above"),
     ):
-        # Forward is to the right in both; down the page is down in one, and right in the other.
+        # Forward is to the right in both. Down the page is down in one and right in the other.
         axes.add_patch(Rectangle((z0, -high), z1 - z0, high - low, fc="#eef3fa", ec=SOLID, lw=1.5))
         lines = np.arange(0, z1 - z0 + 0.01, 0.25)
         for z in z0 + lines:
@@ -116,7 +116,7 @@ def grid() -> Figure:
 
 
 def visibility() -> Figure:
-    """A slice of a grid: rays through cells, as the kernel follows them."""
+    """A slice of a grid with rays through cells, followed by the kernel."""
     size, shape = 0.25, (17, 1, 22)
     cells = Grid((-2.125, -0.125, -0.5), size, shape)
     solid = np.zeros((shape[0], shape[2]), bool)
@@ -172,7 +172,7 @@ def _key(axes: Axes, x: float, y: float, text: str, **how: object) -> None:
 
 
 def _draw_ray(axes: Axes, cells: Grid, solid: np.ndarray, slope: float) -> None:
-    """From the camera to the first solid cell, or to the grid's end."""
+    """A ray from the camera to the first solid cell, or to the end of the grid."""
     z = np.arange(0, cells.lower[2] + cells.shape[2] * cells.voxel_size, 0.005)
     i = np.floor((slope * z - cells.lower[0]) / cells.voxel_size).astype(int)
     k = np.floor((z - cells.lower[2]) / cells.voxel_size).astype(int)
@@ -187,7 +187,7 @@ def _draw_ray(axes: Axes, cells: Grid, solid: np.ndarray, slope: float) -> None:
 
 
 def fusion() -> Figure:
-    """Two points of one frame, and what two other frames say of them."""
+    """Two points of one frame, which two other frames support or contradict."""
     figure = Figure(figsize=(9.4, 4.6), layout="constrained")
     axes = _plain(figure.subplots(), (-0.5, 8.3), (-2.5, 2.1))
     axes.add_patch(Rectangle((5, -2), 0.18, 3.9, color=SOLID))
@@ -223,7 +223,7 @@ def fusion() -> Figure:
 
 
 def frames() -> Figure:
-    """The world, and the camera with its grid at two moments, from above."""
+    """The world and the camera with its grid at two times, from above."""
     figure = Figure(figsize=(8.6, 5.1), layout="constrained")
     axes = _plain(figure.subplots(), (-1.0, 8.6), (-1.3, 4.4))
     _arrow(axes, (0, 0), (1.1, 0), "0.15", "X", (0.18, 0))
@@ -260,7 +260,7 @@ def frames() -> Figure:
 
 
 def tables(page: str, heading: str) -> list[list[list[str]]]:
-    """The tables under a heading of a page, as rows of cells without their header."""
+    """The tables under a heading of a page, as rows of cells without headers."""
     text = (DOCS / page).read_text()
     section = re.split(r"^## ", text.split(f"## {heading}\n", 1)[1], maxsplit=1, flags=re.M)[0]
     found = []
@@ -278,7 +278,7 @@ def number(text: str) -> float:
 
 
 def accuracy() -> Figure:
-    """How near the visible cells are to the truth, by what corrupts the recording."""
+    """Distance of visible cells from the truth, by the corruption of the recording."""
     table = (DOCS / "measurements.md").read_text()
     rows = re.findall(
         r"^\| ([^|]*)\| (evidence|union) \| ([\d.]+) \| [\d.]+ \| ([\d.]+)% \|", table, flags=re.M
@@ -302,7 +302,7 @@ def accuracy() -> Figure:
 
 
 def performance() -> Figure:
-    """Milliseconds a frame, by rays and by cells."""
+    """Milliseconds per frame, by rays and by cells."""
     rays, cells, _ = tables("performance.md", "Growth")
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)

@@ -1,8 +1,8 @@
-"""A baseline for visibility: rays sampled at a fixed stride, all at once, in PyTorch.
+"""A baseline for visibility: all rays are sampled at a fixed stride, in PyTorch.
 
-This is how occupancy pipelines usually find what a camera sees. It visits a cell several times or
-not at all: a stride of one cell steps over the corners of others, and the first sample in an
-occupied cell may lie behind one that was missed.
+Occupancy pipelines usually compute visibility this way. It visits some cells several times and
+misses others: a stride of one cell skips corners of cells, and the first sample in an occupied cell
+may be behind an occupied cell that was missed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from occgen_hub.occupancy.grid import Grid
 def fixed_stride(
     grid: Grid, K: np.ndarray, size: tuple[int, int], occupied: torch.Tensor
 ) -> torch.Tensor:
-    """(cells,) bool: the cells in which a sample lies, up to each ray's first in an occupied one.
+    """(cells,) bool: the cells with samples, up to each ray's first sample in an occupied cell.
 
     occupied: (cells,) bool.
     """

@@ -1,12 +1,12 @@
-"""Spoils files of sources, datasets and exports, and holds every command to its manners.
+"""Corrupts files of sources, datasets and exports, and checks how every command handles them.
 
-A case takes one of the subjects below, spoils one to three of its files and runs one command on it,
-or two, in processes of their own. A finding is: a traceback, a signal, an exit code other than 0, 1
-and 2, raw escape characters, too much time, memory or output; a dataset that `validate` calls valid
-and a reader then cannot read; and a build that ends with 0 and is not valid.
+A case takes one of the subjects below, corrupts one to three of its files and runs one or two
+commands on it, each in a separate process. A finding is: a traceback, a signal, an exit code other
+than 0, 1 and 2, raw escape characters, too much time, memory or output; a dataset that `validate`
+calls valid and a reader cannot read; and a build that ends with 0 and is not valid.
 
-A case is made from the seed and its number alone, and can be run again: the command for that is
-printed with each finding.
+A case depends only on the seed and its number. The command that repeats it is printed with each
+finding.
 """
 
 from __future__ import annotations
@@ -39,29 +39,29 @@ os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # Processes are forked.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import yaml
-from fuzz_mutations import LARGEST, spoil
+from fuzz_mutations import LARGEST, corrupt
 
 from occgen_hub import cli
 from occgen_hub.files import sha256
 
 SECONDS, MEGABYTES, CHARACTERS = 40, 1500, 200_000
-"""What a command may take and say: of processor time, of memory beyond this process's own."""
+"""Limits for a command: processor time, memory beyond this process's own, and output."""
 
 ADDRESS_SPACE = 24 << 30
-"""Bytes that a process may ask for, so that the machine outlives it."""
+"""Bytes that a process may allocate, to protect the machine."""
 
 COARSE = ("--set", "voxel_size=0.25")
 CAPTURES = ("tum", "seven_scenes", "scannet", "transforms", "plain", "colmap", "colmap_text", "bag")
 
 Step = tuple[str, ...] | Callable[[Path], object]
-"""Arguments of the command line, in which {root} and {out} are folders; or a reader's function."""
+"""Command-line arguments, with {root} and {out} as placeholders for folders, or a function."""
 
 
 @dataclass
 class Subject:
-    """What is spoiled: a folder, and what is run on it.
+    """A folder to corrupt, and the commands to run on it.
 
-    plans: each a list of steps; `then`: what must succeed where the plan's first step ended with 0.
+    plans: lists of steps; `then`: steps that have to succeed after a step that ended with 0.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Subject:
 
 
 def load(root: Path) -> None:
-    """Every frame of a dataset, as trainers read it."""
+    """Read every frame of a dataset as a trainer does."""
     from occgen_hub.training import OccupancyDataset
 
     keys = ("occupancy", "mask", "labels", "pose", "intrinsics", "image", "depth", "task")
@@ -85,7 +85,7 @@ def load(root: Path) -> None:
 
 
 def load_occupancy(root: Path) -> None:
-    """Every frame's occupancy of an export, without LeRobot."""
+    """Read the occupancy of every frame of an export, without LeRobot."""
     from occgen_hub.training import OccupancyDataset
 
     dataset = OccupancyDataset(root, keys=("occupancy", "mask", "pose", "intrinsics"))
@@ -94,7 +94,7 @@ def load_occupancy(root: Path) -> None:
 
 
 def load_export(root: Path) -> None:
-    """Every frame of an export, as LeRobot reads it, with its occupancy."""
+    """Read every frame of an export with LeRobot, including occupancy."""
     from occgen_hub.lerobot.dataset import LeRobotOccupancyDataset
 
     dataset = LeRobotOccupancyDataset("made/up", root=root)
@@ -103,17 +103,17 @@ def load_export(root: Path) -> None:
 
 
 def read_video(root: Path) -> None:
-    """Every frame of videos, which no engine sees."""
+    """Read every frame of videos, without an engine."""
     read_source("video", root)
 
 
 def read_capture(root: Path) -> None:
-    """Every frame of captures without depth."""
+    """Read every frame of captures without depth."""
     read_source("capture", root)
 
 
 def read_source(kind: str, root: Path) -> None:
-    """Every frame of a source's episodes."""
+    """Read every frame of a source's episodes."""
     from occgen_hub.builder import load_builder
     from occgen_hub.job import list_episodes
 
@@ -124,15 +124,15 @@ def read_source(kind: str, root: Path) -> None:
             episode.read_rgb(frame)
 
 
-def run_here(*arguments: str | Path) -> None:
-    """A command that must succeed, in a process of its own."""
-    code = forked(partial(command, list(map(str, arguments))), Path(os.devnull), None)[0]
+def run_checked(*arguments: str | Path) -> None:
+    """Run a command that has to succeed, in a separate process."""
+    code = run_forked(partial(command, list(map(str, arguments))), Path(os.devnull), None)[0]
     if code:
-        raise RuntimeError(f"{arguments}: ended with {code}")
+        raise RuntimeError(f"{arguments}: exit code {code}")
 
 
 def subjects(place: Path, only: tuple[str, ...] = ()) -> Iterator[Subject]:
-    """All of them, made below a folder."""
+    """Make all subjects in a folder."""
     build = ("build", "--input", "{root}", "--output", "{out}", *COARSE, "--workers", "1")
     valid: dict[str, Step] = {"build": ("validate", "{out}")}
 
@@ -144,7 +144,7 @@ def subjects(place: Path, only: tuple[str, ...] = ()) -> Iterator[Subject]:
         if not sample.exists():
             options = ("--trajectories", "2", "--frames", "2", "--seed", "3", *options)
             options += () if name == "vlnce" else ("--labels",)
-            run_here("sample", sample, *options)
+            run_checked("sample", sample, *options)
             shutil.rmtree(sample / "ground_truth", ignore_errors=True)
         return sample
 
@@ -189,7 +189,7 @@ def subjects(place: Path, only: tuple[str, ...] = ()) -> Iterator[Subject]:
 def captures(
     place: Path, tree: Path, wanted: Callable[[str], bool], build: Step, valid: dict[str, Step]
 ) -> Iterator[Subject]:
-    """A recording in each layout that the source `capture` reads."""
+    """Make a recording in each layout that the source `capture` reads."""
     sys.path.append(str(Path(__file__).parent.parent / "tests"))
     import captures as layouts
 
@@ -216,9 +216,9 @@ def captures(
 
 
 def datasets(place: Path, tree: Path, wanted: Callable[[str], bool]) -> Iterator[Subject]:
-    """A built dataset, and an export of it."""
+    """Make a built dataset and an export of it."""
     root, export = place / "dataset/root", place / "export/root"
-    run_here("build", "--input", tree, "--output", root, *COARSE, "--workers", "1")
+    run_checked("build", "--input", tree, "--output", root, *COARSE, "--workers", "1")
     first = sorted(p.parent.parent.relative_to(root) for p in root.rglob("meta/occgen.json"))[0]
     one = "{root}/" + first.as_posix()
     reads: dict[str, Step] = {"validate": load}
@@ -242,7 +242,7 @@ def datasets(place: Path, tree: Path, wanted: Callable[[str], bool]) -> Iterator
         yield Subject("dataset", root, plans, reads)
     if wanted("export"):
         export.parent.mkdir(parents=True, exist_ok=True)
-        run_here("export", root, export)
+        run_checked("export", root, export)
         plans = [
             *([("validate", "{root}")],) * 3,
             *([load_occupancy],) * 2,
@@ -256,7 +256,7 @@ def datasets(place: Path, tree: Path, wanted: Callable[[str], bool]) -> Iterator
 
 
 def settings(place: Path, tree: Path) -> Subject:
-    """A file of settings, and a viewpoint."""
+    """Make a settings file and a viewpoint file."""
     from occgen_hub.config import Config
 
     root = place / "settings/root"
@@ -284,7 +284,7 @@ def settings(place: Path, tree: Path) -> Subject:
 
 
 def command(arguments: list[str]) -> int:
-    """Run the command line; its exit code."""
+    """Run the command line. Returns its exit code."""
     sys.argv = ["occgen-hub", *arguments]
     try:
         cli.main()
@@ -293,17 +293,17 @@ def command(arguments: list[str]) -> int:
     return 0
 
 
-def forked(
-    work: Callable[[], object], said: Path, seconds: float | None = SECONDS
+def run_forked(
+    work: Callable[[], object], output: Path, seconds: float | None = SECONDS
 ) -> tuple[int, str, float, float]:
-    """Run in a process of its own: exit code or minus the signal, output, seconds, megabytes."""
+    """Run in a separate process. Returns exit code or -signal, output, seconds, megabytes."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # There are threads of libraries, all of them idle.
+        warnings.simplefilter("ignore")  # Libraries have threads, which are idle.
         child = os.fork()
     if not child:
         code = 70
         try:
-            handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(handle, 1)
             os.dup2(handle, 2)
             sys.stdout = io.TextIOWrapper(
@@ -317,7 +317,7 @@ def forked(
                 resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds) + 1))
                 resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
                 resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 30, 2 << 30))
-            code = _code(work)
+            code = _exit_code(work)
         finally:
             with contextlib.suppress(Exception):
                 sys.stdout.flush()
@@ -331,14 +331,14 @@ def forked(
             os.killpg(child, signal.SIGKILL)
         time.sleep(0.01)
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(child, signal.SIGKILL)  # What it left running.
-    with said.open(errors="replace", newline="") as file:
-        text = file.read(CHARACTERS + 1) if said.is_file() else ""
+        os.killpg(child, signal.SIGKILL)  # Its remaining children.
+    with output.open(errors="replace", newline="") as file:
+        text = file.read(CHARACTERS + 1) if output.is_file() else ""
     used = usage.ru_utime + usage.ru_stime
     return os.waitstatus_to_exitcode(status), text, used, usage.ru_maxrss / 1e3
 
 
-def _code(work: Callable[[], object]) -> int:
+def _exit_code(work: Callable[[], object]) -> int:
     from occgen_hub.errors import OccGenError
 
     try:
@@ -352,22 +352,22 @@ def _code(work: Callable[[], object]) -> int:
         return 70
 
 
-def sign_again(root: Path, path: Path) -> str:
-    """Let a dataset's records say what is there, so that a reader goes further than a checksum."""
+def update_checksum(root: Path, path: Path) -> str:
+    """Update a file's checksum in its dataset's record, so that readers do not stop there."""
     for parent in path.parents:
         record = parent / "meta/occgen.json"
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             values = json.loads(record.read_text())
             values["files"][path.relative_to(parent).as_posix()] = sha256(path)
             record.write_text(json.dumps(values, indent=1))
-            return ", signed again"
+            return ", checksum updated"
         if parent == root:
             break
     return ""
 
 
 class Case:
-    """One number's case. `run` gives what is wrong, "" for nothing."""
+    """One case. `run` returns a description of the finding, "" if there is none."""
 
     def __init__(self, subject: Subject, number: int, seed: int, place: Path, floor: float) -> None:
         self.rng = random.Random(f"{seed} {number}")
@@ -377,41 +377,41 @@ class Case:
 
     def run(self) -> str:
         root = Path(shutil.copytree(self.subject.root, self.place / "root", symlinks=True))
-        self.spoil(root)
+        self.corrupt(root)
         plan = self.rng.choice(self.subject.plans)
         finalize = self.subject.name == "dataset" and plan[0] != ("finalize", "{root}")
-        if finalize and self.signed:
+        if finalize and self.update_checksums:
             plan = [("finalize", "{root}"), *plan]
         for number, step in enumerate(plan):
-            wrong, code, said = self.step(step, number)
+            wrong, code, output = self.step(step, number)
             if wrong:
-                return f"{wrong}\n{said[-3000:]}"
+                return f"{wrong}\n{output[-3000:]}"
             then = self.subject.then.get(step[0] if isinstance(step, tuple) else "")
             if code == 0 and then is not None:
-                wrong, code, said = self.step(then, number + 10)
+                wrong, code, output = self.step(then, number + 10)
                 if wrong or code:
-                    return f"{wrong or f'ends with {code} after a 0'}\n{said[-3000:]}"
+                    return f"{wrong or f'exit code {code} after a 0'}\n{output[-3000:]}"
         return ""
 
-    def spoil(self, root: Path) -> None:
-        """Spoil one to three files, kinds before numbers: there are more images than tables."""
+    def corrupt(self, root: Path) -> None:
+        """Corrupt one to three files. Picks a kind first, since most files are images."""
         kinds: dict[str, list[Path]] = {}
         for path in sorted(root.rglob("*")):
             if path.is_file() and path.suffix != ".lock":
                 kinds.setdefault(path.suffix + path.parent.name[:4], []).append(path)
-        self.signed = self.rng.random() < 0.6
+        self.update_checksums = self.rng.random() < 0.6
         for _ in range(self.rng.choice((1, 1, 1, 2, 3))):
             path = self.rng.choice(kinds[self.rng.choice(sorted(kinds))])
             if not path.is_file():
-                continue  # It is a folder or a pipe by now.
-            how = spoil(path, self.rng)
+                continue  # An earlier change made it a folder or a pipe.
+            how = corrupt(path, self.rng)
             small = path.is_file() and path.stat().st_size <= LARGEST
-            if self.subject.name == "dataset" and self.signed and small:
-                how += sign_again(root, path)
+            if self.subject.name == "dataset" and self.update_checksums and small:
+                how += update_checksum(root, path)
             self.lines.append(f"{path.relative_to(root)}: {how}")
 
     def step(self, step: Step, number: int) -> tuple[str, int, str]:
-        """What is wrong with a step, its exit code, and what it said."""
+        """Run a step. Returns what is wrong, the exit code and the output."""
         root, out = self.place / "root", self.place / "out"
         if isinstance(step, tuple):
             arguments = [
@@ -422,26 +422,26 @@ class Case:
         else:
             work = partial(step, root)
             self.lines.append(getattr(step, "__name__", "reader"))
-        code, said, seconds, megabytes = forked(work, self.place / f"said{number}")
+        code, output, seconds, megabytes = run_forked(work, self.place / f"said{number}")
         self.codes.append(str(code))
         wrong = ""
         if code not in (0, 1, 2):
-            wrong = f"ended with {code}, {seconds:.0f} s"
-        elif "Traceback (most recent" in said:
+            wrong = f"exit code {code} after {seconds:.0f} s"
+        elif "Traceback (most recent" in output:
             wrong = "a traceback"
-        elif "\x1b" in said or "\r" in said or "\0" in said:
+        elif "\x1b" in output or "\r" in output or "\0" in output:
             wrong = "raw control characters"
-        elif len(said) > CHARACTERS:
+        elif len(output) > CHARACTERS:
             wrong = f"more than {CHARACTERS} characters"
         elif megabytes - self.floor > MEGABYTES:
             wrong = f"{megabytes - self.floor:.0f} MB"
-        elif code and not said.strip():
-            wrong = f"ended with {code} and said nothing"
-        return wrong, code, said
+        elif code and not output.strip():
+            wrong = f"exit code {code} without a message"
+        return wrong, code, output
 
 
 def import_all() -> None:
-    """What commands import, so that each process has it when it begins."""
+    """Import what the commands need, so that each forked process has it from the start."""
 
     import occgen_hub.api
     import occgen_hub.exporting
@@ -455,16 +455,20 @@ def import_all() -> None:
 
 
 def main() -> None:
-    """Run cases until the time is over; end with 1 where there was a finding."""
+    """Run cases until the time is over. The exit code is 1 if there was a finding."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=60, help="how long; 60 if not given")
-    parser.add_argument("--seed", type=int, default=0, help="another seed makes other cases")
-    parser.add_argument("--first", type=int, default=0, help="the first case's number")
-    parser.add_argument("--case", type=int, help="run this case alone, and say all of it")
-    parser.add_argument("--only", nargs="*", default=(), metavar="SUBJECT", help="of these alone")
-    parser.add_argument("--keep", type=Path, help="where folders of findings go")
+    parser.add_argument(
+        "--minutes", type=float, default=60, help="duration in minutes; default: 60"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="each seed gives other cases")
+    parser.add_argument("--first", type=int, default=0, help="number of the first case")
+    parser.add_argument("--case", type=int, help="run only this case, and print everything")
+    parser.add_argument(
+        "--only", nargs="*", default=(), metavar="SUBJECT", help="only these subjects"
+    )
+    parser.add_argument("--keep", type=Path, help="copy the folders of findings here")
     options = parser.parse_args()
     import_all()
     with tempfile.TemporaryDirectory(prefix="occgen-fuzz-") as folder:
@@ -473,10 +477,10 @@ def main() -> None:
 
 
 def fuzz(place: Path, options: argparse.Namespace) -> int:
-    """The cases, one after another; how many findings there were."""
+    """Run the cases one after another. Returns the number of findings."""
     everything = list(subjects(place / "subjects", tuple(options.only)))
     weights = [len({str(plan) for plan in subject.plans}) for subject in everything]
-    floor = forked(lambda: 0, place / "said", None)[3]
+    floor = run_forked(lambda: 0, place / "said", None)[3]
     end, number, found = time.monotonic() + 60 * options.minutes, options.first, 0
     counts: Counter[str] = Counter()
     if options.case is not None:
@@ -494,7 +498,7 @@ def fuzz(place: Path, options: argparse.Namespace) -> int:
             print(
                 f"\n{again}\n{subject.name}",
                 *case.lines,
-                wrong or "as it should be",
+                wrong or "no finding",
                 sep="\n",
                 flush=True,
             )
@@ -502,7 +506,7 @@ def fuzz(place: Path, options: argparse.Namespace) -> int:
         if wrong and options.keep:
             shutil.copytree(here, options.keep / f"{options.seed}-{number}", symlinks=True,
                             ignore=shutil.ignore_patterns("*.jpg"), dirs_exist_ok=True,
-                            copy_function=_copied)  # fmt: skip
+                            copy_function=_copy_small)  # fmt: skip
         shutil.rmtree(here, ignore_errors=True)
         if options.case is not None:
             break
@@ -513,7 +517,7 @@ def fuzz(place: Path, options: argparse.Namespace) -> int:
     return found
 
 
-def _copied(source: str, target: str) -> None:
+def _copy_small(source: str, target: str) -> None:
     with contextlib.suppress(OSError, shutil.Error):
         if Path(source).is_file() and Path(source).stat().st_size < 1 << 28:
             shutil.copyfile(source, target)

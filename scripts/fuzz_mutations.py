@@ -1,4 +1,4 @@
-"""Ways to spoil a file: its bytes, its values as its kind has them, and what is at its place."""
+"""Mutations of a file: change its bytes, change values of its format, or replace it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 import yaml
 from PIL import Image
 
-Spoil = Callable[[Path, random.Random], str]
-"""Changes a file and says how. Any error of it means that nothing is changed."""
+Mutation = Callable[[Path, random.Random], str]
+"""Changes a file and returns a description. If it raises an error, nothing is changed."""
 
 WORDS = (
     "",
@@ -57,8 +57,8 @@ def flip_bytes(path: Path, rng: random.Random) -> str:
     return f"{len(places)} bytes changed, the first at {places[0]}"
 
 
-def flip_near_the_ends(path: Path, rng: random.Random) -> str:
-    """Change a byte where headers and footers are."""
+def flip_near_ends(path: Path, rng: random.Random) -> str:
+    """Change a byte near the start or the end, where headers and footers are."""
     data = bytearray(path.read_bytes())
     place = min(rng.randrange(200), len(data) - 1)
     place = rng.choice((place, len(data) - 1 - place))
@@ -68,7 +68,7 @@ def flip_near_the_ends(path: Path, rng: random.Random) -> str:
 
 
 def write_a_number(path: Path, rng: random.Random) -> str:
-    """Overwrite some bytes by a number that is an extreme."""
+    """Overwrite some bytes with an extreme number."""
     data = bytearray(path.read_bytes())
     width = rng.choice((2, 4, 8))
     number = rng.choice(NUMBERS) & ((1 << 8 * width) - 1)
@@ -78,7 +78,7 @@ def write_a_number(path: Path, rng: random.Random) -> str:
     return f"{number} written at {place}"
 
 
-def cut(path: Path, rng: random.Random) -> str:
+def truncate(path: Path, rng: random.Random) -> str:
     """Cut the end off."""
     data = path.read_bytes()
     kept = rng.choice((0, 1, len(data) // 2, max(0, len(data) - 1), rng.randrange(len(data) + 1)))
@@ -87,20 +87,20 @@ def cut(path: Path, rng: random.Random) -> str:
 
 
 def move_bytes(path: Path, rng: random.Random) -> str:
-    """Take a piece out, or put one in again elsewhere, or many times."""
+    """Remove a piece, or insert it elsewhere once or many times."""
     data = path.read_bytes()
     start = rng.randrange(len(data))
     piece = data[start : start + rng.choice((1, 16, 1000))]
     if rng.random() < 0.4:
         path.write_bytes(data[:start] + data[start + len(piece) :])
-        return f"{len(piece)} bytes out at {start}"
+        return f"{len(piece)} bytes removed at {start}"
     place, times = rng.randrange(len(data)), rng.choice((1, 1, 100, 10_000))
     path.write_bytes(data[:place] + piece * times + data[place:])
-    return f"{len(piece)} bytes of {start} put in at {place}, {times} times"
+    return f"{len(piece)} bytes from {start} inserted at {place}, {times} times"
 
 
-def replace_by_a_neighbour(path: Path, rng: random.Random) -> str:
-    """Put another file of the folder, or of one of those above, at its place."""
+def replace_by_other_file(path: Path, rng: random.Random) -> str:
+    """Replace a file by another one of its folder or a parent folder."""
     others = sorted(
         p for p in path.parents[rng.randrange(3)].rglob("*") if p.is_file() and p != path
     )
@@ -109,8 +109,8 @@ def replace_by_a_neighbour(path: Path, rng: random.Random) -> str:
     return f"replaced by {other.name}"
 
 
-def change_the_place(path: Path, rng: random.Random) -> str:
-    """Put something else than a file there."""
+def replace_by_special(path: Path, rng: random.Random) -> str:
+    """Replace a file by something that is not a regular file with content."""
     kind = rng.choice(
         ("nothing", "folder", "loop", "dangling", "outside", "pipe", "sparse", "folder")
     )
@@ -128,14 +128,14 @@ def change_the_place(path: Path, rng: random.Random) -> str:
     elif kind == "sparse":
         with path.open("wb") as file:
             file.truncate(rng.choice((1 << 20, 1 << 33, 1 << 40)))
-    return f"{kind} at its place"
+    return f"replaced by {kind}"
 
 
 # Words and numbers
 
 
 def change_text(path: Path, rng: random.Random) -> str:
-    """Replace one word of a text by another."""
+    """Replace one word of a text."""
     words = path.read_text().split(" ")
     place = rng.randrange(len(words))
     words[place] = str(rng.choice((*ODD, "1e400", "-" * 20, "9" * 400, "0x10", "{", "]", "\ufeff")))
@@ -144,7 +144,7 @@ def change_text(path: Path, rng: random.Random) -> str:
 
 
 def change_value(value: Any, rng: random.Random) -> Any:
-    """A nested value with one thing in it changed, missing or added."""
+    """A nested value with one item changed, removed or added."""
     if isinstance(value, dict) and value and rng.random() < 0.85:
         key = rng.choice(sorted(value, key=str))
         how = rng.random()
@@ -173,7 +173,7 @@ def change_json(path: Path, rng: random.Random) -> str:
 
 
 def change_jsonl(path: Path, rng: random.Random) -> str:
-    """Change a value of a line, or the lines."""
+    """Change a value in a line, or the lines."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     how = rng.random()
     if how < 0.1:
@@ -197,7 +197,7 @@ def change_yaml(path: Path, rng: random.Random) -> str:
 
 
 def change_parquet(path: Path, rng: random.Random) -> str:
-    """Change a column of a table, or its rows; and write it in another way."""
+    """Change a column or the rows of a table, and write it with another layout."""
     table = pq.read_table(path)
     number = rng.randrange(table.num_columns)
     field, column = table.schema.field(number), table.column(number).to_pylist()
@@ -208,7 +208,7 @@ def change_parquet(path: Path, rng: random.Random) -> str:
         for _ in range(rng.choice((1, len(column)))):
             place = rng.randrange(len(column))
             column[place] = change_value(column[place], rng)
-        table = table.set_column(number, field.name, _as_near(column, field.type))
+        table = table.set_column(number, field.name, _as_array(column, field.type))
     elif how == "drop":
         table = table.remove_column(number)
     elif how == "null":
@@ -233,8 +233,8 @@ def change_parquet(path: Path, rng: random.Random) -> str:
     return f"column {field.name}: {how}"
 
 
-def _as_near(column: list[Any], kind: pa.DataType) -> pa.Array:
-    """Values as an array of a type, or of the one that they have."""
+def _as_array(column: list[Any], kind: pa.DataType) -> pa.Array:
+    """Values as an array of a type if possible, else of their own type."""
     for attempt in (lambda: pa.array(column, kind), lambda: pa.array(column)):
         try:
             return attempt()
@@ -244,7 +244,7 @@ def _as_near(column: list[Any], kind: pa.DataType) -> pa.Array:
 
 
 def change_array(array: np.ndarray, rng: random.Random) -> np.ndarray:
-    """Another type, shape, or values."""
+    """Change an array's type, shape or values."""
     how = rng.choice(("type", "shape", "values", "values", "empty", "more", "order"))
     if how == "type":
         kind = rng.choice(
@@ -268,7 +268,7 @@ def change_array(array: np.ndarray, rng: random.Random) -> np.ndarray:
 
 
 def change_npz(path: Path, rng: random.Random) -> str:
-    """Change an array, its name, or how they are kept."""
+    """Change an array, its name, or the compression."""
     with np.load(path) as archive:
         arrays = {name: archive[name] for name in archive.files}
     name, how = rng.choice(sorted(arrays)), rng.random()
@@ -283,7 +283,7 @@ def change_npz(path: Path, rng: random.Random) -> str:
 
 
 def change_npz_header(path: Path, rng: random.Random) -> str:
-    """Change bytes of the header of an array within the archive, whose checksum fits again."""
+    """Change bytes of an array's header in the archive, and update the checksum."""
     with zipfile.ZipFile(path) as archive:
         members = {name: bytearray(archive.read(name)) for name in archive.namelist()}
     name = rng.choice(sorted(members))
@@ -298,7 +298,7 @@ def change_npz_header(path: Path, rng: random.Random) -> str:
 
 
 def change_ply(path: Path, rng: random.Random) -> str:
-    """Change a word of the header of a cloud, or a number of its points."""
+    """Change a word of a point cloud's header, or a number of its points."""
     data = path.read_bytes()
     end = data.index(b"end_header\n") + 11
     if rng.random() < 0.6:
@@ -320,7 +320,7 @@ def change_ply(path: Path, rng: random.Random) -> str:
 
 
 def change_image(path: Path, rng: random.Random) -> str:
-    """Another size, mode, or kind of picture."""
+    """Change an image's size, mode or format."""
     image: Image.Image = Image.open(path)
     image.load()
     how = rng.choice(("size", "mode", "kind", "black", "long"))
@@ -340,7 +340,7 @@ def change_image(path: Path, rng: random.Random) -> str:
 
 
 def change_tar(path: Path, rng: random.Random) -> str:
-    """Add something odd to an archive, or spoil one of its files."""
+    """Add an unusual member to an archive, or corrupt one of its files."""
     with tarfile.open(path) as archive:
         members = [(member, archive.extractfile(member)) for member in archive]
         held = [(member, file.read() if file else b"") for member, file in members]
@@ -370,18 +370,18 @@ def change_tar(path: Path, rng: random.Random) -> str:
         if how != "spoil":
             extra.size = len(content) if extra.isfile() else 0
             archive.addfile(extra, io.BytesIO(content))
-            if how == "huge":  # A header that announces more than there is.
+            if how == "huge":  # The header claims more data than there is.
                 extra.size = 1 << 40
                 assert archive.fileobj is not None
                 archive.fileobj.write(extra.tobuf())
     return f"archive: {how} {extra.name[:40]!r}"
 
 
-ANY: tuple[Spoil, ...] = (
-    *(flip_bytes, flip_near_the_ends, write_a_number, cut, move_bytes),
-    *(replace_by_a_neighbour, change_the_place),
+ANY: tuple[Mutation, ...] = (
+    *(flip_bytes, flip_near_ends, write_a_number, truncate, move_bytes),
+    *(replace_by_other_file, replace_by_special),
 )
-OF_KIND: dict[str, tuple[Spoil, ...]] = {
+OF_KIND: dict[str, tuple[Mutation, ...]] = {
     ".json": (change_json, change_json, change_json, change_text),
     ".jsonl": (change_jsonl, change_jsonl, change_jsonl, change_text),
     ".yaml": (change_yaml, change_yaml, change_text),
@@ -397,7 +397,7 @@ OF_KIND: dict[str, tuple[Spoil, ...]] = {
 }
 
 
-FAILURES = (
+MUTATION_ERRORS = (
     *(ValueError, TypeError, LookupError, OSError, ArithmeticError, AssertionError, EOFError),
     *(RecursionError, SyntaxError, zlib.error, struct.error),
     *(
@@ -408,27 +408,27 @@ FAILURES = (
         yaml.YAMLError,
     ),
 )
-"""What a way to spoil may end with where a file is not what its name says."""
+"""Errors that a mutation may raise if a file's content does not match its name."""
 
 LARGEST = 1 << 26
-"""Bytes of a file that is spoiled, which is read whole."""
+"""Maximum bytes of a file to corrupt, since it is read whole."""
 
 
-def spoil(path: Path, rng: random.Random) -> str:
-    """Change a file in one of the ways that suit it, and say how."""
+def corrupt(path: Path, rng: random.Random) -> str:
+    """Apply a suitable mutation to a file. Returns its description."""
     if path.stat().st_size > LARGEST:
-        return "left alone, it is too large by now"
+        return "unchanged, too large"
     ways = (*ANY, *OF_KIND.get(path.suffix, ()))
     before = path.read_bytes()
     for _ in range(20):
         try:
             return rng.choice(ways)(path, rng)
-        except FAILURES:  # It was spoiled before, and is of its kind no more.
-            _put_back(path, before)
-    return "left alone"
+        except MUTATION_ERRORS:  # An earlier change broke its format.
+            _restore(path, before)
+    return "unchanged"
 
 
-def _put_back(path: Path, content: bytes) -> None:
+def _restore(path: Path, content: bytes) -> None:
     if path.is_dir() and not path.is_symlink():
         path.rmdir()
     path.unlink(missing_ok=True)

@@ -1,9 +1,9 @@
-"""A build of many made-up scenes from one dataset on a Hub to another, killed again and again.
+"""Build many synthetic scenes from one Hub dataset to another, and kill the build repeatedly.
 
     .venv/bin/python scripts/rehearse_scale.py [--scenes 20 200] [--kills 20] [--planned 10000]
 
-The Hub is the one of the tests, on the loopback address. What it has at the end is compared with a
-build of the same archives from a folder. docs/scale.md says what the figures mean.
+The Hub is the test server on the loopback address. Its final content is compared with a build of
+the same archives from a folder. docs/scale.md explains the figures.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from occgen_hub.sample import make_sample
 from occgen_hub.validation import validate
 
 PAUSE = 0.02
-"""Seconds between two looks at what the build holds."""
+"""Seconds between two measurements of a build's disk and memory use."""
 
 DAMAGED = 20
-"""One scene in so many is damaged."""
+"""One scene in this many is damaged."""
 
 SOURCE, TARGET = "org/source", "org/target"
 
@@ -66,44 +66,44 @@ print(json.dumps({"scenes": len(job.refs), "listing": listed - begin, "planning"
 
 
 def make_archives(folder: Path, frames: int) -> list[bytes]:
-    """Archives of scenes of two trajectories: two that are whole, and three that are damaged.
+    """Make archives of scenes with two trajectories: two intact and three damaged ones.
 
-    The damaged ones have an image that is empty, are cut off, and are no archive at all.
+    Of the damaged ones, one has an empty image, one is truncated and one is not an archive.
     """
     found = []
     for seed in (7, 8):
         tree = folder / f"sample-{seed}"
         make_sample(tree, trajectories=2, frames=frames, seed=seed)
         (scene,) = (path for path in (tree / "sample_zed").iterdir() if path.is_dir())
-        found.append(packed(scene, folder / "scene.tar.gz"))
+        found.append(pack_scene(scene, folder / "scene.tar.gz"))
     next(iter(scene.rglob("*.jpg"))).write_bytes(b"")
-    return [*found, packed(scene, folder / "scene.tar.gz"), found[0][:5000], b"<!DOCTYPE html>"]
+    return [*found, pack_scene(scene, folder / "scene.tar.gz"), found[0][:5000], b"<!DOCTYPE html>"]
 
 
-def packed(scene: Path, place: Path) -> bytes:
-    """An archive of a scene's folder."""
+def pack_scene(scene: Path, place: Path) -> bytes:
+    """Pack a scene's folder into an archive."""
     with tarfile.open(place, "w:gz") as archive:
         archive.add(scene, scene.name)
     return place.read_bytes()
 
 
-def name_of(number: int) -> str:
-    """The archive of a scene, below the root."""
+def archive_name(number: int) -> str:
+    """The archive's path of a scene, relative to the root."""
     return f"group_{number % 4}/scene_{number:05d}.tar.gz"
 
 
-def content_of(archives: list[bytes], number: int) -> bytes:
-    """What the archive of a scene holds."""
+def archive_content(archives: list[bytes], number: int) -> bytes:
+    """The content of a scene's archive."""
     if number % DAMAGED == DAMAGED // 2:
         return archives[2 + number // DAMAGED % 3]
     return archives[number % 2]
 
 
 def make_tree(archives: list[bytes], root: Path, scenes: int) -> None:
-    """A tree of archives, under links so that each is stored once."""
+    """Make a tree of archives with links, so that each is stored once."""
     stored: dict[bytes, Path] = {}
     for number in range(scenes):
-        content, place = content_of(archives, number), root / name_of(number)
+        content, place = archive_content(archives, number), root / archive_name(number)
         place.parent.mkdir(parents=True, exist_ok=True)
         if content in stored:
             place.hardlink_to(stored[content])
@@ -117,15 +117,15 @@ def make_tree(archives: list[bytes], root: Path, scenes: int) -> None:
 
 @dataclass
 class Peaks:
-    """The most that a build held at a time, bytes. disk: in scratch and output together; memory: of
-    all its processes, shared pages counted in each.
+    """Peak use of a build, bytes. disk: scratch and output together; memory: of all its processes,
+    with shared pages counted in each.
     """
 
     disk: int = 0
     scratch: int = 0
     memory: int = 0
 
-    def look(self, process: subprocess.Popen[bytes], out: Path, scratch: Path) -> None:
+    def update(self, process: subprocess.Popen[bytes], out: Path, scratch: Path) -> None:
         """Look once."""
         memory = 0
         with suppress(psutil.Error):
@@ -134,13 +134,13 @@ class Peaks:
                 with suppress(psutil.Error):
                     memory += member.memory_info().rss
         self.memory = max(self.memory, memory)
-        used = held(scratch)
+        used = folder_bytes(scratch)
         self.scratch = max(self.scratch, used)
-        self.disk = max(self.disk, used + held(out))
+        self.disk = max(self.disk, used + folder_bytes(out))
 
 
-def held(folder: Path) -> int:
-    """The bytes of the files below a folder that changes."""
+def folder_bytes(folder: Path) -> int:
+    """The bytes of the files in a folder that may change meanwhile."""
     total = 0
     with suppress(OSError):
         for path in folder.rglob("*"):
@@ -150,7 +150,7 @@ def held(folder: Path) -> int:
 
 
 def command(root: str | Path, out: Path, workers: int, limit: str, *more: str) -> list[str]:
-    """A build's command, with cells so large that they take little time."""
+    """A build's command, with large cells to save time."""
     return [
         sys.executable, "-m", "occgen_hub", "build", "--input", str(root), "--output", str(out),
         "--workers", str(workers), "--scratch", str(scratch_of(out)), "--scratch-limit", limit,
@@ -159,12 +159,12 @@ def command(root: str | Path, out: Path, workers: int, limit: str, *more: str) -
 
 
 def scratch_of(out: Path) -> Path:
-    """Where a build has its scratch."""
+    """The scratch folder of a build."""
     return out.with_name(f"{out.name}-scratch")
 
 
 def run(arguments: list[str], out: Path, peaks: Peaks, after: float | None, **env: str) -> int:
-    """Run a build, killed after so many seconds if it takes that long. Returns its exit status."""
+    """Run a build, killed after `after` seconds if still running. Returns its exit status."""
     process = subprocess.Popen(
         arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         env=os.environ | {"TQDM_DISABLE": "1"} | env,
@@ -175,7 +175,7 @@ def run(arguments: list[str], out: Path, peaks: Peaks, after: float | None, **en
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             break
-        peaks.look(process, out, scratch_of(out))
+        peaks.update(process, out, scratch_of(out))
         time.sleep(PAUSE)
     return process.returncode
 
@@ -185,7 +185,7 @@ def served(archives: list[bytes], scenes: int) -> Iterator[Hub]:
     """A Hub with the archives."""
     hub = Hub()
     repository = Repository(private=False)
-    files = {f"traj/{name_of(n)}": content_of(archives, n) for n in range(scenes)}
+    files = {f"traj/{archive_name(n)}": archive_content(archives, n) for n in range(scenes)}
     card = b"---\nlicense: cc-by-nc-sa-4.0\n---\n"
     repository.commit("main", files | {"README.md": card}, "rooms")
     hub.repositories[SOURCE] = repository
@@ -200,8 +200,8 @@ def served(archives: list[bytes], scenes: int) -> Iterator[Hub]:
 
 @dataclass
 class Rehearsal:
-    """What came of it. kills: that met a running build; runs: seconds of each; requests: to the
-    Hub; commits, files: of the target; problems: what is not as it should be, in words.
+    """Results. kills: number that hit a running build; runs: seconds of each; requests: to the Hub;
+    commits, files: of the target; problems: descriptions of what is wrong.
     """
 
     scenes: int
@@ -219,9 +219,9 @@ def rehearse(
     folder: Path, archives: list[bytes], scenes: int, kills: int, *,
     workers: int = 2, limit: str = "500MB", seed: int = 1, times: tuple[float, float] = (5, 20),
 ) -> Rehearsal:  # fmt: skip
-    """Build scenes from one repository to another, killed so often, and compare what it has.
+    """Build scenes from one repository to another with `kills` kills, and check the target.
 
-    times: seconds after which a build is killed, from and to.
+    times: shortest and longest time before a kill, seconds.
     """
     chance, found = random.Random(seed), Rehearsal(scenes)
     tree, out, plain = folder / "tree", folder / "out", folder / "plain"
@@ -244,7 +244,7 @@ def rehearse(
             if status in (0, 1) and attempt >= kills:
                 break
             if status not in (0, 1, -signal.SIGKILL):
-                found.problems.append(f"a run ended with {status}")
+                found.problems.append(f"a run ended with exit code {status}")
                 break
         target = hub.repositories[TARGET]
         found.requests, found.commits = len(hub.asked), len(target.commits)
@@ -261,27 +261,27 @@ def rehearse(
 
 
 def compare(there: Path, plain: Path, out: Path) -> Iterator[str]:
-    """What the Hub has that a plain build has not, or the other way round, or what stayed here."""
+    """Yield differences between the Hub and a plain build, and files that were not deleted here."""
     ours, theirs = ({
         path.relative_to(root).as_posix(): path.read_bytes() for path in files_under(root)
         if "/" in path.relative_to(root).as_posix() and path.relative_to(root).parts[0] not in
         (".logs", "index")
     } for root in (there, plain))  # fmt: skip
     for name in sorted(ours.keys() ^ theirs.keys()):
-        yield f"{name}: only {'there' if name in ours else 'in the plain build'}"
+        yield f"{name}: only {'on the Hub' if name in ours else 'in the plain build'}"
     for name in sorted(ours.keys() & theirs.keys()):
-        # A record has the licence, which the archives in a folder do not say.
+        # A record has the licence, which is unknown for archives in a folder.
         if ours[name] != theirs[name] and not name.endswith("meta/occgen.json"):
             yield f"{name}: differs"
-    rows, own = read_entries(there), read_entries(plain)  # Raises where one is there twice.
+    rows, own = read_entries(there), read_entries(plain)  # Raises for duplicates.
     if rows.keys() != own.keys():
-        yield f"the index has {len(rows)} episodes, that of the plain build {len(own)}"
+        yield f"the index has {len(rows)} episodes, the index of the plain build has {len(own)}"
     for name in rows.keys() & own.keys():
         if rows[name].shard_sha256 != own[name].shard_sha256:
             yield f"{name}: its shards differ"
     yield from (str(finding) for finding in validate(there).findings)
     if left := [path for path in files_under(out) if path.suffix in (".npz", ".parquet", ".jpg")]:
-        yield f"{left[0]}: and {len(left)} files in all stayed here"
+        yield f"{len(left)} files were not deleted here, such as {left[0]}"
 
 
 def main() -> None:
@@ -290,7 +290,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--scenes", type=int, nargs="*", default=[20, 200])
-    parser.add_argument("--kills", type=int, default=20, help="of the last; others have fewer")
+    parser.add_argument(
+        "--kills", type=int, default=20, help="kills of the last build; others have fewer"
+    )
     parser.add_argument("--planned", type=int, default=10_000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--frames", type=int, default=2)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The set-up that scripts/demo and scripts/test share: system libraries, a virtual environment in
-# .venv, the pinned packages of requirements.lock, and occgen_hub itself (editable).
+# Sets up everything that the scripts need: system libraries, a virtual environment in .venv, the
+# pinned packages of requirements.lock, and occgen_hub itself (editable).
 #
-# When nothing changed since the last run it only checks that, which takes a fraction of a second.
+# If nothing changed since the last run, it only checks this, in a fraction of a second.
 #   --with-da3                      also install Depth Anything 3, for --engine da3
-#   OCCGEN_PYTHON=/path/to/python   use this Python and no other
-#   OCCGEN_TORCH=cpu                PyTorch without CUDA, 3 GB less; OCCGEN_TORCH=cuda goes back
+#   OCCGEN_PYTHON=/path/to/python   use only this Python
+#   OCCGEN_TORCH=cpu                PyTorch without CUDA, 3 GB less; OCCGEN_TORCH=cuda undoes this
 set -euo pipefail
 
 # uv installs the packages faster than pip does; without it pip installs the same ones.
@@ -14,9 +14,9 @@ uv_pin="uv==0.13.9"
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv="$root/.venv"
 py="$venv/bin/python"
-stamp="$venv/.occgen-setup"                 # what the finished set-up was made from
-unfinished="$venv/.occgen-setup-unfinished" # there while a set-up runs: a leftover means it was cut off
-torch_note="$venv/.occgen-torch"            # says cpu where PyTorch was installed without CUDA
+stamp="$venv/.occgen-setup"                 # digest of the inputs of the finished set-up
+unfinished="$venv/.occgen-setup-unfinished" # exists during a set-up; if left over, it was interrupted
+torch_note="$venv/.occgen-torch"            # "cpu" if PyTorch was installed without CUDA
 
 with_da3=""
 for option in "$@"; do
@@ -49,16 +49,16 @@ case ${OCCGEN_TORCH:-} in
     *) die "OCCGEN_TORCH is $OCCGEN_TORCH; set it to cpu or cuda, or unset it." ;;
 esac
 installed_torch() { cat "$torch_note" 2>/dev/null || printf 'cuda\n'; }
-torch=${OCCGEN_TORCH:-$(installed_torch)} # without a wish, as it was
+torch=${OCCGEN_TORCH:-$(installed_torch)} # default: unchanged
 
-# Nothing here asks anything, and no setting for another environment may leak into this one.
+# No prompts, and no settings of other environments.
 exec </dev/null
 unset PYTHONHOME PYTHONPATH PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIREMENT UV_SYSTEM_PYTHON
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 
 # --- Python -------------------------------------------------------------------------------------
 
-# Prints "ok 3.12", or why this Python will not do. Old Pythons must be able to parse it.
+# Prints "ok 3.12", or why this Python cannot be used. Old Pythons have to be able to parse it.
 probe='
 import sys
 version = "%d.%d" % sys.version_info[:2]
@@ -72,18 +72,18 @@ else:
         free = sysconfig.get_config_var("Py_GIL_DISABLED")
         print("is the free-threaded build of " + version if free else "ok " + version)
     except ImportError as error:
-        print("is Python %s without a needed part: %s" % (version, error))
+        print("is Python %s without a required module: %s" % (version, error))
 '
 
-# A command that is there but fails, as a pyenv shim of a version that is not active, is no Python:
-# only running it tells.
+# A python command may exist and still fail, such as the pyenv shim of an inactive version. So it has
+# to be run.
 probe_python() {
     local answer
     answer=$("$1" -I -c "$probe" 2>/dev/null) || answer=""
     printf '%s\n' "${answer:-does not run}"
 }
 
-# Every place where a Python may be, one path a line, the likeliest first.
+# Prints all paths where a Python may be, one per line, the most likely first.
 python_candidates() {
     local version name home="${HOME:-/nonexistent}" folder
     for version in 3.12 3.13; do
@@ -103,7 +103,7 @@ python_candidates() {
     printf '%s\n' "${PYENV_ROOT:-$home/.pyenv}"/versions/*/bin/python "$home"/.pyenv/versions/*/bin/python
 }
 
-# Sets base_python. 3.12 comes first, then 3.13: the pinned packages have wheels for these two.
+# Sets base_python. Prefers 3.12, then 3.13: the pinned packages have wheels for these two.
 find_python() {
     local candidate answer rank best=9 seen=$'\n' looked=""
     base_python=""
@@ -136,15 +136,15 @@ find_python() {
     [ "$best" != 2 ] ||
         say "only a Python newer than 3.13 was found; the pinned packages may have no wheels for it."
     [ -z "$base_python" ] || return 0
-    say "these were looked at, with the folders of pyenv and uv:"
-    printf '%s' "${looked:-"  (there was none at all)"$'\n'}" >&2
-    die "no Python 3.12 or newer that runs was found; get one with 'uv python install 3.12', 'pyenv install 3.12' or 'apt-get install python3.12 python3.12-venv', or point OCCGEN_PYTHON at one, and run this again."
+    say "these Pythons were found, including the folders of pyenv and uv:"
+    printf '%s' "${looked:-"  (none)"$'\n'}" >&2
+    die "no working Python 3.12 or newer was found; install one with 'uv python install 3.12', 'pyenv install 3.12' or 'apt-get install python3.12 python3.12-venv', or set OCCGEN_PYTHON to one, and run this again."
 }
 
 # --- System libraries ---------------------------------------------------------------------------
 
-# Prints the Debian packages of those libraries that cannot be loaded. Open3D is linked to all of
-# them, and its wheel carries none of them.
+# Prints the Debian packages of the libraries that cannot be loaded. Open3D links to all of them, and
+# its wheel includes none of them.
 missing_libraries='
 import ctypes, sys
 libraries = (
@@ -165,7 +165,7 @@ if sys.platform == "linux":
             print(package)
 '
 
-ensure_libraries() { # $1: a Python to look with
+ensure_libraries() { # $1: the Python for the check
     local packages command
     packages=$("$1" -I -c "$missing_libraries" | tr '\n' ' ')
     packages=${packages% }
@@ -175,23 +175,23 @@ ensure_libraries() { # $1: a Python to look with
         say "installing the system libraries that Open3D and video need: $packages"
         export DEBIAN_FRONTEND=noninteractive
         quietly apt-get update ||
-            say "apt-get update had errors; trying with the package lists at hand."
+            say "apt-get update failed; trying with the existing package lists."
         # shellcheck disable=SC2086  # a list of package names
         quietly apt-get install -y --no-install-recommends $packages ||
-            die "the system libraries could not be installed; run '$command' and then this again."
+            die "the system libraries could not be installed; run '$command', then run this again."
         packages=$("$1" -I -c "$missing_libraries" | tr '\n' ' ')
         [ -z "$packages" ] ||
-            die "these are installed but their libraries still cannot be loaded: ${packages% }; check LD_LIBRARY_PATH and 'ldconfig -p'."
+            die "these packages are installed but their libraries cannot be loaded: ${packages% }; check LD_LIBRARY_PATH and 'ldconfig -p'."
         return 0
     fi
-    say "system libraries are missing (Debian's names: $packages)."
+    say "system libraries are missing (Debian packages: $packages)."
     say "On Fedora: dnf install libusb1 libglvnd-glx libglvnd-egl libgomp libX11 libidn2; on Arch: pacman -S libusb libglvnd gcc-libs libx11 libidn2."
-    die "run 'sudo apt-get update && sudo $command' (or the like for your system), and then this again."
+    die "run 'sudo apt-get update && sudo $command' (or the equivalent for your system), then run this again."
 }
 
 # --- The environment ----------------------------------------------------------------------------
 
-# What the environment is made from: another answer than the stamp's means that it is out of date.
+# Prints a digest of the environment's inputs. If it differs from the stamp, .venv is out of date.
 key='
 import hashlib, pathlib, platform, sys
 root = pathlib.Path(sys.argv[1])
@@ -205,7 +205,7 @@ print(digest.hexdigest())
 
 minor_version() { "$1" -I -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
 
-# Is there an environment, made here to the end or by hand, on a Python that will do?
+# Whether .venv is complete, or made by hand, and has a suitable Python.
 usable() {
     [ -f "$venv/pyvenv.cfg" ] && [ ! -e "$unfinished" ] || return 1
     case $(probe_python "$py") in "ok "*) ;; *) return 1 ;; esac
@@ -219,7 +219,7 @@ up_to_date() {
     [ -z "${OCCGEN_PYTHON:-}" ] || [ "$(minor_version "$py")" = "$(minor_version "$OCCGEN_PYTHON")" ]
 }
 
-# An installer's output without its line for every single package.
+# Prints an installer's output without its lines about single packages.
 shorten() {
     local line
     while IFS= read -r line || [ -n "$line" ]; do
@@ -236,7 +236,7 @@ shorten() {
 with_uv() { "$py" -m uv pip install --python "$py" "$@" 2>&1 | shorten; }
 with_pip() { "$py" -m pip install --progress-bar off "$@" 2>&1 | shorten; }
 
-# uv finds hard links and warns where there are none: across file systems it is told to copy.
+# uv warns if it cannot make hard links, so it has to copy across file systems.
 link_mode() {
     [ -z "${UV_LINK_MODE:-}" ] || return 0
     local cache
@@ -246,14 +246,14 @@ link_mode() {
         "$cache" "$venv" || export UV_LINK_MODE=copy
 }
 
-# An index has PyTorch's CPU builds as versions of their own (2.11.0+cpu), or uv knows where they are.
+# uv knows PyTorch's own index of CPU builds. Other indexes may have them as versions like 2.11.0+cpu.
 install_cpu_pins() {
     local pins="$venv/.requirements-cpu"
     grep -v -E '^(nvidia-|cuda-|triton==)' requirements.lock >"$pins"
     local how=(--no-deps --only-binary ":all:" -r "$pins")
     "$py" -m pip install --quiet "$uv_pin" >/dev/null 2>&1 && link_mode &&
         with_uv --compile-bytecode --torch-backend cpu "${how[@]}" && return
-    say "PyTorch's own index could not be used; trying versions that end in +cpu on yours."
+    say "PyTorch's own index could not be used; trying versions that end in +cpu on your index."
     grep -v -E '^(nvidia-|cuda-|triton==)' requirements.lock |
         sed -E 's/^(torch|torchvision)==([^ +]+)/\1==\2+cpu/' >"$pins"
     with_pip "${how[@]}"
@@ -262,37 +262,38 @@ install_cpu_pins() {
 install_pins() {
     if [ "$torch" = cpu ]; then
         install_cpu_pins && return
-        die "no CPU build of the pinned PyTorch could be fetched; unset OCCGEN_TORCH for the usual build, which runs without a GPU as well."
+        die "no CPU build of the pinned PyTorch could be downloaded; unset OCCGEN_TORCH for the default build, which also runs without a GPU."
     fi
-    # Wheels only: a Python for which the pins have none is told at once, not after a long compile.
+    # Wheels only: if this Python has none, it fails at once and not after a long compilation.
     local how=(--no-deps --only-binary ":all:" -r requirements.lock)
     if "$py" -m pip install --quiet "$uv_pin" >/dev/null 2>&1; then
         link_mode
-        # The system's certificates first, as a company's network may need its own; uv's else.
+        # First with the system's certificates, which company networks may need, then with uv's.
         UV_SYSTEM_CERTS=true with_uv --compile-bytecode "${how[@]}" && return
         with_uv --compile-bytecode "${how[@]}" && return
         say "uv could not install the packages; trying with pip."
     else
-        say "uv could not be installed; pip takes longer for the same packages."
+        say "uv could not be installed; using pip, which is slower."
     fi
     with_pip "${how[@]}"
 }
 
-# With the pinned setuptools, so that nothing unpinned takes part.
+# Uses the pinned setuptools, so that nothing unpinned is involved.
 install_project() {
     "$py" -m pip install --quiet --no-deps --no-build-isolation --editable . >&2
 }
 
-# Pinned by hash, and without what it asks for besides: an older numpy, and much for its own tools.
+# Pinned by hash and without its dependencies: it requires an older numpy, and packages for its own
+# tools.
 install_da3() {
     "$py" -I -c "$has_da3" && return 0
     say "installing Depth Anything 3."
     "$py" -m pip install --quiet --no-deps --no-build-isolation --require-hashes \
         -r requirements-da3.lock >&2 ||
-        die "Depth Anything 3 could not be installed; check the network, and run this again."
+        die "Depth Anything 3 could not be installed; check the network and run this again."
 }
 
-# Are the packages of requirements-da3.lock there, in these versions?
+# Whether the packages of requirements-da3.lock are installed in the pinned versions.
 has_da3='
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -303,13 +304,13 @@ except PackageNotFoundError:
     sys.exit(1)
 '
 
-# Where no driver of NVIDIA's is, CUDA is of no use: how to do without it.
+# Without an NVIDIA driver, explains how to install without CUDA.
 say_what_cuda_takes() {
     if [ "$torch" = cpu ] || [ "$(uname -s)" != Linux ] || type -P nvidia-smi >/dev/null || [ -e /proc/driver/nvidia ]; then
         return 0
     fi
-    say "there is no NVIDIA GPU here, and 3 GB of what is installed are CUDA libraries for one."
-    say "To do without them, where your package index has CPU builds of PyTorch, press Ctrl-C and run: OCCGEN_TORCH=cpu scripts/setup.sh"
+    say "this machine has no NVIDIA GPU, but 3 GB of CUDA libraries will be installed."
+    say "If your package index has CPU builds of PyTorch, you can avoid them: press Ctrl-C and run OCCGEN_TORCH=cpu scripts/setup.sh"
 }
 
 make_environment() {
@@ -318,30 +319,30 @@ make_environment() {
         say "bringing .venv (Python $(minor_version "$py")) up to date with requirements.lock."
         : >"$unfinished"
         rm -f "$stamp"
-        "$py" -I -c 'import pip' 2>/dev/null || "$py" -m ensurepip >/dev/null # uv makes none
+        "$py" -I -c 'import pip' 2>/dev/null || "$py" -m ensurepip >/dev/null # uv environments have no pip
     else
         find_python
         ensure_libraries "$base_python"
-        [ ! -e "$unfinished" ] || say "an earlier set-up was cut off; starting again."
+        [ ! -e "$unfinished" ] || say "an earlier set-up was interrupted; starting again."
         say "making .venv with $base_python (Python $(minor_version "$base_python"))."
         mkdir -p "$venv"
         : >"$unfinished"
         find "$venv/" -mindepth 1 -maxdepth 1 ! -name "${unfinished##*/}" -exec rm -rf {} +
         "$base_python" -m venv "$venv" >&2 ||
-            die "$base_python could not make a virtual environment; set OCCGEN_PYTHON to another Python."
+            die "$base_python could not create a virtual environment; set OCCGEN_PYTHON to another Python."
     fi
     ensure_libraries "$py"
     say_what_cuda_takes
-    say "installing the pinned packages (the first time up to $([ "$torch" = cpu ] && echo 1 || echo 3) GB to fetch: some minutes)."
+    say "installing the pinned packages (the first time: downloads up to $([ "$torch" = cpu ] && echo 1 || echo 3) GB, some minutes)."
     install_pins ||
-        die "the packages of requirements.lock could not be installed with Python $(minor_version "$py"); check the network and the free disk space (10 GB), and that this is Python 3.12 or 3.13, and run this again."
+        die "the packages of requirements.lock could not be installed with Python $(minor_version "$py"); check the network, the free disk space (10 GB) and that this is Python 3.12 or 3.13, then run this again."
     install_project ||
-        die "occgen_hub itself could not be installed from $root; the lines above say why."
-    # Depth Anything 3 is installed without what it asks for.
+        die "occgen_hub itself could not be installed from $root; see the lines above."
+    # Depth Anything 3 is installed without its dependencies, so pip's complaints are ignored.
     "$py" -m pip check 2>&1 | { ! grep -v -e '^depth-anything-3 ' -e '^No broken requirements'; } >&2 ||
-        say "requirements.lock does not fit pyproject.toml, as said above; docs/development.md says how to refresh it."
+        say "requirements.lock does not match pyproject.toml, see above; docs/development.md explains how to update it."
     "$py" -c 'from occgen_hub.occupancy.visibility import warm_up; warm_up()' >/dev/null 2>&1 ||
-        say "the kernels could not be compiled ahead; they will be at their first use."
+        say "the kernels could not be compiled now; they will be compiled at their first use."
     printf '%s\n' "$torch" >"$torch_note"
     "$py" -I -c "$key" "$root" >"$stamp"
     rm -f "$unfinished"
@@ -350,13 +351,13 @@ make_environment() {
 
 cd -- "$root"
 if [ ! -f requirements.lock ] || [ ! -f pyproject.toml ] || [ ! -f setup.py ]; then
-    die "requirements.lock, pyproject.toml or setup.py is missing from $root; get a whole clone."
+    die "requirements.lock, pyproject.toml or setup.py is missing from $root; get a complete clone."
 fi
-# Two runs at once would write over each other: the second waits for the first.
+# A second run waits for the first one, since both write to .venv.
 if type -P flock >/dev/null; then
     exec 9<requirements.lock
     flock --nonblock 9 2>/dev/null || {
-        say "another set-up is at work here; waiting for it."
+        say "another set-up is running here; waiting for it."
         flock 9 || true
     }
 fi

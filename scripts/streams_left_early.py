@@ -1,9 +1,9 @@
-"""Whether a process ends that leaves a stream of `datasets` early, by how its Parquet is laid out.
+"""Check whether a process ends if it stops reading a `datasets` stream early, by Parquet layout.
 
     python scripts/streams_left_early.py SHARD.parquet [--trials N]
 
-The rows of a shard are written in several layouts. Processes stream each of them and leave after
-some rows. Up to version 4 of `datasets`, they may hang or be aborted (apache/arrow 45214).
+The rows of a shard are written in several layouts. Processes stream each layout and stop after some
+rows. Up to version 4 of `datasets`, they may hang or abort (apache/arrow 45214).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ print(number, flush=True)
 """
 
 SECONDS = 30
-"""After which a process that has printed its row counts as hanging."""
+"""Seconds after which a process that has printed its row counts as hanging."""
 
 LAYOUTS = {
     "1 file, 1 row group": (1, 1, 0),
@@ -40,11 +40,11 @@ LAYOUTS = {
     "5 files, 1 row group each": (5, 1, 0),
     "5 files, 1 row group each, left in the third": (5, 1, 2),
 }
-"""Files, row groups of each, and the file in which the stream is left."""
+"""Number of files, row groups per file, and the file in which reading stops."""
 
 
 def write(table: pa.Table, folder: Path, files: int, groups: int) -> int:
-    """Write the rows of a table in that layout; returns the rows of a file."""
+    """Write the rows of a table in a layout. Returns the rows per file."""
     rows = max(1, min(8, table.num_rows // (files * groups)))
     for n in range(files):
         with pq.ParquetWriter(folder / f"{n}.parquet", table.schema) as writer:
@@ -54,7 +54,7 @@ def write(table: pa.Table, folder: Path, files: int, groups: int) -> int:
 
 
 def trials(folder: Path, row: int, count: int) -> Counter[str]:
-    """How processes end that leave the stream of a folder's files at a row."""
+    """Count how processes end if they stop reading a folder's stream at a row."""
     found: Counter[str] = Counter()
     for _ in range(count):
         command = [sys.executable, "-c", LEAVE, str(folder / "*.parquet"), str(row)]

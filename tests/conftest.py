@@ -89,5 +89,5 @@ def people(people_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def real_tree() -> Path:
     """The real InternData-N1 tree, if it is available."""
     if not REAL.is_dir():
-        pytest.skip("../shared/data/internnav is not there")
+        pytest.skip("../shared/data/internnav is missing")
     return REAL

@@ -46,7 +46,7 @@ def seen(*parts: tuple[slice, slice, int]):
     state = occupied.reshape(-1)
     trace(GRID, VIEW.K, VIEW.size, state)
     visible = np.flatnonzero(state == OCCUPIED | OBSERVED).astype(np.int32)
-    return metrics.Seen(visible, np.packbits(state & OBSERVED > 0))
+    return metrics.FrameResult(visible, np.packbits(state & OBSERVED > 0))
 
 
 def layer(k: int):
@@ -163,7 +163,7 @@ def test_slanted_floor_is_not_thin_and_has_correct_incidence():
 
 
 def test_empty_prediction_and_empty_truth_are_accepted():
-    nothing = metrics.Seen(np.zeros(0, np.int32), np.zeros(GRID.cells // 8, np.uint8))
+    nothing = metrics.FrameResult(np.zeros(0, np.int32), np.zeros(GRID.cells // 8, np.uint8))
     assert figures(plane(1.01), nothing)["recall"] == 0
     empty = figures(np.zeros((0, 3, 3)), seen(layer(WALL)))
     assert empty["ghosts"] == 1
@@ -237,7 +237,7 @@ def test_beside_finds_cells_within_reach(seed, reach):
     place = np.argwhere(np.ones(occupied.shape, bool))
     gap = np.abs(place[:, None] - set_cells).max(axis=2)
     expected = (gap <= reach).any(axis=1)
-    np.testing.assert_array_equal(cells.beside(occupied, np.arange(210), reach), expected)
+    np.testing.assert_array_equal(cells.near_set_cells(occupied, np.arange(210), reach), expected)
 
 
 # The table
@@ -307,7 +307,7 @@ def test_invalid_options_are_errors(wrong, capsys):
 def test_file_without_figures_is_an_error(tmp_path, capsys):
     (tmp_path / "a.json").write_text("[]")
     assert accuracy.main(["--from", str(tmp_path / "a.json")]) == 2
-    assert "a.json: holds no table of figures" in capsys.readouterr().err
+    assert "a.json: has no table of figures" in capsys.readouterr().err
 
 
 # Real frames

@@ -521,7 +521,7 @@ def test_body_poses_are_converted_to_camera_poses() -> None:
 
 def test_real_kinect_frames_build_with_one_command(tmp_path: Path) -> None:
     if not KINECT.is_dir():
-        pytest.skip("../shared/data/kinect is not there")
+        pytest.skip("../shared/data/kinect is missing")
     few = tmp_path / "kinect/rgbd-frames"
     few.mkdir(parents=True)
     shutil.copy(KINECT / "camera-intrinsics.txt", few.parent)

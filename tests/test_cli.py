@@ -130,7 +130,7 @@ def test_inspect_without_media_shows_the_cloud(sample_tree, tmp_path):
         (["view", "DATASET"], "name one, for example"),
         (["build", "--input", "EMPTY", "--output", "EMPTY/x"], "inside the input"),
         (["build", "--input", "EMPTY", "--output", "OUT"], "holds no episode"),
-        (["build", "--input", "DATASET/no", "--output", "OUT"], "is not there"),
+        (["build", "--input", "DATASET/no", "--output", "OUT"], "does not exist"),
         (["build", "--input", "EMPTY", "--output", "OUT", "--source", "xyz"], "internnav"),
         (["build", "--input", "SAMPLE", "--output", "OUT", "--engine", "xyz"], "rgbd"),
         (["build", "--input", "EMPTY", "--output", "OUT", "--set", "voxelsize=1"], "voxel_size"),
@@ -239,7 +239,7 @@ def test_dry_run_of_many_episodes_counts_them_by_scene(sample_tree, tmp_path, mo
     command = ["build", "--input", str(sample_tree), "--output", str(tmp_path / "o"), "--dry-run"]
     output = CliRunner().invoke(cli, command, catch_exceptions=False).stdout
     assert re.search(r"^ +2 of +2 to build  sample_zed", output, re.M), output
-    assert "\n2 to build: is not there\n" in output
+    assert "\n2 to build: does not exist\n" in output
     assert "trajectory_0" not in output
     output = CliRunner().invoke(cli, [*command, "--verbose"], catch_exceptions=False).stdout
     assert output.count("trajectory_") == 2

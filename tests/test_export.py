@@ -463,8 +463,8 @@ def test_trajectories_of_one_frame_are_left_out_with_a_remark(built, tmp_path):
     for name in ("a", "z"):
         shutil.copytree(one / "sample_zed", mine / name)
     remarks = export(mine, tmp_path / "out")
-    assert any(r.startswith("LeRobot cannot hold episodes of one frame, which leaves out 2 of 5 ")
-               for r in remarks)  # fmt: skip
+    start = "LeRobot does not support episodes of one frame, which leaves out 2 of 5 "
+    assert any(remark.startswith(start) for remark in remarks)
     ours, frames = OccupancyDataset(built), with_occupancy(tmp_path / "out")
     assert len(frames) == len(ours)
     assert torch.equal(frames[3][VIEW], ours[3]["occupancy"])
@@ -733,7 +733,7 @@ def test_occupancy_of_other_frames_is_refused(built, mine, tmp_path):
     with pytest.raises(OccGenError, match="is not the occupancy of these episodes"):
         with_occupancy(mine)
     shutil.rmtree(mine / "occupancy")
-    with pytest.raises(UsageError, match="files of no episode are here"):
+    with pytest.raises(UsageError, match="no files of its episodes"):
         with_occupancy(mine)
 
 

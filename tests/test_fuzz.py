@@ -15,7 +15,7 @@ from commands import tree
 
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 
-from fuzz_mutations import spoil
+from fuzz_mutations import corrupt
 
 SCRIPT = Path(__file__).parent.parent / "scripts/fuzz.py"
 MINUTES = float(os.environ.get("OCCGEN_FUZZ", "0.5"))
@@ -42,7 +42,7 @@ def test_fuzz_cases_are_reproducible(dataset, tmp_path):
             root = Path(shutil.copytree(dataset, tmp_path / copy))
             rng = random.Random(number)
             path = rng.choice(sorted(path for path in root.rglob("*") if path.is_file()))
-            descriptions.append(spoil(path, rng))
+            descriptions.append(corrupt(path, rng))
             entries = sorted(path for path in root.rglob("*") if not path.is_fifo())
             small = all(path.stat().st_size < 1 << 20 for path in entries if path.exists())
             found.append(tree(root) if small else {})

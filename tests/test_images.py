@@ -125,7 +125,7 @@ def test_png_named_jpg_is_stored_as_jpeg(source_copy, tmp_path, kind, media):
     path.write_bytes(content.getvalue())
     built = build(source_copy, tmp_path / "out", kind=kind, media=media)
     assert [note.text for note in built.notes if note.code == "image format"] == [
-        "0.jpg is a PNG in spite of its name: such images are stored as JPEG"
+        "0.jpg is a PNG despite its name: such images are stored as JPEG"
     ]
     (there,) = trajectories(tmp_path / "out")
     images = [there / RGB / f"{n}.jpg" for n in range(4)]

@@ -196,9 +196,9 @@ def test_convention_check_names_swapped_focal_lengths(v21: Path, episode: Episod
     [
         ({"depth": "observation.depth.side"}, "has no such feature; it has action"),
         ({"depth": "action"}, r"depth action: is float32 of shape \[26\], which cannot be depth"),
-        ({"pose": "action"}, "column action has 26 numbers, which no layout of poses has not"),
+        ({"pose": "action"}, "column action has 26 numbers, which do not fit any pose_layout"),
         ({"info": "action"}, "column action has 26 numbers, not fx, fy, cx, cy or 3 x 3"),
-        ({"pose_layout": "xyz_rpy"}, "has 16 numbers, which xyz_rpy has not"),
+        ({"pose_layout": "xyz_rpy"}, "has 16 numbers, which do not fit xyz_rpy"),
         ({"info": None}, "but no intrinsics"),
     ],
 )

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from occgen_hub.cli import cli
 from occgen_hub.errors import DatasetError
 from occgen_hub.exporting import export
-from occgen_hub.files import LINK_OUT, files_under, leads_out, links_out
+from occgen_hub.files import LINK_OUT, files_under, leaves_folder, links_leaving_folder
 from occgen_hub.hub import contents
 from occgen_hub.loading import Trajectory, trajectories
 from occgen_hub.shards import shards
@@ -77,9 +77,9 @@ def test_links_inside_the_folder_are_allowed(tmp_path):
     (home / "inner/relative").symlink_to("../file")
     (home / "inner/absolute").symlink_to(home / "file")
     for name in ("file", "inner", "inner/relative", "inner/absolute", "inner/missing"):
-        assert not leads_out(home / name, home)
+        assert not leaves_folder(home / name, home)
     assert [path.name for path in files_under(home)] == ["file", "absolute", "relative"]
-    assert not list(links_out(home))
+    assert not list(links_leaving_folder(home))
 
 
 @pytest.mark.parametrize("target", ["../secret", "ABSOLUTE", "up/secret", "chain", "/nowhere"])
@@ -90,9 +90,9 @@ def test_links_out_of_the_folder_are_found(tmp_path, target):
     (home / "up").symlink_to("..")
     (home / "chain").symlink_to("up/secret")
     (home / "link").symlink_to(target.replace("ABSOLUTE", str(tmp_path / "secret")))
-    assert leads_out(home / "link", home)
-    assert leads_out(home / "up/secret", home)
-    assert {path.name for path in links_out(home)} == {"up", "chain", "link"}
+    assert leaves_folder(home / "link", home)
+    assert leaves_folder(home / "up/secret", home)
+    assert {path.name for path in links_leaving_folder(home)} == {"up", "chain", "link"}
     assert not list(files_under(home))
 
 
@@ -101,15 +101,15 @@ def test_folder_may_itself_be_a_link(tmp_path):
     (tmp_path / "real/file").write_text("content")
     (tmp_path / "real/link").symlink_to("file")
     (tmp_path / "named").symlink_to("real")
-    assert not leads_out(tmp_path / "named/file", tmp_path / "named")
-    assert not leads_out(tmp_path / "named/link", tmp_path / "named")
+    assert not leaves_folder(tmp_path / "named/file", tmp_path / "named")
+    assert not leaves_folder(tmp_path / "named/link", tmp_path / "named")
 
 
 def test_circular_links_are_ignored(tmp_path):
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     assert not list(files_under(tmp_path))
-    assert not leads_out(tmp_path / "a", tmp_path)
+    assert not leaves_folder(tmp_path / "a", tmp_path)
 
 
 def test_only_links_to_blobs_of_the_same_repository_are_followed(tmp_path):

@@ -34,7 +34,7 @@ def test_systematic_errors_stay_small_with_a_metric_prior():
     ways = ((96, 8, False, False), (96, 48, True, False), (96, 48, True, True))
     plain, held, closed = (
         bench_joins.error(
-            bench_joins.assembled(0, size, shared, metric=metric, loop=loop, alike=True),
+            bench_joins.assembled(0, size, shared, metric=metric, loop=loop, same_sign=True),
             scaled=not metric,
         )
         for size, shared, metric, loop in ways

@@ -61,7 +61,7 @@ def test_full_size_networks_match_reference_vectors(name, kept):
     """All outputs in float32, and the names and shapes of all tensors."""
     vectors = [(np.load(path), 1) for path in sorted(PARITY.glob(f"{name}.*.npz"))]
     if not vectors and not kept:
-        pytest.skip("../shared/parity is not there; a part of pi3x's vectors is kept and tested")
+        pytest.skip("../shared/parity is missing; a part of pi3x's vectors is kept and tested")
     if kept:
         vectors = [(np.load(STORED_PART), 7)]
     sizes = published(name).sizes
@@ -84,7 +84,7 @@ def test_full_size_networks_match_reference_vectors(name, kept):
 
 def test_stored_part_matches_the_reference_vectors():
     if not PARITY.is_dir():
-        pytest.skip("../shared/parity is not there")
+        pytest.skip("../shared/parity is missing")
     kept, whole = np.load(STORED_PART), np.load(PARITY / "pi3x.all.npz")
     for key, values in whole.items():
         assert np.array_equal(

@@ -600,7 +600,7 @@ def test_other_weights_trigger_a_rebuild(tree, checkpoint, independent_checkpoin
 @pytest.mark.long
 def test_dataset_built_from_the_real_video_is_valid(checkpoint, tmp_path):
     if not REAL.is_dir():
-        pytest.skip("../shared/data/internnav is not there")
+        pytest.skip("../shared/data/internnav is missing")
     video = next(REAL.rglob("observation.video.trajectory/*.mp4"))
     build_video(video, checkpoint, tmp_path / "out")
     report = validate(tmp_path / "out")

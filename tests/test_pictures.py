@@ -224,12 +224,12 @@ def test_frame_cells_hold_the_points_inside_them(trajectory):
     within = (
         rng.uniform(-0.99 * half, 0.99 * half, centres.shape) @ cells.world_from_camera[:3, :3].T
     )
-    assert cells.hold(centres + within).all()
+    assert cells.contain(centres + within).all()
     points = rng.uniform(centres.min(axis=0) - 0.1, centres.max(axis=0) + 0.1, (300, 3))
     axes = cells.world_from_camera[:3, :3]
     near = [bool((np.abs((p - centres) @ axes).max(axis=1) < half).any()) for p in points]
     assert 0 < sum(near) < 300
-    assert cells.hold(points).tolist() == near
+    assert cells.contain(points).tolist() == near
 
 
 def test_cells_of_a_past_frame_are_computed_once(trajectory, monkeypatch):
@@ -237,9 +237,9 @@ def test_cells_of_a_past_frame_are_computed_once(trajectory, monkeypatch):
     from occgen_hub.visual.world import _Occupied
 
     cloud, size, asked = trajectory.cloud(), trajectory.grid.voxel_size, []
-    hold = FrameCells.hold
+    hold = FrameCells.contain
     monkeypatch.setattr(
-        FrameCells, "hold", lambda self, points: (asked.append(1), hold(self, points))[1]
+        FrameCells, "contain", lambda self, points: (asked.append(1), hold(self, points))[1]
     )
     drawn = _Occupied(cloud, size, size)
     for frame in frames(trajectory, 2, 2):  # The history has only every other frame.
@@ -248,11 +248,11 @@ def test_cells_of_a_past_frame_are_computed_once(trajectory, monkeypatch):
 
 
 def test_large_cells_are_drawn_with_edges():
-    from occgen_hub.visual.cubes import CLEAR, framed
+    from occgen_hub.visual.cubes import CLEAR, with_edges
 
     faces = cube_faces(np.array([[0, 0, 0.5], [0, 0, 8.0]]), 0.02, np.zeros(3))
     colors = np.full((len(faces), 3), 200, np.uint8)
-    both, shades = framed(faces, colors, 1000.0, 0.02)  # 40 pixels, and 2.5.
+    both, shades = with_edges(faces, colors, 1000.0, 0.02)  # 40 pixels, and 2.5.
     assert 0.02 / 8 * 1000 < CLEAR < 0.02 / 0.5 * 1000
     assert len(both) == len(faces) + 1
     near, far = faces.owner == 0, faces.owner == 1
@@ -277,7 +277,7 @@ def test_world_view_fills_gaps_of_rotated_cells(trajectory):
     for frame in frames(trajectory, 2, 1):
         numbers, own = drawn.of(frame)
         assert (np.diff(numbers) > 0).all()
-        held = cell_numbers(cloud.points[frame.cells.hold(cloud.points)], size)
+        held = cell_numbers(cloud.points[frame.cells.contain(cloud.points)], size)
         assert np.isin(held, numbers[own]).all()
         assert np.isin(frame.accumulated_world_cells, numbers).all()
         assert np.array_equal(coarser.of(frame)[0], frame.accumulated_world_cells)

@@ -682,7 +682,7 @@ def test_dry_run_writes_nothing(source_copy: Path, out: Path, command: Command) 
     code, output, _ = command(source_copy, out.with_name("other"), "--dry-run")
     assert (code, out.with_name("other").exists()) == (0, False)
     assert "3 of 3 episodes would be built" in output
-    assert f"{FIRST}  to build: is not there\n" in output
+    assert f"{FIRST}  to build: does not exist\n" in output
 
     change_pose(source_copy / FIRST)
     shutil.rmtree(source_copy / SECOND / "data")

@@ -114,7 +114,7 @@ def test_check_source_accepts_a_correct_source(root: Path) -> None:
         ({"ids": ("mine/../walk",)}, "not a valid folder name"),
         ({"ids": ("b/b/b", "a/a/a")}, "is not sorted by id"),
         ({"ids": ("a/a/a", "a/a/a")}, "holds the episode a/a/a twice"),
-        ({"depth": False}, "has_depth.* and read gives the contrary"),
+        ({"depth": False}, "has_depth.* but read returns the opposite"),
         ({"sources": lambda self, ref: []}, "is empty"),
         ({"sources": lambda self, ref: [self.root / "lost"]}, "lost, which is not a file"),
         ({"work": lambda self, ref: -1.0}, "return a number of 0 or more"),

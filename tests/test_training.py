@@ -34,7 +34,7 @@ from occgen_hub.training import KEYS, OccupancyDataset, collate
 
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 
-from bench_opening import make_up, opening
+from bench_opening import measure_opening, write_synthetic_index
 
 COLUMNS = {
     "pose": "observation.camera_extrinsic_occ",
@@ -335,7 +335,7 @@ def test_any_frame_of_a_video_can_be_read(tmp_path, options):
 def test_error_for_missing_shards_names_the_remedy(dataset, tmp_path):
     root = linked_copy(dataset, tmp_path / "npz")
     shutil.rmtree(root / "occupancy")
-    with pytest.raises(UsageError, match=r"files of no episode are here.* run occgen-hub finalize"):
+    with pytest.raises(UsageError, match=r"no files of its episodes.* run occgen-hub finalize"):
         OccupancyDataset(root)
     remove_shards(root)
     with pytest.raises(UsageError, match=r"has no occupancy as Parquet.* run occgen-hub build"):
@@ -418,7 +418,7 @@ def test_partial_dataset_has_only_the_episodes_that_are_present(many, truth, tmp
         np.testing.assert_array_equal(flat(item["occupancy"]), frame["cells"])
     for path in shards(root):
         path.unlink()
-    with pytest.raises(UsageError, match="files of no episode are here; download them"):
+    with pytest.raises(UsageError, match="no files of its episodes; download them"):
         OccupancyDataset(root)
     shutil.rmtree(root / "index")
     with pytest.raises(UsageError, match="has no index; run occgen-hub finalize"):
@@ -593,8 +593,8 @@ def test_reading_one_item_reads_few_bytes(many):
 
 def test_large_dataset_opens_quickly(tmp_path):
     """20,000 episodes with an index and empty shard files."""
-    make_up(tmp_path, 20_000)
-    found = opening(tmp_path)
+    write_synthetic_index(tmp_path, 20_000)
+    found = measure_opening(tmp_path)
     assert (found["episodes"], found["frames"]) == (20_000, 76 * 20_000)
     assert found["core_seconds"] < 2  # CPU time, since other processes may use the cores.
     assert found["bytes_more"] < 300e6

@@ -732,8 +732,8 @@ def test_input_without_videos_is_a_usage_error(tmp_path: Path) -> None:
         (lambda: list_episodes(load_builder("internnav", tmp_path / "in" / "a.txt")),
          "is not a folder; give the root of the source tree as --input, or another --source than "
          "internnav: capture, internnav"),
-        (lambda: check_paths(tmp_path / "no", tmp_path / "out"), "is not there; give what to"),
-        (lambda: check_paths(Path("/dev/null"), tmp_path / "out"), "is not a folder, nor a file"),
+        (lambda: check_paths(tmp_path / "no", tmp_path / "out"), "does not exist; give the input"),
+        (lambda: check_paths(Path("/dev/null"), tmp_path / "out"), "is not a folder or a file"),
         (lambda: check_paths(tmp_path / "in", tmp_path / "in" / "out"), "inside the input"),
         (lambda: check_paths(tmp_path / "in", tmp_path), "is inside the output"),
         (lambda: check_paths(tmp_path / "in", tmp_path / "loop"), "cannot be followed"),
@@ -966,7 +966,7 @@ def test_rotation_angle_and_display_matrix_agree(
     with av.open(str(path)) as container:
         frame = next(container.decode(video=0))
         by_angle = video._QUARTERS.get(frame.rotation % 360, (False, False, False))
-        assert by_angle == video._turn(frame)
+        assert by_angle == video._orientation(frame)
 
 
 # HDR

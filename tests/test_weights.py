@@ -23,7 +23,7 @@ from occgen_hub.engines.weights import (
     published,
     verify,
 )
-from occgen_hub.errors import in_brief
+from occgen_hub.errors import shorten_message
 
 REVISION = published("pi3").revision
 
@@ -147,14 +147,14 @@ def test_error_for_missing_weights_names_the_licence(name):
 
 def test_library_messages_are_shortened_between_words():
     words = "the connection was refused by a machine that nobody knows " * 5
-    short = in_brief(words, 100)
+    short = shorten_message(words, 100)
     assert len(short) <= 104
     assert short.endswith(" ...")
     assert words.startswith(short.removesuffix(" ..."))
     assert words[len(short) - 4] == " "
-    assert in_brief("short.\nand more") == "short"
-    assert in_brief("") == ""
-    assert in_brief("x" * 300, 100) == "x" * 100 + " ..."
+    assert shorten_message("short.\nand more") == "short"
+    assert shorten_message("") == ""
+    assert shorten_message("x" * 300, 100) == "x" * 100 + " ..."
 
 
 def test_long_hub_message_is_shortened_between_words(tmp_path):

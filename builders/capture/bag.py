@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from occgen_hub.camera_mapping import CameraMapping
-from occgen_hub.errors import OccGenError, SourceError, UsageError, in_brief, install_extra
+from occgen_hub.errors import OccGenError, SourceError, UsageError, install_extra, shorten_message
 from occgen_hub.files import MAX_TABLE_ROWS, is_file, opened
 from occgen_hub.geometry.lens import Lens, opencv_matrix
 from occgen_hub.media import MAX_PIXELS
 
-from .recording import GIVE, TOLERANCE, Layout, Recording, in_metres, left_out, pair_up
+from .recording import GIVE, TOLERANCE, Layout, Recording, in_metres, left_out_note, pair_up
 from .transforms import Transforms, odometry
 from .tum import check_tracked
 
@@ -103,7 +103,7 @@ class Bag(Layout):
                 depth_lens = None if mapping.intrinsics else own
             lens = lens or (depth_lens.resized(size) if depth_lens else None)
             if lens is None:
-                raise SourceError(place, "does not say the camera's intrinsics", GIVE)
+                raise SourceError(place, "does not state the camera's intrinsics", GIVE)
         source = _Source(place)
         return Recording(
             read_color=lambda frame: source.read(lambda bag: bag.color(color, chosen[frame])),
@@ -117,7 +117,7 @@ class Bag(Layout):
             depth_size=depth_size,
             times=times[kept],
             notes=(
-                *left_out(
+                *left_out_note(
                     len(colors),
                     without_depth=len(colors) - paired,
                     without_a_pose=paired - len(kept),
@@ -127,7 +127,7 @@ class Bag(Layout):
 
 
 class _Source:
-    """A bag that is opened when the first frame is read, and stays open."""
+    """A bag that is opened when the first frame is read and then kept open."""
 
     def __init__(self, place: Path) -> None:
         self._place, self._turn = place, threading.Lock()
@@ -170,7 +170,7 @@ def _named_errors(place: Path) -> Iterator[None]:
     except (OccGenError, MemoryError):
         raise
     except Exception as error:  # rosbags raises any kind of error for a damaged file.
-        reason = in_brief(str(error) or type(error).__name__)
+        reason = shorten_message(str(error) or type(error).__name__)
         raise SourceError(
             place, f"cannot be read ({reason})", "restore it from the source"
         ) from None
@@ -358,7 +358,7 @@ class OpenBag:
         if own is None and not tree.moves(frame):
             found = self.topics(*POSES)
             if len(found) != 1:
-                what = f"one topic of poses, nor a moving frame above {frame!r} in /tf,"
+                what = f"one topic of poses or a moving frame above {frame!r} in /tf"
                 raise self.lacks(what, "pose=TOPIC")
             own = found[0]
         if own is not None and self.types.get(own) != TF:

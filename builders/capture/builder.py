@@ -167,7 +167,7 @@ def layout_of(place: Path) -> Layout | None:
 def _layout(place: Path) -> Layout:
     layout = layout_of(place)
     if layout is None:
-        raise SourceError(place, "is no longer a capture", "restore it or leave it out")
+        raise SourceError(place, "is not a capture any longer", "restore it or remove it")
     return layout
 
 

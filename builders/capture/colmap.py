@@ -20,7 +20,7 @@ from occgen_hub.files import MAX_TABLE_ROWS, is_file, natural_key, opened
 from occgen_hub.geometry.lens import Lens
 from occgen_hub.media import image_size, read_rgb
 
-from .recording import Layout, Recording, known, left_out
+from .recording import Layout, Recording, left_out_note, valid_poses
 from .trajectories import poses_of
 
 MODELS = ("sparse/0", "sparse", "colmap/sparse/0", "dense/sparse", "")
@@ -81,7 +81,7 @@ class Colmap(Layout):
             )
             raise SourceError(images_path, problem, "put the images there")
         raw = poses_of(np.array([row[3] for row in there]), np.array([row[2] for row in there]))
-        good = np.flatnonzero(known(raw))
+        good = np.flatnonzero(valid_poses(raw))
         if not len(good):
             raise SourceError(images_path, "has no usable pose", RESTORE)
         if missing := [there[n][1] for n in good if there[n][1] not in lenses]:
@@ -93,7 +93,7 @@ class Colmap(Layout):
         direction = mapping.pose_direction or "camera_from_world"
         meant = mapping.model_copy(update={"pose_direction": direction})
         note = Note("units", "COLMAP's unit of length is free: the scene is in that unit")
-        notes = left_out(
+        notes = left_out_note(
             len(rows),
             without_a_file=len(rows) - len(there),
             without_a_pose=len(there) - len(good),

@@ -21,10 +21,10 @@ from .recording import (
     file_among,
     folder_among,
     images_in,
-    known,
-    left_out,
+    left_out_note,
     needed_lens,
     pair_up,
+    valid_poses,
 )
 from .trajectories import FORMATS, Trajectory, matched_times, read_trajectory
 from .tum import check_tracked
@@ -101,7 +101,7 @@ class PlainFolder(Layout):
             read_depth=reader,
             depth_size=own_size,
             times=when,
-            notes=(*_notes(path, others), *left_out(total, **reasons)),
+            notes=(*_notes(path, others), *left_out_note(total, **reasons)),
         )
 
 
@@ -168,7 +168,7 @@ def _by_order(
             f"{'no' if depths is None else len(depths)} depth images"
         )
         raise SourceError(path, problem, "name the images by times, or give equal numbers")
-    tracked = np.flatnonzero(known(trajectory.poses))
+    tracked = np.flatnonzero(valid_poses(trajectory.poses))
     if not len(tracked):
         raise SourceError(path, "has no usable pose", "leave this recording out")
     return np.stack([tracked, tracked], axis=1), trajectory.poses[tracked]

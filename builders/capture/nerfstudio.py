@@ -14,7 +14,7 @@ from occgen_hub.files import MAX_TABLE_ROWS, is_file, natural_key, read_json
 from occgen_hub.geometry.lens import Lens
 from occgen_hub.media import image_size, read_rgb
 
-from .recording import GIVE, IMAGES, Layout, Recording, depth_reader, known, left_out
+from .recording import GIVE, IMAGES, Layout, Recording, depth_reader, left_out_note, valid_poses
 
 UNIT = 0.001
 TRANSFORMS = "transforms.json"
@@ -48,7 +48,7 @@ class NerfStudio(Layout):
             problem = "names no existing images" + (" with depth" if with_depth else "")
             raise SourceError(path, problem, "put them beside it, where file_path says")
         all_poses = np.stack([_pose(frame, path) for frame in whole])
-        tracked = known(all_poses)
+        tracked = valid_poses(all_poses)
         if not tracked.any():
             problem = "has no transform_matrix that is rigid and finite"
             raise SourceError(path, problem, "restore it from the source")
@@ -61,7 +61,7 @@ class NerfStudio(Layout):
         poses = mapping.model_copy(update={"pose_axes": axes}).world_from_camera(poses)
         depths = [place / frame["depth_file_path"] for frame in kept] if with_depth else []
         reader = depth_size = None
-        notes = left_out(
+        notes = left_out_note(
             len(frames),
             without_files=len(frames) - len(whole),
             without_a_pose=len(whole) - len(kept),
@@ -151,7 +151,7 @@ def _lens(
     guess = width / 2 / np.tan(angle / 2) if isinstance(angle, float) and 0 < angle < 3.14 else 0.0
     fx = _number(values, "fl_x", guess, path)
     if fx <= 0:
-        raise SourceError(path, "does not say the focal length (fl_x)", GIVE)
+        raise SourceError(path, "does not state the focal length (fl_x)", GIVE)
     fy = _number(values, "fl_y", fx, path)
     cx = _number(values, "cx", width / 2, path)
     cy = _number(values, "cy", height / 2, path)

@@ -27,7 +27,7 @@ LONGEST_GAP = 0.25
 was lost."""
 
 NONE = 65535
-"""A value besides 0 that sensors write for no measurement."""
+"""A value, other than 0, that sensors write for no measurement."""
 
 IMAGES = (".jpg", ".jpeg", ".png")
 
@@ -151,7 +151,7 @@ def matrix_in(path: Path, n: int) -> NDArray[np.float64]:
     return matrix
 
 
-def known(poses: NDArray[np.float64]) -> NDArray[np.bool_]:
+def valid_poses(poses: NDArray[np.float64]) -> NDArray[np.bool_]:
     """(n,) bool: which of (n, 4, 4) poses are rigid and finite. Others mean lost tracking."""
     return np.asarray(rigidity_error(poses) <= RIGID, np.bool_)
 
@@ -177,12 +177,12 @@ def tracked_frames(
         problem = "has no frame with colour, a pose and (if other frames have it) depth"
         raise SourceError(place, problem, "restore the frames from the source")
     poses = np.stack([matrix_in(frame.pose, 4) for frame in whole])
-    tracked = known(poses)
+    tracked = valid_poses(poses)
     if not tracked.any():
         problem = "has no pose that is rigid and finite: tracking was lost in all frames"
         raise SourceError(place, problem, "leave this recording out")
     kept = [frame for frame, good in zip(whole, tracked, strict=True) if good]
-    notes = left_out(
+    notes = left_out_note(
         len(frames),
         without_depth_or_pose=len(frames) - len(whole),
         where_tracking_was_lost=len(whole) - len(kept),
@@ -355,7 +355,7 @@ def _nearest(times: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray
     return np.where(nearer, before, after)
 
 
-def left_out(total: int, **reasons: int) -> list[Note]:
+def left_out_note(total: int, **reasons: int) -> list[Note]:
     """A note on frames that are left out. reasons: counts by reason, with `_` between words."""
     parts = [f"{count} {name.replace('_', ' ')}" for name, count in reasons.items() if count]
     if not parts:

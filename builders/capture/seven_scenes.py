@@ -78,6 +78,6 @@ def _lens(
         if (path := file_among(folder, CALIBRATIONS)) is not None and path.suffix == ".txt":
             return Lens.of(matrix_in(path, 3), size), [path], []
     if size != (640, 480):
-        raise SourceError(place, f"does not say the intrinsics of its {size} images", GIVE)
+        raise SourceError(place, f"does not state the intrinsics of its {size} images", GIVE)
     text = "intrinsics are not stated: those documented for 7-Scenes are used (585,585,320,240)"
     return Lens(*KINECT, size), [], [Note("intrinsics", text)]

@@ -13,13 +13,13 @@ from occgen_hub.camera_mapping import CameraMapping
 from occgen_hub.errors import SourceError
 from occgen_hub.geometry.trajectory import poses_at
 
-from .recording import LONGEST_GAP, TOLERANCE, known, numbers_in
+from .recording import LONGEST_GAP, TOLERANCE, numbers_in, valid_poses
 
 MAX_BYTES = 1 << 28
 """Limit of a trajectory file in bytes. An hour at 200 Hz has 100 MB."""
 
 EPOCH = 1e8
-"""Names of at least so many seconds, or smaller units, are times since 1970."""
+"""Names of at least this many seconds, or smaller units, are times since 1970."""
 
 YEARS = (9.5e8, 4.1e9)
 """Seconds since 1970 of the years 2000 and 2100."""
@@ -55,7 +55,7 @@ def read_trajectory(path: Path, mapping: CameraMapping) -> Trajectory:
     rows = numbers_in(path, MAX_BYTES, remedy)
     widths = {len(row) for row in rows}
     if widths == {8}:
-        return timed(path, np.array(rows), mapping)
+        return trajectory_from_rows(path, np.array(rows), mapping)
     if widths == {16} or widths == {12}:
         poses = np.array(rows).reshape(len(rows), -1, 4)
         last = np.broadcast_to([[[0.0, 0.0, 0.0, 1.0]]], (len(rows), 1, 4))
@@ -69,10 +69,12 @@ def read_trajectory(path: Path, mapping: CameraMapping) -> Trajectory:
     raise SourceError(path, problem, f"give one with {FORMATS}")
 
 
-def timed(path: Path, rows: NDArray[np.float64], mapping: CameraMapping) -> Trajectory:
+def trajectory_from_rows(
+    path: Path, rows: NDArray[np.float64], mapping: CameraMapping
+) -> Trajectory:
     """A trajectory from (k, 8) rows of time, tx, ty, tz, qx, qy, qz, qw."""
     poses = poses_of(rows[:, 1:4], rows[:, 4:])
-    usable = known(poses) & np.isfinite(rows[:, 0])
+    usable = valid_poses(poses) & np.isfinite(rows[:, 0])
     if not usable.any():
         raise SourceError(path, "has no valid poses", "leave this recording out")
     times, first = np.unique(_seconds(rows[usable, 0]), return_index=True)
@@ -103,7 +105,7 @@ def poses_of(
 
 def _converted(poses: NDArray[np.float64], mapping: CameraMapping) -> NDArray[np.float64]:
     """Convert poses from the mapping's conventions. Invalid poses become NaN."""
-    usable = known(poses)
+    usable = valid_poses(poses)
     meant = np.full(poses.shape, np.nan)
     meant[usable] = mapping.world_from_camera(poses[usable])
     return meant

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from occgen_hub.errors import SourceError
 from occgen_hub.geometry.trajectory import poses_at
 
-from .recording import LONGEST_GAP, TOLERANCE, known
+from .recording import LONGEST_GAP, TOLERANCE, valid_poses
 from .trajectories import poses_of
 
 WORLD = "world of the odometry"
@@ -66,7 +66,7 @@ class Transforms:
         for edge in self._edges.values():
             rows = np.array(edge.rows)
             poses = poses_of(rows[:, 1:4], rows[:, 4:])
-            usable = known(poses)
+            usable = valid_poses(poses)
             times, first = np.unique(rows[usable, 0], return_index=True)
             edge.times, edge.poses = times + offset, poses[usable][first]
 

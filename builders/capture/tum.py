@@ -18,7 +18,7 @@ from .recording import (
     Recording,
     depth_reader,
     file_among,
-    left_out,
+    left_out_note,
     needed_lens,
     pair_up,
 )
@@ -45,12 +45,12 @@ class TumRgbd(Layout):
         """Colour and depth within 20 ms of each other, with the pose at the time of the depth."""
         trajectory_path = file_among(place, TRAJECTORIES)
         assert trajectory_path is not None
-        lists, color_times, colors = [place / "rgb.txt"], *listed(place / "rgb.txt")
+        lists, color_times, colors = [place / "rgb.txt"], *read_list(place / "rgb.txt")
         total, reader, size, times = len(colors), None, None, color_times
         depths: list[Path] = []
         if self.has_depth(place, mapping):
             lists.append(place / "depth.txt")
-            depth_times, all_depths = listed(place / "depth.txt")
+            depth_times, all_depths = read_list(place / "depth.txt")
             pairs = pair_up(color_times, depth_times)
             colors = [colors[n] for n in pairs[:, 0]]
             depths = [all_depths[n] for n in pairs[:, 1]]
@@ -82,12 +82,14 @@ class TumRgbd(Layout):
             depth_size=size,
             times=times,
             notes=(
-                *left_out(total, without_depth=total - paired, without_a_pose=paired - len(colors)),
+                *left_out_note(
+                    total, without_depth=total - paired, without_a_pose=paired - len(colors)
+                ),
             ),
         )
 
 
-def listed(path: Path) -> tuple[NDArray[np.float64], list[Path]]:
+def read_list(path: Path) -> tuple[NDArray[np.float64], list[Path]]:
     """The ascending times and the images of a list with 'time name' in each line."""
     rows = []
     for number, line in enumerate(read_bytes(path).decode("utf-8", "replace").splitlines(), 1):

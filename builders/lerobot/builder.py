@@ -407,7 +407,7 @@ def _passed_through(
 
 
 def _scene(root: Path) -> str:
-    """The name of a dataset in ids: that of its folder or of its repository."""
+    """The name of a dataset in ids: the name of its folder or repository."""
     source = HubSource.of_snapshot(root)
     name = root.resolve().name if source is None else source.repo_id
     return re.sub(r"[^\w.-]+", "_", name).strip("._-")[-100:] or "dataset"

@@ -360,7 +360,7 @@ def episode_batches(
     groups = [
         n
         for n in range(file.metadata.num_row_groups)
-        if alone or _holds(file.read_row_group(n, columns=["episode_index"]), episode)
+        if alone or _has_episode(file.read_row_group(n, columns=["episode_index"]), episode)
     ]
     for batch in file.iter_batches(batch_size=rows, row_groups=groups, columns=asked):
         if not alone:
@@ -370,7 +370,7 @@ def episode_batches(
             yield batch.select(names)
 
 
-def _holds(table: pa.Table, episode: int) -> bool:
+def _has_episode(table: pa.Table, episode: int) -> bool:
     numbers: NDArray[Any] = table["episode_index"].to_numpy()
     return bool((numbers == episode).any())
 

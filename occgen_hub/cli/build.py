@@ -19,7 +19,7 @@ from occgen_hub.cli.command import (
     FOLDER,
     SOURCE,
     Examples,
-    no_bar,
+    bar_disabled,
     say,
     say_by_folder,
     with_options,
@@ -89,7 +89,7 @@ CLUSTER_OPTIONS = {
 @click.option(
     "--condition",
     metavar="LIST",
-    help="Inputs of pi3x besides the images: any of depth, intrinsics and poses.",
+    help="Inputs of pi3x in addition to images: any of depth, intrinsics and poses.",
 )
 @click.option(
     "--segmenter", metavar="NAME",
@@ -179,7 +179,7 @@ CLUSTER_OPTIONS = {
     "all machines.  [default: 300]",
 )  # fmt: skip
 @click.option("--private", is_flag=True, help="With --push-to: create the dataset as private.")
-@click.option("--dry-run", is_flag=True, help="Only print what would be built, and where.")
+@click.option("--dry-run", is_flag=True, help="Only print what would be built and where.")
 @click.option(
     "--verbose", is_flag=True, help="With --dry-run: list every episode, not only totals."
 )
@@ -347,13 +347,13 @@ def _dry_run(
     running: dict[str, Any],
     verbose: bool,
 ) -> int:
-    from occgen_hub.engines import without_fetching
+    from occgen_hub.engines import without_downloads
     from occgen_hub.job import open_job
     from occgen_hub.runtime import cluster
     from occgen_hub.runtime.records import make_plan
     from occgen_hub.scenes import SceneRef
 
-    with without_fetching("expect"):
+    with without_downloads("expect"):
         job = _open_cluster_job(options) if executor in CLUSTER_OPTIONS else open_job(**options)
     mine = None if shard is None else set(make_plan(job, shard.count).shards[shard.index])
     refs = [ref for ref in job.refs if mine is None or ref.id in mine]
@@ -537,7 +537,7 @@ def _progress(
 
     turn, ended = threading.Lock(), threading.Event()  # Frames are counted in other threads.
     counts: Counter[str] = Counter()
-    disable = no_bar() if shown else True
+    disable = bar_disabled() if shown else True
     with tqdm(
         total=total, unit="episode", desc="build", disable=disable, dynamic_ncols=True
     ) as bar:
@@ -584,7 +584,7 @@ def _new_lines(result: Result, shown_codes: set[str] | None) -> list[str]:
     from occgen_hub.runtime.results import Failure
 
     if isinstance(result, Failure):
-        return [f"failed  {_text(result)}"]
+        return [f"failed  {_failure_text(result)}"]
     if shown_codes is None:
         return []
     new = [note for note in result.notes if note.code not in shown_codes]
@@ -592,7 +592,7 @@ def _new_lines(result: Result, shown_codes: set[str] | None) -> list[str]:
     return [f"note    {result.id}: {note.text}" for note in new]
 
 
-def _text(failure: Failure) -> str:
+def _failure_text(failure: Failure) -> str:
     """An episode and the reason of its failure, without repeating the episode's name."""
     return f"{failure.id}: {failure.reason.removeprefix(f'{failure.id}: ')}"
 
@@ -631,7 +631,7 @@ def _print_summary(
     if summary.failures and whole:
         say(f"The failures are listed in {out / FAILURES}:")
         for failure in summary.failures[:20]:
-            say(f"  {_text(failure)}")
+            say(f"  {_failure_text(failure)}")
         if len(summary.failures) > 20:
             say(f"  and {len(summary.failures) - 20} more.")
     if pushed:

@@ -52,7 +52,7 @@ def with_options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
-def beside(folder: Path, ending: str) -> Path:
+def default_output_path(folder: Path, ending: str) -> Path:
     """The default path of a picture or page about a dataset: here, but outside of the dataset."""
     dataset, here = folder.resolve(), Path().resolve()
     name = f"{dataset.name}{ending}"
@@ -133,7 +133,7 @@ def say_by_folder(
     return True
 
 
-def no_bar() -> bool | None:
+def bar_disabled() -> bool | None:
     """The value of tqdm's `disable`. None disables bars if there is no terminal."""
     return True if os.environ.get("TQDM_DISABLE", "0") not in ("", "0") else None
 
@@ -146,7 +146,7 @@ def progress_bar(what: str, unit: str) -> Iterator[Callable[[int, int | None], N
     """
     from tqdm import tqdm
 
-    with tqdm(unit=unit, desc=what, leave=False, disable=no_bar()) as bar:
+    with tqdm(unit=unit, desc=what, leave=False, disable=bar_disabled()) as bar:
 
         def progress(done: int, total: int | None) -> None:
             stop_if_asked()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from occgen_hub.cli.command import FOLDER, Examples, beside, progress_bar, say
+from occgen_hub.cli.command import FOLDER, Examples, default_output_path, progress_bar, say
 
 
 @click.command(cls=Examples, example="occgen-hub validate out")
@@ -50,7 +50,7 @@ def inspect(folder: Path, trajectory: str | None, frame: int | None, preview: Pa
     """Describe a dataset, and write a picture of one of its frames."""
     from occgen_hub.visual.inspection import describe, picture
 
-    place = preview or beside(folder, "_preview.png")
+    place = preview or default_output_path(folder, "_preview.png")
     picture(folder, place, trajectory, frame)
     for line in describe(folder, trajectory):
         say(line)

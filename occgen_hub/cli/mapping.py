@@ -23,7 +23,7 @@ CAMERA = click.option(
     metavar="KEY",
     help="The colour images of a LeRobot dataset to build from; repeatable.",
 )
-"""Of commands that have no --camera of their own."""
+"""For commands without their own option --camera."""
 
 MAPPING = (
     click.option(

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from occgen_hub.cli.command import FOLDER, Examples, beside, progress_bar, say, with_options
+from occgen_hub.cli.command import (
+    FOLDER,
+    Examples,
+    default_output_path,
+    progress_bar,
+    say,
+    with_options,
+)
 from occgen_hub.cli.mapping import MAPPING, take_cameras
 from occgen_hub.errors import OccGenError, UsageError, one_line
 from occgen_hub.stopping import Stopped, received
@@ -147,7 +154,7 @@ def visualize(
 
 
 def _ask(out: Path, size: int) -> None:
-    """Ask whether to write so many bytes. Raises UsageError if there is no terminal."""
+    """Ask whether to write this many bytes. Raises UsageError if there is no terminal."""
     if not _can_answer():
         raise UsageError(
             f"{out}: about {size / 1e9:.1f} GB would be written; add --yes, or write less with "
@@ -227,12 +234,12 @@ def render(
     cells, blue to yellow by height and pale for past frames. The ego view shows the cells that
     the camera sees, coloured by depth (near ones are bright) or by class. Needs the extra `visual`.
     """
-    from occgen_hub.visual.optional_dependencies import need_pyvista
+    from occgen_hub.visual.optional_dependencies import require_pyvista
     from occgen_hub.visual.render import RenderOptions
     from occgen_hub.visual.render import render as write
     from occgen_hub.visual.viewpoint import Viewpoint
 
-    need_pyvista()
+    require_pyvista()
     viewpoint = Viewpoint.load(camera) if camera else None
     shot = RenderOptions(view, size, viewpoint, history_len, history_step, color)
     with (
@@ -275,15 +282,15 @@ def view(
     space, in a window. Without a screen, --web serves a page, and --save writes a file for rerun
     FILE.rrd on another machine. Needs the extra `visual`.
     """
-    from occgen_hub.visual.optional_dependencies import need, need_pyvista
+    from occgen_hub.visual.optional_dependencies import require, require_pyvista
     from occgen_hub.visual.viewpoint_picker import choose_viewpoint, has_screen
 
     if sum((save is not None, web, choose_camera is not None)) > 1:
         raise UsageError("--save, --web and --choose-camera: give one of them.")
     if choose_camera is not None:
-        need_pyvista()
+        require_pyvista()
     else:
-        need("rerun")
+        require("rerun")
     if root is None:
         _folder(Path(trajectory))
     if not (save or web or choose_camera or has_screen()):
@@ -306,11 +313,11 @@ def view(
 
 def _save(trajectory: Trajectory, place: Path) -> None:
     from occgen_hub.visual import viewer
-    from occgen_hub.visual.output_paths import written_for
+    from occgen_hub.visual.output_paths import atomic_output
 
     if place.suffix != ".rrd":
         raise UsageError(f"--save {place}: give a name that ends in .rrd.")
-    with progress_bar("view", unit="frame") as progress, written_for(place) as partial:
+    with progress_bar("view", unit="frame") as progress, atomic_output(place) as partial:
         viewer.save(trajectory, partial, progress)
     say(f"Recording: {place}")
     say(f"Next: rerun {shlex.quote(str(place))}")
@@ -328,7 +335,7 @@ def _show(trajectory: Trajectory, ports: tuple[int, int] | None = None) -> None:
             viewer.save(trajectory, recorded, progress)
         with viewer.viewer(recorded, ports) as process:
             if ports is not None:
-                say(f"Open {viewer.page(ports)}")
+                say(f"Open {viewer.viewer_url(ports)}")
                 click.echo("Ctrl-C ends it.")
             try:
                 code = process.wait()
@@ -353,7 +360,7 @@ def report(folder: Path, output: Path | None) -> None:
     """
     from occgen_hub.visual.report import write_report
 
-    place = output or beside(folder, "_report.html")
+    place = output or default_output_path(folder, "_report.html")
     with progress_bar("report", unit="trajectory") as progress:
         count = write_report(folder, place, progress)
     s = "y" if count == 1 else "ies"

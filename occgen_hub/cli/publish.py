@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from occgen_hub.cli.command import FOLDER, Examples, no_bar, progress_bar, say, say_by_folder
+from occgen_hub.cli.command import FOLDER, Examples, bar_disabled, progress_bar, say, say_by_folder
 from occgen_hub.errors import UsageError
 
 
@@ -62,7 +62,7 @@ def export(
 
         remarks = update_export(folder, out)
     else:
-        make = _maker(to, navdp_layout, fps)
+        make = _export_function(to, navdp_layout, fps)
         with progress_bar("export", unit="frame") as progress:
             remarks = make(folder, out, overwrite=overwrite, progress=progress)
     for remark in remarks:
@@ -72,7 +72,7 @@ def export(
         say(f"Next: occgen-hub push {shlex.quote(str(out))} --repo-id ORG/NAME")
 
 
-def _maker(to: Any, navdp_layout: Any, fps: int | None) -> Callable[..., list[str]]:
+def _export_function(to: Any, navdp_layout: Any, fps: int | None) -> Callable[..., list[str]]:
     """The function that writes a format. Raises UsageError for options of other formats."""
     if to == "navdp":
         from occgen_hub.navdp import export_navdp
@@ -120,7 +120,7 @@ def push(
     hub.check_target(repo_id, revision, create_pr)
     if not dry_run:
         hub.check_token(repo_id)
-    if no_bar():
+    if bar_disabled():
         disable_progress_bars()
     with progress_bar("validate", unit="trajectory") as progress:
         files = hub.prepare(folder, progress)

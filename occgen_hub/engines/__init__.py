@@ -80,7 +80,7 @@ def missing_weights() -> MissingWeights:
 
 
 @contextmanager
-def without_fetching(missing: MissingWeights = "raise") -> Iterator[None]:
+def without_downloads(missing: MissingWeights = "raise") -> Iterator[None]:
     """Download no weights for engines opened in this block."""
     token = _MISSING.set(missing)
     try:
@@ -97,7 +97,7 @@ class Auto(Engine):
     """
 
     network: Engine | None = None
-    missing: str = "there are no weights for a network, which would do without"
+    missing: str = "there are no weights for a network, which needs no depth"
     name = AUTO
 
     def check(self, config: Config) -> None:

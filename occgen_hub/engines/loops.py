@@ -46,7 +46,7 @@ GATE = 3.0
 
 @dataclass(frozen=True)
 class Candidate:
-    """Two views that look alike and are far apart in the video. likeness: in [-1, 1]."""
+    """Two views that look similar and are far apart in the video. likeness: in [-1, 1]."""
 
     first: int
     second: int
@@ -136,12 +136,12 @@ def measure_drift(found: Window, known: list[Window], *, metric: bool = False) -
         if not fit.scaled or fit.residual > MAX_RESIDUAL:
             return None
         fits.append(fit.sim3)
-    if min(seen_from(*parts), seen_from(*parts[::-1])) < MIN_SHARED:
+    if min(visible_share(*parts), visible_share(*parts[::-1])) < MIN_SHARED:
         return None
     return fits[0] @ fits[1].inverse()
 
 
-def seen_from(window: Window, other: Window) -> float:
+def visible_share(window: Window, other: Window) -> float:
     """The share of a window's points that the views of `other`, in the same world, see."""
     chosen = np.flatnonzero(window.kept)
     if not len(chosen):

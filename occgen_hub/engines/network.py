@@ -271,7 +271,7 @@ def overlap_of(size: int, config: Config) -> int:
 
 
 def closes_loops(config: Config, windows: int) -> bool:
-    """Whether loops are searched in a video of so many windows."""
+    """Whether loops are searched in a video of this many windows."""
     if config.loop_closure == "auto":
         return windows >= MIN_WINDOWS
     return bool(config.loop_closure)
@@ -301,7 +301,7 @@ class _LoopVerifier:
         confidence = np.stack([self.assembly.confidence(number) for number in numbers])
         colors = np.stack([self.assembly.color(number) for number in numbers])
         points = self._points(depth, numbers)
-        kept = _kept(points, confidence, self.config)
+        kept = _reliable_points(points, confidence, self.config)
         poses = self.assembly.world_from_camera[numbers]
         return Window(poses, points, kept, confidence, colors)
 
@@ -421,12 +421,12 @@ def _infer(
     colors = np.stack([view.image for view in views])
     valid = np.isfinite(found.points).all(axis=-1) & (found.points[..., 2] > 0)
     confidence = np.nan_to_num(np.where(valid, found.confidence, np.float32(0)))
-    kept = _kept(found.points, confidence, config)
+    kept = _reliable_points(found.points, confidence, config)
     window = Window(found.world_from_camera, found.points, kept, confidence, colors)
     return window, found.descriptors
 
 
-def _kept(
+def _reliable_points(
     points: NDArray[np.float32], confidence: NDArray[np.float32], config: Config
 ) -> NDArray[np.bool_]:
     """(n, h, w) bool: points used to join and fit, which are confident and not at a depth edge."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from occgen_hub.engines.pi3.sizes import Sizes
-from occgen_hub.errors import SourceError, UsageError, in_brief
+from occgen_hub.errors import SourceError, UsageError, shorten_message
 from occgen_hub.files import read_json, sha256
 from occgen_hub.hub_token import check_sendable
 
@@ -184,7 +184,7 @@ def download_weights(name: Name, revision: str | None = None) -> Weights:
         )  # fmt: skip
         path = hf_hub_download(checkpoint.repo_id, FILE, revision=checkpoint.revision)
     except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
-        raise missing_error(name, in_brief(str(error)) or type(error).__name__) from error
+        raise missing_error(name, shorten_message(str(error)) or type(error).__name__) from error
     return Weights(Path(path), checkpoint)
 
 

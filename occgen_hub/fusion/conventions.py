@@ -33,8 +33,8 @@ MIN_BASELINE = (0.04, np.radians(4.0))
 Frames of a camera that stands still agree under any convention."""
 
 STILL = (0.01, np.radians(0.5))
-"""A camera stands still if it moves by less than that share of the median distance of the points
-that it sees, and turns by less than that angle."""
+"""A camera stands still if it moves by less than this share of the median distance of the points
+that it sees, and turns by less than this angle."""
 
 STATIC = Note(
     "static camera",
@@ -54,13 +54,13 @@ MIN_AGREEMENT, POOR_AGREEMENT, MIN_GAIN = 0.6, 0.85, 0.25
 other times are tried; the minimum advantage of another convention."""
 
 FULL_AGREEMENT = 0.95
-"""If that share agrees, nothing else is tried. With swapped focal lengths that differ by a seventh,
+"""If this share agrees, nothing else is tried. With swapped focal lengths that differ by a seventh,
 nearly nine tenths still agree."""
 
 HIGH_AGREEMENT, MAX_REMAINING = 0.9, 1 / 3
-"""A convention is also better if the first share agrees with it, and the share that disagrees is at
-most the second share of that without it. If a camera mostly turns, its frames largely agree in any
-unit of depth."""
+"""A convention is also better if the first share agrees with it, and its disagreeing share is at
+most the second value times the disagreeing share without it. If a camera mostly turns, its frames
+largely agree in any unit of depth."""
 
 LOW_AGREEMENT = 0.25
 """If less agrees and no other convention is better, a note says so."""
@@ -190,7 +190,7 @@ CONVENTIONS = (
 
 
 def _shifted(frames: float, fps: float) -> Convention:
-    """The convention in which each image has the pose so many frames later."""
+    """The convention in which each image has the pose of `frames` frames later."""
 
     def shift(poses: NDArray[np.float64]) -> NDArray[np.float64]:
         numbers = np.arange(len(poses), dtype=np.float64)

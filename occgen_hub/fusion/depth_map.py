@@ -67,7 +67,7 @@ class DepthMaps:
         if self.edge <= 0:
             trusted = depth > 0
         elif views.edges == "network":
-            trusted = _off_ramps(depth, K, self.edge, float(np.cos(np.radians(TURN))))
+            trusted = _not_on_ramps(depth, K, self.edge, float(np.cos(np.radians(TURN))))
         else:
             trusted = continues(depth, self.edge)
         pose = np.ascontiguousarray(views.world_from_camera[frame])
@@ -140,7 +140,7 @@ def _smaller(before, here, after, has_before, has_after):
 
 
 @njit(nogil=True, error_model="numpy")
-def _off_ramps(depth, K, tolerance, cosine):
+def _not_on_ramps(depth, K, tolerance, cosine):
     """(h, w) bool: pixels that are not on a ramp by which a network connects two objects.
 
     A pixel is on a ramp if the range of depth in the 3 x 3 pixels around it exceeds `tolerance`

@@ -26,7 +26,7 @@ SLANT_SIGMA = 0.3
 """Standard deviation of that displacement in pixels, for the weight of a depth."""
 
 FLOOR = 0.1
-"""Allowed difference of depths besides noise, as a share of a cell's edge."""
+"""Allowed difference of depths in addition to noise, as a share of a cell's edge."""
 
 NEAREST = 0.05
 """Distance from a camera, in metres, below which points are ignored."""

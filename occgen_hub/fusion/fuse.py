@@ -34,11 +34,11 @@ CONTRADICTED = 0.25
 """A point is removed if more frames saw through it than this share of those that saw it."""
 
 MIN_SURE = 0.2
-"""A point is kept if, of the frames that saw a surface there or an edge beside it, this share saw
-the surface. Points between two surfaces are beside an edge from every viewpoint."""
+"""A point is kept if, of the frames that saw a surface there or an edge next to it, this share saw
+the surface. Points between two surfaces are next to an edge from every viewpoint."""
 
 CONVERGED = 0.1
-"""Share of a cell's edge. If most points moved less, there is no further round."""
+"""Share of a cell's edge. If most points moved less than this, no further round follows."""
 
 REFINEMENTS = (0.02, 0.01, 0.005, 0.0)
 """Width of the robust kernel beyond the noise, in metres, for each refinement of the poses, after
@@ -184,8 +184,8 @@ def _fused(measured: Cloud, maps: DepthMaps, config: Config, *, refined: bool = 
 def _aligned(measured: Cloud, maps: DepthMaps, config: Config) -> DepthMaps:
     """The same depth with poses that are repeatedly aligned to its fused surface.
 
-    Only points that two frames saw are used, because its own points would hold a frame in a wrong
-    place.
+    Only points that two frames saw are used, because a frame's own points would keep it at a wrong
+    position.
     """
     for n, width in enumerate(REFINEMENTS):
         tolerance = Tolerance.of(noise_model(maps, config.noise), config.voxel_size)

@@ -1,4 +1,4 @@
-"""Several cameras with one clock, fused as if one camera jumped between their poses."""
+"""Several cameras with one clock, fused like one camera that jumps between their poses."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _nearest[Pixel: np.generic](image: NDArray[Pixel], size: tuple[int, int]) ->
 
 
 @dataclass(frozen=True)
-class MovingInAll:
+class JoinedMovingPoints:
     """The moving points of all n cameras at a time, from the moving points of `joined_views`."""
 
     frames: MovingPoints

@@ -17,7 +17,7 @@ from occgen_hub.prefetch import prefetch
 from occgen_hub.taxonomy import UNLABELLED
 
 MIN_AREA = 0.01
-"""Smallest visible area of a moving object in square metres: that of a hand."""
+"""Smallest visible area of a moving object in square metres: about a hand."""
 
 MIN_PIXELS = 25
 """Smallest number of pixels of a moving object. Smaller groups are noise at any distance."""
@@ -135,7 +135,7 @@ class MovingPoints:
         if not self._may_move(frame):
             return view, np.zeros(view.depth.shape, np.bool_)
         moving = self._pixels(view)
-        return view, _connected_to(view.depth, moving, view.camera(), self.tolerance.values())
+        return view, _grow_moving(view.depth, moving, view.camera(), self.tolerance.values())
 
     def _pixels(self, view: DepthMap) -> NDArray[np.bool_]:
         """(h, w) bool: the pixels of moving objects."""
@@ -286,7 +286,7 @@ def _connected(depth, candidates, camera, tolerance):
 
 
 @njit(nogil=True, error_model="numpy")
-def _connected_to(depth, moving, camera, tolerance):
+def _grow_moving(depth, moving, camera, tolerance):
     """(h, w) bool: the pixels that move, and those on the same surface within `REACH` of one."""
     height, width = depth.shape
     found = moving.copy()

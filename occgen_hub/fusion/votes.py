@@ -45,7 +45,7 @@ def point_classes(
             view.camera(), tolerance.values(), tolerance.max_frames, names, weights, asked,
         )  # fmt: skip
     classes = np.empty(count, np.uint8)
-    classes[order] = _elected(names, weights, UNLABELLED)
+    classes[order] = _winners(names, weights, UNLABELLED)
     return classes
 
 
@@ -101,7 +101,7 @@ def _vote(
 
 
 @njit(nogil=True)
-def _elected(names, weights, none):
+def _winners(names, weights, none):
     """(n,) the names with the most weight, `none` without any weight."""
     out = np.empty(len(names), np.uint8)
     for n in range(len(names)):

@@ -20,11 +20,11 @@ MIN_EXPLAINED = 0.8
 
 
 def intrinsics_problem(K: NDArray[np.floating]) -> str | None:
-    """Why a (3, 3) matrix is not that of a pinhole camera, or None if it is."""
+    """Why a (3, 3) matrix is not of a pinhole camera. None if it is."""
     if not np.isfinite(K).all():
-        return "holds numbers that are not finite"
+        return "has numbers that are not finite"
     if K[0, 0] <= 0 or K[1, 1] <= 0 or not np.array_equal(K[2], [0, 0, 1]):
-        return f"is not that of a camera (fx {K[0, 0]:g}, fy {K[1, 1]:g}, last row {K[2].tolist()})"
+        return f"is not of a camera (fx {K[0, 0]:g}, fy {K[1, 1]:g}, last row {K[2].tolist()})"
     if K[0, 1] != 0 or K[1, 0] != 0:
         return f"has skew ({K[0, 1]:g}), which pinhole rays do not have"
     return None
@@ -44,10 +44,10 @@ def fit_intrinsics(
     any unit; weights: (H, W), 0 or False for points to ignore; size: (width, height) of the image
     in pixels. Points that are not finite or not in front of the camera are ignored.
 
-    Each axis is fitted by robust least squares of u = fx x/z + cx, since points at depth edges lie
-    beside their rays. Returns None if no plausible camera fits: too few rays, rays in one column
-    or row only, rays that are no function of the pixels, a field of view outside
-    `FIELD_OF_VIEW`, or a principal point outside the image.
+    Each axis is fitted by robust least squares of u = fx x/z + cx, since points at depth edges are
+    off their rays. Returns None if no plausible camera fits: too few rays, rays in one column or
+    row only, rays that are not a function of the pixels, a field of view outside `FIELD_OF_VIEW`,
+    or a principal point outside the image.
     """
     height, width = weights.shape
     near = np.tan(np.radians(FIELD_OF_VIEW[1] / 2)) * points[..., 2]

@@ -92,7 +92,7 @@ class _Graph:
 
     def sim3s(self, x: NDArray[np.float64]) -> list[Sim3]:
         """The worlds, updated by x."""
-        moved = self._start.moved(self._whole(x))
+        moved = self._start.moved(self._with_fixed_first(x))
         return [
             Sim3(float(np.exp(s)), R, t)
             for s, R, t in zip(moved.log_scale, moved.rotation, moved.translation, strict=True)
@@ -100,8 +100,8 @@ class _Graph:
 
     def errors(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         """(e, 7) errors of the edges, in spreads."""
-        moved = self._start.moved(self._whole(x))
-        return self._apart(moved[self._first], moved[self._second])
+        moved = self._start.moved(self._with_fixed_first(x))
+        return self._residuals(moved[self._first], moved[self._second])
 
     def solved(self, x: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
         """The x with the least weighted squared errors, starting at x. weights: (e,)."""
@@ -119,10 +119,10 @@ class _Graph:
         solution: NDArray[np.float64] = result.x
         return solution
 
-    def _whole(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _with_fixed_first(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.concatenate([np.zeros((1, PARTS)), x.reshape(-1, PARTS)])
 
-    def _apart(self, first: _Worlds, second: _Worlds) -> NDArray[np.float64]:
+    def _residuals(self, first: _Worlds, second: _Worlds) -> NDArray[np.float64]:
         measured = self._measured
         back = first.rotation.transpose(0, 2, 1)
         shift = np.einsum("nij,nj->ni", back, second.translation - first.translation)
@@ -139,7 +139,7 @@ class _Graph:
 
         The errors of an edge depend on its two worlds only.
         """
-        whole = self._whole(x)
+        whole = self._with_fixed_first(x)
         ends = (self._first, self._second)
         count = len(self._first)
         rows, columns, values = [], [], []
@@ -154,7 +154,7 @@ class _Graph:
                         self._start[place].moved(whole[place] + (sign * step if n == end else 0))
                         for n, place in enumerate(ends)
                     ]
-                    change += sign * self._apart(worlds[0], worlds[1])
+                    change += sign * self._residuals(worlds[0], worlds[1])
                 moving = ends[end] > 0
                 values.append((change * weights[:, None] / (2 * STEP))[moving].ravel())
                 rows.append(edge_rows[moving].ravel())

@@ -125,14 +125,18 @@ def fit_sim3(sets: list[Positions], rotations: NDArray[np.float64]) -> Fit:
     If the positions do not determine the scale, the result is that of `fit_unscaled`.
     """
     moving = [positions for positions in sets if len(positions.source)]
-    if moving and _differ([x.source for x in moving]) and _differ([x.target for x in moving]):
+    if (
+        moving
+        and _are_distinct([x.source for x in moving])
+        and _are_distinct([x.target for x in moving])
+    ):
         sim3 = _start(moving, rotations)
         for _ in range(ROUNDS):
             previous, (sim3, correlation) = sim3, _solve(moving, rotations, sim3)
-            if _settled(previous, sim3, moving):
+            if _are_equal(previous, sim3, moving):
                 break
         if correlation >= CORRELATION:
-            return _judged(sim3, True, sets, rotations)
+            return _with_inliers(sim3, True, sets, rotations)
     return fit_unscaled(sets, rotations)
 
 
@@ -144,7 +148,7 @@ def fit_unscaled(sets: list[Positions], rotations: NDArray[np.float64]) -> Fit:
     R = mean_rotation(rotations)
     shifts = np.concatenate([np.zeros((0, 3)), *(x.target - x.source @ R.T for x in sets)])
     t = np.median(shifts, axis=0) if len(shifts) else np.zeros(3)
-    return _judged(Sim3(1.0, R, t), False, sets, rotations)
+    return _with_inliers(Sim3(1.0, R, t), False, sets, rotations)
 
 
 def mean_position(
@@ -193,7 +197,7 @@ def mean_rotation(rotations: NDArray[np.float64]) -> NDArray[np.float64]:
     return mean
 
 
-def _differ(places: list[NDArray[np.float64]]) -> bool:
+def _are_distinct(places: list[NDArray[np.float64]]) -> bool:
     """Whether positions differ by more than rounding."""
     together = np.concatenate(places)
     return bool(np.ptp(together, axis=0).max() > 1e-9 * np.abs(together).max())
@@ -210,10 +214,10 @@ def _start(sets: list[Positions], rotations: NDArray[np.float64]) -> Sim3:
     unit = np.concatenate([positions.unit for positions in sets])
 
     triples = rng.integers(len(source), size=(HYPOTHESES, 3))
-    R, s, t = _through(source[triples], target[triples], None)
+    R, s, t = _fit_through(source[triples], target[triples], None)
     if len(rotations):
         pairs = rng.integers(len(source), size=(HYPOTHESES, 2))
-        turned = _through(source[pairs], target[pairs], mean_rotation(rotations))
+        turned = _fit_through(source[pairs], target[pairs], mean_rotation(rotations))
         R, s, t = (np.concatenate(both) for both in zip((R, s, t), turned, strict=True))
 
     judges = np.linspace(0, len(source) - 1, min(len(source), SAMPLE)).astype(np.int64)
@@ -229,7 +233,7 @@ def _start(sets: list[Positions], rotations: NDArray[np.float64]) -> Sim3:
     return Sim3(float(s[best]), R[best], t[best])
 
 
-def _through(
+def _fit_through(
     source: NDArray[np.float64], target: NDArray[np.float64], R: NDArray[np.float64] | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """The rotations (m, 3, 3), scales (m,) and translations (m, 3) through m draws (m, j, 3)."""
@@ -284,7 +288,7 @@ def _weights(errors: NDArray[np.float64], typical: float) -> NDArray[np.float64]
     return weights
 
 
-def _settled(a: Sim3, b: Sim3, sets: list[Positions]) -> bool:
+def _are_equal(a: Sim3, b: Sim3, sets: list[Positions]) -> bool:
     """Whether two Sim3s transform the positions equally, up to rounding."""
     first = np.concatenate([x.source[:: max(1, len(x.source) // SAMPLE)] for x in sets])
     moved = b.points(first)
@@ -292,7 +296,9 @@ def _settled(a: Sim3, b: Sim3, sets: list[Positions]) -> bool:
     return bool(change <= 1e-12 * np.abs(moved).max())
 
 
-def _judged(sim3: Sim3, scaled: bool, sets: list[Positions], rotations: NDArray[np.float64]) -> Fit:
+def _with_inliers(
+    sim3: Sim3, scaled: bool, sets: list[Positions], rotations: NDArray[np.float64]
+) -> Fit:
     """The fit for a Sim3, with its inliers."""
 
     def trusted(errors: NDArray[np.float64], typical: float) -> NDArray[np.bool_]:

@@ -46,11 +46,11 @@ def poisson_surface(
 
     The surface is a screened Poisson reconstruction (M. Kazhdan, H. Hoppe, "Screened Poisson
     surface reconstruction", 2013). Such a surface also closes doorways and encloses unseen space.
-    The usual remedy, to cut a tenth of the density, leaves much of that if more than a tenth is
-    unseen, and opens the holes again if all is seen. So the surface is only used within a
-    morphological closing of the measured points along it, by REACH voxels: dilated and eroded
-    again, they cover the holes among them but do not grow beyond their rims. All measured points
-    are kept, since a reconstruction loses objects that are thinner than its cells.
+    The usual remedy, to remove the tenth with the lowest density, keeps much of such surface if
+    more than a tenth is unseen, and opens the holes again if all is seen. So the surface is only
+    used within a morphological closing of the measured points along it, by REACH voxels: dilation
+    and erosion cover the holes among the points but do not grow beyond their rims. All measured
+    points are kept, since a reconstruction loses objects that are thinner than its cells.
 
     Normals are oriented towards the nearest camera, because a fused cloud does not record which
     camera saw a point. If the nearest camera stood behind a wall, holes in that wall may stay open.

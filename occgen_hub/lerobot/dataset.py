@@ -45,7 +45,7 @@ class LeRobotOccupancyDataset(LeRobotDataset):  # type: ignore[misc]  # lerobot 
 
     - "observation.occ.view": occupied and visible cells of the grid in the camera's frame (OpenCV
       axes). dense: (nx, ny, nz) bool; else (n, 3) int32, cells (i, j, k), ascending
-    - "observation.occ.mask": observed cells, free and occupied alike. dense: (nx, ny, nz) bool;
+    - "observation.occ.mask": observed cells, free or occupied. dense: (nx, ny, nz) bool;
       else (ceil(nx * ny * nz / 8),) uint8, packed by `np.packbits`
     - "observation.occ.dynamic": the cells of "observation.occ.view" with moving objects, in the
       same format
@@ -56,7 +56,7 @@ class LeRobotOccupancyDataset(LeRobotDataset):  # type: ignore[misc]  # lerobot 
     camera. As in LeRobot, frames beyond an end of the episode repeat the frame at that end, and
     "observation.occ.view_is_pad" and so on mark them.
 
-    Attributes besides LeRobotDataset's: occupancy, the OccupancyDataset of the same frames.
+    Additional attributes: occupancy, the OccupancyDataset of the same frames.
 
     Raises UsageError if the dataset has no occupancy, DatasetError if the occupancy belongs to
     other frames, and the errors of LeRobotDataset.

@@ -176,7 +176,7 @@ def _rows(root: Path, frames: int) -> Iterator[DatasetError]:
             return
 
 
-def held_episodes(root: Path) -> list[tuple[str, int]]:
+def read_exported_episodes(root: Path) -> list[tuple[str, int]]:
     """The trajectory and the number of frames of each episode of a LeRobot v3.0 dataset.
 
     Read from the column "episode" of its tables. Raises DatasetError if the column is missing, or

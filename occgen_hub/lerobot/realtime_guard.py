@@ -12,11 +12,11 @@ _SYS_NICE = 23
 """CAP_SYS_NICE of capabilities(7): allows real-time scheduling, among other things."""
 
 
-class _Header(ctypes.Structure):
+class _CapabilityHeader(ctypes.Structure):
     _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
 
 
-class _Set(ctypes.Structure):
+class _CapabilitySet(ctypes.Structure):
     _fields_ = (
         ("effective", ctypes.c_uint32),
         ("permitted", ctypes.c_uint32),
@@ -38,7 +38,7 @@ def no_realtime_scheduling() -> Iterator[None]:
         yield
         return
     libc = ctypes.CDLL(None)
-    header, sets = _Header(_VERSION_3, 0), (_Set * 2)()
+    header, sets = _CapabilityHeader(_VERSION_3, 0), (_CapabilitySet * 2)()
     held = not libc.capget(ctypes.byref(header), sets) and sets[0].effective & 1 << _SYS_NICE
     if not held:
         yield

@@ -248,10 +248,10 @@ def _sort_statistics(dataset: Any) -> None:
 
 
 def _set_level(video: Path, temporary: Path) -> None:
-    """Declare level 6.2 in the headers of an HEVC video. The frames stay as they are.
+    """Declare level 6.2 in the headers of an HEVC video. The frames are not changed.
 
-    x265 declares level 8.5 for lossless videos, which promises nothing. rerun and other readers
-    refuse it.
+    x265 declares level 8.5 for lossless videos, which means no limits. rerun and other readers
+    reject it.
     """
     import av
     from av.bitstream import BitStreamFilterContext
@@ -261,7 +261,7 @@ def _set_level(video: Path, temporary: Path) -> None:
         copied = target.add_stream_from_template(stream, opaque=True)
         change = BitStreamFilterContext("hevc_metadata=level=6.2", stream, copied)
         for packet in source.demux(stream):
-            # The last packet is empty: it tells the filter to flush.
+            # The last packet is empty, which makes the filter flush.
             for changed in change.filter(packet if packet.dts is not None else None):
                 changed.stream = copied
                 target.mux(changed)

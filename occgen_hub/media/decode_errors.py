@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from occgen_hub.errors import SourceError, in_brief
+from occgen_hub.errors import SourceError, shorten_message
 
 MAX_PIXELS = 1 << 26
 """64 megapixels, more than any camera's frame has, and little enough for memory."""
@@ -18,13 +18,13 @@ DAMAGE = (OSError, SyntaxError, ValueError, EOFError)
 
 def damaged(path: Path, error: BaseException) -> SourceError:
     """The error for a file whose decoding raised `error`."""
-    return SourceError(path, f"is damaged ({brief(error)})", RESTORE)
+    return SourceError(path, f"is damaged ({short_message(error)})", RESTORE)
 
 
-def brief(error: BaseException) -> str:
+def short_message(error: BaseException) -> str:
     """A short form of a library's error message."""
     message = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return in_brief(message.split(": '")[0], 120)
+    return shorten_message(message.split(": '")[0], 120)
 
 
 def check_pixels(path: Path, width: int, height: int) -> None:

@@ -28,7 +28,7 @@ DIFFUSE_WHITE = 203.0
 """Diffuse white in HDR, in nits (ITU-R BT.2408). It becomes about the white of SDR."""
 
 PEAK = 1000.0
-"""Light that becomes full white, in nits: that of the screens used to grade HDR."""
+"""Luminance that becomes full white, in nits: that of the displays used to grade HDR."""
 
 KNEE = 0.6
 """Light above which it is compressed, relative to diffuse white."""

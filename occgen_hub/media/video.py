@@ -23,9 +23,9 @@ from occgen_hub.media.decode_errors import (
     MAX_PIXELS,
     REENCODE,
     RESTORE,
-    brief,
     check_pixels,
     damaged,
+    short_message,
 )
 from occgen_hub.media.hdr import Transfer, is_wide, to_sdr, transfer
 
@@ -219,7 +219,7 @@ def _decoded(container: av.container.InputContainer, path: Path) -> Iterator[av.
                 seen += 1
                 yield frame
     except damage as error:
-        problem = f"is damaged at frame {seen} or soon after ({brief(error)})"
+        problem = f"is damaged at frame {seen} or soon after ({short_message(error)})"
         raise SourceError(path, problem, REENCODE) from None
 
 
@@ -255,7 +255,7 @@ class _Upright:
         self._reformatter = VideoReformatter()
         self._hdr, self._wide = transfer(stream), is_wide(stream)
         self._rotation: int | None = None
-        self._turn = (False, False, False)
+        self._orientation = (False, False, False)
 
     def __call__(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
         """Convert a frame to (H, W, 3) uint8 RGB."""
@@ -280,12 +280,13 @@ class _Upright:
         return self._width(frame) == frame.width and not any(self._turned(frame))
 
     def _turned(self, frame: av.VideoFrame) -> tuple[bool, bool, bool]:
-        """`_turn`, cached by rotation, because reading the display matrix puts a frame into a
-        reference cycle, so that it is freed late.
+        """`_orientation`, cached by rotation.
+
+        Reading the display matrix puts a frame into a reference cycle, which frees it late.
         """
         if frame.rotation != self._rotation:
-            self._rotation, self._turn = frame.rotation, _turn(frame)
-        return self._turn
+            self._rotation, self._orientation = frame.rotation, _orientation(frame)
+        return self._orientation
 
     def _width(self, frame: av.VideoFrame) -> int:
         return max(1, round(frame.width * self._aspect))
@@ -309,7 +310,7 @@ def _colours(frame: av.VideoFrame) -> dict[str, int]:
     }
 
 
-def _turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     """Whether to swap the axes of a frame, and then whether to flip x and y, by its display matrix.
 
     x' = a x + c y and y' = b x + d y, where the matrix is a, b, u, c, d, v, ... as in mp4.
@@ -326,7 +327,7 @@ def _turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
 
 
 _QUARTERS = {90: (True, False, True), 180: (False, True, True), 270: (True, True, False)}
-"""`_turn` by the rotation in degrees that PyAV computes from a matrix, without mirroring."""
+"""`_orientation` by the rotation in degrees that PyAV computes from a matrix, without mirroring."""
 
 
 Frames = Iterator[Callable[[], NDArray[Any]]]
@@ -349,25 +350,25 @@ class SequentialReader:
         self._next = 0
         self._frames = start()
         self._passed: dict[int, Callable[[], NDArray[Any]]] = {}
-        self._turn = threading.Condition()
+        self._orientation = threading.Condition()
         self._waiting: list[int] = []
         self._busy = False
 
     def __call__(self, number: int) -> NDArray[Any]:
         """The frame with that number. Raises SourceError if there are fewer."""
-        with self._turn:
+        with self._orientation:
             self._waiting.append(number)
             try:
-                self._turn.wait_for(lambda: not self._busy and number == min(self._waiting))
+                self._orientation.wait_for(lambda: not self._busy and number == min(self._waiting))
             finally:  # Also on an interruption, or the other threads would wait forever.
                 self._waiting.remove(number)
             self._busy = True
         try:
             return self._picture(number)()
         finally:
-            with self._turn:
+            with self._orientation:
                 self._busy = False
-                self._turn.notify_all()
+                self._orientation.notify_all()
 
     def _picture(self, number: int) -> Callable[[], NDArray[Any]]:
         if number in self._passed:
@@ -425,22 +426,22 @@ def _frames_at(
         shown = _decoded(container, path)
         frame, following = next(shown, None), next(shown, None)
         for time in times.tolist():
-            while following is not None and _nearer(following, frame, time):
+            while following is not None and _is_nearer(following, frame, time):
                 frame, following = following, next(shown, None)
             if frame is None or frame.time is None or abs(frame.time - time) > tolerance:
                 raise SourceError(path, f"has no frame at {time:.3f} s", RESTORE)
             as_color = partial(_converted, upright, frame, path)
-            yield partial(_codes, frame, path) if grey else as_color
+            yield partial(_depth_codes, frame, path) if grey else as_color
 
 
-def _nearer(frame: av.VideoFrame, than: av.VideoFrame | None, time: float) -> bool:
+def _is_nearer(frame: av.VideoFrame, than: av.VideoFrame | None, time: float) -> bool:
     """Whether a frame is at least as near to a time as the one before it."""
     if frame.time is None or than is None or than.time is None:
         return True
     return abs(frame.time - time) <= abs(than.time - time)
 
 
-def _codes(frame: av.VideoFrame, path: Path) -> NDArray[np.uint16]:
+def _depth_codes(frame: av.VideoFrame, path: Path) -> NDArray[np.uint16]:
     """(H, W) uint16: the first plane of a frame, as stored."""
     if not frame.format.name.endswith("le") or frame.format.components[0].bits <= 8:
         problem = f"is not a depth video: its pixels are {frame.format.name}"
@@ -539,7 +540,7 @@ def _video(path: Path) -> av.container.InputContainer:
         container = av.open(f"file:{path}", container_options=_CONTAINERS)
     except _video_damage() as error:
         raise SourceError(
-            path, f"is not a video that can be read ({brief(error)})", RESTORE
+            path, f"is not a video that can be read ({short_message(error)})", RESTORE
         ) from None
     try:
         _check_video(container, path)

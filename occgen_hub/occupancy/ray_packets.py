@@ -10,7 +10,7 @@ chosen on the way. The lists come from `rays.follow` and are as exact.
 
 For the camera and grid of docs/performance.md, the lists have 4.5 million cells, of which a frame
 needs 1.9 million. Single rays cross 30.2 million cells, 17.2 million of them before they hit.
-Packets of 4 x 4 would need half as many cells again; those of 16 x 16 a fifth fewer, with four
+Packets of 4 x 4 would need half as many cells again; packets of 16 x 16 a fifth fewer, with four
 words for each.
 """
 
@@ -82,7 +82,7 @@ class RayPackets:
                     return None
         cells, crossing, lengths, rays = map(np.concatenate, zip(*parts, strict=True))
         ends = np.concatenate([[0], np.cumsum(lengths)])
-        return cls(cells, crossing, ends, rays, _shares(len(parts), len(rays), threads))
+        return cls(cells, crossing, ends, rays, _distribute_strips(len(parts), len(rays), threads))
 
 
 def follow_packets(packets: RayPackets, state: NDArray[np.uint8]) -> None:
@@ -139,7 +139,7 @@ def _camera(
     return _Camera(partial(RayPackets.of, grid, intrinsics, size))
 
 
-def _shares(columns: int, packets: int, threads: int) -> NDArray[np.int64]:
+def _distribute_strips(columns: int, packets: int, threads: int) -> NDArray[np.int64]:
     """Distribute strips of the image over threads in turn.
 
     Strips are wide, since threads at neighbouring pixels write to the same memory; each thread has
@@ -172,7 +172,7 @@ def _packet_column(camera, size, origin, shape, left):
                 rays[packet] |= np.uint64(1) << np.uint64(ray)
         for distance in range(starts.min(), ends.max()):
             if total + np.uint64(_EDGE * _EDGE) > np.uint64(len(cells)):
-                cells, crossing = _doubled(cells), _doubled(crossing)
+                cells, crossing = _grow(cells), _grow(crossing)
             total = _add(distance, paths, starts, ends, cells, crossing, total, places)
         lengths[packet] = total - begin
     return cells[:total].copy(), crossing[:total].copy(), lengths, rays
@@ -226,7 +226,7 @@ def _add(distance, paths, starts, ends, cells, crossing, total, places):
 
 
 @njit()
-def _doubled(array):
+def _grow(array):
     longer = np.empty(2 * len(array), array.dtype)
     longer[: len(array)] = array
     return longer

@@ -7,7 +7,7 @@ traced ray by ray (`rays`). Both give exactly the same cells.
 
 A frame uses one byte per cell (bit 0: occupied, bit 1: observed). Threads may write the same byte
 at the same time, but always the same value, so the result does not depend on their number. Rays are
-processed by image column, because those of one column cross few x-slices of the grid, which suits
+processed by image column, because the rays of one column cross few x-slices of the grid, which fits
 the memory order (z innermost).
 """
 

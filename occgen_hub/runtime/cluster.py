@@ -86,7 +86,7 @@ def run_tasks(tasks: Tasks, options: Mapping[str, Any]) -> Summary | None:
     names of the command's options.
 
     Returns a summary of the build, or None for Slurm, which only queues the tasks. Raises
-    UsageError if Slurm is not there or another build is running.
+    UsageError if Slurm is not installed or another build is running.
     """
     out, executor, remarks = tasks.job.out, tasks.executor, []
     if executor == "slurm" and shutil.which("sbatch") is None:

@@ -70,7 +70,9 @@ def build_episodes(
 
     def reconstruct(item: EpisodeRef | SceneEpisode) -> ReconstructedEpisode | Result:
         own, ref = (item.builder, item.ref) if isinstance(item, SceneEpisode) else (builder, item)
-        return guarded(ref, out, lambda: reconstruct_episode(own, ref, out, settings, cancellable))
+        return catch_failure(
+            ref, out, lambda: reconstruct_episode(own, ref, out, settings, cancellable)
+        )
 
     def reconstruct_all() -> None:
         try:
@@ -87,7 +89,7 @@ def build_episodes(
             reconstructed.put(error)
 
     def write(found: ReconstructedEpisode) -> Result:
-        return guarded(found.ref, out, lambda: write_episode(found, out, progress))
+        return catch_failure(found.ref, out, lambda: write_episode(found, out, progress))
 
     thread = threading.Thread(target=reconstruct_all, name="reconstruct", daemon=True)
     try:
@@ -104,7 +106,7 @@ def build_episodes(
             thread.join(JOIN_TIMEOUT)
 
 
-def guarded[Value](
+def catch_failure[Value](
     ref: EpisodeRef | SceneRef, out: Path, action: Callable[[], Value]
 ) -> Value | Failure:
     """Call `action`, and return its value or a Failure of the episode or scene `ref`."""

@@ -12,7 +12,7 @@ from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.files import opened, try_lock
 
 LOGS = ".logs"
-"""A hidden folder, since any other name may be that of a group of the source."""
+"""A hidden folder, since a group of the source may have any other name."""
 
 LOCK = "lock"
 _PAUSES = (0, 0.01, 0.05, 0.2, 0.5, 1.0)
@@ -40,13 +40,13 @@ def output_lock(out: Path, join: Callable[[bool], bool] | None = None) -> Iterat
             elif join(try_lock(handle)) and try_lock(handle, shared=True) and join(False):
                 break
         else:
-            raise busy(out)
+            raise locked_error(out)
         yield
     finally:
         os.close(handle)
 
 
-def busy(out: Path) -> UsageError:
+def locked_error(out: Path) -> UsageError:
     """The error that another build holds the lock of an output folder."""
     return UsageError(
         f"{out}: another build is writing here; wait for it or choose another --output."

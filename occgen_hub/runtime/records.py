@@ -22,7 +22,7 @@ from occgen_hub.episode_build import Built
 from occgen_hub.errors import OccGenError
 from occgen_hub.files import dump_json, parse_json, read_bytes, try_lock
 from occgen_hub.job import Job
-from occgen_hub.runtime.lock import LOGS, busy
+from occgen_hub.runtime.lock import LOGS, locked_error
 from occgen_hub.runtime.results import Process, Result, SceneResult
 from occgen_hub.runtime.shard import share_out
 from occgen_hub.scenes import scene_of
@@ -152,7 +152,7 @@ def recording(
 
     try:
         if not try_lock(handle):
-            raise busy(out)
+            raise locked_error(out)
         add({"began": {"time": _now(), "executor": executor, "overwrite": overwrite}})
         yield add
     finally:

@@ -13,7 +13,7 @@ from occgen_hub.builder import DatasetBuilder, EpisodeRef
 from occgen_hub.episode_build import Built, Progress
 from occgen_hub.errors import OccGenError, SourceError
 from occgen_hub.job import Job
-from occgen_hub.runtime.episodes import SceneEpisode, build_episodes, guarded
+from occgen_hub.runtime.episodes import SceneEpisode, build_episodes, catch_failure
 from occgen_hub.runtime.results import Failure, Result, SceneResult
 from occgen_hub.scenes import (
     FetchedScene,
@@ -89,7 +89,7 @@ class _Scenes:
                 yield from (Built(name, "present", 0) for name in known.episodes)
                 yield SceneResult(ref.id)
                 continue
-            opened = guarded(ref, self._job.out, partial(self._fetch, ref, room))
+            opened = catch_failure(ref, self._job.out, partial(self._fetch, ref, room))
             prefetcher.start()
             if isinstance(opened, Failure):
                 yield opened

@@ -20,7 +20,7 @@ CAMERAS = (
     Camera(300, 180, 165.0, 165.0),
 )
 MOUNTS = ((0.46, 0.0), (1.1, -15.0), (0.7, 0.0), (0.9, -10.0), (0.55, -4.0))  # metres, degrees
-LENGTHS = (1.0, 0.75, 1.25)  # of what was asked for, in turn
+LENGTHS = (1.0, 0.75, 1.25)  # multiples of the requested length, in turn
 OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])  # OpenGL camera axes to OpenCV's, and back
 
 

@@ -26,7 +26,7 @@ SHOES = (0.15, 0.13, 0.12)
 
 
 @dataclass(frozen=True)
-class Posed:
+class PosedMesh:
     """A triangle mesh at one moment, in the house's frame."""
 
     vertices: Array  # (V, 3) metres
@@ -115,7 +115,7 @@ class People:
         parts = [s.figure.colours for s in self.strolls]
         return np.concatenate([np.zeros((0, 3)), *parts]).astype(np.float32)
 
-    def at(self, frame: int) -> Posed:
+    def at(self, frame: int) -> PosedMesh:
         """All people in a frame."""
         posed = [
             s.figure.posed(s.xy[frame], s.heading[frame], s.phase[frame], s.effort[frame])
@@ -125,7 +125,7 @@ class People:
             np.concatenate([np.zeros((0, 3)), *part]).astype(np.float32)
             for part in (zip(*posed, strict=True) if posed else ((), ()))
         )
-        return Posed(vertices, normals, self.colours, self.faces, self.labels)
+        return PosedMesh(vertices, normals, self.colours, self.faces, self.labels)
 
 
 def _joints(phase: float, effort: float) -> list[tuple[str, Floats, Floats]]:
@@ -140,15 +140,15 @@ def _joints(phase: float, effort: float) -> list[tuple[str, Floats, Floats]]:
         thigh = 0.42 * effort * swing
         # The knee bends while its leg swings ahead.
         shank = thigh - effort * (0.1 + 0.75 * max(0.0, np.cos(phase + shift)))
-        knee = hip + THIGH * _hanging(thigh)
-        ankle = knee + SHANK * _hanging(shank)
+        knee = hip + THIGH * _limb_direction(thigh)
+        ankle = knee + SHANK * _limb_direction(shank)
         tilt = min(0.0, 0.5 * shank)
         ahead = np.array([np.cos(tilt), 0, np.sin(tilt)])
         sole = ankle - [0, 0, 0.035]
         shoulder = np.array([0, side * 0.185, 1.38])
         arm = -0.38 * effort * swing
-        elbow = shoulder + UPPER_ARM * _hanging(arm) + [0, side * 0.03, 0]
-        hand = elbow + LOWER_ARM * _hanging(arm + 0.12 + 0.35 * effort)
+        elbow = shoulder + UPPER_ARM * _limb_direction(arm) + [0, side * 0.03, 0]
+        hand = elbow + LOWER_ARM * _limb_direction(arm + 0.12 + 0.35 * effort)
         out += [
             ("thigh", hip, knee), ("shank", knee, ankle),
             ("foot", sole - 0.03 * ahead, sole + 0.15 * ahead),
@@ -157,7 +157,7 @@ def _joints(phase: float, effort: float) -> list[tuple[str, Floats, Floats]]:
     return out
 
 
-def _hanging(angle: float) -> Floats:
+def _limb_direction(angle: float) -> Floats:
     """The direction (3,) of a limb that hangs down and is swung ahead by `angle`, radians."""
     return np.array([np.sin(angle), 0, -np.cos(angle)])
 

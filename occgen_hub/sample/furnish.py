@@ -170,7 +170,7 @@ def _walkable(floor: FloorMap, plan: Plan) -> bool:
             at = middle.copy()
             at[door.axis] += side
             i, j = ((at - floor.low) / CELL).astype(int)
-            # A doorway's middle may fall beside the one cell row that keeps the distance.
+            # A doorway's middle may be next to the only row of cells that keeps the distance.
             numbers.add(int(regions[i - 1 : i + 2, j - 1 : j + 2].max()))
     return len(numbers) == 1 and 0 not in numbers
 

@@ -89,7 +89,7 @@ def sofa(rng: Rng) -> Furniture:
     backs = [ellipsoid((a, -0.18, 0.62), (0.32, 0.12, 0.24), 0.45) for a in x]
     pillow = ellipsoid((x[0], 0.0, 0.6), (0.2, 0.08, 0.17), 0.5)
     legs = _legs(w - 0.2, d - 0.2, 0.14, 0.05)
-    return _made(
+    return _furniture(
         "sofa", (w, d, 0.86),
         (join(body), cloth), (join(seats + backs), cloth), (pillow, _cloth(rng, 0.06)),
         (legs, WALNUT),
@@ -110,7 +110,7 @@ def armchair(rng: Rng) -> Furniture:
         ellipsoid((0, -0.2, 0.66), (0.26, 0.11, 0.24), 0.45),
     ]
     legs = _legs(0.66, 0.62, 0.16, 0.05)
-    return _made(
+    return _furniture(
         "armchair", (0.84, 0.8, 0.9), (join(body), cloth), (join(cushions), cloth), (legs, OAK)
     )
 
@@ -124,7 +124,7 @@ def coffee_table(rng: Rng) -> Furniture:
     stack = [box((-w * 0.36, -0.12, h - 0.005), (-w * 0.36 + 0.24, 0.06, h + 0.045))]
     stack.append(box((-w * 0.35, -0.1, h + 0.04), (-w * 0.35 + 0.2, 0.05, h + 0.075)))
     bowl = turned([(0.05, h - 0.005), (0.12, h + 0.07), (0.105, h + 0.07)], (w * 0.1, 0.08))
-    return _made(
+    return _furniture(
         "coffee table", (w, d, h + 0.3), (join([top, legs, shelf]), _wood(rng)),
         (join(stack), Material("books", second=(0.9, 0.88, 0.8), seed=_seed(rng))),
         (bowl, Material("plain", (0.75, 0.5, 0.3))), *_vase(rng, (w * 0.33, -0.07), h),
@@ -145,7 +145,7 @@ def dining_table(rng: Rng) -> Furniture:
     ]
     bowl = turned([(0.06, h - 0.005), (0.15, h + 0.08), (0.13, h + 0.08)])
     fruit = [ellipsoid((x, y, h + 0.1), (0.045,) * 3) for x, y in ((0.05, 0), (-0.04, 0.05))]
-    return _made(
+    return _furniture(
         "dining table", (w, 1.75, h + 0.15), (join([top, apron, legs]), timber),
         (join(chairs), timber), (bowl, STEEL),
         (join(fruit), Material("plain", (0.85, 0.45, 0.15))), *_vase(rng, (w * 0.3, 0.1), h),
@@ -175,7 +175,7 @@ def bookcase(rng: Rng) -> Furniture:
             item = box((x, -d / 2 + 0.025, z), (end, front, z + height))
             (boxes if not boxes or rng.random() < 0.2 else rows).append(item)
             x = end + rng.choice([0.006, 0.05])
-    return _made(
+    return _furniture(
         "bookcase", (w, d, h), (join(frame), _wood(rng)),
         (join(rows), Material("books", second=(0.92, 0.86, 0.66), seed=_seed(rng))),
         (join(boxes), _cloth(rng, 0.05)),
@@ -199,7 +199,7 @@ def sideboard(rng: Rng) -> Furniture:
     area = (-0.5, h + 0.08, 0.5, h + 0.68)
     timber = _wood(rng)
     lighter = Material("wood", timber.second, timber.colour, seed=_seed(rng))
-    return _made(
+    return _furniture(
         "television", (w, d, h + 0.7), (join([body, base]), timber), (join(doors), lighter),
         (stand, METAL), (tv, Material("screen", (0.07, 0.08, 0.1), (0.3, 0.45, 0.6), area=area)),
     )  # fmt: skip
@@ -217,7 +217,7 @@ def bed(rng: Rng) -> Furniture:
     duvet = ellipsoid((0, 0.33, 0.43), (w / 2 + 0.03, d / 2 - 0.32, 0.17), 0.2, 32)
     pillows = [ellipsoid((x, -0.73, 0.56), (0.3, 0.2, 0.09), 0.55) for x in (-0.36, 0.36)]
     white = Material("fabric", (0.9, 0.89, 0.86), (0.8, 0.8, 0.8), 0.07)
-    return _made(
+    return _furniture(
         "bed", (w + 0.06, d, 1.0), (join([*frame, legs]), _wood(rng)), (mattress, white),
         (duvet, _cloth(rng, 0.22)), (join(pillows), white),
     )  # fmt: skip
@@ -230,7 +230,7 @@ def nightstand(rng: Rng) -> Furniture:
     legs = _legs(0.34, 0.3, 0.13, 0.05)
     lamp = join([cylinder(0.07, 0.495, 0.52), cylinder(0.02, 0.51, 0.72)])
     shade = turned([(0.14, 0.7), (0.09, 0.9)])
-    return _made(
+    return _furniture(
         "nightstand", (0.44, 0.42, 0.92), (join([body, legs]), _wood(rng)),
         (join(drawers), WHITE), (lamp, METAL), (shade, Material("glow", (0.97, 0.9, 0.74))),
     )  # fmt: skip
@@ -252,7 +252,7 @@ def wardrobe(rng: Rng) -> Furniture:
         knobs.append(ellipsoid((a + 0.45, d / 2 + 0.012, 1.0), (0.02,) * 3, n=10))
     timber = _wood(rng)
     lighter = Material("wood", timber.second, timber.colour, seed=_seed(rng))
-    return _made(
+    return _furniture(
         "wardrobe", (w, d + 0.03, h), (join([body, *doors]), timber), (join(panels), lighter),
         (join(knobs), METAL),
     )  # fmt: skip
@@ -281,7 +281,7 @@ def desk(rng: Rng) -> Furniture:
     monitor = box((-0.45, back + 0.21, h + 0.12), (0.1, back + 0.245, h + 0.46))
     keys = box((-0.4, back + 0.42, h - 0.005), (0.02, back + 0.56, h + 0.02))
     chair = _chair(METAL).moved(np.pi, (-0.15, 0.25, 0))
-    return _made(
+    return _furniture(
         "desk", (w, 1.2, h + 0.5), (join(parts), timber), (join(drawers), WHITE),
         (join([stand, keys]), METAL), (chair, _cloth(rng, 0.06)),
         (monitor, Material("screen", (0.1, 0.11, 0.13), (0.75, 0.8, 0.85), area=area)),
@@ -310,7 +310,7 @@ def kitchen_counter(rng: Rng) -> Furniture:
     jars = [cylinder(0.05, h - 0.005, h + 0.16, (x, -0.15)) for x in (0.05, 0.2, 0.35)]
     front = Material("wood", *FRONTS[int(rng.integers(len(FRONTS)))], seed=_seed(rng))
     stone = Material("tiles", (0.3, 0.3, 0.32), (0.34, 0.34, 0.35), 0.3)
-    return _made(
+    return _furniture(
         "kitchen counter", (w + 0.02, d + 0.02, 2.1), (join([body, plinth, upper]), WHITE),
         (join(doors), front), (top, stone), (join([*handles, *pot, kettle]), STEEL),
         (hob, METAL), (join(jars), Material("plain", (0.8, 0.6, 0.42))),
@@ -325,7 +325,7 @@ def fridge(rng: Rng) -> Furniture:
     note = box((0.02, 0.3, 1.2), (0.2, 0.316, 1.45))
     area = (0.02, 1.2, 0.2, 1.45)
     art = Material("picture", (0.9, 0.85, 0.6), (0.5, 0.7, 0.9), seed=_seed(rng), area=area)
-    return _made(
+    return _furniture(
         "fridge", (0.6, 0.66, 1.8), (join([body, *doors]), Material("plain", (0.82, 0.83, 0.84))),
         (join(handles), METAL), (note, art),
     )  # fmt: skip
@@ -335,7 +335,7 @@ def floor_lamp(rng: Rng) -> Furniture:
     """A pole with a shade."""
     pole = join([cylinder(0.15, SUNK, 0.03), cylinder(0.018, 0.02, 1.5)])
     shade = turned([(0.2, 1.4), (0.13, 1.68)])
-    return _made(
+    return _furniture(
         "floor lamp", (0.4, 0.4, 1.7), (pole, METAL), (shade, Material("glow", (0.98, 0.9, 0.72)))
     )
 
@@ -351,7 +351,7 @@ def plant(rng: Rng) -> Furniture:
         leaves.append(one.moved(angle, (0, 0, 0)))
     clay = Material("plain", (0.7, 0.42, 0.3))
     green = Material("leaf", (0.25, 0.45, 0.2), seed=_seed(rng))
-    return _made(
+    return _furniture(
         "potted plant", (0.5, 0.5, 1.3), (pot, clay), (join(stems), WALNUT), (join(leaves), green)
     )
 
@@ -363,7 +363,7 @@ def boxes(rng: Rng) -> Furniture:
     card = Material("wood", (0.72, 0.56, 0.4), (0.66, 0.5, 0.35))
     area = (-0.3, 0.0, 0.3, 0.6)
     printed = Material("picture", (0.72, 0.55, 0.38), (0.66, 0.5, 0.34), 0.1, _seed(rng), area)
-    return _made("boxes", (0.5, 0.42, 0.58), (lower, card), (upper, printed))
+    return _furniture("boxes", (0.5, 0.42, 0.58), (lower, card), (upper, printed))
 
 
 def rug_of(width: float, depth: float, rng: Rng) -> Furniture:
@@ -406,7 +406,7 @@ def ceiling_lamp(rng: Rng) -> Furniture:
     return Furniture("ceiling lamp", (0.4, 0.4, HEIGHT), ((cord, METAL), (shade, glow)), False)
 
 
-def _made(name: str, size: tuple[float, float, float], *pieces: Piece) -> Furniture:
+def _furniture(name: str, size: tuple[float, float, float], *pieces: Piece) -> Furniture:
     return Furniture(name, size, pieces)
 
 

@@ -104,7 +104,7 @@ def shell(plan: Plan, rng: np.random.Generator) -> list[tuple[Mesh, Material, li
     key[(beyond.any(axis=1) & (label == WALL)) | under] = 2
     for i, window in enumerate(plan.windows):
         key[(label == PANE + 10 * (i + 1))] = 100 + i
-        groups[100 + i] = _view(window, rng)
+        groups[100 + i] = _outdoors(window, rng)
     classes = _classes(label, outward)
     return [
         (_quads(corners[key == k]), m, [*classes[key == k]] * 2)
@@ -169,7 +169,7 @@ def _rect(axis: int, through: tuple[float, float], across: tuple[float, float]) 
     return across[0], through[0], across[1], through[1]
 
 
-def _grown(r: Rect, x: float, y: float) -> Rect:
+def _grow(r: Rect, x: float, y: float) -> Rect:
     return r[0] - x, r[1] - y, r[2] + x, r[3] + y
 
 
@@ -179,11 +179,11 @@ def _block(r: Rect, z0: float, z1: float, what: int) -> Box:
 
 def _boxes(plan: Plan) -> list[Box]:
     """What to fill and what to cut away, in order."""
-    boxes = [_block(_grown(plan.rect, OUTER, OUTER), -0.15, HEIGHT + 0.15, WALL)]
+    boxes = [_block(_grow(plan.rect, OUTER, OUTER), -0.15, HEIGHT + 0.15, WALL)]
     height, thick = SKIRTING
     for room in plan.rooms:
         boxes.append(_block(room.rect, 0, height, TRIM))
-        boxes.append(_block(_grown(room.rect, -thick, -thick), 0, height, EMPTY))
+        boxes.append(_block(_grow(room.rect, -thick, -thick), 0, height, EMPTY))
         boxes.append(_block(room.rect, height, HEIGHT, EMPTY))
     for door in plan.doors:
         boxes += _doorway(door)
@@ -198,14 +198,14 @@ def _doorway(door: Opening) -> list[Box]:
     frame = (thick, wide) if door.axis == 0 else (wide, thick)
     cut = (thick, 0.0) if door.axis == 0 else (0.0, thick)
     return [
-        _block(_grown(door.rect, *frame), 0, DOOR_HEIGHT + wide, FRAME),
-        _block(_grown(door.rect, *cut), 0, DOOR_HEIGHT, EMPTY),
+        _block(_grow(door.rect, *frame), 0, DOOR_HEIGHT + wide, FRAME),
+        _block(_grow(door.rect, *cut), 0, DOOR_HEIGHT, EMPTY),
         _block(door.rect, 0, 0.006, THRESHOLD),
     ]
 
 
 def _window(window: Opening, pane: int) -> list[Box]:
-    """A niche with a sill that stands out, a pane at its back and a cross of bars before it."""
+    """A niche with a protruding sill, a pane at its back and a cross of bars in front of it."""
     axis, side = window.axis, window.side
     inner, outer = (1, 0) if side < 0 else (0, 1)
     wall = window.rect[axis + 2 * inner], window.rect[axis + 2 * outer]
@@ -247,7 +247,7 @@ def _finishes(room: Room, rng: np.random.Generator) -> dict[int, Material]:
     return {1: floors[room.name], 0: wall, -1: Material("plaster", (0.93, 0.93, 0.91))}
 
 
-def _view(window: Opening, rng: np.random.Generator) -> Material:
+def _outdoors(window: Opening, rng: np.random.Generator) -> Material:
     r, across = window.rect, 1 - window.axis
     area = (r[across], 0.95, r[across + 2], 2.15)
     return Material("outdoors", (0.62, 0.78, 0.95), seed=int(rng.integers(1 << 16)), area=area)

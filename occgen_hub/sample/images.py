@@ -12,9 +12,9 @@ from PIL import Image
 Bytes = NDArray[np.uint8]
 UNITS = 10_000  # depth units a metre
 VIDEO_FPS = 10
-BLOCK = 16  # the encoder wants whole blocks of this many pixels
-# The same frames give the same bytes: one thread, and none of x264's looking ahead, which reads
-# memory that it never set (MALLOC_PERTURB_ changes what it writes).
+BLOCK = 16  # the encoder needs whole blocks of this many pixels
+# The same frames give the same bytes: one thread, and no lookahead of x264, which reads memory that
+# it never set (MALLOC_PERTURB_ changes its output).
 SAME_BYTES = "threads=1:bframes=0:mbtree=0:rc-lookahead=0"
 GREY_RANGE = 6.5535  # metres: white in the depth video
 

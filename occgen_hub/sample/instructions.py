@@ -53,7 +53,7 @@ def tasks_of(scene: Scene, walk: Walk) -> tuple[Task, ...]:
         text, revised = _sentences(scene, walk, first, last, room, onward)
         parts.append(Task(text, revised, first, last, False))
     start = f"You are in the {scene.plan.rooms[stretches[0][2]].name}. "
-    whole = start + " Then ".join(_then(p.text, i) for i, p in enumerate(parts))
+    whole = start + " Then ".join(_lower_first(p.text, i) for i, p in enumerate(parts))
     return (Task(whole, whole, 0, len(walk.position) - 1, True), *parts)
 
 
@@ -114,5 +114,5 @@ def _landmark(scene: Scene, at: Floats, course: float, room: int) -> tuple[str, 
     return (best[1], best[2]) if best else None
 
 
-def _then(text: str, i: int) -> str:
+def _lower_first(text: str, i: int) -> str:
     return text if i == 0 else text[0].lower() + text[1:]

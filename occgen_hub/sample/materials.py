@@ -64,7 +64,7 @@ def noise(u: Array, v: Array, seed: NDArray[np.uint32]) -> Array:
     return np.asarray(noise_tile()[j, i])
 
 
-def chance(i: Array, j: Array, seed: NDArray[np.uint32]) -> Array:
+def random_value(i: Array, j: Array, seed: NDArray[np.uint32]) -> Array:
     """A deterministic pseudo-random number in 0..1 for each cell (i, j)."""
     h = i.astype(np.int64).astype(np.uint32) * np.uint32(374761393)
     h += j.astype(np.int64).astype(np.uint32) * np.uint32(668265263)
@@ -74,12 +74,12 @@ def chance(i: Array, j: Array, seed: NDArray[np.uint32]) -> Array:
     return (h >> np.uint32(8)).astype(np.float32) / np.float32(1 << 24)
 
 
-def mixed(a: Array, b: Array, share: Array) -> Array:
+def mix(a: Array, b: Array, share: Array) -> Array:
     """`a` with `share` (N,) of `b`, as (N, 3); either may be one colour (1, 3)."""
     return a + (b - a) * share[:, None]
 
 
-def shows(p: Points, detail: float | NDArray[np.floating[Any]]) -> Array:
+def detail_visibility(p: Points, detail: float | NDArray[np.floating[Any]]) -> Array:
     """Visibility of detail of this size, metres: 1 nearby, 0 if a pixel covers it."""
     return np.clip(1.6 - p.blur / detail, 0, 1).astype(np.float32)
 
@@ -92,7 +92,7 @@ def plain(p: Points) -> Array:
 def plaster(p: Points) -> Array:
     """A painted wall: faint brush clouds, wide and fine."""
     wide = noise(p.u * 0.4, p.v * 0.4, p.seed)
-    fine = noise(p.u * 3, p.v * 3, p.seed) * shows(p, 0.01)
+    fine = noise(p.u * 3, p.v * 3, p.seed) * detail_visibility(p, 0.01)
     return p.colour * (1 + 0.03 * wide + 0.025 * fine)[:, None]
 
 
@@ -100,7 +100,7 @@ def striped(p: Points) -> Array:
     """Wallpaper in upright stripes of two widths."""
     phase = (p.u / p.scale) % 1
     share = ((phase < 0.5) * 1.0 + ((phase > 0.68) & (phase < 0.74)) * 0.8).astype(np.float32)
-    return mixed(plaster(p), p.second, share * shows(p, p.scale / 4))
+    return mix(plaster(p), p.second, share * detail_visibility(p, p.scale / 4))
 
 
 def damask(p: Points) -> Array:
@@ -111,21 +111,21 @@ def damask(p: Points) -> Array:
     r, angle = np.hypot(x, y), np.arctan2(y, x)
     petal = r < 0.22 + 0.11 * np.cos(5 * angle)
     heart = r < 0.07
-    share = (petal & ~heart).astype(np.float32) * shows(p, p.scale / 5)
-    return mixed(plaster(p), p.second, share * 0.85)
+    share = (petal & ~heart).astype(np.float32) * detail_visibility(p, p.scale / 5)
+    return mix(plaster(p), p.second, share * 0.85)
 
 
 def planks(p: Points) -> Array:
     """Floor boards along u, with joints and grain."""
     row = np.floor(p.v / p.scale)
-    along = p.u / 1.1 + chance(row, row, p.seed)
-    tone = chance(np.floor(along), row, p.seed)
-    grain = noise(p.u * 0.35, p.v * 3 + tone * 7, p.seed) * shows(p, 0.02)
+    along = p.u / 1.1 + random_value(row, row, p.seed)
+    tone = random_value(np.floor(along), row, p.seed)
+    grain = noise(p.u * 0.35, p.v * 3 + tone * 7, p.seed) * detail_visibility(p, 0.02)
     y, x = (p.v / p.scale) % 1, along % 1
     joint = (np.minimum(y, 1 - y) * p.scale < 0.002) | (np.minimum(x, 1 - x) * 1.1 < 0.002)
-    base = mixed(p.colour, p.second, tone)
+    base = mix(p.colour, p.second, tone)
     return np.asarray(
-        base * (1 + 0.1 * grain - 0.45 * joint * shows(p, 0.012))[:, None], np.float32
+        base * (1 + 0.1 * grain - 0.45 * joint * detail_visibility(p, 0.012))[:, None], np.float32
     )
 
 
@@ -134,68 +134,69 @@ def tiles(p: Points) -> Array:
     i, j = np.floor(p.u / p.scale), np.floor(p.v / p.scale)
     x, y = (p.u / p.scale) % 1, (p.v / p.scale) % 1
     edge = np.minimum(np.minimum(x, 1 - x), np.minimum(y, 1 - y)) * p.scale
-    base = mixed(p.colour, p.second, ((i + j) % 2).astype(np.float32))
-    tone = 0.12 * (chance(i, j, p.seed) - 0.5) + 0.05 * noise(p.u, p.v, p.seed)
-    grout = (edge < 0.004) * shows(p, 0.02)
+    base = mix(p.colour, p.second, ((i + j) % 2).astype(np.float32))
+    tone = 0.12 * (random_value(i, j, p.seed) - 0.5) + 0.05 * noise(p.u, p.v, p.seed)
+    grout = (edge < 0.004) * detail_visibility(p, 0.02)
     return np.asarray(base * (1 + tone - 0.35 * grout)[:, None], np.float32)
 
 
 def carpet(p: Points) -> Array:
     """Short pile, mottled in two tones."""
-    pile = noise(p.u * 4, p.v * 4, p.seed) * shows(p, 0.012)
+    pile = noise(p.u * 4, p.v * 4, p.seed) * detail_visibility(p, 0.012)
     patch = np.clip(0.5 + 0.4 * noise(p.u, p.v, p.seed + np.uint32(5)), 0, 1)
-    return mixed(p.colour, p.second, patch) * (1 + 0.09 * pile)[:, None]
+    return mix(p.colour, p.second, patch) * (1 + 0.09 * pile)[:, None]
 
 
 def rug(p: Points) -> Array:
     """Stripes of many widths in the two colours and others between, with a woven border."""
     s, t = _in_area(p)
     stripe = np.floor(p.v / p.scale)
-    pick = chance(stripe, stripe, p.seed)
-    third = chance(stripe, stripe * 3, p.seed)
-    colour = mixed(p.colour, p.second, pick)
-    colour = mixed(colour, colour[:, [2, 0, 1]], (third > 0.6) * np.float32(0.7))
+    pick = random_value(stripe, stripe, p.seed)
+    third = random_value(stripe, stripe * 3, p.seed)
+    colour = mix(p.colour, p.second, pick)
+    colour = mix(colour, colour[:, [2, 0, 1]], (third > 0.6) * np.float32(0.7))
     zigzag = np.abs((p.u / 0.12) % 1 - 0.5) * 0.08 + (p.v % p.scale) < p.scale * 0.62
-    colour = colour * (1 - 0.25 * zigzag * shows(p, 0.03))[:, None]
+    colour = colour * (1 - 0.25 * zigzag * detail_visibility(p, 0.03))[:, None]
     border = np.minimum(np.minimum(s, 1 - s), np.minimum(t, 1 - t)) < 0.05
     return (
-        mixed(colour, p.second, border * np.float32(0.9))
-        * (1 + 0.06 * noise(p.u * 4, p.v * 4, p.seed) * shows(p, 0.01))[:, None]
+        mix(colour, p.second, border * np.float32(0.9))
+        * (1 + 0.06 * noise(p.u * 4, p.v * 4, p.seed) * detail_visibility(p, 0.01))[:, None]
     )
 
 
 def wood(p: Points) -> Array:
     """Grain along u."""
     grain = noise(p.u * 0.3, p.v * 3, p.seed)
-    ring = np.sin((p.v + 0.02 * grain) * 140).astype(np.float32) * shows(p, 0.03)
-    return mixed(p.colour, p.second, np.clip(0.35 + 0.2 * grain + 0.15 * ring, 0, 1))
+    ring = np.sin((p.v + 0.02 * grain) * 140).astype(np.float32) * detail_visibility(p, 0.03)
+    return mix(p.colour, p.second, np.clip(0.35 + 0.2 * grain + 0.15 * ring, 0, 1))
 
 
 def fabric(p: Points) -> Array:
     """Cloth in a check of two tones, with a weave."""
     x, y = (p.u / p.scale) % 1 < 0.28, (p.v / p.scale) % 1 < 0.28
-    share = (x.astype(np.float32) + y) * 0.4 * shows(p, p.scale / 3)
-    weave = noise(p.u * 5, p.v * 5, p.seed) * shows(p, 0.008)
-    return mixed(p.colour, p.second, share) * (1 + 0.05 * weave)[:, None]
+    share = (x.astype(np.float32) + y) * 0.4 * detail_visibility(p, p.scale / 3)
+    weave = noise(p.u * 5, p.v * 5, p.seed) * detail_visibility(p, 0.008)
+    return mix(p.colour, p.second, share) * (1 + 0.05 * weave)[:, None]
 
 
 def books(p: Points) -> Array:
     """Spines side by side along u, each with its colour and a label."""
     i = np.floor(p.u / 0.034)
-    a, b, c = (chance(i, i * k, p.seed) for k in (1, 2, 3))
+    a, b, c = (random_value(i, i * k, p.seed) for k in (1, 2, 3))
     x = (p.u / 0.034) % 1
     spine = np.stack([0.25 + 0.6 * a, 0.2 + 0.5 * b, 0.2 + 0.5 * c], axis=1)
     label = (np.abs((p.v - 0.04 * b) % 0.33 - 0.16) < 0.02) & (x > 0.2) & (x < 0.8)
-    spine = mixed(spine, p.second, label * shows(p, 0.02))
+    spine = mix(spine, p.second, label * detail_visibility(p, 0.02))
     return np.asarray(
-        spine * (1 - 0.5 * ((x < 0.08) | (x > 0.92)) * shows(p, 0.015))[:, None], np.float32
+        spine * (1 - 0.5 * ((x < 0.08) | (x > 0.92)) * detail_visibility(p, 0.015))[:, None],
+        np.float32,
     )
 
 
 def leaf(p: Points) -> Array:
     """Leaves, lighter along their veins."""
     vein = np.abs(np.sin(p.u * 60 + p.v * 35)) < 0.25
-    tone = 0.15 * noise(p.u * 3, p.v * 3, p.seed) + 0.2 * vein * shows(p, 0.03)
+    tone = 0.15 * noise(p.u * 3, p.v * 3, p.seed) + 0.2 * vein * detail_visibility(p, 0.03)
     return np.asarray(p.colour * (1 + tone)[:, None], np.float32)
 
 
@@ -203,24 +204,22 @@ def picture(p: Points) -> Array:
     """A painting of hills and suns, different for each seed."""
     s, t = _in_area(p)
     zero = np.zeros_like(s)
-    r = [chance(zero + k, zero, p.seed) for k in range(8)]
-    sky = mixed(p.colour, p.second, np.clip(t + 0.1 * noise(p.u * 2, p.v * 2, p.seed), 0, 1))
+    r = [random_value(zero + k, zero, p.seed) for k in range(8)]
+    sky = mix(p.colour, p.second, np.clip(t + 0.1 * noise(p.u * 2, p.v * 2, p.seed), 0, 1))
     for k in range(3):
         ridge = 0.62 - 0.2 * k + 0.09 * np.sin(s * (5 + 7 * r[k]) + 9 * r[k + 1])
         hill = np.stack([0.2 + 0.6 * r[k], 0.25 + 0.5 * r[k + 2], 0.15 + 0.5 * r[k + 4]], 1)
         stroke = 1 + 0.12 * noise(p.u * 2, p.v * 5, p.seed + np.uint32(k))
         sky = np.where((t < ridge)[:, None], hill * stroke[:, None], sky)
     sun = np.hypot(s - 0.2 - 0.6 * r[6], t - 0.78) < 0.1
-    return mixed(
-        sky, np.array([0.96, 0.8, 0.35], np.float32) + zero[:, None], sun.astype(np.float32)
-    )
+    return mix(sky, np.array([0.96, 0.8, 0.35], np.float32) + zero[:, None], sun.astype(np.float32))
 
 
 def outdoors(p: Points) -> Array:
     """A garden seen through a window: sky, clouds, trees and a lawn."""
     s, t = _in_area(p)
     cloud = np.clip(noise(p.u * 0.8, p.v * 1.6, p.seed) * 0.6, 0, 1)
-    sky = mixed(p.colour * (0.85 + 0.15 * t)[:, None], np.ones_like(p.colour), cloud)
+    sky = mix(p.colour * (0.85 + 0.15 * t)[:, None], np.ones_like(p.colour), cloud)
     crown = 0.52 + 0.1 * np.sin(s * 9 + p.seed % 7) + 0.05 * noise(p.u * 2, p.v * 2, p.seed)
     foliage = (
         np.array([0.25, 0.42, 0.2], np.float32)
@@ -239,7 +238,7 @@ def screen(p: Points) -> Array:
     s, t = _in_area(p)
     panel = (s > 0.1) & (s < 0.55) & (t > 0.3) & (t < 0.8)
     lines = (p.v / 0.03) % 1 < 0.4
-    return mixed(p.colour, p.second, (panel & lines).astype(np.float32) * shows(p, 0.02))
+    return mix(p.colour, p.second, (panel & lines).astype(np.float32) * detail_visibility(p, 0.02))
 
 
 TEXTURES: dict[str, Texture] = {
@@ -280,6 +279,6 @@ class Palette:
 
 
 def _in_area(p: Points) -> tuple[Array, Array]:
-    """Where in its picture a point lies, 0..1 to the right and up."""
+    """The position of a point in its picture, 0..1 to the right and up."""
     u0, v0, u1, v1 = p.area.T
     return (p.u - u0) / (u1 - u0), (p.v - v0) / (v1 - v0)

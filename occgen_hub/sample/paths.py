@@ -78,7 +78,7 @@ class Planner:
         roomy = self.clear[tuple(self.cells.T)] > 0.5
         self.goals: NDArray[np.int64] = np.flatnonzero((region == main) & roomy)
 
-    def way(self, start: int, goal: int) -> list[int]:
+    def shortest_path(self, start: int, goal: int) -> list[int]:
         """Cell numbers from start to goal, both included."""
         _, before = csgraph.dijkstra(
             self.graph, directed=False, indices=start, return_predecessors=True
@@ -130,7 +130,7 @@ def _long_route(
             goals = rng.choice(planner.goals, 6)
             away = planner.cells[goals] - planner.cells[at]
             goal = int(goals[np.hypot(away[:, 0], away[:, 1]).argmax()])
-            cells += planner.way(at, goal)[1:]
+            cells += planner.shortest_path(at, goal)[1:]
             at = goal
         route = smooth_route(planner, planner.floor.centres(planner.cells[cells]), pace)
         if route is None or route.frame[-1] > frames + 20:
@@ -142,9 +142,9 @@ def smooth_route(planner: Planner, corners: Floats, pace: Pace) -> Route | None:
 
     None if it is too close to an obstacle with minimal smoothing too.
     """
-    even = _every(corners, FINE)
+    even = _resample(corners, FINE)
     for radius in (0.3, 0.2, 0.13, 0.08):
-        xy = _every(ndimage.gaussian_filter1d(even, radius / FINE, axis=0, mode="nearest"), FINE)
+        xy = _resample(ndimage.gaussian_filter1d(even, radius / FINE, axis=0, mode="nearest"), FINE)
         if planner.clearance(xy).min() > CLEAR + 0.01:
             break
     else:
@@ -157,7 +157,7 @@ def smooth_route(planner: Planner, corners: Floats, pace: Pace) -> Route | None:
     return Route(xy, course, np.concatenate([[0], np.cumsum(effort)]))
 
 
-def _every(points: Floats, spacing: float) -> Floats:
+def _resample(points: Floats, spacing: float) -> Floats:
     """Points (N, 2) evenly spaced along a line through `points`."""
     length = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(points, axis=0), axis=1))])
     at = np.arange(0, length[-1], spacing)
@@ -181,7 +181,7 @@ def _best_stretch(
         here = slice(start, start + frames)
         if near[here].any():
             continue
-        score = _merit(course[here], view[here], room[here])
+        score = _score(course[here], view[here], room[here])
         if best is None or score > best[0]:
             best = score, start
     if best is None:
@@ -190,11 +190,11 @@ def _best_stretch(
     return xy[chosen], course[chosen]
 
 
-def _merit(course: Floats, view: NDArray[np.float32], room: NDArray[np.int64]) -> float:
+def _score(course: Floats, view: NDArray[np.float32], room: NDArray[np.int64]) -> float:
     """The score of a stretch: about 2.5 degrees of turn per frame, a far view, a doorway."""
     turned = float(np.abs(np.diff(course)).sum())
     wanted = np.radians(2.5) * (len(course) - 1)
     turning = -abs(turned - wanted) / max(wanted, 1e-9)
     _, counts = np.unique(room[room >= 0], return_counts=True)
-    rooms = int((counts > 0.15 * len(room)).sum())  # a glimpse of another room is no visit
+    rooms = int((counts > 0.15 * len(room)).sum())  # a glimpse of another room is not a visit
     return float(turning + 1.2 * np.mean(view) / 3.0 + 0.8 * (rooms > 1))

@@ -24,7 +24,7 @@ SLOWING = 3.0  # frames from walking to standing
 def plan_people(renderer: Renderer, episode: Episode, count: int, seed: list[int]) -> People:
     """People for an episode. Every second one walks and then stands still.
 
-    Raises UsageError if there is no room for so many.
+    Raises UsageError if the house has no room for this many people.
     """
     strolls: list[Stroll] = []
     if count:
@@ -34,7 +34,7 @@ def plan_people(renderer: Renderer, episode: Episode, count: int, seed: list[int
             found = stage.stroll(strolls, number % 2 == 1, rng)
             if found is None:
                 raise UsageError(
-                    f"people is {count}; a house has room for {number} beside the camera: "
+                    f"people is {count}; a house has room for {number} in addition to the camera: "
                     "give fewer or another seed."
                 )
             strolls.append(found)
@@ -77,7 +77,7 @@ class _Surroundings:
         )
         if np.linalg.norm(np.subtract(*self.planner.cells[[here, there]])) * 0.05 < 1.0:
             return None
-        way = self.planner.way(here, there)
+        way = self.planner.shortest_path(here, there)
         cells = way + way[-2::-1] + way[1:]
         while True:
             route = smooth_route(

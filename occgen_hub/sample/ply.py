@@ -16,7 +16,7 @@ from occgen_hub.sample.scene import Scene
 SPACING = 0.05  # metres between the cloud's points
 SHIFT = np.array([0.013, 0.017, 0.021])  # so that no floor lies between two cubes
 BAND = 0.9  # metres above the floor
-STEP = 0.1  # metres: what is lower counts as floor
+STEP = 0.1  # metres: everything lower counts as floor
 FLOOR, FREE, OBSTACLE, PATH = (0, 0, 128), (125, 255, 122), (102, 102, 102), (0, 0, 0)
 NARROW, WIDE = 0.3, 0.6  # metres from an obstacle: between these the floor's colour runs
 
@@ -62,7 +62,7 @@ def write_cloud(path: Path, scene: Scene, cloud: Floats, walked: Floats) -> None
 def cloud_of(scene: Scene, rng: np.random.Generator) -> Floats:
     """Points (N, 3) on the scene's surfaces in the robot's height band, in the house's frame."""
     corners = scene.mesh.vertices[scene.mesh.triangles]
-    corners = corners[_seen(scene, corners.mean(axis=1), np.ptp(corners[..., 2], axis=1) / 1.5)]
+    corners = corners[_in_range(scene, corners.mean(axis=1), np.ptp(corners[..., 2], axis=1) / 1.5)]
     sides = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     area = np.linalg.norm(sides, axis=1) / 2
     count = int(area.sum() / SPACING**2 * 4)
@@ -73,7 +73,7 @@ def cloud_of(scene: Scene, rng: np.random.Generator) -> Floats:
     points = (
         corners[:, 0] + a * (corners[:, 1] - corners[:, 0]) + b * (corners[:, 2] - corners[:, 0])
     )
-    return _thinned(points[_seen(scene, points, np.zeros(len(points)))])
+    return _downsampled(points[_in_range(scene, points, np.zeros(len(points)))])
 
 
 def to_world(scene: Scene, points: NDArray[np.floating[Any]]) -> Floats:
@@ -82,7 +82,7 @@ def to_world(scene: Scene, points: NDArray[np.floating[Any]]) -> Floats:
     return np.asarray(points @ T[:3, :3].T + T[:3, 3])
 
 
-def _seen(scene: Scene, points: Floats, reach: Floats) -> NDArray[np.bool_]:
+def _in_range(scene: Scene, points: Floats, reach: Floats) -> NDArray[np.bool_]:
     """Which points (N, 3) are in the house and, within `reach` (N,) up or down, in the band."""
     x0, y0, x1, y1 = scene.plan.rect
     x, y, z = points.T
@@ -91,7 +91,7 @@ def _seen(scene: Scene, points: Floats, reach: Floats) -> NDArray[np.bool_]:
     return np.asarray(inside & (z + reach >= -1e-6) & (z - reach <= BAND))
 
 
-def _thinned(points: Floats) -> Floats:
+def _downsampled(points: Floats) -> Floats:
     """The point nearest to the middle of each cube of side SPACING."""
     at = (points + SHIFT) / SPACING
     cube = np.floor(at).astype(np.int64)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from occgen_hub.sample.figure import Posed
+from occgen_hub.sample.figure import PosedMesh
 from occgen_hub.sample.furnish import CELL
 from occgen_hub.sample.house import HEIGHT
 from occgen_hub.sample.materials import Array
@@ -39,7 +39,7 @@ class Camera:
     def rays(self) -> Floats:
         """Directions (H*W, 3) through the pixel centres, OpenCV axes, one metre long along z."""
         v, u = np.mgrid[: self.height, : self.width]
-        K = self.K.astype(np.float32).astype(np.float64)  # what the file will say
+        K = self.K.astype(np.float32).astype(np.float64)  # as rounded in the file
         x = (u.ravel() + 0.5 - K[0, 2]) / K[0, 0]
         y = (v.ravel() + 0.5 - K[1, 2]) / K[1, 1]
         return np.stack([x, y, np.ones_like(x)], axis=1)
@@ -73,7 +73,7 @@ class Renderer:
         return np.asarray(self._cast(self.tracer, rays)["t_hit"], np.float32)
 
     def picture(
-        self, camera: Camera, house_from_camera: Floats, people: Posed | None = None
+        self, camera: Camera, house_from_camera: Floats, people: PosedMesh | None = None
     ) -> tuple[Bytes, Array, Bytes]:
         """The view of a camera whose pose (4, 4) has OpenCV axes, with people if there are any.
 
@@ -155,7 +155,7 @@ class Renderer:
 
     def _shade_people(
         self,
-        people: Posed,
+        people: PosedMesh,
         rays: Array,
         depth: Array,
         triangle: NDArray[np.int64],

@@ -157,7 +157,7 @@ def kinect(view: View, depth: Floats, rng: np.random.Generator) -> Floats:
     angle = np.minimum(view.incidence, np.radians(89.0))
     lost = (view.depth < NEAREST) | (view.incidence > GRAZING) | _shadow(view)
     lateral = 0.8 + 0.035 * angle / (np.pi / 2 - angle)
-    jittered = _looked_up(view, depth, lateral * rng.standard_normal((2, *depth.shape)))
+    jittered = _sample_depth(view, depth, lateral * rng.standard_normal((2, *depth.shape)))
     noisy = jittered + kinect_sigma(jittered, angle) * rng.standard_normal(depth.shape)
     steps = np.rint(DISPARITIES * _inverse(noisy))
     measured = DISPARITIES / np.maximum(steps, 1)
@@ -299,7 +299,7 @@ def _shadow(view: View) -> Bools:
     return np.asarray(hidden & ~steep)
 
 
-def _looked_up(view: View, depth: Floats, offset: Floats) -> Floats:
+def _sample_depth(view: View, depth: Floats, offset: Floats) -> Floats:
     """The depth at pixels shifted by offset (2, H, W), down and across.
 
     Within a surface it is interpolated; across a discontinuity it is that of the nearest pixel.

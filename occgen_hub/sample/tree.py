@@ -185,7 +185,9 @@ class _SceneRecorder:
         with atomic_folder(folder) as part:
             _make_folders(part, labels=self.corruptions.labels)
             recorder = Recorder(part, self.faults, image_ranges=False)
-            episode = self._film(part, trajectory, _EpisodeSetup(0, 0, trajectory), folder.name)
+            episode = self._record_episode(
+                part, trajectory, _EpisodeSetup(0, 0, trajectory), folder.name
+            )
             recorder.add(episode)
             recorder.close()
             walked = episode.world_from_camera[:, :3, 3]
@@ -200,7 +202,7 @@ class _SceneRecorder:
             walked: list[Floats] = []
             for number, trajectory in enumerate(trajectories):
                 shot = _EpisodeSetup(number, recorder.frames, self.number)
-                episode = self._film(part, trajectory, shot, f"episode_{number:06d}")
+                episode = self._record_episode(part, trajectory, shot, f"episode_{number:06d}")
                 recorder.add(episode)
                 walked.append(episode.world_from_camera[:, :3, 3])
             recorder.close()
@@ -223,13 +225,13 @@ class _SceneRecorder:
                 people = plan_people(
                     self.renderer, planned[0], self.corruptions.people, [*seed, 5, trajectory]
                 )
-                vlnce.film(cameras, partial(self._picture, camera, people), part, number)
+                vlnce.record_frames(cameras, partial(self._picture, camera, people), part, number)
                 bodies = [people.at(i).vertices for i in range(n)]
                 vertices = np.stack([to_world(self.scene, body) for body in bodies])
                 for name, episode in cameras.items():
                     truth = self.truth / f"episode_{number:06d}.{name}.npz"
                     write_truth(truth, episode, people, vertices)
-                recorder.add({k: self._stated(v, trajectory) for k, v in cameras.items()})
+                recorder.add({k: self._with_pose_errors(v, trajectory) for k, v in cameras.items()})
             recorder.close()
         return folder
 
@@ -240,9 +242,11 @@ class _SceneRecorder:
         posed = people.at(frame)
         colour, metres, _ = self.renderer.picture(camera, pose, posed if people.strolls else None)
         self.tick()
-        return colour, self._measured(metres, camera.K, [int(pose[2, 3] * 1e4), frame])
+        return colour, self._with_noise(metres, camera.K, [int(pose[2, 3] * 1e4), frame])
 
-    def _film(self, folder: Path, trajectory: int, shot: _EpisodeSetup, name: str) -> Episode:
+    def _record_episode(
+        self, folder: Path, trajectory: int, shot: _EpisodeSetup, name: str
+    ) -> Episode:
         """Render an episode and write its images, its videos and, as `name`, its truth.
 
         Returns it with the poses that the tables state.
@@ -269,7 +273,9 @@ class _SceneRecorder:
                 bodies.append(posed.vertices)
                 present = posed if people.strolls else None
                 colour, metres, label = self.renderer.picture(camera, pose @ OPENCV, present)
-                units = depth_units(self._measured(metres, camera.K, [trajectory, i - shot.first]))
+                units = depth_units(
+                    self._with_noise(metres, camera.K, [trajectory, i - shot.first])
+                )
                 write_colour(rgb / f"{i}.jpg", colour)
                 write_depth(depth / f"{i}.png", units)
                 if self.corruptions.labels:
@@ -279,14 +285,14 @@ class _SceneRecorder:
                 self.tick()
         vertices = np.stack([to_world(self.scene, body) for body in bodies])
         write_truth(self.truth / f"{name}.npz", episode, people, vertices)
-        return self._stated(episode, trajectory)
+        return self._with_pose_errors(episode, trajectory)
 
-    def _measured(self, depth: Array, K: Floats, own: list[int]) -> NDArray[np.floating[Any]]:
+    def _with_noise(self, depth: Array, K: Floats, own: list[int]) -> NDArray[np.floating[Any]]:
         """Depth (H, W), metres, as the sensor measures it. own: the frame's seed."""
         noise = self.corruptions.noise
         return corrupt(depth, K, noise, [self.seed, self.number, 3, *own]) if noise else depth
 
-    def _stated(self, episode: Episode, trajectory: int) -> Episode:
+    def _with_pose_errors(self, episode: Episode, trajectory: int) -> Episode:
         """The episode with the errors of its stated poses."""
         seed = [self.seed, self.number, 4, trajectory]
         poses = episode.world_from_camera

@@ -110,7 +110,7 @@ class CeRecorder:
             (meta / name).write_text("".join(lines), encoding="utf-8")
 
 
-def film(
+def record_frames(
     cameras: dict[str, Episode],
     picture: Callable[[Floats, int], tuple[Bytes, Metres]],
     folder: Path,

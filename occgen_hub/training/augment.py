@@ -143,11 +143,11 @@ class RotateYaw:
         """See `Augmentation`."""
         angle = float(np.radians(rng.uniform(-self.degrees, self.degrees)))
         turn = np.eye(4)
-        turn[:3, :3] = _about(np.asarray(self.up, np.float64), angle)
+        turn[:3, :3] = _axis_rotation(np.asarray(self.up, np.float64), angle)
         past = _past_poses(item, view)
         turned, turned_past = _turned(view.pose, turn), [_turned(pose, turn) for pose in past]
-        moves = [_between(pose, new) for pose, new in zip(past, turned_past, strict=True)]
-        move = _between(view.pose, turned)
+        moves = [_relative_motion(pose, new) for pose, new in zip(past, turned_past, strict=True)]
+        move = _relative_motion(view.pose, turned)
         in_sight = _in_sight(view)
         for key, value in item.items():
             kind, is_past = key.removeprefix("history_"), key.startswith("history")
@@ -177,7 +177,7 @@ class RotateYaw:
         return replace(view, pose=turned)
 
 
-def _about(axis: NDArray[np.float64], angle: float) -> NDArray[np.float64]:
+def _axis_rotation(axis: NDArray[np.float64], angle: float) -> NDArray[np.float64]:
     """(3, 3): the rotation about an axis, by Rodrigues' formula."""
     x, y, z = axis / np.linalg.norm(axis)
     cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
@@ -194,7 +194,7 @@ def _turned(pose: NDArray[np.float64], turn: NDArray[np.float64]) -> NDArray[np.
     return turned
 
 
-def _between(old: NDArray[np.float64], new: NDArray[np.float64]) -> NDArray[np.float64]:
+def _relative_motion(old: NDArray[np.float64], new: NDArray[np.float64]) -> NDArray[np.float64]:
     """(4, 4): from the camera before to the camera after."""
     moved: NDArray[np.float64] = np.linalg.inv(new) @ old
     return moved

@@ -70,7 +70,7 @@ class OccupancyDataset(Dataset[dict[str, Any]]):
       dense: (nx, ny, nz) bool; else (n, 3) int32, cells (i, j, k), ascending
     - "dynamic": the cells of "occupancy" with moving objects, in the same format. Empty for shards
       of earlier versions
-    - "mask": observed cells, free and occupied alike. dense: (nx, ny, nz) bool; else
+    - "mask": observed cells, free or occupied. dense: (nx, ny, nz) bool; else
       (ceil(nx * ny * nz / 8),) uint8, packed by `np.packbits`
     - "visible": the cells that the frame itself observed, in the format of "mask", from which it
       differs with target="scene"
@@ -162,7 +162,7 @@ class OccupancyDataset(Dataset[dict[str, Any]]):
         return int(self.starts[-1])
 
     def __getitem__(self, number: int) -> Any:
-        """One frame, see the class. Raises IndexError if there is none."""
+        """One frame, see the class. Raises IndexError if it does not exist."""
         number = operator.index(number)  # TypeError for a slice: see torch.utils.data.Subset
         if not -len(self) <= number < len(self):
             raise IndexError(f"frame {number} of a dataset of {len(self)}")

@@ -37,7 +37,7 @@ DEFAULT_KEYS = tuple(
 )
 
 HISTORY_KEYS = ("occupancy", "mask", "labels", "dynamic", "intrinsics", "image", "depth")
-"""The possible keys of past frames, besides their poses."""
+"""The possible keys of past frames, in addition to their poses."""
 
 UNKNOWN = 255
 """The label of a cell that was not observed. 0 is free; others are occupied: 1, or the class."""

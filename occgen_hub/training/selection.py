@@ -166,8 +166,8 @@ def frame_index(source: Source, selection: Selection, keys: Sequence[str]) -> Fr
             table = table.filter(pa.array(_folders_here(root, table))).combine_chunks()
     if not table.num_rows:
         raise UsageError(
-            f"{root}: has an index, but the files of no episode are here; download them or, where "
-            "it was built, run occgen-hub finalize on it."
+            f"{root}: has an index, but no files of its episodes; download them or, where it was "
+            "built, run occgen-hub finalize on it."
         )
     frames = table["frames"].to_numpy()
     try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from occgen_hub.errors import UsageError, in_brief
+from occgen_hub.errors import UsageError, shorten_message
 from occgen_hub.hub_token import check_sendable
 from occgen_hub.index import INDEX
 from occgen_hub.loading import SCHEMA
@@ -75,7 +75,7 @@ def read_range(address: str, start: int, end: int) -> bytes:
     import fsspec
 
     system, path = fsspec.core.url_to_fs(address)
-    content = retried(lambda: system.cat_file(path, start, end), address)
+    content = with_retries(lambda: system.cat_file(path, start, end), address)
     return bytes(content)
 
 
@@ -84,10 +84,10 @@ def remote_size(address: str) -> int:
     import fsspec
 
     system, path = fsspec.core.url_to_fs(address)
-    return int(retried(lambda: system.info(path)["size"], address))
+    return int(with_retries(lambda: system.info(path)["size"], address))
 
 
-def retried[Result](work: Callable[[], Result], what: str) -> Result:
+def with_retries[Result](work: Callable[[], Result], what: str) -> Result:
     """The result of `work`, which reads from a network and is tried up to ATTEMPTS times.
 
     Raises UsageError if all attempts fail, or if there is no such file.
@@ -102,7 +102,7 @@ def retried[Result](work: Callable[[], Result], what: str) -> Result:
             raise UsageError(f"{what}: does not exist; push the dataset again.") from None
         except (OSError, httpx.HTTPError, EOFError) as error:
             if attempt + 1 == ATTEMPTS:
-                reason = in_brief(str(error) or type(error).__name__)
+                reason = shorten_message(str(error) or type(error).__name__)
                 raise UsageError(
                     f"{what}: cannot be read ({reason}); check the network and run again."
                 ) from error
@@ -135,7 +135,7 @@ def _fetched(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
             repo_id, repo_type="dataset", revision=revision, allow_patterns=patterns
         )
     except (httpx.HTTPError, OSError, HFValidationError) as error:
-        reason = in_brief(str(error) or type(error).__name__)
+        reason = shorten_message(str(error) or type(error).__name__)
         raise UsageError(
             f"{repo_id}: is not a local folder, and cannot be downloaded from the Hub ({reason}); "
             "check the name, the revision and the network."
@@ -144,7 +144,7 @@ def _fetched(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
 
 
 def _files(key: str) -> tuple[str, ...]:
-    """The files of the schema, besides the shards, that a key of an item needs."""
+    """The files of the schema, except shards, that a key of an item needs."""
     needed: dict[str, tuple[str, ...]] = {
         "image": ("record", "rgb", "video"),
         "depth": ("record", "depth"),

@@ -50,7 +50,7 @@ def blended(front, depth, behind, limit, face, tint, factor):
 
 
 @njit(nogil=True)
-def averaged_by(rgb, factor):
+def average_compiled(rgb, factor):
     """`averaged`, compiled."""
     height, width = rgb.shape[0] // factor, rgb.shape[1] // factor
     picture = np.empty((height, width, 3), np.uint8)
@@ -68,5 +68,5 @@ def averaged_by(rgb, factor):
 
 def averaged(rgb: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
     """(H, W, 3) from a picture `factor` times as wide and high."""
-    picture: NDArray[np.uint8] = averaged_by(rgb, factor)
+    picture: NDArray[np.uint8] = average_compiled(rgb, factor)
     return picture

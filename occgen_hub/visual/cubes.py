@@ -103,7 +103,7 @@ class _lookup:  # noqa: N801  # a function with state
         return found
 
 
-def lit(colors: NDArray[np.uint8], faces: Faces, up: int = 2) -> NDArray[np.uint8]:
+def shaded(colors: NDArray[np.uint8], faces: Faces, up: int = 2) -> NDArray[np.uint8]:
     """(m, 3) colours of faces, from (n, 3) colours of their cells.
 
     Faces towards axis `up` are brightest. The other two axes differ, so that edges are visible.
@@ -115,7 +115,7 @@ def lit(colors: NDArray[np.uint8], faces: Faces, up: int = 2) -> NDArray[np.uint
     return np.asarray(lit_up, np.uint8)
 
 
-def framed(
+def with_edges(
     faces: Faces, colors: NDArray[np.uint8], focal: float, edge: float
 ) -> tuple[Faces, NDArray[np.uint8]]:
     """The faces and colours, with darker edges on faces that are large enough in the picture.

@@ -14,7 +14,7 @@ from occgen_hub.loading import Trajectory
 from occgen_hub.taxonomy import UNLABELLED, Class, load_taxonomy
 from occgen_hub.visual.blend import averaged
 from occgen_hub.visual.colors import FAINT, MOVING, ramp
-from occgen_hub.visual.cubes import cube_faces, framed
+from occgen_hub.visual.cubes import cube_faces, with_edges
 from occgen_hub.visual.frames import Frame
 from occgen_hub.visual.legend import Shade, color_bar, swatch
 from occgen_hub.visual.offscreen import OffscreenRenderer
@@ -71,7 +71,7 @@ class EgoView:
         colors = (shade[faces.owner] * light[:, None]).astype(np.uint8)
         K = scale_intrinsics(frame.intrinsics, *self._scale)
         self._stage.look(np.eye(4), K)
-        self._stage.put_faces("occupancy", *framed(faces, colors, K[0, 0], grid.voxel_size))
+        self._stage.put_faces("occupancy", *with_edges(faces, colors, K[0, 0], grid.voxel_size))
         return averaged(self._stage.picture().rgb, SUPERSAMPLED)
 
     def shade(self, metres: NDArray[np.floating]) -> NDArray[np.uint8]:

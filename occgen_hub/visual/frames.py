@@ -63,7 +63,7 @@ class FrameCells:
         places = self.in_world()[self.is_moving].astype(np.float32)
         return np.unique(cell_numbers(places, self.grid.voxel_size))
 
-    def hold(self, points: NDArray[np.floating]) -> NDArray[np.bool_]:
+    def contain(self, points: NDArray[np.floating]) -> NDArray[np.bool_]:
         """(n,) bool: whether (n, 3) points, world, metres, are in one of the cells."""
         taken = np.zeros(self.grid.cells, np.bool_)
         taken[self.columns] = True

@@ -25,7 +25,7 @@ def describe(root: Path, trajectory: str | None = None) -> Iterator[str]:
     Raises UsageError if there is no trajectory, SourceError if that one cannot be read.
     """
     found = built(root)
-    path = _chosen(root, found, trajectory)
+    path = _select(root, found, trajectory)
     opened = Trajectory.open(path)
     grid, record = opened.grid, opened.record
     low = np.array(record["grid"]["pc_range"][:3])
@@ -37,7 +37,7 @@ def describe(root: Path, trajectory: str | None = None) -> Iterator[str]:
         yield _line(each, root) + _moving(each)
     if len(found) > SHOWN:
         yield f"  and {len(found) - SHOWN} more"
-    yield f"{_called(path, root)}:"
+    yield f"{_relative_name(path, root)}:"
     yield (
         f"  built by occgen-hub {record.get('version')}, source {record['source'].get('builder')}, "
         f"engine {record.get('engine')}, schema {record['schema'].get('name')}"
@@ -103,7 +103,7 @@ def picture(
     root: Path, place: Path, trajectory: str | None = None, frame: int | None = None
 ) -> None:
     """Write a PNG of one frame. trajectory: its path below `root`, or None for the first one."""
-    path = _chosen(root, built(root), trajectory)
+    path = _select(root, built(root), trajectory)
     opened = Trajectory.open(path)
     length = _frames(opened)
     if frame is not None and frame >= length:
@@ -124,21 +124,23 @@ def _frames(trajectory: Trajectory) -> int:
     return npz_array(trajectory.file("observed"), "data").check("u", None, None).shape[0]
 
 
-def _chosen(root: Path, found: list[Path], name: str | None) -> Path:
+def _select(root: Path, found: list[Path], name: str | None) -> Path:
     """The trajectory whose path below `root` is or ends in `name`."""
     if name is None:
         return found[0]
     ends = [
-        path for path in found if path == root / name or _called(path, root).endswith(f"/{name}")
+        path
+        for path in found
+        if path == root / name or _relative_name(path, root).endswith(f"/{name}")
     ]
     if len(ends) != 1:
-        names = ", ".join(_called(path, root) for path in (ends or found)[:3])
+        names = ", ".join(_relative_name(path, root) for path in (ends or found)[:3])
         problem = "several have this name" if ends else "was not found"
         raise UsageError(f"--trajectory {name}: {problem}; give one such as {names}.")
     return ends[0]
 
 
-def _called(path: Path, root: Path) -> str:
+def _relative_name(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix() if path != root else path.resolve().name
 
 
@@ -148,9 +150,9 @@ def _line(path: Path, root: Path) -> str:
         width, height = trajectory.image_size
         length, ends = _frames(trajectory), trajectory.row_ends("visible")
     except SourceError as error:
-        return f"  {_called(path, root)}: cannot be read: {error}"
+        return f"  {_relative_name(path, root)}: cannot be read: {error}"
     mean = int(ends[-1]) / max(length, 1)
     return (
-        f"  {_called(path, root)}: {length} frames of {width} x {height}, "
+        f"  {_relative_name(path, root)}: {length} frames of {width} x {height}, "
         f"{mean:,.0f} visible occupied cells per frame"
     )

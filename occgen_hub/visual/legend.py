@@ -129,7 +129,7 @@ def draw_scale_bar(
         draw.line((x, y, x + length, y), fill=color, width=width)
         for end in (x, x + length):
             draw.line((end, y - tick, end, y + tick), fill=color, width=width)
-    outlined(draw, (x + length / 2, y - tick - 2), f"{metres:g} m", INK, size, "mb")
+    draw_outlined_text(draw, (x + length / 2, y - tick - 2), f"{metres:g} m", INK, size, "mb")
     return metres
 
 
@@ -159,10 +159,10 @@ def draw_axes(
             if other != n and lengths[other] >= 0.6 * size:
                 right = (ends[n][0], n) > (ends[other][0], other)
                 x += 0.7 * size if right else -0.7 * size
-        outlined(draw, (x, y), name, color, size, "mm")
+        draw_outlined_text(draw, (x, y), name, color, size, "mm")
 
 
-def outlined(
+def draw_outlined_text(
     draw: ImageDraw.ImageDraw,
     place: tuple[float, float],
     text: str,

@@ -12,7 +12,7 @@ from occgen_hub.errors import UsageError
 from occgen_hub.stopping import hold_stops
 from occgen_hub.visual.colors import PAPER
 from occgen_hub.visual.cubes import Faces
-from occgen_hub.visual.optional_dependencies import need_pyvista
+from occgen_hub.visual.optional_dependencies import require_pyvista
 
 NO_GRAPHICS = (
     "this machine cannot render: OpenGL gives empty pictures; on Debian install libegl1, "
@@ -54,7 +54,7 @@ class OffscreenRenderer:
 
     @hold_stops()
     def __init__(self, size: tuple[int, int], near: float, far: float) -> None:
-        self._pyvista = need_pyvista()
+        self._pyvista = require_pyvista()
         self.size, self._near, self._far = size, near, far
         self._plotter = self._pyvista.Plotter(off_screen=True, window_size=size)
         self._plotter.set_background(PAPER)

@@ -11,7 +11,7 @@ from occgen_hub.errors import UsageError, install_extra
 from occgen_hub.stopping import hold_stops
 
 
-def need(name: str) -> ModuleType:
+def require(name: str) -> ModuleType:
     """Import a module. Raises UsageError, which says how to install it, if that fails."""
     try:
         return import_module(name)
@@ -27,10 +27,10 @@ def need(name: str) -> ModuleType:
         ) from None
 
 
-def need_pyvista() -> ModuleType:
+def require_pyvista() -> ModuleType:
     """Import PyVista, and set it to render without a screen if there is none."""
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         # Otherwise VTK looks for an X server first, and warns if there is none.
         os.environ.setdefault("VTK_DEFAULT_OPENGL_WINDOW", "vtkEGLRenderWindow")
     with hold_stops():  # VTK prints exceptions that interrupt its imports.
-        return need("pyvista")
+        return require("pyvista")

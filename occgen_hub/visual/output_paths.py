@@ -11,7 +11,7 @@ from occgen_hub.errors import SourceError, UsageError
 
 
 @contextmanager
-def written_for(place: Path) -> Iterator[Path]:
+def atomic_output(place: Path) -> Iterator[Path]:
     """Like `atomic_file`, but raises UsageError if the path cannot be written."""
     if not place.name or place.is_dir():
         raise UsageError(f"{place}: is a folder; give a file name.")

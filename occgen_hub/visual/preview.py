@@ -61,7 +61,7 @@ def preview(trajectory: Trajectory, frame: int | None = None) -> Image.Image:
     if depth is None:
         cloud = trajectory.cloud()
         local = (cloud.points - poses[frame, :3, 3]) @ poses[frame, :3, :3]
-        second = _panel(_splat(local, cloud.colors, 0.01, K, size), "reconstructed cloud")
+        second = _panel(_draw_points(local, cloud.colors, 0.01, K, size), "reconstructed cloud")
     else:
         second = _panel(shade_depth(depth), "depth", _depth_legend(depth))
     first = (
@@ -164,7 +164,7 @@ def _panel(
 ) -> Image.Image:
     """A picture fitted into a panel, between its title and its legend."""
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    width, height = _room(legend, size)
+    width, height = _picture_size(legend, size)
     scale = min(width / image.width, height / image.height)
     fitted = image.resize(
         (max(1, round(image.width * scale)), max(1, round(image.height * scale))),
@@ -179,7 +179,7 @@ def _panel(
     return panel
 
 
-def _room(legend: Sequence[Image.Image], size: tuple[int, int]) -> tuple[int, int]:
+def _picture_size(legend: Sequence[Image.Image], size: tuple[int, int]) -> tuple[int, int]:
     """(width, height) left for a panel's picture. The legend has at least one line."""
     foot = max(strip(legend, size[0], TEXT).height if legend else 0, round(3.2 * TEXT))
     return size[0], size[1] - HEAD - foot
@@ -227,7 +227,7 @@ def _cells_from_camera(
     return picture, heights
 
 
-def _splat(
+def _draw_points(
     points: NDArray[np.floating],
     colors: NDArray[np.uint8],
     edge: float,
@@ -286,7 +286,7 @@ def _above(
         legend.append(swatch("moving", MOVING, TEXT))
     everything = np.concatenate([cells, seen_world, poses[:, :3, 3]])
     low, high = everything.min(axis=0), everything.max(axis=0)
-    width, height = _room(legend, size)
+    width, height = _picture_size(legend, size)
     scale = min(
         (width - 20) / max(high[across] - low[across], 0.1),
         (height - 16) / max(high[along] - low[along], 0.1),

@@ -22,7 +22,7 @@ from occgen_hub.taxonomy import Class
 from occgen_hub.visual.colors import ramp
 from occgen_hub.visual.ego import EgoView, class_legend, ego_legend, seen_classes
 from occgen_hub.visual.frames import Frame, frame_title, frames
-from occgen_hub.visual.output_paths import written_for
+from occgen_hub.visual.output_paths import atomic_output
 from occgen_hub.visual.panels import Items, Panels, legend_height, legend_picture, with_legend
 from occgen_hub.visual.viewpoint import Viewpoint
 from occgen_hub.visual.world import WorldView, world_legend
@@ -107,7 +107,7 @@ def _renderer(trajectory: Trajectory, options: RenderOptions) -> Iterator[_Rende
             yield lambda frame, image: with_legend(world(frame, image), size, strip)
     elif options.view == "ego":
         foot = legend_height(*size, _camera_legend_layout(moving, classes))
-        inner = _inside(trajectory.image_size, (size[0], size[1] - foot))
+        inner = _fit_inside(trajectory.image_size, (size[0], size[1] - foot))
         with closing(EgoView(trajectory, inner, classes)) as ego:
             strip = legend_picture(size[0], foot, size[1], partial(ego.legend, moving=moving))
             yield lambda frame, _: with_legend(ego(frame), size, strip)
@@ -146,7 +146,7 @@ def _camera_legend_layout(moving: bool, classes: Sequence[Class]) -> Items:
     return lambda text: ego_legend(ramp, 1.0, text, moving)
 
 
-def _inside(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+def _fit_inside(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
     """The largest (width, height) with an image's aspect ratio that fits into `size`."""
     scale = min(size[0] / image_size[0], size[1] / image_size[1])
     width, height = (max(1, round(n * scale)) for n in image_size)
@@ -187,13 +187,13 @@ def render(
         if number >= count:
             raise UsageError(f"--frame {number}: there are {count} frames, numbered from 0.")
         (drawn,) = _drawn(trajectory, options, number, number + 1)
-        with written_for(place) as unfinished:
+        with atomic_output(place) as unfinished:
             Image.fromarray(drawn).save(unfinished, "PNG", optimize=True)
         return
     if place.suffix.lower() != ".mp4" or frame is not None:
         raise UsageError(f"{place}: give a name that ends in .mp4 or, for one frame, in .png.")
     with (
-        written_for(place) as unfinished,
+        atomic_output(place) as unfinished,
         VideoWriter(unfinished, fps or rate(trajectory)) as video,
         background(video.append) as encode,  # Encodes while the next image is rendered.
     ):

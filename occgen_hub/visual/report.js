@@ -1,5 +1,5 @@
 "use strict";
-// The table sorts by the column whose head is pressed; the search hides what does not match.
+// A click on a column's header sorts the table by it; the search hides rows that do not match.
 const table = document.querySelector("#trajectories");
 const body = table.tBodies[0];
 
@@ -9,7 +9,7 @@ function sort(head) {
   const key = (row) => row.cells[column].dataset.value;
   const rows = [...body.rows].sort((a, b) => {
     const [x, y] = [key(a), key(b)];
-    if (x === "" || y === "") return (x === "") - (y === ""); // What is not known comes last.
+    if (x === "" || y === "") return (x === "") - (y === ""); // Unknown values come last.
     const order = head.dataset.kind === "number" ? x - y : x.localeCompare(y, undefined, {numeric: true});
     return rising ? order : -order;
   });

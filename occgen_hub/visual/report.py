@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from occgen_hub.errors import OccGenError
-from occgen_hub.files import leads_out, printable, read_jsonl
+from occgen_hub.files import leaves_folder, printable, read_jsonl
 from occgen_hub.loading import Trajectory, built, trajectories
 from occgen_hub.quality import Quality
-from occgen_hub.visual.output_paths import written_for
+from occgen_hub.visual.output_paths import atomic_output
 from occgen_hub.visual.preview import cells_panel, from_above
 
 FAILURES = "failures.jsonl"
@@ -85,27 +85,28 @@ def write_report(
     found = trajectories(root) if failures else built(root)
     rows = []
     for number, path in enumerate(found):
-        rows.append(_row(path, _called(path, root), pictured=number < PICTURED))
+        rows.append(_row(path, _relative_name(path, root), pictured=number < PICTURED))
         progress(number + 1, len(found))
-    with written_for(place) as partial:
+    with atomic_output(place) as partial:
         partial.write_text(_page(printable(root.resolve().name), rows, failures), "utf-8")
     return len(rows)
 
 
-def _called(path: Path, root: Path) -> str:
+def _relative_name(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix() if path != root else path.resolve().name
 
 
 def _failures(root: Path) -> list[dict[str, str]]:
     path = root / FAILURES
-    if not path.is_file() or leads_out(path, root):
+    if not path.is_file() or leaves_folder(path, root):
         return []
     return [
-        {key: _short(line.get(key)) for key in ("episode", "reason")} for line in read_jsonl(path)
+        {key: _shortened(line.get(key)) for key in ("episode", "reason")}
+        for line in read_jsonl(path)
     ]
 
 
-def _short(text: object) -> str:
+def _shortened(text: object) -> str:
     shown = printable("" if text is None else str(text))
     return shown if len(shown) <= WORDS else f"{shown[:WORDS]}\u2026"
 
@@ -118,7 +119,7 @@ def _row(path: Path, name: str, *, pictured: bool) -> Row:
         if pictured:
             row.pictures = {title: _uri(image) for title, image in _pictures(trajectory)}
     except OccGenError as error:
-        row.problem = _short(error)
+        row.problem = _shortened(error)
     return row
 
 
@@ -149,9 +150,9 @@ def _describe(row: Row, trajectory: Trajectory) -> None:
     if trajectory.has_dynamic():
         row.values["moving"] = float(np.mean(moving))
         row.values["moving_share"] = 100 * sum(moving) / max(sum(occupied), 1)
-    row.engine = _short(record.get("engine"))
-    row.task = _short(next(iter(trajectory.tasks()), ""))
-    row.notes = [_short(note) for note in record["notes"][:20]]
+    row.engine = _shortened(record.get("engine"))
+    row.task = _shortened(next(iter(trajectory.tasks()), ""))
+    row.notes = [_shortened(note) for note in record["notes"][:20]]
 
 
 def _agreement(record: dict[str, Any]) -> dict[str, float | None]:

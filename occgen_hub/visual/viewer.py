@@ -25,7 +25,7 @@ from occgen_hub.visual.colors import MOVING, OCCUPANCY, PATH
 from occgen_hub.visual.cubes import cube_faces
 from occgen_hub.visual.frames import Frame, frames
 from occgen_hub.visual.heights import Heights
-from occgen_hub.visual.optional_dependencies import need
+from occgen_hub.visual.optional_dependencies import require
 from occgen_hub.visual.render import rate, trajectory_id
 from occgen_hub.visual.viewpoint import Viewpoint, automatic
 
@@ -42,7 +42,7 @@ FREE_ALPHA = 40
 
 def _blueprint(trajectory: Trajectory) -> Any:
     """The blueprint: the world on the left; on the right image, depth, cell counts and the task."""
-    rrb = need("rerun.blueprint")
+    rrb = require("rerun.blueprint")
     view = _viewpoint(trajectory)
     world = rrb.Spatial3DView(
         origin="/world",
@@ -82,7 +82,7 @@ def _viewpoint(trajectory: Trajectory) -> Viewpoint:
     return automatic(trajectory.cloud().points, trajectory.world_from_camera(), (1100, 900))
 
 
-def fill(
+def log_trajectory(
     stream: Any, trajectory: Trajectory, progress: Callable[[int, int], None] = lambda *_: None
 ) -> None:
     """Log a trajectory to a rerun recording.
@@ -94,7 +94,7 @@ def fill(
     has two parts, so that everything above the cameras can be hidden. Raises DatasetError if a
     file of the trajectory is invalid.
     """
-    rr = need("rerun")
+    rr = require("rerun")
     scene = _Scene(rr, stream, trajectory)
     scene.log_scenery()
     count, fps = len(trajectory.world_from_camera()), rate(trajectory)
@@ -244,20 +244,20 @@ def save(
 ) -> None:
     """Write a .rrd file with a blueprint, for `rerun FILE`.
 
-    The caller makes the write atomic. Raises the errors of `fill`.
+    The caller makes the write atomic. Raises the errors of `log_trajectory`.
     """
-    stream = need("rerun").RecordingStream(APPLICATION, recording_id=trajectory_id(trajectory))
-    with place.open("wb") as file, _written_to(file) as pipe:
+    stream = require("rerun").RecordingStream(APPLICATION, recording_id=trajectory_id(trajectory))
+    with place.open("wb") as file, _pipe_into(file) as pipe:
         stream.save(pipe, default_blueprint=_blueprint(trajectory))
         try:
-            fill(stream, trajectory, progress)
+            log_trajectory(stream, trajectory, progress)
             stream.flush()
         finally:
             stream.disconnect()
 
 
 @contextmanager
-def _written_to(file: BinaryIO) -> Iterator[str]:
+def _pipe_into(file: BinaryIO) -> Iterator[str]:
     """A path for rerun. What is written there goes to a file; raises OSError if that fails.
 
     rerun itself waits forever if the disk is full. Here, data that do not fit on the disk are
@@ -315,7 +315,7 @@ def viewer(
         process.wait()
 
 
-def page(ports: tuple[int, int]) -> str:
+def viewer_url(ports: tuple[int, int]) -> str:
     """The address at which `viewer` serves the recording."""
     web, data = ports
     return f"http://{HERE}:{web}/?url={quote(f'rerun+http://{HERE}:{data}/proxy', safe='')}"

@@ -16,7 +16,7 @@ from occgen_hub.visual.colors import PAPER, PATH
 from occgen_hub.visual.cubes import cube_faces
 from occgen_hub.visual.frames import frames
 from occgen_hub.visual.heights import Heights
-from occgen_hub.visual.optional_dependencies import need_pyvista
+from occgen_hub.visual.optional_dependencies import require_pyvista
 from occgen_hub.visual.viewpoint import Viewpoint, automatic
 
 SIZE = (1280, 720)
@@ -50,7 +50,7 @@ def choose_viewpoint(trajectory: Trajectory, place: Path) -> Viewpoint:
 
 def window(trajectory: Trajectory, *, off_screen: bool = False) -> Any:
     """A PyVista plotter with the cloud, the path and the middle frame's occupied cells."""
-    pv = need_pyvista()
+    pv = require_pyvista()
     poses, cloud, voxel = (
         trajectory.world_from_camera(), trajectory.cloud(), trajectory.grid.voxel_size
     )  # fmt: skip

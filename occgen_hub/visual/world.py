@@ -13,7 +13,7 @@ from occgen_hub.loading import Trajectory
 from occgen_hub.occupancy.grid import cell_centres, cell_numbers
 from occgen_hub.visual.blend import blended
 from occgen_hub.visual.colors import AHEAD, INK, MOVING, PATH, faded
-from occgen_hub.visual.cubes import Faces, cube_faces, lit
+from occgen_hub.visual.cubes import Faces, cube_faces, shaded
 from occgen_hub.visual.frames import Frame, FrameCells
 from occgen_hub.visual.heights import Heights
 from occgen_hub.visual.legend import (
@@ -63,7 +63,7 @@ class WorldView:
         self._poses = trajectory.world_from_camera()
         self._image_size = trajectory.image_size
         self._voxel = trajectory.grid.voxel_size
-        cloud, edge = _thinned(trajectory.cloud(), self._voxel)
+        cloud, edge = _downsampled(trajectory.cloud(), self._voxel)
         self._occupied = _Occupied(cloud, edge, self._voxel)
         path = self._poses[:, :3, 3]
         self.viewpoint = viewpoint or automatic(cloud.points, self._poses, size)
@@ -98,13 +98,13 @@ class WorldView:
         code = np.arange(1, len(faces) + 1)[:, None] >> np.array([16, 8, 0]) & 255
         self._stage.put_faces("cloud", faces, code.astype(np.uint8))
         red, green, blue = np.moveaxis(self._stage.picture().rgb.astype(np.int32), -1, 0)
-        shades = lit(cloud.colors[first], faces, self._heights.axis)
+        shades = shaded(cloud.colors[first], faces, self._heights.axis)
         self._stage.put_faces("cloud", faces, shades)
         self._scenery = self._stage.picture()
         shown = self._scenery.zbuffer < 1
         self._face = np.where(shown, (red << 16 | green << 8 | blue) - 1, -1).astype(np.int32)
         self._stage.put_faces("cloud", Faces.none(), np.zeros((0, 3), np.uint8))
-        self._gaps = _Gaps(centres, faces, self._heights, self._voxel)
+        self._gaps = _GapColors(centres, faces, self._heights, self._voxel)
 
     def __call__(self, frame: Frame, image: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
         """(H, W, 3) uint8 of a frame. image: of its camera, shown on its frustum."""
@@ -143,7 +143,7 @@ class WorldView:
         colors[between] = mixed.astype(np.uint8)
         colors[now] = MOVING
         faces = cube_faces(every, self._voxel, np.asarray(self.viewpoint.position))
-        self._stage.put_faces("occupancy", faces, lit(colors, faces, self._heights.axis))
+        self._stage.put_faces("occupancy", faces, shaded(colors, faces, self._heights.axis))
         return self._gaps.tint(every[among & ~now], every[~among & ~now])
 
     def _put_frustum(self, frame: Frame, image: NDArray[np.uint8] | None) -> None:
@@ -203,7 +203,7 @@ def world_legend(shade: Shade, height: float, text: int, moving: bool) -> list[I
     return items + [swatch(name, color, text, line=True) for name, color in paths]
 
 
-def _thinned(cloud: Cloud, edge: float) -> tuple[Cloud, float]:
+def _downsampled(cloud: Cloud, edge: float) -> tuple[Cloud, float]:
     """A cloud with one point per cell and at most MAX_CUBES points, and the edge of the cells."""
     while len(cloud) > MAX_CUBES:
         edge *= 1.5
@@ -237,13 +237,13 @@ class _Occupied:
 
     def _numbers_of(self, cells: FrameCells) -> NDArray[np.int64]:
         if id(cells) not in self._known:
-            held = self._numbers[cells.hold(self._points)]
+            held = self._numbers[cells.contain(self._points)]
             numbers = np.unique(np.concatenate([cells.world_cells, held]))
             self._known[id(cells)] = ref(cells), numbers
         return self._known[id(cells)][1]
 
 
-class _Gaps:
+class _GapColors:
     """The colours of the cloud's cells between a frame's occupied cells.
 
     A cell is between them if its block, with an edge of GAP cells, has occupied cells. centres:
@@ -261,7 +261,7 @@ class _Gaps:
         now = heights.colors(centres)
         share = np.full((len(faces), 1), round(255 * TINT), np.uint8)
         self._now, self._past = (
-            np.concatenate([lit(colors, faces, heights.axis), share], axis=1)
+            np.concatenate([shaded(colors, faces, heights.axis), share], axis=1)
             for colors in (now, faded(now))
         )
 

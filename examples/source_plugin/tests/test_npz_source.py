@@ -1,4 +1,4 @@
-"""The source, checked as a build would use it. `recording` is a tiny made-up one."""
+"""Tests of the source, used as in a build, on a tiny synthetic recording."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from occgen_hub.errors import OccGenError
 
 @pytest.fixture
 def recording(tmp_path: Path) -> Path:
-    """A camera that moves sideways before a wall with a step in it, 2 m and 1.6 m away."""
+    """A camera that moves sideways in front of a wall with a step, 2 m and 1.6 m away."""
     size, K = (48, 64), np.array([[60.0, 0, 32], [0, 60, 24], [0, 0, 1]])
     u = np.arange(size[1]) + 0.5
     poses, depths = np.tile(np.eye(4), (6, 1, 1)), []
@@ -28,7 +28,7 @@ def recording(tmp_path: Path) -> Path:
     return root
 
 
-def test_the_source_is_as_it_has_to_be(recording: Path) -> None:
+def test_source_is_valid(recording: Path) -> None:
     (episode,) = occgen_hub.check_source(load_builder("npz", recording))
     assert episode.length == 6
 

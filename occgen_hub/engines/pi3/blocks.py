@@ -72,7 +72,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, y: Tensor, rotate: Rotate) -> Tensor:
         """(B, Q, width) queries and (B, L, width) others to (B, Q, width).
 
-        Only keys are rotated, because the rotation at the queries' position (0, 0) is none.
+        Only keys are rotated. The queries are at (0, 0), where the rotation is the identity.
         """
         projected = (self.q_proj(x), self.k_proj(y), self.v_proj(y))
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in projected)

@@ -73,8 +73,8 @@ class Trunk(nn.Module):
     def compile_blocks(self) -> None:
         """Compile the blocks with torch.compile, for any number of tokens.
 
-        Only the blocks, since they are alike: a few compiled functions are enough, while the whole
-        network would take minutes. They are compiled when the first views are processed.
+        All blocks have the same structure, so a few compiled functions are enough. To compile the
+        whole network would take minutes. Compilation happens when the first views are processed.
         """
         for module in self.modules():
             if isinstance(module, Block | CrossBlock | PoseBlock):

@@ -27,26 +27,26 @@ class NpzBuilder(DatasetBuilder):
     name = "npz"
 
     def episodes(self) -> Iterator[EpisodeRef]:
-        """One for each file, sorted by id, nothing decoded."""
+        """Yield one episode per file, sorted by id. Decodes nothing."""
         for path in sorted(self.root.glob("*.npz")):
             yield EpisodeRef(f"npz/{path.stem}/trajectory_0", path)
 
     def sources(self, ref: EpisodeRef) -> list[Path]:
-        """The file: where it changes, the episode is built again."""
+        """The episode's file. If it changes, the episode is built again."""
         return [ref.path]
 
     def has_depth(self, ref: EpisodeRef) -> bool:
-        """Always, or the file is refused."""
+        """Always true: files without depth are rejected."""
         return True
 
     def read(self, ref: EpisodeRef) -> Episode:
-        """One episode. Units and axes are converted here, and nowhere else."""
+        """Read one episode. This is the only place that converts units and axes."""
         try:
-            # Never allow_pickle: a pickle runs whatever its author likes.
+            # Never allow_pickle: a pickle can run any code.
             arrays = np.load(io.BytesIO(read_bytes(ref.path, MAX_BYTES)), allow_pickle=False)
             rgb, depth, poses, K = (arrays[name] for name in NEEDED)
         except (ValueError, KeyError, EOFError, OSError) as error:
-            problem = f"does not hold {', '.join(NEEDED)}"
+            problem = f"does not have {', '.join(NEEDED)}"
             raise SourceError(ref.path, problem, "record it again") from error
         length, height, width = depth.shape
         return Episode(
@@ -62,7 +62,7 @@ class NpzBuilder(DatasetBuilder):
             tasks=(Task("explore the scene"),),
             task_index=np.zeros(length, np.int64),
             columns={},
-            # `read` because the images are in no files of their own; depth is written anew anyway.
+            # `read` because the images are not separate files. The build writes depth itself.
             media=tuple(
                 MediaFile("rgb", ref.path, t, read=lambda t=t: rgb[t]) for t in range(length)
             ),
