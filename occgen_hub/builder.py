@@ -217,7 +217,8 @@ def load_builder(
         if attribute not in kind.maps:
             raise UsageError(
                 f"--{_OPTIONS.get(attribute, attribute).replace('_', '-')}: is not used by "
-                f"--source {name}; leave it out."
+                f"--source {name}; leave it out, or choose a source that uses it, such as --source "
+                "capture."
             )
     if len(cameras) > 1 and not kind.several_cameras:
         raise UsageError(f"--camera: --source {name} takes one camera; leave the others out.")

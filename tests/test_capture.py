@@ -243,7 +243,7 @@ def test_wrong_depth_unit_is_named(tum: Path, episode: Episode) -> None:
 
 
 def test_inverse_poses_are_named_with_the_option_to_change(seven: Path) -> None:
-    with pytest.raises(OccGenError, match=r"camera_from_world; .*--pose-direction"):
+    with pytest.raises(OccGenError, match=r"inverted; .*--pose-direction"):
         convention_notes(read(seven, pose_direction="camera_from_world"))
 
 

@@ -115,7 +115,7 @@ def test_correct_source_is_built(tree: Path, tmp_path: Path) -> None:
             "--depth-unit cm if it was read as millimetres",
         ),
         (opencv_axes, "as if the cameras' axes were OpenGL's", "from_opengl"),
-        (inverted, "as if the poses were camera_from_world", "invert them"),
+        (inverted, "as if the poses were inverted", "invert them"),
     ],
 )
 def test_wrong_convention_fails_with_the_likely_cause(
@@ -233,11 +233,11 @@ def test_each_common_depth_unit_is_named(factor: float, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "cause"),
     [
-        (lambda poses: poses @ OPENGL_FROM_OPENCV, "OpenGL's (y up, z backward)"),
-        (np.linalg.inv, "the poses were camera_from_world;"),
+        (lambda poses: poses @ OPENGL_FROM_OPENCV, "y and z axes had the opposite directions"),
+        (np.linalg.inv, "the poses were inverted;"),
         (
             lambda poses: np.linalg.inv(poses @ OPENGL_FROM_OPENCV),
-            "camera_from_world with OpenGL's axes",
+            "inverted and had OpenGL's axes",
         ),
     ],
     ids=["opengl", "inverse", "both"],

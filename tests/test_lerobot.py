@@ -171,8 +171,8 @@ def convention_notes(episode: Episode) -> list[str]:
     ("wrong", "message"),
     [
         ({"depth_unit": 0.001}, r"as if depth were 0\.1 times as large"),
-        ({"pose_direction": "camera_from_world"}, "camera_from_world with OpenGL's axes|camera_fr"),
-        ({"pose_axes": "opencv"}, r"as if the cameras' axes were OpenGL's"),
+        ({"pose_direction": "camera_from_world"}, "as if the poses were inverted"),
+        ({"pose_axes": "opencv"}, "as if the cameras' y and z axes had the opposite"),
         ({"time_offset": 0.2}, r"the poses were 2 frames \(0\.2 s\) too late"),
     ],
 )

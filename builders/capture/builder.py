@@ -288,7 +288,10 @@ def _rate(times: NDArray[np.float64] | None) -> tuple[float, list[Note]]:
     steps = np.diff(times) if times is not None else np.empty(0)
     median = float(np.median(steps)) if len(steps) else 0.0
     if median <= 0 or not FPS[0] <= 1 / median <= FPS[1]:
-        text = f"the recording has no usable frame rate: {DEFAULT_FPS:g} fps is assumed"
+        text = (
+            f"the recording has no usable frame rate: {DEFAULT_FPS:g} fps is assumed, without "
+            "effect on cells; to set it, name the images by times or give the poses times"
+        )
         return DEFAULT_FPS, [Note("fps", text)]
     fps = round(1 / median, 3)
     if np.abs(steps - median).max() <= UNEVEN * median:

@@ -170,5 +170,6 @@ def _by_order(
         raise SourceError(path, problem, "name the images by times, or give equal numbers")
     tracked = np.flatnonzero(valid_poses(trajectory.poses))
     if not len(tracked):
-        raise SourceError(path, "has no usable pose", "leave this recording out")
+        problem = "has no usable pose: none is rigid with 0 0 0 1 as its last row"
+        raise SourceError(path, problem, "write matrices row by row, or leave this recording out")
     return np.stack([tracked, tracked], axis=1), trajectory.poses[tracked]

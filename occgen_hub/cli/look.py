@@ -45,7 +45,11 @@ def validate(folder: Path, as_json: bool) -> int:
 @click.option(
     "--frame", type=click.IntRange(0), help="The frame to show; by default the middle one."
 )
-@click.option("--preview", type=FOLDER, help="The file of the picture; by default DIR_preview.png.")
+@click.option(
+    "--preview",
+    type=FOLDER,
+    help="The file of the picture; by default DIR_preview.png in the current folder.",
+)
 def inspect(folder: Path, trajectory: str | None, frame: int | None, preview: Path | None) -> None:
     """Describe a dataset, and write a picture of one of its frames."""
     from occgen_hub.visual.inspection import describe, picture

@@ -127,8 +127,7 @@ USUAL = {"metres": 1.0, "centimetres": 0.01, "millimetres": 0.001, "1/5000 m": 0
 def _scaled(factor: float) -> Convention:
     return Convention(
         f"depth were {factor:g} times as large",
-        f"check the unit of depth, whose metres have to be multiplied by {factor:g}: "
-        f"{_unit_options(factor)}",
+        f"check the unit of depth: {_unit_options(factor)}",
         factor=factor,
     )
 
@@ -145,23 +144,26 @@ def _unit_options(factor: float) -> str:
             found.append(f"--depth-scale {1 / unit:g} if it was read as {taken}")
     if not found:
         found.append(f"--depth-scale {1000 / factor:g} if it was read as millimetres")
+    if factor == 1000:
+        found.append("metres for the positions of the poses if they are in millimetres")
     return "give " + ", or ".join(found)
 
 
 CONVENTIONS = (
     Convention(
-        "the cameras' axes were OpenGL's (y up, z backward)",
-        "check --pose-axes (opencv or opengl), or convert the poses with "
-        "occgen_hub.geometry.poses.from_opengl",
+        "the cameras' y and z axes had the opposite directions",
+        "change --pose-axes (opencv: y down, z forward; opengl: y up, z backward), or convert the "
+        "poses with occgen_hub.geometry.poses.from_opengl",
         _opengl,
     ),
     Convention(
-        "the poses were camera_from_world",
-        "check --pose-direction, or invert them: world_from_camera is wanted",
+        "the poses were inverted",
+        "change --pose-direction (world_from_camera, the default, or camera_from_world), or invert "
+        "them",
         _inverse,
     ),
     Convention(
-        "the poses were camera_from_world with OpenGL's axes",
+        "the poses were inverted and had OpenGL's axes",
         "invert them and convert them with occgen_hub.geometry.poses.from_opengl",
         lambda poses: _opengl(_inverse(poses)),
     ),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,8 @@ from occgen_hub.training.coarse import (
     resampled,
 )
 from occgen_hub.training.reader import FrameReader
+
+logger = logging.getLogger(__name__)
 
 KEYS = (
     *("occupancy", "mask", "labels", "visible", "dynamic", "pose", "grid_pose", "intrinsics"),
@@ -65,7 +69,20 @@ TARGET_KEYS = ("occupancy", "mask", "labels")
 
 CELLS = (*TARGET_KEYS, "visible", "dynamic")
 
+MAX_TILT = -0.1
+"""Largest z component of a camera's down axis in an upright world. More is a warning."""
+
 Transform = Callable[[dict[str, Any]], Any]
+
+
+@cache
+def _warn_of_tilt() -> None:
+    """Warn once that upright grids may lie on their side."""
+    logger.warning(
+        "Warning: upright=True assumes that the world's z axis points up, but a camera's up axis "
+        "is nearly horizontal or points down there; leave it out if the source's world has other "
+        "axes."
+    )
 
 
 @dataclass(frozen=True)
@@ -91,9 +108,12 @@ class ItemFormat:
     def __post_init__(self) -> None:
         for name, known in (("keys", KEYS), ("history_keys", HISTORY_KEYS)):
             asked = getattr(self, name)
-            if isinstance(asked, str) or (unknown := sorted({*asked} - {*known})):
-                wrong = asked if isinstance(asked, str) else ", ".join(unknown)
-                raise UsageError(f"{name}: {wrong} is not a list of some of {', '.join(known)}.")
+            if isinstance(asked, str):
+                raise UsageError(f"{name}: {asked!r} is not a list; give ({asked!r},).")
+            if unknown := sorted({*asked} - {*known}):
+                raise UsageError(
+                    f"{name}: {', '.join(unknown)} is not a list of some of {', '.join(known)}."
+                )
             object.__setattr__(self, name, tuple(asked))
         if self.history_len < 0 or self.history_step < 1:
             raise UsageError("history_len must be 0 or more, and history_step 1 or more.")
@@ -108,7 +128,11 @@ class ItemFormat:
             )
         size = self.image_size
         if size is not None:
-            if len(size) != 2 or not all(isinstance(n, int) and 0 < n <= 1 << 13 for n in size):
+            if (
+                not isinstance(size, Sequence)
+                or len(size) != 2
+                or not all(isinstance(n, int) and 0 < n <= 1 << 13 for n in size)
+            ):
                 raise UsageError(f"image_size is {size}; give (width, height), pixels.")
             object.__setattr__(self, "image_size", (size[0], size[1]))
         object.__setattr__(self, "augment", tuple(self.augment))
@@ -181,7 +205,11 @@ class ItemFormat:
     def _grid_pose(self, reader: FrameReader, number: int) -> NDArray[np.float64]:
         """(4, 4) world_from_grid of a frame's cells."""
         pose = reader.camera(number)[0].astype(np.float64)
-        return upright_pose(pose) if self.upright else pose
+        if not self.upright:
+            return pose
+        if pose[2, 1] > MAX_TILT:
+            _warn_of_tilt()
+        return upright_pose(pose)
 
     def _grid_from_camera(self, reader: FrameReader, number: int) -> NDArray[np.float64] | None:
         """(4, 4) grid_from_camera of a frame; None if its cells stay in its camera's grid."""

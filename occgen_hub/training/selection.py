@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from occgen_hub.config import MAX_CELLS
 from occgen_hub.errors import DatasetError, UsageError
 from occgen_hub.index import FINALIZE, INDEX, read_index
-from occgen_hub.loading import EXPORT
+from occgen_hub.loading import EXPORT, built
 from occgen_hub.media import MAX_PIXELS
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.training.shard_file import MAX_GROUP_ROWS, MAX_SHARD_ROWS, open_shard
@@ -123,6 +123,13 @@ class FrameIndex:
         return width, height
 
 
+def _remedy(root: Path) -> str:
+    """What to do about a folder without an index. Raises UsageError if no build wrote it."""
+    if built(root) == [root]:
+        return f"it is one trajectory: give the whole dataset, {root.resolve().parents[2]}"
+    return "run occgen-hub finalize on it, or occgen-hub build into it again"
+
+
 def frame_index(source: Source, selection: Selection, keys: Sequence[str]) -> FrameIndex:
     """Read the index. If a dataset is only partly here, the result has only those episodes.
 
@@ -143,10 +150,7 @@ def frame_index(source: Source, selection: Selection, keys: Sequence[str]) -> Fr
     ]
     table = read_index(root, columns)
     if not table.num_rows:
-        raise UsageError(
-            f"{root}: has no index; run occgen-hub finalize on it, or occgen-hub build into it "
-            "again."
-        )
+        raise UsageError(f"{root}: has no index; {_remedy(root)}.")
     table = table.filter(pc.greater(table["group_rows"], 0))
     if not table.num_rows:
         raise UsageError(

@@ -43,6 +43,9 @@ HEAD = 22
 """Height of a panel's title, in pixels. The legend is below the picture."""
 
 OBSERVED = (58, 66, 82)
+MAX_OBSERVED = 200_000
+"""Observed cells that are drawn from above."""
+
 CLEAR = 7
 """Size of a cell, in pixels, from which its edges are drawn."""
 
@@ -272,9 +275,11 @@ def _above(
     axis = int(np.abs(mean_up).argmax())
     sign = 1.0 if mean_up[axis] >= 0 else -1.0
     across, along = ((1, 2), (2, 0), (0, 1))[axis]
+    seen = np.flatnonzero(observed)
+    seen = seen[:: max(1, len(seen) // MAX_OBSERVED)]
     seen_world, moving_world = (
         grid.centres(columns).astype(np.float64) @ poses[frame, :3, :3].T + poses[frame, :3, 3]
-        for columns in (np.flatnonzero(observed)[::7], moving)
+        for columns in (seen, moving)
     )
     heights = cells[:, axis] * sign
     # Ceilings are left out, because they would hide the room.
@@ -299,13 +304,15 @@ def _above(
         return np.stack([a, b], axis=-1).round().astype(int)
 
     last = (width - 1, height - 1)
-    spots = np.clip(place(seen_world), 0, last)
-    canvas[spots[:, 1], spots[:, 0]] = OBSERVED
+    edge = max(1, int(np.ceil(grid.voxel_size * scale)))
+    spots = place(seen_world) - edge // 2
+    for dx, dy in np.ndindex(edge, edge):
+        x, y = np.clip(spots + np.array([dx, dy]), 0, last).T
+        canvas[y, x] = OBSERVED
     order = np.argsort(heights[shown])
     drawn = np.concatenate([cells[shown][order], moving_world])
     pink = np.full((len(moving_world), 3), MOVING, np.uint8)
     colors = np.concatenate([by_height(heights[shown][order]), pink])
-    edge = max(1, int(np.ceil(grid.voxel_size * scale)))
     spots = place(drawn) - edge // 2
     for dx, dy in np.ndindex(edge, edge):
         x, y = np.clip(spots + np.array([dx, dy]), 0, last).T
