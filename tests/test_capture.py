@@ -34,6 +34,7 @@ from occgen_hub.geometry.trajectory import poses_at
 from occgen_hub.job import list_episodes
 from occgen_hub.lerobot.writer import Media
 from occgen_hub.loading import Trajectory, trajectories
+from occgen_hub.training import items
 from occgen_hub.validation import validate
 
 KINECT = Path(__file__).parent.parent.parent / "shared/data/kinect"
@@ -141,22 +142,35 @@ def test_world_far_from_its_origin_gives_the_same_cells(
     assert validate(out).valid
 
 
-def test_images_of_one_pixel_are_built(tmp_path: Path) -> None:
-    place, out = tmp_path / "room", tmp_path / "out"
-    (place / "color").mkdir(parents=True)
+def build_room(place: Path, size: tuple[int, int]) -> Path:
+    """A dataset of a plain folder, with y down in the world as in the first camera's frame."""
+    (place / "room/color").mkdir(parents=True)
     poses = side_by_side(6)
-    small = episode_of([depth_of(room(), pose, (1, 1)) for pose in poses], poses)
-    for frame in range(small.length):
-        captures.write_depth(small, frame, place / f"depth/{frame}.png", 1000)
-        Image.new("RGB", (1, 1)).save(place / f"color/{frame}.png")
+    episode = episode_of([depth_of(room(), pose, size) for pose in poses], poses)
+    for frame in range(episode.length):
+        captures.write_depth(episode, frame, place / f"room/depth/{frame}.png", 1000)
+        Image.new("RGB", size).save(place / f"room/color/{frame}.png")
     lines = [captures.tum_line(frame / 10, pose) for frame, pose in enumerate(poses)]
-    (place / "trajectory.txt").write_text("\n".join(lines))
-    options = ["--source", "capture", "--intrinsics", "1,1,0,0"]
-    result = CliRunner().invoke(build, [*options, "--input", str(place), "--output", str(out)])
+    (place / "room/trajectory.txt").write_text("\n".join(lines))
+    K = ",".join(map(str, captures.opencv_intrinsics(episode)))
+    options = ["--source", "capture", "--intrinsics", K, "--set", "voxel_size=0.1"]
+    options += ["--input", str(place / "room"), "--output", str(place / "out")]
+    result = CliRunner().invoke(build, options)
     assert result.exit_code == 0, result.output
+    return place / "out"
+
+
+def test_images_of_one_pixel_are_built(tmp_path: Path) -> None:
+    out = build_room(tmp_path, (1, 1))
     assert validate(out).valid
-    (found,) = trajectories(out)
-    assert Trajectory.open(found).rgb(5).shape == (1, 1, 3)
+    assert Trajectory.open(trajectories(out)[0]).rgb(5).shape == (1, 1, 3)
+
+
+def test_upright_grids_warn_of_a_world_that_is_not_upright(tmp_path: Path, caplog) -> None:
+    frames = library.OccupancyDataset(build_room(tmp_path, (64, 48)), upright=True)
+    items._warn_of_tilt.cache_clear()
+    assert [frames[0], frames[1]]
+    assert caplog.text.count("upright=True assumes that the world's z axis points up") == 1
 
 
 def test_plain_folder_is_read(episode: Episode, tmp_path: Path) -> None:
@@ -248,7 +262,9 @@ def test_inverse_poses_are_named_with_the_option_to_change(seven: Path) -> None:
 
 
 def test_wrong_axes_are_named_with_the_option_to_change(seven: Path) -> None:
-    with pytest.raises(OccGenError, match=r"OpenGL's \(y up, z backward\); .*--pose-axes"):
+    with pytest.raises(
+        OccGenError, match=r"y and z axes had the opposite directions; .*--pose-axes"
+    ):
         convention_notes(read(seven, pose_axes="opengl"))
 
 

@@ -114,7 +114,7 @@ def test_correct_source_is_built(tree: Path, tmp_path: Path) -> None:
             "as if depth were 10 times as large",
             "--depth-unit cm if it was read as millimetres",
         ),
-        (opencv_axes, "as if the cameras' axes were OpenGL's", "from_opengl"),
+        (opencv_axes, "as if the cameras' y and z axes had the opposite", "from_opengl"),
         (inverted, "as if the poses were inverted", "invert them"),
     ],
 )

@@ -363,9 +363,15 @@ def test_wrong_arguments_are_refused(many, tmp_path):
     for wrong in (tmp_path / "none", str(tmp_path / "none"), "/no/such/folder", "plain"):
         with pytest.raises(UsageError, match="is not a folder"):
             OccupancyDataset(wrong)
-    for keys in ("occupancy", ("occupancy", "colour")):
-        with pytest.raises(UsageError, match="some of occupancy, mask"):
-            OccupancyDataset(many, keys=keys)
+    with pytest.raises(UsageError, match="colour is unknown; give some of occupancy, mask"):
+        OccupancyDataset(many, keys=("occupancy", "colour"))
+    with pytest.raises(UsageError, match=r"'occupancy' is not a list; give \('occupancy',\)"):
+        OccupancyDataset(many, keys="occupancy")
+    with pytest.raises(UsageError, match=r"image_size is 240; give \(width, height\)"):
+        OccupancyDataset(many, keys=("image",), image_size=240)
+    trajectory = trajectories(many)[0]
+    with pytest.raises(UsageError, match=f"one trajectory: give the whole dataset, {many}"):
+        OccupancyDataset(trajectory)
     for arguments in ({"history_len": -1}, {"history_step": 0}):
         with pytest.raises(UsageError, match="history_len must be"):
             OccupancyDataset(many, **arguments)

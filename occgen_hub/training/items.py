@@ -111,9 +111,8 @@ class ItemFormat:
             if isinstance(asked, str):
                 raise UsageError(f"{name}: {asked!r} is not a list; give ({asked!r},).")
             if unknown := sorted({*asked} - {*known}):
-                raise UsageError(
-                    f"{name}: {', '.join(unknown)} is not a list of some of {', '.join(known)}."
-                )
+                wrong = ", ".join(unknown)
+                raise UsageError(f"{name}: {wrong} is unknown; give some of {', '.join(known)}.")
             object.__setattr__(self, name, tuple(asked))
         if self.history_len < 0 or self.history_step < 1:
             raise UsageError("history_len must be 0 or more, and history_step 1 or more.")
