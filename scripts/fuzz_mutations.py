@@ -105,7 +105,8 @@ def replace_by_other_file(path: Path, rng: random.Random) -> str:
         p for p in path.parents[rng.randrange(3)].rglob("*") if p.is_file() and p != path
     )
     other = rng.choice(others)
-    path.write_bytes(other.read_bytes())
+    with other.open("rb") as file:  # It may be a sparse file of an earlier mutation.
+        path.write_bytes(file.read(1 << 26))
     return f"replaced by {other.name}"
 
 
