@@ -266,7 +266,7 @@ def tables(page: str, heading: str) -> list[list[list[str]]]:
     found = []
     for table in re.findall(r"(?:^\|.*\n)+", section, flags=re.M):
         rows = [
-            [cell.strip() for cell in row.strip("| \n").split("|")] for row in table.splitlines()
+            [cell.strip() for cell in row.strip()[1:-1].split("|")] for row in table.splitlines()
         ]
         found.append(rows[2:])
     return found
@@ -277,26 +277,34 @@ def number(text: str) -> float:
     return float(text.replace(",", "").rstrip("%x "))
 
 
+METHODS = {
+    "evidence": ("fusion (default)", SOLID),
+    "union": ("every measured point", "#bdbdbd"),
+    "OctoMap": ("OctoMap", "#9ecae1"),
+    "TSDF": ("TSDF of Open3D", "#a1d99b"),
+    "DUFOMap": ("DUFOMap", "#fdae6b"),
+}
+"""The label and the color of each method of the table of accuracy."""
+
+
 def accuracy() -> Figure:
     """Distance of visible cells from the truth, by the corruption of the recording."""
-    table = (DOCS / "measurements.md").read_text()
-    rows = re.findall(
-        r"^\| ([^|]*)\| (evidence|union) \| ([\d.]+) \| [\d.]+ \| ([\d.]+)% \|", table, flags=re.M
-    )
-    names = [name.strip() for name, method, *_ in rows if method == "evidence"]
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    rows = tables("measurements.md", "Accuracy")[0]
+    names = [row[0] for row in rows if row[0]]
+    figure = Figure(figsize=(10, 7.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    at = np.arange(len(names))
-    for offset, method, color in ((-0.2, "evidence", SOLID), (0.2, "union", "#bdbdbd")):
-        label = {"evidence": "fusion (default)", "union": "every measured point"}[method]
+    at, thickness = np.arange(len(names)), 0.8 / len(METHODS)
+    for n, (method, (label, color)) in enumerate(METHODS.items()):
         mine = [row for row in rows if row[1] == method]
-        left.barh(at + offset, [100 * float(r[2]) for r in mine], 0.38, color=color, label=label)
-        right.barh(at + offset, [float(r[3]) for r in mine], 0.38, color=color)
-    left.set(xlabel="visible cells on a true surface or beside it, %", xlim=(0, 100))
+        place = at + (n - (len(METHODS) - 1) / 2) * thickness
+        far = [100 * (1 - number(row[2])) for row in mine]
+        left.barh(place, far, thickness, color=color, label=label)
+        right.barh(place, [number(row[4]) for row in mine], thickness, color=color)
+    left.set(xlabel="visible cells with no true surface in or beside them, %")
     right.set(xlabel="visible cells over 10 cm from the truth, %")
     left.set_yticks(at, names)
     left.invert_yaxis()
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    figure.legend(loc="outside upper center", ncols=len(METHODS), frameon=False)
     _tidy(left, right)
     return figure
 
