@@ -637,7 +637,8 @@ def _print_summary(
     if pushed:
         say(f"On the Hub: {pushed}")
     elif summary.built and whole:
-        say(f"Next: occgen-hub validate {shlex.quote(str(out))}")
+        place = shlex.quote(str(out))
+        say(f"Next: occgen-hub validate {place} && occgen-hub inspect {place}")
     elif whole and summary.present:
         say(f"Dataset: {out}")
     return 1 if summary.failures else 0
