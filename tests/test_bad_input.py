@@ -1189,6 +1189,7 @@ def test_validate_reports_tampering_and_never_raises(
         assert len(seen.err.splitlines()) == 1
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_real_command_validates_tampered_files_with_bounded_memory(
     built: Path, tmp_path: Path

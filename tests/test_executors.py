@@ -443,6 +443,7 @@ def test_accelerate_without_launcher_starts_a_process_per_device(
     assert {p.name for p in out.iterdir()} >= {"report.json", "README.md", "occupancy"}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_datatrove_builds_locally_and_reruns_only_unfinished_tasks(
     three: Path, tmp_path: Path
@@ -957,7 +958,8 @@ def trajectory_size(source: Path) -> int:
     return sum(-(-path.stat().st_size // 4096) * 4096 for path in files) // 8
 
 
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.long
+@pytest.mark.parametrize("workers", [1, 2])
 def test_same_command_completes_after_a_full_disk(
     source: Path, expected: Tree, small_disk: Path, workers: int
 ) -> None:

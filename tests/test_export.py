@@ -470,6 +470,7 @@ def test_trajectories_of_one_frame_are_left_out_with_a_remark(built, tmp_path):
     assert torch.equal(frames[3][VIEW], ours[3]["occupancy"])
 
 
+@pytest.mark.long
 def test_second_concurrent_export_is_refused(built, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "occgen_hub", "export", built, out]

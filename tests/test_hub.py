@@ -199,6 +199,7 @@ def test_push_retries_after_cut_connections(hub, runner, folder):
     assert remote_files(hub) == local_files(folder)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_next_push_succeeds_after_a_lost_connection(hub, runner, folder):
     hub.faults = [Fault("POST /xet/v1/xorbs/", times=100)]
@@ -288,6 +289,7 @@ def test_dry_run_lists_the_files_and_sends_nothing(hub, runner, folder):
     assert not hub.asked
 
 
+@pytest.mark.long
 def test_create_pr_opens_a_pull_request_and_reuses_it(hub, runner, folder):
     for _ in range(2):
         result = runner.push(folder, "--create-pr")

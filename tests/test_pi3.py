@@ -461,6 +461,7 @@ def test_points_of_low_confidence_are_dropped(checkpoint, episode):
     assert len(few.cloud) < 0.5 * len(many.cloud)
 
 
+@pytest.mark.long
 def test_mesh_option_changes_the_cloud(checkpoint, episode):
     plain = reconstructed_scene(checkpoint, episode)
     meshed = reconstructed_scene(checkpoint, episode, SMALL.model_copy(update={"mesh": True}))
@@ -589,6 +590,7 @@ def test_dataset_built_from_a_video_is_valid(tree, checkpoint, tmp_path):
     assert "1 already there" in again.stdout
 
 
+@pytest.mark.long
 def test_other_weights_trigger_a_rebuild(tree, checkpoint, independent_checkpoint, tmp_path):
     video = next(path for path in tree.rglob("*.mp4") if "trajectory" in path.parent.name)
     build_video(video, checkpoint, tmp_path / "out")

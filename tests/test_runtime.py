@@ -328,8 +328,9 @@ def test_resume_after_kill(
     check_resumed(source, out, expected)
 
 
+@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_resume_after_kills_at_many_moments(
     source: Path, expected: Tree, tmp_path: Path, workers: int
 ) -> None:
