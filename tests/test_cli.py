@@ -16,6 +16,7 @@ from PIL import Image
 
 from occgen_hub.cli import cli, main
 from occgen_hub.cli.command import by_folder, say_by_folder
+from occgen_hub.loading import Trajectory, trajectories
 from occgen_hub.visual.colors import ramp
 
 
@@ -89,6 +90,9 @@ def test_inspect_prints_facts_and_draws_a_preview(dataset, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "2 trajectories" in result.stdout
     assert "200 x 125 x 200 cells" in result.stdout
+    first = Trajectory.open(trajectories(dataset)[0])
+    share = np.mean([cells.mean() for _, cells in zip(range(16), first.observed(), strict=False)])
+    assert f"world: up is z; a frame observes {share:.0%} of its cells" in result.stdout
     image = np.asarray(Image.open(picture))
     assert image.shape == (720, 1280, 3)
     quarters = [image[r : r + 360, c : c + 640] for r in (0, 360) for c in (0, 640)]

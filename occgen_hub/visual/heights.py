@@ -11,6 +11,16 @@ HEADROOM = 0.4
 """Height above the highest camera, in metres, above which a scene is hidden."""
 
 
+def up_axis(world_from_camera: NDArray[np.float64]) -> tuple[int, float]:
+    """The world axis closest to the cameras' mean up direction (minus their y), and its sign.
+
+    world_from_camera: (T, 4, 4).
+    """
+    mean_up = -world_from_camera[:, :3, 1].mean(axis=0)
+    axis = int(np.abs(mean_up).argmax())
+    return axis, 1.0 if mean_up[axis] >= 0 else -1.0
+
+
 class Heights:
     """Heights of points in a world, metres along its up axis.
 
@@ -22,9 +32,7 @@ class Heights:
     def __init__(
         self, points: NDArray[np.floating], world_from_camera: NDArray[np.float64]
     ) -> None:
-        mean_up = -world_from_camera[:, :3, 1].mean(axis=0)
-        self.axis = int(np.abs(mean_up).argmax())
-        self.sign = 1.0 if mean_up[self.axis] >= 0 else -1.0
+        self.axis, self.sign = up_axis(world_from_camera)
         height = self.of(points)
         head = float(self.of(world_from_camera[:, :3, 3]).max())
         self.ceiling = _ceiling(height, head)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from occgen_hub.errors import SourceError, UsageError
 from occgen_hub.files import files_under
 from occgen_hub.loading import Trajectory, built, npz_array
 from occgen_hub.quality import Quality
+from occgen_hub.visual.heights import up_axis
 from occgen_hub.visual.preview import preview
 
 SHOWN = 20
@@ -47,10 +49,22 @@ def describe(root: Path, trajectory: str | None = None) -> Iterator[str]:
         f"from {_numbers(low)} to {_numbers(high)} m in the camera's frame (x right, y down, z "
         "forward)"
     )
+    axis, sign = up_axis(opened.world_from_camera())
+    yield (
+        f"  world: up is {'-' if sign < 0 else ''}{'xyz'[axis]}; a frame observes "
+        f"{_observed_share(opened):.0%} of its cells"
+    )
     yield from _origin(record)
     yield from _agreement(record)
     yield from (f"  note: {note}" for note in record["notes"])
     yield from (f"  task: {task}" for task in opened.tasks())
+
+
+def _observed_share(trajectory: Trajectory, frames: int = 16) -> float:
+    """The mean share of observed cells in the first frames."""
+    rows = list(islice(trajectory.observed_packed(), frames))
+    count = sum(int(np.bitwise_count(row).sum(dtype=np.int64)) for row in rows)
+    return count / max(1, len(rows) * trajectory.grid.cells)
 
 
 def _numbers(values: NDArray[np.float64]) -> str:

@@ -26,6 +26,7 @@ from occgen_hub.visual.colors import (
 )
 from occgen_hub.visual.cubes import EDGES
 from occgen_hub.visual.frames import frame_title
+from occgen_hub.visual.heights import up_axis
 from occgen_hub.visual.legend import (
     BAR,
     color_bar,
@@ -270,10 +271,7 @@ def _above(
     """
     grid = trajectory.grid
     cells = trajectory.scene_cells().astype(np.float64)
-    # Up is the world axis nearest to the cameras' up (minus their y).
-    mean_up = -poses[:, :3, 1].mean(axis=0)
-    axis = int(np.abs(mean_up).argmax())
-    sign = 1.0 if mean_up[axis] >= 0 else -1.0
+    axis, sign = up_axis(poses)
     across, along = ((1, 2), (2, 0), (0, 1))[axis]
     seen = np.flatnonzero(observed)
     seen = seen[:: max(1, len(seen) // MAX_OBSERVED)]
