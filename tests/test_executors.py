@@ -748,6 +748,19 @@ def test_malformed_files_of_a_build_are_ignored(
     assert tree(out) == before
 
 
+def test_pipe_in_the_place_of_the_plan_is_replaced(three: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    build_dataset(job(three, out))
+    before = tree(out)
+    (out / ".logs/build.json").unlink()
+    os.mkfifo(out / ".logs/build.json")
+    assert (
+        occgen_hub("build", "--input", three, "--output", out, *COARSE, timeout=60).returncode == 0
+    )
+    assert (out / ".logs/build.json").is_file()
+    assert tree(out) == before
+
+
 def test_finalize_refuses_a_plan_with_invalid_values(three: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     build_dataset(job(three, out))

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 
 from occgen_hub.episode_build import Built
 from occgen_hub.errors import OccGenError
-from occgen_hub.files import dump_json, parse_json, read_bytes, try_lock
+from occgen_hub.files import dump_json, is_file, parse_json, read_bytes, try_lock
 from occgen_hub.job import Job
 from occgen_hub.runtime.lock import LOGS, locked_error
 from occgen_hub.runtime.results import Process, Result, SceneResult
@@ -103,6 +103,8 @@ def join_build(out: Path, plan: Plan, *, exclusive: bool) -> bool:
     try:
         for record in path.parent.glob(RECORD.format("*")):
             record.unlink()
+        if not is_file(path):  # Writing to a pipe would wait for a reader.
+            path.unlink(missing_ok=True)
         path.write_text(dump_json(asdict(plan)), encoding="utf-8")
     except OSError as error:
         raise _unwritable(path, error) from error
