@@ -35,6 +35,9 @@ MAX_HEADER = 1 << 20
 MAX_DIRECTORY = 1 << 28
 """Limit of a zip file's list of entries in bytes. It is read into memory."""
 
+MAX_TRAILING = 1 << 26
+"""Limit of the bytes after the last entry of a tar. Tools pad it with zeros to 10 kB or so."""
+
 CHUNK = 1 << 18
 
 DOWNLOAD_AGAIN = "download it again, or leave it out"
@@ -209,8 +212,11 @@ def _unpack_tar(plain: IO[bytes], writer: _Writer) -> None:
                 source = tar.extractfile(member)
                 assert source is not None
                 writer.write(member.name, source, member.size)
-    while stream.read(CHUNK):  # gzip checks its checksum at the end.
-        pass
+    rest = 0
+    while data := stream.read(CHUNK):  # gzip checks its checksum at the end.
+        rest += len(data)
+        if rest > MAX_TRAILING:
+            raise ValueError(f"it goes on for more than {MAX_TRAILING >> 20} MB after its end")
     if any(stream.tail) or len(stream.tail) < 512:
         raise EOFError  # A complete tar ends with blocks of zeros.
 

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -248,6 +249,17 @@ def test_archive_header_that_claims_gigabytes_is_refused(tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(SourceError, match="a header of 7516192768 bytes"):
         unpack(tmp_path / "x.tgz", tmp_path / "out", unlimited)
+
+
+def test_archive_with_gigabytes_after_its_end_is_refused_quickly(tmp_path):
+    tar_of(tmp_path / "x.tar", size=10)
+    with (tmp_path / "x.tar").open("r+b") as file:
+        file.truncate(1 << 40)
+    (tmp_path / "out").mkdir()
+    began = time.monotonic()
+    with pytest.raises(SourceError, match="goes on for more than 64 MB after its end"):
+        unpack(tmp_path / "x.tar", tmp_path / "out", unlimited)
+    assert time.monotonic() - began < 20
 
 
 # The Hub
