@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from occgen_hub.camera_mapping import CameraMapping
 from occgen_hub.episode import Note
 from occgen_hub.errors import SourceError
-from occgen_hub.files import is_file
 from occgen_hub.media import image_size, read_rgb
 
 from .recording import (
@@ -19,6 +18,7 @@ from .recording import (
     Recording,
     depth_reader,
     file_among,
+    files_among,
     folder_among,
     images_in,
     left_out_note,
@@ -60,7 +60,7 @@ class PlainFolder(Layout):
         """
         folder, depth_folder = folder_among(place, COLORS), folder_among(place, DEPTHS)
         assert folder is not None
-        candidates = [place / name for name in TRAJECTORIES if is_file(place / name)]
+        candidates = files_among(place, TRAJECTORIES)
         if not candidates:
             problem = f"has no trajectory ({', '.join(TRAJECTORIES)})"
             raise SourceError(place, problem, f"give yours one of these names, with {FORMATS}")
@@ -81,11 +81,8 @@ class PlainFolder(Layout):
             chosen, poses = _by_order(path, trajectory, colors, depths)
             when, paired = _own_times(trajectory, chosen[:, 0]), total
         colors = [colors[n] for n in chosen[:, 0]]
-        reasons = {
-            "without depth": total - paired,
-            f"without a pose at their time (gaps over {LONGEST_GAP} s are not interpolated)": paired
-            - len(colors),
-        }
+        gap = f"without a pose at their time (gaps over {LONGEST_GAP} s are not interpolated)"
+        reasons = {"without depth": total - paired, gap: paired - len(colors)}
         chosen_depths = [] if depths is None else [depths[n] for n in chosen[:, 1]]
         size = image_size(colors[0])
         lens, files = needed_lens(place, size, mapping)

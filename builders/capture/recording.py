@@ -114,9 +114,14 @@ def folder_among(place: Path, names: Iterable[str]) -> Path | None:
     return next((place / name for name in names if (place / name).is_dir()), None)
 
 
+def files_among(place: Path, names: Iterable[str]) -> list[Path]:
+    """Those of these files that exist, in the same order."""
+    return [place / name for name in names if is_file(place / name)]
+
+
 def file_among(place: Path, names: Iterable[str]) -> Path | None:
     """The first of these files that exists, or None."""
-    return next((place / name for name in names if is_file(place / name)), None)
+    return next(iter(files_among(place, names)), None)
 
 
 def numbers_in(
