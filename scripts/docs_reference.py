@@ -57,33 +57,39 @@ def _sections(command: click.Command, name: str, parent: click.Context) -> list[
         for option in command.get_params(context)
         if (record := option.get_help_record(context))
         for names, text in [record]
-        if "--help" not in names
+        if text and "--help" not in names
     ]
     example = getattr(command, "example", "")
     parts = [
         f"## {context.command_path.removeprefix('occgen-hub ')}",
         f"```text\n{usage}\n```",
         _escaped(command.help or ""),
-        "\n".join(["| option | |", "| --- | --- |", *rows]) if rows else "",
+        _stacked(["| option | meaning |", "| --- | --- |", *rows]) if rows else "",
         f"```text\n{example}\n```" if example else "",
     ]
     return ["\n\n".join(filter(None, parts))]
 
 
 def _escaped(text: str) -> str:
-    """Escape text so that Markdown finds no links, columns or emphasis in it."""
-    return re.sub(r"([\[\]|*_<>])", r"\\\1", inspect.cleandoc(text))
+    """Escape text so that Markdown finds no links, columns, emphasis or HTML in it."""
+    text = inspect.cleandoc(text).replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\[\]|*_])", r"\\\1", text)
+
+
+def _stacked(rows: list[str]) -> str:
+    """A table whose cells are below one another on a phone, by docs/site.css."""
+    return "\n".join(['<div class="stacked" markdown>', "", *rows, "", "</div>"])
 
 
 def settings_table() -> str:
     """A row for each field of `Config`: name, default, values, description."""
-    rows = ["| setting | default | values | |", "| --- | --- | --- | --- |"]
+    rows = ["| setting | default | values | meaning |", "| --- | --- | --- | --- |"]
     for name, field in Config.model_fields.items():
         kind = " or ".join(dict.fromkeys(_values(field.annotation)))
         limits = ", ".join(filter(None, map(_limit, field.metadata)))
         kind += f", {limits}" if limits else ""
         rows.append(f"| `{name}` | {_default(field.default)} | {kind} | {field.description} |")
-    return "\n".join(rows)
+    return _stacked(rows)
 
 
 def _default(value: Any) -> str:
