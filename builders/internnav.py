@@ -221,6 +221,7 @@ class InternNavBuilder(DatasetBuilder):
             image_size=size,
             read_rgb=images if rgb or files.video is None else VideoReader(files.video, size),
             read_depth=metres,
+            unmeasured="free",  # Simulated: beyond the range of 16 bits.
             world_from_camera=_poses(columns, left_out, files.parquet),
             intrinsics=K,
             tasks=tasks,
@@ -275,6 +276,7 @@ class InternNavBuilder(DatasetBuilder):
             image_size=size,
             read_rgb=images,
             read_depth=metres,
+            unmeasured="free",  # Simulated: beyond the range of 16 bits.
             world_from_camera=posed.poses,
             intrinsics=K,
             assumed_view=True,

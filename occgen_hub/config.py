@@ -69,6 +69,12 @@ class Config(BaseModel):
         description="align each frame to the fused scene: true, false, or auto, if poses have "
         "errors and frames then agree better",
     )
+    unmeasured: Literal["auto", "unknown", "free"] = Field(
+        "auto",
+        description="space on the ray of a pixel without depth, if no surface is on it: unknown, "
+        "or free, if depth is missing only where nothing is in reach; auto: free for internnav, "
+        "which is simulated, else unknown",
+    )
     fusion_voxel_size: Positive | None = Field(
         None, description="resolution of the fused cloud; half of voxel_size if not set"
     )

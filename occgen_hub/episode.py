@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -90,7 +90,9 @@ class Episode:
     other depth cameras at the same times and in the same world, with depth to be fused with this
     one's; origin: the repo_id and revision on the Hub that it comes from, None if unknown;
     read_labels(t): (H, W) integers, the class of each pixel, ids of `taxonomy`, 0 for none; None
-    without labels; taxonomy: a name in schemas/taxonomies.yaml.
+    without labels; taxonomy: a name in schemas/taxonomies.yaml; unmeasured: what a pixel without
+    depth says of the space on its ray: nothing ("unknown", sensors), or that no surface is in reach
+    ("free", simulators).
     """
 
     id: str
@@ -113,6 +115,7 @@ class Episode:
     origin: dict[str, str] | None = None
     read_labels: Callable[[int], NDArray[Any]] | None = None
     taxonomy: str | None = None
+    unmeasured: Literal["unknown", "free"] = "unknown"
 
 
 FAR_FROM_ORIGIN = 1000.0

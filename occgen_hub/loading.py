@@ -6,6 +6,7 @@ Headers are checked against the schema before memory is allocated, and pickles a
 from __future__ import annotations
 
 import ast
+import math
 import os
 import shlex
 import struct
@@ -411,15 +412,26 @@ class Trajectory:
         They are empty if there is no file, because nothing moves. Raises DatasetError if the number
         of rows differs from the file of visible cells.
         """
+        yield from self._optional_frames("dynamic")
+
+    def left_out_frames(self) -> Iterator[NDArray[np.integer]]:
+        """Yield for each frame the (n,) pixels `v * width + u` whose rays were left out.
+
+        They are the pixels without depth whose rays meet no occupied cell. Raises DatasetError as
+        `dynamic_frames` does.
+        """
+        yield from self._optional_frames("left_out")
+
+    def _optional_frames(self, key: str) -> Iterator[NDArray[np.integer]]:
+        """Yield the columns of each row of a CSR file, none if the file does not exist."""
         frames = len(self.row_ends("visible")) - 1
-        if not self.has_dynamic():
+        if not self.file(key).is_file():
             yield from (np.zeros(0, np.int32) for _ in range(frames))
             return
-        rows = len(self.row_ends("dynamic")) - 1
+        rows = len(self.row_ends(key)) - 1
         if rows != frames:
-            problem = f"has {rows} rows for {frames} frames"
-            raise DatasetError(self.file("dynamic"), problem, REBUILD)
-        yield from self._frames("dynamic")
+            raise DatasetError(self.file(key), f"has {rows} rows for {frames} frames", REBUILD)
+        yield from self._frames(key)
 
     @property
     def taxonomy(self) -> str | None:
@@ -466,9 +478,14 @@ class Trajectory:
     def _frames(self, key: str) -> Iterator[NDArray[np.integer]]:
         """Yield the columns of each row of a CSR file, with one row in memory at a time."""
         ends, stored = self._rows(key)
-        for columns in stored.pieces(ends, self.grid.cells):
+        for columns in stored.pieces(ends, self.row_width(key)):
             self._check_columns(key, columns)
             yield columns
+
+    def row_width(self, key: str) -> int:
+        """The number of columns of a CSR file of the schema: cells of the grid, or pixels."""
+        in_pixels = self.schema.files[key].arrays["data"].shape[1] == "pixels"
+        return math.prod(self.image_size) if in_pixels else self.grid.cells
 
     def _rows(self, key: str) -> tuple[NDArray[np.integer], NpzArray]:
         path = self.file(key)
@@ -483,8 +500,9 @@ class Trajectory:
         return ends, columns
 
     def _check_columns(self, key: str, columns: NDArray[np.integer]) -> None:
-        if len(columns) and not 0 <= columns.min() <= columns.max() < self.grid.cells:
-            raise DatasetError(self.file(key), "has columns outside the grid", REBUILD)
+        if len(columns) and not 0 <= columns.min() <= columns.max() < self.row_width(key):
+            what = "image" if self.schema.files[key].arrays["data"].shape[1] == "pixels" else "grid"
+            raise DatasetError(self.file(key), f"has columns outside the {what}", REBUILD)
 
     def observed(self) -> Iterator[NDArray[np.bool_]]:
         """Yield for each frame (cells,) bool: whether a cell is observed, free or occupied."""

@@ -83,6 +83,7 @@ def reconstruct(
     notes = [*views.notes, *origin_notes(origin), *convention_notes, *fused.notes]
     notes += _notes(alignment, len(cloud))
     views = replace(views, world_from_camera=poses[own::cameras])
+    unmeasured = episode.unmeasured if config.unmeasured == "auto" else config.unmeasured
     if cameras == 1 and stands_still(poses, cloud):
         notes.append(STATIC)
     return Scene(
@@ -97,6 +98,7 @@ def reconstruct(
         notes=tuple(notes),
         world_origin=origin,
         labels=None if classes is None else PointLabels(classes, moving_labels),
+        unmeasured=views.unmeasured if unmeasured == "unknown" else None,
     )
 
 
@@ -130,7 +132,7 @@ def observe(
     intrinsics = scene.intrinsics.astype(np.float32).astype(np.float64)
     return observe_frames(
         grid, scene.cloud.points, scene.world_from_camera, intrinsics, episode.image_size,
-        scene.moving, free, scene.labels,
+        scene.moving, free, scene.labels, scene.unmeasured,
     )  # fmt: skip
 
 
@@ -141,8 +143,7 @@ def _notes(alignment: Alignment | None, points: int) -> list[Note]:
     if points < MIN_SCENE_POINTS:
         text = (
             f"the scene has {points or 'no'} points: depth is missing, outside depth_range or in "
-            "another unit, or no two frames agree; ALL space in view counts as free, do not use "
-            "it"
+            "another unit, or no two frames agree; space in view counts as free, do not use it"
         )
         notes.append(Note("empty scene", text))
     return notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -405,7 +406,8 @@ class _Check:
 
     def _sizes(self) -> dict[str, int]:
         cells = self.trajectory.grid.cells
-        return {"frames": self.frames, "cells": cells, "packed": -(-cells // 8)}
+        pixels = math.prod(self.trajectory.image_size)
+        return {"frames": self.frames, "cells": cells, "packed": -(-cells // 8), "pixels": pixels}
 
     def _arrays(self, path: Path, arrays: dict[str, NpzArray], specs: dict[str, ArraySpec]) -> None:
         names = self._sizes()
@@ -440,7 +442,7 @@ class _Check:
         if file.classes:
             for _ in self.trajectory.label_frames():  # Raises where they are wrong.
                 pass
-        elif not all((row == 1).all() for row in data.pieces(ends, self.trajectory.grid.cells)):
+        elif not all((row == 1).all() for row in data.pieces(ends, self.trajectory.row_width(key))):
             self.add_finding(path, "has values other than 1")
 
     # Consistency
@@ -540,14 +542,16 @@ class _Check:
         rows = zip(
             self.trajectory.visible_frames(),
             self.trajectory.dynamic_frames(),
+            self.trajectory.left_out_frames(),
             self.trajectory.observed_packed(),
             intrinsics,
             strict=True,
         )
-        for frame, (visible, dynamic, packed, K) in enumerate(rows):
+        for frame, (visible, dynamic, left_out, packed, K) in enumerate(rows):
             observed = unpack(packed, grid.cells)
             free.add(FrameOccupancy(visible.astype(np.int32), packed), poses[frame])
-            for key, columns in (("visible", visible), ("dynamic", dynamic)):
+            sorted_rows = {"visible": visible, "dynamic": dynamic, "left_out": left_out}
+            for key, columns in sorted_rows.items():
                 if not (columns[1:] > columns[:-1]).all():
                     self.add_finding(
                         self.trajectory.file(key), f"frame {frame}: columns are not sorted"
@@ -565,7 +569,13 @@ class _Check:
                 continue
             state[:] = 0
             state[visible] = OCCUPIED
-            trace(grid, K, size, state)
+            if not np.array_equal(
+                trace(grid, K, size, state, _image_mask(left_out, size)), left_out
+            ):
+                self.add_finding(
+                    self.trajectory.file("left_out"),
+                    f"frame {frame}: has rays that meet a visible cell or miss the grid",
+                )
             if not np.array_equal((state & OBSERVED) > 0, observed):
                 self.add_finding(
                     self.trajectory.file("observed"),
@@ -608,6 +618,15 @@ class _Check:
                 self.add_finding(
                     self.trajectory.path / name, "has changed since it was built", RESTORE
                 )
+
+
+def _image_mask(pixels: NDArray[np.integer], size: tuple[int, int]) -> NDArray[np.bool_] | None:
+    """(H, W) bool: the pixels `v * width + u`; None if there are none."""
+    if not len(pixels):
+        return None
+    mask = np.zeros(size[0] * size[1], bool)
+    mask[pixels] = True
+    return mask.reshape(size[1], size[0])
 
 
 def _is_close(stated: Any, expected: NDArray[np.float64]) -> bool:

@@ -112,8 +112,10 @@ def build(builder: DatasetBuilder, out: Path, config: Config) -> None:
 def observe_frames(episode: Episode, points: Points, config: Config) -> Iterator[FrameResult]:
     """Yield each frame's occupancy, from (n, 3) points in world metres and the recorded poses."""
     cloud, grid = into_blocks(points), Grid.of(config)
-    for pose, K in zip(*_cameras(episode), strict=True):
-        frame = observe(grid, cloud, pose, K, episode.image_size)
+    assert episode.read_depth is not None
+    for t, (pose, K) in enumerate(zip(*_cameras(episode), strict=True)):
+        unmeasured = episode.read_depth(t) == 0 if config.unmeasured == "unknown" else None
+        frame = observe(grid, cloud, pose, K, episode.image_size, unmeasured=unmeasured)
         yield FrameResult(frame.visible, frame.observed)
 
 

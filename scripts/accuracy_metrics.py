@@ -13,6 +13,10 @@ in the camera's grid. So the results do not depend on a method's world frame.
 - leaks: visible cells more than two cells behind the true first hit of every ray that ends in them.
 - false_free: of the observed cells that are not occupied, those that the truth crosses;
   false_free_alone: those of them without a visible occupied cell within one cell.
+- hidden_free: of the observed cells that are not occupied, those that are behind a surface: in the
+  truth, the camera's rays reach no cell within one cell.
+- free_recall: of the cells that the camera's rays reach in the truth and that it does not cross,
+  those that are observed and not occupied.
 - people: recall of the cells of first hits on people, in their own frame; absent without people.
 - thin: recall of the cells of first hits on objects narrower than 4 cm in the image, see
   `thin_pixels`; people are excluded.
@@ -219,6 +223,12 @@ def frame_counts(
         false_free=len(free_crossed),
         false_free_alone=int((~near_set_cells(occupied.reshape(grid.shape), free_crossed)).sum()),
     )
+    perfect = crossed.ravel() * np.uint8(OCCUPIED)
+    trace(grid, view.K, view.size, perfect)
+    reached, open_cells = (perfect & OBSERVED) > 0, perfect == OBSERVED
+    near_reached = near_set_cells(reached.reshape(grid.shape), np.flatnonzero(free))
+    counts["hidden_free"] = int((~near_reached).sum())
+    counts["open"], counts["free_recall"] = int(open_cells.sum()), int((open_cells & free).sum())
 
     # The true first hits, and the ends of the method's rays.
     directions, depth, cosine = view.directions(), truth.depth, truth.cosine
@@ -246,8 +256,6 @@ def frame_counts(
         counts[f"{name}_hits"], counts[name] = int(of_kind.sum()), int(found[of_kind].sum())
 
     if with_bound:
-        perfect = crossed.ravel() * np.uint8(OCCUPIED)
-        trace(grid, view.K, view.size, perfect)
         best = (perfect == OCCUPIED | OBSERVED).reshape(grid.shape)
         counts["bound_hits"], counts["bound"] = len(hits), int(near_set_cells(best, hits).sum())
         counts["bounded"] = int(found.sum())
@@ -337,7 +345,8 @@ def _count_bins(
 OF = {
     **dict.fromkeys(("exact", "near", "within_2cm", "ghosts", "leaks"), "visible"),
     **dict.fromkeys(("recall", "recall_strict"), "hits"),
-    **dict.fromkeys(("false_free", "false_free_alone"), "free"),
+    **dict.fromkeys(("false_free", "false_free_alone", "hidden_free"), "free"),
+    "free_recall": "open",
     "people": "people_hits",
     "thin": "thin_hits",
 }

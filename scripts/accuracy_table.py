@@ -149,7 +149,7 @@ def print_checks(found: list[Check], *, markdown: bool) -> None:
 
 
 def print_details(table: Table, *, markdown: bool) -> None:
-    """Print near and recall by range and by incidence."""
+    """Print near and recall by range and by incidence, and the figures of free cells."""
     bins = sorted(
         {k for methods in table.values() for f in methods.values() for k in f if " " in k}
     )
@@ -166,6 +166,13 @@ def print_details(table: Table, *, markdown: bool) -> None:
             for method, found in methods.items()
         ]
         _print([f"{name} of", "method", *titles], lines, markdown=markdown)
+    free = [
+        [row, method, f"{found['hidden_free']:.3%}", f"{found['free_recall']:.4f}"]
+        for row, methods in table.items()
+        for method, found in methods.items()
+        if "hidden_free" in found and "free_recall" in found
+    ]
+    _print(["free cells of", "method", "hidden", "recall"], free, markdown=markdown)
 
 
 def _print(header: list[str], lines: list[list[str]], *, markdown: bool) -> None:

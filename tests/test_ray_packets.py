@@ -14,7 +14,7 @@ from occgen_hub.occupancy import ray_packets
 from occgen_hub.occupancy.grid import Grid
 from occgen_hub.occupancy.point_blocks import into_blocks
 from occgen_hub.occupancy.ray_packets import RayPackets, follow_packets, packets_if_repeated
-from occgen_hub.occupancy.visibility import OBSERVED, OCCUPIED, first_occupied, observe
+from occgen_hub.occupancy.visibility import OBSERVED, OCCUPIED, first_occupied, observe, trace
 
 
 @pytest.fixture(autouse=True)
@@ -23,13 +23,17 @@ def _clear_camera_cache():
 
 
 def by_packets(
-    grid: Grid, K: np.ndarray, size: tuple[int, int], occupied: np.ndarray
+    grid: Grid,
+    K: np.ndarray,
+    size: tuple[int, int],
+    occupied: np.ndarray,
+    unmeasured: np.ndarray | None = None,
 ) -> np.ndarray:
-    """(cells,) uint8: the state after all rays are followed."""
+    """(cells,) uint8: the state after all rays are followed. Changes `unmeasured`."""
     state = occupied.astype(np.uint8).ravel() * OCCUPIED
     made = RayPackets.of(grid, K, size)
     assert made is not None
-    follow_packets(made, state)
+    follow_packets(made, state, unmeasured)
     return state
 
 
@@ -49,15 +53,19 @@ def by_single_rays(
     K=st.builds(intrinsics, focal, focal, centre, centre),
     size=st.tuples(st.integers(1, 11), st.integers(1, 11)),
     fill=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    holes=st.sampled_from([0.0, 0.3, 1.0]),
     seed=st.integers(0, 2**16),
 )
-def test_packets_equal_brute_force(lower, shape, voxel_size, K, size, fill, seed):
+def test_packets_equal_brute_force(lower, shape, voxel_size, K, size, fill, holes, seed):
     grid = Grid(tuple(x * voxel_size for x in lower), voxel_size, shape)
-    occupied = np.random.default_rng(seed).random(shape) < fill
-    state = by_packets(grid, K, size, occupied)
+    rng = np.random.default_rng(seed)
+    occupied, unmeasured = rng.random(shape) < fill, rng.random(size[::-1]) < holes
+    state = by_packets(grid, K, size, occupied, unmeasured.copy())
     assert np.array_equal(state & OCCUPIED, occupied.ravel())
     seen = ((state & OBSERVED) > 0).reshape(shape)
-    assert np.array_equal(seen, brute_force(grid, K, size, occupied))
+    assert np.array_equal(seen, brute_force(grid, K, size, occupied, unmeasured))
+    if not holes:
+        assert np.array_equal(by_packets(grid, K, size, occupied), state)
 
 
 @pytest.mark.parametrize("fill", [0.0, 0.0005, 0.01])
@@ -73,11 +81,17 @@ def test_packets_equal_brute_force(lower, shape, voxel_size, K, size, fill, seed
     ],
 )
 def test_packets_equal_single_rays(config, K, size, fill):
-    grid = Grid.of(config)
-    occupied = np.random.default_rng(3).random(grid.shape) < fill
+    grid, rng = Grid.of(config), np.random.default_rng(3)
+    occupied = rng.random(grid.shape) < fill
     assert np.array_equal(
         by_packets(grid, K, size, occupied), by_single_rays(grid, K, size, occupied)
     )
+    unmeasured = rng.random(size[::-1]) < 0.2
+    single, left_out = occupied.astype(np.uint8).ravel() * OCCUPIED, unmeasured.copy()
+    in_single = trace(grid, K, size, single, unmeasured)  # The camera's first frame.
+    assert np.array_equal(by_packets(grid, K, size, occupied, left_out), single)
+    assert np.array_equal(np.flatnonzero(left_out), in_single)
+    assert 0 < len(in_single) < unmeasured.sum() or not fill
 
 
 def test_thread_count_does_not_change_the_result():

@@ -47,26 +47,41 @@ def crossed_cells(grid: Grid, direction: list[Fraction]) -> list[tuple[int, int,
 
 
 def brute_force(
-    grid: Grid, K: np.ndarray, size: tuple[int, int], occupied: np.ndarray
+    grid: Grid,
+    K: np.ndarray,
+    size: tuple[int, int],
+    occupied: np.ndarray,
+    unmeasured: np.ndarray | None = None,
 ) -> np.ndarray:
-    """(nx, ny, nz) bool: the cells that a ray reaches before or at its first occupied cell."""
+    """(nx, ny, nz) bool: the cells that a ray reaches before or at its first occupied cell.
+
+    Without rays of unmeasured pixels, (H, W) bool, that meet no occupied cell.
+    """
     fx, fy, cx, cy = (Fraction(float(x)) for x in (K[0, 0], K[1, 1], K[0, 2], K[1, 2]))
     observed = np.zeros(grid.shape, bool)
     half = Fraction(1, 2)
     for v in range(size[1]):
         for u in range(size[0]):
-            for cell in crossed_cells(
-                grid, [(u + half - cx) / fx, (v + half - cy) / fy, Fraction(1)]
-            ):
+            direction = [(u + half - cx) / fx, (v + half - cy) / fy, Fraction(1)]
+            cells = list(crossed_cells(grid, direction))
+            if unmeasured is not None and unmeasured[v, u] and not any(map(occupied.item, cells)):
+                continue
+            for cell in cells:
                 observed[cell] = True
                 if occupied[cell]:
                     break
     return observed
 
 
-def kernel(grid: Grid, K: np.ndarray, size: tuple[int, int], occupied: np.ndarray) -> np.ndarray:
+def kernel(
+    grid: Grid,
+    K: np.ndarray,
+    size: tuple[int, int],
+    occupied: np.ndarray,
+    unmeasured: np.ndarray | None = None,
+) -> np.ndarray:
     state = occupied.astype(np.uint8).ravel() * OCCUPIED
-    trace(grid, K, size, state)
+    trace(grid, K, size, state, unmeasured)
     assert np.array_equal(state & OCCUPIED, occupied.ravel())
     return ((state & OBSERVED) > 0).reshape(grid.shape)
 
@@ -94,19 +109,40 @@ lowest = st.sampled_from([-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, -0.5, 0.5]) | fine(-4
     K=st.builds(intrinsics, focal, focal, centre, centre),
     size=st.tuples(st.integers(1, 6), st.integers(1, 6)),
     fill=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    holes=st.sampled_from([0.0, 0.3, 1.0]),
     seed=st.integers(0, 2**16),
 )
 # The camera on a grid corner and square pixels: every diagonal ray meets edges.
-@example((-2.0, -2.0, 0.0), (4, 4, 4), 1.0, intrinsics(2, 2, 2, 2), (4, 4), 0.0, 0)
-@example((-2.0, -2.0, 1.0), (4, 4, 4), 1.0, intrinsics(1, 1, 2, 2), (4, 4), 0.0, 0)
+@example((-2.0, -2.0, 0.0), (4, 4, 4), 1.0, intrinsics(2, 2, 2, 2), (4, 4), 0.0, 0.0, 0)
+@example((-2.0, -2.0, 1.0), (4, 4, 4), 1.0, intrinsics(1, 1, 2, 2), (4, 4), 0.0, 0.0, 0)
 # A ray straight along z on the boundary between cells.
-@example((-2.0, -2.0, -1.0), (4, 4, 4), 1.0, intrinsics(1, 1, 0.5, 0.5), (1, 1), 0.0, 0)
+@example((-2.0, -2.0, -1.0), (4, 4, 4), 1.0, intrinsics(1, 1, 0.5, 0.5), (1, 1), 0.0, 0.0, 0)
 # Steps of a third of a cell: thirds have no exact binary form.
-@example((-1.0, -1.0, 0.0), (6, 6, 7), 0.3, intrinsics(3, 3, 0, 0), (6, 6), 0.0, 0)
-def test_kernel_equals_brute_force(lower, shape, voxel_size, K, size, fill, seed):
+@example((-1.0, -1.0, 0.0), (6, 6, 7), 0.3, intrinsics(3, 3, 0, 0), (6, 6), 0.0, 0.0, 0)
+def test_kernel_equals_brute_force(lower, shape, voxel_size, K, size, fill, holes, seed):
     grid = Grid(tuple(x * voxel_size for x in lower), voxel_size, shape)
-    occupied = np.random.default_rng(seed).random(shape) < fill
-    assert np.array_equal(kernel(grid, K, size, occupied), brute_force(grid, K, size, occupied))
+    rng = np.random.default_rng(seed)
+    occupied, unmeasured = rng.random(shape) < fill, rng.random(size[::-1]) < holes
+    expected = brute_force(grid, K, size, occupied, unmeasured)
+    assert np.array_equal(kernel(grid, K, size, occupied, unmeasured), expected)
+    if not holes:
+        assert np.array_equal(kernel(grid, K, size, occupied), expected)
+
+
+def test_rays_without_depth_are_left_out_unless_they_meet_a_surface():
+    """A wall in the left half of the view; the camera has no depth in two rows of pixels."""
+    grid = Grid((-2.0, -2.0, 0.0), 1.0, (4, 4, 4))
+    K, size = intrinsics(8, 8, 4, 4), (8, 8)
+    state = np.zeros(grid.shape, np.uint8)
+    state[:2, :, 3] = OCCUPIED
+    unmeasured = np.zeros((8, 8), bool)
+    unmeasured[1:3] = True
+    for _ in range(6):  # First ray by ray, then in packets.
+        marked = state.ravel().copy()
+        left_out = trace(grid, K, size, marked, unmeasured)
+        assert left_out.tolist() == [8 * v + u for v in (1, 2) for u in range(4, 8)]
+        assert (marked[state.ravel() > 0] & OBSERVED).all()
+        assert unmeasured[1:3].all()  # The argument is unchanged.
 
 
 @pytest.mark.parametrize("fill", [0.0, 0.0005, 0.01])

@@ -106,11 +106,14 @@ class TrajectoryWriter:
     def write_occupancy(self, frames: Iterable[FrameOccupancy]) -> None:
         """Write the visible and the observed cells, frame by frame, compressed in threads.
 
-        Moving cells and classes have files of their own, which are written only if there are any.
+        Moving cells, classes and rays that were left out have files of their own, which are written
+        only if there are any.
         """
         visible = CellsWriter(self.path("visible"), self.grid.cells)
         dynamic = CellsWriter(self.path("dynamic"), self.grid.cells)
         observed = ObservedWriter(self.path("observed"), self.episode.length, self.grid.shape)
+        width, height = self.episode.image_size
+        left_out = CellsWriter(self.path("left_out"), width * height)
         labels = None
         if self.episode.taxonomy is not None:
             labels = CellsWriter(self.path("labels"), self.grid.cells)
@@ -119,6 +122,7 @@ class TrajectoryWriter:
                 pack(frame.observed)
                 visible.append(frame.visible)
                 dynamic.append(frame.dynamic)
+                left_out.append(frame.left_out)
                 if labels is not None:
                     labels.append(frame.visible, frame.labels)
             visible.close()
@@ -126,10 +130,13 @@ class TrajectoryWriter:
                 labels.close()
         observed.close()
         dynamic.close()
+        left_out.close()
         self.moving = dynamic.count / max(visible.count, 1)
         if not dynamic.count:
             self.path("dynamic").unlink()
             self.path("dynamic").parent.rmdir()
+        if not left_out.count:
+            self.path("left_out").unlink()
 
     def write_scene(self, scene: Scene, config: Config) -> None:
         """Write the scene's cloud. `write_states` writes its cells."""

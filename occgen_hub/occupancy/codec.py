@@ -80,7 +80,7 @@ class NpzWriter:
 
 class CellsWriter:
     """Writes a CSR matrix (frames, cells), row by row: of ones, such as the visible cells, or of
-    values, such as their classes.
+    values, such as their classes. Instead of cells, its columns may be pixels.
     """
 
     def __init__(self, path: Path, cells: int) -> None:

@@ -85,10 +85,16 @@ class RayPackets:
         return cls(cells, crossing, ends, rays, _distribute_strips(len(parts), len(rays), threads))
 
 
-def follow_packets(packets: RayPackets, state: NDArray[np.uint8]) -> None:
-    """Set bit OBSERVED of each cell of `state` that a ray reaches; bit OCCUPIED stops rays."""
+def follow_packets(
+    packets: RayPackets, state: NDArray[np.uint8], unmeasured: NDArray[np.bool_] | None = None
+) -> None:
+    """Set bit OBSERVED of each cell of `state` that a ray reaches; bit OCCUPIED stops rays.
+
+    unmeasured: see `visibility.trace`. Pixels whose rays are followed are removed from it.
+    """
     _follow(
-        packets.cells, packets.crossing, packets.ends, packets.rays, packets.shares, state
+        packets.cells, packets.crossing, packets.ends, packets.rays, packets.shares, state,
+        np.empty((0, 0), np.bool_) if unmeasured is None else unmeasured,
     )  # fmt: skip
 
 
@@ -233,7 +239,7 @@ def _grow(array):
 
 
 @njit(parallel=True, nogil=True)
-def _follow(cells, crossing, ends, rays, shares, state):
+def _follow(cells, crossing, ends, rays, shares, state, unmeasured):
     one = np.uint64(1)
     for share in prange(len(shares)):
         for packet in shares[share]:
@@ -241,13 +247,16 @@ def _follow(cells, crossing, ends, rays, shares, state):
                 break
             # Unsigned: numba checks each signed index for being negative, which took half the time.
             n, end = np.uint64(ends[packet]), np.uint64(ends[packet + 1])
-            while n < end:
-                cell = cells[n]
-                if state[cell] & OCCUPIED:
-                    break
-                state[cell] = OBSERVED
-                n += one
             active = rays[packet]
+            if len(unmeasured) > 0:
+                active &= ~_left_out(packet, active, cells, crossing, n, end, state, unmeasured)
+            if active == rays[packet]:
+                while n < end:
+                    cell = cells[n]
+                    if state[cell] & OCCUPIED:
+                        break
+                    state[cell] = OBSERVED
+                    n += one
             while n < end and active != 0:
                 crossed = crossing[n] & active
                 if crossed != 0:
@@ -257,3 +266,29 @@ def _follow(cells, crossing, ends, rays, shares, state):
                     if byte & OCCUPIED:
                         active &= ~crossed
                 n += one
+
+
+@njit(nogil=True)
+def _left_out(packet, rays, cells, crossing, n, end, state, unmeasured):
+    """The rays of a packet's unmeasured pixels that meet no occupied cell; unmarks the others."""
+    height, width = unmeasured.shape
+    rows = (height + _EDGE - 1) // _EDGE
+    left, top = packet // rows * _EDGE, packet % rows * _EDGE
+    active = np.uint64(0)
+    for a in range(min(_EDGE, width - left)):
+        for b in range(min(_EDGE, height - top)):
+            if unmeasured[top + b, left + a]:
+                active |= np.uint64(1) << np.uint64(_EDGE * a + b)
+    if active == 0:
+        return active
+    active &= rays
+    while n < end and active != 0:
+        crossed = crossing[n] & active
+        if crossed != 0 and state[cells[n]] & OCCUPIED:
+            active &= ~crossed
+        n += np.uint64(1)
+    for a in range(min(_EDGE, width - left)):
+        for b in range(min(_EDGE, height - top)):
+            bit = (active >> np.uint64(_EDGE * a + b)) & np.uint64(1)
+            unmeasured[top + b, left + a] = bit != 0
+    return active

@@ -5,6 +5,9 @@ are the same in all frames of a camera. For a camera with several frames they ar
 then processed 64 rays at a time (`ray_packets`), ten to twenty times as fast; other cameras are
 traced ray by ray (`rays`). Both give exactly the same cells.
 
+A pixel without depth tells nothing about the space on its ray, unless other frames measured a
+surface there: if the ray meets no occupied cell, it is left out.
+
 A frame uses one byte per cell (bit 0: occupied, bit 1: observed). Threads may write the same byte
 at the same time, but always the same value, so the result does not depend on their number. Rays are
 processed by image column, because the rays of one column cross few x-slices of the grid, which fits
@@ -57,13 +60,15 @@ class FrameOccupancy:
     visible: (n,) int32, sorted columns of the cells that are occupied and observed;
     observed: (ceil(cells / 8),) uint8, `np.packbits` of the observed cells, free and occupied;
     dynamic: (n,) int32, sorted columns of the visible cells with moving objects; labels: (n,) uint8
-    classes of the visible cells, None without labels.
+    classes of the visible cells, None without labels; left_out: (n,) int32, sorted pixels
+    `v * width + u` whose rays were left out, see `trace`.
     """
 
     visible: NDArray[np.int32]
     observed: NDArray[np.uint8]
     dynamic: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
     labels: NDArray[np.uint8] | None = None
+    left_out: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
 
 
 def observe(
@@ -75,6 +80,7 @@ def observe(
     state: NDArray[np.uint8] | None = None,
     moving: NDArray[np.float32] | None = None,
     classes: tuple[NDArray[np.uint8], NDArray[np.uint8]] | None = None,
+    unmeasured: NDArray[np.bool_] | None = None,
 ) -> FrameOccupancy:
     """Compute occupancy and visibility of one frame.
 
@@ -83,7 +89,7 @@ def observe(
     (u + 0.5, v + 0.5); state: a (grid.cells,) uint8 buffer, to save allocating one; moving: (n, 3)
     points that exist in this frame only, world metres; classes: uint8, of the points of the cloud
     and of the moving ones. A cell has the most common class of its moving points, or without any,
-    of its points of the cloud.
+    of its points of the cloud; unmeasured: see `trace`.
     """
     if state is None:
         state = np.empty(grid.cells, np.uint8)
@@ -101,7 +107,7 @@ def observe(
         in_camera = transform(camera_from_world, moving.astype(np.float64))
         inside, moving_cells = grid.columns(np.floor((in_camera - lower) / grid.voxel_size))
         state[moving_cells] = OCCUPIED
-    trace(grid, intrinsics, size, state)
+    left_out = trace(grid, intrinsics, size, state, unmeasured)
     visible, observed = _collect(state)
     dynamic, labels = np.intersect1d(visible, moving_cells), None
     if classes is not None:
@@ -112,7 +118,7 @@ def observe(
         labels = classes_of_cells(visible, columns, classes[0][points])
         own = classes_of_cells(dynamic, moving_cells, classes[1][inside])
         labels[np.searchsorted(visible, dynamic)] = own
-    return FrameOccupancy(visible, observed, dynamic, labels)
+    return FrameOccupancy(visible, observed, dynamic, labels, left_out)
 
 
 def trace(
@@ -120,16 +126,25 @@ def trace(
     intrinsics: NDArray[np.float64],
     size: tuple[int, int],
     state: NDArray[np.uint8],
-) -> None:
+    unmeasured: NDArray[np.bool_] | None = None,
+) -> NDArray[np.int32]:
     """Set bit OBSERVED of each cell of `state` that a ray reaches; bit OCCUPIED stops rays.
 
-    intrinsics: (3, 3), pixels, no skew; size: (width, height); state: (grid.cells,) uint8.
+    intrinsics: (3, 3), pixels, no skew; size: (width, height); state: (grid.cells,) uint8;
+    unmeasured: (H, W) bool, the pixels without depth, None if all have depth. The ray of such a
+    pixel is left out if it meets no occupied cell.
+
+    Returns the pixels `v * width + u` whose rays were left out, (n,) int32, ascending.
     """
+    left_out = None if unmeasured is None else unmeasured.copy()
     packets = packets_if_repeated(grid, intrinsics, size)
     if packets is None:
-        _run(grid, intrinsics, size, state, np.empty((0, 0), np.int32))
+        _run(grid, intrinsics, size, state, np.empty((0, 0), np.int32), left_out)
     else:
-        follow_packets(packets, state)
+        follow_packets(packets, state, left_out)
+    if left_out is None:
+        return np.zeros(0, np.int32)
+    return np.flatnonzero(left_out).astype(np.int32)
 
 
 def first_occupied(
@@ -143,7 +158,7 @@ def first_occupied(
     Also sets the bits of `state` as `trace` does.
     """
     ends = np.full((size[0], size[1]), -1, np.int32)
-    _run(grid, intrinsics, size, state, ends)
+    _run(grid, intrinsics, size, state, ends, None)
     return np.ascontiguousarray(ends.T)
 
 
@@ -153,12 +168,14 @@ def _run(
     size: tuple[int, int],
     state: NDArray[np.uint8],
     ends: NDArray[np.int32],
+    unmeasured: NDArray[np.bool_] | None,
 ) -> None:
     K = np.asarray(intrinsics, np.float64)
     _trace_columns(
         K[0, 0], K[1, 1], K[0, 2], K[1, 2],
         _column_order(size[0], numba.get_num_threads()), size[1],
         grid.camera_in_cells, np.asarray(grid.shape, np.int64), state, ends,
+        np.empty((0, 0), np.bool_) if unmeasured is None else unmeasured,
     )  # fmt: skip
 
 
@@ -250,21 +267,38 @@ def _visible_points(points, starts, low, high, camera_from_world, lower, voxel_s
 
 
 @njit(parallel=True, nogil=True)
-def _trace_columns(fx, fy, cx, cy, columns, height, origin, shape, state, ends):
-    keep = len(ends) > 0
+def _trace_columns(fx, fy, cx, cy, columns, height, origin, shape, state, ends, unmeasured):
+    keep, all_measured = len(ends) > 0, len(unmeasured) == 0
     # Tuples, because passing an array changes its reference count, for each ray and in all threads
     # at one address.
     origin = (origin[0], origin[1], origin[2])
     shape = (shape[0], shape[1], shape[2])
     for task in prange(len(columns)):
+        path = np.empty(0 if all_measured else shape[0] + shape[1] + shape[2], np.uint32)
         for u in columns[task]:
             if u < 0:
                 continue
             dx = (u + 0.5 - cx) * fy
             for v in range(height):
-                end = follow(dx, (v + 0.5 - cy) * fx, fx * fy, origin, shape, state, None)
+                dy = (v + 0.5 - cy) * fx
+                if not all_measured and unmeasured[v, u]:
+                    length = follow(dx, dy, fx * fy, origin, shape, None, path)
+                    if not _meets_occupied(path, length, state):
+                        unmeasured[v, u] = length > 0
+                        continue
+                    unmeasured[v, u] = False
+                end = follow(dx, dy, fx * fy, origin, shape, state, None)
                 if keep:
                     ends[u, v] = end
+
+
+@njit(nogil=True)
+def _meets_occupied(path, length, state):
+    """Whether one of the first cells of a path is occupied."""
+    for n in range(length):  # noqa: SIM110  # compiled
+        if state[path[n]] & OCCUPIED:
+            return True
+    return False
 
 
 def _collect(state: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
