@@ -71,9 +71,9 @@ class Config(BaseModel):
     )
     unmeasured: Literal["auto", "unknown", "free"] = Field(
         "auto",
-        description="space on the ray of a pixel without depth, if no surface is on it: unknown, "
-        "or free, if depth is missing only where nothing is in reach; auto: free for internnav, "
-        "which is simulated, else unknown",
+        description="space on a ray that meets no surface, if its pixel has no depth beyond the "
+        "grid: unknown, or free, for depth that is missing only where nothing is in reach; auto: "
+        "free for internnav, which is simulated, and networks, else unknown",
     )
     fusion_voxel_size: Positive | None = Field(
         None, description="resolution of the fused cloud; half of voxel_size if not set"

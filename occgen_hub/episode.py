@@ -90,8 +90,8 @@ class Episode:
     other depth cameras at the same times and in the same world, with depth to be fused with this
     one's; origin: the repo_id and revision on the Hub that it comes from, None if unknown;
     read_labels(t): (H, W) integers, the class of each pixel, ids of `taxonomy`, 0 for none; None
-    without labels; taxonomy: a name in schemas/taxonomies.yaml; unmeasured: what a pixel without
-    depth says of the space on its ray: nothing ("unknown", sensors), or that no surface is in reach
+    without labels; taxonomy: a name in schemas/taxonomies.yaml; unmeasured: what missing depth
+    says of the space on a ray: nothing ("unknown", sensors), or that no surface is in reach
     ("free", simulators).
     """
 

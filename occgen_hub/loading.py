@@ -417,8 +417,8 @@ class Trajectory:
     def left_out_frames(self) -> Iterator[NDArray[np.integer]]:
         """Yield for each frame the (n,) pixels `v * width + u` whose rays were left out.
 
-        They are the pixels without depth whose rays meet no occupied cell. Raises DatasetError as
-        `dynamic_frames` does.
+        Those rays meet no occupied cell, and their pixels have no depth beyond the grid. Raises
+        DatasetError as `dynamic_frames` does.
         """
         yield from self._optional_frames("left_out")
 

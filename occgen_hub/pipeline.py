@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from occgen_hub.config import Config
 from occgen_hub.engines import Engine
@@ -84,6 +85,8 @@ def reconstruct(
     notes += _notes(alignment, len(cloud))
     views = replace(views, world_from_camera=poses[own::cameras])
     unmeasured = episode.unmeasured if config.unmeasured == "auto" else config.unmeasured
+    if engine.uses_device():  # A network estimates depth everywhere.
+        unmeasured = "free"
     if cameras == 1 and stands_still(poses, cloud):
         notes.append(STATIC)
     return Scene(
@@ -98,7 +101,7 @@ def reconstruct(
         notes=tuple(notes),
         world_origin=origin,
         labels=None if classes is None else PointLabels(classes, moving_labels),
-        unmeasured=views.unmeasured if unmeasured == "unknown" else None,
+        read_depth=episode.read_depth if unmeasured == "unknown" else None,
     )
 
 
@@ -130,9 +133,16 @@ def observe(
     """Occupancy and visibility of each frame, in order. free: collects their free space."""
     # Intrinsics as they will be written, so that a reader who traces the rays gets the same cells.
     intrinsics = scene.intrinsics.astype(np.float32).astype(np.float64)
+    size, read_depth = episode.image_size, scene.read_depth
+
+    def unmeasured(frame: int) -> NDArray[np.bool_] | None:
+        if read_depth is None:
+            return None
+        return read_depth(frame) < grid.exit_depths(intrinsics[frame], size)
+
     return observe_frames(
-        grid, scene.cloud.points, scene.world_from_camera, intrinsics, episode.image_size,
-        scene.moving, free, scene.labels, scene.unmeasured,
+        grid, scene.cloud.points, scene.world_from_camera, intrinsics, size, scene.moving, free,
+        scene.labels, unmeasured,
     )  # fmt: skip
 
 

@@ -27,7 +27,8 @@ class Scene:
         moving: frame number to (n, 3) float32, the moving points of that frame, world metres; None
             if there are none in any frame.
         labels: the classes of static and moving points; None without labels.
-        unmeasured: see `Views.unmeasured`; None if every ray counts.
+        read_depth: frame number to (H, W) metres, 0 for none, as `Episode.read_depth`: a ray that
+            meets no surface counts only if its pixel's depth is beyond the grid. None: it counts.
         scale: factor from the engine's unit of length to metres.
         alignment: of the engine's cameras with the source's; None if they were not aligned.
         quality: how well the frames agree; None if they were not compared.
@@ -47,4 +48,4 @@ class Scene:
     notes: tuple[Note, ...] = ()
     world_origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
     labels: PointLabels | None = None
-    unmeasured: Callable[[int], NDArray[np.bool_] | None] | None = None
+    read_depth: Callable[[int], NDArray[np.float64]] | None = None

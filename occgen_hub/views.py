@@ -54,8 +54,6 @@ class Views:
         notes: for the user.
         read_labels: frame number to (H, W) uint8 classes of the pixels of the episode's images, 0
             for none; None without labels.
-        unmeasured: number of any frame of the episode to (H, W) bool, the pixels of its image
-            without depth, or to None if all have depth; None if all frames have depth everywhere.
 
     The methods that take a frame number are thread-safe.
     """
@@ -75,7 +73,6 @@ class Views:
     windows: WindowRecord | None = None
     notes: tuple[Note, ...] = ()
     read_labels: Callable[[int], NDArray[np.uint8]] | None = None
-    unmeasured: Callable[[int], NDArray[np.bool_] | None] | None = None
 
     def depth(self, frame: int, confidence: float = 0.0) -> NDArray[np.float32]:
         """(h, w) float32 depth of a frame, in the unit of the poses, 0 for none.

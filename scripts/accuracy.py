@@ -224,7 +224,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--processes", type=int, default=PROCESSES, help="samples processed in parallel")
     add("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE",
         help="a setting of our method, as in occgen-hub build")  # fmt: skip
-    add("--details", action="store_true", help="also print figures by range and incidence, and of free cells")
+    add(
+        "--details",
+        action="store_true",
+        help="also print figures by range and incidence, and of free cells",
+    )
     add("--markdown", action="store_true", help="print tables in Markdown")
     add("--json", type=Path, help="also write the figures to this file")
     add(

@@ -114,8 +114,10 @@ def observe_frames(episode: Episode, points: Points, config: Config) -> Iterator
     cloud, grid = into_blocks(points), Grid.of(config)
     assert episode.read_depth is not None
     for t, (pose, K) in enumerate(zip(*_cameras(episode), strict=True)):
-        unmeasured = episode.read_depth(t) == 0 if config.unmeasured == "unknown" else None
-        frame = observe(grid, cloud, pose, K, episode.image_size, unmeasured=unmeasured)
+        size, unmeasured = episode.image_size, None
+        if config.unmeasured == "unknown":
+            unmeasured = episode.read_depth(t) < grid.exit_depths(K, size)
+        frame = observe(grid, cloud, pose, K, size, unmeasured=unmeasured)
         yield FrameResult(frame.visible, frame.observed)
 
 

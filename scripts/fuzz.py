@@ -143,6 +143,7 @@ def subjects(place: Path, only: tuple[str, ...] = ()) -> Iterator[Subject]:
         sample = place / name / "root"
         if not sample.exists():
             options = ("--trajectories", "2", "--frames", "2", "--seed", "3", *options)
+            options += ("--noise", "speckle")  # Pixels without depth.
             options += () if name == "vlnce" else ("--labels",)
             run_checked("sample", sample, *options)
             shutil.rmtree(sample / "ground_truth", ignore_errors=True)
@@ -218,7 +219,8 @@ def captures(
 def datasets(place: Path, tree: Path, wanted: Callable[[str], bool]) -> Iterator[Subject]:
     """Make a built dataset and an export of it."""
     root, export = place / "dataset/root", place / "export/root"
-    run_checked("build", "--input", tree, "--output", root, *COARSE, "--workers", "1")
+    build = ("build", "--input", str(tree), *COARSE, "--set", "unmeasured=unknown")
+    run_checked(*build, "--output", root, "--workers", "1")
     first = sorted(p.parent.parent.relative_to(root) for p in root.rglob("meta/occgen.json"))[0]
     one = "{root}/" + first.as_posix()
     reads: dict[str, Step] = {"validate": load}
@@ -235,8 +237,8 @@ def datasets(place: Path, tree: Path, wanted: Callable[[str], bool]) -> Iterator
         [("export", "{root}", "{out}")],
         [("push", "{root}", "--repo-id", "made/up", "--dry-run")],
         [("finalize", "{root}"), ("validate", "{root}")],
-        [("build", "--input", str(tree), "--output", "{root}", *COARSE, "--workers", "1")],
-        [("build", "--input", str(tree), "--output", "{root}", *COARSE, "--overwrite")],
+        [(*build, "--output", "{root}", "--workers", "1")],
+        [(*build, "--output", "{root}", "--overwrite")],
     ]
     if wanted("dataset"):
         yield Subject("dataset", root, plans, reads)

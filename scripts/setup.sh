@@ -310,7 +310,7 @@ say_what_cuda_takes() {
         return 0
     fi
     say "this machine has no NVIDIA GPU, but 3 GB of CUDA libraries will be installed."
-    say "If your package index has CPU builds of PyTorch, you can avoid them: press Ctrl-C and run OCCGEN_TORCH=cpu scripts/setup.sh"
+    say "To avoid them, press Ctrl-C and put OCCGEN_TORCH=cpu before the same command, as in: OCCGEN_TORCH=cpu ./scripts/demo"
 }
 
 make_environment() {

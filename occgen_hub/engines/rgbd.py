@@ -38,16 +38,9 @@ class SensorDepth(Engine):
             )
 
         step = 1 if config.interval == "auto" else config.interval
-        complete = set[int]()  # Frames whose depth need not be decoded again for `unmeasured`.
 
         def depth(frame: int) -> NDArray[np.float32]:
-            metres = read_depth(frame).astype(np.float32)
-            if metres.all():
-                complete.add(frame)
-            return metres
-
-        def unmeasured(frame: int) -> NDArray[np.bool_] | None:
-            return None if frame in complete else depth(frame) == 0
+            return read_depth(frame).astype(np.float32)
 
         return Views(
             engine=self.name,
@@ -58,7 +51,6 @@ class SensorDepth(Engine):
             frames=np.arange(0, episode.length, step),
             read_depth=depth,
             read_color=episode.read_rgb,
-            unmeasured=unmeasured,
         )
 
 

@@ -34,7 +34,7 @@ def observe_frames(
     moving: Callable[[int], NDArray[np.float32]] | None = None,
     free: FreeSpace | None = None,
     labels: PointLabels | None = None,
-    unmeasured: Callable[[int], NDArray[np.bool_] | None] | None = None,
+    unmeasured: Callable[[int], NDArray[np.bool_] | None] = lambda _: None,
 ) -> Iterator[FrameOccupancy]:
     """Yield the occupancy of each frame of a scene, in order; see `observe` for one.
 
@@ -42,7 +42,7 @@ def observe_frames(
     intrinsics: (T, 3, 3), pixels; size: (width, height) of the images; moving: the points of a
     frame that exist in no other, (n, 3) float32, world metres; free: collects the free space
     observed by the frames; labels: the classes of `points`, and the moving points with theirs,
-    which then replace `moving`; unmeasured: see `Views.unmeasured`.
+    which then replace `moving`; unmeasured: that of `observe`, by frame.
     """
     cloud, order = sorted_into_blocks(points)
     static = None if labels is None else labels.static[order]
@@ -66,7 +66,7 @@ def observe_frames(
             classes = static, own_classes
         seen = observe(
             grid, cloud, world_from_camera[t], intrinsics[t], size, own.state, own_points, classes,
-            None if unmeasured is None else unmeasured(t),
+            unmeasured(t),
         )  # fmt: skip
         if free is not None:
             free.add(seen, world_from_camera[t])

@@ -52,6 +52,24 @@ class Grid:
         ).astype(np.float32)
         return centres
 
+    def exit_depths(
+        self, intrinsics: NDArray[np.float64], size: tuple[int, int]
+    ) -> NDArray[np.float64]:
+        """(H, W) depth in metres at which the ray of each pixel's centre leaves the grid's range.
+
+        intrinsics: (3, 3), pixels, no skew; size: (width, height) of the image.
+        """
+        low = np.asarray(self.lower)
+        high = low + self.voxel_size * np.asarray(self.shape)
+        exits = []
+        for axis, pixels in enumerate(size):
+            slope = (np.arange(pixels) + 0.5 - intrinsics[axis, 2]) / intrinsics[axis, axis]
+            with np.errstate(divide="ignore"):
+                exits.append(np.where(slope < 0, low[axis], high[axis]) / np.abs(slope))
+                exits[-1][slope < 0] *= -1
+        depths: NDArray[np.float64] = np.minimum(np.minimum.outer(exits[1], exits[0]), high[2])
+        return depths
+
     def share_below(
         self, points: NDArray[np.floating], world_from_camera: NDArray[np.float64]
     ) -> float:

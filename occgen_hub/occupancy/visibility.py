@@ -5,8 +5,9 @@ are the same in all frames of a camera. For a camera with several frames they ar
 then processed 64 rays at a time (`ray_packets`), ten to twenty times as fast; other cameras are
 traced ray by ray (`rays`). Both give exactly the same cells.
 
-A pixel without depth tells nothing about the space on its ray, unless other frames measured a
-surface there: if the ray meets no occupied cell, it is left out.
+A ray that meets no occupied cell observes free space up to the end of the grid. If its pixel has
+no depth beyond the grid, it may have passed through a surface that was not measured, so it is left
+out.
 
 A frame uses one byte per cell (bit 0: occupied, bit 1: observed). Threads may write the same byte
 at the same time, but always the same value, so the result does not depend on their number. Rays are
@@ -131,8 +132,8 @@ def trace(
     """Set bit OBSERVED of each cell of `state` that a ray reaches; bit OCCUPIED stops rays.
 
     intrinsics: (3, 3), pixels, no skew; size: (width, height); state: (grid.cells,) uint8;
-    unmeasured: (H, W) bool, the pixels without depth, None if all have depth. The ray of such a
-    pixel is left out if it meets no occupied cell.
+    unmeasured: (H, W) bool, the pixels that measured nothing beyond the grid; None to follow all
+    rays. The ray of such a pixel is left out if it meets no occupied cell.
 
     Returns the pixels `v * width + u` whose rays were left out, (n,) int32, ascending.
     """

@@ -11,6 +11,8 @@ FAINT = (150, 154, 162)
 PATH = (255, 92, 74)
 AHEAD = (120, 62, 56)
 """Colour of the future part of a path."""
+SCENE = (139, 118, 99)
+"""Stands in legends for the cloud, which has the colours of the images."""
 MOVING = (255, 74, 216)
 """Colour of cells with moving objects: pink, which no ramp or path uses."""
 # A ramp for depth or height that works in grey too: dark blue, teal, yellow.

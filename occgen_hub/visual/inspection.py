@@ -60,7 +60,7 @@ def describe(root: Path, trajectory: str | None = None) -> Iterator[str]:
     yield from (f"  task: {task}" for task in opened.tasks())
 
 
-def _observed_share(trajectory: Trajectory, frames: int = 16) -> float:
+def _observed_share(trajectory: Trajectory, frames: int = 200) -> float:
     """The mean share of observed cells in the first frames."""
     rows = list(islice(trajectory.observed_packed(), frames))
     count = sum(int(np.bitwise_count(row).sum(dtype=np.int64)) for row in rows)

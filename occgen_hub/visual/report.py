@@ -245,7 +245,7 @@ def _totals(rows: list[Row], failures: list[dict[str, str]]) -> dict[str, Any]:
     return {
         "trajectory" if len(rows) == 1 else "trajectories": f"{len(rows):,}",
         "frames": f"{frames:,.0f}",
-        "path, m": f"{total('length'):,.1f}",
+        "path, m": f"{total('length'):,.2f}",
         "occupied cells per frame": f"{occupied / frames if frames else 0:,.0f}",
         "failed": f"{len(failures):,}",
         "not readable": f"{len(rows) - len(sound):,}",

@@ -12,7 +12,7 @@ from occgen_hub.geometry.cloud import Cloud, voxel_downsample
 from occgen_hub.loading import Trajectory
 from occgen_hub.occupancy.grid import cell_centres, cell_numbers
 from occgen_hub.visual.blend import blended
-from occgen_hub.visual.colors import AHEAD, INK, MOVING, PATH, faded
+from occgen_hub.visual.colors import AHEAD, INK, MOVING, PATH, SCENE, faded
 from occgen_hub.visual.cubes import Faces, cube_faces, shaded
 from occgen_hub.visual.frames import Frame, FrameCells
 from occgen_hub.visual.heights import Heights
@@ -196,9 +196,10 @@ def world_legend(shade: Shade, height: float, text: int, moving: bool) -> list[I
     shade: gives the colours of heights from 0 to `height`, metres.
     """
     rows = {"now": shade, "past frames": lambda metres: faded(shade(metres))}
-    items = [color_bar("occupied, by height", rows, 0.0, height, text)]
+    items = [color_bar("height over the lowest cells", rows, 0.0, height, text)]
     if moving:
         items.append(swatch("moving now", MOVING, text))
+    items.append(swatch("scene, in its colours", SCENE, text))
     paths = (("path", PATH), ("path to come", AHEAD), ("camera", INK))
     return items + [swatch(name, color, text, line=True) for name, color in paths]
 
