@@ -153,7 +153,7 @@ def _notes(alignment: Alignment | None, points: int) -> list[Note]:
     if points < MIN_SCENE_POINTS:
         text = (
             f"the scene has {points or 'no'} points: depth is missing, outside depth_range or in "
-            "another unit, or no two frames agree; space in view counts as free, do not use it"
+            "another unit, or no two frames agree; do not use it, even its free space is wrong"
         )
         notes.append(Note("empty scene", text))
     return notes

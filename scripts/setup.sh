@@ -306,18 +306,19 @@ except PackageNotFoundError:
 
 # Without an NVIDIA driver, explains how to install without CUDA.
 say_what_cuda_takes() {
-    if [ "$torch" = cpu ] || [ "$(uname -s)" != Linux ] || type -P nvidia-smi >/dev/null || [ -e /proc/driver/nvidia ]; then
+    if [ "$torch" = cpu ] || [ "$interrupted" = cpu ] || [ "$(uname -s)" != Linux ] || type -P nvidia-smi >/dev/null || [ -e /proc/driver/nvidia ]; then
         return 0
     fi
     say "this machine has no NVIDIA GPU, but 3 GB of CUDA libraries will be installed."
-    say "To avoid them, press Ctrl-C and put OCCGEN_TORCH=cpu before the same command, as in: OCCGEN_TORCH=cpu ./scripts/demo"
+    say "Where PyTorch's own index can be reached, you can avoid them: press Ctrl-C and put OCCGEN_TORCH=cpu before the same command."
 }
 
 make_environment() {
-    local begun=$SECONDS
+    local begun=$SECONDS interrupted=
+    [ ! -f "$unfinished" ] || interrupted=$(cat "$unfinished") # the PyTorch of that set-up
     if usable && [ "$torch" = "$(installed_torch)" ]; then
         say "bringing .venv (Python $(minor_version "$py")) up to date with requirements.lock."
-        : >"$unfinished"
+        printf %s "$torch" >"$unfinished"
         rm -f "$stamp"
         "$py" -I -c 'import pip' 2>/dev/null || "$py" -m ensurepip >/dev/null # uv environments have no pip
     else
@@ -326,7 +327,7 @@ make_environment() {
         [ ! -e "$unfinished" ] || say "an earlier set-up was interrupted; starting again."
         say "making .venv with $base_python (Python $(minor_version "$base_python"))."
         mkdir -p "$venv"
-        : >"$unfinished"
+        printf %s "$torch" >"$unfinished"
         find "$venv/" -mindepth 1 -maxdepth 1 ! -name "${unfinished##*/}" -exec rm -rf {} +
         "$base_python" -m venv "$venv" >&2 ||
             die "$base_python could not create a virtual environment; set OCCGEN_PYTHON to another Python."

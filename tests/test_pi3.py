@@ -649,7 +649,7 @@ def test_result_without_points_gives_a_note(checkpoint, episode):
         checkpoint, episode, SMALL.model_copy(update={"confidence": 0.99999})
     )
     assert len(found.cloud) == 0
-    assert any("space in view counts as free" in note.text for note in found.notes)
+    assert any("do not use it" in note.text for note in found.notes)
 
 
 def test_depth_outside_the_range_is_not_fused(checkpoint, episode):

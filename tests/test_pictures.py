@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from scipy.spatial.transform import Rotation
 
 from occgen_hub.cli import cli
 from occgen_hub.errors import UsageError
@@ -31,6 +32,7 @@ from occgen_hub.occupancy.visibility import OCCUPIED, first_occupied
 from occgen_hub.visual.colors import INK, OCCUPANCY, PAPER, RAMP, ramp
 from occgen_hub.visual.cubes import cube_faces
 from occgen_hub.visual.frames import frame_title, frames
+from occgen_hub.visual.heights import Heights, world_up
 from occgen_hub.visual.inspection import describe
 from occgen_hub.visual.legend import AXES, BAR, round_length
 from occgen_hub.visual.preview import TEXT, preview
@@ -357,6 +359,39 @@ def test_scale_bar_has_the_stated_length(trajectory):
     assert 40 < expected <= 11 * 12
     rows = [runs_of(line, INK) for line in picture[330:, 320:]]
     assert abs(max(map(max, rows)) - expected) <= 3
+
+
+@pytest.mark.parametrize("tilt", [0, 12, 25, 40])
+def test_up_is_found_in_tilted_worlds(trajectory, tilt):
+    """SLAM starts with a camera that looks down or sideways; floors and tables show where up is."""
+    points, poses = trajectory.scene_cells().astype(np.float64), trajectory.world_from_camera()
+    turn = np.eye(4)
+    axes = np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]])  # From z up to y down.
+    turn[:3, :3] = (
+        Rotation.from_rotvec(np.radians(tilt) * np.array([0.8, 0, 0.6])).as_matrix() @ axes
+    )
+    tilted, moved_poses = points @ turn[:3, :3].T, turn @ poses
+    up = world_up(tilted, moved_poses)
+    expected = turn[:3, :3] @ (0, 0, 1)
+    assert np.degrees(np.arccos(np.clip(up @ expected, -1, 1))) < 1.5
+    if not tilt:
+        assert up.tolist() == [0, -1, 0]
+    heights = Heights(tilted, moved_poses)
+    np.testing.assert_allclose(np.ptp(heights.of(tilted)), np.ptp(points[:, 2]), atol=0.3)
+    view = automatic(tilted, moved_poses, (160, 90))
+    away = np.subtract(view.position, view.target)
+    assert 0.7 < away @ expected / np.linalg.norm(away) < 0.97  # 45 to 75 degrees above the scene.
+
+
+def test_up_is_an_axis_without_level_surfaces():
+    """A ball and noise have no most common normal."""
+    rng = np.random.default_rng(4)
+    ball = rng.normal(size=(20_000, 3))
+    ball /= np.linalg.norm(ball, axis=1, keepdims=True)
+    poses = np.tile(np.eye(4), (3, 1, 1))
+    poses[:, :3, :3] = Rotation.from_euler("x", 20, degrees=True).as_matrix()
+    for points in (ball, rng.random((20_000, 3)), ball[:5], ball[:0]):
+        assert world_up(points, poses).tolist() == [0, -1, 0]
 
 
 def test_preview_from_above_has_a_scale_bar(trajectory):

@@ -64,9 +64,8 @@ class Grid:
         exits = []
         for axis, pixels in enumerate(size):
             slope = (np.arange(pixels) + 0.5 - intrinsics[axis, 2]) / intrinsics[axis, axis]
-            with np.errstate(divide="ignore"):
-                exits.append(np.where(slope < 0, low[axis], high[axis]) / np.abs(slope))
-                exits[-1][slope < 0] *= -1
+            with np.errstate(divide="ignore", invalid="ignore"):
+                exits.append(np.fmax(low[axis] / slope, high[axis] / slope))
         depths: NDArray[np.float64] = np.minimum(np.minimum.outer(exits[1], exits[0]), high[2])
         return depths
 

@@ -5,10 +5,24 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from occgen_hub.occupancy.grid import cell_numbers
 from occgen_hub.visual.colors import OCCUPANCY, ramp
 
 HEADROOM = 0.4
 """Height above the highest camera, in metres, above which a scene is hidden."""
+
+MAX_TILT = 45.0
+"""Largest angle in degrees between the cameras' mean up and the world's."""
+
+ALIKE = 6.0
+"""Largest angle in degrees between normals that count as the same."""
+
+MIN_LEVEL = 0.05
+"""Smallest share of the surface that shows the world's up."""
+
+SPACING, NEIGHBOURS, FLAT, MAX_PLACES = 0.05, 16, 0.15, 2500
+"""For normals: distance of the points in metres, points for each normal, largest spread along a
+normal relative to that across it, largest number of normals."""
 
 
 def up_axis(world_from_camera: NDArray[np.float64]) -> tuple[int, float]:
@@ -21,32 +35,73 @@ def up_axis(world_from_camera: NDArray[np.float64]) -> tuple[int, float]:
     return axis, 1.0 if mean_up[axis] >= 0 else -1.0
 
 
-class Heights:
-    """Heights of points in a world, metres along its up axis.
+def world_up(
+    points: NDArray[np.floating], world_from_camera: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """(3,) the world's up vector: an axis, unless floors and tables show that the world is tilted.
 
-    axis, sign: the world axis closest to the cameras' up (minus their y), and its direction;
-    ceiling: the height above which points would hide the room from above; low, high: the range of
-    the colours, from the floor to a little above the cameras.
+    SLAM often uses the first camera as the world, which may look down. The normal that most of the
+    surface has, among those near the cameras' mean up, replaces the axis nearest to it if far more
+    of the surface is perpendicular to the normal than to the axis.
+
+    points: (n, 3) of the surface, world metres; world_from_camera: (T, 4, 4).
+    """
+    axis, sign = up_axis(world_from_camera)
+    upright = np.asarray(np.eye(3)[axis] * sign, np.float64)
+    normals = _normals(points)
+    mean_up = -world_from_camera[:, :3, 1].mean(axis=0)
+    normals *= np.where(normals @ mean_up < 0, -1.0, 1.0)[:, None]
+    near = normals[normals @ mean_up > np.cos(np.radians(MAX_TILT)) * np.linalg.norm(mean_up)]
+    if len(near) < max(1, MIN_LEVEL * len(normals)):
+        return upright
+    alike = np.cos(np.radians(ALIKE))
+    up = near[(near @ near.T > alike).sum(axis=0).argmax()]
+    for _ in range(3):
+        up = near[near @ up > alike].mean(axis=0)
+        up /= np.linalg.norm(up)
+    level, along_axis = ((np.abs(normals @ each) > alike).mean() for each in (up, upright))
+    return up if level > max(MIN_LEVEL, 3 * along_axis) else upright
+
+
+def _normals(points: NDArray[np.floating]) -> NDArray[np.float64]:
+    """(m, 3) unit normals at places spread over the surface, of any sign."""
+    from scipy.spatial import cKDTree
+
+    _, first = np.unique(cell_numbers(points, SPACING), return_index=True)
+    surface = points[first].astype(np.float64)
+    if len(surface) < 10 * NEIGHBOURS:
+        return np.zeros((0, 3))
+    places = surface[:: 1 + len(surface) // MAX_PLACES]
+    _, found = cKDTree(surface).query(places, NEIGHBOURS)
+    around = surface[found] - surface[found].mean(axis=1, keepdims=True)
+    spread, directions = np.linalg.eigh(np.einsum("nki,nkj->nij", around, around))
+    flat = spread[:, 0] < FLAT * spread[:, 1]
+    normals: NDArray[np.float64] = directions[flat, :, 0]
+    return normals
+
+
+class Heights:
+    """Heights of points in a world, metres along its up vector.
+
+    up: (3,), see `world_up`; axis, sign: the world axis closest to the cameras' up (minus their y),
+    and its direction; ceiling: the height above which points would hide the room from above; low,
+    high: the range of the colours, from the floor to a little above the cameras.
     """
 
     def __init__(
         self, points: NDArray[np.floating], world_from_camera: NDArray[np.float64]
     ) -> None:
         self.axis, self.sign = up_axis(world_from_camera)
+        self.up = world_up(points, world_from_camera)
         height = self.of(points)
         head = float(self.of(world_from_camera[:, :3, 3]).max())
         self.ceiling = _ceiling(height, head)
         self.low = float(np.percentile(height, 2)) if len(height) else head - 1.5
         self.high = max(head + 0.3, self.low + 0.5)
 
-    @property
-    def up(self) -> NDArray[np.float64]:
-        """The (3,) up vector of the world."""
-        return np.asarray(np.eye(3)[self.axis] * self.sign, np.float64)
-
     def of(self, points: NDArray[np.floating]) -> NDArray[np.float64]:
         """(n,) heights of (n, 3) points."""
-        return np.asarray(points[:, self.axis], np.float64) * self.sign
+        return np.asarray(points.astype(np.float64) @ self.up)
 
     def below_ceiling(self, points: NDArray[np.floating]) -> NDArray[np.bool_]:
         """(n,) bool: which of (n, 3) points to show."""

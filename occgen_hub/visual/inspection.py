@@ -15,7 +15,7 @@ from occgen_hub.errors import SourceError, UsageError
 from occgen_hub.files import files_under
 from occgen_hub.loading import Trajectory, built, npz_array
 from occgen_hub.quality import Quality
-from occgen_hub.visual.heights import up_axis
+from occgen_hub.visual.heights import up_axis, world_up
 from occgen_hub.visual.preview import preview
 
 SHOWN = 20
@@ -49,15 +49,23 @@ def describe(root: Path, trajectory: str | None = None) -> Iterator[str]:
         f"from {_numbers(low)} to {_numbers(high)} m in the camera's frame (x right, y down, z "
         "forward)"
     )
-    axis, sign = up_axis(opened.world_from_camera())
-    yield (
-        f"  world: up is {'-' if sign < 0 else ''}{'xyz'[axis]}; a frame observes "
-        f"{_observed_share(opened):.0%} of its cells"
-    )
+    share = _observed_share(opened)
+    yield f"  world: up is {_up(opened)}; a frame observes {share:.0%} of its cells"
     yield from _origin(record)
     yield from _agreement(record)
     yield from (f"  note: {note}" for note in record["notes"])
     yield from (f"  task: {task}" for task in opened.tasks())
+
+
+def _up(trajectory: Trajectory) -> str:
+    """The world axis that points up, or the vector if the world is tilted."""
+    poses = trajectory.world_from_camera()
+    axis, sign = up_axis(poses)
+    up = world_up(trajectory.scene_cells(), poses)
+    name = f"{'-' if sign < 0 else ''}{'xyz'[axis]}"
+    if (tilt := float(np.degrees(np.arccos(np.clip(sign * up[axis], -1, 1))))) < 1:
+        return name
+    return f"({', '.join(f'{value:.2f}' for value in up)}), {tilt:.0f} degrees from {name}"
 
 
 def _observed_share(trajectory: Trajectory, frames: int = 200) -> float:

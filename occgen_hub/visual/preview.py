@@ -26,7 +26,7 @@ from occgen_hub.visual.colors import (
 )
 from occgen_hub.visual.cubes import EDGES
 from occgen_hub.visual.frames import frame_title
-from occgen_hub.visual.heights import up_axis
+from occgen_hub.visual.heights import world_up
 from occgen_hub.visual.legend import (
     BAR,
     color_bar,
@@ -267,39 +267,36 @@ def _above(
 ) -> Image.Image:
     """Draw the scene's occupied cells from above, with the frame's observations, path and camera.
 
+    The picture is turned by a multiple of 90 degrees, so that the camera looks up rather than down.
     Moving cells of the frame, which are not part of the scene, are drawn as well.
     """
     grid = trajectory.grid
     cells = trajectory.scene_cells().astype(np.float64)
-    axis, sign = up_axis(poses)
-    across, along = ((1, 2), (2, 0), (0, 1))[axis]
+    up = world_up(cells, poses)
+    plan = _plan(up, poses[frame, :3, 2])
     seen = np.flatnonzero(observed)
     seen = seen[:: max(1, len(seen) // MAX_OBSERVED)]
     seen_world, moving_world = (
         grid.centres(columns).astype(np.float64) @ poses[frame, :3, :3].T + poses[frame, :3, 3]
         for columns in (seen, moving)
     )
-    heights = cells[:, axis] * sign
+    heights = cells @ up
     # Ceilings are left out, because they would hide the room.
-    shown = heights < (poses[:, axis, 3] * sign).max() + 0.6
+    shown = heights < (poses[:, :3, 3] @ up).max() + 0.6
     legend = [_bar("height in the world", *limits(heights[shown]))] if shown.any() else []
     legend += [swatch("observed", OBSERVED, TEXT), swatch("path", PATH, TEXT, line=True)]
     legend.append(swatch("camera", INK, TEXT, line=True))
     if trajectory.has_dynamic():
         legend.append(swatch("moving", MOVING, TEXT))
-    everything = np.concatenate([cells, seen_world, poses[:, :3, 3]])
+    everything = np.concatenate([cells, seen_world, poses[:, :3, 3]]) @ plan.T
     low, high = everything.min(axis=0), everything.max(axis=0)
     width, height = _picture_size(legend, size)
-    scale = min(
-        (width - 20) / max(high[across] - low[across], 0.1),
-        (height - 16) / max(high[along] - low[along], 0.1),
-    )
-    canvas = np.full((height, width, 3), PAPER, np.uint8)
+    scale = min(np.array([width - 20, height - 16]) / np.maximum(high - low, 0.1))
+    canvas, middle = np.full((height, width, 3), PAPER, np.uint8), np.array([width, height]) / 2
 
     def place(points: NDArray[np.float64]) -> NDArray[np.intp]:
-        a = (points[..., across] - (low[across] + high[across]) / 2) * scale * sign + width / 2
-        b = height / 2 - (points[..., along] - (low[along] + high[along]) / 2) * scale
-        return np.stack([a, b], axis=-1).round().astype(int)
+        away = (points @ plan.T - (low + high) / 2) * np.array([scale, -scale])
+        return np.asarray((away + middle).round().astype(int))
 
     last = (width - 1, height - 1)
     edge = max(1, int(np.ceil(grid.voxel_size * scale)))
@@ -325,8 +322,17 @@ def _above(
     corners = [eye + poses[frame, :3, :3] @ np.array([x, 0, 0.5]) for x in (-0.5, 0.5)]
     draw.polygon([tuple(p) for p in place(np.stack([eye, *corners])).tolist()], outline=INK)
     draw_scale_bar(draw, (width - (BAR + 1) * TEXT, height - TEXT), scale, TEXT)
-    directions = np.zeros((3, 2))
-    directions[across, 0], directions[along, 1] = sign, -1
-    left = (3 if sign > 0 else 5) * TEXT  # Room for an axis to the left and its name.
-    draw_axes(draw, (left, height - 3 * TEXT), directions, TEXT)
+    draw_axes(draw, (5 * TEXT, height - 5 * TEXT), plan.T * (1, -1), TEXT)
     return _panel(image, "scene from above", legend, size)
+
+
+def _plan(up: NDArray[np.float64], forward: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(2, 3): the world's directions to the right and to the top of a picture from above.
+
+    They are along world axes, as far as `up` is. forward: (3,), the top is the axis closest to it.
+    """
+    level = np.eye(3) - np.outer(np.eye(3) @ up, up)
+    axes = np.concatenate([level, -level])[np.abs(np.tile(up, 2)).argsort(kind="stable")[:4]]
+    top = axes[(axes @ forward).argmax()]
+    top /= np.linalg.norm(top)
+    return np.stack([np.cross(top, up), top])

@@ -128,10 +128,11 @@ def automatic(
 
 def _direction(heights: Heights, azimuth: float, elevation: float) -> NDArray[np.float64]:
     """The unit vector from the scene to the eye; angles in radians."""
-    direction = heights.up * float(np.sin(elevation))
-    direction[(heights.axis + 1) % 3] = np.cos(elevation) * np.cos(azimuth)
-    direction[(heights.axis + 2) % 3] = np.cos(elevation) * np.sin(azimuth)
-    return direction
+    first = np.eye(3)[(heights.axis + 1) % 3]
+    first = _unit(first - heights.up * (first @ heights.up))
+    second = heights.sign * np.cross(heights.up, first)
+    level = np.cos(azimuth) * first + np.sin(azimuth) * second
+    return np.asarray(np.sin(elevation) * heights.up + np.cos(elevation) * level, np.float64)
 
 
 def _fitted(
