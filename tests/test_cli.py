@@ -91,7 +91,7 @@ def test_inspect_prints_facts_and_draws_a_preview(dataset, tmp_path):
     assert "2 trajectories" in result.stdout
     assert "200 x 125 x 200 cells" in result.stdout
     first = Trajectory.open(trajectories(dataset)[0])
-    share = np.mean([cells.mean() for _, cells in zip(range(16), first.observed(), strict=False)])
+    share = np.mean([cells.mean() for _, cells in zip(range(200), first.observed(), strict=False)])
     assert f"world: up is z; a frame observes {share:.0%} of its cells" in result.stdout
     image = np.asarray(Image.open(picture))
     assert image.shape == (720, 1280, 3)
