@@ -190,6 +190,10 @@ def show_kinect(found: dict[str, float]) -> bool:
         f"{found['in_front_by_rays']:.2%}, median {found['median_by_rays']:.4f} m"
     )
     print(
+        f"free cells at pixels without depth: {found['free_unmeasured']:.2%}, more than 10 cm "
+        f"behind the measured depth: {found['free_behind']:.2%}"
+    )
+    print(
         f"cells of the scene: {found['scene_cells']:,.0f}; of Open3D's TSDF surface: "
         f"{found['tsdf_cells']:,.0f}; {found['times_tsdf']:.2f} times as many"
     )

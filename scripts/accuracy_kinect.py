@@ -29,6 +29,9 @@ from occgen_hub.occupancy.visibility import OCCUPIED, first_occupied
 FRONT = 0.04
 """A cell that is farther in front of the measured depth than this is wrong, metres."""
 
+BEHIND = 0.1
+"""A free cell that is farther behind the measured depth than this is wrong, metres."""
+
 NONE = 65535
 FPS = 30.0
 
@@ -116,14 +119,32 @@ def in_front(
     the centre projects to. visible: (n,) cell numbers; depth: (H, W), metres, 0 for none. Cells
     without a measured pixel are skipped.
     """
-    height, width = depth.shape
-    x, y, z = grid.centres(visible).astype(np.float64).T
-    u = np.floor(x / z * K[0, 0] + K[0, 2]).astype(np.int64)
-    v = np.floor(y / z * K[1, 1] + K[1, 2]).astype(np.int64)
-    inside = (u >= 0) & (u < width) & (v >= 0) & (v < height)
-    measured = depth[v[inside], u[inside]]
-    ahead: NDArray[np.float64] = (measured - z[inside])[measured > 0]
+    away, measured = _at_pixels(grid, K, visible, depth)
+    ahead: NDArray[np.float64] = (measured - away)[measured > 0]
     return ahead
+
+
+def _at_pixels(
+    grid: Grid, K: NDArray[np.float64], cells: NDArray[np.integer], depth: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(m,) depth of the centres of the cells in the image, and (m,) measured at their pixels."""
+    height, width = depth.shape
+    x, y, z = grid.centres(cells).astype(np.float64).T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        u, v = np.floor(x / z * K[0, 0] + K[0, 2]), np.floor(y / z * K[1, 1] + K[1, 2])
+    inside = (z > 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)
+    return z[inside], depth[v[inside].astype(np.intp), u[inside].astype(np.intp)]
+
+
+def free_counts(
+    grid: Grid, K: NDArray[np.float64], free: NDArray[np.integer], depth: NDArray[np.float64]
+) -> NDArray[np.int64]:
+    """(3,) numbers of the free cells in the image, of those at a pixel without depth, and of those
+    more than `BEHIND` behind the measured depth.
+    """
+    away, measured = _at_pixels(grid, K, free, depth)
+    behind = (measured > 0) & (away > measured + BEHIND)
+    return np.array([len(away), (measured == 0).sum(), behind.sum()])
 
 
 def in_front_by_rays(
@@ -176,8 +197,12 @@ def measure_kinect(
     grid, intrinsics = trajectory.grid, trajectory.intrinsics()
     assert episode.read_depth is not None
     ahead, by_rays, measured, found = [], [], 0, 0
-    for t, visible in enumerate(trajectory.visible_frames()):
+    free = np.zeros(3, np.int64)
+    rows = zip(trajectory.visible_frames(), trajectory.observed(), strict=True)
+    for t, (visible, observed) in enumerate(rows):
         depth = episode.read_depth(t)
+        observed[visible] = False
+        free += free_counts(grid, intrinsics[t], np.flatnonzero(observed), depth)
         ahead.append(in_front(grid, intrinsics[t], visible, depth))
         by_rays.append(in_front_by_rays(grid, intrinsics[t], visible, depth))
         number, near = measured_found(grid, intrinsics[t], visible, depth, config.depth_range)
@@ -190,6 +215,8 @@ def measure_kinect(
         "in_front": float((metres > FRONT).mean()),
         "median": float(np.median(metres)),
         "measured_found": found / max(measured, 1),
+        "free_unmeasured": float(free[1] / max(free[0], 1)),
+        "free_behind": float(free[2] / max(free[0], 1)),
         "in_front_by_rays": float((rays > FRONT).mean()),
         "median_by_rays": float(np.median(rays)),
         "scene_cells": float(cells),

@@ -260,6 +260,10 @@ def test_short_run_prints_and_saves_the_table(tmp_path, capsys):
     assert code == (0 if all(c.met for c in table.checks(report["table"])) else 1)
     assert row in printed
     assert "near of" in printed
+    assert "free cells of" in printed
+    for found in report["table"][row].values():
+        assert 0 <= found["hidden_free"] < 0.05
+        assert 0.9 < found["free_recall"] <= 1
 
     assert accuracy.main(["--markdown", "--from", str(tmp_path / "a.json")]) == code
     lines = capsys.readouterr().out.splitlines()
@@ -338,6 +342,17 @@ def test_wall_is_built_at_its_measured_depth(folder, tmp_path):
     assert abs(found["median"]) <= 0.01
     assert found["measured_found"] == 1
     assert 0.5 < found["times_tsdf"] < 2
+    assert found["free_behind"] == 0
+
+
+def test_free_cells_without_depth_and_behind_it_are_counted():
+    depth = np.full((80, 80), 0.5)
+    depth[:, 40:] = 0
+    free = np.flatnonzero(np.ones(GRID.cells, bool))
+    seen, unmeasured, behind = kinect.free_counts(GRID, VIEW.K, free, depth)
+    assert unmeasured == pytest.approx(seen / 2, rel=0.02)
+    # Half of the cells in the image beyond 0.6 m; the pyramid in view has a volume like z cubed.
+    assert behind / seen == pytest.approx((1.2**3 - 0.6**3) / 1.2**3 / 2, rel=0.03)
 
 
 @pytest.mark.parametrize("measure", [kinect.in_front, kinect.in_front_by_rays])
