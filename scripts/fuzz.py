@@ -371,15 +371,17 @@ def update_checksum(root: Path, path: Path) -> str:
 class Case:
     """One case. `run` returns a description of the finding, "" if there is none."""
 
-    def __init__(self, subject: Subject, number: int, seed: int, place: Path, floor: float) -> None:
+    def __init__(self, subject: Subject, number: int, seed: int, place: Path) -> None:
         self.rng = random.Random(f"{seed} {number}")
-        self.subject, self.place, self.floor = subject, place, floor
+        self.subject, self.place = subject, place
         self.lines: list[str] = []
         self.codes: list[str] = []
 
     def run(self) -> str:
         root = Path(shutil.copytree(self.subject.root, self.place / "root", symlinks=True))
         self.corrupt(root)
+        # A mutation may leave this process, and so each forked one, with more memory.
+        self.floor = run_forked(lambda: 0, self.place / "said", None)[3]
         plan = self.rng.choice(self.subject.plans)
         finalize = self.subject.name == "dataset" and plan[0] != ("finalize", "{root}")
         if finalize and self.update_checksums:
@@ -482,7 +484,6 @@ def fuzz(place: Path, options: argparse.Namespace) -> int:
     """Run the cases one after another. Returns the number of findings."""
     everything = list(subjects(place / "subjects", tuple(options.only)))
     weights = [len({str(plan) for plan in subject.plans}) for subject in everything]
-    floor = run_forked(lambda: 0, place / "said", None)[3]
     end, number, found = time.monotonic() + 60 * options.minutes, options.first, 0
     counts: Counter[str] = Counter()
     if options.case is not None:
@@ -491,7 +492,7 @@ def fuzz(place: Path, options: argparse.Namespace) -> int:
         here = place / f"case{number}"
         here.mkdir()
         subject = random.Random(f"{options.seed}/{number}").choices(everything, weights)[0]
-        case = Case(subject, number, options.seed, here, floor)
+        case = Case(subject, number, options.seed, here)
         wrong = case.run()
         counts[f"{subject.name} {' '.join(case.codes)}"] += 1
         if wrong or options.case is not None:

@@ -574,6 +574,17 @@ def test_intrinsics_for_another_image_size_give_a_note(tum: Path, episode: Episo
     assert "(320, 240) is far from the middle of images of 480 x 270" in note.text
 
 
+def test_intrinsics_that_replace_others_give_a_note(episode: Episode, tmp_path: Path) -> None:
+    captures.write_seven_scenes(episode, tmp_path)
+    stated = episode.intrinsics[0]
+    same = (stated[0, 0], stated[1, 1], stated[0, 2], stated[1, 2])
+    for given, expected in ((same, 0), ((150.0, 150.0, *same[2:]), 1)):
+        notes = [note.text for note in read(tmp_path, intrinsics=given).notes]
+        found = [text for text in notes if "replaces those of camera-intrinsics.txt" in text]
+        assert len(found) == expected
+        assert all(f"{stated[0, 0]:.1f}, {stated[1, 1]:.1f}" in text for text in found)
+
+
 def test_error_for_unknown_folder_names_lists_the_expected_ones(tum: Path, tmp_path: Path) -> None:
     shutil.copytree(tum / "rgb", tmp_path / "x/rgb_images")
     shutil.copytree(tum / "depth", tmp_path / "x/depth")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -474,6 +475,11 @@ def test_refinement_recovers_the_true_poses():
     assert "poses" in [note.code for note in plain.notes]
     assert "refine_poses" in plain.notes[[n.code for n in plain.notes].index("poses")].text
     assert "poses" not in [note.code for note in refined.notes]
+    assert "refined poses" not in [note.code for note in plain.notes]
+    (text,) = [note.text for note in refined.notes if note.code == "refined poses"]
+    stated = float(re.findall(r"by ([\d.]+) mm", text)[0]) / 1000
+    moved = refined.views.world_from_camera[:, :3, 3] - plain.views.world_from_camera[:, :3, 3]
+    assert stated == pytest.approx(np.median(np.linalg.norm(moved, axis=1)), abs=1e-4)
 
 
 def test_poses_are_not_refined_if_the_depth_scale_is_wrong():

@@ -24,7 +24,7 @@ from .bag import Bag
 from .colmap import Colmap
 from .folders import PlainFolder
 from .nerfstudio import NerfStudio
-from .recording import Layout, Recording
+from .recording import Layout, Recording, stated_lens
 from .scannet import ScanNet
 from .seven_scenes import SevenScenes
 from .tum import TumRgbd
@@ -145,8 +145,28 @@ class CaptureBuilder(DatasetBuilder):
             columns=times,
             media=tuple(media),
             fingerprint=self.fingerprint(list(recording.sources)),
-            notes=(*recording.notes, *notes, *rate_notes),
+            notes=(*recording.notes, *notes, *rate_notes, *self._overridden(recording, ref.path)),
         )
+
+    def _overridden(self, recording: Recording, place: Path) -> list[Note]:
+        """A note where the user's intrinsics differ from those in a file of the recording."""
+        if self._mapping.intrinsics is None or not place.is_dir():
+            return []
+        given, without = (
+            recording.color_lens[0],
+            self._mapping.model_copy(update={"intrinsics": None}),
+        )
+        try:
+            lens, files = stated_lens(place, given.size, without)
+        except SourceError:
+            return []
+        if lens is None or np.allclose(lens.matrix, given.matrix, rtol=0.005, atol=0.5):
+            return []
+        text = (
+            f"--intrinsics replaces those of {files[0].name}, which differ (focal lengths "
+            f"{lens.matrix[0, 0]:.1f}, {lens.matrix[1, 1]:.1f})"
+        )
+        return [Note("intrinsics", text)]
 
     @property
     def _mapping(self) -> CameraMapping:

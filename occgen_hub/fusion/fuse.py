@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
 
 from occgen_hub.config import Config
 from occgen_hub.episode import Note
@@ -110,8 +111,21 @@ def fuse(views: Views, config: Config, progress: Progress = lambda _: None) -> F
     if moving.only and (attached := moving.attached()).any():
         cloud, moving = _without_attached(attached, cloud.colors[found.order], moving)
     notes = tuple(found.quality.notes(config.refine_poses))
+    if found.quality.refined:
+        notes += (_refined_note(views.world_from_camera, found.maps.views.world_from_camera),)
     classes = _classes(cloud, found.maps, config, found.tolerance)
     return Fused(cloud, found.maps.views, moving, found.quality, notes, classes)
+
+
+def _refined_note(recorded: NDArray[np.float64], refined: NDArray[np.float64]) -> Note:
+    """A note about how far refined poses are from the recorded ones, (T, 4, 4) each."""
+    shift = np.linalg.norm(refined[:, :3, 3] - recorded[:, :3, 3], axis=1)
+    turns = Rotation.from_matrix(recorded[:, :3, :3].mT @ refined[:, :3, :3]).magnitude()
+    text = (
+        f"poses were refined, so that frames agree better: by {1000 * np.median(shift):.1f} mm and "
+        f"{np.degrees(np.median(turns)):.2f} degrees (median); refine_poses=false keeps yours"
+    )
+    return Note("refined poses", text)
 
 
 def _classes(

@@ -49,8 +49,12 @@ def describe(root: Path, trajectory: str | None = None) -> Iterator[str]:
         f"from {_numbers(low)} to {_numbers(high)} m in the camera's frame (x right, y down, z "
         "forward)"
     )
+    below = grid.share_below(opened.scene_cells(), opened.world_from_camera())
     share = _observed_share(opened)
-    yield f"  world: up is {_up(opened)}; a frame observes {share:.0%} of its cells"
+    yield (
+        f"  world: up is {_up(opened)}; a frame observes {share:.0%} of its cells (5 to 40% is "
+        f"usual); {below:.0%} of the surface ahead is below the grid"
+    )
     yield from _origin(record)
     yield from _agreement(record)
     yield from (f"  note: {note}" for note in record["notes"])
