@@ -477,7 +477,7 @@ def test_refinement_recovers_the_true_poses():
     assert "poses" not in [note.code for note in refined.notes]
     assert "refined poses" not in [note.code for note in plain.notes]
     (text,) = [note.text for note in refined.notes if note.code == "refined poses"]
-    stated = float(re.findall(r"by ([\d.]+) mm", text)[0]) / 1000
+    stated = float(re.findall(r"moved by ([\d.]+) mm", text)[0]) / 1000
     moved = refined.views.world_from_camera[:, :3, 3] - plain.views.world_from_camera[:, :3, 3]
     assert stated == pytest.approx(np.median(np.linalg.norm(moved, axis=1)), abs=1e-4)
 

@@ -94,7 +94,7 @@ def fuse(views: Views, config: Config, progress: Progress = lambda _: None) -> F
     if config.fusion == "union" or not len(measured):
         classes = _classes(measured, maps, config)
         return Fused(measured, views, None, None, classes=classes)
-    found = _fused(measured, maps, config)
+    recorded = found = _fused(measured, maps, config)
     # A network estimates poses and depth together, so their errors are correlated.
     doubtful = views.edges == "sensor" and found.quality.poses_are_off(config.voxel_size)
     if config.refine_poses is True or (config.refine_poses == "auto" and doubtful):
@@ -112,18 +112,21 @@ def fuse(views: Views, config: Config, progress: Progress = lambda _: None) -> F
         cloud, moving = _without_attached(attached, cloud.colors[found.order], moving)
     notes = tuple(found.quality.notes(config.refine_poses))
     if found.quality.refined:
-        notes += (_refined_note(views.world_from_camera, found.maps.views.world_from_camera),)
+        notes += (_refined_note(recorded, found),)
     classes = _classes(cloud, found.maps, config, found.tolerance)
     return Fused(cloud, found.maps.views, moving, found.quality, notes, classes)
 
 
-def _refined_note(recorded: NDArray[np.float64], refined: NDArray[np.float64]) -> Note:
-    """A note about how far refined poses are from the recorded ones, (T, 4, 4) each."""
-    shift = np.linalg.norm(refined[:, :3, 3] - recorded[:, :3, 3], axis=1)
-    turns = Rotation.from_matrix(recorded[:, :3, :3].mT @ refined[:, :3, :3]).magnitude()
+def _refined_note(recorded: _Fusion, refined: _Fusion) -> Note:
+    """A note about how far poses were moved, and whether fewer points are contradicted."""
+    before, after = (found.maps.views.world_from_camera for found in (recorded, refined))
+    shift = np.linalg.norm(after[:, :3, 3] - before[:, :3, 3], axis=1)
+    turns = Rotation.from_matrix(before[:, :3, :3].mT @ after[:, :3, :3]).magnitude()
     text = (
-        f"poses were refined, so that frames agree better: by {1000 * np.median(shift):.1f} mm and "
-        f"{np.degrees(np.median(turns)):.2f} degrees (median); refine_poses=false keeps yours"
+        f"poses were refined, they moved by {1000 * np.median(shift):.1f} mm and "
+        f"{np.degrees(np.median(turns)):.2f} degrees (median): other frames contradict "
+        f"{refined.quality.contradicted:.1%} of the measured points instead of "
+        f"{recorded.quality.contradicted:.1%}; --set refine_poses=false keeps yours"
     )
     return Note("refined poses", text)
 

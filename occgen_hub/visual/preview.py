@@ -47,6 +47,10 @@ OBSERVED = (58, 66, 82)
 MAX_OBSERVED = 200_000
 """Observed cells that are drawn from above."""
 
+OUTLINE = (0, 229, 255)
+OUTLINED = 0.08
+"""Bend of the inverse depth, as a fraction of it, from which an outline is drawn."""
+
 CLEAR = 7
 """Size of a cell, in pixels, from which its edges are drawn."""
 
@@ -68,11 +72,13 @@ def preview(trajectory: Trajectory, frame: int | None = None) -> Image.Image:
         second = _panel(_draw_points(local, cloud.colors, 0.01, K, size), "reconstructed cloud")
     else:
         second = _panel(shade_depth(depth), "depth", _depth_legend(depth))
-    first = (
-        _panel(rgb, frame_title(frame, len(poses)))
-        if rgb is not None
-        else _panel(np.zeros((*size[::-1], 3), np.uint8), "images were left out")
-    )
+    title, legend = frame_title(frame, len(poses)), []
+    if rgb is None:
+        rgb, title = np.zeros((*size[::-1], 3), np.uint8), "images were left out"
+    elif depth is not None:
+        rgb = np.where(_outlines(depth)[..., None], np.array(OUTLINE, np.uint8), rgb)
+        legend.append(swatch("outlines in the depth", OUTLINE, TEXT, line=True))
+    first = _panel(rgb, title, legend)
     third = _cells_panel(trajectory, frame, visible, moving)
     fourth = _above(trajectory, poses, frame, moving, observed)
 
@@ -98,6 +104,22 @@ def _cells_panel(
         title += f", {len(moving):,} of them moving"
         legend.append(swatch("moving", MOVING, TEXT))
     return _panel(cells, title, legend, size)
+
+
+def _outlines(depth: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """(H, W) bool: the edges of near surfaces. If depth and image are aligned, both have them.
+
+    Inverse depth is linear on a plane, so a second difference shows where a surface ends.
+    """
+    inverse = np.divide(1.0, depth, out=np.full_like(depth, np.nan), where=depth > 0)
+    found = np.zeros(depth.shape, np.bool_)
+    for edge, near in ((found, inverse), (found.T, inverse.T)):
+        bend = 2 * near[:, 1:-1] - near[:, :-2] - near[:, 2:]
+        edge[:, 1:-1] |= bend > OUTLINED * near[:, 1:-1]  # False without depth, which is NaN.
+    if len(depth) > PANEL[1]:  # Two pixels wide, to be seen when the picture is made smaller.
+        found[:, 1:] |= found[:, :-1]
+        found[1:] |= found[:-1]
+    return found
 
 
 def _depth_legend(depth: NDArray[np.float64]) -> list[Image.Image]:
@@ -283,7 +305,9 @@ def _above(
     heights = cells @ up
     # Ceilings are left out, because they would hide the room.
     shown = heights < (poses[:, :3, 3] @ up).max() + 0.6
-    legend = [_bar("height in the world", *limits(heights[shown]))] if shown.any() else []
+    if shown.any():
+        heights -= np.percentile(heights[shown], 2)
+    legend = [_bar("height over the lowest cells", *limits(heights[shown]))] if shown.any() else []
     legend += [swatch("observed", OBSERVED, TEXT), swatch("path", PATH, TEXT, line=True)]
     legend.append(swatch("camera", INK, TEXT, line=True))
     if trajectory.has_dynamic():

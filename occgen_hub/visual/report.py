@@ -141,7 +141,7 @@ def _describe(row: Row, trajectory: Trajectory) -> None:
         "share": 100 * cells / grid.cells,
         "scene": float(len(trajectory.scene_cells())),
         "length": float(steps.sum()),
-        "scale": _number(scene.get("scale")),
+        "scale": _number(scene.get("scale")) if scene.get("scale") != 1 else None,
         "metres": _number(fit.get("translation_rmse")),
         "degrees": _number(fit.get("rotation_error")),
         "inliers": 100 * inliers / fitted if inliers is not None and fitted else None,
