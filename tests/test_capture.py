@@ -654,6 +654,15 @@ def test_damaged_bag_is_named(tmp_path: Path) -> None:
         read(tmp_path / "walk.mcap")
 
 
+def test_metadata_of_a_bag_without_end_is_an_error(episode: Episode, tmp_path: Path) -> None:
+    pytest.importorskip("rosbags")
+    captures.write_bag(episode, tmp_path / "walk")
+    with (tmp_path / "walk/metadata.yaml").open("r+b") as file:
+        file.truncate(1 << 33)
+    with pytest.raises(SourceError, match=r"metadata\.yaml: is larger than 16384 kB"):
+        read(tmp_path / "walk")
+
+
 def test_pipe_instead_of_a_bag_file_is_refused(episode: Episode, tmp_path: Path) -> None:
     pytest.importorskip("rosbags")
     captures.write_bag(episode, tmp_path / "walk")

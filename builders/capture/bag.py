@@ -15,7 +15,7 @@ from PIL import Image
 
 from occgen_hub.camera_mapping import CameraMapping
 from occgen_hub.errors import OccGenError, SourceError, UsageError, install_extra, shorten_message
-from occgen_hub.files import MAX_TABLE_ROWS, is_file, opened
+from occgen_hub.files import MAX_TABLE_ROWS, is_file, opened, read_bytes
 from occgen_hub.geometry.lens import Lens, opencv_matrix
 from occgen_hub.media import MAX_PIXELS
 
@@ -41,6 +41,9 @@ DEPTHS = {"16UC1": "u2", "mono16": "u2", "32FC1": "f4"}
 """Encodings of depth: integers, in millimetres by default, or metres."""
 
 UNIT = 0.001
+MAX_METADATA = 1 << 24
+"""Limit of metadata.yaml, bytes; it lists the topics and files."""
+
 PREFERRED = {
     "rgb": ("color", "rgb"),
     "depth": ("aligned_depth", "registered", "depth"),
@@ -191,6 +194,8 @@ class OpenBag:
         self.place = place
         for path in _files(place):
             opened(path).close()  # rosbags would wait for a pipe.
+            if path.suffix == ".yaml":
+                read_bytes(path, MAX_METADATA)  # rosbags would read a file of any size.
         self._reader = AnyReader([place], default_typestore=get_typestore(Stores.ROS2_HUMBLE))
         self._reader.open()
         self.types: dict[str, str] = {c.topic: c.msgtype for c in self._reader.connections}
