@@ -64,6 +64,7 @@ def main() -> None:
                 "cpu_ms_a_frame": round(1e3 * (first[1] - start) / (episodes * options.frames), 2),
                 "nothing_to_do_s": round(again[0], 2),
                 "nothing_to_do_cpu_s": round(again[1], 2),
+                "peak_mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1000,
             }
             print(json.dumps(figures), flush=True)
 
