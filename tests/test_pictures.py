@@ -390,7 +390,8 @@ def test_up_is_an_axis_without_level_surfaces():
     ball /= np.linalg.norm(ball, axis=1, keepdims=True)
     poses = np.tile(np.eye(4), (3, 1, 1))
     poses[:, :3, :3] = Rotation.from_euler("x", 20, degrees=True).as_matrix()
-    for points in (ball, rng.random((20_000, 3)), ball[:5], ball[:0]):
+    wrong = np.where(rng.random((20_000, 3)) < 0.5, np.nan, 1e30)
+    for points in (ball, rng.random((20_000, 3)), ball[:5], ball[:0], 1e9 * ball, wrong):
         assert world_up(points, poses).tolist() == [0, -1, 0]
 
 

@@ -20,6 +20,9 @@ ALIKE = 6.0
 MIN_LEVEL = 0.05
 """Smallest share of the surface that shows the world's up."""
 
+FARTHEST = 50_000.0
+"""Largest coordinate of points for normals, metres; cells of 5 cm have no numbers beyond 52 km."""
+
 SPACING, NEIGHBOURS, FLAT, MAX_PLACES = 0.05, 16, 0.15, 2500
 """For normals: distance of the points in metres, points for each normal, largest spread along a
 normal relative to that across it, largest number of normals."""
@@ -67,6 +70,7 @@ def _normals(points: NDArray[np.floating]) -> NDArray[np.float64]:
     """(m, 3) unit normals at places spread over the surface, of any sign."""
     from scipy.spatial import cKDTree
 
+    points = points[(np.abs(points) < FARTHEST).all(axis=1)]  # Files may have any numbers.
     _, first = np.unique(cell_numbers(points, SPACING), return_index=True)
     surface = points[first].astype(np.float64)
     if len(surface) < 10 * NEIGHBOURS:
