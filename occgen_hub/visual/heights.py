@@ -17,8 +17,8 @@ MAX_TILT = 45.0
 ALIKE = 6.0
 """Largest angle in degrees between normals that count as the same."""
 
-MIN_LEVEL = 0.05
-"""Smallest share of the surface that shows the world's up."""
+MIN_LEVEL, MIN_NORMALS = 0.05, 40
+"""Smallest share of the surface that shows the world's up, and smallest number of normals."""
 
 FARTHEST = 50_000.0
 """Largest coordinate of points for normals, metres; cells of 5 cm have no numbers beyond 52 km."""
@@ -55,15 +55,16 @@ def world_up(
     mean_up = -world_from_camera[:, :3, 1].mean(axis=0)
     normals *= np.where(normals @ mean_up < 0, -1.0, 1.0)[:, None]
     near = normals[normals @ mean_up > np.cos(np.radians(MAX_TILT)) * np.linalg.norm(mean_up)]
-    if len(near) < max(1, MIN_LEVEL * len(normals)):
+    if len(near) < max(MIN_NORMALS, MIN_LEVEL * len(normals)):
         return upright
     alike = np.cos(np.radians(ALIKE))
     up = near[(near @ near.T > alike).sum(axis=0).argmax()]
     for _ in range(3):
         up = near[near @ up > alike].mean(axis=0)
         up /= np.linalg.norm(up)
-    level, along_axis = ((np.abs(normals @ each) > alike).mean() for each in (up, upright))
-    return up if level > max(MIN_LEVEL, 3 * along_axis) else upright
+    level, along_axis = ((np.abs(normals @ each) > alike).sum() for each in (up, upright))
+    enough = max(MIN_NORMALS, MIN_LEVEL * len(normals), 3 * along_axis)
+    return up if level > enough else upright
 
 
 def _normals(points: NDArray[np.floating]) -> NDArray[np.float64]:
