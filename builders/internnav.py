@@ -84,7 +84,8 @@ SCENES = 2
 TAXONOMY = "taxonomy.txt"
 """In the folder of label images: the name of their taxonomy."""
 
-META = ("info.json", "tasks.jsonl", "episodes.jsonl", "episodes_stats.jsonl")
+STATS = "episodes_stats.jsonl"
+META = ("info.json", "tasks.jsonl", "episodes.jsonl", STATS)
 LEROBOT = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 
 
@@ -395,7 +396,7 @@ def _locate(ref: EpisodeRef) -> Files:
     videos = ref.path / "videos" / parquet.parent.name
     clouds, first, chosen = [parquet.parent / "path.ply"], None, range(MAX_IMAGES)
     if _is_scene(ref.path, parquets):
-        chosen = _image_range(meta / "episodes_stats.jsonl", ref.index, parquets)
+        chosen = _image_range(meta / STATS, ref.index, parquets)
         clouds, first = [meta / "pointcloud.ply"], chosen.start
     video = videos / "observation.video.trajectory" / f"{parquet.stem}.mp4"
     labels = videos / "observation.images.labels"
@@ -403,7 +404,7 @@ def _locate(ref: EpisodeRef) -> Files:
         info=meta / "info.json",
         tasks=meta / "tasks.jsonl",
         episodes=meta / "episodes.jsonl",
-        stats=meta / "episodes_stats.jsonl",
+        stats=meta / STATS,
         parquet=parquet,
         rgb=_images(videos / "observation.images.rgb", ("jpg", "jpeg"), chosen),
         depth=_images(videos / "observation.images.depth", ("png",), chosen),
@@ -568,12 +569,19 @@ def _rows(path: Path) -> Rows:
 @lru_cache(maxsize=3 * SCENES)
 def _rows_of(path: Path, version: Version) -> Rows | SourceError:
     try:
-        return Rows(read_jsonl(path))
+        # The statistics of scenes with thousands of episodes have millions of values.
+        return Rows(read_jsonl(path, _images_of if path.name == STATS else None))
     except SourceError as error:
         return error.with_traceback(None)
 
 
-@lru_cache(maxsize=4096)
+def _images_of(row: dict[str, Any]) -> dict[str, Any]:
+    """The episode and the range of its images, of a line of statistics."""
+    stated = row.get("image_index") or _mapping(row.get("stats")).get("image_index")
+    return {"episode_index": row.get("episode_index"), "image_index": stated}
+
+
+@lru_cache(maxsize=1 << 16)
 def _length(parquet: Path, version: Version) -> int:
     return len(read_parquet(parquet))
 
@@ -589,7 +597,7 @@ def _image_range(stats: Path, index: int, parquets: Mapping[int, Path]) -> range
     row = rows.of(index)
     if row is None:
         row = rows.lines[line] if line < len(rows.lines) else {}
-    stated = row.get("image_index") or _mapping(row.get("stats")).get("image_index")
+    stated = row.get("image_index")
     if stated is not None:
         first, last = (_number(_mapping(stated).get(key)) for key in ("min", "max"))
         if first is None or last is None or not 0 <= first <= last < MAX_IMAGES:

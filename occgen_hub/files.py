@@ -11,7 +11,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -24,6 +24,12 @@ from occgen_hub.errors import DatasetError, MachineError, SourceError, shorten_m
 
 MAX_DOCUMENT_BYTES = 64 << 20
 """Limit of a JSON file. Real ones have a few kilobytes per trajectory."""
+
+VALUE_BYTES = 32
+"""Smallest mean size of a value in real JSON files, which limits the number of values."""
+
+TOO_MANY = "has more values than any file of its kind"
+CHECK_FILE = "check that it is the right file"
 
 MAX_RECORD_BYTES = 1 << 28
 """Limit of a trajectory's record, which has 120 bytes per image: enough for MAX_TABLE_ROWS frames
@@ -136,31 +142,43 @@ def read_json(path: Path, limit: int = MAX_DOCUMENT_BYTES) -> dict[str, Any]:
     return _parse_object(_read_text(path, limit), path, "")
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read a file with a JSON object per line. Blank lines are skipped. Raises SourceError."""
-    lines = _read_text(path, MAX_DOCUMENT_BYTES).splitlines()
-    return [
-        _parse_object(line, path, f"line {number}: ")
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
+def read_jsonl(
+    path: Path, keep: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+) -> list[dict[str, Any]]:
+    """Read a file with a JSON object per line. Blank lines are skipped. Raises SourceError.
+
+    keep: selects a few values of an object; then the number of values is limited in each line, and
+    not in the file.
+    """
+    text = read_bytes(path)
+    if keep is None:
+        _check_values(text, path)
+    elif text.count(b"\n") + text.count(b"\r") > MAX_DOCUMENT_BYTES // VALUE_BYTES:
+        raise SourceError(path, TOO_MANY, CHECK_FILE)
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            _check_values(line, path)
+            row = _parse_object(line, path, f"line {number}: ")
+            found.append(row if keep is None else keep(row))
+    return found
 
 
 def _read_text(path: Path, limit: int) -> bytes:
-    """Read JSON text with a bounded number of values, since three bytes may take 100 in memory.
+    text = read_bytes(path, limit)
+    _check_values(text, path, limit)
+    return text
+
+
+def _check_values(text: bytes, path: Path, limit: int = MAX_DOCUMENT_BYTES) -> None:
+    """Raise SourceError if JSON text has many values, since three bytes may take 100 in memory.
 
     Values are counted by punctuation, which strings may contain too. Real files have more than
     VALUE_BYTES bytes per value.
     """
-    text = read_bytes(path, limit)
     weights = {b",": 1, b":": 1, b"\n": 1, b"[": 2, b"{": 3}
     if sum(weight * text.count(mark) for mark, weight in weights.items()) > limit // VALUE_BYTES:
-        problem = "has more values than any file of its kind"
-        raise SourceError(path, problem, "check that it is the right file")
-    return text
-
-
-VALUE_BYTES = 32
+        raise SourceError(path, TOO_MANY, CHECK_FILE)
 
 
 def _parse_object(text: bytes, path: Path, where: str) -> dict[str, Any]:

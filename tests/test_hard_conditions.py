@@ -123,9 +123,9 @@ def test_scene_with_many_episodes_is_read_once(tmp_path, monkeypatch, stated):
 def count_parses(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     parsed: dict[str, int] = {}
 
-    def counted(path: Path) -> Any:
+    def counted(path: Path, *selection: Any) -> Any:
         parsed[path.name] = parsed.get(path.name, 0) + 1
-        return read_jsonl(path)
+        return read_jsonl(path, *selection)
 
     monkeypatch.setattr("occgen_hub.builders.internnav.read_jsonl", counted)
     return parsed

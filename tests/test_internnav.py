@@ -82,6 +82,22 @@ def notes(episode: Episode) -> dict[str, str]:
     return {note.code: note.text for note in episode.notes}
 
 
+def test_statistics_of_thousands_of_episodes_are_read_line_by_line(scenes: Path) -> None:
+    """Ten thousand episodes have more values in this file than a whole file may have."""
+    (path,) = scenes.rglob("episodes_stats.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    plain = [item.path for item in read(scenes, 1).media]
+    path.write_text("\n".join(json.dumps({**row, "other": [0] * 1_200_000}) for row in rows))
+    assert len(rows) > 1
+    assert [item.path for item in read(scenes, 1).media] == plain
+    path.write_text(json.dumps({**rows[0], "other": [0] * 2_200_000}))
+    with pytest.raises(SourceError, match="has more values than any file of its kind"):
+        read(scenes, 0)
+    path.write_text("{}\n" * 2_200_000)
+    with pytest.raises(SourceError, match="has more values than any file of its kind"):
+        read(scenes, 0)
+
+
 # Both layouts
 
 
