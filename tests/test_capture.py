@@ -574,6 +574,20 @@ def test_intrinsics_for_another_image_size_give_a_note(tum: Path, episode: Episo
     assert "(320, 240) is far from the middle of images of 480 x 270" in note.text
 
 
+def test_rate_follows_from_names_if_poses_have_no_times(episode: Episode, tmp_path: Path) -> None:
+    captures.write_plain(episode, tmp_path)
+    rows = [" ".join(map(str, pose.ravel())) for pose in episode.world_from_camera]
+    (tmp_path / "trajectory.txt").write_text("\n".join(rows))
+    K = captures.opencv_intrinsics(episode)
+    found = read(tmp_path, intrinsics=K)
+    assert found.fps == pytest.approx(episode.fps, abs=0.01)
+    assert "fps" not in {note.code for note in found.notes}
+    for number, folder in enumerate(("color", "depth")):  # Numbers are no times.
+        for n, image in enumerate(sorted((tmp_path / folder).iterdir())):
+            image.rename(image.with_name(f"{n + number}{image.suffix}"))
+    assert "fps" in {note.code for note in read(tmp_path, intrinsics=K).notes}
+
+
 def test_intrinsics_that_replace_others_give_a_note(episode: Episode, tmp_path: Path) -> None:
     captures.write_seven_scenes(episode, tmp_path)
     stated = episode.intrinsics[0]

@@ -26,7 +26,7 @@ from .recording import (
     pair_up,
     valid_poses,
 )
-from .trajectories import FORMATS, Trajectory, matched_times, read_trajectory
+from .trajectories import FORMATS, Trajectory, matched_times, named_times, read_trajectory
 from .tum import check_tracked
 
 UNIT = 0.001
@@ -79,7 +79,7 @@ class PlainFolder(Layout):
             chosen, when, poses, paired = _by_time(path, trajectory, times, colors, depths)
         else:
             chosen, poses = _by_order(path, trajectory, colors, depths)
-            when, paired = _own_times(trajectory, chosen[:, 0]), total
+            when, paired = _own_times(trajectory, chosen[:, 0], colors), total
         colors = [colors[n] for n in chosen[:, 0]]
         gap = f"without a pose at their time (gaps over {LONGEST_GAP} s are not interpolated)"
         reasons = {"without depth": total - paired, gap: paired - len(colors)}
@@ -146,9 +146,16 @@ def _notes(path: Path, others: list[Path]) -> list[Note]:
     return [Note("trajectory", f"the poses are those of {path.name}; {names} is not used")]
 
 
-def _own_times(trajectory: Trajectory, chosen: NDArray[np.int64]) -> NDArray[np.float64] | None:
-    """(n,) seconds of the poses. None if there are none, or if they are frame numbers."""
+def _own_times(
+    trajectory: Trajectory, chosen: NDArray[np.int64], colors: list[Path]
+) -> NDArray[np.float64] | None:
+    """(n,) seconds of the poses, or of the images' names if poses have none.
+
+    None if there are none, or if they are frame numbers.
+    """
     times = trajectory.times
+    if times is None:
+        times = named_times([image.stem for image in colors])
     if times is None or len(times) < 2 or np.median(np.diff(times)) == 1:
         return None
     return times[chosen]

@@ -111,6 +111,22 @@ def _converted(poses: NDArray[np.float64], mapping: CameraMapping) -> NDArray[np
     return meant
 
 
+def named_times(names: list[str]) -> NDArray[np.float64] | None:
+    """(n,) seconds of images named by times, without a trajectory that has times.
+
+    None unless all names are ascending numbers, since 1970 or with decimals.
+    """
+    try:
+        numbers = np.array([float(name) for name in names])
+    except ValueError:
+        return None
+    if not (np.diff(numbers) > 0).all() or not np.isfinite(numbers).all():
+        return None
+    if numbers.min() >= EPOCH or all("." in name for name in names):
+        return _seconds(numbers)
+    return None
+
+
 def matched_times(
     names: list[str], trajectory: Trajectory, path: Path
 ) -> tuple[NDArray[np.float64], float] | None:

@@ -8,6 +8,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from scipy.ndimage import label
 
 from occgen_hub.errors import DatasetError
 from occgen_hub.loading import REBUILD, Trajectory
@@ -50,6 +51,9 @@ MAX_OBSERVED = 200_000
 OUTLINE = (0, 229, 255)
 OUTLINED = 0.08
 """Bend of the inverse depth, as a fraction of it, from which an outline is drawn."""
+
+SPECK = 12
+"""Number of connected pixels below which an outline is noise."""
 
 CLEAR = 7
 """Size of a cell, in pixels, from which its edges are drawn."""
@@ -116,6 +120,8 @@ def _outlines(depth: NDArray[np.float64]) -> NDArray[np.bool_]:
     for edge, near in ((found, inverse), (found.T, inverse.T)):
         bend = 2 * near[:, 1:-1] - near[:, :-2] - near[:, 2:]
         edge[:, 1:-1] |= bend > OUTLINED * near[:, 1:-1]  # False without depth, which is NaN.
+    pieces, _ = label(found, np.ones((3, 3)))
+    found &= np.bincount(pieces.ravel())[pieces] >= SPECK
     if len(depth) > PANEL[1]:  # Two pixels wide, to be seen when the picture is made smaller.
         found[:, 1:] |= found[:, :-1]
         found[1:] |= found[:-1]
