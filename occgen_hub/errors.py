@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from unicodedata import category
 
+MAX_PATH, SHOWN = 4096, 300
+"""A longer path is no file's, but the content of a damaged list: this many characters are shown."""
+
 
 class OccGenError(Exception):
     """Base class. The message is one sentence that names the file, the problem and the remedy.
@@ -30,8 +33,10 @@ class SourceError(OccGenError):
     """A file of the source cannot be used."""
 
     def __init__(self, path: Path | str, problem: str, remedy: str) -> None:
-        super().__init__(f"{path}: {problem}; {remedy}.")
         self.path, self.problem, self.remedy = str(path), problem, remedy
+        if len(self.path) > MAX_PATH:
+            self.path = f"{self.path[:SHOWN]}..."
+        super().__init__(f"{self.path}: {problem}; {remedy}.")
 
     def __reduce__(self) -> tuple[type[SourceError], tuple[str, str, str]]:
         """Pickle the parts, so that the error can be sent between processes."""

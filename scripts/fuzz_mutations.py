@@ -400,7 +400,7 @@ OF_KIND: dict[str, tuple[Mutation, ...]] = {
 
 MUTATION_ERRORS = (
     *(ValueError, TypeError, LookupError, OSError, ArithmeticError, AssertionError, EOFError),
-    *(RecursionError, SyntaxError, zlib.error, struct.error),
+    *(RuntimeError, SyntaxError, zlib.error, struct.error),  # RuntimeError: zip features.
     *(
         Image.DecompressionBombError,
         pa.ArrowException,

@@ -574,6 +574,16 @@ def test_intrinsics_for_another_image_size_give_a_note(tum: Path, episode: Episo
     assert "(320, 240) is far from the middle of images of 480 x 270" in note.text
 
 
+def test_endless_name_in_a_list_is_shown_shortened(tum: Path, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(tum, tmp_path / "tum"))
+    lines = (place / "rgb.txt").read_text().splitlines()
+    lines[-1] += "0.jpg" * 40_000
+    (place / "rgb.txt").write_text("\n".join(lines))
+    with pytest.raises(SourceError) as caught:
+        read(place, intrinsics=(100, 100, 50, 50))
+    assert len(str(caught.value)) < 1000
+
+
 def test_rate_follows_from_names_if_poses_have_no_times(episode: Episode, tmp_path: Path) -> None:
     captures.write_plain(episode, tmp_path)
     rows = [" ".join(map(str, pose.ravel())) for pose in episode.world_from_camera]
