@@ -91,7 +91,8 @@ def validate(
 
     Checks files and folders, checksums, meta files against their JSON Schemas, columns and arrays
     against the schema and each other, poses and intrinsics. In each frame, the rays of the camera,
-    which end at visible cells, must observe exactly the cells of `occ.mask`. Then the index and
+    which end at visible cells, must observe exactly the cells of `occ.mask`; rays that were left
+    out must meet no visible cell. Then the index and
     the Parquet shards are compared with the trajectories, row by row. If only a part of the
     dataset is on this disk, that part is checked. For exports see
     `lerobot.export_check.check_export`. Links that lead out of the dataset are findings, and their
