@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import lru_cache
 from pathlib import Path
 
 _FLUSHES = 16
@@ -143,12 +144,24 @@ def _leftovers(path: Path) -> Iterator[tuple[str, str, Path]]:
     """Token, kind and path of each leftover. Leftovers of earlier versions have no token."""
     stem = re.escape(os.fsencode(_stem(path)))
     named = re.compile(rb"\." + stem + rb"(?:\.([0-9a-f]{16}))?\.(partial|old)")
-    with suppress(OSError), os.scandir(path.parent) as entries:
-        for entry in entries:
-            if not entry.name.startswith("."):
-                continue  # Most entries, of which a folder may have thousands.
-            if match := named.fullmatch(os.fsencode(entry.name)):
-                yield (match[1] or b"").decode(), match[2].decode(), path.parent / entry.name
+    with suppress(OSError):
+        changed = path.parent.stat().st_mtime_ns
+        # Within a clock's step, a second change would not show.
+        settled = abs(time.time_ns() - changed) > 2 * 10**9
+        listed = _hidden_names if settled else _hidden_names.__wrapped__
+        for name in listed(str(path.parent), changed):
+            if match := named.fullmatch(os.fsencode(name)):
+                yield (match[1] or b"").decode(), match[2].decode(), path.parent / name
+
+
+@lru_cache(maxsize=8)
+def _hidden_names(folder: str, changed: int) -> tuple[str, ...]:
+    """The hidden names in a folder, listed once until it changes: it may have 10,000 episodes.
+
+    changed: its time of modification, which is part of the cache's key.
+    """
+    with os.scandir(folder) as entries:
+        return tuple(entry.name for entry in entries if entry.name.startswith("."))
 
 
 def _beside(path: Path, token: str, kind: str) -> Path:

@@ -25,6 +25,7 @@ from occgen_hub.errors import OccGenError, UsageError, one_line
 from occgen_hub.files import (
     dump_json,
     has_content,
+    is_file,
     leaves_folder,
     printable,
     read_bytes,
@@ -234,15 +235,15 @@ def _features(text: str) -> dict[str, Feature]:
 def _picture(place: Path, path: Path) -> bool:
     """Draw a picture of a trajectory at `place`. Returns whether there is one.
 
-    A user's own picture is kept. A link out of the dataset is kept, but does not count.
+    A user's own picture is kept. A link out of the dataset and a folder are kept, but do not count.
     """
-    if leaves_folder(place, place.parent):
+    if leaves_folder(place, place.parent) or place.is_dir():
         return False
     if not path.is_dir():  # Only a part of the dataset is here.
-        return place.exists()
+        return is_file(place)
     trajectory = Trajectory.open(path)
     origin = sha256(trajectory.file("record"))
-    if place.exists():
+    if is_file(place):  # A pipe would never end; it is replaced.
         drawn = _drawn_from(place)
         if drawn in (None, origin):
             return True

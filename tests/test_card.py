@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -233,6 +234,15 @@ def test_user_written_card_and_picture_are_kept(sample_tree, tmp_path):
     assert f"{out / 'README.md'} was not written by occgen-hub and is left unchanged" in remark
     assert (out / "README.md").read_text() == text
     assert validate(out).findings == ()
+
+
+def test_pipe_in_the_place_of_the_picture_is_replaced(mine):
+    (mine / "preview.png").unlink()
+    os.mkfifo(mine / "preview.png")
+    change_record(mine, {"version": "9.9"})
+    write_card(mine)
+    with Image.open(mine / "preview.png") as picture:
+        assert picture.size == (1280, 720)
 
 
 def test_unreadable_scene_gives_a_card_without_a_picture(mine):
