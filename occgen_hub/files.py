@@ -69,6 +69,8 @@ def opened(path: Path) -> BufferedReader:
         raise SourceError(path, "is missing", ABSENT) from None
     except IsADirectoryError:
         raise SourceError(path, "is a folder", "put the file in its place") from None
+    except ValueError:  # A null character, from a damaged list of names.
+        raise SourceError(path, "is no possible name of a file", "restore the list of it") from None
     except OSError as error:
         if error.errno in MACHINE_FAULTS:
             raise MachineError(

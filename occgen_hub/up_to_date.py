@@ -125,6 +125,10 @@ _LAST_SECOND = (1 << 31) - 1
 def _named_errors() -> Iterator[None]:
     try:
         yield
+    except ValueError:  # A null character in a name.
+        raise SourceError(
+            "a source file", "has no possible name", "restore the list of it"
+        ) from None
     except OSError as error:
         raise SourceError(
             error.filename or "a source file", f"cannot be read ({error.strerror})", "restore it"

@@ -705,6 +705,7 @@ def test_pipe_instead_of_a_bag_file_is_refused(episode: Episode, tmp_path: Path)
         ("groundtruth.txt", "a b", r"line 1: is not a row of numbers \(a b\)"),
         ("groundtruth.txt", "time,x,y,z\n", r"\(time,x,y,z\); remove a header or begin it with #"),
         ("rgb.txt", "x", "line 1: is not 'time name'"),
+        ("depth.txt", "1.0 depth/\0.png", "line 1: is not 'time name'"),
         ("rgb.txt", "", "lists 0 images"),
         ("depth.txt", "5.0 depth/a.png", "has no time within 0.02 s"),
     ],

@@ -97,6 +97,8 @@ def read_list(path: Path) -> tuple[NDArray[np.float64], list[Path]]:
         if not words:
             continue
         try:
+            if "\0" in line:
+                raise ValueError
             rows.append((float(words[0]), path.parent / words[1].strip()))
         except (ValueError, IndexError):
             problem = f"line {number}: is not 'time name'"
