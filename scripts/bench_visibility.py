@@ -123,6 +123,11 @@ def _compare(scene: Scene, grid: Grid, repeats: int) -> dict[str, Any]:
     # Observed cells cost the same as unobserved ones, so all calls can use one state.
     ours, single = blank.copy(), blank.copy()
     seconds["ours: see only"] = best_time(lambda: follow_packets(packets, ours), 10 * repeats)
+    # Scattered pixels, the worst case: real ones are connected.
+    holes, left_out = np.random.default_rng(0).random(size[::-1]) < 0.02, blank.copy()
+    seconds["ours, 2 % without depth: see only"] = best_time(
+        lambda: follow_packets(packets, left_out, holes.copy()), 10 * repeats
+    )
     ends = first_occupied(grid, K, size, single)
     seconds["single exact rays: see only"] = best_time(
         lambda: first_occupied(grid, K, size, single), repeats
