@@ -19,6 +19,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from functools import lru_cache
 from pathlib import Path
 
+from occgen_hub.files import Version, version
+
 _FLUSHES = 16
 """Number of files flushed at a time."""
 
@@ -145,21 +147,14 @@ def _leftovers(path: Path) -> Iterator[tuple[str, str, Path]]:
     stem = re.escape(os.fsencode(_stem(path)))
     named = re.compile(rb"\." + stem + rb"(?:\.([0-9a-f]{16}))?\.(partial|old)")
     with suppress(OSError):
-        changed = path.parent.stat().st_mtime_ns
-        # Within a clock's step, a second change would not show.
-        settled = abs(time.time_ns() - changed) > 2 * 10**9
-        listed = _hidden_names if settled else _hidden_names.__wrapped__
-        for name in listed(str(path.parent), changed):
+        for name in _hidden_names(path.parent, version(path.parent)):
             if match := named.fullmatch(os.fsencode(name)):
                 yield (match[1] or b"").decode(), match[2].decode(), path.parent / name
 
 
 @lru_cache(maxsize=8)
-def _hidden_names(folder: str, changed: int) -> tuple[str, ...]:
-    """The hidden names in a folder, listed once until it changes: it may have 10,000 episodes.
-
-    changed: its time of modification, which is part of the cache's key.
-    """
+def _hidden_names(folder: Path, version: Version) -> tuple[str, ...]:
+    """The hidden names in a folder, listed once until it changes: it may have 10,000 episodes."""
     with os.scandir(folder) as entries:
         return tuple(entry.name for entry in entries if entry.name.startswith("."))
 

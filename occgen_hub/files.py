@@ -160,7 +160,8 @@ def read_jsonl(
     found = []
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
-            _check_values(line, path)
+            if keep is not None:
+                _check_values(line, path)
             row = _parse_object(line, path, f"line {number}: ")
             found.append(row if keep is None else keep(row))
     return found

@@ -484,8 +484,10 @@ class Trajectory:
 
     def row_width(self, key: str) -> int:
         """The number of columns of a CSR file of the schema: cells of the grid, or pixels."""
-        in_pixels = self.schema.files[key].arrays["data"].shape[1] == "pixels"
-        return math.prod(self.image_size) if in_pixels else self.grid.cells
+        return math.prod(self.image_size) if self._is_of_pixels(key) else self.grid.cells
+
+    def _is_of_pixels(self, key: str) -> bool:
+        return self.schema.files[key].arrays["data"].shape[1] == "pixels"
 
     def _rows(self, key: str) -> tuple[NDArray[np.integer], NpzArray]:
         path = self.file(key)
@@ -501,7 +503,7 @@ class Trajectory:
 
     def _check_columns(self, key: str, columns: NDArray[np.integer]) -> None:
         if len(columns) and not 0 <= columns.min() <= columns.max() < self.row_width(key):
-            what = "image" if self.schema.files[key].arrays["data"].shape[1] == "pixels" else "grid"
+            what = "image" if self._is_of_pixels(key) else "grid"
             raise DatasetError(self.file(key), f"has columns outside the {what}", REBUILD)
 
     def observed(self) -> Iterator[NDArray[np.bool_]]:

@@ -192,10 +192,11 @@ class OpenBag:
                 f"{install_extra('ros')}."
             ) from None
         self.place = place
-        for path in _files(place):
-            opened(path).close()  # rosbags would wait for a pipe.
+        for path in _files(place):  # rosbags would wait for a pipe, and read metadata of any size.
             if path.suffix == ".yaml":
-                read_bytes(path, MAX_METADATA)  # rosbags would read a file of any size.
+                read_bytes(path, MAX_METADATA)
+            else:
+                opened(path).close()
         self._reader = AnyReader([place], default_typestore=get_typestore(Stores.ROS2_HUMBLE))
         self._reader.open()
         self.types: dict[str, str] = {c.topic: c.msgtype for c in self._reader.connections}

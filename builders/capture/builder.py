@@ -152,12 +152,10 @@ class CaptureBuilder(DatasetBuilder):
         """A note where the user's intrinsics differ from those in a file of the recording."""
         if self._mapping.intrinsics is None or not place.is_dir():
             return []
-        given, without = (
-            recording.color_lens[0],
-            self._mapping.model_copy(update={"intrinsics": None}),
-        )
+        given = recording.color_lens[0]
+        as_stated = self._mapping.model_copy(update={"intrinsics": None})
         try:
-            lens, files = stated_lens(place, given.size, without)
+            lens, files = stated_lens(place, given.size, as_stated)
         except SourceError:
             return []
         if lens is None or np.allclose(lens.matrix, given.matrix, rtol=0.005, atol=0.5):

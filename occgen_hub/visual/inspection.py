@@ -49,11 +49,11 @@ def describe(root: Path, trajectory: str | None = None) -> Iterator[str]:
         f"from {_numbers(low)} to {_numbers(high)} m in the camera's frame (x right, y down, z "
         "forward)"
     )
-    below = grid.share_below(opened.scene_cells(), opened.world_from_camera())
-    share = _observed_share(opened)
+    cells, poses = opened.scene_cells(), opened.world_from_camera()
+    below, share = grid.share_below(cells, poses), _observed_share(opened)
     yield (
-        f"  world: up is {_up(opened)}; a frame observes {share:.0%} of its cells (5 to 40% is "
-        f"usual); {below:.0%} of the surface ahead is below the grid"
+        f"  world: up is {_up(cells, poses)}; a frame observes {share:.0%} of its cells (5 to 40% "
+        f"is usual); {below:.0%} of the surface ahead is below the grid"
     )
     yield from _origin(record)
     yield from _agreement(record)
@@ -61,11 +61,10 @@ def describe(root: Path, trajectory: str | None = None) -> Iterator[str]:
     yield from (f"  task: {task}" for task in opened.tasks())
 
 
-def _up(trajectory: Trajectory) -> str:
+def _up(cells: NDArray[np.float32], poses: NDArray[np.float64]) -> str:
     """The world axis that points up, or the vector if the world is tilted."""
-    poses = trajectory.world_from_camera()
     axis, sign = up_axis(poses)
-    up = world_up(trajectory.scene_cells(), poses)
+    up = world_up(cells, poses)
     name = f"{'-' if sign < 0 else ''}{'xyz'[axis]}"
     if (tilt := float(np.degrees(np.arccos(np.clip(sign * up[axis], -1, 1))))) < 1:
         return name

@@ -94,13 +94,17 @@ def _unit(vector: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def automatic(
-    points: NDArray[np.floating], world_from_camera: NDArray[np.float64], size: tuple[int, int]
+    points: NDArray[np.floating],
+    world_from_camera: NDArray[np.float64],
+    size: tuple[int, int],
+    heights: Heights | None = None,
 ) -> Viewpoint:
     """A viewpoint above and to one side of (n, 3) points, from which most of the path is visible.
 
-    world_from_camera: (T, 4, 4), the path; size: (width, height) of the picture.
+    world_from_camera: (T, 4, 4), the path; size: (width, height) of the picture; heights: of the
+    points, computed if None.
     """
-    heights = Heights(points, world_from_camera)
+    heights = heights or Heights(points, world_from_camera)
     up, path = heights.up, world_from_camera[:, :3, 3]
     scene = points[heights.below_ceiling(points)].astype(np.float64)
     scene = scene[:: 1 + len(scene) // _SAMPLE]

@@ -76,7 +76,7 @@ def window(trajectory: Trajectory, *, off_screen: bool = False) -> Any:
         path = pv.lines_from_points(poses[:, :3, 3].astype(np.float32))
         plotter.add_mesh(path, color=PATH, line_width=4)
     plotter.add_text("Turn with the mouse; close with Q to keep the view.", font_size=9)
-    look_from(plotter, automatic(cloud.points, poses, SIZE))
+    look_from(plotter, automatic(cloud.points, poses, SIZE, heights))
     return plotter
 
 

@@ -66,12 +66,12 @@ class WorldView:
         cloud, edge = _downsampled(trajectory.cloud(), self._voxel)
         self._occupied = _Occupied(cloud, edge, self._voxel)
         path = self._poses[:, :3, 3]
-        self.viewpoint = viewpoint or automatic(cloud.points, self._poses, size)
+        self._heights = Heights(cloud.points, self._poses)
+        self.viewpoint = viewpoint or automatic(cloud.points, self._poses, size, self._heights)
         pose = self.viewpoint.world_from_camera()
         everything = np.concatenate([cloud.points, path.astype(np.float32)])
         span = float(np.linalg.norm(everything.max(axis=0) - everything.min(axis=0)))
         self.reach = float(np.clip(0.055 * span, 0.2, 0.5))  # Length of the frustum, metres.
-        self._heights = Heights(cloud.points, self._poses)
         forward = (everything - pose[:3, 3]) @ pose[:3, 2]
         # Tubes are 1.5 pixels wide in the middle of the scene.
         drawn = (size[0] * SUPERSAMPLED, size[1] * SUPERSAMPLED)
