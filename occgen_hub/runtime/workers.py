@@ -8,6 +8,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
@@ -67,10 +68,11 @@ def build_in_workers(
                 process.start()
             running[parent_end] = _Worker(number, process)
 
-        # Signal handlers run in the main thread, so they cannot interrupt a process start here.
-        thread = threading.Thread(target=start_process)
-        thread.start()
-        thread.join()
+        # Signal handlers run in the main thread, so they cannot interrupt a process start here. An
+        # interrupted wait still ends after the start: a worker that is sent only a part of its
+        # arguments prints a traceback.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(start_process).result()
         child_end.close()
         assign(parent_end)
 
