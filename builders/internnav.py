@@ -652,7 +652,10 @@ def _column(field: pa.Field, values: pa.ChunkedArray, known: Feature | None) -> 
     # Poses and intrinsics are checked later, frame by frame, so that errors name the frame.
     column = column_of(field, values, finite=field.name not in (POSE, INTRINSIC))
     feature = column.feature
-    if known is not None and (feature.shape != known.shape or feature.dtype in ("string", "bool")):
+    if known is not None and (
+        feature.shape != known.shape
+        or (feature.dtype != known.dtype and feature.dtype in ("string", "bool"))
+    ):
         kind = f"{feature.dtype} of shape {list(feature.shape)}"
         raise ValueError(f"has {kind}, expected {known.dtype} of shape {list(known.shape)}")
     return column
