@@ -645,6 +645,8 @@ def _print_summary(
             say(f"  {_failure_text(failure)}")
         if len(summary.failures) > 20:
             say(f"  and {len(summary.failures) - 20} more.")
+        if earlier := sum((out / failure.id).exists() for failure in summary.failures):
+            say(f"Earlier versions of {earlier} of them remain in the dataset.")
     if pushed:
         say(f"On the Hub: {pushed}")
     elif summary.built and whole:
