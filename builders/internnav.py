@@ -199,7 +199,9 @@ class InternNavBuilder(DatasetBuilder):
         table = read_parquet(files.parquet)
         length = table.num_rows
         if length == 0:
-            raise SourceError(files.parquet, "has no frames", "leave this trajectory out")
+            raise SourceError(
+                files.parquet, "has no frames", "move this trajectory out of the input"
+            )
         columns, left_out = _columns(table, load_schema(self.schema).features)
         notes = [*_left_out(left_out, files), *_count_notes(files, info, columns, ref, length)]
 
@@ -248,7 +250,9 @@ class InternNavBuilder(DatasetBuilder):
         info = read_json(files.info)
         whole = read_parquet(files.parquet)
         if whole.num_rows == 0:
-            raise SourceError(files.parquet, "has no frames", "leave this trajectory out")
+            raise SourceError(
+                files.parquet, "has no frames", "move this trajectory out of the input"
+            )
         posed = vlnce.posed_rows(whole, camera, files.parquet)
         length = len(posed.rows)
         known = load_schema(self.schema).features
@@ -465,7 +469,9 @@ def _images_of_rows(found: dict[int, Path], rows: list[int], total: int) -> tupl
             raise SourceError(path.with_name(f"{stem}_{row}{path.suffix}"), "is missing", RESTORE)
     if (last := max(found)) >= total:
         problem = f"is frame {last}, but the parquet of the episode has {total} rows"
-        raise SourceError(found[last], problem, "remove it, or leave this trajectory out")
+        raise SourceError(
+            found[last], problem, "remove it, or move this trajectory out of the input"
+        )
     return tuple(found[row] for row in rows)
 
 
@@ -486,7 +492,9 @@ def _images(folder: Path, suffixes: tuple[str, ...], chosen: range) -> dict[int,
         raise SourceError(folder, "is not a folder", RESTORE) from None
     except OSError as error:
         problem = f"cannot be listed ({error.strerror})"
-        raise SourceError(folder, problem, "check its permissions, or leave it out") from error
+        raise SourceError(
+            folder, problem, "check its permissions, or move it out of the input"
+        ) from error
     numbers = found.numbers
     part = slice(bisect_left(numbers, chosen.start), bisect_left(numbers, chosen.stop))
     for number, other in found.twice.items():
@@ -652,7 +660,10 @@ def _column(field: pa.Field, values: pa.ChunkedArray, known: Feature | None) -> 
     # Poses and intrinsics are checked later, frame by frame, so that errors name the frame.
     column = column_of(field, values, finite=field.name not in (POSE, INTRINSIC))
     feature = column.feature
-    if known is not None and (feature.shape != known.shape or feature.dtype in ("string", "bool")):
+    if known is not None and (
+        feature.shape != known.shape
+        or (feature.dtype != known.dtype and feature.dtype in ("string", "bool"))
+    ):
         kind = f"{feature.dtype} of shape {list(feature.shape)}"
         raise ValueError(f"has {kind}, expected {known.dtype} of shape {list(known.shape)}")
     return column
@@ -760,7 +771,7 @@ def _frames(
             raise SourceError(
                 path.parent,
                 f"has {len(found)} images for the {length} frames of the parquet",
-                "remove those that do not belong to it or leave this trajectory out",
+                "remove those that do not belong to it, or move this trajectory out of the input",
             )
     rgb, depth, labels = (tuple(found.values()) for found in (files.rgb, files.depth, files.labels))
     return rgb, depth, labels

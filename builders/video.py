@@ -156,7 +156,7 @@ class VideoBuilder(DatasetBuilder):
             problem = (
                 f"is {width} x {height} pixels, and sides must be {_listed(SIDES, ' to ')} pixels"
             )
-            raise SourceError(sources[0], problem, "scale it, or leave it out")
+            raise SourceError(sources[0], problem, "scale it, or move it out of the input")
         return Episode(
             id=ref.id,
             length=footage.length,
@@ -254,7 +254,9 @@ def _images(folder: Path) -> list[Path]:
         _unlisted(error)
     paths = [folder / name for name in sorted(names, key=natural_key)]
     if not paths:
-        raise SourceError(folder, "no longer has images", "restore them or leave it out")
+        raise SourceError(
+            folder, "no longer has images", "restore them, or move it out of the input"
+        )
     if len(paths) > MAX_TABLE_ROWS:
         problem = f"has {len(paths)} images, more than an episode can have"
         raise SourceError(folder, problem, "split it into several folders")

@@ -101,7 +101,9 @@ def _found(folder: Path, kind: str, camera: str) -> dict[int, list[Path]]:
             raise SourceError(place, "is not a folder", RESTORE) from None
         except OSError as error:
             problem = f"cannot be listed ({error.strerror})"
-            raise SourceError(place, problem, "check its permissions, or leave it out") from error
+            raise SourceError(
+                place, problem, "check its permissions, or move it out of the input"
+            ) from error
         for number, paths in listed.items():
             found.setdefault(number, []).extend(paths)
     return found

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from occgen_hub import ColorJitter, Mirror, OccupancyDataset, OccupancyStream
+from occgen_hub.errors import OccGenError
 from occgen_hub.taxonomy import load_taxonomy
 
 SIZE, STRIDE, UNKNOWN, BINS = (160, 96), 4, 255, 48
@@ -158,13 +159,16 @@ def main() -> None:
     torch.manual_seed(0)
     accelerator = Accelerator()
     common = {"target": "scene", "voxel_stride": STRIDE}
-    still = OccupancyDataset(options.dataset, split="train", keys=("labels",), **common)
+    sized = common | {"image_size": SIZE, "keys": KEYS}
+    try:
+        still = OccupancyDataset(options.dataset, split="train", keys=("labels",), **common)
+        held_out = OccupancyDataset(options.dataset, split="validation", **sized)
+    except OccGenError as error:  # For example without a scene for validation.
+        parser.exit(error.exit_code, f"Error: {error}\n")
     n = 1 + (len(load_taxonomy(still.taxonomy).classes) if still.taxonomy else 1)
     often = frequencies(DataLoader(still, batch_size=16), n)
-    common |= {"image_size": SIZE, "keys": KEYS}
-    held_out = OccupancyDataset(options.dataset, split="validation", **common)
-    common |= {"split": "train", "augment": (Mirror(), ColorJitter()), "even": True}
-    stream = OccupancyStream(options.dataset, **common)
+    sized |= {"split": "train", "augment": (Mirror(), ColorJitter()), "even": True}
+    stream = OccupancyStream(options.dataset, **sized)
     # The stream itself splits the frames among the ranks, so the loader is not prepared.
     loader = DataLoader(stream, options.batch, num_workers=options.workers, drop_last=True)
     batches = (b for epoch in itertools.count() for b in (stream.set_epoch(epoch) or loader))

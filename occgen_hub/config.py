@@ -46,8 +46,8 @@ class Config(BaseModel):
     )
     interval: Annotated[int, Field(ge=1, le=MAX_INTERVAL)] | Literal["auto"] = Field(
         1,
-        description="use every interval-th frame; auto, for networks: skips frames where the "
-        "camera hardly moves",
+        description="reconstruct the scene from every interval-th frame; every frame gets "
+        "occupancy; auto, for networks: skips frames where the camera hardly moves",
     )
     depth_range: tuple[Positive, Positive] = Field(
         (0.1, 6.5), description="nearest and farthest depth to use"

@@ -21,11 +21,18 @@ def test_network_is_trained_and_evaluated_on_different_scenes(dataset, tmp_path)
         shutil.copytree(trajectories(dataset)[0], root / "group" / f"scene_{n}" / "run")
     write_shards(root)
     script = EXAMPLES / "train_occupancy.py"
-    assert len(script.read_text().splitlines()) < 200
-    done = subprocess.run(
-        [sys.executable, script, root, "--steps", "4", "--batch", "2", "--picture", picture],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    assert len(script.read_text().splitlines()) < 210
+
+    def run(place):
+        return subprocess.run(
+            [sys.executable, script, place, "--steps", "4", "--batch", "2", "--picture", picture],
+            capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+
+    done = run(dataset)
+    assert done.returncode == 2
+    assert re.fullmatch("Error: .*: none of its 2 episodes is selected by split .*\n", done.stderr)
+    done = run(root)
     assert done.returncode == 0, done.stderr
     rows = dict(re.findall(r"^(network|mean occupancy over 0\.5) +([\d. ]+)$", done.stdout, re.M))
     figures = {name: [float(value) for value in row.split()] for name, row in rows.items()}

@@ -590,6 +590,11 @@ def test_slurm_without_a_partition_takes_the_default(three: Path, tmp_path: Path
     assert done.returncode == 0, done.stderr
     assert "#SBATCH --array=0-0" in done.stdout
     assert "--partition" not in script_of(done.stdout)
+    end = f"When all of these tasks have ended, one more runs occgen-hub finalize {tmp_path}/out.\n"
+    assert end in done.stdout
+    shutil.make_archive(str(tmp_path / "packed/g/s"), "tar", three / "sample_zed/house_000")
+    packed = command(tmp_path / "packed", tmp_path / "out", "--executor", "slurm", "--dry-run")
+    assert "Scenes: 1, 1 to 1 a task." in occgen_hub(*packed).stdout
 
 
 def test_options_of_sbatch_are_checked() -> None:

@@ -295,7 +295,7 @@ def test_source_with_only_a_video_is_read(
     difference = episode.read_rgb(10)[:270].astype(float) - whole.read_rgb(10)
     assert np.abs(difference).mean() < 12
     assert episode.read_rgb(3).shape == (272, 480, 3)
-    with pytest.raises(OccGenError, match="the engine rgbd needs depth, poses and intrinsics"):
+    with pytest.raises(OccGenError, match=f"{TRAJECTORY}: has no depth, which the engine rgbd"):
         load_engine("rgbd").reconstruct(episode, load_config(), tmp_path)
 
 

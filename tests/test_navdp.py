@@ -133,6 +133,7 @@ def test_export_can_be_built_again(scenes, tmp_path):
     export_navdp(scenes / "out", tmp_path / "navdp")
     again = library.build("internnav", tmp_path / "navdp", tmp_path / "again", config=COARSE)
     assert not again.failures
+    assert again.notes.keys() <= {"task json"}  # The text columns `episode` and `scene` are known.
     for path in trajectories(scenes / "out"):
         other = tmp_path / "again" / path.relative_to(scenes / "out")
         for file in path.rglob("observation.occ.*/*.npz"):

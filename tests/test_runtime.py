@@ -740,10 +740,13 @@ def test_second_build_of_the_same_output_is_refused(
 
 
 def test_failed_overwrite_keeps_the_old_trajectory(
-    source_copy: Path, out: Path, expected: Tree
+    source_copy: Path, out: Path, expected: Tree, command: Command
 ) -> None:
     (source_copy / SECOND / DEPTH / "1.png").write_bytes(b"")
-    assert counts(build(source_copy, out, overwrite=True)) == (2, 0, 1)
+    code, output, _ = command(source_copy, out, "--overwrite")
+    assert code == 1
+    assert "2 built, 0 already there, 1 failed of 3 episodes" in output
+    assert "\nEarlier versions of 1 of them remain in the dataset.\n" in output
     (out / "failures.jsonl").unlink()
     assert tree(out) == expected
 

@@ -179,11 +179,19 @@ CLUSTER_OPTIONS = {
     "all machines.  [default: 300]",
 )  # fmt: skip
 @click.option("--private", is_flag=True, help="With --push-to: create the dataset as private.")
-@click.option("--dry-run", is_flag=True, help="Only print what would be built and where.")
 @click.option(
-    "--verbose", is_flag=True, help="With --dry-run: list every episode, not only totals."
-)
-@click.option("--tasks", type=click.IntRange(1), help="Cluster: number of shards.")
+    "--dry-run", is_flag=True,
+    help="Only print what would be built and where; on a cluster, also the tasks.",
+)  # fmt: skip
+@click.option(
+    "--verbose", is_flag=True,
+    help="With --dry-run: list every episode. Without it, more than 20 are counted by folder.",
+)  # fmt: skip
+@click.option(
+    "--tasks", type=click.IntRange(1),
+    help="Cluster: number of shards.  [default: one for each 8 episodes, or scenes for archives "
+    "and on the Hub; at most 1000]",
+)  # fmt: skip
 @click.option("--cpus-per-task", type=click.IntRange(1), help="Cluster: cores.  [default: 4]")
 @click.option(
     "--gpus-per-task", type=click.IntRange(0),
@@ -210,7 +218,8 @@ def build(
     """Build an occupancy dataset from a source.
 
     Up-to-date episodes are skipped, so starting an interrupted build again resumes it. Exit codes:
-    0 if everything was built, 1 if episodes failed, 2 for wrong usage.
+    0 if everything was built, 1 if episodes failed, 2 for wrong usage, 130 after Ctrl-C, 143 after
+    SIGTERM.
     """
     from occgen_hub.runtime import threads
     from occgen_hub.runtime.ranks import launched
@@ -380,6 +389,8 @@ def _dry_run(
         click.echo(tasks)
         if executor == "slurm" and tasks.todo:
             click.echo(f"The batch script:\n\n{cluster.batch_script(tasks, running)}")
+            place = shlex.quote(str(job.out))
+            say(f"When all of these tasks have ended, one more runs occgen-hub finalize {place}.")
     units = "scenes" if any(isinstance(ref, SceneRef) for ref in refs) else "episodes"
     say(f"{len(todo)} of {len(refs)} {units} would be built into {job.out}; nothing was done.")
     return 0
@@ -634,6 +645,8 @@ def _print_summary(
             say(f"  {_failure_text(failure)}")
         if len(summary.failures) > 20:
             say(f"  and {len(summary.failures) - 20} more.")
+        if earlier := sum((out / failure.id).exists() for failure in summary.failures):
+            say(f"Earlier versions of {earlier} of them remain in the dataset.")
     if pushed:
         say(f"On the Hub: {pushed}")
     elif summary.built and whole:

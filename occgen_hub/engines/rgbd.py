@@ -32,9 +32,11 @@ class SensorDepth(Engine):
             episode.intrinsics,
         )
         if read_depth is None or poses is None or intrinsics is None:
+            needed = {"depth": read_depth, "poses": poses, "intrinsics": intrinsics}
+            missing = [name for name, value in needed.items() if value is None]
             raise OccGenError(
-                f"{episode.id}: the engine rgbd needs depth, poses and intrinsics, which this "
-                "source does not have; choose another with --engine."
+                f"{episode.id}: has no {' and no '.join(missing)}, which the engine rgbd needs; "
+                "restore the missing files, or choose another engine with --engine."
             )
 
         step = 1 if config.interval == "auto" else config.interval

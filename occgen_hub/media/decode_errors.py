@@ -9,8 +9,8 @@ from occgen_hub.errors import SourceError, shorten_message
 MAX_PIXELS = 1 << 26
 """64 megapixels, more than any camera's frame has, and little enough for memory."""
 
-RESTORE = "restore it from the source or leave this trajectory out"
-REENCODE = "re-encode it, which skips damaged parts, or leave this trajectory out"
+RESTORE = "restore it from the source, or move this trajectory out of the input"
+REENCODE = "re-encode it, which skips damaged parts, or move this trajectory out of the input"
 
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError)
 """The exceptions that Pillow raises for a damaged file."""

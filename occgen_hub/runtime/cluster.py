@@ -29,12 +29,15 @@ from occgen_hub.runtime.lock import LOGS, output_lock
 from occgen_hub.runtime.records import Plan, join_build, make_plan, record_present
 from occgen_hub.runtime.results import Summary
 from occgen_hub.runtime.shard import Shard
+from occgen_hub.scenes import SceneRef
 
 if TYPE_CHECKING:
     from datatrove.executor.base import PipelineExecutor
     from datatrove.executor.slurm import SlurmPipelineExecutor
 
 EPISODES_PER_TASK = 8
+"""For archives and on the Hub, scenes."""
+
 MAX_TASKS = 1000
 """The limit that most clusters set for the size of a Slurm array."""
 
@@ -55,8 +58,10 @@ class Tasks:
 
     def __str__(self) -> str:
         counts = [len(shard) for shard in self.plan.shards]
+        fetched = any(isinstance(ref, SceneRef) for ref in self.job.refs)
+        units = "Scenes" if fetched else "Episodes"
         return (
-            f"Tasks: {len(counts)}, {len(self.todo)} of them with something to do. Episodes: "
+            f"Tasks: {len(counts)}, {len(self.todo)} of them with something to do. {units}: "
             f"{sum(counts)}, {min(counts)} to {max(counts)} a task.\nLogs: {self.folder}"
         )
 
@@ -64,8 +69,9 @@ class Tasks:
 def make_tasks(job: Job, executor: str, count: int | None = None) -> Tasks:
     """Distribute the episodes of a job over tasks, and find the tasks that are not complete.
 
-    executor: "datatrove", "slurm" or "ray"; count: the number of tasks, by default one for each 8
-    episodes. Raises UsageError if datatrove or Ray is not installed.
+    executor: "datatrove", "slurm" or "ray"; count: the number of tasks, by default one for each
+    EPISODES_PER_TASK episodes, at most MAX_TASKS. Raises UsageError if datatrove or Ray is not
+    installed.
     """
     for library in ("datatrove", "ray"):
         if library in ("datatrove", executor) and find_spec(library) is None:

@@ -34,7 +34,10 @@ class SceneResult:
 
 @dataclass
 class Process:
-    """The work of one process. device: where networks ran; peak_memory: bytes."""
+    """The work of one run of a shard, with its workers.
+
+    device: where networks ran; peak_memory: of its largest process, in bytes.
+    """
 
     host: str
     device: str
