@@ -124,6 +124,12 @@ class InternNavBuilder(DatasetBuilder):
 
     name = "internnav"
     takes_archives = True
+    about = (
+        "The source `internnav` reads "
+        "[InternData-N1](https://huggingface.co/datasets/InternRobotics/InternData-N1) and "
+        "recordings in its layouts. The card of InternData-N1 states its licence. Its scenes come "
+        "from other datasets, such as Matterport3D, which have licences of their own."
+    )
 
     def episodes(self) -> Iterator[EpisodeRef]:
         """Every trajectory folder, or every episode of a scene's folder, sorted."""

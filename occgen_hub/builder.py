@@ -81,7 +81,8 @@ class DatasetBuilder(ABC):
     intrinsics, None for the source's default; license: of the recording, by the Hub's name, None if
     not stated; maps: the attributes of `CameraMapping` that a user may set, in `cameras`;
     several_cameras: whether there may be more than one camera; takes_repository: whether `root` may
-    be a LeRobot dataset on the Hub; media: the default of `--media`.
+    be a LeRobot dataset on the Hub; media: the default of `--media`; about: for the dataset's card,
+    in Markdown: where the recordings come from, and where their licences are.
     """
 
     name: ClassVar[str]
@@ -95,6 +96,7 @@ class DatasetBuilder(ABC):
     takes_archives: ClassVar[bool] = False
     takes_repository: ClassVar[bool] = False
     media: ClassVar[Media] = "copy"
+    about: ClassVar[str] = ""
     hfov: float | None = None
     license: str | None = None
 

@@ -35,6 +35,7 @@ from occgen_hub.index import INDEX, OPTIONAL, Entry, entries, parts, read_part
 from occgen_hub.index import SCHEMA as INDEX_SCHEMA
 from occgen_hub.lerobot.export_check import RECORD
 from occgen_hub.loading import NOT_BUILT, SCHEMA, Trajectory
+from occgen_hub.plugins import load_plugin
 from occgen_hub.quality import Quality
 from occgen_hub.scene_states import COLUMNS as STATE_COLUMNS
 from occgen_hub.scene_states import FOLDER as STATES
@@ -48,7 +49,7 @@ PICTURE = "preview.png"
 MARK = "<!-- Written by occgen-hub; take this line out to keep a card of your own. -->"
 """This line marks a card that we wrote and may replace."""
 
-TAGS = ["LeRobot", "occupancy", "4d-occupancy", "voxels", "depth", "navigation", "occgen-hub"]
+TAGS = ["occupancy", "4d-occupancy", "voxels", "depth", "navigation", "occgen-hub"]
 SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B")
 NON_COMMERCIAL = re.compile(r"cc-by-nc(-sa|-nd)?-\d\.\d")
 """Licences of weights, by the Hub's names, that also apply to results made with the weights."""
@@ -105,11 +106,12 @@ def write_card(root: Path, shown: Path | None = None) -> Path:
     schema = load_schema(SCHEMA)
     picture = _picture(root / PICTURE, shown or root / facts.first)
     paragraphs = (
-        _front_matter(facts, _configs(facts, schema)),
+        _front_matter(facts, _configs(facts, schema), lerobot=not facts.packed),
         *_introduction(facts, picture=picture, layout=_PACKED if facts.packed else _TRAJECTORIES),
         *_splits(facts),
-        *(_packed_examples() if facts.packed else _examples(facts, schema)),
+        *(_packed_examples(facts) if facts.packed else _examples(facts, schema)),
         *(() if facts.packed else (*_columns(facts.features), *_partial(facts))),
+        *_media(facts, schema),
         *_grids(facts),
         *_classes(facts),
         *_quality(facts),
@@ -132,12 +134,12 @@ def write_export_card(
     """
     schema = load_schema(SCHEMA)
     configs = [_config("default", "data/*/*.parquet"), _config(FOLDER, f"{FOLDER}/*/*.parquet")]
-    configs = _without_labels(facts, configs)
+    configs = _without_labels(facts, [*configs, _config(INDEX, f"{INDEX}/*.parquet")])
     shown = {name: Feature.model_validate(_plain(feature)) for name, feature in features.items()}
     parts = (
-        _front_matter(facts, configs),
+        _front_matter(facts, configs, lerobot=True),
         *_introduction(facts, picture=(out / PICTURE).is_file(), layout=_ONE_DATASET),
-        *_export_examples(schema),
+        *_export_examples(facts, schema, features),
         *_columns(shown),
         *(f"In the export, {remark}.\n" for remark in remarks),
         *_grids(facts),
@@ -157,7 +159,7 @@ def write_frames_card(out: Path, facts: Facts, layout: str, remarks: Iterable[st
     Returns the card's path. Raises OSError.
     """
     parts = (
-        _front_matter(facts, []),
+        _front_matter(facts, [], lerobot=False),
         *_introduction(facts, picture=False, layout=_FRAME_FILES),
         "## Contents\n",
         layout,
@@ -271,26 +273,33 @@ def _drawn_from(place: Path) -> str | None:
 
 # The text
 
+_OBSERVED = (
+    "the occupied cells that the camera sees, all the free and occupied cells that it observed, "
+    "its pose and its intrinsics"
+)
 _TRAJECTORIES = (
-    "; for every trajectory the occupied cells and the cloud of the whole scene. Each trajectory, "
-    "`<group>/<scene>/<trajectory>/`, is a LeRobot v2.1 dataset by itself."
+    f"{_OBSERVED}; for every trajectory the occupied cells and the cloud of the whole scene. Each "
+    "trajectory, `<group>/<scene>/<trajectory>/`, is a LeRobot v2.1 dataset by itself."
 )
 _FRAME_FILES = (
-    ". Each frame has the states of the scene's cells around the camera: occupied, free or "
-    "unknown, including hidden cells."
+    "its image, pose and intrinsics, and the states of the scene's cells around the camera: "
+    "occupied, free or unknown, including hidden cells."
 )
 _PACKED = (
-    ", its image, depth and task. The Parquet files `occupancy/*/*.parquet` have a row per frame. "
-    "Each file belongs to one scene."
+    f"{_OBSERVED}, its image, depth and task. The Parquet files `occupancy/*/*.parquet` have a row "
+    "per frame. Each file belongs to one scene."
 )
 _ONE_DATASET = (
-    ". Together, the trajectories are one LeRobot v3.0 dataset with an episode for each. The "
-    "occupancy is stored beside it."
+    f"{_OBSERVED}. Together, the trajectories are one LeRobot v3.0 dataset with an episode for "
+    "each. The occupancy is stored beside it."
 )
 
 
-def _front_matter(facts: Facts, configs: list[dict[str, Any]]) -> str:
-    """The metadata for the Hub: licence, tags, and the files of each `load_dataset` config."""
+def _front_matter(facts: Facts, configs: list[dict[str, Any]], *, lerobot: bool) -> str:
+    """The metadata for the Hub: licence, tags, and the files of each `load_dataset` config.
+
+    lerobot: whether LeRobot can read the files.
+    """
     bound = sorted({licence for _, licence in facts.licences if NON_COMMERCIAL.fullmatch(licence)})
     licence: dict[str, Any] = {"license": "other", "license_name": "that-of-the-source"}
     known = {licence for licence in facts.source_licences if licence}
@@ -303,7 +312,7 @@ def _front_matter(facts: Facts, configs: list[dict[str, Any]]) -> str:
         **licence,
         "pretty_name": "4D occupancy, built by OccGen Hub",
         "task_categories": ["robotics"],
-        "tags": TAGS,
+        "tags": ["LeRobot", *TAGS] if lerobot else TAGS,
         "size_categories": [SIZES[size]],
         "configs": configs,
     }
@@ -350,9 +359,7 @@ def _introduction(facts: Facts, *, picture: bool, layout: str = _TRAJECTORIES) -
     yield "# 4D occupancy\n"
     yield (
         f"{_plural(facts.frames, 'frame')} of {_plural(facts.trajectories, 'trajectory')} in "
-        f"{_plural(len(facts.scenes), 'scene')}. For every frame: the occupied cells that the "
-        "camera sees, all the free and occupied cells that it observed, its pose and its "
-        f"intrinsics{layout}\n"
+        f"{_plural(len(facts.scenes), 'scene')}. For every frame: {layout}\n"
     )
     if picture:
         yield f"![A frame: image, depth, visible occupied cells, scene from above]({PICTURE})\n"
@@ -371,11 +378,12 @@ def _splits(facts: Facts) -> Iterator[str]:
     )
 
 
-def _packed_examples() -> Iterator[str]:
+def _packed_examples(facts: Facts) -> Iterator[str]:
     """The examples for a dataset that has only shards."""
     yield "## Load it\n"
     yield "`DATASET` stands for this dataset's name on the Hub, or for its folder.\n"
     yield from _occupancy_examples()
+    yield from _split_example(facts, "rows")
 
 
 def _examples(facts: Facts, schema: Schema) -> Iterator[str]:
@@ -390,12 +398,14 @@ frames = load_dataset("DATASET", split="train").with_format("numpy")
 world_from_camera = frames[0]["{schema.poses}"]  # (4, 4), OpenCV axes, metres
 K = frames[0]["{schema.intrinsics}"]  # (3, 3), pixels
 """)
+    yield from _split_example(facts, "frames")
     first = facts.first
     if facts.occupancy:
         yield from _occupancy_examples()
     yield (
-        "LeRobot: `occgen-hub export DATASET lerobot` writes one LeRobot v3.0 dataset with "
-        "images, depth, tasks and occupancy. LeRobot up to 0.3 can read a trajectory directly: "
+        "LeRobot: `occgen-hub export DATASET lerobot` writes one LeRobot v3.0 dataset with tasks, "
+        "occupancy and, if all trajectories have them, images and depth. LeRobot up to 0.3 can "
+        "read a trajectory directly: "
         f"`LeRobotDataset(NAME, root={dump_json(f'DATASET/{printable(first)}')}, episodes=[0])`.\n"
     )
     yield "The files of one trajectory, from the dataset's folder:\n"
@@ -444,16 +454,39 @@ item = dataset[0]
 """)
 
 
-def _export_examples(schema: Schema) -> Iterator[str]:
+def _split_example(facts: Facts, name: str) -> Iterator[str]:
+    """How to leave out the validation scenes, if there are any. name: of the variable to filter."""
+    if "validation" in facts.splits:
+        yield (
+            f"`{name}` has all scenes, because the split `train` of `load_dataset` has all files. "
+            '`OccupancyDataset("DATASET", split="train")` leaves out the validation scenes. The '
+            "same with the column `split` of the index:\n"
+        )
+        yield _python(f"""\
+index = load_dataset("DATASET", "index", split="train")
+training = {{row["scene"] for row in index if row["split"] == "train"}}
+{name} = {name}.filter(lambda scene: scene in training, input_columns="scene")
+""")
+
+
+def _export_examples(
+    facts: Facts, schema: Schema, features: dict[str, dict[str, Any]]
+) -> Iterator[str]:
     yield "## Load it\n"
     yield "`DATASET` stands for this dataset's name on the Hub.\n"
-    yield "With LeRobot, including images and tasks:\n"
+    rgb, depth = schema.folder("rgb") in features, schema.folder("depth") in features
+    listed = ", ".join(["images"] * rgb + ["depth"] * depth + ["tasks", "poses", "intrinsics"])
+    yield f"With LeRobot ({listed}):\n"
+    unit = ', depth_output_unit="m"' * depth
+    shown = f"""\
+depth = frames[0]["{schema.folder("depth")}"]  # (1, H, W), metres; by default millimetres
+"""
     yield _python(f"""\
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-frames = LeRobotDataset("DATASET")
-world_from_camera = frames[0]["{schema.poses}"]  # (4, 4), OpenCV axes, metres
-""")
+frames = LeRobotDataset("DATASET"{unit})
+world_from_camera = frames[0]["{schema.poses}"].view(4, 4)  # OpenCV axes, metres
+{shown * depth}""")
     yield "With the occupancy in its items (needs OccGen Hub):\n"
     yield _python(f"""\
 from occgen_hub import LeRobotOccupancyDataset
@@ -463,6 +496,7 @@ occupied = frames[0]["{schema.folder("visible")}"]  # (nx, ny, nz) bool
 observed = frames[0]["{schema.folder("observed")}"]  # (nx, ny, nz) bool
 """)
     yield from _occupancy_examples()
+    yield from _split_example(facts, "rows")
 
 
 def _columns(features: dict[str, Feature]) -> Iterator[str]:
@@ -489,6 +523,29 @@ def _partial(facts: Facts) -> Iterator[str]:
             f"{', '.join(map(_code, sorted(facts.partial)))}.\n"
         )
     yield "`task_index` refers to `meta/tasks.jsonl` of the row's own trajectory.\n"
+
+
+def _media(facts: Facts, schema: Schema) -> Iterator[str]:
+    """Where images and depth are, and their unit."""
+    unit = f"{schema.depth_units_per_metre:,} units per metre along the optical axis, 0 for none"
+    columns = (
+        "`image` (JPEG), `depth` (16-bit PNG) and `task` (the instruction); "
+        f'`np.asarray(row["depth"]) / {schema.depth_units_per_metre}` is in metres'
+    )
+    if facts.packed:
+        yield f"Each row also has {columns}. Depth has {unit}.\n"
+        return
+    rgb, depth = (
+        schema.files[key].path.format(chunk=schema.chunk, frame="N") for key in ("rgb", "depth")
+    )
+    yield (
+        f"The image of frame N is `{rgb}` in the folder of its trajectory, its depth `{depth}`: 16 "
+        f"bits, {unit}. A dataset built with `--media none` has neither.\n"
+    )
+    if facts.occupancy:
+        yield (
+            f"A dataset built with `--parquet-images` has more columns in `{FOLDER}`: {columns}.\n"
+        )
 
 
 def _grids(facts: Facts) -> Iterator[str]:
@@ -562,8 +619,9 @@ def _origin(facts: Facts, records: str) -> Iterator[str]:
     if None in facts.source_licences:
         yield (
             f"{'Other parts keep' if known else 'The recorded data keeps'} the licence of the "
-            "source; please look it up there."
+            "source; please look it up where the recordings come from."
         )
+    yield from _about(facts)
     from occgen_hub.engines.weights import COMMERCIAL  # Engines are slow to import.
 
     yield "OccGen Hub itself adds no conditions."
@@ -577,6 +635,26 @@ def _origin(facts: Facts, records: str) -> Iterator[str]:
             f"\nThe occupancy was reconstructed by {phrase}{forbids}. The same applies to this "
             "dataset."
         )
+    yield "\n## Citation\n"
+    yield "Please cite the source of the recordings, and OccGen Hub:\n"
+    plain = values["version"].replace("`", "")
+    yield f"""\
+```bibtex
+@software{{occgen_hub,
+  title   = {{OccGen Hub: 4D occupancy datasets from robot recordings}},
+  version = {{{plain}}},
+  year    = {{2026}},
+  license = {{Apache-2.0}}
+}}
+```"""
+
+
+def _about(facts: Facts) -> Iterator[str]:
+    """What the sources say about their recordings. Sources that are not installed are skipped."""
+    for name in sorted(json.loads(value) for value in facts.records.get("source", ())):
+        with suppress(UsageError):
+            if about := getattr(load_plugin("source", name)[0], "about", ""):
+                yield str(about)
 
 
 def _python(code: str) -> str:

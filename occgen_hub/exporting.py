@@ -336,6 +336,8 @@ def _all_have(
         lacking = found[have.index(False)].path
         missing = f"{have.count(False)} of {len(have)} trajectories have none"
         remarks.append(f"{what} is left out: {missing}, for example {lacking}")
+    elif not any(have):
+        remarks.append(f"{what} is left out: the trajectories have none")
     return all(have)
 
 

@@ -64,6 +64,7 @@ class FrameExport(ABC):
         self.folder = folder
         self.empty = self.without_depth = self.tilted = 0
         self.taxonomies: Counter[str | None] = Counter()
+        self.splits: Counter[str] = Counter()
 
     def add(self, episode: str, trajectory: Trajectory, progress: Progress) -> None:
         """Write the frames of a trajectory. Raises UsageError if it has no images."""
@@ -80,6 +81,7 @@ class FrameExport(ABC):
             if arrays is None:
                 self.empty += 1
                 continue
+            self.splits[split(episode.rpartition("/")[0])] += 1
             self._write(frame, arrays, image)
             if depth:
                 metres = trajectory.depth(frame.number)
@@ -98,6 +100,12 @@ class FrameExport(ABC):
                 f"classes of the taxonomy {', '.join(names)} became those of OccScanNet, 1 to 11, "
                 f"as OccGen Hub assigns them; occupied cells without a class are {self.UNLABELLED}"
             )
+        for name in ("train", "validation"):
+            if not self.splits[name]:
+                remarks.append(
+                    f"no scene is in the split {name}, which depends on the scenes' names, so its "
+                    "lists are empty"
+                )
         if self.empty:
             remarks.append(f"{self.empty} frames without an occupied cell are left out")
         if self.tilted:

@@ -48,6 +48,8 @@ REBUILD = "remove this trajectory's folder and build it again"
 NOT_BUILT = "give a folder written by occgen-hub build; if it is one, run the build again"
 EXPORT = "meta/occgen_export.json"
 """The record of an export, see `lerobot.export_check`."""
+NAVDP = "meta/occgen_navdp.json"
+"""This file marks a folder as part of a NavDP export, see `navdp`."""
 
 MAX_ARRAY_BYTES = 1 << 31
 CHUNK = 1 << 22
@@ -76,6 +78,11 @@ def trajectories(root: Path) -> list[Path]:
     return found
 
 
+def is_navdp_export(found: list[Path]) -> bool:
+    """Whether the folders that `trajectories` found are those of a NavDP export."""
+    return bool(found) and all((path / NAVDP).is_file() for path in found)
+
+
 def _unlisted(error: OSError) -> None:
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         problem, remedy = (
@@ -93,14 +100,14 @@ def built(root: Path) -> list[Path]:
     found, mark = trajectories(root), load_schema(SCHEMA).path("record")
     if any((path / mark).exists() for path in found):
         return found
+    if (root / EXPORT).exists() or is_navdp_export(found):
+        raise UsageError(f"{root}: is an export; give the dataset that it was made from.")
     if found:
         raise UsageError(
             f"{root}: has trajectories, but none with the {mark} that a build writes; give the "
             f"folder that occgen-hub build --input {shlex.quote(str(root))} wrote or, if this is "
             "it, run the build again."
         )
-    if (root / EXPORT).exists():
-        raise UsageError(f"{root}: is an export; give the dataset that it was made from.")
     problem = "has no trajectories" if root.is_dir() else "is not a folder"
     raise UsageError(f"{root}: {problem}; give the folder that occgen-hub build wrote.")
 

@@ -19,7 +19,7 @@ from occgen_hub.exporting import check_places, frame_counter, staging_folder
 from occgen_hub.files import LINK_OUT, PUT_FILE, dump_json, links_leaving_folder, printable, sha256
 from occgen_hub.geometry.cloud import Cloud
 from occgen_hub.geometry.ply import read_ply, write_ply
-from occgen_hub.loading import Trajectory, built
+from occgen_hub.loading import NAVDP, Trajectory, built
 from occgen_hub.media import encode_jpeg
 
 NavLayout = Literal["scenes", "trajectories"]
@@ -35,9 +35,6 @@ MATRICES = {
 OBSTACLE = np.array([0.0, 0.0, 0.5])
 NEAR = 0.05
 """The colour of obstacles in a scene's cloud, 0 to 1, and the tolerance (sum of differences)."""
-
-MARK = "meta/occgen_navdp.json"
-"""This file marks a folder as part of a NavDP export, which may be replaced."""
 
 CHUNK = "chunk-000"
 RGB, DEPTH = "observation.images.rgb", "observation.images.depth"
@@ -90,7 +87,7 @@ def export_navdp(
 def _is_navdp_export(out: Path) -> bool:
     """Whether a folder is a NavDP export and has nothing else in it."""
     places = [place for place in out.glob("*/*") if place.is_dir()]
-    marked = all(any(p.glob(MARK)) or any(p.glob(f"*/{MARK}")) for p in places)
+    marked = all(any(p.glob(NAVDP)) or any(p.glob(f"*/{NAVDP}")) for p in places)
     files = any(path.is_file() for path in (*out.iterdir(), *out.glob("*/*")))
     return bool(places) and marked and not files
 
@@ -260,7 +257,7 @@ def _write_mark(folder: Path, members: list[Trajectory]) -> None:
         {"episode": printable("/".join(member.path.parts[-3:])), "length": member.table().num_rows}
         for member in members
     ]
-    _write(folder / MARK, [{"format": "navdp", "episodes": episodes}], indent=1)
+    _write(folder / NAVDP, [{"format": "navdp", "episodes": episodes}], indent=1)
 
 
 def _write(path: Path, rows: list[dict[str, Any]], indent: int | None = None) -> None:

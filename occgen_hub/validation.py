@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -29,7 +30,14 @@ from occgen_hub.geometry.ply import check_ply, read_ply
 from occgen_hub.geometry.poses import RIGID, rigidity_error
 from occgen_hub.index import read_index
 from occgen_hub.lerobot.export_check import check_export, exported, lengths
-from occgen_hub.loading import REBUILD, NpzArray, Trajectory, npz_array, trajectories
+from occgen_hub.loading import (
+    REBUILD,
+    NpzArray,
+    Trajectory,
+    is_navdp_export,
+    npz_array,
+    trajectories,
+)
 from occgen_hub.media import read_depth, read_rgb, video_facts
 from occgen_hub.occupancy.codec import unpack
 from occgen_hub.occupancy.grid import Grid
@@ -114,6 +122,12 @@ def validate(
         found = trajectories(root)
     except SourceError as error:
         findings.append(Finding(error.path, error.problem, error.remedy))
+    if is_navdp_export(found):
+        problem = "is an export for NavDP, which has no record to check"
+        upload = f"hf upload ORG/NAME {shlex.quote(str(root))} navdp --repo-type dataset"
+        remedy = f"give the dataset that it was made from, or upload the export with {upload}"
+        findings.append(Finding(str(root), problem, remedy))
+        found = []
     packed = [row for row in _lengths_in_shards(root) if not found]
     if not found and not findings and not packed:
         problem = "has no trajectories" if root.is_dir() else "is not a folder"

@@ -135,6 +135,33 @@ def test_card_examples_run(dataset):
     np.testing.assert_array_equal(ours["item"]["occupancy"].numpy(), streamed["occupied"])
 
 
+def test_card_filters_the_training_scenes(mine):
+    """The index of the copy says that its scene is in the split "validation"."""
+    assert "leaves out the validation scenes" not in (mine / "README.md").read_text()
+    for path in (mine / "index").iterdir():
+        table = pq.read_table(path)
+        at = table.column_names.index("split")
+        split = pa.array(["validation"] * table.num_rows)
+        pq.write_table(table.set_column(at, "split", split), path)
+    text = write_card(mine).read_text()
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec("".join(examples[:2]).replace('"DATASET', f'"{mine}'), names)
+    assert len(names["frames"]) == 0
+
+
+def test_card_states_where_images_are_and_the_unit_of_depth(dataset, mine):
+    text = (dataset / "README.md").read_text()
+    place = "videos/chunk-000/observation.images.depth"
+    assert f"its depth `{place}/N.png`: 16 bits, 10,000 units per metre" in text
+    assert (trajectories(dataset)[0] / place / "0.png").is_file()
+    assert "`--parquet-images` has more columns in `occupancy`: `image` (JPEG), `depth`" in text
+    assert "InternRobotics/InternData-N1) and recordings in its layouts" in text
+    assert "  version = {0.2.0},\n" in text
+    change_record(mine, {"source": {"builder": "missing"}})
+    assert "from the source `internnav`, `missing`" in write_card(mine).read_text()
+
+
 def test_frames_name_their_episode_and_scene(dataset):
     from datasets import Array2D, load_dataset
 

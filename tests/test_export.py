@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -234,9 +235,15 @@ def test_wrapper_adds_the_occupancy_of_each_frame(built, exported):
         assert torch.equal(item[MASK], expected["mask"])
         assert torch.equal(item[POSE].view(4, 4), expected["pose"])
     sparse = with_occupancy(
-        exported, occupancy=(VIEW,), dense=False, delta_timestamps={VIEW: [-0.1, 0]}
+        exported,
+        occupancy=(VIEW,),
+        dense=False,
+        delta_timestamps={VIEW: [-0.1, 0]},
+        depth_output_unit="m",
     )
     item = sparse[1]
+    expected = 1000 * item[DEPTH]
+    torch.testing.assert_close(frames[1][DEPTH].float(), expected, atol=READ_STEP_MM, rtol=0)
     assert MASK not in item
     for d in (0, 1):
         cells = item[VIEW][item[VIEW][:, 0] == d][:, 1:]
@@ -340,19 +347,21 @@ def test_statistics_cover_all_frames(built, exported):
     assert 0.5 * deepest < stats[DEPTH]["max"][0][0][0] <= DEPTH_MAX
 
 
-def test_card_has_a_picture_and_its_examples_run(exported, monkeypatch):
+def test_card_has_a_picture_and_its_examples_run(built, exported):
     text = (exported / "README.md").read_text()
     assert "](preview.png)" in text
     examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(examples) == 4
     for code in examples:
-        local = code.replace('Dataset("DATASET")', f'Dataset("local/rooms", root="{exported}")')
-        exec(
-            local.replace('OccupancyDataset("DATASET"', f'OccupancyDataset("{exported}"').replace(
-                'load_dataset("DATASET"', f'load_dataset("{exported}"'
-            ),
-            {},
-        )
+        names: dict[str, Any] = {}
+        local = f'("local/rooms", root="{exported}"'
+        for kind in ("LeRobotDataset", "LeRobotOccupancyDataset"):
+            code = code.replace(f'{kind}("DATASET"', kind + local)
+        exec(code.replace('"DATASET"', f'"{exported}"'), names)
+        if "depth = " in code:
+            assert names["world_from_camera"].shape == (4, 4)
+            true = opened(built)[0].depth(0).max()
+            assert names["depth"].max().item() == pytest.approx(true, abs=0.01)
 
 
 # Refused and omitted content
@@ -395,7 +404,10 @@ def test_dataset_without_media_exports_tables_and_occupancy(tmp_path):
     builder = load_builder("internnav", tmp_path / "tree")
     how = Settings(load_config(None, ("voxel_size=0.1",)), media="none")
     build_dataset(Job(builder, list_episodes(builder), tmp_path / "built", how))
-    export(tmp_path / "built", tmp_path / "out")
+    assert export(tmp_path / "built", tmp_path / "out") == [
+        f"{what} is left out: the trajectories have none" for what in ("RGB", "depth")
+    ]
+    assert "With LeRobot (tasks, poses, intrinsics):" in (tmp_path / "out/README.md").read_text()
     item = with_occupancy(tmp_path / "out")[0]
     assert {RGB, DEPTH} & set(item) == set()
     assert item[VIEW].any()
@@ -741,6 +753,7 @@ def test_occupancy_of_other_frames_is_refused(built, mine, tmp_path):
 SCHEDULING_PROBE = """
 import os, sys, threading, time
 from pathlib import Path
+from typing import Any
 from occgen_hub.exporting import export
 
 seen, done = set(), threading.Event()

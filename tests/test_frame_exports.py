@@ -259,6 +259,9 @@ def test_trajectory_without_images_and_video_is_refused(scenes, tmp_path):
     root = shutil.copytree(scenes, tmp_path / "root")
     shutil.rmtree(trajectories(root)[1] / "videos/chunk-000/observation.images.rgb")
     export(root, tmp_path / "video", to="occ3d")  # From the video.
+    shutil.copytree(root / "group/scene_16", tmp_path / "train/group/scene_16")
+    remarks = export(tmp_path / "train", tmp_path / "train_occ3d", to="occ3d")
+    assert [r[:36] for r in remarks if "split" in r] == ["no scene is in the split validation,"]
     shutil.rmtree(trajectories(root)[1] / "videos/chunk-000/observation.video.trajectory")
     with pytest.raises(UsageError, match="has no images"):
         export(root, tmp_path / "out", to="occ3d")
@@ -271,7 +274,10 @@ def test_exports_are_validated_and_pushed_like_others(form, request, tmp_path):
     report = validate(out)
     assert report.valid
     assert (report.trajectories, report.frames) == (2, 7)
-    assert "one class" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "one class" in card
+    assert "For every frame: its image, pose and intrinsics, and the states of the scene" in card
+    assert "LeRobot" not in card
     assert "meta/occgen_export.json" in contents(out)
     path = next(out.glob("*/*/*.jpg" if form == "occ3d" else "gathered_data/*/*.pkl"))
     path.write_bytes(b"")

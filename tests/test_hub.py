@@ -277,13 +277,13 @@ def test_push_warns_about_an_incomplete_dataset(runner, folder):
 def test_dry_run_lists_the_files_and_sends_nothing(hub, runner, folder):
     short = runner.push(folder, "--dry-run", HF_TOKEN="")
     assert re.search(
-        r"^ +[\d,]+ +2 files  sample_zed/.*observation.images.rgb$", short.stdout, re.M
+        r"^ +[\d,]+ bytes +2 files  sample_zed/.*observation.images.rgb$", short.stdout, re.M
     )
     assert len(short.stdout.splitlines()) <= MOST_LINES + 3
     result = runner.push(folder, "--dry-run", "--verbose", HF_TOKEN="")
     assert result.returncode == 0, result.stderr
     *lines, total = result.stdout.splitlines()
-    sizes = {path: int(size.replace(",", "")) for size, path in (line.split() for line in lines)}
+    sizes = {path: int(size.replace(",", "")) for size, _, path in (line.split() for line in lines)}
     assert sizes == contents(folder)
     assert f"{len(sizes)} files of {sum(sizes.values()):,} bytes would be pushed to {REPO}" in total
     assert not hub.asked

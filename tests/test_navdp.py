@@ -15,7 +15,7 @@ from PIL import Image
 import occgen_hub as library
 from occgen_hub import cli
 from occgen_hub.config import Config
-from occgen_hub.errors import UsageError
+from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.files import files_under
 from occgen_hub.geometry.ply import read_ply
 from occgen_hub.loading import trajectories
@@ -110,6 +110,12 @@ def scenes(tmp_path_factory):
 
 def test_loader_reads_equal_items_from_export_and_source(scenes, tmp_path):
     assert export_navdp(scenes / "out", tmp_path / "navdp") == []
+    command = ["push", str(tmp_path / "navdp"), "--repo-id", "org/rooms", "--dry-run"]
+    refused = rf"is an export for NavDP.*hf upload ORG/NAME {tmp_path}/navdp navdp"
+    with pytest.raises(OccGenError, match=refused):
+        CliRunner().invoke(cli.cli, command, catch_exceptions=False)
+    with pytest.raises(UsageError, match="is an export; give the dataset that it was made from"):
+        export_navdp(tmp_path / "navdp", tmp_path / "again")
     source = list(items_of_scenes(scenes / "tree", by_number))
     assert sum(len(found["rgb"]) for found in source) > 10
     assert_same_items(items_of_scenes(tmp_path / "navdp"), source)

@@ -204,6 +204,7 @@ def test_mirrored_frame_matches_a_frame_of_the_mirrored_world(seed):
     view = View(SMALL, pose, K, SIZE)
     Mirror().check(SMALL)
     view = Mirror(probability=1)(item, view, rng)
+    assert not torch.signbit(item["intrinsics"]).any()
     expected = observed([mirrored_shape(s) for s in made_up.room()], view.pose, view.intrinsics)
     for key in ("pose", "intrinsics", "depth", "image"):
         torch.testing.assert_close(item[key].float(), expected[key].float(), atol=1e-3, rtol=1e-4)

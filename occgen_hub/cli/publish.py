@@ -128,8 +128,10 @@ def push(
         say(f"Warning: {warning}", err=True)
     if dry_run:
         say_by_folder(
-            {path: f"{size:>14,}  {path}" for path, size in files.items()},
-            lambda paths: f"{sum(files[path] for path in paths):>14,}  {len(paths):>8,} files",
+            {path: f"{size:>14,} bytes  {path}" for path, size in files.items()},
+            lambda paths: (
+                f"{sum(files[path] for path in paths):>14,} bytes  {len(paths):>8,} files"
+            ),
             verbose=verbose,
         )
     total = f"{len(files):,} files of {sum(files.values()):,} bytes"

@@ -40,8 +40,10 @@ DEFAULT_NAMES = tuple(name for name, key in NAMES.items() if key in ("occupancy"
 class LeRobotOccupancyDataset(LeRobotDataset):  # type: ignore[misc]  # lerobot comes without types
     """A LeRobotDataset of an export, with the occupancy of each frame in its items.
 
-    repo_id, root and the keyword arguments not listed here are passed to LeRobotDataset. An item
-    also has the features that `occupancy` names, by default the first two of:
+    repo_id, root and the keyword arguments not listed here are passed to LeRobotDataset. Depth,
+    "observation.images.depth", is in millimetres by LeRobot's default, and in metres with
+    `depth_output_unit="m"`. An item also has the features that `occupancy` names, by default the
+    first two of:
 
     - "observation.occ.view": occupied and visible cells of the grid in the camera's frame (OpenCV
       axes). dense: (nx, ny, nz) bool; else (n, 3) int32, cells (i, j, k), ascending

@@ -112,7 +112,7 @@ def _mirrored_cells(value: torch.Tensor, grid: Grid, kind: str) -> torch.Tensor:
 def _mirrored_intrinsics(value: torch.Tensor, width: int) -> torch.Tensor:
     mirrored = value.clone()
     mirrored[..., 0, 2] = width - mirrored[..., 0, 2]
-    mirrored[..., 0, 1] = -mirrored[..., 0, 1]
+    mirrored[..., 0, 1] = 0.0 - mirrored[..., 0, 1]  # Negation would make 0.0 to -0.0.
     return mirrored
 
 
