@@ -646,7 +646,7 @@ def _print_summary(
             say(f"  {_failure_text(failure)}")
         if len(summary.failures) > 20:
             say(f"  and {len(summary.failures) - 20} more.")
-        if earlier := sum(os.path.exists(out / failure.id) for failure in summary.failures):
+        if earlier := sum(os.path.lexists(out / failure.id) for failure in summary.failures):
             say(f"Earlier versions of {earlier} of them remain in the dataset.")
     if pushed:
         say(f"On the Hub: {pushed}")
