@@ -207,18 +207,22 @@ def builder_names() -> list[str]:
 
 
 def load_builder(
-    name: str, root: Path, cameras: Sequence[CameraMapping] = (), *, hfov: float | None = None
+    name: str,
+    root: Path | str,
+    cameras: Sequence[CameraMapping] = (),
+    *,
+    hfov: float | None = None,
 ) -> DatasetBuilder:
     """The builder with this name for the tree at `root`.
 
     hfov: degrees, see DatasetBuilder. Raises UsageError if it is not installed or not a builder, or
     if it does not use a setting in `cameras`.
     """
-    kind = _builder_class(name)
+    kind, root = _builder_class(name), Path(root)
     for attribute in sorted({key for camera in cameras for key in camera.as_json()}):
         if attribute not in kind.maps:
             raise UsageError(
-                f"--{_OPTIONS.get(attribute, attribute).replace('_', '-')}: is not used by "
+                f"{_OPTIONS.get(attribute, f'--{attribute}').replace('_', '-')}: is not used by "
                 f"--source {name}; leave it out, or choose a source that uses it, such as --source "
                 "capture."
             )
@@ -230,9 +234,10 @@ def load_builder(
     return builder
 
 
-_OPTIONS = {"depth_unit": "depth_scale", "pose_layout": "cameras"} | dict.fromkeys(
-    ("rgb", "depth", "pose", "info"), "topics"
-)
+_OPTIONS = {
+    "depth_unit": "--depth-unit, --depth-scale",
+    "pose_layout": "--cameras",
+} | dict.fromkeys(("rgb", "depth", "pose", "info"), "--topics")
 """Options of the command line whose names differ from the attributes."""
 
 

@@ -172,12 +172,14 @@ def check_episode(episode: Episode) -> Episode:
     wrong = partial(_source_error, episode.id)
     if T < 1:
         raise wrong("length", f"is {T}", "at least one frame")
-    if width < 1 or height < 1:
-        raise wrong("image_size", f"is {episode.image_size}", "(width, height) in pixels")
+    if not isinstance(episode.image_size, tuple) or width < 1 or height < 1:
+        raise wrong("image_size", f"is {episode.image_size}", "a tuple (width, height) in pixels")
     if not (np.isfinite(episode.fps) and episode.fps > 0):
         raise wrong("fps", f"is {episode.fps}", "frames per second, over 0")
     if not episode.tasks:
         raise wrong("tasks", "is empty", "at least one instruction, for example Task('navigate')")
+    if other := [task for task in episode.tasks if not isinstance(task, Task)]:
+        raise wrong("tasks", f"has a {type(other[0]).__name__}", "occgen_hub.episode.Task")
     index = np.asarray(episode.task_index)
     if (
         index.shape != (T,)
@@ -187,9 +189,21 @@ def check_episode(episode: Episode) -> Episode:
     ):
         found = f"is {index.dtype} of shape {index.shape}, or out of range"
         raise wrong("task_index", found, f"({T},) whole numbers of the {len(episode.tasks)} tasks")
-    for name, column in episode.columns.items():
+    columns: dict[str, Any] = episode.columns
+    for name, column in columns.items():
+        if not isinstance(column, Column):
+            found = f"is a {type(column).__name__}"
+            raise wrong(f"the column {name}", found, "occgen_hub.episode.Column")
         if len(column.values) != T:
             raise wrong(f"the column {name}", f"has {len(column.values)} rows", f"{T}, one a frame")
+    numbered: dict[str, list[int]] = {}
+    for item in episode.media:
+        if item.frame is not None:
+            numbered.setdefault(item.file, []).append(item.frame)
+    for name, frames in numbered.items():
+        if sorted(frames) != list(range(T)):
+            found = f"has {len(frames)} images" if len(frames) != T else "has other frame numbers"
+            raise wrong(f"the media {name}", found, f"one for each of the frames 0 to {T - 1}")
     if episode.world_from_camera is not None:
         _check_array(wrong, "world_from_camera", episode.world_from_camera, (T, 4, 4))
         bad = np.flatnonzero(~(rigidity_error(episode.world_from_camera) <= RIGID))

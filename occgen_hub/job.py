@@ -304,7 +304,12 @@ class Job:
 
     def work(self, ref: EpisodeRef | SceneRef) -> float:
         """Estimate the work of an episode or a scene, relative to others of its kind."""
-        return float(ref.bytes) if isinstance(ref, SceneRef) else self.builder.work(ref)
+        if isinstance(ref, SceneRef):
+            return float(ref.bytes)
+        try:
+            return self.builder.work(ref)
+        except Exception:  # An error of a source's code. It occurs again when the episode is built.
+            return 0.0
 
     def on(self, device: str | None) -> Job:
         """The same job with its network on another device; None for a GPU if there is one.

@@ -44,7 +44,7 @@ def load_plugin(kind: Kind, name: str) -> tuple[Any, str]:
     place = f"--{kind} {name}: the entry point {point.value}"
     try:
         return point.load(), place
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError) as error:
         problem = shorten_message(str(error))
         raise UsageError(f"{place} cannot be loaded ({problem}); correct that package.") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,10 @@ def check_source(builder: DatasetBuilder, episodes: int = 1) -> list[Episode]:
     fields of `Episode` with their shapes and units, three decoded frames, media and columns against
     the schema, and whether frames agree with one another.
     """
+    if not isinstance(found := builder.episodes(), Iterable):
+        raise _wrong(
+            builder, "episodes()", f"gives a {type(found).__name__}", "yield every EpisodeRef"
+        )
     refs = list_episodes(builder)
     ids = [ref.id for ref in refs]
     if ids != sorted(ids):
@@ -43,6 +48,10 @@ def check_source(builder: DatasetBuilder, episodes: int = 1) -> list[Episode]:
 
 def _check_episode(builder: DatasetBuilder, ref: EpisodeRef) -> Episode:
     sources = builder.sources(ref)
+    if other := [path for path in sources if not isinstance(path, Path)]:
+        raise _wrong(
+            builder, f"sources({ref.id})", f"has a {type(other[0]).__name__}", "give paths"
+        )
     if missing := [path for path in sources if not is_file(path)]:
         raise _wrong(
             builder, f"sources({ref.id})", f"has {missing[0]}, which is not a file", "list files"
@@ -53,6 +62,8 @@ def _check_episode(builder: DatasetBuilder, ref: EpisodeRef) -> Episode:
     if not (np.isfinite(work) and work >= 0):
         raise _wrong(builder, f"work({ref.id})", f"is {work}", "return a number of 0 or more")
     raw = builder.read(ref)
+    if not isinstance(raw, Episode):
+        raise _wrong(builder, f"read({ref.id})", f"gives a {type(raw).__name__}", "give an Episode")
     episode = check_episode(raw)
     if episode.id != ref.id:
         raise _wrong(builder, f"read({ref.id}).id", f"is {episode.id!r}", "give the ref's id")

@@ -19,7 +19,11 @@ import occgen_hub
 from occgen_hub import plugins
 from occgen_hub.builder import DatasetBuilder, EpisodeRef, load_builder
 from occgen_hub.engines import load_engine
+from occgen_hub.episode import MediaFile
+from occgen_hub.episode_build import Settings
 from occgen_hub.errors import OccGenError, UsageError
+from occgen_hub.job import Job, list_episodes
+from occgen_hub.runtime.build import build_dataset
 from occgen_hub.source_check import check_source
 
 EXAMPLE = Path(__file__).parent.parent / "examples/source_plugin"
@@ -46,13 +50,17 @@ def test_template_can_be_installed_and_passes_its_tests(tmp_path: Path) -> None:
 # Errors of sources
 
 
-def test_wrong_entry_points_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_entry_points_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "half_written.py").write_text("class Builder(")
+    monkeypatch.syspath_prepend(tmp_path)
+
     def given(value: str) -> None:
         points = {"mine": EntryPoint("mine", value, "occgen_hub.builders")}
         monkeypatch.setattr(plugins, "_points", lambda kind: points)
 
     for value, message in (
         ("nowhere:Builder", "cannot be loaded .*nowhere"),
+        ("half_written:Builder", "cannot be loaded .*never closed"),
         ("pathlib:Path", "is not a subclass of"),
         ("occgen_hub.builder:DatasetBuilder", "lacks the methods episodes, read, sources"),
         ("occgen_hub.builders.video:VideoBuilder", "has the name 'video'; give it name = 'mine'"),
@@ -95,10 +103,30 @@ class Mine(DatasetBuilder):
         return dataclasses.replace(episode, **self.changes)
 
 
+IMAGES = tuple(MediaFile("rgb", Path(f"{t}.jpg"), t) for t in range(6))
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     (tmp_path / "recording").write_text("")
     return tmp_path
+
+
+def test_a_builder_is_loaded_for_a_path_given_as_text(root: Path) -> None:
+    assert load_builder("video", str(root)).root == root
+
+
+def test_an_error_of_a_source_in_one_episode_does_not_end_the_build(root: Path) -> None:
+    class Careless(Mine):
+        ids = ("mine/room/one", "mine/room/two")
+
+        def sources(self, ref):
+            return [self.root / {"mine/room/one": "recording"}[ref.id]]
+
+    builder = Careless(root)
+    job = Job(builder, list_episodes(builder), root / "out", Settings(media="none"))
+    summary = build_dataset(job)
+    assert (summary.built, [failure.id for failure in summary.failures]) == (1, ["mine/room/two"])
 
 
 def test_check_source_accepts_a_correct_source(root: Path) -> None:
@@ -122,6 +150,14 @@ def test_check_source_accepts_a_correct_source(root: Path) -> None:
         ({"changes": {"fingerprint": "1"}}, "not a SHA-256"),
         ({"changes": {"image_size": (60, 80)}}, "swapped"),
         ({"changes": {"fps": 0.0}}, "fps is 0.0"),
+        ({"changes": {"image_size": np.array([80, 60])}}, "a tuple .width, height."),
+        ({"changes": {"tasks": ("explore",)}}, "tasks has a str"),
+        ({"changes": {"columns": {"time": np.zeros(6)}}}, "column time is a ndarray"),
+        ({"changes": {"media": IMAGES[:5]}}, "media rgb has 5 images"),
+        ({"changes": {"media": IMAGES[:5] + IMAGES[:1]}}, "media rgb has other frame numbers"),
+        ({"episodes": lambda self: None}, "gives a NoneType; yield every EpisodeRef"),
+        ({"sources": lambda self, ref: "recording"}, "has a str; give paths"),
+        ({"read": lambda self, ref: None}, "gives a NoneType; give an Episode"),
         ({"changes": {"intrinsics": None}}, "intrinsics are missing"),
         ({"changes": {"world_from_camera": np.linalg.inv(path(6))}}, "camera_from_world"),
     ],

@@ -121,15 +121,17 @@ def catch_failure[Value](
     except OSError as error:
         # An error of a copy names its target too. If the disk is full, no single file is at fault.
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        path = out if full else error.filename2 or error.filename or out / ref.id
+        path = out if full else error.filename2 or error.filename
+        trace = ""
+        if path is None:  # One without a number is of a library, such as Pillow, that reads a file.
+            path, trace = (out / ref.id, "") if error.errno else (ref.path, traceback.format_exc())
         cause = error.strerror or str(error)
-        return Failure(
-            ref.id, f"{path}: cannot be read or written ({cause}); fix that and run again."
-        )
+        reason = f"{path}: cannot be read or written ({cause}); fix that and run again."
+        return Failure(ref.id, reason, trace)
     except Exception as error:
         reason = (
             f"{ref.path}: failed for an unexpected reason ({type(error).__name__}: {error}); "
-            f"please report it with the trace in {FAILURES}."
+            f"please report it to the authors of the code in which the trace in {FAILURES} ends."
         )
         return Failure(ref.id, reason, traceback.format_exc())
     return Failure(ref.id, f"{ref.path}: {reason}.")
