@@ -235,7 +235,7 @@ def load_builder(
 
 
 _OPTIONS = {
-    "depth_unit": "--depth-unit, --depth-scale",
+    "depth_unit": "--depth-unit or --depth-scale",
     "pose_layout": "--cameras",
 } | dict.fromkeys(("rgb", "depth", "pose", "info"), "--topics")
 """Options of the command line whose names differ from the attributes."""
