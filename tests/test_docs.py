@@ -101,13 +101,14 @@ def test_code_of_each_page_runs(page, recordings, hub, tmp_path, monkeypatch):
     namespace: dict[str, Any] = {"__name__": "page"}
     shell = Shell(workdir, hub)
     for block in to_run(page):
+        place = f"{page}:{block.line}"
         try:
             if block.language == "bash":
                 shell.run(block.code)
             else:
-                exec(compile(block.code, f"{page}:{block.line}", "exec"), namespace)
+                exec(compile(block.code, place, "exec", dont_inherit=True), namespace)
         except Exception as error:
-            raise AssertionError(f"{page}:{block.line}: {error}") from error
+            raise AssertionError(f"{place}: {error}") from error
 
 
 @dataclass(frozen=True)
