@@ -24,9 +24,10 @@ from occgen_hub.schema import load_schema
 def check_source(builder: DatasetBuilder, episodes: int = 1) -> list[Episode]:
     """Check a source as a build uses it, and return its first `episodes` episodes.
 
-    Raises OccGenError for the first error, with the expected value. Checks ids, order, files,
-    fields of `Episode` with their shapes and units, three decoded frames, media and columns against
-    the schema, and whether frames agree with one another.
+    Raises OccGenError for the first error, with the expected value. Checks ids and their order, and
+    of the first `episodes` episodes the files, the fields of `Episode` with their shapes and units,
+    three decoded frames, media and columns against the schema, and whether frames agree with one
+    another. The returned episodes check each frame that is decoded.
     """
     if not isinstance(found := builder.episodes(), Iterable):
         raise _wrong(

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from occgen_hub.builder import load_builder
 from occgen_hub.cli import cli
 from occgen_hub.config import Config
 from occgen_hub.sample import make_sample
+from occgen_hub.schema import load_schema
+from occgen_hub.views import Views
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -101,13 +103,14 @@ def test_code_of_each_page_runs(page, recordings, hub, tmp_path, monkeypatch):
     namespace: dict[str, Any] = {"__name__": "page"}
     shell = Shell(workdir, hub)
     for block in to_run(page):
+        place = f"{page}:{block.line}"
         try:
             if block.language == "bash":
                 shell.run(block.code)
             else:
-                exec(compile(block.code, f"{page}:{block.line}", "exec"), namespace)
+                exec(compile(block.code, place, "exec", dont_inherit=True), namespace)
         except Exception as error:
-            raise AssertionError(f"{page}:{block.line}: {error}") from error
+            raise AssertionError(f"{place}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -265,6 +268,15 @@ def test_build_help_lists_every_source_and_engine():
     for kind, option in (("builders", "source"), ("engines", "engine")):
         names = PROJECT["entry-points"][f"occgen_hub.{kind}"]
         assert [name for name in names if not re.search(rf"\b{name}\b", text[option])] == []
+
+
+def test_adding_a_source_lists_every_media_file_and_field_of_views():
+    page = (ROOT / "docs/adding_a_source.md").read_text()
+    rest = {"scale", "windows", "read_labels"}  # The build and the networks set these.
+    for name in {field.name for field in fields(Views)} - rest:
+        assert re.search(rf"^\| .*`{name}[`(]", page, re.M), f"{name} is missing"
+    for name, file in load_schema("trajectory").files.items():
+        assert not file.media or f'MediaFile("{name}", ' in page, f"{name} is missing"
 
 
 def test_site_loads_nothing_from_other_servers(site):
