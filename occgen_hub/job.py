@@ -351,10 +351,8 @@ class Job:
 
     @property
     def choices(self) -> str:
-        """The settings that determine its episodes. They do not depend on the device."""
-        engine = self.settings.engine.on("cpu")
-        settings = replace(self.settings, engine=engine, overwrite=False)
-        return str([self.builder.name, self.builder.cameras, settings])
+        """The settings that determine its files. They do not depend on the process or machine."""
+        return dump_json([self.scene_choices, self.settings.media])
 
     @cached_property
     def scene_choices(self) -> str:

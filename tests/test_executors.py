@@ -188,13 +188,12 @@ def test_three_shards_in_any_order_give_the_same_bytes(
 def test_concurrent_shards_give_the_same_bytes(
     source: Path, expected: Tree, tmp_path: Path
 ) -> None:
-    """Each with workers of its own; the output holds spaces and quotes."""
-    out = tmp_path / "an 'out'"
+    """Each with workers and an engine of its own; the output holds spaces and quotes."""
+    out, own = tmp_path / "an 'out'", ("--workers", "2", "--engine", "rgbd")
     with ThreadPoolExecutor(2) as both:
         done = list(
             both.map(
-                lambda n: occgen_hub(*command(source, out, "--shard", f"{n}/2", "--workers", "2")),
-                range(2),
+                lambda n: occgen_hub(*command(source, out, "--shard", f"{n}/2", *own)), range(2)
             )
         )
     for one in done:
