@@ -115,6 +115,11 @@ def _check_files(builder: DatasetBuilder, episode: Episode) -> None:
         if values.shape != (episode.length, *shape):
             found = f"has shape {values.shape}"
             raise _wrong(builder, f"the column {name}", found, f"give {(episode.length, *shape)}")
+        if feature.dtype.startswith("float") and not np.isfinite(values).all():
+            found = "has a value that is not finite"
+            raise _wrong(
+                builder, f"the column {name}", found, "leave the column out, or replace it"
+            )
 
 
 def _check_geometry(episode: Episode) -> None:

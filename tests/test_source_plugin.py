@@ -19,11 +19,12 @@ import occgen_hub
 from occgen_hub import plugins
 from occgen_hub.builder import DatasetBuilder, EpisodeRef, load_builder
 from occgen_hub.engines import load_engine
-from occgen_hub.episode import MediaFile
+from occgen_hub.episode import Column, MediaFile
 from occgen_hub.episode_build import Settings
 from occgen_hub.errors import OccGenError, UsageError
 from occgen_hub.job import Job, list_episodes
 from occgen_hub.runtime.build import build_dataset
+from occgen_hub.schema import Feature
 from occgen_hub.source_check import check_source
 
 EXAMPLE = Path(__file__).parent.parent / "examples/source_plugin"
@@ -103,6 +104,7 @@ class Mine(DatasetBuilder):
         return dataclasses.replace(episode, **self.changes)
 
 
+NO_TIMES = Column(Feature(dtype="float64", shape=(1,)), np.full(6, np.nan))
 IMAGES = tuple(MediaFile("rgb", Path(f"{t}.jpg"), t) for t in range(6))
 
 
@@ -153,6 +155,10 @@ def test_check_source_accepts_a_correct_source(root: Path) -> None:
         ({"changes": {"image_size": np.array([80, 60])}}, "a tuple .width, height."),
         ({"changes": {"tasks": ("explore",)}}, "tasks has a str"),
         ({"changes": {"columns": {"time": np.zeros(6)}}}, "column time is a ndarray"),
+        (
+            {"changes": {"columns": {"time": NO_TIMES}}},
+            "column time has a value that is not finite",
+        ),
         ({"changes": {"media": IMAGES[:5]}}, "media rgb has 5 images"),
         ({"changes": {"media": IMAGES[:5] + IMAGES[:1]}}, "media rgb has other frame numbers"),
         ({"episodes": lambda self: None}, "gives a NoneType; yield every EpisodeRef"),
