@@ -212,7 +212,7 @@ def check_episode(episode: Episode) -> Episode:
     if episode.intrinsics is not None:
         _check_array(wrong, "intrinsics", episode.intrinsics, (T, 3, 3))
         for frame, K in enumerate(episode.intrinsics):
-            problem = intrinsics_problem(K)
+            problem = intrinsics_problem(K, (width, height))
             if problem is None and not (0 < K[0, 2] < width and 0 < K[1, 2] < height):
                 problem = (
                     f"has its principal point ({K[0, 2]:g}, {K[1, 2]:g}) outside the image of "
@@ -242,9 +242,8 @@ def check_episode(episode: Episode) -> Episode:
         if metres.dtype.kind != "f" or metres.shape != (height, width):
             found = _describe(metres, width, height)
             raise wrong(f"read_depth({frame})", found, f"float metres {(height, width)}")
-        if not np.isfinite(metres).all() or metres.min(initial=0) < 0:
-            expected = "finite metres, 0 for none"
-            raise wrong(f"read_depth({frame})", "has negative or infinite values", expected)
+        if problem := depth_problem(metres):
+            raise wrong(f"read_depth({frame})", problem, "finite metres, 0 for none")
         return metres
 
     def labels(frame: int) -> NDArray[np.uint8]:
@@ -264,6 +263,17 @@ def check_episode(episode: Episode) -> Episode:
         read_depth=None if read_depth is None else depth,
         read_labels=None if read_labels is None else labels,
     )
+
+
+def depth_problem(depth: NDArray[np.floating]) -> str | None:
+    """Why the values of a depth map cannot be used. None if they are finite and at least 0."""
+    # NaN is in both the smallest and the largest value if there is one.
+    least, most = depth.min(initial=0), depth.max(initial=0)
+    if np.isnan(least):
+        return "has NaN"
+    if np.isinf(least) or np.isinf(most):
+        return "has infinite values"
+    return "has negative values" if least < 0 else None
 
 
 def _taxonomy(wrong: Callable[[str, str, str], OccGenError], name: str) -> Taxonomy:

@@ -55,8 +55,7 @@ def reconstruct(
     OccGenError if the episode cannot be reconstructed, or its units, axes or poses are wrong.
     """
     episode, origin = near_origin(check_episode(episode))
-    views = engine.reconstruct(episode, config, scratch, progress)
-    check_views(views, episode)
+    views = check_views(engine.reconstruct(episode, config, scratch, progress), episode)
     views, alignment = align(replace(views, read_labels=episode.read_labels), episode)
     convention_notes = check_conventions(
         views, episode.id, config, fps=episode.fps, assumed_view=episode.assumed_view
@@ -111,8 +110,7 @@ def _with_others(
     """The joined views of all cameras of an episode, its own camera's index, and their number."""
     found = {episode.id: views}
     for other in map(check_episode, episode.beside):
-        own = engine.reconstruct(other, config, scratch)
-        check_views(own, other)
+        own = check_views(engine.reconstruct(other, config, scratch), other)
         found[other.id] = replace(own, read_labels=other.read_labels)
     names = sorted(found)  # The same order for each camera, so the scene is the same.
     return joined_views([found[n] for n in names]), names.index(episode.id), len(names)

@@ -531,13 +531,13 @@ class _Check:
                 )
 
     def _geometry(self) -> None:
-        path = self.trajectory.file("frames")
+        path, size = self.trajectory.file("frames"), self.trajectory.image_size
         error = rigidity_error(self.trajectory.column(self.schema.poses))
         for frame in np.flatnonzero(~(error <= RIGID))[:5]:
             what = "is not finite" if np.isinf(error[frame]) else "is not rigid"
             self.add_finding(path, f"the pose of frame {frame} {what}")
         for frame, K in enumerate(self.trajectory.column(self.schema.intrinsics)):
-            if problem := intrinsics_problem(K):
+            if problem := intrinsics_problem(K, size):
                 self.add_finding(path, f"the intrinsics of frame {frame}: the matrix {problem}")
                 break
         self.trajectory.scene_cells()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from occgen_hub.episode import Episode, Note
+from occgen_hub.episode import Episode, Note, depth_problem
 from occgen_hub.errors import OccGenError
 from occgen_hub.geometry.camera import intrinsics_problem, scale_intrinsics
 from occgen_hub.geometry.poses import RIGID, rigidity_error
@@ -102,11 +103,13 @@ class Views:
         )
 
 
-def check_views(views: Views, episode: Episode) -> None:
-    """Raise OccGenError if an engine's views are not valid for an episode.
+def check_views(views: Views, episode: Episode) -> Views:
+    """Check an engine's views, and return them with readers that check each frame.
 
-    This checks shapes, dtypes, that poses are rigid and finite, intrinsics, and the depth of the
-    first frame.
+    Engines may come from other packages, and compiled code does not check bounds. Raises
+    OccGenError if shapes or dtypes are wrong, poses are not rigid and finite, intrinsics are not of
+    a pinhole camera, depth is not finite and at least 0, or confidence is not in [0, 1]. The
+    returned depth is float32.
     """
     length = episode.length
     fields: list[tuple[str, NDArray[Any], tuple[int, ...]]] = [
@@ -123,16 +126,46 @@ def check_views(views: Views, episode: Episode) -> None:
             "not rigid and finite; report it to the authors of the engine."
         )
     for frame, K in enumerate(views.intrinsics):
-        if problem := intrinsics_problem(K):
+        if problem := intrinsics_problem(K, views.image_size):
             raise OccGenError(
                 f"{episode.id}: the engine {views.engine} returned invalid intrinsics for frame "
                 f"{frame}: the matrix {problem}; report it to the authors of the engine."
             )
-    if len(views.frames):
-        depth = views.depth(int(views.frames[0]))
-        expected = views.depth_size[::-1]
-        if depth.shape != expected:
-            raise _wrong(episode.id, views.engine, "depth", f"has shape {depth.shape}", expected)
+    shape, wrong = views.depth_size[::-1], partial(_wrong, episode.id, views.engine)
+    read_confidence = views.read_confidence
+
+    def depth(frame: int) -> NDArray[np.float32]:
+        name, values = f"read_depth({frame})", np.asarray(views.read_depth(frame))
+        if values.dtype.kind != "f" or values.shape != shape:
+            raise wrong(name, f"is {values.dtype} {values.shape}", f"float32 {shape}")
+        with np.errstate(over="ignore"):  # Becomes infinite, which is an error below.
+            values = values.astype(np.float32, copy=False)
+        if problem := depth_problem(values):
+            raise wrong(name, problem, "finite depth, 0 for none")
+        return values
+
+    def color(frame: int) -> NDArray[np.uint8]:
+        image = np.asarray(views.read_color(frame))
+        if image.dtype != np.uint8 or image.shape != (*shape, 3):
+            found = f"is {image.dtype} {image.shape}"
+            raise wrong(f"read_color({frame})", found, f"uint8 {(*shape, 3)}")
+        return image
+
+    def confidence(frame: int) -> NDArray[np.float32]:
+        assert read_confidence is not None
+        name, values = f"read_confidence({frame})", np.asarray(read_confidence(frame))
+        if values.dtype.kind != "f" or values.shape != shape:
+            raise wrong(name, f"is {values.dtype} {values.shape}", f"float32 {shape}")
+        if not (values.min(initial=0) >= 0 and values.max(initial=0) <= 1):
+            raise wrong(name, "has NaN or values outside [0, 1]", "values in [0, 1]")
+        return values
+
+    return replace(
+        views,
+        read_depth=depth,
+        read_color=color,
+        read_confidence=None if read_confidence is None else confidence,
+    )
 
 
 def _wrong(episode: str, engine: str, name: str, found: str, expected: object) -> OccGenError:

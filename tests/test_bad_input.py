@@ -1094,7 +1094,7 @@ TAMPERED: dict[str, tuple[Break, str]] = {
     ),
     "fx of 0": (with_checksums(setting("observation.camera_intrinsic_occ", (0, 0), 0)), PARQUET),
     "fx of 1e-30": (
-        with_checksums(setting("observation.camera_intrinsic_occ", (0, 0), 1e-30)), "",
+        with_checksums(setting("observation.camera_intrinsic_occ", (0, 0), 1e-30)), PARQUET,
     ),
     "fx of 1e30": (
         with_checksums(setting("observation.camera_intrinsic_occ", (0, 0), 1e30)), "",

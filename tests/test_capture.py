@@ -178,6 +178,9 @@ def test_plain_folder_is_read(episode: Episode, tmp_path: Path) -> None:
     found = read(tmp_path, intrinsics=captures.opencv_intrinsics(episode))
     check_equal(found, episode)
     assert np.array_equal(found.read_rgb(2), episode.read_rgb(2))
+    for distortion in ((), (0.1, 0.01, 0.0, 0.0)):
+        with pytest.raises(OccGenError, match=r"field of view .* must be in pixels"):
+            read(tmp_path, intrinsics=(0.8, 1.1, 0.5, 0.5, *distortion))
 
 
 @pytest.mark.parametrize("first", [0, 1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,14 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from made_up import camera, depth_of, episode_of, path, room
+from made_up import camera, depth_of, episode_of, intrinsics, path, room
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from occgen_hub.builder import DatasetBuilder, EpisodeRef, load_builder
 from occgen_hub.builders.internnav import InternNavBuilder
 from occgen_hub.config import Config
-from occgen_hub.engines import load_engine
+from occgen_hub.engines import Engine, Progress, load_engine
 from occgen_hub.episode import Column, Episode, check_episode
 from occgen_hub.episode_build import Settings
 from occgen_hub.errors import OccGenError
@@ -31,6 +32,7 @@ from occgen_hub.runtime.build import build_dataset
 from occgen_hub.runtime.results import Summary
 from occgen_hub.scene import Scene
 from occgen_hub.schema import Feature
+from occgen_hub.views import Views
 
 COARSE = Settings(Config(voxel_size=0.1), media="none")
 DEPTH = "videos/chunk-000/observation.images.depth"
@@ -199,9 +201,11 @@ def test_scene_without_depth_gives_a_note(tree: Path, tmp_path: Path) -> None:
 # On small made-up episodes
 
 
-def scene_of(episode: Episode, folder: Path, config: Config | None = None) -> Scene:
+def scene_of(
+    episode: Episode, folder: Path, config: Config | None = None, engine: Engine | None = None
+) -> Scene:
     config = config or Config(voxel_size=0.05)
-    return reconstruct(episode, load_engine("rgbd"), config, folder)
+    return reconstruct(episode, engine or load_engine("rgbd"), config, folder)
 
 
 def made_up(poses: np.ndarray | None = None) -> Episode:
@@ -222,6 +226,36 @@ def with_poses(episode: Episode, change: Callable[[np.ndarray], np.ndarray]) -> 
 
 def test_correct_episode_has_no_notes(tmp_path: Path) -> None:
     assert scene_of(made_up(), tmp_path).notes == ()
+
+
+class ThirdPartyEngine(Engine):
+    """A third-party engine that changes the views of the engine rgbd."""
+
+    name = "mine"
+
+    def __init__(self, change: Callable[[Views], Views]) -> None:
+        self.change = change
+
+    def reconstruct(
+        self, episode: Episode, config: Config, scratch: Path, progress: Progress = lambda _: None
+    ) -> Views:
+        views = load_engine("rgbd").reconstruct(episode, config, scratch, progress)
+        return self.change(dataclasses.replace(views, engine=self.name))
+
+
+UNCHANGED = ThirdPartyEngine(lambda views: views)
+ENGINE_DISAGREES = (
+    r"depth of the engine mine does not agree with the poses \((only \d+%|nothing) of it agrees"
+)
+
+
+def test_depth_of_an_engine_that_contradicts_the_poses_names_the_engine(tmp_path: Path) -> None:
+    """Options of the source would not help."""
+    with pytest.raises(OccGenError) as error:
+        scene_of(with_poses(made_up(), np.linalg.inv), tmp_path, engine=UNCHANGED)
+    assert re.match(f"made/up/episode: {ENGINE_DISAGREES}", str(error.value))
+    assert "--pose" not in str(error.value)
+    assert "choose another one with --engine" in str(error.value)
 
 
 @pytest.mark.parametrize("factor", [0.001, 0.1, 0.2, 2.0, 5.0, 10.0, 1000.0])
@@ -261,6 +295,9 @@ def test_poses_of_another_recording_give_a_note(tmp_path: Path) -> None:
     scene = scene_of(with_poses(made_up(), lambda _: others), tmp_path)
     (text, *_) = (note.text for note in scene.notes if note.code == "frames disagree")
     assert "check that poses, depth and intrinsics belong together" in text
+    scene = scene_of(with_poses(made_up(), lambda _: others), tmp_path, engine=UNCHANGED)
+    (text, *_) = (note.text for note in scene.notes if note.code == "frames disagree")
+    assert re.match(ENGINE_DISAGREES, text)
 
 
 def test_static_camera_is_not_a_mistake(tmp_path: Path) -> None:
@@ -336,6 +373,7 @@ def read_frame(episode: Episode, frame: int) -> None:
     episode.read_depth(frame)
 
 
+UNION = Config(voxel_size=0.05, fusion="union")
 POSE, INTRINSIC = "world_from_camera", "intrinsics"
 NUMBERS = Feature(dtype="float32", shape=(2,))
 
@@ -371,6 +409,13 @@ NUMBERS = Feature(dtype="float32", shape=(2,))
         (changed_array(INTRINSIC, (5, 0, 0), np.nan), INTRINSIC, "frame 5"),
         (changed_array(INTRINSIC, (5, 0, 1), 2.0), INTRINSIC, "skew"),
         (changed_array(INTRINSIC, (5, 0, 2), 90.0), INTRINSIC, "outside the image of 80 x 60"),
+        (
+            replaced(intrinsics=np.tile(intrinsics((1, 1)), (8, 1, 1))),
+            INTRINSIC,
+            "of frame 0 has a field of view of 177.5 degrees (fx 0.875 for 80 pixels), which no "
+            "pinhole camera has, and must be in pixels",
+        ),
+        (changed_array(INTRINSIC, (5, 1, 1), 1e-320), INTRINSIC, "180.0 degrees (fy 9.99989e-321"),
         (replaced(image_size=(60, 80)), "read_rgb(2)", "are width and height of image_size"),
         (replaced(image_size=(40, 60)), INTRINSIC, "outside the image of 40 x 60"),
         (wrong_frame("read_rgb", lambda x: x[:, :, 0]), "read_rgb(2)", "(60, 80, 3)"),
@@ -385,8 +430,8 @@ NUMBERS = Feature(dtype="float32", shape=(2,))
             "read_depth(2)",
             "float metres",
         ),
-        (wrong_frame("read_depth", lambda x: with_value(x, np.nan)), "read_depth(2)", "finite"),
-        (wrong_frame("read_depth", lambda x: with_value(x, np.inf)), "read_depth(2)", "finite"),
+        (wrong_frame("read_depth", lambda x: with_value(x, np.nan)), "read_depth(2)", "has NaN"),
+        (wrong_frame("read_depth", lambda x: with_value(x, np.inf)), "read_depth(2)", "infinite"),
         (wrong_frame("read_depth", lambda x: with_value(x, -1.0)), "read_depth(2)", "negative"),
         (wrong_frame("read_depth", lambda _: None), "read_depth(2)", "float metres"),
     ],
@@ -400,6 +445,51 @@ def test_each_wrong_field_is_named(
     assert str(error.value).startswith(f"made/up/episode: {field}")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("reader", "value", "message"),
+    [
+        ("read_depth", np.ones((30, 40), np.float32), "is float32 (30, 40), expected float32"),
+        ("read_depth", np.ones((59, 80), np.float32), "is float32 (59, 80), expected float32"),
+        ("read_depth", np.ones(4800, np.float32), "is float32 (4800,), expected float32"),
+        ("read_depth", np.ones((60, 80), np.uint16), "is uint16 (60, 80), expected float32"),
+        ("read_depth", np.full((60, 80), np.nan), "has NaN, expected finite"),
+        ("read_depth", np.full((60, 80), -np.inf), "has infinite values"),
+        ("read_depth", np.full((60, 80), 1e300), "has infinite values"),
+        ("read_depth", np.full((60, 80), -1.0), "has negative values"),
+        ("read_color", np.zeros((60, 80), np.uint8), "is uint8 (60, 80), expected uint8"),
+        ("read_color", np.zeros((60, 80, 3)), "is float64 (60, 80, 3), expected uint8"),
+        ("read_confidence", np.ones((60, 1)), "is float64 (60, 1), expected float32"),
+        ("read_confidence", np.full((60, 80), 1.5), "has NaN or values outside [0, 1]"),
+    ],
+)
+def test_each_wrong_frame_of_an_engine_is_named(
+    reader: str, value: np.ndarray, message: str, tmp_path: Path
+) -> None:
+    """Only frame 5 is wrong: a build reads all frames."""
+
+    def changed(views: Views) -> Views:
+        views = dataclasses.replace(views, read_confidence=lambda _: np.ones((60, 80), np.float32))
+        read = getattr(views, reader)
+        return dataclasses.replace(views, **{reader: lambda t: value if t == 5 else read(t)})
+
+    with pytest.raises(OccGenError) as error:
+        scene_of(made_up(), tmp_path, UNION, ThirdPartyEngine(changed))
+    text = str(error.value)
+    assert text.startswith(f"made/up/episode: {reader}(5) of the engine mine {message}")
+    assert text.endswith("report it to the authors of the engine.")
+
+
+def test_engine_may_return_float64_depth(tmp_path: Path) -> None:
+    wide = ThirdPartyEngine(
+        lambda views: dataclasses.replace(
+            views, read_depth=lambda t: views.read_depth(t).astype(np.float64)
+        )
+    )
+    found = scene_of(made_up(), tmp_path, UNION, wide)
+    expected = scene_of(made_up(), tmp_path, UNION)
+    np.testing.assert_array_equal(found.cloud.points, expected.cloud.points)
 
 
 def test_correct_episode_passes_unchanged() -> None:

@@ -243,7 +243,9 @@ def check_conventions(
 
     Raises OccGenError if frames contradict one another, but agree with other poses, times,
     intrinsics or another unit of depth, which the error names. Returns a note if they contradict
-    one another for another reason. Views of a network have no conventions and are not checked.
+    one another for another reason. If an engine other than rgbd made the depth, both name that
+    engine, because options of the source would not help. Views of a network have no conventions and
+    are not checked.
     """
     if not views.in_source_world or len(views.frames) < 2:
         return []
@@ -256,6 +258,7 @@ def check_conventions(
     longest = min(MAX_SHIFT_FRAMES, int(MAX_SHIFT_SECONDS * fps), len(poses) - 2) if shifts else 0
     if given is not None and given >= POOR_AGREEMENT:
         longest = 0  # An offset of a frame is not an error.
+    recorded = views.engine == "rgbd"
     others = (*CONVENTIONS, *(_VIEWS if assumed_view else ()))
     tried = [(_agreement(pairs, other, poses), other) for other in others]
     tried += _times(pairs, poses, longest, fps)
@@ -265,15 +268,22 @@ def check_conventions(
         clear = share >= HIGH_AGREEMENT and 1 - share <= MAX_REMAINING * (1 - (given or 0.0))
         if clear or (given is not None and share >= max(MIN_AGREEMENT, given + MIN_GAIN)):
             seen = "nothing" if given is None else f"only {given:.0%}"
+            if not recorded:
+                raise OccGenError(f"{episode}: {_engine_disagrees(views.engine, seen)}.")
             raise OccGenError(
                 f"{episode}: frames contradict one another ({seen} of the depth agrees from one "
                 f"to another), but would agree ({share:.0%}) as if {other.meaning}; "
                 f"{other.remedy}."
             )
-    if assumed_view and given is not None and (notes := _view_note(pairs, given, poses)):
+    if (
+        assumed_view and recorded and given is not None
+        and (notes := _view_note(pairs, given, poses))
+    ):  # fmt: skip
         return notes
     if given is None or given >= LOW_AGREEMENT:
         return []
+    if not recorded:
+        return [Note("frames disagree", _engine_disagrees(views.engine, f"only {given:.0%}"))]
     text = (
         f"only {given:.0%} of the depth agrees from one frame to another: check that poses, depth "
         "and intrinsics belong together (--intrinsics fx,fy,cx,cy for the size of the colour "
@@ -281,6 +291,15 @@ def check_conventions(
         "everything moved"
     )
     return [Note("frames disagree", text)]
+
+
+def _engine_disagrees(engine: str, seen: str) -> str:
+    """What is wrong with the depth of an engine, of which `seen` agrees between frames."""
+    return (
+        f"depth of the engine {engine} does not agree with the poses ({seen} of it agrees from one "
+        "frame to another); check that the engine returns depth along the optical axis in the unit "
+        "of the poses, or choose another one with --engine"
+    )
 
 
 def _with_view(hfov: float) -> Convention:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -15,18 +16,33 @@ MIN_RAYS, SAMPLED_RAYS = 16, 20_000
 FIELD_OF_VIEW = (2.0, 170.0)
 """Plausible fields of view of a pinhole camera, in degrees from edge to edge."""
 
+MAX_FIELD_OF_VIEW = 175.0
+"""A larger field of view means that intrinsics are not in pixels, for example normalised. Degrees
+from edge to edge."""
+
 MIN_EXPLAINED = 0.8
 """Smallest share of the variance of a view's rays that a pinhole camera must explain."""
 
 
-def intrinsics_problem(K: NDArray[np.floating]) -> str | None:
-    """Why a (3, 3) matrix is not of a pinhole camera. None if it is."""
+def intrinsics_problem(K: NDArray[np.floating], size: tuple[int, int] | None = None) -> str | None:
+    """Why a (3, 3) matrix is not of a pinhole camera. None if it is.
+
+    size: (width, height) of its images in pixels, None if unknown.
+    """
     if not np.isfinite(K).all():
         return "has numbers that are not finite"
     if K[0, 0] <= 0 or K[1, 1] <= 0 or not np.array_equal(K[2], [0, 0, 1]):
         return f"is not of a camera (fx {K[0, 0]:g}, fy {K[1, 1]:g}, last row {K[2].tolist()})"
     if K[0, 1] != 0 or K[1, 0] != 0:
         return f"has skew ({K[0, 1]:g}), which pinhole rays do not have"
+    if size is not None:
+        for name, focal, pixels in zip(("fx", "fy"), (K[0, 0], K[1, 1]), size, strict=True):
+            field = math.degrees(2 * math.atan2(pixels, 2 * float(focal)))
+            if field > MAX_FIELD_OF_VIEW:
+                return (
+                    f"has a field of view of {field:.1f} degrees ({name} {focal:g} for {pixels} "
+                    "pixels), which no pinhole camera has, and must be in pixels"
+                )
     return None
 
 
