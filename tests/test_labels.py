@@ -206,6 +206,14 @@ def test_joined_views_keep_the_labels_of_each_camera():
     assert joined_views([first, first]).read_labels is None
 
 
+def test_joined_views_keep_the_confidence_and_scale_of_each_camera():
+    first = made_up.views_of([np.full((48, 64), 2.0)] * 2, np.tile(np.eye(4), (2, 1, 1)))
+    other = replace(first, scale=3.0, read_confidence=lambda t: np.full((48, 64), t / 2, "f4"))
+    both = joined_views([other, first])
+    assert [both.depth(t, confidence=0.4).max() for t in range(4)] == [0.0, 2.0, 6.0, 2.0]
+    assert joined_views([first, first]).read_confidence is None
+
+
 def test_added_surface_points_take_the_class_of_the_nearest_point():
     points = np.array([[0, 0, 0], [1, 0, 0]], np.float32)
     others = np.array([[0.4, 0, 0], [0.6, 0, 0]], np.float32)

@@ -17,8 +17,8 @@ from occgen_hub.views import Views
 def joined_views(cameras: Sequence[Views]) -> Views:
     """The views of n cameras with one clock and one world, as those of one camera that jumps.
 
-    Frame t of camera c is frame t * n + c. Depth, colours and labels are resized to the largest
-    images, by the nearest pixel. Labels of cameras without labels are 0.
+    Frame t of camera c is frame t * n + c. Depth, confidence, colours and labels are resized to the
+    largest images, by the nearest pixel. Labels of cameras without labels are 0.
     """
     n, length = len(cameras), len(cameras[0].intrinsics)
     size = max((views.image_size for views in cameras), key=prod)
@@ -32,6 +32,12 @@ def joined_views(cameras: Sequence[Views]) -> Views:
         own = cameras[frame % n].depth(frame // n)
         return np.ascontiguousarray(_nearest(own, size))
 
+    def confidence(frame: int) -> NDArray[np.float32]:
+        read = cameras[frame % n].read_confidence
+        if read is None:
+            return np.ones(size[::-1], np.float32)
+        return np.ascontiguousarray(_nearest(read(frame // n), size))
+
     def color(frame: int) -> NDArray[np.uint8]:
         return np.ascontiguousarray(_nearest(cameras[frame % n].read_color(frame // n), size))
 
@@ -42,6 +48,7 @@ def joined_views(cameras: Sequence[Views]) -> Views:
         return np.ascontiguousarray(_nearest(read(frame // n), size))
 
     labelled = any(views.read_labels is not None for views in cameras)
+    unsure = any(views.read_confidence is not None for views in cameras)
     return replace(
         cameras[0],
         world_from_camera=np.ascontiguousarray(poses.reshape(n * length, 4, 4)),
@@ -51,6 +58,8 @@ def joined_views(cameras: Sequence[Views]) -> Views:
         frames=np.sort(np.concatenate(frames)),
         read_depth=depth,
         read_color=color,
+        read_confidence=confidence if unsure else None,
+        scale=1.0,  # Of the depth above.
         read_labels=labels if labelled else None,
     )
 
