@@ -199,7 +199,7 @@ def choose_engine(
         if commercial:
             check_license(engine)
         return engine
-    have = [builder.has_depth(ref) for ref in refs if isinstance(ref, EpisodeRef)]
+    have = [_has_depth(builder, ref) for ref in refs if isinstance(ref, EpisodeRef)]
     if len(have) < len(refs):
         try:
             with without_downloads():
@@ -229,6 +229,14 @@ def choose_engine(
         return Auto(None, str(error).splitlines()[0].rstrip("."))
 
 
+def _has_depth(builder: DatasetBuilder, ref: EpisodeRef) -> bool:
+    """Whether an episode has depth. True for an error, which occurs again when it is built."""
+    try:
+        return builder.has_depth(ref)
+    except Exception:  # Sources come from other packages.
+        return True
+
+
 def network_estimates(
     job: Job, refs: Sequence[EpisodeRef | SceneRef]
 ) -> dict[str, NetworkEstimate]:
@@ -242,7 +250,7 @@ def network_estimates(
         footage = job.builder.footage(ref)
         if footage is None:
             continue
-        has_depth = job.builder.has_depth(ref)
+        has_depth = _has_depth(job.builder, ref)
         try:
             engine = job.settings.engine.for_episode(ref.id, has_depth=has_depth)
         except OccGenError:
@@ -259,7 +267,7 @@ def check_conditions(
     """Raise UsageError for a network input that no episode of the source has."""
     for condition in config.condition:
         if condition == "depth":
-            there = any(isinstance(ref, SceneRef) or builder.has_depth(ref) for ref in refs)
+            there = any(isinstance(ref, SceneRef) or _has_depth(builder, ref) for ref in refs)
         else:
             there = condition in builder.knows
         if not there:

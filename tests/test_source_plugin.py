@@ -18,11 +18,12 @@ from made_up import depth_of, episode_of, path, room
 import occgen_hub
 from occgen_hub import plugins
 from occgen_hub.builder import DatasetBuilder, EpisodeRef, load_builder
+from occgen_hub.config import Config
 from occgen_hub.engines import load_engine
 from occgen_hub.episode import Column, MediaFile
 from occgen_hub.episode_build import Settings
 from occgen_hub.errors import OccGenError, UsageError
-from occgen_hub.job import Job, list_episodes
+from occgen_hub.job import Job, check_conditions, choose_engine, list_episodes
 from occgen_hub.runtime.build import build_dataset
 from occgen_hub.schema import Feature
 from occgen_hub.source_check import check_source
@@ -125,8 +126,14 @@ def test_an_error_of_a_source_in_one_episode_does_not_end_the_build(root: Path) 
         def sources(self, ref):
             return [self.root / {"mine/room/one": "recording"}[ref.id]]
 
+        def has_depth(self, ref):
+            return {"mine/room/one": True}[ref.id]
+
     builder = Careless(root)
-    job = Job(builder, list_episodes(builder), root / "out", Settings(media="none"))
+    refs = list_episodes(builder)
+    engine = choose_engine(builder, refs)
+    check_conditions(builder, refs, Config(condition=("depth",)))
+    job = Job(builder, refs, root / "out", Settings(engine=engine, media="none"))
     summary = build_dataset(job)
     assert (summary.built, [failure.id for failure in summary.failures]) == (1, ["mine/room/two"])
 
