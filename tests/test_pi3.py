@@ -391,6 +391,7 @@ def test_single_frame_is_reconstructed(checkpoint, episode):
     one = dataclasses.replace(
         episode, length=1, world_from_camera=episode.world_from_camera[:1],
         intrinsics=episode.intrinsics[:1], task_index=episode.task_index[:1], columns={},
+        media=(),
     )  # fmt: skip
     scene = reconstructed_scene(checkpoint, one)
     assert scene.scale == 1.0
