@@ -78,11 +78,12 @@ class DatasetBuilder(ABC):
     `root` may be a file; knows: the inputs for `--condition` that all episodes have, besides depth
     (see `has_depth`); takes_archives: whether scenes may be archives, each of which it reads as a
     tree with only that scene; hfov: horizontal field of view, degrees, for sources without
-    intrinsics, None for the source's default; license: of the recording, by the Hub's name, None if
-    not stated; maps: the attributes of `CameraMapping` that a user may set, in `cameras`;
-    several_cameras: whether there may be more than one camera; takes_repository: whether `root` may
-    be a LeRobot dataset on the Hub; media: the default of `--media`; about: for the dataset's card,
-    in Markdown: where the recordings come from, and where their licences are.
+    intrinsics, None for the source's default; license: of the recording, by the Hub's name, if a
+    README.md in or above `root` states none, None if unknown; maps: the attributes of
+    `CameraMapping` that a user may set, in `cameras`; several_cameras: whether there may be more
+    than one camera; takes_repository: whether `root` may be a LeRobot dataset on the Hub; media:
+    the default of `--media`; about: for the dataset's card, in Markdown: where the recordings come
+    from, and where their licences are.
     """
 
     name: ClassVar[str]
@@ -230,7 +231,7 @@ def load_builder(
         raise UsageError(f"--camera: --source {name} takes one camera; leave the others out.")
     builder = kind(root, cameras) if cameras else kind(root)
     builder.hfov = hfov
-    builder.license = license_of_folder(root)
+    builder.license = license_of_folder(root) or kind.license
     return builder
 
 

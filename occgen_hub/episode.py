@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -77,22 +77,27 @@ class MediaFile:
     read: Callable[[], NDArray[Any]] | None = None
 
 
+Unmeasured = Literal["unknown", "free"]
+
+
 @dataclass(frozen=True)
 class Episode:
     """One recording of T frames. Frames are decoded on demand, by number from 0.
 
-    id: "<group>/<scene>/<trajectory>"; image_size: (width, height) in pixels, the same for all
-    frames; read_rgb(t): (H, W, 3) uint8; read_depth(t): (H, W) float64, metres along the optical
-    axis, 0 for none; world_from_camera: (T, 4, 4) float64, OpenCV axes, metres, in the source's
-    world; intrinsics: (T, 3, 3) float64, pixels; task_index: (T,) int64 into `tasks`;
-    fingerprint: SHA-256 over the names and contents of the source's files; assumed_view: whether
-    the intrinsics are not the source's, but computed from a field of view; beside: episodes of
-    other depth cameras at the same times and in the same world, with depth to be fused with this
-    one's; origin: the repo_id and revision on the Hub that it comes from, None if unknown;
-    read_labels(t): (H, W) integers, the class of each pixel, ids of `taxonomy`, 0 for none; None
-    without labels; taxonomy: a name in schemas/taxonomies.yaml; unmeasured: what missing depth
-    says of the space on a ray: nothing ("unknown", sensors), or that no surface is in reach
-    ("free", simulators).
+    id: "<group>/<scene>/<trajectory>"; length: T; fps: frames per second; robot_type: for
+    info.json, in the source's words; tasks: the instructions; columns: further values of each
+    frame, by name; media: the files to keep with the dataset; notes: for the user; image_size:
+    (width, height) in pixels, the same for all frames; read_rgb(t): (H, W, 3) uint8; read_depth(t):
+    (H, W) float64, metres along the optical axis, 0 for none; world_from_camera: (T, 4, 4) float64,
+    OpenCV axes, metres, in the source's world; intrinsics: (T, 3, 3) float64, pixels; task_index:
+    (T,) int64 into `tasks`; fingerprint: SHA-256 over the names and contents of the source's files,
+    see `DatasetBuilder.fingerprint`; assumed_view: whether the intrinsics are not the source's, but
+    computed from a field of view; beside: episodes of other depth cameras at the same times and in
+    the same world, with depth to be fused with this one's; origin: the repo_id and revision on the
+    Hub that it comes from, None if unknown; read_labels(t): (H, W) integers, the class of each
+    pixel, ids of `taxonomy`, 0 for none; None without labels; taxonomy: a name in
+    schemas/taxonomies.yaml; unmeasured: what missing depth says of the space on a ray: nothing
+    ("unknown", sensors), or that no surface is in reach ("free", simulators).
     """
 
     id: str
@@ -115,7 +120,7 @@ class Episode:
     origin: dict[str, str] | None = None
     read_labels: Callable[[int], NDArray[Any]] | None = None
     taxonomy: str | None = None
-    unmeasured: Literal["unknown", "free"] = "unknown"
+    unmeasured: Unmeasured = "unknown"
 
 
 FAR_FROM_ORIGIN = 1000.0
@@ -190,6 +195,11 @@ def check_episode(episode: Episode) -> Episode:
         found = f"is {index.dtype} of shape {index.shape}, or out of range"
         raise wrong("task_index", found, f"({T},) whole numbers of the {len(episode.tasks)} tasks")
     columns: dict[str, Any] = episode.columns
+    for note in episode.notes:
+        if not isinstance(note, Note):
+            raise wrong("notes", f"has a {type(note).__name__}", "occgen_hub.episode.Note")
+    if episode.unmeasured not in get_args(Unmeasured):
+        raise wrong("unmeasured", f"is {episode.unmeasured!r}", " or ".join(get_args(Unmeasured)))
     for name, column in columns.items():
         if not isinstance(column, Column):
             found = f"is a {type(column).__name__}"

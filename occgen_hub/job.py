@@ -132,6 +132,12 @@ def list_episodes(
     for ref in builder.episodes():
         if limit is not None and len(refs) >= limit:
             break
+        path: Any = ref.path
+        if not isinstance(path, Path):
+            raise UsageError(
+                f"source {builder.name}: the path of {ref.id} is a {type(path).__name__}; give a "
+                "pathlib.Path."
+            )
         if selected(ref.id, scenes):
             refs.append(ref)
         others = True

@@ -27,10 +27,6 @@ class Segmenter(ABC):
     name: str
     taxonomy: str
 
-    def __repr__(self) -> str:
-        """Equal for equal segmenters, because builds are compared by it."""
-        return f"{type(self).__name__}({self.record()})"
-
     def record(self) -> dict[str, Any]:
         """Everything that determines its labels, as JSON, such as a checksum of its weights."""
         return {"name": self.name}

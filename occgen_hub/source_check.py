@@ -6,6 +6,7 @@ import pickle
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,11 @@ from occgen_hub.errors import OccGenError
 from occgen_hub.files import is_file
 from occgen_hub.fusion.conventions import check_conventions
 from occgen_hub.job import list_episodes
-from occgen_hub.schema import load_schema
+from occgen_hub.media import read_rgb
+from occgen_hub.schema import ARROW, load_schema
+
+MAX_AWAY = 16.0
+"""Mean difference of two images, of 255, above which they are not the same. JPEG changes less."""
 
 
 def check_source(builder: DatasetBuilder, episodes: int = 1) -> list[Episode]:
@@ -29,10 +34,10 @@ def check_source(builder: DatasetBuilder, episodes: int = 1) -> list[Episode]:
     three decoded frames, media and columns against the schema, and whether frames agree with one
     another. The returned episodes check each frame that is decoded.
     """
-    if not isinstance(found := builder.episodes(), Iterable):
-        raise _wrong(
-            builder, "episodes()", f"gives a {type(found).__name__}", "yield every EpisodeRef"
-        )
+    listed: Any = builder.episodes()
+    if not isinstance(listed, Iterable):
+        problem = f"gives a {type(listed).__name__}"
+        raise _wrong(builder, "episodes()", problem, "yield every EpisodeRef")
     refs = list_episodes(builder)
     ids = [ref.id for ref in refs]
     if ids != sorted(ids):
@@ -48,7 +53,10 @@ def check_source(builder: DatasetBuilder, episodes: int = 1) -> list[Episode]:
 
 
 def _check_episode(builder: DatasetBuilder, ref: EpisodeRef) -> Episode:
-    sources = builder.sources(ref)
+    sources: Any = builder.sources(ref)
+    if not isinstance(sources, list):
+        found = f"gives a {type(sources).__name__}"
+        raise _wrong(builder, f"sources({ref.id})", found, "give a list of paths")
     if other := [path for path in sources if not isinstance(path, Path)]:
         raise _wrong(
             builder, f"sources({ref.id})", f"has a {type(other[0]).__name__}", "give paths"
@@ -74,13 +82,13 @@ def _check_episode(builder: DatasetBuilder, ref: EpisodeRef) -> Episode:
     if (episode.read_depth is not None) != builder.has_depth(ref):
         problem = f"is {builder.has_depth(ref)}, but read returns the opposite"
         raise _wrong(builder, f"has_depth({ref.id})", problem, "return whether read gives depth")
+    _check_files(builder, episode, sources)
     for frame in sorted({0, episode.length // 2, episode.length - 1}):
-        episode.read_rgb(frame)
+        _check_image(builder, episode, frame)
         if episode.read_labels is not None:
             episode.read_labels(frame)
         if episode.read_depth is not None:
             _check_reach(builder, episode.read_depth(frame), frame)
-    _check_files(builder, episode)
     if not (episode.read_depth is None or episode.world_from_camera is None):
         if episode.intrinsics is None:
             raise _wrong(builder, "intrinsics", "are missing", "give (T, 3, 3) with depth")
@@ -97,10 +105,34 @@ def _check_reach(builder: DatasetBuilder, depth: NDArray[np.float64], frame: int
         raise _wrong(builder, f"read_depth({frame})", found, "give metres")
 
 
-def _check_files(builder: DatasetBuilder, episode: Episode) -> None:
-    """Check media and columns against the schema."""
-    schema = load_schema(builder.schema)
+def _check_image(builder: DatasetBuilder, episode: Episode, frame: int) -> None:
+    """Raise OccGenError if the image of a frame in `media` is another one than `read_rgb` gives."""
+    image = episode.read_rgb(frame)
     for item in episode.media:
+        if item.file == "rgb" and item.frame == frame:
+            kept = item.read() if item.read else read_rgb(item.path, episode.image_size)
+            if kept.shape != image.shape:
+                found = f"has shape {kept.shape}"
+                raise _wrong(
+                    builder, f"the media rgb of frame {frame}", found, f"give {image.shape}"
+                )
+            away = np.abs(image.astype(np.int16) - kept).mean()
+            if away > MAX_AWAY:
+                found = f"differs from read_rgb({frame}) by {away:.0f} of 255 in the mean"
+                raise _wrong(builder, f"the media rgb of frame {frame}", found, "give one image")
+
+
+def _check_files(builder: DatasetBuilder, episode: Episode, sources: list[Path]) -> None:
+    """Check media and columns against the schema, and that media are among the sources."""
+    schema, known_sources = load_schema(builder.schema), set(sources)
+    for item in episode.media:
+        path: Any = item.path
+        if not isinstance(path, Path):
+            found = f"is a {type(path).__name__}"
+            raise _wrong(builder, f"the media {item.path}", found, "give a pathlib.Path")
+        if item.read is None and item.path not in known_sources:
+            remedy = "list it, so that the episode is built again if it changes"
+            raise _wrong(builder, f"the media {item.path}", "is not in sources()", remedy)
         if item.file not in schema.files or not schema.files[item.file].media:
             known = ", ".join(name for name, file in schema.files.items() if file.media)
             raise _wrong(builder, f"the media {item.file}", "is not in a schema", f"use {known}")
@@ -108,6 +140,10 @@ def _check_files(builder: DatasetBuilder, episode: Episode) -> None:
             raise _wrong(builder, f"the media {item.path}", "is not a file", "give one, or read=")
     for name, column in episode.columns.items():
         feature = column.feature
+        if feature.dtype not in ARROW or not feature.shape:
+            found = f"has the feature {feature.dtype} {feature.shape}"
+            remedy = f"give one of {', '.join(ARROW)}, and the shape (1,) for plain numbers"
+            raise _wrong(builder, f"the column {name}", found, remedy)
         if feature.dtype == "string":
             continue
         shape = () if feature.scalar else feature.shape
@@ -115,6 +151,9 @@ def _check_files(builder: DatasetBuilder, episode: Episode) -> None:
         if values.shape != (episode.length, *shape):
             found = f"has shape {values.shape}"
             raise _wrong(builder, f"the column {name}", found, f"give {(episode.length, *shape)}")
+        if not np.can_cast(values.dtype, feature.dtype, "same_kind"):
+            found = f"has {values.dtype} values for the feature {feature.dtype}"
+            raise _wrong(builder, f"the column {name}", found, "convert the values")
         if feature.dtype.startswith("float") and not np.isfinite(values).all():
             found = "has a value that is not finite"
             raise _wrong(

@@ -107,11 +107,24 @@ def check_views(views: Views, episode: Episode) -> Views:
     """Check an engine's views, and return them with readers that check each frame.
 
     Engines may come from other packages, and compiled code does not check bounds. Raises
-    OccGenError if shapes or dtypes are wrong, poses are not rigid and finite, intrinsics are not of
-    a pinhole camera, depth is not finite and at least 0, or confidence is not in [0, 1]. The
-    returned depth is float32.
+    OccGenError if shapes or dtypes are wrong, frames are not ascending, poses are not rigid and
+    finite, intrinsics are not of a pinhole camera, depth is not finite and at least 0, or
+    confidence is not in [0, 1]. The returned depth is float32.
     """
-    length = episode.length
+    if not isinstance(views, Views):
+        raise OccGenError(
+            f"{episode.id}: the engine returned a {type(views).__name__}, expected "
+            "occgen_hub.views.Views; report it to the authors of the engine."
+        )
+    length, wrong = episode.length, partial(_wrong, episode.id, views.engine)
+    frames = views.frames
+    if not (isinstance(frames, np.ndarray) and frames.ndim == 1 and frames.dtype.kind in "iu"):
+        found = f"is {getattr(frames, 'dtype', type(frames).__name__)}"
+        raise wrong("frames", found, "int64 (n,)")
+    if len(frames) and not (frames[0] >= 0 and frames[-1] < length and (np.diff(frames) > 0).all()):
+        raise wrong("frames", "is out of range or not ascending", f"numbers from 0 to {length - 1}")
+    if views.edges not in ("sensor", "network"):
+        raise wrong("edges", f"is {views.edges!r}", "sensor or network")
     fields: list[tuple[str, NDArray[Any], tuple[int, ...]]] = [
         ("world_from_camera", views.world_from_camera, (length, 4, 4)),
         ("intrinsics", views.intrinsics, (length, 3, 3)),
@@ -131,7 +144,7 @@ def check_views(views: Views, episode: Episode) -> Views:
                 f"{episode.id}: the engine {views.engine} returned invalid intrinsics for frame "
                 f"{frame}: the matrix {problem}; report it to the authors of the engine."
             )
-    shape, wrong = views.depth_size[::-1], partial(_wrong, episode.id, views.engine)
+    shape = views.depth_size[::-1]
     read_confidence = views.read_confidence
 
     def depth(frame: int) -> NDArray[np.float32]:

@@ -481,6 +481,31 @@ def test_each_wrong_frame_of_an_engine_is_named(
     assert text.endswith("report it to the authors of the engine.")
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("frames", np.arange(-1, 7), "is out of range or not ascending"),
+        ("frames", np.arange(9), "is out of range or not ascending"),
+        ("frames", np.array([0, 0, 1]), "is out of range or not ascending"),
+        ("frames", np.arange(8)[::-1], "is out of range or not ascending"),
+        ("frames", list(range(8)), "is list, expected int64 (n,)"),
+        ("edges", "ramp", "is 'ramp', expected sensor or network"),
+    ],
+)
+def test_wrong_fields_of_an_engine_are_named(
+    field: str, value: object, message: str, tmp_path: Path
+) -> None:
+    wrong = ThirdPartyEngine(lambda views: dataclasses.replace(views, **{field: value}))
+    with pytest.raises(OccGenError) as error:
+        scene_of(made_up(), tmp_path, UNION, wrong)
+    assert f"{field} of the engine mine {message}" in str(error.value)
+
+
+def test_engine_that_returns_no_views_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OccGenError, match="the engine returned a NoneType, expected occgen_h"):
+        scene_of(made_up(), tmp_path, UNION, ThirdPartyEngine(lambda views: None))
+
+
 def test_engine_may_return_float64_depth(tmp_path: Path) -> None:
     wide = ThirdPartyEngine(
         lambda views: dataclasses.replace(

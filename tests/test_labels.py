@@ -483,7 +483,7 @@ def installed_segmenters(monkeypatch):
         "none": "test_labels:made_up",
         "wrong": "builtins:max",
     }
-    points = {name: EntryPoint(name, value, "any") for name, value in objects.items()}
+    points = {name: [EntryPoint(name, value, "any")] for name, value in objects.items()}
     others = plugins._points
     monkeypatch.setattr(
         plugins, "_points", lambda kind: points if kind == "segmenter" else others(kind)

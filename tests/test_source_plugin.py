@@ -54,15 +54,21 @@ def test_template_can_be_installed_and_passes_its_tests(tmp_path: Path) -> None:
 
 def test_wrong_entry_points_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "half_written.py").write_text("class Builder(")
+    (tmp_path / "careless.py").write_text("import os\nos.environ['NOT_SET']\n")
     monkeypatch.syspath_prepend(tmp_path)
 
     def given(value: str) -> None:
-        points = {"mine": EntryPoint("mine", value, "occgen_hub.builders")}
+        points = {"mine": [EntryPoint("mine", value, "occgen_hub.builders")]}
         monkeypatch.setattr(plugins, "_points", lambda kind: points)
+
+    def two_packages(kind: plugins.Kind) -> dict[str, list[EntryPoint]]:
+        group = "occgen_hub.engines"
+        return {"mine": [EntryPoint("mine", value, group) for value in ("one:open", "two:open")]}
 
     for value, message in (
         ("nowhere:Builder", "cannot be loaded .*nowhere"),
         ("half_written:Builder", "cannot be loaded .*never closed"),
+        ("careless:Builder", "cannot be loaded .KeyError: 'NOT_SET'; correct that package"),
         ("pathlib:Path", "is not a subclass of"),
         ("occgen_hub.builder:DatasetBuilder", "lacks the methods episodes, read, sources"),
         ("occgen_hub.builders.video:VideoBuilder", "has the name 'video'; give it name = 'mine'"),
@@ -75,10 +81,14 @@ def test_wrong_entry_points_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_pat
         ("pathlib:Path", "cannot be opened"),
         ("builtins:max", "cannot be opened"),
         ("builtins:print", "does not return an instance of occgen_hub.engines.Engine"),
+        ("occgen_hub.engines.rgbd:open_engine", "has the name 'rgbd'; give it name = 'mine'"),
     ):
         given(value)
         with pytest.raises(UsageError, match=message):
             load_engine("mine")
+    monkeypatch.setattr(plugins, "_points", two_packages)
+    with pytest.raises(UsageError, match="--engine mine: one:open and two:open have this name"):
+        load_engine("mine")
 
 
 class Mine(DatasetBuilder):
@@ -106,7 +116,19 @@ class Mine(DatasetBuilder):
 
 
 NO_TIMES = Column(Feature(dtype="float64", shape=(1,)), np.full(6, np.nan))
+HALVES = Column(Feature(dtype="int64", shape=(1,)), np.arange(6) + 0.5)
+OTHER = Column(Feature(dtype="float", shape=(1,)), np.arange(6))
+OTHERS = tuple(
+    MediaFile("rgb", Path("recording"), t, read=lambda: np.full((60, 80, 3), 120, np.uint8))
+    for t in range(6)
+)
 IMAGES = tuple(MediaFile("rgb", Path(f"{t}.jpg"), t) for t in range(6))
+
+
+class Licensed(Mine):
+    """A source that states the licence of all its recordings."""
+
+    license = "cc0-1.0"
 
 
 @pytest.fixture
@@ -138,6 +160,24 @@ def test_an_error_of_a_source_in_one_episode_does_not_end_the_build(root: Path) 
     assert (summary.built, [failure.id for failure in summary.failures]) == (1, ["mine/room/two"])
 
 
+def test_a_source_with_an_open_file_needs_one_worker(root: Path) -> None:
+    builder = type("Mine", (Mine,), {"ids": ("mine/room/one", "mine/room/two")})(root)
+    builder.log = (root / "recording").open()
+    job = Job(builder, list_episodes(builder), root / "out", Settings(media="none"))
+    with builder.log, pytest.raises(UsageError, match=r"--workers 2: the source mine .*pickle"):
+        build_dataset(job, workers=2)
+
+
+def test_license_of_a_source_is_used_without_a_card(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = {"mine": [EntryPoint("mine", f"{__name__}:Licensed", "occgen_hub.builders")]}
+    monkeypatch.setattr(plugins, "_points", lambda kind: points)
+    assert load_builder("mine", root).license == "cc0-1.0"
+    (root / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert load_builder("mine", root).license == "mit"
+
+
 def test_check_source_accepts_a_correct_source(root: Path) -> None:
     (episode,) = check_source(Mine(root))
     assert episode.length == 6
@@ -166,10 +206,18 @@ def test_check_source_accepts_a_correct_source(root: Path) -> None:
             {"changes": {"columns": {"time": NO_TIMES}}},
             "column time has a value that is not finite",
         ),
+        ({"changes": {"columns": {"n": HALVES}}}, "n has float64 values for the feature int64"),
+        ({"changes": {"columns": {"n": OTHER}}}, "n has the feature float .1,.; give one of"),
+        ({"changes": {"notes": ("odd",)}}, "notes has a str"),
+        ({"changes": {"unmeasured": "empty"}}, "unmeasured is 'empty'; .* unknown or free"),
+        ({"changes": {"media": IMAGES}}, "media 0.jpg is not in sources"),
+        ({"changes": {"media": OTHERS}}, "media rgb of frame 0 differs from read_rgb.0. by 1"),
+        ({"sources": lambda self, ref: None}, "gives a NoneType; give a list of paths"),
+        ({"episodes": lambda self: iter([EpisodeRef("a/b/c", "d")])}, "path of a/b/c is a str"),
         ({"changes": {"media": IMAGES[:5]}}, "media rgb has 5 images"),
         ({"changes": {"media": IMAGES[:5] + IMAGES[:1]}}, "media rgb has other frame numbers"),
         ({"episodes": lambda self: None}, "gives a NoneType; yield every EpisodeRef"),
-        ({"sources": lambda self, ref: "recording"}, "has a str; give paths"),
+        ({"sources": lambda self, ref: ["recording"]}, "has a str; give paths"),
         ({"read": lambda self, ref: None}, "gives a NoneType; give an Episode"),
         ({"changes": {"intrinsics": None}}, "intrinsics are missing"),
         ({"changes": {"world_from_camera": np.linalg.inv(path(6))}}, "camera_from_world"),

@@ -143,7 +143,7 @@ class TrajectoryWriter:
         self.cells = cells = scene_grid(scene.cloud.points, config.voxel_size)
         thinned = voxel_downsample(scene.cloud, cloud_voxel_size(cells.shape, config))
         write_ply(self.path("scene_cloud"), thinned)
-        below = self.grid.share_below(scene.cloud.points, scene.world_from_camera)
+        below = self.grid.share_below(cells.centres, scene.world_from_camera)
         if below > MAX_BELOW:
             depth = config.pc_range[4]
             text = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections import deque
@@ -18,6 +19,7 @@ from typing import Any
 
 from occgen_hub.builder import EpisodeRef
 from occgen_hub.episode_build import Progress
+from occgen_hub.errors import UsageError
 from occgen_hub.job import Job
 from occgen_hub.runtime import threads
 from occgen_hub.runtime.results import Failure, Result, SceneResult
@@ -43,7 +45,17 @@ def build_in_workers(
 
     An episode whose process died is tried once more, after the others and in a process with no
     other episode. If that process dies too, the episode has failed.
+
+    Raises UsageError if the job cannot be pickled.
     """
+    try:
+        pickle.dumps(job.part(workers))
+    except Exception as error:  # Sources and engines may come from other packages.
+        raise UsageError(
+            f"--workers {workers}: the source {job.builder.name} or the engine "
+            f"{job.settings.engine.name} cannot be sent to other processes ({error}); keep open "
+            "files and local functions out of it, or give --workers 1."
+        ) from error
     waiting = deque(sorted(refs, key=job.work, reverse=True))
     network = job.settings.engine.uses_device()
     # With two, a GPU waits neither for an episode to be written nor for a download.
