@@ -22,6 +22,7 @@ from occgen_hub.atomic import atomic_file
 from occgen_hub.errors import DatasetError, SourceError
 from occgen_hub.files import (
     MAX_BUILT_BYTES,
+    MAX_TABLE_ROWS,
     PARQUET_DAMAGE,
     dataset_files,
     dump_json,
@@ -232,7 +233,10 @@ def _declared(trajectory: Trajectory) -> tuple[str, int]:
         features = dict(info["features"])
         for value in features.values():
             Feature.model_validate(value)
-        return dump_json(features), int(info["total_frames"])
+        frames = int(info["total_frames"])
+        if not 0 <= frames <= MAX_TABLE_ROWS:
+            raise ValueError
+        return dump_json(features), frames
     except (KeyError, TypeError, ValueError):
         problem = "does not state its features and frames"
         raise DatasetError(trajectory.file("info"), problem, REBUILD) from None

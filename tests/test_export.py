@@ -441,6 +441,7 @@ def test_columns_with_names_reserved_by_lerobot_are_left_out(sample_tree, tmp_pa
         ("info", {"fps": "ten"}, r"info\.json: has no valid fps"),
         ("info", {"fps": 0}, r"info\.json: has no valid fps"),
         ("info", {"features": 3}, r"info\.json: does not state its features"),
+        ("info", {"total_frames": 1 << 63}, r"info\.json: does not state its features and frames"),
         ("record", {"scene": {}}, r"occgen\.json: does not state the image size"),
         ("record", {"scene": {"image_size": [32, 32]}}, r"0\.jpg: is \d+ x \d+ pixels"),
     ],
