@@ -769,6 +769,18 @@ def test_pipe_in_the_place_of_the_plan_is_replaced(three: Path, tmp_path: Path) 
     assert tree(out) == before
 
 
+@pytest.mark.parametrize("shards", [[], [[SECOND]], [[SECOND, "a/b/c", "d/e/f"]]])
+def test_plan_with_other_episodes_is_replaced(
+    three: Path, tmp_path: Path, shards: list[list[str]]
+) -> None:
+    plan = tmp_path / "out/.logs/build.json"
+    build_dataset(job(three, tmp_path / "out"))
+    before = json.loads(plan.read_text())
+    plan.write_text(json.dumps(before | {"shards": shards}))
+    assert build_dataset(job(three, tmp_path / "out")).present == 3
+    assert json.loads(plan.read_text()) == before
+
+
 def test_finalize_refuses_a_plan_with_invalid_values(three: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     build_dataset(job(three, out))

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def make_plan(job: Job, count: int) -> Plan:
     )
     digest = hashlib.sha256(identity.encode()).hexdigest()
     known = read_plan(job.out)
-    if known is not None and known.digest == digest:
+    if known is not None and _is_plan(known, digest, ids, count):
         return known  # Saves reading the headers of all episodes again.
     groups: dict[str, list[int]] = {}
     for number, name in enumerate(ids):
@@ -79,6 +80,12 @@ def make_plan(job: Job, count: int) -> Plan:
     named = [[ids[number] for number in numbers] for numbers in shards]
     described, parquet = job.described(), job.parquet_occupancy
     return Plan(digest, described, job.limited, parquet, named, job.parquet_images)
+
+
+def _is_plan(known: Plan, digest: str, ids: Iterable[str], count: int) -> bool:
+    """Whether a recorded plan is that of these episodes. Its file may have been changed."""
+    episodes = sorted(chain.from_iterable(known.shards))
+    return known.digest == digest and len(known.shards) == count and episodes == sorted(ids)
 
 
 def read_plan(out: Path) -> Plan | None:
@@ -96,9 +103,10 @@ def join_build(out: Path, plan: Plan, *, exclusive: bool) -> bool:
     place, because other hosts may see a renamed file late over NFS. Raises OccGenError if it cannot
     be written.
     """
-    known = read_plan(out)
-    if (known is not None and known.digest == plan.digest) or not exclusive:
-        return known is not None and known.digest == plan.digest
+    known, ids = read_plan(out), chain.from_iterable(plan.shards)
+    same = known is not None and _is_plan(known, plan.digest, ids, len(plan.shards))
+    if same or not exclusive:
+        return same
     path = out / LOGS / PLAN
     try:
         for record in path.parent.glob(RECORD.format("*")):
