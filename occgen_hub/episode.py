@@ -78,6 +78,7 @@ class MediaFile:
 
 
 Unmeasured = Literal["unknown", "free"]
+"""What missing depth says of the space on a ray, see `Episode`."""
 
 
 @dataclass(frozen=True)
@@ -183,8 +184,9 @@ def check_episode(episode: Episode) -> Episode:
         raise wrong("fps", f"is {episode.fps}", "frames per second, over 0")
     if not episode.tasks:
         raise wrong("tasks", "is empty", "at least one instruction, for example Task('navigate')")
-    if other := [task for task in episode.tasks if not isinstance(task, Task)]:
-        raise wrong("tasks", f"has a {type(other[0]).__name__}", "occgen_hub.episode.Task")
+    for task in episode.tasks:
+        if not isinstance(task, Task):
+            raise wrong("tasks", f"has a {type(task).__name__}", "occgen_hub.episode.Task")
     index = np.asarray(episode.task_index)
     if (
         index.shape != (T,)
@@ -194,12 +196,12 @@ def check_episode(episode: Episode) -> Episode:
     ):
         found = f"is {index.dtype} of shape {index.shape}, or out of range"
         raise wrong("task_index", found, f"({T},) whole numbers of the {len(episode.tasks)} tasks")
-    columns: dict[str, Any] = episode.columns
     for note in episode.notes:
         if not isinstance(note, Note):
             raise wrong("notes", f"has a {type(note).__name__}", "occgen_hub.episode.Note")
     if episode.unmeasured not in get_args(Unmeasured):
         raise wrong("unmeasured", f"is {episode.unmeasured!r}", " or ".join(get_args(Unmeasured)))
+    columns: dict[str, Any] = episode.columns  # Of any kind, as far as is known.
     for name, column in columns.items():
         if not isinstance(column, Column):
             found = f"is a {type(column).__name__}"

@@ -134,6 +134,11 @@ def scene_of(name: str) -> str:
     return "/".join(name.split("/")[:2])
 
 
+def units_of(refs: Sequence[EpisodeRef | SceneRef]) -> str:
+    """What `refs` are in messages: "scenes" if one has to be fetched, else "episodes"."""
+    return "scenes" if any(isinstance(ref, SceneRef) for ref in refs) else "episodes"
+
+
 def selected(name: str, patterns: Sequence[str]) -> bool:
     """Whether a scene's id or name matches one of the patterns. True without patterns."""
     scene = scene_of(name)

@@ -361,7 +361,7 @@ def _dry_run(
     from occgen_hub.job import open_job
     from occgen_hub.runtime import cluster
     from occgen_hub.runtime.records import make_plan
-    from occgen_hub.scenes import SceneRef
+    from occgen_hub.scenes import SceneRef, units_of
 
     with without_downloads("expect"):
         job = _open_cluster_job(options) if executor in CLUSTER_OPTIONS else open_job(**options)
@@ -392,7 +392,7 @@ def _dry_run(
             click.echo(f"The batch script:\n\n{cluster.batch_script(tasks, running)}")
             place = shlex.quote(str(job.out))
             say(f"When all of these tasks have ended, one more runs occgen-hub finalize {place}.")
-    units = "scenes" if any(isinstance(ref, SceneRef) for ref in refs) else "episodes"
+    units = units_of(refs)
     say(f"{len(todo)} of {len(refs)} {units} would be built into {job.out}; nothing was done.")
     return 0
 

@@ -29,7 +29,7 @@ from occgen_hub.runtime.lock import LOGS, output_lock
 from occgen_hub.runtime.records import Plan, join_build, make_plan, record_present
 from occgen_hub.runtime.results import Summary
 from occgen_hub.runtime.shard import Shard
-from occgen_hub.scenes import SceneRef
+from occgen_hub.scenes import units_of
 
 if TYPE_CHECKING:
     from datatrove.executor.base import PipelineExecutor
@@ -58,8 +58,7 @@ class Tasks:
 
     def __str__(self) -> str:
         counts = [len(shard) for shard in self.plan.shards]
-        fetched = any(isinstance(ref, SceneRef) for ref in self.job.refs)
-        units = "Scenes" if fetched else "Episodes"
+        units = units_of(self.job.refs).capitalize()
         return (
             f"Tasks: {len(counts)}, {len(self.todo)} of them with something to do. {units}: "
             f"{sum(counts)}, {min(counts)} to {max(counts)} a task.\nLogs: {self.folder}"
