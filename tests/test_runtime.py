@@ -455,24 +455,25 @@ def test_resume_after_interruption(
     assert unfinished(out) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interruption_between_starting_a_worker_and_sending_its_arguments(
-    source: Path, tmp_path: Path
+    source: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(
-        "import os, signal, time\n"
+        "import os, time\n"
         "from multiprocessing import util\n"
         "spawn = util.spawnv_passfds\n"
         "def interrupted(path, args, passfds):\n"
         "    number = spawn(path, args, passfds)\n"
         "    if 'spawn_main' in ' '.join(map(os.fsdecode, args)):\n"
-        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        f"        os.kill(os.getpid(), {number.value})\n"
         "        time.sleep(0.5)\n"
         "    return number\n"
         "util.spawnv_passfds = interrupted\n"
     )
     process = start_build(source, tmp_path / "out", workers=2, PYTHONPATH=str(tmp_path))
     done = finish(process)
-    assert done.returncode == 128 + signal.SIGINT, done.stderr
+    assert done.returncode == 128 + number, done.stderr
     check_clean(done.stderr)
 
 

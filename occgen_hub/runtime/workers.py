@@ -8,9 +8,8 @@ import pickle
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -25,6 +24,7 @@ from occgen_hub.runtime import threads
 from occgen_hub.runtime.results import Failure, Result, SceneResult
 from occgen_hub.runtime.scenes import build_refs
 from occgen_hub.scenes import SceneRef
+from occgen_hub.stopping import hold_stops
 
 
 @dataclass
@@ -71,20 +71,14 @@ def build_in_workers(
         arguments = (child_end, job.part(workers), device)
         process = context.Process(target=_run_worker, args=arguments, daemon=True)
 
-        def start_process() -> None:
-            # Workers inherit blocked signals, so Ctrl-C reaches only this process. The resource
-            # tracker starts first, because starting it unblocks the signals.
-            resource_tracker.ensure_running()
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            with threads.limited_children(workers, -(-workers // max(gpus, 1))):
-                process.start()
+        # Workers inherit blocked signals, so Ctrl-C reaches only this process. The resource tracker
+        # starts first, because starting it unblocks the signals. A stop is held, because a worker
+        # that is sent only a part of its arguments prints a traceback.
+        resource_tracker.ensure_running()
+        limits = threads.limited_children(workers, -(-workers // max(gpus, 1)))
+        with hold_stops(), _blocked(signal.SIGINT), limits:
+            process.start()
             running[parent_end] = _Worker(number, process)
-
-        # Signal handlers run in the main thread, so they cannot interrupt a process start here. An
-        # interrupted wait still ends after the start: a worker that is sent only a part of its
-        # arguments prints a traceback.
-        with ThreadPoolExecutor(1) as thread:
-            thread.submit(start_process).result()
         child_end.close()
         assign(parent_end)
 
@@ -133,6 +127,16 @@ def build_in_workers(
         # On Ctrl-C, unfinished episodes are dropped; the next run removes their temporary files.
         for worker in running.values():
             worker.process.terminate()
+
+
+@contextmanager
+def _blocked(number: signal.Signals) -> Iterator[None]:
+    """Block a signal in this thread, and in processes that it starts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _killed(ref: EpisodeRef | SceneRef) -> Failure:
