@@ -283,14 +283,15 @@ def _builder_class(name: str) -> type[DatasetBuilder]:
 
 
 def other_source(root: Path, name: str) -> str:
-    """The end of an error that names another source that recognises `root`, or ""."""
+    """The end of an error that names the other sources that recognise `root`, or ""."""
+    recognised = []
     for other in builder_names():
         if other == name:
             continue
         try:
             found = _builder_class(other).recognise(root)
-        except (OccGenError, OSError):
+        except Exception:  # Sources of other packages may raise anything.
             continue
         if found is not None:
-            return f"it is {found}: use --source {other}"
-    return ""
+            recognised.append(f"it is {found}: use --source {other}")
+    return ", or ".join(recognised)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,7 @@ from occgen_hub.engines import (
     without_downloads,
 )
 from occgen_hub.episode_build import Settings, why_outdated
-from occgen_hub.errors import OccGenError, UsageError
+from occgen_hub.errors import OccGenError, UsageError, shorten_message
 from occgen_hub.files import dump_json, printable, sha256
 from occgen_hub.hub_source import HubSource, select_scenes
 from occgen_hub.kinds import check_not_built
@@ -95,7 +95,7 @@ def list_refs(
     if not archives:
         return [*list_episodes(builder, limit, scenes)]
     root = builder.root
-    unpacked = {} if root.is_file() else {ref.id: ref for ref in builder.episodes()}
+    unpacked = {} if root.is_file() else {ref.id: ref for ref in _listed(builder)}
     beside = {"/".join(name.split("/")[:-1]) for name in unpacked}
     kept = [ref for ref in archives if ref.id not in beside]
     if passed := len(archives) - len(kept):
@@ -106,6 +106,20 @@ def list_refs(
     found: list[EpisodeRef | SceneRef] = [*unpacked.values(), *kept]
     found.sort(key=lambda ref: ref.id)
     return _checked(builder, _selected(builder.root, found, scenes)[:limit])
+
+
+def _listed(builder: DatasetBuilder) -> Iterator[EpisodeRef]:
+    """The builder's episodes. Raises UsageError for unexpected errors of the builder."""
+    try:
+        yield from builder.episodes()
+    except (OccGenError, OSError, MemoryError):
+        raise
+    except Exception as error:  # Sources of other packages may raise anything.
+        raise UsageError(
+            f"{builder.root}: the source {builder.name} cannot list its episodes "
+            f"({type(error).__name__}: {shorten_message(str(error))}); check that this folder is "
+            "what it reads, or report this to its authors."
+        ) from error
 
 
 def list_episodes(
@@ -129,7 +143,7 @@ def list_episodes(
         )
     refs: list[EpisodeRef] = []
     others = False
-    for ref in builder.episodes():
+    for ref in _listed(builder):
         if limit is not None and len(refs) >= limit:
             break
         path: Any = ref.path

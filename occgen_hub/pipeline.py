@@ -86,6 +86,8 @@ def reconstruct(
     unmeasured = episode.unmeasured if config.unmeasured == "auto" else config.unmeasured
     if engine.uses_device():  # A network estimates depth everywhere.
         unmeasured = "free"
+    if config.hfov is not None and not episode.assumed_view:
+        notes.append(Note("hfov", "--hfov is not used by this source"))
     if cameras == 1 and stands_still(poses, cloud):
         notes.append(STATIC)
     return Scene(

@@ -291,6 +291,12 @@ def test_wrong_quaternion_order_is_named(tum: Path, episode: Episode, tmp_path: 
     with pytest.raises(OccGenError, match=r"the quaternions were w, x, y, z; write them as x, y"):
         convention_notes(read(place, intrinsics=captures.opencv_intrinsics(episode)))
 
+    right = read(tum, intrinsics=captures.opencv_intrinsics(episode))
+    numbers = [[*pose[:3, 3], *captures.quaternion(pose)] for pose in right.world_from_camera]
+    wrong = CameraMapping(pose_layout="xyz_quaternion_wxyz").poses(np.array(numbers))
+    with pytest.raises(OccGenError, match=r"were read as w, x, y, z; give pose_layout: .*_xyzw"):
+        convention_notes(replace(right, world_from_camera=wrong))
+
 
 def test_swapped_focal_lengths_are_named(episode: Episode, tmp_path: Path) -> None:
     captures.write_transforms(episode, tmp_path, swapped=True)

@@ -22,7 +22,7 @@ from occgen_hub.builder import DatasetBuilder, EpisodeRef, load_builder
 from occgen_hub.builders.internnav import InternNavBuilder
 from occgen_hub.config import Config
 from occgen_hub.engines import Engine, Progress, load_engine
-from occgen_hub.episode import Column, Episode, check_episode
+from occgen_hub.episode import Column, Episode, Note, check_episode
 from occgen_hub.episode_build import Settings
 from occgen_hub.errors import OccGenError
 from occgen_hub.geometry.poses import OPENGL_FROM_OPENCV
@@ -320,6 +320,13 @@ def test_turning_camera_is_not_a_mistake(noise: float, tmp_path: Path) -> None:
 
 def test_single_frame_is_not_a_mistake(tmp_path: Path) -> None:
     assert scene_of(made_up(path(1)), tmp_path).notes == ()
+
+
+def test_a_field_of_view_that_the_source_does_not_need_gives_a_note(tmp_path: Path) -> None:
+    episode, config = made_up(path(1)), Config(voxel_size=0.05, hfov=60)
+    (note,) = scene_of(episode, tmp_path, config).notes
+    assert note == Note("hfov", "--hfov is not used by this source")
+    assert scene_of(dataclasses.replace(episode, assumed_view=True), tmp_path, config).notes == ()
 
 
 @pytest.mark.parametrize("fusion", ["evidence", "union"])

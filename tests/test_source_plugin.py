@@ -17,7 +17,7 @@ from made_up import depth_of, episode_of, path, room
 
 import occgen_hub
 from occgen_hub import plugins
-from occgen_hub.builder import DatasetBuilder, EpisodeRef, load_builder
+from occgen_hub.builder import DatasetBuilder, EpisodeRef, load_builder, other_source
 from occgen_hub.config import Config
 from occgen_hub.engines import load_engine
 from occgen_hub.episode import Column, MediaFile
@@ -131,6 +131,28 @@ class Licensed(Mine):
     license = "cc0-1.0"
 
 
+class Unlisted(Mine):
+    """A source with mistakes in the methods that list and recognise recordings."""
+
+    def episodes(self):
+        yield from super().episodes()
+        raise KeyError("index.json")
+
+    @classmethod
+    def recognise(cls, root):
+        raise IndexError
+
+
+class Recognising(Mine):
+    """A source that reads any folder."""
+
+    name = "own"
+
+    @classmethod
+    def recognise(cls, root):
+        return "my own"
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     (tmp_path / "recording").write_text("")
@@ -158,6 +180,24 @@ def test_an_error_of_a_source_in_one_episode_does_not_end_the_build(root: Path) 
     job = Job(builder, refs, root / "out", Settings(engine=engine, media="none"))
     summary = build_dataset(job)
     assert (summary.built, [failure.id for failure in summary.failures]) == (1, ["mine/room/two"])
+
+
+def test_an_error_of_a_source_that_lists_its_episodes_is_one_sentence(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match=r"mine cannot list its episodes \(KeyError: 'index.json"):
+        list_episodes(Unlisted(root))
+    # Both sources that recognise a folder are named, in spite of one that cannot say.
+    points = plugins._points("source")
+    own = {
+        name: [EntryPoint(name, f"{__name__}:{kind}", "occgen_hub.builders")]
+        for name, kind in (("mine", "Unlisted"), ("own", "Recognising"))
+    }
+    monkeypatch.setattr(plugins, "_points", lambda kind: points | own)
+    for name in ("color", "depth"):
+        (root / name).mkdir()
+    found = other_source(root, "internnav")
+    assert found.endswith(": use --source capture, or it is my own: use --source own")
 
 
 def test_a_source_with_an_open_file_needs_one_worker(root: Path) -> None:

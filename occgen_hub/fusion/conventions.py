@@ -112,12 +112,16 @@ def _inverse(poses: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(np.linalg.inv(poses), np.float64)
 
 
-def _reordered(poses: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Correct the rotations of quaternions w, x, y, z that were read as x, y, z, w."""
-    read = Rotation.from_matrix(poses[:, :3, :3]).as_quat()
-    meant = poses.copy()
-    meant[:, :3, :3] = Rotation.from_quat(read[:, [1, 2, 3, 0]]).as_matrix()
-    return meant
+def _with_quaternions(order: list[int]) -> Poses:
+    """A function that reads quaternions again. order: of the numbers read as x, y, z, w."""
+
+    def reorder(poses: NDArray[np.float64]) -> NDArray[np.float64]:
+        read = Rotation.from_matrix(poses[:, :3, :3]).as_quat()
+        meant = poses.copy()
+        meant[:, :3, :3] = Rotation.from_quat(read[:, order]).as_matrix()
+        return meant
+
+    return reorder
 
 
 USUAL = {"metres": 1.0, "centimetres": 0.01, "millimetres": 0.001, "1/5000 m": 0.0002}
@@ -180,7 +184,12 @@ CONVENTIONS = (
     Convention(
         "the quaternions were w, x, y, z",
         "write them as x, y, z, w, or give pose_layout: xyz_quaternion_wxyz in a mapping",
-        _reordered,
+        _with_quaternions([1, 2, 3, 0]),
+    ),
+    Convention(
+        "the quaternions were x, y, z, w and were read as w, x, y, z",
+        "give pose_layout: xyz_quaternion_xyzw in the mapping",
+        _with_quaternions([3, 0, 1, 2]),
     ),
     Convention(
         "the focal lengths were swapped",
