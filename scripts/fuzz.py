@@ -51,7 +51,10 @@ ADDRESS_SPACE = 24 << 30
 """Bytes that a process may allocate, to protect the machine."""
 
 COARSE = ("--set", "voxel_size=0.25")
-CAPTURES = ("tum", "seven_scenes", "scannet", "transforms", "plain", "colmap", "colmap_text", "bag")
+CAPTURES = (
+    *("tum", "seven_scenes", "scannet", "transforms", "plain", "colmap", "colmap_text", "bag"),
+    "stray_scanner",
+)
 
 Step = tuple[str, ...] | Callable[[Path], object]
 """Command-line arguments, with {root} and {out} as placeholders for folders, or a function."""

@@ -18,6 +18,7 @@ from scipy.spatial.transform import Rotation
 from occgen_hub.episode import Episode
 from occgen_hub.geometry.poses import from_opengl
 from occgen_hub.geometry.trajectory import poses_at
+from occgen_hub.media import write_video
 
 START = 1_700_000_000.0
 """Start time of a recording, in seconds."""
@@ -106,6 +107,27 @@ def write_transforms(
     values = {"camera_model": "OPENCV", "fl_x": fx, "fl_y": fy, "cx": K[0, 2], "cy": K[1, 2],
               "w": width, "h": height, "frames": frames}  # fmt: skip
     (folder / "transforms.json").write_text(json.dumps(values))
+
+
+def write_stray_scanner(episode: Episode, folder: Path) -> None:
+    """A video instead of images. The depth of low confidence is wrong in a corner."""
+    write_video(folder / "rgb.mp4", map(episode.read_rgb, range(episode.length)), episode.fps)
+    rows = ["timestamp, frame, x, y, z, qx, qy, qz, qw"]
+    width, height = episode.image_size
+    confidence = np.full((height, width), 2, np.uint8)
+    confidence[: height // 10, : width // 10] = 0
+    for frame, pose in enumerate(episode.world_from_camera):
+        time = 8000 + frame / episode.fps
+        numbers = ", ".join(f"{value:.9f}" for value in [*pose[:3, 3], *quaternion(pose)])
+        rows.append(f"{time:.6f}, {frame + 3:06d}, {numbers}")
+        metres = np.where(confidence > 0, episode.read_depth(frame), 0.6)
+        for kind, values in (("depth", np.rint(metres * 1000)), ("confidence", confidence)):
+            (folder / kind).mkdir(exist_ok=True)
+            pixels = values.astype(np.uint16 if kind == "depth" else np.uint8)
+            Image.fromarray(pixels).save(folder / kind / f"{frame + 3:06d}.png")
+    (folder / "odometry.csv").write_text("\n".join(rows) + "\n")
+    fx, fy, cx, cy = opencv_intrinsics(episode)
+    (folder / "camera_matrix.csv").write_text(f"{fx}, 0.0, {cx}\n0.0, {fy}, {cy}\n0.0, 0.0, 1.0")
 
 
 def write_plain(episode: Episode, folder: Path) -> None:

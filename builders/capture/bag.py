@@ -41,8 +41,8 @@ DEPTHS = {"16UC1": "u2", "mono16": "u2", "32FC1": "f4"}
 """Encodings of depth: integers, in millimetres by default, or metres."""
 
 UNIT = 0.001
-MAX_METADATA = 1 << 24
-"""Limit of metadata.yaml, bytes; it lists the topics and files."""
+MAX_METADATA = 1 << 19
+"""Limit of metadata.yaml in bytes. It lists topics and files; rosbags needs up to 17 s per MB."""
 
 PREFERRED = {
     "rgb": ("color", "rgb"),

@@ -27,10 +27,12 @@ from .nerfstudio import NerfStudio
 from .recording import Layout, Recording, stated_lens
 from .scannet import ScanNet
 from .seven_scenes import SevenScenes
+from .stray_scanner import StrayScanner
 from .tum import TumRgbd
 
 LAYOUTS: tuple[Layout, ...] = (
-    *(Bag(), TumRgbd(), SevenScenes(), ScanNet(), NerfStudio(), Colmap(), PlainFolder()),
+    *(Bag(), TumRgbd(), SevenScenes(), ScanNet(), NerfStudio(), Colmap(), StrayScanner()),
+    PlainFolder(),
 )
 """The layouts in the order in which they are tried, since a folder may match several."""
 

@@ -125,15 +125,25 @@ def file_among(place: Path, names: Iterable[str]) -> Path | None:
 
 
 def numbers_in(
-    path: Path, limit: int = 1 << 16, remedy: str = "restore it, or leave this recording out"
+    path: Path,
+    limit: int = 1 << 16,
+    remedy: str = "restore it, or leave this recording out",
+    *,
+    header: Sequence[str] = (),
 ) -> list[list[float]]:
     """The numbers in each line of a text file, without comments (#) and empty lines.
 
-    "nan" and "inf" are accepted, since they mark lost tracking. Raises SourceError with `remedy`.
+    "nan" and "inf" are accepted, since they mark lost tracking. header: names with which the first
+    line begins. Raises SourceError with `remedy`.
     """
     rows = []
     for number, line in enumerate(read_bytes(path, limit).splitlines(), 1):
         words = line.partition(b"#")[0].replace(b",", b" ").split()
+        if header and number == 1:
+            if words[: len(header)] != [name.encode() for name in header]:
+                problem = f"does not begin with the columns {', '.join(header)}"
+                raise SourceError(path, problem, remedy)
+            continue
         try:
             if words:
                 rows.append([float(word) for word in words])
