@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from occgen_hub.errors import OccGenError
 from occgen_hub.geometry.camera import intrinsics_problem
-from occgen_hub.geometry.poses import RIGID, rigidity_error
+from occgen_hub.geometry.poses import RIGID, made_rigid, rigidity_error
 from occgen_hub.schema import Feature, feature_of
 from occgen_hub.taxonomy import Taxonomy, load_taxonomy, taxonomy_names
 
@@ -172,7 +172,8 @@ def check_episode(episode: Episode) -> Episode:
     Sources may come from other packages, so every field is checked: shapes, dtypes, rigid finite
     poses, intrinsics of a pinhole camera that fits the image, and the size and type of each frame.
     Depth has to be finite and at least 0, labels have to be ids of their taxonomy. The returned
-    labels are uint8, and 0 for pixels without a class.
+    labels are uint8, and 0 for pixels without a class. Poses that are written with few digits are
+    made rigid.
     """
     T, (width, height) = episode.length, episode.image_size
     wrong = partial(_source_error, episode.id)
@@ -221,6 +222,7 @@ def check_episode(episode: Episode) -> Episode:
         bad = np.flatnonzero(~(rigidity_error(episode.world_from_camera) <= RIGID))
         if len(bad):
             raise wrong("world_from_camera", f"of frame {bad[0]} is not rigid and finite", "a pose")
+        episode = replace(episode, world_from_camera=made_rigid(episode.world_from_camera))
     if episode.intrinsics is not None:
         _check_array(wrong, "intrinsics", episode.intrinsics, (T, 3, 3))
         for frame, K in enumerate(episode.intrinsics):

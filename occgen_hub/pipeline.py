@@ -25,6 +25,7 @@ from occgen_hub.fusion.conventions import STATIC, check_conventions, stands_stil
 from occgen_hub.fusion.fuse import check_reach, fuse
 from occgen_hub.fusion.joined import JoinedMovingPoints, joined_views
 from occgen_hub.fusion.moving import MovingPoints
+from occgen_hub.fusion.registration import registration_notes
 from occgen_hub.geometry.alignment import Alignment, align_poses
 from occgen_hub.geometry.surface import poisson_surface
 from occgen_hub.occupancy.classes import PointLabels, nearest_classes
@@ -61,6 +62,8 @@ def reconstruct(
         views, episode.id, config, fps=episode.fps, assumed_view=episode.assumed_view
     )
     seen, own, cameras = views, 0, 1
+    if not engine.uses_device() and episode.unmeasured == "unknown":  # Not simulated.
+        convention_notes += registration_notes(episode)
     if episode.beside and not engine.uses_device():
         seen, own, cameras = _with_others(episode, views, engine, config, scratch)
         convention_notes += check_conventions(seen, episode.id, config, shifts=False)

@@ -19,7 +19,7 @@ from occgen_hub.geometry.camera import (
 )
 from occgen_hub.geometry.cloud import Cloud, VoxelDownsample, voxel_downsample
 from occgen_hub.geometry.ply import read_ply, write_ply
-from occgen_hub.geometry.poses import from_opengl, rigidity_error, transform
+from occgen_hub.geometry.poses import from_opengl, made_rigid, rigidity_error, transform
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -64,6 +64,21 @@ def test_rigidity_error_finds_poses_that_are_not_rigid(spoil, least):
     error = rigidity_error(np.stack([good, bad]))
     assert error[0] < 1e-12
     assert error[1] >= least
+
+
+@given(seeds, st.integers(2, 4))
+def test_poses_with_few_digits_are_made_rigid(seed, digits):
+    rng = np.random.default_rng(seed)
+    exact = np.stack([pose(rng) for _ in range(3)])
+    single = exact.astype(np.float32).astype(np.float64)
+    assert np.array_equal(made_rigid(single), single)
+    rounded = np.round(exact, digits)
+    found = made_rigid(rounded)
+    changed = rigidity_error(rounded) > 1e-5
+    assert (rigidity_error(found[changed]) < 1e-12).all()
+    assert np.array_equal(found[~changed], rounded[~changed])
+    assert np.array_equal(found[:, :3, 3], rounded[:, :3, 3])
+    assert np.abs(found - exact).max() < 3 * 10.0**-digits
 
 
 @settings(max_examples=50)

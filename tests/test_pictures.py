@@ -397,21 +397,22 @@ def test_up_is_an_axis_without_level_surfaces():
 
 def test_outlines_of_the_depth_are_drawn_over_the_image(trajectory):
     """They are at the edges of near surfaces, and not on walls and floors seen at an angle."""
-    from occgen_hub.visual.preview import OUTLINE, _outlines
+    from occgen_hub.fusion.registration import outlines
+    from occgen_hub.visual.preview import OUTLINE
 
     v, u = np.mgrid[:60, :80] + 0.5
     floor = 1.2 / np.maximum((v - 25) / 70, 1e-9)  # A camera 1.2 m above a floor.
     wall = 1.5 / np.maximum((u - 10) / 70, 1e-9)  # A wall on its right side, seen at an angle.
     room = np.minimum(np.minimum(floor, wall), 5.0)
-    assert not _outlines(np.minimum(floor, 1e9) * (v > 27)).any()
+    assert not outlines(np.minimum(floor, 1e9) * (v > 27)).any()
     scene = room.copy()
     scene[20:40, 30:50] = 1.0
-    found = _outlines(scene)
+    found = outlines(scene)
     rim = np.zeros_like(found)
     rim[20:40, [30, 49]] = rim[[20, 39], 30:50] = True
     assert (found & rim).sum() > 0.9 * rim.sum()
     assert not (found & ~rim)[:45].any()
-    assert not _outlines(np.zeros((9, 9))).any()
+    assert not outlines(np.zeros((9, 9))).any()
     picture = np.asarray(preview(trajectory))[22:300, :640]
     assert (picture == OUTLINE).all(axis=2).sum() > 100
 

@@ -310,7 +310,8 @@ def _rate(times: NDArray[np.float64] | None) -> tuple[float, list[Note]]:
     if median <= 0 or not FPS[0] <= 1 / median <= FPS[1]:
         text = (
             f"the recording has no usable frame rate: {DEFAULT_FPS:g} fps is assumed, without "
-            "effect on cells; to set it, name the images by times or give the poses times"
+            "effect on cells; to set it, name the images by times or give the poses times, or use "
+            "--fps when you export"
         )
         return DEFAULT_FPS, [Note("fps", text)]
     fps = round(1 / median, 3)

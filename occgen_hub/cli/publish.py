@@ -136,7 +136,9 @@ def push(
         )
     total = f"{len(files):,} files of {sum(files.values()):,} bytes"
     if dry_run:
+        kind = "private" if private else "public, since --private is not given"
         say(f"{total} would be pushed to {repo_id}; nothing was sent.")
+        say(f"If that dataset does not exist yet, it will be {kind}.")
         return
     address = hub.push(folder, repo_id, private=private, revision=revision, create_pr=create_pr)
     say(f"{total} are on the Hub.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from occgen_hub.geometry.sim3 import nearest_rotation
 from occgen_hub.jit import njit
 
 OPENGL_FROM_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
@@ -17,6 +18,9 @@ ROS_FROM_OPENCV = np.array([[0.0, 0, 1, 0], [-1, 0, 0, 0], [0, -1, 0, 0], [0, 0,
 
 RIGID = 1e-3
 """Largest accepted `rigidity_error` of a pose. Rounding to float32 gives under 1e-6."""
+
+ROUNDED = 1e-5
+"""`rigidity_error` over which a pose was written with few digits."""
 
 
 def from_opengl(world_from_camera: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -44,6 +48,20 @@ def rigidity_error(poses: NDArray[np.floating]) -> NDArray[np.float64]:
         row = np.abs(safe[:, 3] - [0.0, 0.0, 0.0, 1.0]).max(axis=1)
         error = np.nan_to_num(np.max([unit, handed, row], axis=0), nan=np.inf)
     return np.where(finite, error, np.inf)
+
+
+def made_rigid(poses: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(T, 4, 4) poses, in which those that are rigid but for rounding get the nearest rotation.
+
+    Poses whose `rigidity_error` is at most `ROUNDED` are unchanged.
+    """
+    rounded = rigidity_error(poses) > ROUNDED
+    if not rounded.any():
+        return poses
+    rigid = poses.copy()
+    rigid[rounded, :3, :3] = nearest_rotation(poses[rounded, :3, :3])
+    rigid[rounded, 3] = (0.0, 0.0, 0.0, 1.0)
+    return rigid
 
 
 def upright_pose(world_from_camera: NDArray[np.float64]) -> NDArray[np.float64]:

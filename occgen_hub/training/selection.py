@@ -70,9 +70,15 @@ class Selection:
             quality = pc.fill_null(table["quality"], -1.0)
             keep &= pc.greater_equal(quality, self.min_quality).to_numpy()
         if table.num_rows and not keep.any():
+            remedy = "choose others with episodes or scenes"
+            if self.split is not None:
+                remedy = (
+                    f"each scene (there are {len(table['scene'].unique())}) is in one split only: "
+                    "build more scenes, or hold out frames with torch.utils.data.Subset"
+                )
             raise UsageError(
                 f"{root}: none of its {table.num_rows} episodes is selected by "
-                f"{self.described()}; choose others with episodes or scenes."
+                f"{self.described()}; {remedy}."
             )
         return table.filter(pa.array(keep))
 

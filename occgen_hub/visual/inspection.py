@@ -68,7 +68,8 @@ def _up(cells: NDArray[np.float32], poses: NDArray[np.float64]) -> str:
     name = f"{'-' if sign < 0 else ''}{'xyz'[axis]}"
     if (tilt := float(np.degrees(np.arccos(np.clip(sign * up[axis], -1, 1))))) < 1:
         return name
-    return f"({', '.join(f'{value:.2f}' for value in up)}), {tilt:.0f} degrees from {name}"
+    vector = ", ".join(f"{value:.2f}" for value in up)
+    return f"({vector}), {tilt:.0f} degrees from {name} (usual with SLAM)"
 
 
 def _observed_share(trajectory: Trajectory, frames: int = 200) -> float:

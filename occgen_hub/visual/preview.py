@@ -8,9 +8,9 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-from scipy.ndimage import label
 
 from occgen_hub.errors import DatasetError
+from occgen_hub.fusion.registration import outlines
 from occgen_hub.loading import REBUILD, Trajectory
 from occgen_hub.occupancy.codec import unpack
 from occgen_hub.occupancy.grid import Grid
@@ -49,12 +49,6 @@ MAX_OBSERVED = 200_000
 """Observed cells that are drawn from above."""
 
 OUTLINE = (0, 229, 255)
-OUTLINED = 0.08
-"""Bend of the inverse depth, as a fraction of it, from which an outline is drawn."""
-
-SPECK = 12
-"""Number of connected pixels below which an outline is noise."""
-
 CLEAR = 7
 """Size of a cell, in pixels, from which its edges are drawn."""
 
@@ -80,7 +74,7 @@ def preview(trajectory: Trajectory, frame: int | None = None) -> Image.Image:
     if rgb is None:
         rgb, title = np.zeros((*size[::-1], 3), np.uint8), "images were left out"
     elif depth is not None:
-        rgb = np.where(_outlines(depth)[..., None], np.array(OUTLINE, np.uint8), rgb)
+        rgb = np.where(_drawn_outlines(depth)[..., None], np.array(OUTLINE, np.uint8), rgb)
         legend.append(swatch("outlines in the depth", OUTLINE, TEXT, line=True))
     first = _panel(rgb, title, legend)
     third = _cells_panel(trajectory, frame, visible, moving)
@@ -102,7 +96,7 @@ def _cells_panel(
 ) -> Image.Image:
     K, image_size = trajectory.intrinsics()[frame], trajectory.image_size
     cells, heights = _cells_from_camera(trajectory.grid, visible, moving, K, image_size)
-    title = f"{len(visible):,} visible occupied cells"
+    title = f"{len(visible):,} visible occupied cells, from the camera"
     legend = [_bar("height over the camera", *limits(heights))] if len(heights) else []
     if trajectory.has_dynamic():
         title += f", {len(moving):,} of them moving"
@@ -110,18 +104,9 @@ def _cells_panel(
     return _panel(cells, title, legend, size)
 
 
-def _outlines(depth: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """(H, W) bool: the edges of near surfaces. If depth and image are aligned, both have them.
-
-    Inverse depth is linear on a plane, so a second difference shows where a surface ends.
-    """
-    inverse = np.divide(1.0, depth, out=np.full_like(depth, np.nan), where=depth > 0)
-    found = np.zeros(depth.shape, np.bool_)
-    for edge, near in ((found, inverse), (found.T, inverse.T)):
-        bend = 2 * near[:, 1:-1] - near[:, :-2] - near[:, 2:]
-        edge[:, 1:-1] |= bend > OUTLINED * near[:, 1:-1]  # False without depth, which is NaN.
-    pieces, _ = label(found, np.ones((3, 3)))
-    found &= np.bincount(pieces.ravel())[pieces] >= SPECK
+def _drawn_outlines(depth: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """(H, W) bool: where to draw the outlines in the depth over the image."""
+    found = outlines(depth)
     if len(depth) > PANEL[1]:  # Two pixels wide, to be seen when the picture is made smaller.
         found[:, 1:] |= found[:, :-1]
         found[1:] |= found[:-1]
