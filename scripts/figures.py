@@ -244,7 +244,7 @@ def frames() -> Figure:
         _camera(axes, tuple(place), angle, 0.28)
         _arrow(axes, tuple(place), tuple(place + 1.0 * forward), Z, "z", tuple(0.15 * forward))
         _arrow(axes, tuple(place), tuple(place + 0.8 * right), X, "x", tuple(0.15 * right))
-        label = place + forward * 1.75
+        label = place + 1.4 * forward - 0.6 * right
         axes.text(*label, f"grid of\nframe {number}", color=SOLID, ha="center", va="center")
     start, end = (0.05, 0.05), tuple(path[4] - [0.1, 0.06])
     axes.add_patch(
@@ -300,8 +300,8 @@ def accuracy() -> Figure:
         far = [100 * (1 - number(row[2])) for row in mine]
         left.barh(place, far, thickness, color=color, label=label)
         right.barh(place, [number(row[4]) for row in mine], thickness, color=color)
-    left.set(xlabel="visible cells with no true surface in or beside them, %")
-    right.set(xlabel="visible cells over 10 cm from the truth, %")
+    left.set(xlabel="visible cells with no true\nsurface in or beside them, %")
+    right.set(xlabel="visible cells over 10 cm\nfrom the truth, %")
     left.set_yticks(at, names)
     left.invert_yaxis()
     figure.legend(loc="outside upper center", ncols=len(METHODS), frameon=False)

@@ -5,7 +5,7 @@
 # If nothing changed since the last run, it only checks this, in a fraction of a second.
 #   --with-da3                      also install Depth Anything 3, for --engine da3
 #   OCCGEN_PYTHON=/path/to/python   use only this Python
-#   OCCGEN_TORCH=cpu                PyTorch without CUDA, 3 GB less; OCCGEN_TORCH=cuda undoes this
+#   OCCGEN_TORCH=cpu                PyTorch without CUDA, 4 GB less; OCCGEN_TORCH=cuda undoes this
 set -euo pipefail
 
 # uv installs the packages faster than pip does; without it pip installs the same ones.
@@ -309,8 +309,8 @@ say_what_cuda_takes() {
     if [ "$torch" = cpu ] || [ "$interrupted" = cpu ] || [ "$(uname -s)" != Linux ] || type -P nvidia-smi >/dev/null || [ -e /proc/driver/nvidia ]; then
         return 0
     fi
-    say "this machine has no NVIDIA GPU, but 3 GB of CUDA libraries will be installed."
-    say "Where PyTorch's own index can be reached, you can avoid them: press Ctrl-C and put OCCGEN_TORCH=cpu before the same command."
+    say "this machine has no NVIDIA GPU, but 4 GB will be installed for CUDA."
+    say "Where PyTorch's own index can be reached, you can avoid this: press Ctrl-C and put OCCGEN_TORCH=cpu before the same command."
 }
 
 make_environment() {
@@ -336,7 +336,7 @@ make_environment() {
     say_what_cuda_takes
     say "installing the pinned packages (the first time: downloads up to $([ "$torch" = cpu ] && echo 1 || echo 3) GB, some minutes)."
     install_pins ||
-        die "the packages of requirements.lock could not be installed with Python $(minor_version "$py"); check the network, the free disk space (10 GB) and that this is Python 3.12 or 3.13, then run this again."
+        die "the packages of requirements.lock could not be installed with Python $(minor_version "$py"); check the network, the free disk space (12 GB) and that this is Python 3.12 or 3.13, then run this again."
     install_project ||
         die "occgen_hub itself could not be installed from $root; see the lines above."
     # Depth Anything 3 is installed without its dependencies, so pip's complaints are ignored.
