@@ -27,7 +27,7 @@ from occgen_hub.errors import UsageError
 )  # fmt: skip
 @click.option(
     "--fps", type=click.IntRange(1, 240),
-    help="Frames per second, if the trajectories have several rates.",
+    help="Frames per second, if the trajectories have several rates, or theirs is only assumed.",
 )  # fmt: skip
 @click.option(
     "--navdp-layout", type=click.Choice(["scenes", "trajectories"]),
