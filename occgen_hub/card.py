@@ -557,10 +557,10 @@ def _grids(facts: Facts) -> Iterator[str]:
         )
     yield (
         "A cell is occupied if a point of the scene's cloud lies in it; it is observed if the ray "
-        "of a pixel's centre crosses it before or at the ray's first occupied cell. Rays that meet "
-        "none are left out if missing depth may be anything, as with a sensor, and their pixel has "
-        "no depth beyond the grid. Occupied cells that the camera does not see are not in a "
-        "frame's occupancy.\n"
+        "of a pixel's centre crosses it before or at the ray's first occupied cell. A sensor may "
+        "miss surfaces: with `unmeasured` = unknown, a ray that meets no occupied cell is left "
+        "out, unless its pixel has depth beyond the grid. Occupied cells that the camera does not "
+        "see are not in a frame's occupancy.\n"
     )
 
 

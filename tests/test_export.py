@@ -546,7 +546,7 @@ def test_export_command_prints_the_result_and_refuses_to_overwrite(built, tmp_pa
     command = [sys.executable, "-m", "occgen_hub", "export", built, out]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0] == f"Exported to {out}."
+    assert re.fullmatch(rf"Exported to {out}: \d+ files, [\d.]+ MB\.", done.stdout.splitlines()[0])
     (note,) = done.stderr.splitlines()
     assert note.startswith("Note: images of 2 of 3 trajectories")
     again = subprocess.run(command, capture_output=True, text=True, check=False)
