@@ -256,13 +256,15 @@ install_cpu_pins() {
     say "PyTorch's own index could not be used; trying versions that end in +cpu on your index."
     grep -v -E '^(nvidia-|cuda-|triton==)' requirements.lock |
         sed -E 's/^(torch|torchvision)==([^ +]+)/\1==\2+cpu/' >"$pins"
-    with_pip "${how[@]}"
+    # Asks for PyTorch first, because pip would load many other packages before it finds out.
+    "$py" -m pip install --quiet --dry-run --no-deps --only-binary ":all:" \
+        "$(grep -o -E '^torch==[^ ;]+' "$pins")" >/dev/null 2>&1 && with_pip "${how[@]}"
 }
 
 install_pins() {
     if [ "$torch" = cpu ]; then
         install_cpu_pins && return
-        die "no CPU build of the pinned PyTorch could be downloaded; unset OCCGEN_TORCH for the default build, which also runs without a GPU."
+        die "no CPU build of the pinned PyTorch could be downloaded; run this again without OCCGEN_TORCH=cpu for the default build, which also runs without a GPU."
     fi
     # Wheels only: if this Python has none, it fails at once and not after a long compilation.
     local how=(--no-deps --only-binary ":all:" -r requirements.lock)
