@@ -54,6 +54,9 @@ SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M"
 NON_COMMERCIAL = re.compile(r"cc-by-nc(-sa|-nd)?-\d\.\d")
 """Licences of weights, by the Hub's names, that also apply to results made with the weights."""
 
+UNSTATED = "that-of-the-source"
+"""The name of the licence if the source states none."""
+
 _DRAWN = "occgen"
 """Key of the text in a picture that names its source. Pictures without it are a user's own."""
 
@@ -295,13 +298,22 @@ _ONE_DATASET = (
 )
 
 
+def states_no_license(root: Path) -> bool:
+    """Whether the card of a dataset or an export says that the licence is that of the source."""
+    try:
+        head = read_bytes(root / CARD)[:2000]
+    except OccGenError:
+        return False
+    return f"\nlicense_name: {UNSTATED}\n".encode() in head
+
+
 def _front_matter(facts: Facts, configs: list[dict[str, Any]], *, lerobot: bool) -> str:
     """The metadata for the Hub: licence, tags, and the files of each `load_dataset` config.
 
     lerobot: whether LeRobot can read the files.
     """
     bound = sorted({licence for _, licence in facts.licences if NON_COMMERCIAL.fullmatch(licence)})
-    licence: dict[str, Any] = {"license": "other", "license_name": "that-of-the-source"}
+    licence: dict[str, Any] = {"license": "other", "license_name": UNSTATED}
     known = {licence for licence in facts.source_licences if licence}
     if None not in facts.source_licences:
         bound = sorted({*bound, *known})
@@ -456,7 +468,7 @@ item = dataset[0]
 
 def _split_example(facts: Facts, name: str) -> Iterator[str]:
     """How to leave out the validation scenes, if there are any. name: of the variable to filter."""
-    if "validation" in facts.splits:
+    if facts.splits.keys() >= {"train", "validation"}:
         yield (
             f"`{name}` has all scenes, because the split `train` of `load_dataset` has all files. "
             '`OccupancyDataset("DATASET", split="train")` leaves out the validation scenes. The '
@@ -617,11 +629,11 @@ def _origin(facts: Facts, records: str) -> Iterator[str]:
     yield "## Licence\n"
     known = sorted(licence for licence in facts.source_licences if licence)
     if known:
-        yield f"The recorded data is under the licence {', '.join(known)} of its source."
+        yield f"The recordings are under the licence {', '.join(known)}."
     if None in facts.source_licences:
         yield (
-            f"{'Other parts keep' if known else 'The recorded data keeps'} the licence of the "
-            "source; please look it up where the recordings come from."
+            f"{'Other parts' if known else 'The recordings'} keep the licence of their source; "
+            "please look it up where the recordings come from."
         )
     yield from _about(facts)
     from occgen_hub.engines.weights import COMMERCIAL  # Engines are slow to import.

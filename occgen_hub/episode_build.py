@@ -30,6 +30,7 @@ from occgen_hub.up_to_date import (
     MISSING,
     check_replaceable,
     outdated,
+    record_license,
     remember,
     sizes_and_times,
     source_stamp,
@@ -124,6 +125,7 @@ def reconstruct_episode(
     if not settings.overwrite:
         reason, stamp = outdated(builder, ref, out, made_by)
         if reason is None:
+            record_license(place, load_schema(builder.schema), builder.license)
             remember(place, stamp)
             return Built(ref.id, "present", 0)
 

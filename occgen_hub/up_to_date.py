@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from occgen_hub.atomic import atomic_file
 from occgen_hub.builder import DatasetBuilder, EpisodeRef
 from occgen_hub.config import Config
 from occgen_hub.errors import SourceError, UsageError
-from occgen_hub.files import MAX_RECORD_BYTES, read_json
+from occgen_hub.files import MAX_RECORD_BYTES, dump_json, read_json
 from occgen_hub.lerobot.writer import Provenance
 from occgen_hub.schema import Schema, load_schema
 
@@ -77,6 +78,22 @@ def check_replaceable(place: Path, schema: Schema) -> None:
         f"{place}: is a {kind} that occgen-hub did not build (it has no {schema.path('record')}), "
         "and is not changed; choose another --output, or move it away."
     )
+
+
+def record_license(place: Path, schema: Schema, license: str | None) -> None:
+    """Record the licence that the source of an up-to-date trajectory states now, if it does.
+
+    Raises SourceError if the record cannot be read, and OSError.
+    """
+    if license is None:
+        return
+    path = place / schema.path("record")
+    record = read_json(path, MAX_RECORD_BYTES)
+    if record["source"].get("license") == license:
+        return
+    record["source"]["license"] = license
+    with atomic_file(path) as partial:
+        partial.write_text(dump_json(record, indent=1) + "\n", encoding="utf-8")
 
 
 def remember(place: Path, stamp: int) -> None:

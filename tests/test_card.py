@@ -13,14 +13,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from commands import tree as files_of
 from PIL import Image
 
 from occgen_hub.builder import load_builder, plain_license
-from occgen_hub.card import MARK, is_own, write_card
+from occgen_hub.card import MARK, is_own, states_no_license, write_card
 from occgen_hub.config import Config
 from occgen_hub.episode_build import Settings
 from occgen_hub.errors import DatasetError, UsageError
 from occgen_hub.files import sha256
+from occgen_hub.index import bucket
 from occgen_hub.job import Job, list_episodes
 from occgen_hub.loading import trajectories
 from occgen_hub.runtime.build import build_dataset
@@ -88,14 +90,34 @@ def test_licence_is_taken_from_the_source_card(tmp_path):
     (tmp_path / "copy/README.md").write_text("---\nlicense: cc-by-nc-sa-4.0\n---\nRooms.\n")
     build(tree, out)
     assert front_matter(out)["license"] == "cc-by-nc-sa-4.0"
-    assert "under the licence cc-by-nc-sa-4.0 of its source" in (out / "README.md").read_text()
+    assert "under the licence cc-by-nc-sa-4.0." in (out / "README.md").read_text()
     assert validate(out).findings == ()
     (tmp_path / "copy/README.md").write_text("No licence here.\n")
     job = Job(builder := load_builder("internnav", tree), list_episodes(builder), out, COARSE)
-    assert (builder.license, build_dataset(job).present) == (
-        None,
-        1,
-    )  # The text of a card causes no rebuild.
+    # The text of a card causes no rebuild.
+    assert (builder.license, build_dataset(job).present) == (None, 1)
+    assert front_matter(out)["license"] == "cc-by-nc-sa-4.0"
+
+
+def test_a_licence_that_is_stated_later_is_recorded_without_a_rebuild(tmp_path):
+    tree, out = tmp_path / "tree", tmp_path / "out"
+    make_sample(tree, trajectories=2, frames=1)
+    build(tree, out)
+    assert states_no_license(out)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.npz")}
+    (tree / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
+    builder = load_builder("internnav", tree)
+    summary = build_dataset(Job(builder, list_episodes(builder), out, COARSE))
+    assert (summary.present, summary.built) == (2, 0)
+    assert not states_no_license(out)
+    assert front_matter(out)["license"] == "cc-by-4.0"
+    records = [json.loads(path.read_text()) for path in out.rglob("meta/occgen.json")]
+    assert [record["source"]["license"] for record in records] == ["cc-by-4.0"] * 2
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.npz")} == before
+    assert validate(out).findings == ()
+    third = files_of(out)
+    build_dataset(Job(builder, list_episodes(builder), out, COARSE))
+    assert files_of(out) == third
 
 
 @pytest.mark.parametrize(
@@ -135,14 +157,25 @@ def test_card_examples_run(dataset):
     np.testing.assert_array_equal(ours["item"]["occupancy"].numpy(), streamed["occupied"])
 
 
+def replaced(table: pa.Table, **values: str) -> pa.Table:
+    """A table with one value in all rows of some columns."""
+    for name, value in values.items():
+        at = table.column_names.index(name)
+        table = table.set_column(at, name, pa.array([value] * table.num_rows))
+    return table
+
+
 def test_card_filters_the_training_scenes(mine):
-    """The index of the copy says that its scene is in the split "validation"."""
-    assert "leaves out the validation scenes" not in (mine / "README.md").read_text()
-    for path in (mine / "index").iterdir():
-        table = pq.read_table(path)
-        at = table.column_names.index("split")
-        split = pa.array(["validation"] * table.num_rows)
-        pq.write_table(table.set_column(at, "split", split), path)
+    """Only if there are both: the index of the copy gets another scene, for training."""
+    advice = "leaves out the validation scenes"
+    assert advice not in (mine / "README.md").read_text()
+    (path,) = (mine / "index").iterdir()
+    own = pq.read_table(path)
+    own = replaced(own, split="validation")
+    pq.write_table(own, path)
+    assert advice not in write_card(mine).read_text()
+    other = replaced(own, split="train", scene="other/room", episode="other/room/walk")
+    pq.write_table(other.slice(0, 1), path.with_stem(bucket("other/room")))
     text = write_card(mine).read_text()
     examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names: dict[str, Any] = {}

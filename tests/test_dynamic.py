@@ -358,7 +358,8 @@ def test_inspect_reports_motion_and_agreement_of_frames(people, dataset, mine, t
     assert f", {mean:,.0f} of them moving" in text
     change_quality(mine, sigma=[0.0012, 0.0034, 0.0111], contradicted=0.125, supports=7.0)
     changed = "\n".join(describe(mine))
-    assert "depth noise 1.2 / 3.4 / 11.1 mm at 1 / 2 / 4 m; 12.5% of" in changed
+    assert "frames: 12.5% of the measured points contradicted" in changed
+    assert "depth: noise 1.2 / 3.4 / 11.1 mm at 1 / 2 / 4 m" in changed
     assert "seen by 7 frames" in changed
     assert "moving" not in "\n".join(describe(dataset))
 

@@ -309,9 +309,9 @@ def _rate(times: NDArray[np.float64] | None) -> tuple[float, list[Note]]:
     median = float(np.median(steps)) if len(steps) else 0.0
     if median <= 0 or not FPS[0] <= 1 / median <= FPS[1]:
         text = (
-            f"the recording has no usable frame rate: {DEFAULT_FPS:g} fps is assumed, without "
-            "effect on cells; to set it, name the images by times or give the poses times, or use "
-            "--fps when you export"
+            f"no file states a usable frame rate: {DEFAULT_FPS:g} fps is assumed, without effect "
+            "on cells; times in the names of images or in the poses would state it, and export "
+            "--fps sets another"
         )
         return DEFAULT_FPS, [Note("fps", text)]
     fps = round(1 / median, 3)

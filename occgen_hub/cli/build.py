@@ -82,7 +82,8 @@ CLUSTER_OPTIONS = {
     type=click.Choice(["any", "commercial"]),
     default="any",
     show_default=True,
-    help="What the licence of a network's weights must allow: any use, or commercial use.",
+    help="What the licence of a network's weights must allow: any use, or commercial use. The "
+    "licence of the dataset is that of its source; see docs/licence.md.",
 )
 @click.option(
     "--device", help="Where networks run, such as cuda:1; by default a GPU if there is one."

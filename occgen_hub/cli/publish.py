@@ -118,6 +118,7 @@ def push(
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     from occgen_hub import hub
+    from occgen_hub.card import states_no_license
     from occgen_hub.runtime.finalize import unfinished
 
     hub.check_target(repo_id, revision, create_pr)
@@ -127,6 +128,8 @@ def push(
         disable_progress_bars()
     with progress_bar("validate", unit="trajectory") as progress:
         files = hub.prepare(folder, progress)
+    if states_no_license(folder):
+        say("Note: the card states no licence; docs/licence.md says how to give yours.", err=True)
     for warning in (*(f"{remark}." for remark in unfinished(folder)), *hub.warnings(files)):
         say(f"Warning: {warning}", err=True)
     if dry_run:

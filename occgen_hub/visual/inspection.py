@@ -99,17 +99,24 @@ def _origin(record: dict[str, Any]) -> Iterator[str]:
 
 
 def _agreement(record: dict[str, Any]) -> Iterator[str]:
-    """A line about how well the frames agree, if it is recorded."""
+    """Lines about how well the frames agree, if it is recorded."""
     quality = Quality.from_record(record)
     if quality is None:
         return
     noise = " / ".join(f"{1000 * value:.1f}" for value in quality.sigma)
+    half = 500 * record["grid"]["voxel_size"]
     yield (
-        f"  frames: depth noise {noise} mm at 1 / 2 / 4 m; {quality.contradicted:.1%} of the "
-        "measured points contradicted by other frames (below 30% is fine); each point of the scene "
-        f"seen by {quality.supports:.0f} frames, {1000 * quality.residual:.1f} mm off their depth; "
-        f"frames {1000 * quality.shift:.1f} mm and {quality.turn:.2f} degrees off the scene "
-        "(medians)"
+        f"  frames: {quality.contradicted:.1%} of the measured points contradicted by other frames "
+        "(below 30% is fine)"
+    )
+    yield (
+        f"  depth: noise {noise} mm at 1 / 2 / 4 m (up to 10 / 20 / 60 is usual for sensors); each "
+        f"point of the scene seen by {quality.supports:.0f} frames"
+    )
+    yield (
+        f"  medians: points {1000 * quality.residual:.1f} mm off the depth, frames "
+        f"{1000 * quality.shift:.1f} mm and {quality.turn:.2f} degrees off the scene (below "
+        f"{half:g} mm, half a cell, is fine)"
     )
 
 

@@ -96,7 +96,9 @@ def _cells_panel(
 ) -> Image.Image:
     K, image_size = trajectory.intrinsics()[frame], trajectory.image_size
     cells, heights = _cells_from_camera(trajectory.grid, visible, moving, K, image_size)
-    title = f"{len(visible):,} visible occupied cells, from the camera"
+    grid = trajectory.grid
+    reach = grid.lower[2] + grid.shape[2] * grid.voxel_size
+    title = f"from the camera: {len(visible):,} visible occupied cells, up to {reach:g} m ahead"
     legend = [_bar("height over the camera", *limits(heights))] if len(heights) else []
     if trajectory.has_dynamic():
         title += f", {len(moving):,} of them moving"
