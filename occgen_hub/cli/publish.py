@@ -12,7 +12,6 @@ import click
 
 from occgen_hub.cli.command import FOLDER, Examples, bar_disabled, progress_bar, say, say_by_folder
 from occgen_hub.errors import UsageError
-from occgen_hub.files import files_under
 
 
 @click.command(
@@ -68,6 +67,8 @@ def export(
             remarks = make(folder, out, overwrite=overwrite, progress=progress)
     for remark in remarks:
         say(f"Note: {remark}.", err=True)
+    from occgen_hub.files import files_under
+
     sizes = [path.stat().st_size for path in files_under(out)]
     amount = f"{len(sizes):,} files, {sum(sizes) / 1e6:,.1f} MB"
     say(f"{'Updated' if update else 'Exported to'} {out}: {amount}.")
