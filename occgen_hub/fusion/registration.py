@@ -21,8 +21,8 @@ FRAMES = 12
 LAST_FRAME = 120
 """Later frames are not read, because a video is decoded from its beginning."""
 
-WIDTH = 640
-"""Larger images are reduced by a whole number."""
+LONGEST = 640
+"""Longest side in pixels. Larger images are reduced by a whole number."""
 
 SCALES = 1.04 ** np.arange(-10, 11)
 """Scales of the depth that are tried, from 0.68 to 1.48. Cameras of one device differ by up to 1.4
@@ -40,8 +40,8 @@ CLEAR = 1.3
 MARGIN = 0.8
 """The excess over 1 at the depth's own place must be below this share of that of the best place."""
 
-MIN_PIXELS = 500
-"""Number of pixels on outlines, in all frames, below which nothing is concluded."""
+MIN_FRAMES, MIN_PIXELS = 4, 500
+"""Numbers of frames, and of pixels on outlines in all of them, below which nothing is concluded."""
 
 
 def outlines(depth: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -98,11 +98,11 @@ def registration_notes(episode: Episode) -> list[Note]:
 def registration(episode: Episode) -> Registration | None:
     """Compare outlines of the depth with edges of the images, in up to `FRAMES` frames.
 
-    None without depth, or with too few outlines.
+    None without depth, or with too few frames, outlines or edges.
     """
-    if episode.read_depth is None:
+    if episode.read_depth is None or episode.length < MIN_FRAMES:
         return None
-    step = -(-episode.image_size[0] // WIDTH)
+    step = -(-max(episode.image_size) // LONGEST)
     last = min(episode.length - 1, LAST_FRAME)
     score: NDArray[np.complexfloating] | float = 0.0
     pixels, reach, size = np.zeros(len(SCALES)), 0, (0, 0)
