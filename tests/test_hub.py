@@ -279,14 +279,15 @@ def test_dry_run_lists_the_files_and_sends_nothing(hub, runner, folder):
     assert re.search(
         r"^ +[\d,]+ bytes +2 files  sample_zed/.*observation.images.rgb$", short.stdout, re.M
     )
-    assert len(short.stdout.splitlines()) <= MOST_LINES + 4
+    assert len(short.stdout.splitlines()) <= MOST_LINES + 5
     result = runner.push(folder, "--dry-run", "--verbose", HF_TOKEN="")
     assert result.returncode == 0, result.stderr
-    *lines, total, kind = result.stdout.splitlines()
+    *lines, total, kind, licence = result.stdout.splitlines()
     sizes = {path: int(size.replace(",", "")) for size, _, path in (line.split() for line in lines)}
     assert sizes == contents(folder)
     assert f"{len(sizes)} files of {sum(sizes.values()):,} bytes would be pushed to {REPO}" in total
     assert "it will be public, since --private is not given" in kind
+    assert licence == "The card states no licence; docs/licence.md says how to give yours."
     assert "it will be private" in runner.push(folder, "--dry-run", "--private").stdout
     assert not hub.asked
 

@@ -129,8 +129,6 @@ def push(
         disable_progress_bars()
     with progress_bar("validate", unit="trajectory") as progress:
         files = hub.prepare(folder, progress)
-    if states_no_license(folder):
-        say("Note: the card states no licence; docs/licence.md says how to give yours.", err=True)
     for warning in (*(f"{remark}." for remark in unfinished(folder)), *hub.warnings(files)):
         say(f"Warning: {warning}", err=True)
     if dry_run:
@@ -146,6 +144,9 @@ def push(
         kind = "private" if private else "public, since --private is not given"
         say(f"{total} would be pushed to {repo_id}; nothing was sent.")
         say(f"If that dataset does not exist yet, it will be {kind}.")
+    if states_no_license(folder):
+        say("The card states no licence; docs/licence.md says how to give yours.")
+    if dry_run:
         return
     address = hub.push(folder, repo_id, private=private, revision=revision, create_pr=create_pr)
     say(f"{total} are on the Hub.")
