@@ -421,6 +421,8 @@ def corrupt(path: Path, rng: random.Random) -> str:
         return "unchanged, too large"
     ways = (*ANY, *OF_KIND.get(path.suffix, ()))
     before = path.read_bytes()
+    if path.is_symlink():  # Of an earlier change: its target must not be written to.
+        _restore(path, before)
     for _ in range(20):
         try:
             return rng.choice(ways)(path, rng)

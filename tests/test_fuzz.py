@@ -49,3 +49,19 @@ def test_fuzz_cases_are_reproducible(dataset, tmp_path):
             shutil.rmtree(root)
         assert descriptions[0] == descriptions[1]
         assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("suffix", ["", ".json", ".jsonl", ".yaml", ".md", ".jpg", ".tar"])
+def test_nothing_is_written_through_a_link_of_an_earlier_change(suffix, tmp_path):
+    """The fuzzer links to files of the machine, and may run as root."""
+    secret = tmp_path / "secret"
+    secret.write_text('{"a": [1, 2, 3]}\n')
+    folder = tmp_path / "folder"
+    for number in range(60):
+        folder.mkdir()
+        (folder / "other").write_text("other")
+        path = folder / f"name{suffix}"
+        path.symlink_to(secret)
+        corrupt(path, random.Random(number))
+        assert secret.read_text() == '{"a": [1, 2, 3]}\n'
+        shutil.rmtree(folder)
