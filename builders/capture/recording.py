@@ -258,6 +258,15 @@ def stated_lens(
     return None, []
 
 
+def lens_in(path: Path, size: tuple[int, int]) -> Lens:
+    """The lens of images of `size` from a 3 x 3 or 4 x 4 matrix in OpenCV's convention.
+
+    Raises SourceError.
+    """
+    K = matrix_in(path, 3)
+    return Lens.of(opencv_matrix(K[0, 0], K[1, 1], K[0, 2], K[1, 2]), size)
+
+
 def _calibration(path: Path) -> tuple[NDArray[np.float64], tuple[int, int] | None]:
     if path.suffix == ".json":
         try:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from occgen_hub.camera_mapping import CameraMapping
 from occgen_hub.files import is_file
-from occgen_hub.geometry.lens import Lens, opencv_matrix
 from occgen_hub.media import image_size
 
 from .recording import (
@@ -15,7 +14,7 @@ from .recording import (
     Recording,
     depth_size,
     images_in,
-    matrix_in,
+    lens_in,
     needed_lens,
     recorded,
     tracked_frames,
@@ -56,9 +55,9 @@ class ScanNet(Layout):
         files = [path for path in stated if is_file(path) and mapping.intrinsics is None]
         depth_lens = None
         if (depth := frames[0].depth) is not None and stated[1] in files:
-            depth_lens = _lens(stated[1], depth_size(depth))
+            depth_lens = lens_in(stated[1], depth_size(depth))
         if stated[0] in files:
-            lens = _lens(stated[0], size)
+            lens = lens_in(stated[0], size)
         elif depth_lens is not None:
             lens = depth_lens.resized(size)
         else:
@@ -66,9 +65,3 @@ class ScanNet(Layout):
         return recorded(
             frames, poses, lens, mapping, UNIT, files=files, depth_lens=depth_lens, notes=notes
         )
-
-
-def _lens(path: Path, size: tuple[int, int]) -> Lens:
-    """From a 4 x 4 matrix as ScanNet writes it: the centre of the first pixel is (0, 0)."""
-    K = matrix_in(path, 3)
-    return Lens.of(opencv_matrix(K[0, 0], K[1, 1], K[0, 2], K[1, 2]), size)

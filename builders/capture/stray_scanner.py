@@ -13,7 +13,7 @@ from occgen_hub.camera_mapping import CameraMapping
 from occgen_hub.episode import Note
 from occgen_hub.errors import SourceError
 from occgen_hub.files import MAX_TABLE_ROWS, is_file
-from occgen_hub.geometry.lens import Lens, opencv_matrix
+from occgen_hub.geometry.lens import Lens
 from occgen_hub.media import VideoReader, read_labels, video_facts
 
 from .recording import (
@@ -22,7 +22,7 @@ from .recording import (
     Recording,
     depth_reader,
     left_out_note,
-    matrix_in,
+    lens_in,
     numbers_in,
     valid_poses,
 )
@@ -147,8 +147,7 @@ def _lens(place: Path, size: tuple[int, int], mapping: CameraMapping) -> tuple[L
     path = place / MATRIX
     if not is_file(path):
         raise SourceError(path, "is missing", f"restore it, or {GIVE}")
-    K = matrix_in(path, 3)
-    return Lens.of(opencv_matrix(K[0, 0], K[1, 1], K[0, 2], K[1, 2]), size), [path]
+    return lens_in(path, size), [path]
 
 
 def _depth_reader(
